@@ -1,0 +1,14 @@
+"""LoRA Guard: a memory-aware LoRA patcher for Stable Diffusion WebUI Forge and for any `torch.nn.Module`."""
+
+from .version import __version__
+
+__all__ = ["LoraGuard", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # Lazy: Forge imports this package before it has decided whether the guard is wanted.
+    if name == "LoraGuard":
+        from .hosts.plain import LoraGuard
+
+        return LoraGuard
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,35 @@
+"""Everything LoRA Guard raises on purpose.
+
+    LoraGuardError
+    |-- LoraFileError      the file is missing, broken, or not a LoRA        (also a ValueError)
+    |-- LoraMismatchError  the LoRA does not fit this model                  (also a ValueError)
+    |-- ModeError          the wished mode cannot be had for a weight        (also a ValueError)
+    |-- LayerError         a patched layer could not finish its forward pass (also a RuntimeError)
+    `-- HostError          the host does not look as expected                (also a RuntimeError)
+
+Messages name the object, what was wanted, what was found and what to do, in this order.
+"""
+
+
+class LoraGuardError(Exception):
+    """Base of all errors raised on purpose by LoRA Guard."""
+
+
+class LoraFileError(LoraGuardError, ValueError):
+    """A LoRA file is missing, broken, or holds nothing that can be applied."""
+
+
+class LoraMismatchError(LoraGuardError, ValueError):
+    """A LoRA does not fit the model it was to be applied to."""
+
+
+class ModeError(LoraGuardError, ValueError):
+    """A mode was asked for that this weight cannot have without losing the LoRA."""
+
+
+class LayerError(LoraGuardError, RuntimeError):
+    """A patched layer could not finish its forward pass; the image must stop, not go on with part of a LoRA."""
+
+
+class HostError(LoraGuardError, RuntimeError):
+    """The host program lacks something that LoRA Guard needs."""
