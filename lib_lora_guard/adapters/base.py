@@ -1,0 +1,172 @@
+"""What every kind of adapter can do, and how adapters stack on one weight.
+
+Terms used throughout: *weight* is the base weight in its real shape, `(out, in)` for a linear layer and
+`(out, in / groups, *kernel)` for a convolution; *strength* is the number the user typed; *scale* is what the file
+itself asks for (alpha / rank).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..errors import LoraMismatchError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Shape = tuple[int, ...]
+RowFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of a weight: `length` entries from `start` along `dim` (q, k or v inside a fused qkv)."""
+
+    dim: int
+    start: int
+    length: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.narrow(self.dim, self.start, self.length)
+
+    def shape_in(self, shape: Shape) -> Shape:
+        """Shape of this part of a weight of `shape`; raises LoraMismatchError where it does not lie inside."""
+        if not (0 <= self.dim < len(shape) and self.start >= 0 and 0 < self.length <= shape[self.dim] - self.start):
+            raise LoraMismatchError(
+                f"addresses entries {self.start}..{self.start + self.length} of dimension {self.dim}, the weight is {list(shape)}"
+            )
+        return (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """An additive term `scale * up @ down`: `up` is `(out, rank)`, `down` is `(rank, in * kernel)`, both flattened.
+
+    `mid` is the Tucker core `(rank_up, rank_down, *kernel)` of a LoCon; then `down` is `(rank_down, in)`.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float
+    mid: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    def dense_down(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+        """`down` as `(rank, in * kernel)` with the Tucker core multiplied in."""
+        down = self.down.to(device=device, dtype=dtype)
+        if self.mid is None:
+            return down
+        mid = self.mid.to(device=device, dtype=dtype)
+        return torch.einsum("ri...,ij->rj...", mid, down).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter(ABC):
+    """What one LoRA file says about one weight. Frozen: converted with `map`, never changed in place."""
+
+    kind: ClassVar[str]
+    additive: ClassVar[bool] = True
+    """True when the delta does not depend on the weight, so that the order in a stack is of no matter."""
+
+    def tensors(self) -> Iterable[torch.Tensor]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                yield value
+
+    def map(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """A copy with every tensor converted (copied out of a file, moved to a device)."""
+        changed = {f.name: convert(v) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **changed)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two adapters that hold the same tensor objects and numbers: what a change need not redo."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return type(self), *(v if v is None or isinstance(v, (int, float, str)) else id(v) for v in values)
+
+    @abstractmethod
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        """Raises LoraMismatchError unless this adapter fits a weight of `shape`.
+
+        `may_expand`: the weight is a model's input projection, which FLUX-tools LoRAs widen.
+        """
+
+    @abstractmethod
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        """The patched weight. `weight` is scratch: it may be changed in place and returned, or left and replaced.
+
+        Works in the dtype of `weight`. `function` is applied to an additive delta before it is added.
+        """
+
+    def low_rank(self) -> LowRank | None:
+        """The delta as one low-rank term, or None where there is no cheap exact one."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One adapter of one LoRA on one weight, with everything the host asks of it."""
+
+    adapter: Adapter
+    strength: float
+    strength_model: float = 1.0
+    part: Slice | None = None
+    function: RowFunction | None = None
+    origin: int = 0
+    """Which LoRA of the stack this came from (its place in the user's order)."""
+
+    def identity(self) -> tuple[object, ...]:
+        return self.adapter.identity(), self.strength, self.strength_model, self.part, self.function
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        if self.part is not None:
+            shape, may_expand = self.part.shape_in(shape), False
+        self.adapter.check(shape, may_expand=may_expand)
+
+
+def apply_terms(weight: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
+    """`weight` with the whole stack applied in order, as `merge_lora_to_weight` of the host defines it.
+
+    `weight` is scratch of the caller's, in the dtype to compute in. The result may be another tensor, of another
+    shape where a FLUX-tools LoRA widens an input projection.
+    """
+    for term in terms:
+        target = weight if term.part is None else term.part.of(weight)
+        if term.strength_model != 1.0:
+            target.mul_(term.strength_model)
+        patched = term.adapter.patch(target, term.strength, term.function)
+        if term.part is None:
+            weight = patched
+        elif patched is not target:
+            target.copy_(patched)
+    return weight
+
+
+def add_delta(weight: torch.Tensor, delta: torch.Tensor, factor: float, function: RowFunction | None) -> torch.Tensor:
+    """`weight += function(factor * delta)`, in place."""
+    if function is None:
+        return weight.add_(delta.to(weight.dtype), alpha=factor)
+    return weight.add_(function((delta * factor).to(weight.dtype)))
+
+
+def mismatch(what: str, found: Sequence[int], wanted: Sequence[int]) -> LoraMismatchError:
+    return LoraMismatchError(f"{what} gives {list(found)}, the weight is {list(wanted)}")
+
+
+def product_of(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

@@ -1,0 +1,66 @@
+"""LoHa: the Hadamard product of two low-rank products (arXiv 2108.06098, as LyCORIS stores it)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..errors import LoraMismatchError
+from .base import Adapter, RowFunction, Shape, add_delta, mismatch, product_of
+from .dora import check_magnitude, decompose
+
+
+@dataclass(frozen=True, eq=False)
+class LohaAdapter(Adapter):
+    """`w?a` `(out, rank)`, `w?b` `(rank, in * kernel)`; with Tucker cores `t?` `(rank, rank, *kernel)`:
+    `w?a` `(rank, out)`, `w?b` `(rank, in)`."""
+
+    kind: ClassVar[str] = "loha"
+    w1a: torch.Tensor
+    w1b: torch.Tensor
+    w2a: torch.Tensor
+    w2b: torch.Tensor
+    alpha: float | None = None
+    t1: torch.Tensor | None = None
+    t2: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def additive(self) -> bool:  # type: ignore[override]  # an instance answers what the class only defaults
+        return self.magnitude is None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.w1b.shape[0]
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        for a, b, core in ((self.w1a, self.w1b, self.t1), (self.w2a, self.w2b, self.t2)):
+            if a.dim() != 2 or b.dim() != 2:
+                raise LoraMismatchError(f"LoHa factors must be matrices, found {list(a.shape)} and {list(b.shape)}")
+            if core is None:
+                fits, gives = a.shape[1] == b.shape[0], (a.shape[0], b.shape[1])
+            else:
+                fits = core.dim() > 2 and core.shape[0] == a.shape[0] and core.shape[1] == b.shape[0]
+                gives = (a.shape[1], b.shape[1] * product_of(core.shape[2:]))
+            if not fits:
+                raise LoraMismatchError(f"LoHa factors {list(a.shape)} and {list(b.shape)} do not multiply")
+            if gives != (shape[0], product_of(shape[1:])):
+                raise mismatch("LoHa", gives, shape)
+        if self.magnitude is not None:
+            check_magnitude(self.magnitude, shape)
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        first = _product(self.w1a, self.w1b, self.t1, weight)
+        delta = first.mul_(_product(self.w2a, self.w2b, self.t2, weight)).reshape(weight.shape)
+        if self.magnitude is not None:
+            return decompose(weight, delta.mul_(self.scale), self.magnitude, strength, function)
+        return add_delta(weight, delta, strength * self.scale, function)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    a, b = a.to(like), b.to(like)
+    if core is None:
+        return a @ b
+    return torch.einsum("rs...,si,ro->oi...", core.to(like), b, a).flatten(1)

@@ -1,0 +1,91 @@
+"""LoRA and LoCon: `delta = alpha / rank * up @ down` (arXiv 2106.09685), for convolutions with an optional Tucker core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..errors import LoraMismatchError
+from .base import Adapter, LowRank, RowFunction, Shape, mismatch, product_of
+from .dora import check_magnitude, decompose
+
+
+@dataclass(frozen=True, eq=False)
+class LoraAdapter(Adapter):
+    """`up` `(out, rank, ...)`, `down` `(rank, in, ...)`; with `mid` `(rank, rank, *kernel)` both outer ones are 1x1.
+
+    `alpha` None means that the file states no scale (1 is used). `magnitude` makes it a DoRA.
+    """
+
+    kind: ClassVar[str] = "lora"
+    up: torch.Tensor
+    down: torch.Tensor
+    alpha: float | None = None
+    mid: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def additive(self) -> bool:  # type: ignore[override]  # an instance answers what the class only defaults
+        return self.magnitude is None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; the rank is that of `down`, as the host counts it."""
+        return 1.0 if self.alpha is None else self.alpha / self.down.shape[0]
+
+    def delta_shape(self) -> tuple[int, int]:
+        """`(out, in * kernel)` of the product."""
+        kernel = 1 if self.mid is None else product_of(self.mid.shape[2:])
+        return self.up.shape[0], product_of(self.down.shape[1:]) * kernel
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        if self.up.dim() < 2 or self.down.dim() < 2 or not all(self.up.shape) or not all(self.down.shape):
+            raise LoraMismatchError(
+                f"factors {list(self.up.shape)} and {list(self.down.shape)} are no pair of matrices"
+            )
+        inner_up = product_of(self.up.shape[1:])
+        if self.mid is None:
+            pairs = inner_up == self.down.shape[0]
+        else:
+            pairs = self.mid.dim() > 2 and inner_up == self.mid.shape[0] and self.mid.shape[1] == self.down.shape[0]
+        if not pairs:
+            mid = "" if self.mid is None else f" over mid {list(self.mid.shape)}"
+            raise LoraMismatchError(f"up {list(self.up.shape)} and down {list(self.down.shape)} do not multiply{mid}")
+        rows, columns = self.delta_shape()
+        wanted = (shape[0], product_of(shape[1:]))
+        if rows != wanted[0] or (columns != wanted[1] and not (may_expand and len(shape) == 2)):
+            raise mismatch("up @ down", (rows, columns), shape)
+        if self.magnitude is not None:
+            check_magnitude(self.magnitude, shape)
+
+    def low_rank(self) -> LowRank | None:
+        if self.magnitude is not None:
+            return None
+        mid = self.mid
+        return LowRank(up=self.up.flatten(1), down=self.down.flatten(1), scale=self.scale, mid=mid)
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        dtype, device = weight.dtype, weight.device
+        up = self.up.flatten(1).to(device=device, dtype=dtype)
+        down = LowRank(self.up, self.down.flatten(1), 1.0, self.mid).dense_down(dtype, device)
+        weight, down = _widen(weight, down)
+        if self.magnitude is not None:
+            return decompose(weight, (up @ down).mul_(self.scale), self.magnitude, strength, function)
+        factor = strength * self.scale
+        if function is not None:
+            return weight.add_(function((up @ down).mul_(factor).reshape(weight.shape)))
+        if weight.dim() == 2:
+            return weight.addmm_(up, down, alpha=factor)
+        return weight.add_((up @ down).reshape(weight.shape), alpha=factor)
+
+
+def _widen(weight: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads the narrower of a 2-D weight and a low-rank input side with zeros (FLUX-tools input channels)."""
+    missing = down.shape[1] - (weight.numel() // weight.shape[0])
+    if missing > 0:
+        weight = torch.nn.functional.pad(weight, (0, missing))
+    elif missing < 0:
+        down = torch.nn.functional.pad(down, (0, -missing))
+    return weight, down

@@ -1,0 +1,91 @@
+"""Reads the patch tuples that Forge and ComfyUI hand to their patchers.
+
+Format, from Forge `backend/patcher/lora.py` and `backend/patcher/base.py`: a patch is
+`[strength, value, strength_model, offset, function]`; `value` is `(tensor,)` for a difference, `(kind, (..., ...))`
+for a named kind, or a list `[base, patch, patch, ...]` for a nested stack; `offset` is `(dim, start, length)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import LoraMismatchError
+from .base import Adapter, Slice, Term
+from .glora import GloraAdapter
+from .loha import LohaAdapter
+from .lokr import LokrAdapter
+from .lora import LoraAdapter
+from .whole import DiffAdapter, ForeignAdapter, NestedAdapter, SetAdapter
+
+Calculators = Mapping[str, Callable[[torch.Tensor, float, Any], torch.Tensor]]
+
+
+def parse_term(patch: Sequence[Any], calculators: Calculators, origin: int = 0) -> Term:
+    """One host patch as a Term. Raises LoraMismatchError for a value that is none of the known forms."""
+    if len(patch) < 5:
+        raise LoraMismatchError(f"a patch has {len(patch)} fields, 5 are expected")
+    strength, value, strength_model, offset, function = patch[:5]
+    return Term(
+        adapter=parse_value(value, calculators),
+        strength=float(strength),
+        strength_model=float(strength_model),
+        part=None if offset is None else Slice(*(int(n) for n in offset)),
+        function=function,
+        origin=origin,
+    )
+
+
+def parse_value(value: Any, calculators: Calculators) -> Adapter:
+    """The adapter in one patch value."""
+    if isinstance(value, list):
+        return NestedAdapter(base=value[0], terms=tuple(parse_term(p, calculators) for p in value[1:]))
+    if isinstance(value, tuple) and len(value) == 1:
+        return DiffAdapter(value[0])
+    if not (isinstance(value, tuple) and len(value) == 2):
+        raise LoraMismatchError(f"a patch value of type {type(value).__name__} is not known")
+    kind, content = value
+    if kind in _READERS:
+        try:
+            return _READERS[kind](*content)
+        except TypeError as error:
+            raise LoraMismatchError(f"a patch of kind '{kind}' does not have the fields expected: {error}") from None
+    if kind in calculators:
+        return ForeignAdapter(name=kind, value=content, calculate=calculators[kind])
+    raise LoraMismatchError(f"a patch of kind '{kind}' is not known")
+
+
+def _number(alpha: Any) -> float | None:
+    return None if alpha is None else float(alpha)
+
+
+def _lora(up: Any, down: Any, alpha: Any, mid: Any = None, dora: Any = None) -> Adapter:
+    return LoraAdapter(up, down, _number(alpha), mid, dora)
+
+
+def _loha(
+    w1a: Any, w1b: Any, alpha: Any, w2a: Any, w2b: Any, t1: Any = None, t2: Any = None, dora: Any = None
+) -> Adapter:
+    return LohaAdapter(w1a, w1b, w2a, w2b, _number(alpha), t1, t2, dora)
+
+
+def _lokr(
+    w1: Any, w2: Any, alpha: Any, w1a: Any, w1b: Any, w2a: Any, w2b: Any, t2: Any = None, dora: Any = None
+) -> Adapter:
+    return LokrAdapter(w1, w2, _number(alpha), w1a, w1b, w2a, w2b, t2, dora)
+
+
+def _glora(a1: Any, a2: Any, b1: Any, b2: Any, alpha: Any, dora: Any = None) -> Adapter:
+    return GloraAdapter(a1, a2, b1, b2, _number(alpha), dora)
+
+
+_READERS: dict[str, Callable[..., Adapter]] = {
+    "diff": DiffAdapter,
+    "set": SetAdapter,
+    "lora": _lora,
+    "loha": _loha,
+    "lokr": _lokr,
+    "glora": _glora,
+}

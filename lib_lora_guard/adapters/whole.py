@@ -1,0 +1,100 @@
+"""Adapters that carry a whole tensor: a difference, a replacement, a patched other weight, another program's own kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from .base import Adapter, RowFunction, Shape, Term, add_delta, apply_terms, mismatch
+
+
+@dataclass(frozen=True, eq=False)
+class DiffAdapter(Adapter):
+    """`weight += strength * diff`. A 4-D diff may be larger than an input convolution, which then grows (inpainting)."""
+
+    kind: ClassVar[str] = "diff"
+    diff: torch.Tensor
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        grows = may_expand and len(shape) == self.diff.dim() == 4
+        if tuple(self.diff.shape) != shape and not grows:
+            raise mismatch("diff", self.diff.shape, shape)
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        if strength == 0.0:
+            return weight
+        diff = self.diff.to(device=weight.device, dtype=weight.dtype)
+        if diff.shape == weight.shape:
+            return weight.add_(diff, alpha=strength)
+        grown = weight.new_zeros([max(a, b) for a, b in zip(weight.shape, diff.shape, strict=True)])
+        grown[tuple(slice(n) for n in weight.shape)] = weight
+        grown[tuple(slice(n) for n in diff.shape)] += diff * strength
+        return grown
+
+
+@dataclass(frozen=True, eq=False)
+class SetAdapter(Adapter):
+    """The weight is replaced; the strength has no say, as in the host."""
+
+    kind: ClassVar[str] = "set"
+    additive: ClassVar[bool] = False
+    value: torch.Tensor
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        if tuple(self.value.shape) != shape:
+            raise mismatch("set", self.value.shape, shape)
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        return weight.copy_(self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class NestedAdapter(Adapter):
+    """A difference that is itself a patched tensor: `weight += strength * apply(terms, base)` (host: a list value)."""
+
+    kind: ClassVar[str] = "nested"
+    base: torch.Tensor
+    terms: tuple[Term, ...] = ()
+
+    def map(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> NestedAdapter:
+        inner = tuple(replace(t, adapter=t.adapter.map(convert)) for t in self.terms)
+        return replace(self, base=convert(self.base), terms=inner)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + sum(t.adapter.bytes for t in self.terms)
+
+    def identity(self) -> tuple[object, ...]:
+        return type(self), id(self.base), *(t.identity() for t in self.terms)
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        if tuple(self.base.shape) != shape:
+            raise mismatch("nested patch", self.base.shape, shape)
+        for term in self.terms:
+            term.check(shape, may_expand=False)
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        # The host computes the inner stack in fp32 whatever the outer dtype is.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        inner = apply_terms(self.base.to(device=weight.device, dtype=dtype, copy=True), self.terms)
+        return add_delta(weight, inner, strength, None)
+
+
+@dataclass(frozen=True, eq=False)
+class ForeignAdapter(Adapter):
+    """A kind that another extension registered with the host (`extra_weight_calculators`)."""
+
+    kind: ClassVar[str] = "foreign"
+    additive: ClassVar[bool] = False
+    name: str
+    value: Any
+    calculate: Callable[[torch.Tensor, float, Any], torch.Tensor]
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        """Only its owner knows what fits."""
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        return self.calculate(weight, strength, self.value)
