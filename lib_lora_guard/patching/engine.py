@@ -1,0 +1,210 @@
+"""Brings one model from the stack it has to the stack it should have: validate, plan, prepare, then change.
+
+Nothing of the model is touched before everything that can fail has been done; the change itself is a transaction.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..adapters import Term
+from ..errors import LoraMismatchError, ModeError
+from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
+from ..reporting.report import ApplyReport, LoraReport
+from .access import ModelAccess, Site
+from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
+from .transaction import Transaction
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraRequest:
+    """One LoRA of a stack: what it says about each parameter, or why it could not be read.
+
+    `terms` maps parameter names to the terms on them; `skipped_keys` are keys of the file that the model has no
+    place for; `refused` is a sentence for the user, and a refused LoRA is left out as a whole.
+    """
+
+    label: str
+    strength: float
+    terms: Mapping[str, Sequence[Term]] = field(default_factory=dict)
+    skipped_keys: tuple[str, ...] = ()
+    refused: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(term.adapter.bytes for terms in self.terms.values() for term in terms)
+
+
+class Engine:
+    """The patches on one model. Holds the layers it patched through the attachments and nothing else of the model."""
+
+    def __init__(self) -> None:
+        self._attached: dict[str, Attachment] = {}
+
+    @property
+    def attached(self) -> Mapping[str, Attachment]:
+        return self._attached
+
+    def originals(self) -> dict[str, torch.nn.Parameter]:
+        """The unpatched parameters of everything merged, by name."""
+        return {key: a.original for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
+
+    def change(
+        self,
+        access: ModelAccess,
+        stack: Sequence[LoraRequest],
+        wish: Wish = Wish.AUTO,
+        backup_device: torch.device | None = None,
+    ) -> ApplyReport:
+        """Replaces the current stack by `stack`. On an exception the model has the old stack.
+
+        A LoRA that does not fit is left out and named in the report; the others are applied.
+        """
+        started = time.perf_counter()
+        accepted, reports = self._validate(access, stack)
+        planned = self._plan(access, accepted, reports, wish)
+        target = self._prepare(access, planned, backup_device or torch.device("cpu"))
+        self._commit(target)
+        for _, terms, choice in planned.values():
+            for origin in {term.origin for term in terms}:
+                reports[origin].count(choice)
+        device = access.device()
+        return ApplyReport(
+            model=access.name,
+            loras=reports,
+            device=str(device),
+            device_bytes=self.device_bytes() if device.type != "cpu" else 0,
+            ram_bytes=sum(reports[i].bytes for i in accepted),
+            milliseconds=(time.perf_counter() - started) * 1000,
+        )
+
+    def fitting(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> set[int]:
+        """Which LoRAs of `stack` (by place) could be read and fit the model. Changes nothing."""
+        return set(self._validate(access, stack)[0])
+
+    def refusals(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> list[str | None]:
+        """Why each LoRA of `stack` cannot be applied; None where it can. Changes nothing."""
+        return [report.refused for report in self._validate(access, stack)[1]]
+
+    def drop_device_copies(self) -> None:
+        for attachment in self._attached.values():
+            attachment.drop_device_copies()
+
+    def device_bytes(self) -> int:
+        """Bytes of the factors on a device while the model runs there."""
+        return sum(a.device_bytes for a in self._attached.values())
+
+    def resident_bytes(self) -> int:
+        """Bytes of the factors that lie on a device right now."""
+        return sum(a.device_bytes for a in self._attached.values() if a.is_resident)
+
+    def detach_all(self) -> bool:
+        """Takes everything off without a transaction, for when one has failed; False where something would not go."""
+        attached, self._attached = self._attached, {}
+        clean = True
+        for attachment in attached.values():
+            try:
+                attachment.detach()
+            except Exception:
+                clean = False
+                log.exception("%s could not be restored", attachment.site.key)
+        return clean
+
+    def _validate(
+        self, access: ModelAccess, stack: Sequence[LoraRequest]
+    ) -> tuple[dict[int, dict[str, tuple[Site, list[Term]]]], list[LoraReport]]:
+        accepted: dict[int, dict[str, tuple[Site, list[Term]]]] = {}
+        reports = []
+        for index, lora in enumerate(stack):
+            report = LoraReport(
+                lora.label, lora.strength, bytes=lora.bytes, skipped=list(lora.skipped_keys), refused=lora.refused
+            )
+            reports.append(report)
+            if lora.refused is not None:
+                continue
+            fitting: dict[str, tuple[Site, list[Term]]] = {}
+            for key, terms in lora.terms.items():
+                site = access.site(key)
+                if site is None:
+                    report.skipped.append(key)
+                    continue
+                try:
+                    for term in terms:
+                        term.check(site.shape, may_expand=is_input_projection(key))
+                except LoraMismatchError as error:
+                    report.refused = f"made for another model: {key}: {error}"
+                    break
+                fitting[key] = (site, list(terms))
+            else:
+                accepted[index] = fitting
+        return accepted, reports
+
+    def _plan(
+        self,
+        access: ModelAccess,
+        accepted: Mapping[int, Mapping[str, tuple[Site, list[Term]]]],
+        reports: Sequence[LoraReport],
+        wish: Wish,
+    ) -> dict[str, tuple[Site, tuple[Term, ...], Choice]]:
+        merged: dict[str, tuple[Site, list[Term]]] = {}
+        for fitting in accepted.values():
+            for key, (site, terms) in fitting.items():
+                merged.setdefault(key, (site, []))[1].extend(terms)
+        planned = {}
+        for key, (site, terms) in merged.items():
+            facts = WeightFacts(
+                key, site.shape, site.storage.format, site.storage.wide, site.can_bypass, site.can_on_the_fly
+            )
+            try:
+                planned[key] = (site, tuple(terms), choose_mode(facts, terms, wish))
+            except ModeError as error:
+                if wish is Wish.MERGE:
+                    raise
+                for origin in {term.origin for term in terms}:
+                    reports[origin].skipped.append(str(error))
+        return planned
+
+    def _prepare(
+        self,
+        access: ModelAccess,
+        planned: Mapping[str, tuple[Site, tuple[Term, ...], Choice]],
+        backup_device: torch.device,
+    ) -> dict[str, Attachment]:
+        target: dict[str, Attachment] = {}
+        for key, (site, terms, choice) in planned.items():
+            old = self._attached.get(key)
+            if choice.mode is Mode.BYPASS:
+                new: Attachment = BypassAttachment(access, site, terms, choice)
+                if isinstance(old, BypassAttachment) and isinstance(new, BypassAttachment):
+                    new.hook.joined.share_factors_with(old.hook.joined)
+            elif choice.mode is Mode.ON_THE_FLY:
+                new = OnTheFlyAttachment(access, site, terms, choice)
+            elif isinstance(old, MergeAttachment) and old.site.layer is site.layer:
+                if old.identity() == [choice.mode, *(t.identity() for t in terms)]:
+                    target[key] = old
+                    continue
+                new = MergeAttachment(access, site, terms, choice, old.original, backup_device)
+            else:
+                new = MergeAttachment(access, site, terms, choice, None, backup_device)
+            target[key] = (
+                old if old is not None and old.site.layer is site.layer and old.identity() == new.identity() else new
+            )
+        return target
+
+    def _commit(self, target: dict[str, Attachment]) -> None:
+        before = self._attached
+        with Transaction() as transaction:
+            for key, old in before.items():
+                if target.get(key) is not old:
+                    transaction.do(old.detach, old.attach)
+            for key, new in target.items():
+                if before.get(key) is not new:
+                    transaction.do(new.attach, new.detach)
+            self._attached = target

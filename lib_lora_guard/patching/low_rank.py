@@ -1,0 +1,136 @@
+"""Several low-rank terms on one weight as few matrix products on the layer's input and output.
+
+For every part of the input that terms read (the whole, or one slice) the `down` factors are joined along the rank;
+every part of the output gets its own `up`. Strengths are not folded into the factors: one strength is the `alpha` of
+the last product, several are a vector over the rank, so a change of strength moves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..adapters import LowRank, Slice, Term
+from ..adapters.base import product_of
+from .device_cache import DeviceCache
+
+
+@dataclass(frozen=True)
+class Output:
+    """Ranks `start : start + up.shape[1]` of a block go to `part` of the output through `up` `(out, rank)`."""
+
+    up: torch.Tensor
+    start: int
+    part: Slice | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """All terms that read the same part of the input. `down` is `(rank, in * kernel)`."""
+
+    down: torch.Tensor
+    part: Slice | None
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a block's rank activation is multiplied with: one number, or one per rank."""
+
+    alpha: float
+    per_rank: torch.Tensor | None
+
+
+class JoinedLowRank:
+    """`terms` must all satisfy `planning.mode.bypass_can_carry` for a weight of `shape`."""
+
+    def __init__(self, terms: Sequence[Term], shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        groups: dict[Slice | None, dict[Slice | None, list[tuple[LowRank, float]]]] = {}
+        for term in terms:
+            factors = term.adapter.low_rank()
+            if factors is None:
+                raise TypeError(f"a term of kind '{term.adapter.kind}' has no low-rank form")
+            outputs = groups.setdefault(_side(term.part, 1), {})
+            outputs.setdefault(_side(term.part, 0), []).append((factors, term.strength * factors.scale))
+        self._groups = groups
+        self._blocks: DeviceCache[tuple[Block, ...]] = DeviceCache()
+        self._scales: DeviceCache[tuple[Scale, ...]] = DeviceCache()
+
+    def share_factors_with(self, older: JoinedLowRank) -> None:
+        """Takes over device copies of a stack that differs in strengths alone."""
+        if self._factor_identity() == older._factor_identity():
+            self._blocks = older._blocks
+
+    def drop_device_copies(self) -> None:
+        self._blocks.drop()
+        self._scales.drop()
+
+    @property
+    def is_resident(self) -> bool:
+        return len(self._blocks) > 0
+
+    def device_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the joined factors on a device, in `dtype`."""
+        size = torch.empty(0, dtype=dtype).element_size()
+        total = 0
+        for factors in self._all_factors():
+            kernel = 1 if factors.mid is None else product_of(factors.mid.shape[2:])
+            total += factors.up.numel() + factors.rank * factors.down.shape[1] * kernel
+        return total * size
+
+    def parts(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Block, Scale]]:
+        """The blocks and their scales on `device`. On the CPU terms are not joined, because joining is a copy."""
+        join = device.type != "cpu"
+        blocks = self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join)))
+        scales = self._scales.get(device, dtype, lambda: tuple(self._make_scales(device, join)))
+        return iter(zip(blocks, scales, strict=True))
+
+    def _make_blocks(self, device: torch.device, dtype: torch.dtype, join: bool) -> Iterator[Block]:
+        for in_part, outputs in self._groups.items():
+            made: list[Output] = []
+            downs: list[torch.Tensor] = []
+            rank = 0
+            for out_part, entries in outputs.items():
+                ups = [factors.up.to(device=device, dtype=dtype) for factors, _ in entries]
+                new_downs = [factors.dense_down(dtype, device) for factors, _ in entries]
+                if join:
+                    made.append(Output(torch.cat(ups, 1) if len(ups) > 1 else ups[0], rank, out_part))
+                    downs += new_downs
+                    rank += sum(d.shape[0] for d in new_downs)
+                else:
+                    for up, down in zip(ups, new_downs, strict=True):
+                        yield Block(down, in_part, (Output(up, 0, out_part),))
+            if join:
+                yield Block(torch.cat(downs) if len(downs) > 1 else downs[0], in_part, tuple(made))
+
+    def _make_scales(self, device: torch.device, join: bool) -> Iterator[Scale]:
+        for outputs in self._groups.values():
+            entries = [entry for group in outputs.values() for entry in group]
+            if not join:
+                yield from (Scale(scale, None) for _, scale in entries)
+            elif len({scale for _, scale in entries}) == 1:
+                yield Scale(entries[0][1], None)
+            else:
+                ranks = torch.tensor([factors.rank for factors, _ in entries])
+                values = torch.tensor([scale for _, scale in entries], dtype=torch.float32)
+                # fp32 whatever the activations are: in bf16 a strength of 0.85 would be 0.8516.
+                yield Scale(1.0, values.repeat_interleave(ranks).to(device))
+
+    def _all_factors(self) -> Iterator[LowRank]:
+        for outputs in self._groups.values():
+            for entries in outputs.values():
+                yield from (factors for factors, _ in entries)
+
+    def _factor_identity(self) -> list[object]:
+        return [
+            (in_part, out_part, [(f.up.data_ptr(), f.down.data_ptr(), f.rank, id(f.mid)) for f, _ in entries])
+            for in_part, outputs in self._groups.items()
+            for out_part, entries in outputs.items()
+        ]
+
+
+def _side(part: Slice | None, dim: int) -> Slice | None:
+    return part if part is not None and part.dim == dim else None

@@ -1,0 +1,46 @@
+"""On the fly: the delta goes into the temporary weight that a layer makes for its forward pass, never into the parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ..adapters import Term, apply_terms
+from ..weights.storage import shares_storage
+from .device_cache import DeviceCache
+
+
+class WeightTerms:
+    """The stack of one weight, ready to be applied to a dequantised or cast copy of it on any device."""
+
+    def __init__(self, key: str, terms: Sequence[Term]) -> None:
+        self.key = key
+        self.terms = tuple(terms)
+        self._copies: DeviceCache[tuple[Term, ...]] = DeviceCache()
+
+    def apply(self, weight: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor:
+        """The patched weight, in the dtype of `weight`.
+
+        `weight` is written into only when it is proven not to be the memory of `parameter`.
+        """
+        terms = self._copies.get(weight.device, weight.dtype, lambda: self._on(weight.device, weight.dtype))
+        scratch = weight.clone() if shares_storage(weight, parameter) else weight
+        return apply_terms(scratch, terms)
+
+    def drop_device_copies(self) -> None:
+        self._copies.drop()
+
+    @property
+    def is_resident(self) -> bool:
+        return len(self._copies) > 0
+
+    def device_bytes(self, dtype: torch.dtype) -> int:
+        size = torch.empty(0, dtype=dtype).element_size()
+        return sum(t.numel() for term in self.terms for t in term.adapter.tensors()) * size
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Term, ...]:
+        if device.type == "cpu":
+            return self.terms
+        return tuple(replace(t, adapter=t.adapter.map(lambda x: x.to(device=device, dtype=dtype))) for t in self.terms)

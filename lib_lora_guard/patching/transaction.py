@@ -1,0 +1,43 @@
+"""All or nothing: every change is recorded with its undo before the next one starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import TracebackType
+
+log = logging.getLogger(__name__)
+
+
+class Transaction:
+    """`with Transaction() as t: t.do(change, undo)`. An exception in the block undoes what was done, last first.
+
+    `undo` must be right whether `change` ran wholly, in part or not at all. An undo that itself fails does not stop
+    the others; `clean` then says that the old state may not be back.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+        self.clean = True
+
+    def do(self, change: Callable[[], object], undo: Callable[[], object]) -> None:
+        self._undo.append(undo)
+        change()
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.rollback()
+
+    def rollback(self) -> None:
+        while self._undo:
+            undo = self._undo.pop()
+            try:
+                undo()
+            except Exception:
+                self.clean = False
+                log.exception("an undo step failed; the remaining ones go on")

@@ -1,0 +1,112 @@
+"""Which treatment a weight gets. Pure: facts in, a choice with its reason out.
+
+The choice depends on storage, kind, shape and the user's wish, never on the memory that happens to be free, so that
+the same seed gives the same picture on every card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ..adapters import LoraAdapter, Term
+from ..adapters.base import product_of
+from ..errors import ModeError
+
+
+class Mode(str, Enum):
+    """How the delta reaches the result. The value is what logs and reports show."""
+
+    BYPASS = "bypass"
+    ON_THE_FLY = "on_the_fly"
+    MERGE = "merge"
+
+
+class Wish(str, Enum):
+    """What the user asked for. AUTO leaves it to the rules below."""
+
+    AUTO = "auto"
+    BYPASS = "bypass"
+    ON_THE_FLY = "on_the_fly"
+    MERGE = "merge"
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What the choice may look at. `can_*` say what the layer's own code allows."""
+
+    key: str
+    shape: tuple[int, ...]
+    format: str
+    wide: bool
+    can_bypass: bool
+    can_on_the_fly: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    mode: Mode
+    reason: str
+
+
+def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUTO) -> Choice:
+    """The mode for one weight and its stack.
+
+    Raises ModeError where no mode keeps the LoRA: a wish that this storage cannot carry, or a low-bit weight that no
+    layer call reaches.
+    """
+    if len(facts.shape) < 2:
+        return Choice(Mode.MERGE, "small parameter")
+    if not (facts.can_bypass or facts.can_on_the_fly):
+        if facts.wide:
+            return Choice(Mode.MERGE, "no layer call reaches it")
+        raise ModeError(
+            f"{facts.key}: stored as {facts.format} and read outside any layer, so a LoRA cannot be added to it"
+        )
+    if wish is Wish.MERGE:
+        if not facts.wide:
+            raise ModeError(
+                f"{facts.key}: stored as {facts.format}; merging would round most of the LoRA away. Use mode 'auto'"
+            )
+        return Choice(Mode.MERGE, "asked for")
+    low_rank = facts.can_bypass and all(bypass_can_carry(term, facts.shape) for term in terms)
+    if low_rank and wish is not Wish.ON_THE_FLY:
+        return Choice(Mode.BYPASS, "low rank")
+    if facts.can_on_the_fly:
+        return Choice(Mode.ON_THE_FLY, "asked for" if low_rank else "kind needs the weight")
+    if low_rank:
+        return Choice(Mode.BYPASS, "weight not reachable")
+    if facts.wide:
+        return Choice(Mode.MERGE, "layer computes with its weight directly")
+    raise ModeError(
+        f"{facts.key}: stored as {facts.format} in a layer that gives no access to the weight it computes with"
+    )
+
+
+def bypass_can_carry(term: Term, shape: tuple[int, ...]) -> bool:
+    """True when adding to the layer's output is exact: a plain low-rank term on the whole, an output or an input part."""
+    adapter = term.adapter
+    if not isinstance(adapter, LoraAdapter) or adapter.magnitude is not None:
+        return False
+    if term.strength_model != 1.0 or term.function is not None:
+        return False
+    if term.part is not None:
+        if term.part.dim > 1:
+            return False
+        shape = term.part.shape_in(shape)
+    return adapter.delta_shape() == (shape[0], product_of(shape[1:]))
+
+
+_INPUT_PROJECTIONS = (
+    "img_in.weight",
+    "x_embedder.weight",
+    "x_embedder.proj.weight",
+    "conv_in.weight",
+    "input_blocks.0.0.weight",
+)
+
+
+def is_input_projection(key: str) -> bool:
+    """True for the weights that FLUX-tools and inpainting LoRAs widen: the first projection of the latent image."""
+    return key.endswith(_INPUT_PROJECTIONS)

@@ -1,0 +1,21 @@
+"""How a weight is stored, and how to read it. Pure torch; knows neither adapters nor hosts."""
+
+from .codec import Codec, PlainCodec, ScaledFp8Codec
+from .gguf_blocks import Q4_0Codec, Q8_0Codec
+from .nf4 import Nf4Codec
+from .storage import Storage, dtype_name, shares_storage, storage_of
+from .stored_linear import StoredLinear
+
+__all__ = [
+    "Codec",
+    "Nf4Codec",
+    "PlainCodec",
+    "Q4_0Codec",
+    "Q8_0Codec",
+    "ScaledFp8Codec",
+    "Storage",
+    "StoredLinear",
+    "dtype_name",
+    "shares_storage",
+    "storage_of",
+]

@@ -1,0 +1,70 @@
+"""How a weight lies in memory, read off the parameter itself.
+
+Sources: Forge `backend/operations_gguf.py` (`gguf_cls`, `real_shape`) and `backend/operations_bnb.py`
+(`bnb_quantized`, `quant_state`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FP8_DTYPES = tuple(
+    getattr(torch, n)
+    for n in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, n)
+)
+WIDE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Storage:
+    """`format` is a short name for people ("bf16", "fp8", "nf4", "Q4_K"); `bytes` what it takes as it lies there."""
+
+    format: str
+    shape: tuple[int, ...]
+    bytes: int
+    wide: bool
+    """True for plain 16, 32 and 64-bit floats: only these can take a merge without losing the LoRA."""
+
+
+def storage_of(parameter: torch.Tensor) -> Storage:
+    """Storage of one parameter."""
+    any_parameter: Any = parameter
+    size = parameter.data.numel() * parameter.data.element_size()
+    if hasattr(parameter, "gguf_cls"):
+        gguf_class = any_parameter.gguf_cls
+        shape = tuple(any_parameter.real_shape)
+        if gguf_class is not None:
+            return Storage(gguf_class.__name__, shape, size, wide=False)
+        return Storage(dtype_name(parameter.dtype), shape, size, wide=parameter.dtype in WIDE_DTYPES)
+    if hasattr(parameter, "bnb_quantized"):
+        state = getattr(parameter, "quant_state", None)
+        shape = tuple(parameter.shape) if state is None else tuple(state.shape)
+        return Storage(str(getattr(parameter, "quant_type", "4bit")), shape, size, wide=False)
+    return Storage(dtype_name(parameter.dtype), tuple(parameter.shape), size, wide=parameter.dtype in WIDE_DTYPES)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The short name people use: bf16, fp16, fp32, fp8_e4m3fn."""
+    name = str(dtype).removeprefix("torch.")
+    for long, short in (
+        ("bfloat16", "bf16"),
+        ("float16", "fp16"),
+        ("float32", "fp32"),
+        ("float64", "fp64"),
+        ("float8", "fp8"),
+    ):
+        if name.startswith(long):
+            return short + name[len(long) :]
+    return name
+
+
+def shares_storage(a: torch.Tensor, b: torch.Tensor | None) -> bool:
+    """True when writing into `a` would write into `b`: `.to()` and `.data` may return the parameter itself."""
+    if b is None or a.device != b.device or a.device.type == "meta":
+        return b is not None and a is b
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

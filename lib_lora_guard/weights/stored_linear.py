@@ -1,0 +1,52 @@
+"""A linear layer whose weight is stored by a codec and decoded for every forward pass. Needs neither host nor GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from .codec import Codec, Parts
+from .storage import Storage
+
+
+class StoredLinear(torch.nn.Module):
+    """`y = x @ decode(weight)^T + bias`. Inference only.
+
+    `weight_terms`: set by the guard, applied to the decoded weight of each forward pass (see patching.on_the_fly).
+    """
+
+    def __init__(self, codec: Codec, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.codec = codec
+        self.out_features, self.in_features = weight.shape
+        parts = codec.encode(weight)
+        self._names = tuple(parts)
+        for name, value in parts.items():
+            self.register_parameter(
+                "weight" if name == "data" else f"weight_{name}", torch.nn.Parameter(value, requires_grad=False)
+            )
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        self.weight_terms: object | None = None
+
+    def parts(self) -> Parts:
+        return {name: getattr(self, "weight" if name == "data" else f"weight_{name}").data for name in self._names}
+
+    def storage(self) -> Storage:
+        size = sum(part.numel() * part.element_size() for part in self.parts().values())
+        wide = self.parts()["data"].dtype in (torch.bfloat16, torch.float16, torch.float32)
+        return Storage(self.codec.format, (self.out_features, self.in_features), size, wide)
+
+    def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.codec.decode(self.parts(), dtype)
+
+    def store(self, weight: torch.Tensor) -> None:
+        """Encodes `weight` into the place of the present one (the merging way; low-bit formats round it)."""
+        for name, value in self.codec.encode(weight).items():
+            parameter: torch.nn.Parameter = getattr(self, "weight" if name == "data" else f"weight_{name}")
+            parameter.data = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.decode(x.dtype)
+        if self.weight_terms is not None:
+            weight = self.weight_terms.apply(weight, self.weight)  # type: ignore[attr-defined]  # WeightTerms; naming it would be an import cycle
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
