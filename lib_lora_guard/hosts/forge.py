@@ -1,0 +1,117 @@
+"""The takeover of Forge's LoRA patcher. `install()` once, `uninstall()` to give everything back."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+
+from ..errors import HostError
+from .forge_loader import LoaderControl
+from .forge_patches import factor_elements
+from .forge_probe import ForgeApi, probe
+from .hooks import HookSet
+
+log = logging.getLogger(__name__)
+
+
+class ForgeTakeover:
+    """The installed hooks and what they share. One per process; see `install`."""
+
+    def __init__(self, api: ForgeApi) -> None:
+        self.api = api
+        self.control = LoaderControl(api)
+        self.hooks = HookSet()
+        self._load_models_signature = inspect.signature(api.memory.load_models_gpu)
+
+    def install(self) -> None:
+        """Replaces the host's functions: all, or none where one fails."""
+        api = self.api
+        if hasattr(api.lora.LoraLoader.refresh, "lora_guard_hook"):
+            raise HostError("another copy of LoRA Guard is installed already; keep one folder in extensions/")
+        with self.hooks as hooks:
+            hooks.add(api.lora.LoraLoader, "refresh", self.control.refresh)
+            hooks.add(api.operations, "merge_lora_to_weight", self.control.merge_lora_to_weight)
+            hooks.add(api.base.ModelPatcher, "has_online_lora", self._has_online_lora)
+            hooks.add(api.memory.LoadedModel, "model_unload", self._model_unload)
+            hooks.add(api.memory, "load_models_gpu", self._load_models_gpu)
+            for name in ("model_lora_keys_unet", "model_lora_keys_clip"):
+                hooks.add(api.lora, name, _with_fresh_key_map)
+
+    def uninstall(self) -> None:
+        """Gives everything back; LoRAs on loaded models are applied again by the host's own refresh."""
+        refresh = next(h for h in self.hooks.hooks if h.name == "refresh").original
+        self.hooks.restore()
+        live = {
+            id(m.model.lora_loader): m.model
+            for m in self.api.memory.current_loaded_models
+            if hasattr(m.model, "lora_loader")
+        }
+        self.control.release_all(
+            refresh, {key: (patcher.lora_patches, patcher.offload_device) for key, patcher in live.items()}
+        )
+
+    def _has_online_lora(self, original: Any, patcher: Any) -> bool:
+        # True makes Forge reserve and move the factors itself; the guard does both for the stacks it applies.
+        return bool(patcher.lora_patches) and self.control.is_left_to_host(patcher.lora_loader)
+
+    def _model_unload(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(loaded, *args, **kwargs)
+        stays = bool(args[0] if args else kwargs.get("avoid_model_moving", False))
+        if not stays:
+            self.control.drop_device_copies(loaded.model.lora_loader)
+        return result
+
+    def _load_models_gpu(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = self._load_models_signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        extra = sum(self._factor_bytes(patcher) for patcher in bound.arguments["models"])
+        if extra:
+            bound.arguments["hard_memory_preservation"] += extra
+        return original(*bound.args, **bound.kwargs)
+
+    def _factor_bytes(self, patcher: Any) -> int:
+        """Device bytes that the coming refresh of `patcher` will need and that are not there yet."""
+        patches = getattr(patcher, "lora_patches", None)
+        if not patches or patcher.load_device.type == "cpu":
+            return 0
+        if any(loaded.model is patcher for loaded in self.api.memory.current_loaded_models):
+            return 0
+        dtype = getattr(patcher.model, "computation_dtype", None)
+        element_bytes = torch.empty(0, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float16).element_size()
+        return max(0, factor_elements(patches) * element_bytes - self.control.resident_bytes(patcher.lora_loader))
+
+
+def _with_fresh_key_map(original: Any, model: Any, key_map: Any = None) -> Any:
+    # The host's default is one dict for all calls: keys of earlier checkpoints would match this LoRA too.
+    return original(model, {} if key_map is None else key_map)
+
+
+_takeover: ForgeTakeover | None = None
+
+
+def install() -> ForgeTakeover:
+    """Takes Forge's LoRA patcher over; a second call returns the first one's takeover.
+
+    Raises HostError, with nothing replaced, where the host does not fit.
+    """
+    global _takeover
+    if _takeover is None:
+        takeover = ForgeTakeover(probe())
+        takeover.install()
+        _takeover = takeover
+    return _takeover
+
+
+def uninstall() -> None:
+    """Undoes `install`; does nothing where nothing is installed."""
+    global _takeover
+    takeover, _takeover = _takeover, None
+    if takeover is not None:
+        takeover.uninstall()
+
+
+def installed() -> ForgeTakeover | None:
+    return _takeover

@@ -1,0 +1,84 @@
+"""Is this a Forge that the guard fits? Capabilities are probed, never versions; nothing is changed here."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from ..errors import HostError
+
+
+@dataclass(frozen=True)
+class ForgeApi:
+    """The parts of Forge the guard stands on, all proven to be there."""
+
+    lora: ModuleType
+    operations: ModuleType
+    memory: ModuleType
+    base: ModuleType
+    linear_classes: tuple[type, ...]
+    weight_classes: tuple[type, ...]
+    """Layers whose every forward pass gets its weight from `operations.get_weight_and_bias`."""
+
+
+def probe() -> ForgeApi:
+    """The host's parts. Raises HostError with the one probe that failed."""
+    lora = _module("backend.patcher.lora")
+    operations = _module("backend.operations")
+    memory = _module("backend.memory_management")
+    base = _module("backend.patcher.base")
+
+    _parameters(lora, "LoraLoader.refresh", ["self", "lora_patches", "offload_device", "force_refresh"])
+    _parameters(lora, "LoraLoader.__init__", ["self", "model"])
+    _parameters(lora, "merge_lora_to_weight", ["patches", "weight", "key", "computation_dtype"])
+    for name in ("model_lora_keys_unet", "model_lora_keys_clip"):
+        _parameters(lora, name, ["model", "key_map"])
+    _parameters(operations, "get_weight_and_bias", ["layer"])
+    if _attribute(operations, "merge_lora_to_weight") is not lora.merge_lora_to_weight:
+        raise HostError("backend.operations.merge_lora_to_weight is not the one of backend.patcher.lora")
+    _parameters(base, "ModelPatcher.has_online_lora", ["self"])
+    _parameters(base, "ModelPatcher.refresh_loras", ["self"])
+    _parameters(memory, "load_models_gpu", ["models", "hard_memory_preservation"])
+    _parameters(memory, "LoadedModel.model_unload", ["self", "avoid_model_moving"])
+    _attribute(memory, "current_loaded_models")
+
+    linears: list[type] = []
+    weights: list[type] = []
+    for family in ("ForgeOperations", "ForgeOperationsGGUF", "ForgeOperationsBNB4bits"):
+        operations_class = getattr(operations, family, None)
+        if operations_class is None:
+            # Only bitsandbytes is optional: Forge leaves its class out where the package does not import.
+            if family != "ForgeOperationsBNB4bits":
+                raise HostError(f"backend.operations.{family} is missing")
+            continue
+        linears.append(operations_class.Linear)
+        weights.append(operations_class.Linear)
+    for name in ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"):
+        weights.append(_attribute(operations, f"ForgeOperations.{name}"))
+    return ForgeApi(lora, operations, memory, base, tuple(linears), tuple(weights))
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise HostError(f"{name} cannot be imported: {error}") from error
+
+
+def _attribute(owner: Any, path: str) -> Any:
+    value = owner
+    for part in path.split("."):
+        if not hasattr(value, part):
+            raise HostError(f"{owner.__name__}.{path} is missing")
+        value = getattr(value, part)
+    return value
+
+
+def _parameters(owner: ModuleType, path: str, wanted: list[str]) -> None:
+    found = list(inspect.signature(_attribute(owner, path)).parameters)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise HostError(f"{owner.__name__}.{path} has no parameter {', '.join(missing)} (it has {', '.join(found)})")

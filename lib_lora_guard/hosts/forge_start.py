@@ -1,0 +1,69 @@
+"""Start-up inside Forge: the two flags, and one line that says what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import version
+from ..errors import HostError
+from ..reporting import log as reporting_log
+from . import forge
+
+log = logging.getLogger(__name__)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the guard's flags to Forge's own parser (or to any other)."""
+    parser.add_argument(
+        "--lora-guard-off", action="store_true", help="LoRA Guard: leave Forge's own LoRA patcher in place"
+    )
+    parser.add_argument(
+        "--lora-guard-log-level",
+        choices=reporting_log.LEVELS,
+        default="info",
+        help="LoRA Guard: how much is written to the console",
+    )
+
+
+def start(arguments: Sequence[str]) -> bool:
+    """Installs the takeover unless the flags say no; True when it is in place.
+
+    Forge has not parsed its command line yet, so the guard's two flags are read here. Never raises: an extension
+    must not keep Forge from starting.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_flags(parser)
+    try:
+        flags = parser.parse_known_args(
+            [a for a in arguments if a.startswith("--lora-guard") or not a.startswith("-")]
+        )[0]
+        level, off = flags.lora_guard_log_level, flags.lora_guard_off
+    except SystemExit:
+        # A wrong level: Forge's own parser is about to say so.
+        level, off = "info", False
+    reporting_log.set_up(level)
+    if off:
+        log.info("%s is switched off by --lora-guard-off; Forge's own LoRA patcher is in place", version.__version__)
+        return False
+    try:
+        forge.install()
+    except HostError as error:
+        log.warning("%s does not fit this program, so nothing is changed: %s", version.__version__, error)
+        return False
+    except Exception:
+        log.exception("%s could not start, so nothing is changed", version.__version__)
+        return False
+    log.info("%s in place of Forge's LoRA patcher", version.__version__)
+    return True
+
+
+def check_after_reload(extension_root: Path) -> None:
+    """Called each time Forge runs the extension's scripts: files may be newer than what is loaded."""
+    on_disk = (extension_root / "lib_lora_guard" / "version.py").read_text(encoding="utf-8")
+    if f'"{version.__version__}"' not in on_disk:
+        log.warning(
+            "LoRA Guard was updated; restart Forge to use the new version (%s is still running)", version.__version__
+        )

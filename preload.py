@@ -1,0 +1,16 @@
+"""Runs while Forge builds its command line: adds two flags and installs the takeover. Thin on purpose."""
+
+import sys
+from pathlib import Path
+
+# Forge does not put an extension on sys.path before its scripts run, and the folder may have any name.
+_root = str(Path(__file__).resolve().parent)
+if _root not in sys.path:
+    sys.path.append(_root)
+
+
+def preload(parser):
+    from lib_lora_guard.hosts import forge_start
+
+    forge_start.add_flags(parser)
+    forge_start.start(sys.argv[1:])

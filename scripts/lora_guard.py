@@ -1,0 +1,7 @@
+"""Runs at start and at every 'Reload UI'. Thin on purpose: the takeover is installed by preload.py and stays."""
+
+from pathlib import Path
+
+from lib_lora_guard.hosts import forge_start
+
+forge_start.check_after_reload(Path(__file__).resolve().parent.parent)

@@ -1,0 +1,46 @@
+import gc
+import sys
+
+import pytest
+import torch
+
+from contract.host import REAL, Host
+
+_real_host = None
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    # The real backend reads sys.argv at import; pytest's own arguments are not Forge's.
+    monkeypatch.setattr(sys, "argv", ["contract", "--always-cpu"])
+
+
+@pytest.fixture
+def host():
+    """The host without the guard."""
+    global _real_host
+    if REAL:
+        _real_host = _real_host or Host()
+        fresh = _real_host
+    else:
+        fresh = Host()
+    yield fresh
+    fresh.close()
+    gc.collect()
+
+
+@pytest.fixture
+def guarded(host):
+    """The host with the guard in place; taken out again at the end, whatever happened."""
+    from lib_lora_guard.hosts import forge
+
+    takeover = forge.install()
+    host.guard = takeover
+    yield host
+    host.memory.current_loaded_models.clear()
+    forge.uninstall()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(5))
