@@ -214,6 +214,7 @@ class Bench:
     def phase(self, patcher, forward=True, after=None):
         """Loads like a sampler does, runs some steps; numbers of this phase alone."""
         torch = self.torch
+        self.current = patcher  # as Forge's own sd_model does: a patcher nobody holds is unloaded without being moved
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -229,7 +230,7 @@ class Bench:
                 output = self.model.diffusion_model(*self.inputs)
                 torch.cuda.synchronize()
                 steps.append(round(time.perf_counter() - started, 3))
-            result["after"] = after() if after else None
+            answers = after() if after else None
         self.sampling.sampling_cleanup(patcher)
         on_gpu = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.device.type == "cuda")
         result |= {
@@ -239,7 +240,13 @@ class Bench:
             "rss_peak_gb": round(self.rss.peak / GB, 2),
             "weights_on_gpu_gb": round(on_gpu / GB, 3),
         }
-        return result, None if output is None else output.float().cpu()
+        output = None if output is None else output.float().cpu()
+        return (result, output, answers) if after else (result, output)
+
+    def unload(self):
+        self.memory.unload_all_models()
+        gc.collect()
+        self.memory.soft_empty_cache()
 
     def probe(self):
         """What the probed layers answer to fixed inputs, in bf16 as in a picture."""
@@ -295,19 +302,19 @@ class Bench:
         from lib_lora_guard.hosts import forge
 
         online = way == "fp16 LoRA"
+        # Stock moves a little more of the model to the CPU at every change, so each way starts from a fresh placement.
+        self.unload()
+        fresh, _ = self.phase(self.base)
         if way == "guard":
             forge.install()
         try:
-            applied, output = self.phase(self.patcher(1.0, online), after=self.probe)
-            with_lora = applied.pop("after")
-            changed, _ = self.phase(self.patcher(0.8, online), after=self.probe)
-            with_changed = changed.pop("after")
-            result = {"way": way, "apply": applied, "change": changed}
+            applied, output, with_lora = self.phase(self.patcher(1.0, online), after=self.probe)
+            changed, _, with_changed = self.phase(self.patcher(0.8, online), after=self.probe)
+            result = {"way": way, "without": fresh, "apply": applied, "change": changed}
             result["share"], result["error"] = self.share(base_probe, with_lora, 1.0)
             result["share_at_0.8"], _ = self.share(base_probe, with_changed, 0.8)
             if way == "guard":
-                self.memory.unload_all_models()
-                self.memory.soft_empty_cache()
+                self.unload()
                 left = torch.cuda.memory_allocated()
                 result["mb_left_on_gpu_after_unload"] = round(
                     (left - sum(i.numel() * 2 for i in self.inputs)) / 2**20, 1
@@ -316,7 +323,6 @@ class Bench:
                 result["reload"] = reloaded
                 result["same_output_after_reload"] = bool(torch.equal(output, again))
             removed, gone = self.phase(self.base)
-            removed.pop("after")
             result["remove"] = removed
             result["output_back"] = bool(torch.equal(gone, before))
             result["changed_weights_after_removal"] = sum(v != prints[k] for k, v in self.fingerprint().items())
@@ -348,8 +354,7 @@ def main():
             "commit": commit,
             "lora_mb": round(bench.lora_bytes / 2**20, 1),
         }
-        base, before = bench.phase(bench.base, after=bench.probe)
-        base_probe = base.pop("after")
+        base, before, base_probe = bench.phase(bench.base, after=bench.probe)
         prints = bench.fingerprint()
         results = {**header, "base": base, "ways": []}
         online_output = None

@@ -18,12 +18,12 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class FluxShape:
-    """Sizes of one model. The default is the demo's (about 118 M parameters); `FLUX_DEV` is the real one's (11.9 G)."""
+    """Sizes of one model. The default is the demo's (about 110 M parameters); `FLUX_DEV` is the real one's (11.9 G)."""
 
     hidden: int = 768
     heads: int = 6
     double: int = 3
-    single: int = 6
+    single: int = 5
     context: int = 768
     vector: int = 256
     channels: int = 64

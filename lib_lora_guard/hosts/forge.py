@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..errors import HostError
 from .forge_loader import LoaderControl
 from .forge_patches import factor_elements
 from .forge_probe import ForgeApi, probe
@@ -29,8 +28,6 @@ class ForgeTakeover:
     def install(self) -> None:
         """Replaces the host's functions: all, or none where one fails."""
         api = self.api
-        if hasattr(api.lora.LoraLoader.refresh, "lora_guard_hook"):
-            raise HostError("another copy of LoRA Guard is installed already; keep one folder in extensions/")
         with self.hooks as hooks:
             hooks.add(api.lora.LoraLoader, "refresh", self.control.refresh)
             hooks.add(api.operations, "merge_lora_to_weight", self.control.merge_lora_to_weight)

@@ -31,6 +31,8 @@ def probe() -> ForgeApi:
     memory = _module("backend.memory_management")
     base = _module("backend.patcher.base")
 
+    if hasattr(_attribute(lora, "LoraLoader.refresh"), "lora_guard_hook"):
+        raise HostError("another copy of LoRA Guard is installed already; keep one folder in extensions/")
     _parameters(lora, "LoraLoader.refresh", ["self", "lora_patches", "offload_device", "force_refresh"])
     _parameters(lora, "LoraLoader.__init__", ["self", "model"])
     _parameters(lora, "merge_lora_to_weight", ["patches", "weight", "key", "computation_dtype"])

@@ -29,7 +29,7 @@ class Nf4Codec(Codec):
         middles = (levels[1:] + levels[:-1]) / 2
         # A block of zeros has no scale to divide by; its indices are those of level 0.
         unit = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
-        index = torch.bucketize(unit, middles).to(torch.uint8).flatten(1)
+        index = torch.bucketize(unit, middles, out_int32=True).to(torch.uint8).flatten(1)
         return {"data": (index[:, 0::2] << 4) | index[:, 1::2], "absmax": absmax}
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:

@@ -40,7 +40,11 @@ class StoredLinear(torch.nn.Module):
 
     def store(self, weight: torch.Tensor) -> None:
         """Encodes `weight` into the place of the present one (the merging way; low-bit formats round it)."""
-        for name, value in self.codec.encode(weight).items():
+        self.put(self.codec.encode(weight))
+
+    def put(self, parts: Parts) -> None:
+        """Replaces the stored parts."""
+        for name, value in parts.items():
             parameter: torch.nn.Parameter = getattr(self, "weight" if name == "data" else f"weight_{name}")
             parameter.data = value
 

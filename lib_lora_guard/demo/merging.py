@@ -1,0 +1,41 @@
+"""What a merging patcher does, for comparison: decode, add the delta in fp32, encode again, and keep a copy to go back.
+
+This is the usual way (Forge's "Automatic" among them); the demo measures what it costs and what it loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..adapters import Adapter, Term, apply_terms
+from ..adapters.files import module_finder, read_lora_file
+from ..weights.stored_linear import StoredLinear
+
+
+class MergingPatcher:
+    """Merges LoRA files into the StoredLinear layers of a model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, StoredLinear)}
+        self._backup: dict[str, dict[str, torch.Tensor]] = {}
+
+    def apply(self, path: Path, strength: float) -> None:
+        """Restores what is merged now, then merges the file at `strength`."""
+        self.remove()
+        find = module_finder(self._layers)
+        adapters: Mapping[tuple[str, str], Adapter] = read_lora_file(path).adapters
+        for (module, _), adapter in adapters.items():
+            name = find(module)
+            if name is None:
+                continue
+            layer = self._layers[name]
+            self._backup[name] = {key: value.clone() for key, value in layer.parts().items()}
+            layer.store(apply_terms(layer.decode(torch.float32).clone(), [Term(adapter, strength)]))
+
+    def remove(self) -> None:
+        for name, parts in self._backup.items():
+            self._layers[name].put(parts)
+        self._backup = {}

@@ -1,0 +1,128 @@
+"""LoRA files: names of the trainers, our own memory, and what is said about files that are not LoRAs."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.make import host_value, rand, write_kohya
+
+from lib_lora_guard.adapters import DiffAdapter, LohaAdapter, LokrAdapter, LoraAdapter
+from lib_lora_guard.adapters.files import module_finder, parse_tensors, read_lora_file
+from lib_lora_guard.errors import LoraFileError
+
+
+def test_kohya_keys(tmp_path):
+    write_kohya(tmp_path / "a.safetensors", {"lora_unet_blocks_0_proj": (8, 6)}, rank=4, alpha=2.0)
+    file = read_lora_file(tmp_path / "a.safetensors")
+    (((module, parameter), adapter),) = file.adapters.items()
+    assert (module, parameter) == ("lora_unet_blocks_0_proj", "weight")
+    assert isinstance(adapter, LoraAdapter)
+    assert (adapter.up.shape, adapter.down.shape, adapter.alpha, adapter.scale) == ((8, 4), (4, 6), 2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [
+        ("lora_up.weight", "lora_down.weight"),
+        ("lora_B.weight", "lora_A.weight"),
+        ("lora_B.default.weight", "lora_A.default.weight"),
+        ("lora.up.weight", "lora.down.weight"),
+    ],
+)
+def test_names_of_the_two_factors(up, down):
+    tensors = {
+        f"transformer.blocks.0.proj.{up}": rand(8, 4, seed=1),
+        f"transformer.blocks.0.proj.{down}": rand(4, 6, seed=2),
+    }
+    adapter = parse_tensors(Path("x"), tensors).adapters["transformer.blocks.0.proj", "weight"]
+    assert torch.equal(adapter.up, tensors[f"transformer.blocks.0.proj.{up}"])
+    assert adapter.alpha is None
+
+
+def test_lycoris_kinds_tucker_dora_and_bias():
+    _, (w1a, w1b, alpha, w2a, w2b, *_) = host_value("loha", (8, 6), 1)
+    _, (k1, _, _, _, _, k2a, k2b, *_) = (
+        "lokr",
+        (rand(2, 2, seed=1), None, 2.0, None, None, rand(4, 4, seed=2), rand(4, 3, seed=3), None, None),
+    )
+    tensors = {
+        **{f"a.hada_{n}": t for n, t in (("w1_a", w1a), ("w1_b", w1b), ("w2_a", w2a), ("w2_b", w2b))},
+        "a.alpha": torch.tensor(alpha),
+        "b.lokr_w1": k1, "b.lokr_w2_a": k2a, "b.lokr_w2_b": k2b,
+        "c.lora_up.weight": rand(8, 4, 1, 1, seed=1), "c.lora_down.weight": rand(4, 6, 1, 1, seed=2), "c.lora_mid.weight": rand(4, 4, 3, 3, seed=3), "c.dora_scale": rand(8, 1, seed=4),
+        "d.diff": rand(8, 6, seed=5), "d.diff_b": rand(8, seed=6),
+        "stray": rand(1, seed=7),
+    }  # fmt: skip
+    file = parse_tensors(Path("x"), tensors)
+    kinds = {key: type(adapter) for key, adapter in file.adapters.items()}
+    assert kinds == {
+        ("a", "weight"): LohaAdapter,
+        ("b", "weight"): LokrAdapter,
+        ("c", "weight"): LoraAdapter,
+        ("d", "weight"): DiffAdapter,
+        ("d", "bias"): DiffAdapter,
+    }
+    assert file.adapters["a", "weight"].alpha == alpha
+    assert file.adapters["c", "weight"].mid.shape == (4, 4, 3, 3)
+    assert file.adapters["c", "weight"].magnitude.shape == (8, 1)
+    assert file.unknown_keys == ("stray",)
+
+
+def test_the_tensors_are_our_own_so_the_file_may_be_overwritten(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_kohya(path, {"m": (8, 6)}, seed=1)
+    adapter = read_lora_file(path).adapters["m", "weight"]
+    before = adapter.up.clone()
+    path.write_bytes(b"\0" * path.stat().st_size)
+    os.truncate(path, 10)
+    assert torch.equal(adapter.up, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.ckpt", b"", r"a\.ckpt: expected a \.safetensors file; convert it first"),
+        ("a.safetensors", b"", r"a\.safetensors: not a readable safetensors file .*download it again"),
+        ("a.safetensors", b"\xff" * 64, "not a readable safetensors file"),
+        ("a.safetensors", (10).to_bytes(8, "little") + b"{}", "not a readable safetensors file"),
+    ],
+)
+def test_files_that_are_no_loras(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LoraFileError, match=message):
+        read_lora_file(tmp_path / name)
+
+
+def test_a_missing_file_a_checkpoint_and_an_incomplete_lora(tmp_path):
+    with pytest.raises(LoraFileError, match="no such file; check the name"):
+        read_lora_file(tmp_path / "gone.safetensors")
+    save_file({"model.weight": rand(2, 2, seed=1)}, str(tmp_path / "c.safetensors"))
+    with pytest.raises(LoraFileError, match="no LoRA keys found among 1 tensors; is this a checkpoint"):
+        read_lora_file(tmp_path / "c.safetensors")
+    save_file({"m.lora_up.weight": rand(2, 2, seed=1)}, str(tmp_path / "i.safetensors"))
+    with pytest.raises(LoraFileError, match=r"m is incomplete .*'down'"):
+        read_lora_file(tmp_path / "i.safetensors")
+    save_file(
+        {"m.lora_up.weight": rand(2, 2, seed=1), "m.lokr_w1": rand(2, 2, seed=1)}, str(tmp_path / "b.safetensors")
+    )
+    with pytest.raises(LoraFileError, match="described as lokr and lora at once"):
+        read_lora_file(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("lora_unet_blocks_0_proj", "blocks.0.proj"),
+        ("lora_te1_blocks_0_proj", "blocks.0.proj"),
+        ("transformer.blocks.0.proj", "blocks.0.proj"),
+        ("base_model.model.transformer.blocks.0.proj", "blocks.0.proj"),
+        ("diffusion_model.blocks.0.proj", "blocks.0.proj"),
+        ("blocks.0.proj", "blocks.0.proj"),
+        ("lora_unet_blocks_1_proj", None),
+        ("lora_unet_a_b", None),
+    ],
+)
+def test_module_names(name, found):
+    assert module_finder(["blocks.0.proj", "a.b", "a_b", ""])(name) == found
