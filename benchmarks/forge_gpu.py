@@ -216,6 +216,7 @@ class Bench:
         torch = self.torch
         self.current = patcher  # as Forge's own sd_model does: a patcher nobody holds is unloaded without being moved
         gc.collect()
+        rss_before = self.rss.process.memory_info().rss
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self.rss.peak = 0
@@ -238,6 +239,7 @@ class Bench:
             "steps": steps,
             "vram_peak_gb": round(torch.cuda.max_memory_allocated() / GB, 2),
             "rss_peak_gb": round(self.rss.peak / GB, 2),
+            "rss_growth_gb": round(max(0, self.rss.peak - rss_before) / GB, 2),
             "weights_on_gpu_gb": round(on_gpu / GB, 3),
         }
         output = None if output is None else output.float().cpu()
@@ -304,6 +306,7 @@ class Bench:
         online = way == "fp16 LoRA"
         # Stock moves a little more of the model to the CPU at every change, so each way starts from a fresh placement.
         self.unload()
+        on_gpu_without = torch.cuda.memory_allocated()
         fresh, _ = self.phase(self.base)
         if way == "guard":
             forge.install()
@@ -315,10 +318,8 @@ class Bench:
             result["share_at_0.8"], _ = self.share(base_probe, with_changed, 0.8)
             if way == "guard":
                 self.unload()
-                left = torch.cuda.memory_allocated()
-                result["mb_left_on_gpu_after_unload"] = round(
-                    (left - sum(i.numel() * 2 for i in self.inputs)) / 2**20, 1
-                )
+                left = torch.cuda.memory_allocated() - on_gpu_without
+                result["mb_left_on_gpu_after_unload"] = round(left / 2**20, 1)
                 reloaded, again = self.phase(self.patcher(1.0, online))
                 result["reload"] = reloaded
                 result["same_output_after_reload"] = bool(torch.equal(output, again))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import PureWindowsPath
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..adapters import Term
 from ..adapters.patch_tuples import Calculators, parse_term
 from ..errors import LoraMismatchError
 from ..patching.engine import LoraRequest
@@ -31,7 +33,7 @@ class FactorCopies:
         if copy is None:
             with torch.inference_mode(False), torch.no_grad():
                 copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-            if copy.is_floating_point() and not torch.isfinite(_readable(copy)).all():
+            if copy.is_floating_point() and not _all_finite(copy):
                 raise LoraMismatchError(
                     "the file holds values that are not finite numbers (NaN or Inf); download or train it again"
                 )
@@ -80,11 +82,11 @@ def factor_elements(lora_patches: Patches) -> int:
     return sum(count(entries) for patches in lora_patches.values() for entries in patches.values())
 
 
-def _copied(term: Any, copies: FactorCopies) -> Any:
-    from dataclasses import replace
-
+def _copied(term: Term, copies: FactorCopies) -> Term:
     return replace(term, adapter=term.adapter.map(copies))
 
 
-def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.element_size() > 1 else tensor.float()
+def _all_finite(tensor: torch.Tensor) -> bool:
+    # NaN and Inf survive a sum, and a sum is one pass without a mask of the tensor's size. fp8 has no sum.
+    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    return math.isfinite(float(wide.sum(dtype=torch.float64)))
