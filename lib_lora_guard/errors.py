@@ -4,6 +4,7 @@
     |-- LoraFileError      the file is missing, broken, or not a LoRA        (also a ValueError)
     |-- LoraMismatchError  the LoRA does not fit this model                  (also a ValueError)
     |-- ModeError          the wished mode cannot be had for a weight        (also a ValueError)
+    |-- RestoreError       an original value could not be put back            (also a RuntimeError)
     |-- LayerError         a patched layer could not finish its forward pass (also a RuntimeError)
     `-- HostError          the host does not look as expected                (also a RuntimeError)
 
@@ -25,6 +26,10 @@ class LoraMismatchError(LoraGuardError, ValueError):
 
 class ModeError(LoraGuardError, ValueError):
     """A mode was asked for that this weight cannot have without losing the LoRA."""
+
+
+class RestoreError(LoraGuardError, RuntimeError):
+    """A weight could not be given its original value back; until it is, the model must not be trusted."""
 
 
 class LayerError(LoraGuardError, RuntimeError):

@@ -7,6 +7,7 @@ itself asks for (alpha / rank).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -131,6 +132,11 @@ class Term:
         return self.adapter.identity(), self.strength, self.strength_model, self.part, self.function
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
+        """Raises LoraMismatchError unless this term can be applied to a weight of `shape`."""
+        alpha = getattr(self.adapter, "alpha", None)
+        for name, number in (("strength", self.strength), ("model strength", self.strength_model), ("alpha", alpha)):
+            if number is not None and not math.isfinite(number):
+                raise LoraMismatchError(f"its {name} is {number}, not a finite number")
         if self.part is not None:
             shape, may_expand = self.part.shape_in(shape), False
         self.adapter.check(shape, may_expand=may_expand)
@@ -163,6 +169,20 @@ def add_delta(weight: torch.Tensor, delta: torch.Tensor, factor: float, function
 
 def mismatch(what: str, found: Sequence[int], wanted: Sequence[int]) -> LoraMismatchError:
     return LoraMismatchError(f"{what} gives {list(found)}, the weight is {list(wanted)}")
+
+
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in RAM of a tensor that may be mapped from a file: a trainer that overwrites the file would change it, one
+    that truncates it would kill the process. Raises LoraMismatchError for values that are not finite."""
+    with torch.inference_mode(False), torch.no_grad():
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        # NaN and Inf survive a sum, and a sum is one pass without a mask of the tensor's size. fp8 has no sum.
+        wide = copy if copy.element_size() > 1 else copy.float()
+        if copy.is_floating_point() and not math.isfinite(float(wide.sum(dtype=torch.float64))):
+            raise LoraMismatchError(
+                "it holds values that are not finite numbers (NaN or Inf); download or train it again"
+            )
+    return copy
 
 
 def product_of(shape: Sequence[int]) -> int:

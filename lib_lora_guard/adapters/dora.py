@@ -13,36 +13,39 @@ from .base import RowFunction, Shape, mismatch
 
 def check_magnitude(magnitude: torch.Tensor, shape: Shape) -> None:
     """Raises LoraMismatchError unless `magnitude` scales the rows or the columns of a weight of `shape`."""
-    size = magnitude.numel()
-    by_row = magnitude.shape[0] == shape[0] and size == shape[0]
-    by_column = len(shape) > 1 and size == shape[1]
-    if not (by_row or by_column):
+    if not _is_by_row(magnitude, shape) and not (len(shape) > 1 and magnitude.numel() == shape[1]):
         raise mismatch("dora_scale", magnitude.shape, shape)
 
 
 def decompose(
     weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor, strength: float, function: RowFunction | None
 ) -> torch.Tensor:
-    """`weight` moved by `strength` towards its magnitude-normalised sum with `delta` (the delta holds alpha / rank)."""
+    """`weight` moved by `strength` towards its magnitude-normalised sum with `delta` (the delta holds alpha / rank).
+
+    Computed in fp32 and rounded once: magnitude / norm is near 1, and in bf16 the steps there are larger than most of what
+    a DoRA changes.
+    """
+    base = weight.to(torch.promote_types(weight.dtype, torch.float32))
     delta = delta.reshape(weight.shape)
     if function is not None:
         delta = function(delta)
-    patched = weight + delta.to(weight.dtype)
-    magnitude = magnitude.to(device=weight.device)
-    if magnitude.shape[0] == weight.shape[0]:
-        norm = _norm(weight, keep_dim=0)
+    patched = base + delta
+    magnitude = magnitude.to(base)
+    if _is_by_row(magnitude, tuple(weight.shape)):
+        norm = _norm(base, keep_dim=0)
         magnitude = magnitude.reshape(-1, *[1] * (weight.dim() - 1))
     else:
         norm = _norm(patched, keep_dim=1)
         magnitude = magnitude.reshape(1, -1, *[1] * (weight.dim() - 2))
-    norm += torch.finfo(weight.dtype).eps
-    patched.mul_((magnitude.to(norm.dtype) / norm).to(weight.dtype))
-    return weight.lerp_(patched, strength) if strength != 1.0 else weight.copy_(patched)
+    patched.mul_(magnitude / (norm + torch.finfo(base.dtype).eps))
+    return weight.copy_(torch.lerp(base, patched, strength) if strength != 1.0 else patched)
+
+
+def _is_by_row(magnitude: torch.Tensor, shape: Shape) -> bool:
+    return magnitude.dim() > 0 and magnitude.shape[0] == magnitude.numel() == shape[0]
 
 
 def _norm(weight: torch.Tensor, keep_dim: int) -> torch.Tensor:
-    """L2 norm over all dimensions but `keep_dim`, summed in fp32 without an fp32 copy of the weight."""
     others = [d for d in range(weight.dim()) if d != keep_dim]
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    norm: torch.Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True, dtype=wide)
+    norm: torch.Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
     return norm

@@ -7,6 +7,7 @@ The format is safetensors only: a pickle can run any code.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import LoraFileError
-from .base import Adapter
+from ..errors import LoraFileError, LoraMismatchError
+from .base import Adapter, own_copy
 from .loha import LohaAdapter
 from .lokr import LokrAdapter
 from .lora import LoraAdapter
@@ -26,8 +27,8 @@ from .whole import DiffAdapter
 Tensors = Mapping[str, torch.Tensor]
 
 _FIELDS = {
-    **{f"{up}.weight": ("lora", "up") for up in ("lora_up", "lora_B", "lora_B.default", "lora.up")},
-    **{f"{down}.weight": ("lora", "down") for down in ("lora_down", "lora_A", "lora_A.default", "lora.down")},
+    **{f"{up}.weight": ("lora", "up") for up in ("lora_up", "lora_B", "lora.up")},
+    **{f"{down}.weight": ("lora", "down") for down in ("lora_down", "lora_A", "lora.down")},
     "lora_mid.weight": ("lora", "mid"),
     **{f"hada_w{side}_{ab}": ("loha", f"w{side}{ab}") for side in (1, 2) for ab in "ab"},
     **{f"hada_t{side}": ("loha", f"t{side}") for side in (1, 2)},
@@ -57,19 +58,19 @@ class LoraFile:
 def read_lora_file(path: str | Path) -> LoraFile:
     """Reads a LoRA file into our own memory and closes it. Raises LoraFileError with the file's name and what to do."""
     path = Path(path)
+    if not path.is_file():
+        raise LoraFileError(f"{path}: no such file; check the name or refresh the list")
     if path.suffix.lower() != ".safetensors":
         raise LoraFileError(
             f"{path.name}: expected a .safetensors file; convert it first, other formats can carry code that runs on loading"
         )
-    tensors = {}
+    tensors, key = {}, ""
     try:
         with safe_open(str(path), framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # safe_open has no iterator of its own
-                mapped = file.get_tensor(key)
-                # Out of the mapping: a trainer that truncates the file would kill the process.
-                tensors[key] = torch.empty(mapped.shape, dtype=mapped.dtype).copy_(mapped)
-    except FileNotFoundError:
-        raise LoraFileError(f"{path}: no such file; check the name or refresh the list") from None
+                tensors[key] = own_copy(file.get_tensor(key))
+    except LoraMismatchError as error:
+        raise LoraFileError(f"{path.name}: {key}: {error}") from None
     except (SafetensorError, OSError) as error:
         raise LoraFileError(f"{path.name}: not a readable safetensors file ({error}); download it again") from error
     return parse_tensors(path, tensors)
@@ -79,17 +80,23 @@ def parse_tensors(path: Path, tensors: Tensors) -> LoraFile:
     """Groups the tensors of one file into adapters."""
     groups: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     unknown = []
-    for key, tensor in tensors.items():
+    for written, tensor in tensors.items():
+        # PEFT puts the adapter's own name between: lora_A.default.weight, lora_A.style.weight.
+        key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", written)
         for suffix, (kind, field) in _FIELDS.items():
             if key.endswith("." + suffix):
                 groups[key[: -len(suffix) - 1]][kind][field] = tensor
                 break
         else:
-            unknown.append(key)
+            unknown.append(written)
     adapters: dict[tuple[str, str], Adapter] = {}
     for module, kinds in groups.items():
         scale: dict[str, Any] = dict(kinds.pop("scale", {}))
         if "alpha" in scale:
+            if scale["alpha"].numel() != 1:
+                raise LoraFileError(
+                    f"{path.name}: {module}.alpha has {scale['alpha'].numel()} values instead of one; the file is damaged"
+                )
             scale["alpha"] = float(scale["alpha"])
         if "bias" in kinds:
             adapters[module, "bias"] = DiffAdapter(kinds.pop("bias")["diff"])

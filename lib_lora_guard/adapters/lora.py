@@ -58,7 +58,8 @@ class LoraAdapter(Adapter):
         if rows != wanted[0] or (columns != wanted[1] and not (may_expand and len(shape) == 2)):
             raise mismatch("up @ down", (rows, columns), shape)
         if self.magnitude is not None:
-            check_magnitude(self.magnitude, shape)
+            # Widened, an input projection has the columns of the LoRA.
+            check_magnitude(self.magnitude, shape if columns <= wanted[1] else (rows, columns))
 
     def low_rank(self) -> LowRank | None:
         if self.magnitude is not None:

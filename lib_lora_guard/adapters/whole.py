@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,19 +20,27 @@ class DiffAdapter(Adapter):
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         grows = may_expand and len(shape) == self.diff.dim() == 4
-        if tuple(self.diff.shape) != shape and not grows:
+        if without_ones(self.diff.shape) != without_ones(shape) and not grows:
             raise mismatch("diff", self.diff.shape, shape)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         if strength == 0.0:
             return weight
         diff = self.diff.to(device=weight.device, dtype=weight.dtype)
-        if diff.shape == weight.shape:
-            return weight.add_(diff, alpha=strength)
+        if without_ones(diff.shape) == without_ones(weight.shape):
+            return weight.add_(diff.reshape(weight.shape), alpha=strength)
         grown = weight.new_zeros([max(a, b) for a, b in zip(weight.shape, diff.shape, strict=True)])
         grown[tuple(slice(n) for n in weight.shape)] = weight
         grown[tuple(slice(n) for n in diff.shape)] += diff * strength
         return grown
+
+
+def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without the ones at its end: `(out, in, 1, 1)` and `(out, in)` hold the same matrix."""
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes)
 
 
 @dataclass(frozen=True, eq=False)

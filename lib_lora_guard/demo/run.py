@@ -29,7 +29,7 @@ RANK, ALPHA = 16, 8.0
 STRENGTH, CHANGED_STRENGTH = 1.0, 0.6
 DELTA_SHARE = 0.02
 """rms of the delta over rms of the weight, as in the measurements the design starts from."""
-TOKENS, TEXT_TOKENS = 192, 32
+TOKENS, TEXT_TOKENS = 128, 32
 PROBED_LAYERS = 8
 
 CODECS: dict[str, Callable[[], Codec]] = {
@@ -38,7 +38,7 @@ CODECS: dict[str, Callable[[], Codec]] = {
     "NF4": Nf4Codec,
     "GGUF Q4_0": Q4_0Codec,
 }
-STEPS_PER_FORMAT = 10
+STEPS_PER_FORMAT = 11
 
 
 @dataclass
@@ -75,6 +75,10 @@ class Row:
 
 
 COLUMNS = ("format", "way", "apply s", "change s", "remove s", "forward s", "RAM MB", "LoRA %", "exact")
+VERDICT = (
+    "RAM is what the merging way needs on top of the model, and it grows with the model; the guard's grows with the LoRA "
+    "alone. Where the LoRA column is far below 100, the picture hardly shows it."
+)
 LEGEND = (
     "forward: without → with the LoRA; RAM: peak above the model; "
     f"LoRA: how much of it the layers show at strength {STRENGTH:g} / {CHANGED_STRENGTH:g}; exact: weights restored bit for bit."
@@ -157,14 +161,15 @@ def _run_format(
     layers = {layer: (int(d.shape[0]), int(d.shape[1])) for layer, d in deltas.items()}
     changed_deltas = {layer: CHANGED_STRENGTH * d for layer, d in deltas.items()}
     bits, without = model_bits(model), answers(model, layers)
-    step("forward without LoRA")
-    forward_without = _forward_seconds(model, inputs)
     guard, merging = LoraGuard(model), MergingPatcher(model)
     ways: dict[str, tuple[Callable[[float], object], Callable[[], object]]] = {
         "guard": (lambda strength: guard.apply([(path, strength)]), guard.remove),
         "merging": (lambda strength: merging.apply(path, strength), merging.remove),
     }
     for way, (apply, remove) in ways.items():
+        # Right before, for each way: other programs on the machine come and go.
+        step(f"forward without LoRA ({way})")
+        forward_without = _forward_seconds(model, inputs)
         step(f"applying ({way})")
         with measured() as applied:
             apply(STRENGTH)
@@ -209,9 +214,11 @@ def _print(console: Console, rows: list[Row], caption: str, markdown: bool) -> N
     if markdown:
         for line in (COLUMNS, ["---"] * len(COLUMNS), *(row.cells() for row in rows)):
             print("| " + " | ".join(line) + " |")
-        print(f"\n{LEGEND}\n\n{caption}")
+        print(f"\n{LEGEND} {VERDICT}\n\n{caption}")
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0, caption=f"{LEGEND}\n{caption}", caption_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=0, caption=f"{LEGEND}\n{VERDICT}\n{caption}", caption_justify="left"
+    )
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("format", "way") else "right", no_wrap=True)
     for row in rows:

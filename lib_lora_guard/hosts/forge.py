@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ..weights.storage import WIDE_DTYPES
 from .forge_loader import LoaderControl
-from .forge_patches import factor_elements
+from .forge_patches import device_elements
 from .forge_probe import ForgeApi, probe
 from .hooks import HookSet
 
@@ -41,44 +42,49 @@ class ForgeTakeover:
         """Gives everything back; LoRAs on loaded models are applied again by the host's own refresh."""
         refresh = next(h for h in self.hooks.hooks if h.name == "refresh").original
         self.hooks.restore()
-        live = {
-            id(m.model.lora_loader): m.model
-            for m in self.api.memory.current_loaded_models
-            if hasattr(m.model, "lora_loader")
-        }
-        self.control.release_all(
-            refresh, {key: (patcher.lora_patches, patcher.offload_device) for key, patcher in live.items()}
-        )
+        live = [loaded.model for loaded in self.api.memory.current_loaded_models]
+        self.control.release_all(refresh, {id(p.lora_loader): p for p in live if hasattr(p, "lora_loader")})
 
     def _has_online_lora(self, original: Any, patcher: Any) -> bool:
         # True makes Forge reserve and move the factors itself; the guard does both for the stacks it applies.
         return bool(patcher.lora_patches) and self.control.is_left_to_host(patcher.lora_loader)
 
     def _model_unload(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(loaded, *args, **kwargs)
         stays = bool(args[0] if args else kwargs.get("avoid_model_moving", False))
-        if not stays:
-            self.control.drop_device_copies(loaded.model.lora_loader)
-        return result
+        try:
+            return original(loaded, *args, **kwargs)
+        finally:
+            if not stays:
+                self.control.drop_device_copies(getattr(loaded.model, "lora_loader", None))
 
     def _load_models_gpu(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         bound = self._load_models_signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        extra = sum(self._factor_bytes(patcher) for patcher in bound.arguments["models"])
+        patchers = bound.arguments["models"] = list(bound.arguments["models"])
+        already_loaded = [p for p in patchers if self._is_loaded(p)]
+        extra = sum(self._factor_bytes(p) for p in patchers if p not in already_loaded)
         if extra:
             bound.arguments["hard_memory_preservation"] += extra
-        return original(*bound.args, **bound.kwargs)
+        result = original(*bound.args, **bound.kwargs)
+        # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
+        for patcher in already_loaded:
+            if getattr(patcher, "lora_patches", None):
+                self.control.remind(patcher)
+        return result
+
+    def _is_loaded(self, patcher: Any) -> bool:
+        return any(loaded.model is patcher for loaded in self.api.memory.current_loaded_models)
 
     def _factor_bytes(self, patcher: Any) -> int:
         """Device bytes that the coming refresh of `patcher` will need and that are not there yet."""
         patches = getattr(patcher, "lora_patches", None)
-        if not patches or patcher.load_device.type == "cpu":
-            return 0
-        if any(loaded.model is patcher for loaded in self.api.memory.current_loaded_models):
+        if not patches or patcher.load_device.type == "cpu" or self.control.is_left_to_host(patcher.lora_loader):
             return 0
         dtype = getattr(patcher.model, "computation_dtype", None)
         element_bytes = torch.empty(0, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float16).element_size()
-        return max(0, factor_elements(patches) * element_bytes - self.control.resident_bytes(patcher.lora_loader))
+        merges = getattr(patcher.model, "storage_dtype", torch.float16) in WIDE_DTYPES
+        elements = device_elements(patches, self.api.lora.extra_weight_calculators, merges)
+        return max(0, elements * element_bytes - self.control.resident_bytes(patcher.lora_loader))
 
 
 def _with_fresh_key_map(original: Any, model: Any, key_map: Any = None) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import torch
 
+from ..errors import RestoreError
+from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
 from ..planning.mode import Mode
 from ..reporting.report import ApplyReport, clean_text
@@ -36,6 +38,8 @@ class LoaderState:
     copies: FactorCopies = field(default_factory=FactorCopies)
     left_to_host: bool = False
     report: ApplyReport | None = None
+    published: tuple[object, object] | None = None
+    """The `backup` and `online_backup` objects left on the loader: others there mean that someone else was at work."""
 
 
 class LoaderControl:
@@ -57,20 +61,32 @@ class LoaderControl:
             return
         offload = offload_device if offload_device is not None else torch.device("cpu")
         state = self._state(loader)
+        access = ForgeAccess(self._api, loader.model)
+        # Until all is done the recorded state is one that no stack has: an interrupt must not leave a true-looking lie.
+        loader.loaded_hash = RETRY
         with torch.inference_mode(False), torch.no_grad():
-            if state.left_to_host or (not state.engine.attached and (loader.backup or loader.online_backup)):
-                self._take_from_host(original, loader, state, offload)
-            access = ForgeAccess(self._api, loader.model)
-            requests = requests_from(lora_patches, self._api.lora.extra_weight_calculators, state.copies)
+            requests: Sequence[LoraRequest] = []
             try:
+                if state.left_to_host or self._someone_else_patched(loader, state):
+                    self._take_from_host(original, loader, state, offload)
+                requests = requests_from(lora_patches, self._api.lora.extra_weight_calculators, state.copies)
                 state.report = state.engine.change(access, requests, backup_device=offload)
             except Exception as error:
                 log.exception("%s: applying LoRAs failed", access.name)
-                loader.loaded_hash = RETRY
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
                 return
             self._publish(loader, state, stack_hash)
-            self._say(state.report)
+        log.log(logging.WARNING if state.report.is_worrying else logging.INFO, "%s", state.report.line())
+
+    def remind(self, patcher: Any) -> None:
+        """For a patcher that is loaded already: tries a failed change again, and says again what is left out."""
+        loader = patcher.lora_loader
+        if loader.loaded_hash == RETRY:
+            patcher.refresh_loras()
+            return
+        report = self.report(loader)
+        if report is not None and report.refused:
+            log.warning("%s: still without %s", report.model, "; ".join(str(lora) for lora in report.refused))
 
     def merge_lora_to_weight(
         self, original: Callable[..., torch.Tensor], patches: Any, weight: torch.Tensor, *args: Any, **kwargs: Any
@@ -98,19 +114,45 @@ class LoaderControl:
         state = getattr(loader, STATE, None)
         return None if state is None else state.report
 
-    def release_all(self, original: Callable[..., None], live: Mapping[int, tuple[Patches, torch.device]]) -> None:
-        """Takes the guard's patches off every model; `live` names the stacks (by loader id) the host shall apply itself."""
-        for loader in list(self._loaders):
-            state = self._state(loader)
+    def release_all(self, original: Callable[..., None], live: Mapping[int, Any]) -> None:
+        """Takes the guard's patches off every model; `live` has the patcher (by loader id) of each loaded one, whose
+        LoRAs the host shall apply itself. What the guard refused is not handed over."""
+        fitting: dict[int, dict[Any, Any]] = {}
+        loaders = list(self._loaders)
+        for loader in loaders:
+            state, access = self._state(loader), ForgeAccess(self._api, loader.model)
+            patcher = live.get(id(loader))
+            if patcher is not None:
+                requests = requests_from(patcher.lora_patches, self._api.lora.extra_weight_calculators, state.copies)
+                accepted = state.engine.fitting(access, requests)
+                entries = enumerate(patcher.lora_patches.items())
+                fitting[id(loader)] = {identifier: patches for i, (identifier, patches) in entries if i in accepted}
             if not state.engine.detach_all():
-                log.error("%s: some weights could not be restored; reload the checkpoint", type(loader.model).__name__)
+                log.error("%s: some weights could not be restored; reload the checkpoint", access.name)
             if not state.left_to_host:
                 loader.backup, loader.online_backup, loader.loaded_hash = {}, [], str([])
             delattr(loader, STATE)
-            if id(loader) in live:
-                patches, offload_device = live[id(loader)]
-                original(loader, patches, offload_device, True)
         self._loaders.clear()
+        for loader in loaders:
+            if id(loader) in fitting:
+                self._host_refresh(original, loader, fitting[id(loader)], live[id(loader)].offload_device)
+
+    def _host_refresh(self, original: Callable[..., None], loader: Any, patches: Any, offload: torch.device) -> bool:
+        """The host's own refresh; where it fails, its traces are removed and the parameters go back to their devices
+        (after a failed merge the host leaves the whole model on the CPU)."""
+        devices = {key: parameter.device for key, parameter in loader.model.named_parameters()}
+        try:
+            original(loader, patches, offload, True)
+            return True
+        except Exception:
+            log.exception("%s: Forge's own patcher failed", type(loader.model).__name__)
+        original(loader, {}, offload, True)
+        for key, device in devices.items():
+            owner = find_owner(loader.model, key)
+            if owner is not None and getattr(*owner).device != device:
+                moved = getattr(*owner).to(device)
+                setattr(*owner, moved if isinstance(moved, torch.nn.Parameter) else torch.nn.Parameter(moved, False))
+        return False
 
     def _state(self, loader: Any) -> LoaderState:
         state: LoaderState | None = getattr(loader, STATE, None)
@@ -126,15 +168,23 @@ class LoaderControl:
         loader.backup = state.engine.originals()
         loader.online_backup = [a.site.layer for a in attached if a.mode is Mode.ON_THE_FLY]
         loader.loaded_hash = stack_hash
+        state.published = (loader.backup, loader.online_backup)
 
-    def _say(self, report: ApplyReport) -> None:
-        log.log(logging.WARNING if report.refused else logging.INFO, "%s", report.line())
+    def _someone_else_patched(self, loader: Any, state: LoaderState) -> bool:
+        """True when `backup` or `online_backup` hold what the guard did not put there: Forge's own refresh ran before
+        the guard came, or another extension brought a copy of it."""
+        if state.published is None:
+            return bool(loader.backup or loader.online_backup)
+        return loader.backup is not state.published[0] or loader.online_backup is not state.published[1]
 
     def _take_from_host(
         self, original: Callable[..., None], loader: Any, state: LoaderState, offload: torch.device
     ) -> None:
+        """Lets the host's own code undo what it (or a copy of it) did; then nothing of ours may be left either."""
         original(loader, {}, offload, True)
-        state.left_to_host = False
+        if not state.engine.detach_all():
+            raise RestoreError("a weight could not be restored; reload the checkpoint")
+        state.left_to_host, state.published = False, None
 
     def _fall_back(
         self,
@@ -148,43 +198,35 @@ class LoaderControl:
         stack_hash: str,
         error: Exception,
     ) -> None:
-        """Design invariant 5: the host's fp16-LoRA path, then its merge where that loses nothing, then no LoRA."""
+        """docs/architecture.md, "When something fails": the host's fp16-LoRA path, then its merge where that loses nothing, then no LoRA."""
         if not state.engine.detach_all():
             log.error(
                 "%s: some weights could not be restored; reload the checkpoint before you trust the next image",
                 access.name,
             )
         loader.backup, loader.online_backup = {}, []
+        state.published, state.report = None, None
         fitting = state.engine.fitting(access, requests)
         wanted = [(identifier, patches) for i, (identifier, patches) in enumerate(lora_patches.items()) if i in fitting]
+        names = ", ".join(clean_text(describe(identifier)[0]) for identifier, _ in wanted)
         for online, way in ((True, "Forge's fp16-LoRA path"), (False, "Forge's merge")):
             if not wanted or (not online and not self._merge_is_safe(access, [p for _, p in wanted])):
                 continue
-            try:
-                original(
-                    loader, {_with_mode(identifier, online): patches for identifier, patches in wanted}, offload, True
+            patches = {_with_mode(identifier, online): patches for identifier, patches in wanted}
+            if self._host_refresh(original, loader, patches, offload):
+                state.left_to_host = True
+                loader.loaded_hash = stack_hash
+                log.warning(
+                    "%s: %s; applied by %s instead (norms and biases may be missing): %s",
+                    access.name,
+                    _reason(error),
+                    way,
+                    names,
                 )
-            except Exception:
-                log.exception("%s: %s failed too", access.name, way)
-                original(loader, {}, offload, True)
-                continue
-            state.left_to_host = True
-            loader.loaded_hash = stack_hash
-            log.warning(
-                "%s: %s; the LoRAs are applied by %s instead: %s",
-                access.name,
-                _reason(error),
-                way,
-                ", ".join(clean_text(describe(i)[0]) for i, _ in wanted),
-            )
-            return
+                return
         loader.loaded_hash = RETRY
-        log.error(
-            "%s: this image is made WITHOUT the LoRAs %s: %s",
-            access.name,
-            ", ".join(clean_text(r.label) for r in requests),
-            _reason(error),
-        )
+        everything = ", ".join(clean_text(describe(identifier)[0]) for identifier in lora_patches)
+        log.error("%s: this image is made WITHOUT the LoRAs %s: %s", access.name, everything, _reason(error))
 
     def _merge_is_safe(self, access: ForgeAccess, patches: Sequence[Mapping[str, Any]]) -> bool:
         sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]

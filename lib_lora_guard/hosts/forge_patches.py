@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import logging
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PureWindowsPath
@@ -12,53 +14,65 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..adapters import Term
-from ..adapters.patch_tuples import Calculators, parse_term
+from ..adapters.base import own_copy
+from ..adapters.patch_tuples import Calculators, parse_term, parse_value
 from ..errors import LoraMismatchError
 from ..patching.engine import LoraRequest
+from ..planning.mode import WHOLE_TENSOR_KINDS
+
+log = logging.getLogger(__name__)
 
 Patches = Mapping[Any, Mapping[str, list[list[Any]]]]
 
 
 class FactorCopies:
-    """Our own copy of every factor, in RAM, made once for as long as the host keeps the tensor it came from.
+    """Our own copy of every factor, in RAM, for as long as some stack uses it.
 
-    The host's tensors are mapped from the LoRA file: a trainer that overwrites the file would change or kill them.
+    The host's tensors are mapped from the LoRA file: a trainer that overwrites the file would change or kill them. The
+    host keeps several files mapped after they are taken off, so a copy must not live as long as what it came from.
     """
 
     def __init__(self) -> None:
         self._copies: Any = WeakIdKeyDictionary()
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        copy: torch.Tensor | None = self._copies.get(tensor)
+        known = self._copies.get(tensor)
+        copy: torch.Tensor | None = None if known is None else known()
         if copy is None:
-            with torch.inference_mode(False), torch.no_grad():
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-            if copy.is_floating_point() and not _all_finite(copy):
-                raise LoraMismatchError(
-                    "the file holds values that are not finite numbers (NaN or Inf); download or train it again"
-                )
-            self._copies[tensor] = copy
+            copy = own_copy(tensor)
+            self._copies[tensor] = weakref.ref(copy)
         return copy
 
 
 def requests_from(lora_patches: Patches, calculators: Calculators, copies: FactorCopies) -> list[LoraRequest]:
     """One request per LoRA, in the host's order. A LoRA that cannot be read is returned as refused."""
-    requests = []
-    for origin, (identifier, patches) in enumerate(lora_patches.items()):
-        label, strength = describe(identifier)
-        terms = {}
-        try:
-            for key, entries in patches.items():
-                parsed = [parse_term(entry, calculators, origin) for entry in entries]
-                for term in parsed:
-                    if not math.isfinite(term.strength) or not math.isfinite(term.strength_model):
-                        raise LoraMismatchError(f"strength {term.strength:g} is not a finite number")
-                terms[key] = [_copied(term, copies) for term in parsed]
-        except LoraMismatchError as error:
-            requests.append(LoraRequest(label, strength, refused=f"{key}: {error}"))
-            continue
-        requests.append(LoraRequest(label, strength, terms))
-    return requests
+    return [
+        _request(origin, identifier, patches, calculators, copies)
+        for origin, (identifier, patches) in enumerate(lora_patches.items())
+    ]
+
+
+def _request(
+    origin: int, identifier: Any, patches: Mapping[str, list[list[Any]]], calculators: Calculators, copies: FactorCopies
+) -> LoraRequest:
+    label, strength = describe(identifier)
+    terms: dict[str, list[Term]] = {}
+    key = ""
+    try:
+        for key, entries in patches.items():
+            terms[key] = [_readable_term(entry, calculators, origin, copies) for entry in entries]
+    except LoraMismatchError as error:
+        return LoraRequest(label, strength, refused=f"{key}: {error}")
+    except Exception as error:
+        # Whatever is wrong with one file, the others are applied.
+        log.debug("%s: %s", label, key, exc_info=True)
+        return LoraRequest(label, strength, refused=f"{key} cannot be read ({type(error).__name__}: {error})")
+    return LoraRequest(label, strength, terms)
+
+
+def _readable_term(entry: list[Any], calculators: Calculators, origin: int, copies: FactorCopies) -> Term:
+    term = parse_term(entry, calculators, origin)
+    return replace(term, adapter=term.adapter.map(copies))
 
 
 def describe(identifier: Any) -> tuple[str, float]:
@@ -69,24 +83,14 @@ def describe(identifier: Any) -> tuple[str, float]:
     return str(identifier), 1.0
 
 
-def factor_elements(lora_patches: Patches) -> int:
-    """Numbers in all tensors of the patches; what the factors take on a device is this times the element size."""
-
-    def count(value: Any) -> int:
-        if isinstance(value, torch.Tensor):
-            return value.numel()
-        if isinstance(value, (list, tuple)):
-            return sum(count(item) for item in value)
-        return 0
-
-    return sum(count(entries) for patches in lora_patches.values() for entries in patches.values())
-
-
-def _copied(term: Term, copies: FactorCopies) -> Term:
-    return replace(term, adapter=term.adapter.map(copies))
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    # NaN and Inf survive a sum, and a sum is one pass without a mask of the tensor's size. fp8 has no sum.
-    wide = tensor if tensor.element_size() > 1 else tensor.float()
-    return math.isfinite(float(wide.sum(dtype=torch.float64)))
+def device_elements(lora_patches: Patches, calculators: Calculators, merges_whole_tensors: bool) -> int:
+    """Numbers that the factors will take on a device. Merged ones take none; what cannot be read takes none either."""
+    total = 0
+    for patches in lora_patches.values():
+        for entries in patches.values():
+            for entry in entries:
+                with contextlib.suppress(Exception):
+                    adapter = parse_value(entry[1], calculators)
+                    if not (merges_whole_tensors and isinstance(adapter, WHOLE_TENSOR_KINDS)):
+                        total += sum(tensor.numel() for tensor in adapter.tensors())
+    return total

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..adapters.base import Term
-from ..adapters.files import module_finder, read_lora_file
-from ..errors import LoraFileError, LoraMismatchError
+from ..adapters.files import LoraFile, module_finder, read_lora_file
+from ..errors import LoraFileError, LoraGuardError, ModeError
 from ..patching.access import Site, find_owner, is_linear, is_plain_convolution
 from ..patching.engine import Engine, LoraRequest
 from ..patching.on_the_fly import WeightTerms
@@ -30,12 +30,16 @@ class LoraGuard:
     >>> print(guard.apply([("style.safetensors", 0.8)]))
     >>> guard.remove()
 
-    As a context manager it removes its LoRAs at the end, whatever happened in between. The model is held weakly.
+    As a context manager it removes its LoRAs at the end, whatever happened in between. The model is held weakly; a
+    model has one stack, which all guards of it share. Take LoRAs off before you copy, save, convert or reload a model.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._engine = Engine()
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"LoraGuard needs a torch.nn.Module, this is a {type(model).__name__}")
+        self._engine = _engines.setdefault(model, Engine())
         self._access = PlainAccess(model)
+        self._files: dict[tuple[str, int, int], LoraFile] = {}
 
     def apply(self, stack: Sequence[tuple[str | Path, float]], mode: str = "auto") -> ApplyReport:
         """Replaces the current stack by `stack`, pairs of file and strength.
@@ -44,18 +48,31 @@ class LoraGuard:
         file that cannot be read, LoraMismatchError for one that does not fit, ModeError for a merge into low-bit
         weights; after an exception the model has the stack it had before.
         """
-        wish = Wish(mode)
-        requests = [self._request(index, Path(path), strength) for index, (path, strength) in enumerate(stack)]
-        with torch.no_grad():
-            for request, refusal in zip(requests, self._engine.refusals(self._access, requests), strict=True):
-                if refusal is not None:
-                    raise LoraMismatchError(f"{request.label}: {refusal}")
-            return self._engine.change(self._access, requests, wish)
+        try:
+            wish = Wish(mode)
+        except ValueError:
+            raise ModeError(f"mode must be one of {', '.join(w.value for w in Wish)}, not {mode!r}") from None
+        if isinstance(stack, (str, Path)) or not all(
+            isinstance(item, (tuple, list)) and len(item) == 2 for item in stack
+        ):
+            raise TypeError('stack must be a list of (file, strength) pairs: [("style.safetensors", 0.8)]')
+        # Tensors made in inference mode could never be changed or differentiated outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            files = [self._read(Path(path)) for path, _ in stack]
+            requests = [
+                self._request(n, file, float(strength))
+                for n, (file, (_, strength)) in enumerate(zip(files, stack, strict=True))
+            ]
+            report = self._engine.change(self._access, requests, wish, leave_out=False)
+        self._files = {_identity(file.path): file for file in files}
+        return report
 
     def remove(self) -> ApplyReport:
         """Takes everything off: every weight has its original values, bit for bit."""
-        with torch.no_grad():
-            return self._engine.change(self._access, [])
+        with torch.inference_mode(False), torch.no_grad():
+            report = self._engine.change(self._access, [])
+        self._files = {}
+        return report
 
     def drop_device_copies(self) -> None:
         """Frees the factors' copies on GPUs; the next forward pass makes them again."""
@@ -69,9 +86,14 @@ class LoraGuard:
     ) -> None:
         self.remove()
 
-    def _request(self, index: int, path: Path, strength: float) -> LoraRequest:
-        file = read_lora_file(path)
-        find = module_finder(name for name, _ in self._access.model.named_modules())
+    def _read(self, path: Path) -> LoraFile:
+        """The file, from memory while it is in the stack and unchanged on disk."""
+        known = self._files.get(_identity(path)) if path.is_file() else None
+        return known or read_lora_file(path)
+
+    def _request(self, index: int, file: LoraFile, strength: float) -> LoraRequest:
+        names = [name for name, _ in self._access.model.named_modules()]
+        find = module_finder(names)
         terms: dict[str, list[Term]] = {}
         skipped = list(file.unknown_keys)
         for (module, parameter), adapter in file.adapters.items():
@@ -79,12 +101,22 @@ class LoraGuard:
             if found is None or find_owner(self._access.model, f"{found}.{parameter}") is None:
                 skipped.append(f"{module}.{parameter}")
                 continue
-            terms.setdefault(f"{found}.{parameter}", []).append(Term(adapter, float(strength), origin=index))
+            terms.setdefault(f"{found}.{parameter}", []).append(Term(adapter, strength, origin=index))
         if not terms:
             raise LoraFileError(
-                f"{path.name}: none of its {len(file.adapters)} modules is in this {self._access.name}; it was made for another model"
+                f"{file.path.name}: none of its {len(file.adapters)} modules is in this {self._access.name}; it was made for "
+                f"another model (the file has {skipped[0]}, the model {next((n for n in reversed(names) if n), 'no layers')})"
             )
-        return LoraRequest(path.name, float(strength), terms, tuple(skipped))
+        return LoraRequest(file.path.name, strength, terms, tuple(skipped))
+
+
+_engines: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDictionary()
+"""One engine per model: two of them would not know what the other has done to a weight."""
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path.resolve()), status.st_mtime_ns, status.st_size
 
 
 class PlainAccess:
@@ -115,7 +147,8 @@ class PlainAccess:
             name=name,
             storage=storage,
             can_bypass=is_weight and (stored or is_linear(layer) or is_plain_convolution(layer)),
-            can_on_the_fly=is_weight and (stored or isinstance(layer, _WEIGHT_LAYERS)),
+            can_on_the_fly=is_weight
+            and (stored or is_linear(layer) or isinstance(layer, torch.nn.modules.conv._ConvNd)),
         )
 
     def dense(self, site: Site) -> torch.Tensor:
@@ -143,9 +176,6 @@ class PlainAccess:
         return next(wide, torch.float32)
 
 
-_WEIGHT_LAYERS = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
-
-
 class _PatchedForward:
     """The layer's own forward code, run on a shallow copy of the layer that holds the patched weight."""
 
@@ -153,6 +183,9 @@ class _PatchedForward:
         self._layer = weakref.ref(layer)
         self._name = name
         self._terms = terms
+
+    def __reduce__(self) -> str:
+        raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self._layer()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..adapters.base import Shape
 from ..weights.storage import Storage
@@ -72,8 +73,9 @@ def find_owner(model: torch.nn.Module, key: str) -> tuple[torch.nn.Module, str] 
 
 
 def is_linear(layer: torch.nn.Module) -> bool:
-    """True for torch's Linear; hosts add their own classes."""
-    return isinstance(layer, torch.nn.Linear)
+    """True for torch's Linear; hosts add their own classes. Not for `MultiheadAttention.out_proj`, which is never called:
+    the attention reads its weight."""
+    return isinstance(layer, torch.nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
 def is_plain_convolution(layer: torch.nn.Module) -> bool:

@@ -10,10 +10,18 @@ import torch
 from ..adapters import Term, apply_terms
 from ..errors import LoraMismatchError
 from ..planning.mode import Choice, Mode
-from ..weights.storage import storage_of
+from ..weights.storage import dtype_name, storage_of
 from .access import ModelAccess, Site
 from .bypass import Bypass
 from .on_the_fly import WeightTerms
+
+
+class UnusableTermsError(LoraMismatchError):
+    """What these terms make of this weight cannot be used; the LoRAs they come from must be left out."""
+
+    def __init__(self, key: str, terms: tuple[Term, ...], message: str) -> None:
+        super().__init__(message)
+        self.key, self.terms = key, terms
 
 
 class Attachment(ABC):
@@ -92,7 +100,7 @@ class OnTheFlyAttachment(Attachment):
 
     @property
     def device_bytes(self) -> int:
-        return self.weight_terms.device_bytes(self.access.compute_dtype())
+        return self.weight_terms.device_bytes
 
     @property
     def is_resident(self) -> bool:
@@ -126,18 +134,23 @@ class MergeAttachment(Attachment):
             # A merge lies on the weight already: compute from what was under it.
             site = Site(site.key, _Holder(_moved(original, current.device)), "value", site.storage, False, False)
         self.original = original
-        merged = apply_terms(access.dense(site), terms)
-        if not torch.isfinite(merged).all():
-            raise LoraMismatchError(
-                f"{site.key}: the patched values are not finite numbers; the LoRA file is damaged or was trained into the ground"
-            )
         # The storage of the original: what lies there now may be an earlier merge, held wider.
         dtype = original.dtype if storage_of(original).wide else torch.float32
         with torch.inference_mode(False), torch.no_grad():
-            self.merged = torch.nn.Parameter(merged.to(dtype).contiguous(), requires_grad=False)
+            dense = access.dense(site)
+            was_finite = bool(torch.isfinite(dense).all())
+            merged = apply_terms(dense, terms).to(dtype).contiguous()
+            self.merged = torch.nn.Parameter(merged, requires_grad=False)
+        if was_finite and not torch.isfinite(merged).all():
+            raise UnusableTermsError(
+                site.key,
+                terms,
+                f"{site.key}: the patched values do not fit into {dtype_name(dtype)}; the LoRA is damaged or its strength far too high",
+            )
 
     def attach(self) -> None:
-        self.access.set_parameter(self.site, self.merged)
+        # The model may have moved since the value was made.
+        self.access.set_parameter(self.site, _moved(self.merged, self.site.parameter.device))
 
     def detach(self) -> None:
         self.access.set_parameter(self.site, _moved(self.original, self.site.parameter.device))

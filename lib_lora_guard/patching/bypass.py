@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..adapters import Term
-from ..errors import LayerError
+from ..errors import LayerError, LoraGuardError
+from ..weights.storage import MB
 from .low_rank import Block, JoinedLowRank, Scale
 
 OutOfMemory: tuple[type[BaseException], ...] = (
@@ -26,11 +27,14 @@ class Bypass:
         self.key = key
         self.joined = JoinedLowRank(terms, shape)
 
+    def __reduce__(self) -> str:
+        raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
+
     def __call__(
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
         x = (args[0] if args else next(iter(kwargs.values()))).to(output.dtype)
-        for block, scale in self.joined.parts(output.device, output.dtype):
+        for block, scale in self._parts(output):
             if len(self.joined.shape) == 2:
                 output = self._add_linear(block, scale, x, output)
             else:
@@ -41,6 +45,19 @@ class Bypass:
                         f"{self.key}: no memory left for the LoRA of this convolution. Make the picture smaller, or lower 'GPU Weights' by 500 MB"
                     ) from error
         return output
+
+    def _parts(self, output: torch.Tensor) -> tuple[tuple[Block, Scale], ...]:
+        try:
+            return self.joined.parts(output.device, output.dtype)
+        except OutOfMemory:
+            _give_back_cached_memory()
+        try:
+            return self.joined.parts(output.device, output.dtype)
+        except OutOfMemory as error:
+            size_mb = self.joined.device_bytes(output.dtype) / MB
+            raise LayerError(
+                f"{self.key}: no memory left for {size_mb:.1f} MB of LoRA factors. Use fewer LoRAs, or lower 'GPU Weights' by 500 MB"
+            ) from error
 
     def _add_linear(self, block: Block, scale: Scale, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         output = output.contiguous()
@@ -75,8 +92,7 @@ class Bypass:
                         f"{self.key}: no memory left for the LoRA even in slices of {SMALLEST_CHUNK_TOKENS} tokens. "
                         "Make the picture smaller, or lower 'GPU Weights' by 500 MB"
                     ) from error
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                _give_back_cached_memory()
                 continue
             start += length
 
@@ -100,6 +116,11 @@ class Bypass:
             else:
                 target.add_(_pointwise(ranks, out.up.view(*out.up.shape, *spatial)), alpha=scale.alpha)
         return output
+
+
+def _give_back_cached_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _scaled(activation: torch.Tensor, scale: Scale) -> torch.Tensor:

@@ -5,19 +5,21 @@ Nothing of the model is touched before everything that can fail has been done; t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..adapters import Term
-from ..errors import LoraMismatchError, ModeError
+from ..adapters import DiffAdapter, NestedAdapter, Term
+from ..errors import LoraMismatchError, ModeError, RestoreError
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
 from ..reporting.report import ApplyReport, LoraReport
+from ..weights.storage import storage_of
 from .access import ModelAccess, Site
-from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
+from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment, UnusableTermsError
 from .transaction import Transaction
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Engine:
 
     def __init__(self) -> None:
         self._attached: dict[str, Attachment] = {}
+        self._unfinished: list[Callable[[], object]] = []
 
     @property
     def attached(self) -> Mapping[str, Attachment]:
@@ -62,15 +65,31 @@ class Engine:
         stack: Sequence[LoraRequest],
         wish: Wish = Wish.AUTO,
         backup_device: torch.device | None = None,
+        leave_out: bool = True,
     ) -> ApplyReport:
         """Replaces the current stack by `stack`. On an exception the model has the old stack.
 
-        A LoRA that does not fit is left out and named in the report; the others are applied.
+        A LoRA that does not fit is left out and named in the report, the others are applied; with `leave_out` False it
+        raises LoraMismatchError instead.
         """
         started = time.perf_counter()
+        self._finish_undoing()
         accepted, reports = self._validate(access, stack)
-        planned = self._plan(access, accepted, reports, wish)
-        target = self._prepare(access, planned, backup_device or torch.device("cpu"))
+        for report in reports:
+            if report.refused is not None and not leave_out:
+                raise LoraMismatchError(f"{report.label}: {report.refused}")
+        while True:
+            planned = self._plan(access, accepted, reports, wish)
+            try:
+                target = self._prepare(access, planned, backup_device or torch.device("cpu"))
+                break
+            except UnusableTermsError as error:
+                if not leave_out:
+                    raise
+                # Each round leaves at least one LoRA out, so this ends.
+                for origin in {term.origin for term in error.terms}:
+                    accepted.pop(origin, None)
+                    reports[origin].refused = str(error)
         self._commit(target)
         for _, terms, choice in planned.values():
             for origin in {term.origin for term in terms}:
@@ -89,10 +108,6 @@ class Engine:
         """Which LoRAs of `stack` (by place) could be read and fit the model. Changes nothing."""
         return set(self._validate(access, stack)[0])
 
-    def refusals(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> list[str | None]:
-        """Why each LoRA of `stack` cannot be applied; None where it can. Changes nothing."""
-        return [report.refused for report in self._validate(access, stack)[1]]
-
     def drop_device_copies(self) -> None:
         for attachment in self._attached.values():
             attachment.drop_device_copies()
@@ -108,14 +123,15 @@ class Engine:
     def detach_all(self) -> bool:
         """Takes everything off without a transaction, for when one has failed; False where something would not go."""
         attached, self._attached = self._attached, {}
-        clean = True
+        with contextlib.suppress(RestoreError):
+            self._finish_undoing()
         for attachment in attached.values():
             try:
                 attachment.detach()
             except Exception:
-                clean = False
+                self._unfinished.append(attachment.detach)
                 log.exception("%s could not be restored", attachment.site.key)
-        return clean
+        return not self._unfinished
 
     def _validate(
         self, access: ModelAccess, stack: Sequence[LoraRequest]
@@ -131,7 +147,7 @@ class Engine:
                 continue
             fitting: dict[str, tuple[Site, list[Term]]] = {}
             for key, terms in lora.terms.items():
-                site = access.site(key)
+                site = self._site(access, key)
                 if site is None:
                     report.skipped.append(key)
                     continue
@@ -139,12 +155,28 @@ class Engine:
                     for term in terms:
                         term.check(site.shape, may_expand=is_input_projection(key))
                 except LoraMismatchError as error:
+                    if all(isinstance(term.adapter, (DiffAdapter, NestedAdapter)) for term in terms):
+                        # A difference stands for itself: one of another size says nothing about the rest of the file.
+                        report.skipped.append(key)
+                        report.lost.append(f"{key}: {error}")
+                        continue
                     report.refused = f"made for another model: {key}: {error}"
+                    break
+                except Exception as error:
+                    report.refused = f"its {key} cannot be read ({type(error).__name__}: {error}); the file is damaged"
+                    log.debug("%s: %s", lora.label, key, exc_info=True)
                     break
                 fitting[key] = (site, list(terms))
             else:
                 accepted[index] = fitting
         return accepted, reports
+
+    def _site(self, access: ModelAccess, key: str) -> Site | None:
+        """The site as it is without LoRAs: a merge may have given the parameter another shape or dtype."""
+        site, old = access.site(key), self._attached.get(key)
+        if site is not None and isinstance(old, MergeAttachment) and old.site.layer is site.layer:
+            return replace(site, storage=storage_of(old.original))
+        return site
 
     def _plan(
         self,
@@ -169,6 +201,7 @@ class Engine:
                     raise
                 for origin in {term.origin for term in terms}:
                     reports[origin].skipped.append(str(error))
+                    reports[origin].lost.append(str(error))
         return planned
 
     def _prepare(
@@ -200,11 +233,25 @@ class Engine:
 
     def _commit(self, target: dict[str, Attachment]) -> None:
         before = self._attached
-        with Transaction() as transaction:
-            for key, old in before.items():
-                if target.get(key) is not old:
-                    transaction.do(old.detach, old.attach)
-            for key, new in target.items():
-                if before.get(key) is not new:
-                    transaction.do(new.attach, new.detach)
-            self._attached = target
+        transaction = Transaction()
+        try:
+            with transaction:
+                for key, old in before.items():
+                    if target.get(key) is not old:
+                        transaction.do(old.detach, old.attach)
+                for key, new in target.items():
+                    if before.get(key) is not new:
+                        transaction.do(new.attach, new.detach)
+                self._attached = target
+        finally:
+            self._unfinished += transaction.failed
+
+    def _finish_undoing(self) -> None:
+        """Tries again what an earlier failure could not undo. Raises RestoreError where it still cannot."""
+        waiting, self._unfinished = self._unfinished, []
+        for number, undo in enumerate(waiting):
+            try:
+                undo()
+            except Exception as error:
+                self._unfinished = waiting[number:]
+                raise RestoreError(f"a weight could not be restored ({error}); reload the checkpoint") from error

@@ -57,7 +57,7 @@ class JoinedLowRank:
             outputs.setdefault(_side(term.part, 0), []).append((factors, term.strength * factors.scale))
         self._groups = groups
         self._blocks: DeviceCache[tuple[Block, ...]] = DeviceCache()
-        self._scales: DeviceCache[tuple[Scale, ...]] = DeviceCache()
+        self._pairs: DeviceCache[tuple[tuple[Block, Scale], ...]] = DeviceCache()
 
     def share_factors_with(self, older: JoinedLowRank) -> None:
         """Takes over device copies of a stack that differs in strengths alone."""
@@ -66,7 +66,7 @@ class JoinedLowRank:
 
     def drop_device_copies(self) -> None:
         self._blocks.drop()
-        self._scales.drop()
+        self._pairs.drop()
 
     @property
     def is_resident(self) -> bool:
@@ -81,12 +81,15 @@ class JoinedLowRank:
             total += factors.up.numel() + factors.rank * factors.down.shape[1] * kernel
         return total * size
 
-    def parts(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Block, Scale]]:
+    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Block, Scale], ...]:
         """The blocks and their scales on `device`. On the CPU terms are not joined, because joining is a copy."""
         join = device.type != "cpu"
-        blocks = self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join)))
-        scales = self._scales.get(device, dtype, lambda: tuple(self._make_scales(device, join)))
-        return iter(zip(blocks, scales, strict=True))
+
+        def make() -> tuple[tuple[Block, Scale], ...]:
+            blocks = self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join)))
+            return tuple(zip(blocks, self._make_scales(device, join), strict=True))
+
+        return self._pairs.get(device, dtype, make)
 
     def _make_blocks(self, device: torch.device, dtype: torch.dtype, join: bool) -> Iterator[Block]:
         for in_part, outputs in self._groups.items():
@@ -94,8 +97,8 @@ class JoinedLowRank:
             downs: list[torch.Tensor] = []
             rank = 0
             for out_part, entries in outputs.items():
-                ups = [factors.up.to(device=device, dtype=dtype) for factors, _ in entries]
-                new_downs = [factors.dense_down(dtype, device) for factors, _ in entries]
+                pairs = [_balanced(factors, device, dtype) for factors, _ in entries]
+                ups, new_downs = [up for up, _ in pairs], [down for _, down in pairs]
                 if join:
                     made.append(Output(torch.cat(ups, 1) if len(ups) > 1 else ups[0], rank, out_part))
                     downs += new_downs
@@ -130,6 +133,23 @@ class JoinedLowRank:
             for in_part, outputs in self._groups.items()
             for out_part, entries in outputs.items()
         ]
+
+
+LARGEST_ACTIVATION = 3e4
+"""Activations that a 16-bit model may have; fp16 ends at 65504 and Forge clips at 32768."""
+
+
+def _balanced(factors: LowRank, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`up` and `down` on `device`. In fp16 a power of two per rank goes from `down` to `up`, so that the activation
+    between them stays finite for inputs up to LARGEST_ACTIVATION. Powers of two change no bit, but where an entry of
+    `down` becomes subnormal (an error of 3e-8, absolute)."""
+    if dtype != torch.float16:
+        return factors.up.to(device=device, dtype=dtype), factors.dense_down(dtype, device)
+    down = factors.dense_down(torch.float32, device)
+    largest = down.abs().sum(1).clamp_min(torch.finfo(torch.float32).tiny) * LARGEST_ACTIVATION
+    shift = torch.exp2((torch.finfo(dtype).max / largest).log2().floor()).clamp(max=1.0)
+    up = factors.up.to(device=device, dtype=torch.float32) / shift
+    return up.to(dtype), (down * shift.unsqueeze(1)).to(dtype)
 
 
 def _side(part: Slice | None, dim: int) -> Slice | None:

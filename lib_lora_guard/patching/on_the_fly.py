@@ -25,7 +25,7 @@ class WeightTerms:
 
         `weight` is written into only when it is proven not to be the memory of `parameter`.
         """
-        terms = self._copies.get(weight.device, weight.dtype, lambda: self._on(weight.device, weight.dtype))
+        terms = self._copies.get(weight.device, weight.dtype, lambda: self._on(weight.device))
         scratch = weight.clone() if shares_storage(weight, parameter) else weight
         return apply_terms(scratch, terms)
 
@@ -36,11 +36,12 @@ class WeightTerms:
     def is_resident(self) -> bool:
         return len(self._copies) > 0
 
-    def device_bytes(self, dtype: torch.dtype) -> int:
-        size = torch.empty(0, dtype=dtype).element_size()
-        return sum(t.numel() for term in self.terms for t in term.adapter.tensors()) * size
+    @property
+    def device_bytes(self) -> int:
+        return sum(term.adapter.bytes for term in self.terms)
 
-    def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Term, ...]:
+    def _on(self, device: torch.device) -> tuple[Term, ...]:
         if device.type == "cpu":
             return self.terms
-        return tuple(replace(t, adapter=t.adapter.map(lambda x: x.to(device=device, dtype=dtype))) for t in self.terms)
+        # In the file's own dtype: what an adapter must not round (a DoRA's magnitude) only it knows.
+        return tuple(replace(t, adapter=t.adapter.map(lambda x: x.to(device))) for t in self.terms)

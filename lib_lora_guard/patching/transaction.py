@@ -13,12 +13,12 @@ class Transaction:
     """`with Transaction() as t: t.do(change, undo)`. An exception in the block undoes what was done, last first.
 
     `undo` must be right whether `change` ran wholly, in part or not at all. An undo that itself fails does not stop
-    the others; `clean` then says that the old state may not be back.
+    the others; it is kept in `failed`, to be tried again when what stopped it (memory, mostly) is over.
     """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
-        self.clean = True
+        self.failed: list[Callable[[], object]] = []
 
     def do(self, change: Callable[[], object], undo: Callable[[], object]) -> None:
         self._undo.append(undo)
@@ -39,5 +39,5 @@ class Transaction:
             try:
                 undo()
             except Exception:
-                self.clean = False
+                self.failed.append(undo)
                 log.exception("an undo step failed; the remaining ones go on")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..adapters import LoraAdapter, Term
+from ..adapters import DiffAdapter, ForeignAdapter, LoraAdapter, NestedAdapter, SetAdapter, Term
 from ..adapters.base import product_of
 from ..errors import ModeError
 
@@ -70,6 +70,10 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
                 f"{facts.key}: stored as {facts.format}; merging would round most of the LoRA away. Use mode 'auto'"
             )
         return Choice(Mode.MERGE, "asked for")
+    if wish is Wish.AUTO and facts.wide and any(isinstance(term.adapter, WHOLE_TENSOR_KINDS) for term in terms):
+        # As many numbers as the weight itself: on the fly they would take its size again in VRAM (or, where another
+        # extension calculates them, be calculated again in every step).
+        return Choice(Mode.MERGE, "as large as the weight")
     low_rank = facts.can_bypass and all(bypass_can_carry(term, facts.shape) for term in terms)
     if low_rank and wish is not Wish.ON_THE_FLY:
         return Choice(Mode.BYPASS, "low rank")
@@ -82,6 +86,9 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
     raise ModeError(
         f"{facts.key}: stored as {facts.format} in a layer that gives no access to the weight it computes with"
     )
+
+
+WHOLE_TENSOR_KINDS = (DiffAdapter, SetAdapter, NestedAdapter, ForeignAdapter)
 
 
 def bypass_can_carry(term: Term, shape: tuple[int, ...]) -> bool:

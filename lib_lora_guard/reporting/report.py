@@ -11,31 +11,38 @@ from ..weights.storage import MB
 
 @dataclass
 class LoraReport:
-    """One LoRA of the stack. `skipped` holds keys (or sentences on keys) that were not applied."""
+    """One LoRA of the stack. `skipped` holds keys (or sentences on keys) that were not applied; `lost` those of them that
+    the model has and that could not be patched."""
 
     label: str
     strength: float
     bytes: int = 0
     used: int = 0
     skipped: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
     refused: str | None = None
     modes: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, set[str]] = field(default_factory=dict)
 
     def count(self, choice: Choice) -> None:
         self.used += 1
         self.modes[choice.mode.value] += 1
-        self.reasons[choice.reason] += 1
+        self.reasons.setdefault(choice.mode.value, set()).add(choice.reason)
+
+    @property
+    def is_worrying(self) -> bool:
+        """True when the picture will not have all of this LoRA."""
+        return self.refused is not None or bool(self.lost) or self.used == 0
 
     def __str__(self) -> str:
         name = clean_text(self.label)
         if self.refused is not None:
             return f"{name} NOT applied ({clean_text(self.refused)})"
-        modes = ", ".join(f"{count} {mode}" for mode, count in sorted(self.modes.items()))
-        reasons = ", ".join(sorted(self.reasons))
-        return f"{name} strength {self.strength:g}: {self.used} keys used, {len(self.skipped)} skipped" + (
-            f", {modes} ({reasons})" if modes else ""
+        modes = [f"{n} {mode} ({', '.join(sorted(self.reasons[mode]))})" for mode, n in sorted(self.modes.items())]
+        text = ", ".join(
+            [f"{name} strength {self.strength:g}: {self.used} keys used, {len(self.skipped)} skipped", *modes]
         )
+        return text if not self.lost else f"{text}, {len(self.lost)} LOST ({clean_text(self.lost[0])})"
 
 
 @dataclass
@@ -52,6 +59,10 @@ class ApplyReport:
     @property
     def refused(self) -> list[LoraReport]:
         return [lora for lora in self.loras if lora.refused is not None]
+
+    @property
+    def is_worrying(self) -> bool:
+        return any(lora.is_worrying for lora in self.loras)
 
     def line(self) -> str:
         """One line for the log."""

@@ -21,7 +21,9 @@ class Q8_0Codec(Codec):
     def encode(self, weight: torch.Tensor) -> Parts:
         blocks = self._blocks(weight)
         scale = (blocks.abs().amax(dim=2, keepdim=True) / 127).half()
-        step = scale.float().clamp_min(torch.finfo(torch.float16).tiny)
+        # What is divided by is what will be multiplied with: the scale as fp16 holds it, subnormal ones included.
+        step = scale.float()
+        step = torch.where(step == 0, torch.ones_like(step), step)
         values = (blocks / step).round().clamp(-127, 127).to(torch.int8)
         return {"data": torch.cat([scale.view(torch.uint8), values.view(torch.uint8)], 2).flatten(1)}
 

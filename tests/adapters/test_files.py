@@ -28,6 +28,7 @@ def test_kohya_keys(tmp_path):
         ("lora_up.weight", "lora_down.weight"),
         ("lora_B.weight", "lora_A.weight"),
         ("lora_B.default.weight", "lora_A.default.weight"),
+        ("lora_B.my style.weight", "lora_A.my style.weight"),
         ("lora.up.weight", "lora.down.weight"),
     ],
 )
@@ -109,6 +110,16 @@ def test_a_missing_file_a_checkpoint_and_an_incomplete_lora(tmp_path):
     )
     with pytest.raises(LoraFileError, match="described as lokr and lora at once"):
         read_lora_file(tmp_path / "b.safetensors")
+
+
+def test_values_that_are_no_numbers_and_scales_of_several_are_refused(tmp_path):
+    broken = rand(8, 4, seed=1)
+    broken[2, 2] = float("inf")
+    save_file({"m.lora_up.weight": broken, "m.lora_down.weight": rand(4, 6, seed=2)}, str(tmp_path / "n.safetensors"))
+    with pytest.raises(LoraFileError, match=r"n\.safetensors: m\.lora_up\.weight: it holds values that are not finite"):
+        read_lora_file(tmp_path / "n.safetensors")
+    with pytest.raises(LoraFileError, match=r"x: m\.alpha has 2 values instead of one"):
+        parse_tensors(Path("x"), {"m.diff": broken, "m.alpha": torch.ones(2)})
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,15 @@ ADDITIVE = [
     ("diff", LINEAR),
     ("diff", CONV),
 ]
+SQUARE = (16, 16)
+MORE = [
+    ("lokr_left", LINEAR),
+    ("glora_old", LINEAR),
+    ("glora_old", SQUARE),
+    ("glora", SQUARE),
+    ("glora_conv", CONV),
+    ("loha_plain", LINEAR),
+]
 OTHERS = [("glora", LINEAR), ("set", LINEAR), ("nested", LINEAR)]
 
 
@@ -43,7 +52,7 @@ def check(entries, weight):
     assert_same_and_faults_seen(run_on(weight), terms, reference, weight, limit=1e-10)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [*ADDITIVE, ("glora", LINEAR), ("nested", LINEAR)])
+@pytest.mark.parametrize(("kind", "shape"), [*ADDITIVE, *MORE, ("glora", LINEAR), ("nested", LINEAR)])
 def test_kind_alone(kind, shape):
     check([entry(kind, shape)], rand(*shape, seed=9).double())
 
@@ -101,6 +110,40 @@ def test_stack_is_applied_in_order():
         assert_same(
             run_on(weight)([parse_term(e, {}) for e in reversed(stack)]), merge_reference(stack, weight), weight, 1e-3
         )
+
+
+def test_a_nested_patch_can_be_applied_again_and_again():
+    weight = rand(*LINEAR, seed=9).double()
+    terms = [parse_term(entry("nested", LINEAR), {})]
+    assert torch.equal(run_on(weight)(terms), run_on(weight)(terms))
+
+
+@pytest.mark.parametrize("axis", ["output", "input"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dora_on_a_16_bit_weight_is_rounded_once(dtype, axis):
+    """Magnitudes near the norms, as training leaves them: one step of bf16 at 1.0 is more than what they change."""
+    weight = rand(64, 96, seed=1, scale=0.02).to(dtype)
+    up, down = rand(64, 4, seed=2, scale=0.01), rand(4, 96, seed=3, scale=0.01)
+    norms = weight.double().norm(dim=1 if axis == "output" else 0, keepdim=True)
+    magnitude = (norms * (1 + 0.005 * rand(*norms.shape, seed=4).double())).float()
+    entries = [[1.0, ("lora", (up, down, 4.0, None, magnitude)), 1.0, None, None]]
+    true = merge_reference(entries, weight.double())
+    found = apply_terms(weight.clone(), [parse_term(entries[0], {})])
+    once = (true.to(dtype).double() - true).norm()
+    # The product of the factors is rounded before; it is small, so it adds little.
+    assert float((found.double() - true).norm() / once) <= 1.1
+
+
+def test_a_difference_may_have_ones_at_the_end_of_its_shape():
+    weight, diff = rand(8, 6, seed=1), rand(8, 6, 1, 1, seed=2)
+    term = parse_term([0.5, (diff,), 1.0, None, None], {})
+    term.check((8, 6), may_expand=False)
+    assert torch.allclose(apply_terms(weight.clone(), [term]), weight + 0.5 * diff[:, :, 0, 0])
+
+
+def test_a_widening_dora_may_scale_the_columns_it_brings():
+    value = host_value("lora", (24, 40), 1, dora="input")
+    parse_term([1.0, value, 1.0, None, None], {}).check((24, 16), may_expand=True)
 
 
 def test_foreign_kind_is_calculated_by_its_owner():

@@ -1,6 +1,8 @@
 """`LoraGuard` on any module: real files, all modes, errors that leave the model as it was."""
 
+import copy
 import gc
+import os
 import weakref
 
 import pytest
@@ -10,7 +12,8 @@ from support.measure import assert_same, same_bits
 
 import lib_lora_guard
 from lib_lora_guard import LoraGuard
-from lib_lora_guard.errors import LoraFileError, LoraMismatchError, ModeError
+from lib_lora_guard.errors import LoraFileError, LoraGuardError, LoraMismatchError, ModeError
+from lib_lora_guard.hosts import plain
 from lib_lora_guard.weights import ScaledFp8Codec, StoredLinear
 
 X = rand(2, 16, 32, seed=5)
@@ -121,7 +124,7 @@ def test_errors_name_the_file_and_leave_the_stack_that_was_there(model, files, t
         guard.apply([(tmp_path / "other.safetensors", 1.0)])
     with pytest.raises(LoraFileError, match="no such file"):
         guard.apply([(tmp_path / "gone.safetensors", 1.0)])
-    with pytest.raises(ValueError, match="'nonsense' is not a valid Wish"):
+    with pytest.raises(ModeError, match="mode must be one of auto, bypass, on_the_fly, merge, not 'nonsense'"):
         guard.apply([(style, 1.0)], mode="nonsense")
     assert same_bits(run(model), before)
 
@@ -162,6 +165,81 @@ def test_a_transposed_or_grouped_convolution_is_patched_through_its_weight(tmp_p
     guard.remove()
     assert torch.equal(model(x), base)
     assert "forward" not in vars(model[0])
+
+
+def test_two_guards_of_one_model_share_its_stack(model, files):
+    style, pose = files
+    base, bits = run(model), {n: p.data.clone() for n, p in model.named_parameters()}
+    first, second = LoraGuard(model), LoraGuard(model)
+    first.apply([(style, 1.0)], mode="merge")
+    second.apply([(pose, 0.5)], mode="merge")
+    assert_same(run(model), reference(files, (pose, 0.5)), base)
+    first.remove()
+    assert torch.equal(run(model), base)
+    first.apply([(style, 1.0)], mode="merge")
+    del first, second
+    LoraGuard(model).remove()
+    assert all(same_bits(p.data, bits[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("mode", ["bypass", "on_the_fly", "merge"])
+def test_applied_in_inference_mode_it_works_outside_it_with_gradients(model, files, mode):
+    style = next(iter(files))
+    base = run(model)
+    guard = LoraGuard(model)
+    with torch.inference_mode():
+        guard.apply([(style, 0.8)], mode=mode)
+    x = X.clone().requires_grad_()
+    output = model(x)
+    output.sum().backward()
+    assert_same(output, reference(files, (style, 0.8)), base)
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(model, files, strength):
+    base = run(model)
+    with pytest.raises(
+        LoraMismatchError, match=r"style\.safetensors: .*its strength is (nan|inf), not a finite number"
+    ):
+        LoraGuard(model).apply([(next(iter(files)), strength)])
+    assert torch.equal(run(model), base)
+
+
+def test_a_file_is_read_once_while_it_is_in_the_stack_and_again_when_it_has_changed(model, files, monkeypatch):
+    style, reads = next(iter(files)), []
+    read = plain.read_lora_file
+    monkeypatch.setattr(plain, "read_lora_file", lambda path: reads.append(path) or read(path))
+    guard = LoraGuard(model)
+    guard.apply([(style, 1.0)])
+    guard.apply([(style, 0.5)])
+    assert reads == [style]
+    write_kohya(style, MODULES, seed=9)
+    os.utime(style, ns=(1, 1))
+    guard.apply([(style, 0.5)])
+    assert reads == [style, style]
+    guard.remove()
+    guard.apply([(style, 0.5)])
+    assert len(reads) == 3
+
+
+@pytest.mark.parametrize("mode", ["bypass", "on_the_fly"])
+def test_copying_a_model_with_a_lora_on_it_is_refused_in_words(model, files, mode):
+    guard = LoraGuard(model)
+    guard.apply([(next(iter(files)), 1.0)], mode=mode)
+    with pytest.raises(LoraGuardError, match=r"take it off \(guard\.remove\(\)\) before copying or saving"):
+        copy.deepcopy(model)
+    guard.remove()
+    assert torch.equal(run(copy.deepcopy(model)), run(model))
+
+
+def test_wrong_arguments_are_said_in_words(files):
+    guard = LoraGuard(Net(32))
+    for wrong in ("style.safetensors", ["style.safetensors"], [("a", 1.0, 2)]):
+        with pytest.raises(TypeError, match="stack must be a list of"):
+            guard.apply(wrong)
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, this is a str"):
+        LoraGuard("model")
 
 
 def test_a_model_that_is_gone_is_said_to_be_gone(files):

@@ -15,6 +15,8 @@ from lib_lora_guard.patching import bypass
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.low_rank import JoinedLowRank
 
+OUT_OF_MEMORY = bypass.OutOfMemory[0]
+
 
 def entry(kind, shape, seed=1, strength=0.8, offset=None, **more):
     return [strength, host_value(kind, shape, seed, **more), 1.0, offset, None]
@@ -143,18 +145,60 @@ def test_strengths_are_not_rounded_to_the_activations_dtype():
     assert blocks[0].down.shape == (8, 4), "the down factors are joined"
 
 
-def test_joined_blocks_give_the_same_as_single_ones(monkeypatch):
-    slices = [entry("lora", (8, 16), n, 0.5 + n / 10, (0, 8 * n, 8), rank=2 + n) for n in range(3)]
-    terms = [
-        parse_term(e, {}) for e in [*slices, entry("lora", (24, 16), 9), entry("lora", (24, 8), 4, 0.2, (1, 4, 8))]
-    ]
-    layer, x = torch.nn.Linear(16, 24), rand(2, 7, 16, seed=3)
-    single = run(layer, terms, x, (24, 16))
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_joined_blocks_give_the_same_as_single_ones(monkeypatch, kind):
+    if kind == "linear":
+        entries = [entry("lora", (8, 16), n, 0.5 + n / 10, (0, 8 * n, 8), rank=2 + n) for n in range(3)]
+        entries += [entry("lora", (24, 16), 9), entry("lora", (24, 8), 4, 0.2, (1, 4, 8))]
+        layer, x, shape = torch.nn.Linear(16, 24), rand(2, 7, 16, seed=3), (24, 16)
+    else:
+        entries = [entry("lora", (12, 8, 3, 3), 1, 0.7), entry("lora_mid", (12, 8, 3, 3), 2, -0.3, rank=2)]
+        entries += [entry("lora", (4, 8, 3, 3), 3, 0.5, (0, 4, 4))]
+        layer, x, shape = torch.nn.Conv2d(8, 12, 3, padding=1), rand(2, 8, 5, 5, seed=3), (12, 8, 3, 3)
+    terms = [parse_term(e, {}) for e in entries]
+    single = run(layer, terms, x, shape)
     make_blocks, make_scales = JoinedLowRank._make_blocks, JoinedLowRank._make_scales
     monkeypatch.setattr(JoinedLowRank, "_make_blocks", lambda self, d, t, join: make_blocks(self, d, t, True))
     monkeypatch.setattr(JoinedLowRank, "_make_scales", lambda self, d, join: make_scales(self, d, True))
-    joined = run(layer, terms, x, (24, 16))
+    joined = run(layer, terms, x, shape)
     assert contribution_error(joined, single, layer(x)) < 1e-6
+
+
+def test_fp16_does_not_overflow_between_the_factors():
+    """Inputs up to 3e4 and unbalanced factors: the activation between them would be far above 65504."""
+    layer = torch.nn.Linear(256, 64, bias=False).half()
+    layer.weight.data.zero_()
+    value = ("lora", (rand(64, 4, seed=1, scale=1e-6), rand(4, 256, seed=2, scale=3.0), 4.0, None, None))
+    x = (rand(32, 256, seed=3).sign() * 3e4).half()
+    output = run(layer, [parse_term([1.0, value, 1.0, None, None], {})], x, (64, 256))
+    true = x.double() @ (value[1][0].double() @ value[1][1].double()).T
+    assert torch.isfinite(output).all()
+    # fp16 keeps 11 bits: factors, activation and result are each rounded once.
+    assert contribution_error(output, true, torch.zeros_like(true)) < 4 * 2**-11
+
+
+def test_balancing_keeps_the_product_to_the_last_bits_of_fp16():
+    value = ("lora", (rand(64, 4, seed=1).half(), rand(4, 256, seed=2).half(), 4.0, None, None))
+    joined = JoinedLowRank([parse_term([1.0, value, 1.0, None, None], {})], (64, 256))
+    (block,) = joined._make_blocks(torch.device("cpu"), torch.float16, join=True)
+    true = value[1][0].double() @ value[1][1].double()
+    assert not torch.equal(block.down, value[1][1])
+    # Powers of two change no bit but where the smallest entries of `down` become subnormal.
+    assert contribution_error(block.outputs[0].up.double() @ block.down.double(), true, torch.zeros_like(true)) < 2**-13
+
+
+def test_no_memory_for_the_factors_is_said_with_their_size(monkeypatch):
+    layer, x = torch.nn.Linear(16, 24), rand(8, 16, seed=3)
+    hook, output = Bypass("block.qkv.weight", (parse_term(entry("lora", (24, 16)), {}),), (24, 16)), layer(x)
+
+    def no_memory(*args):
+        raise OUT_OF_MEMORY("planted")
+
+    monkeypatch.setattr(JoinedLowRank, "_make_blocks", no_memory)
+    with pytest.raises(
+        LayerError, match=r"block\.qkv\.weight: no memory left for 0\.0 MB of LoRA factors\. Use fewer LoRAs"
+    ):
+        hook(layer, (x,), {}, output)
 
 
 class OutputSized(TorchDispatchMode):
@@ -195,7 +239,7 @@ def test_when_memory_ends_the_tokens_are_taken_in_slices(monkeypatch):
         if weight.shape[0] == 4:
             sizes.append(x.shape[0])
             if x.shape[0] > 600:
-                raise torch.OutOfMemoryError("planted")
+                raise OUT_OF_MEMORY("planted")
         return linear(x, weight, bias)
 
     output = layer(x)
@@ -206,7 +250,7 @@ def test_when_memory_ends_the_tokens_are_taken_in_slices(monkeypatch):
 
 def test_when_not_even_slices_fit_the_image_stops_with_the_layer_and_advice(monkeypatch):
     def no_memory(*args):
-        raise torch.OutOfMemoryError("planted")
+        raise OUT_OF_MEMORY("planted")
 
     layer, x = torch.nn.Linear(16, 24), rand(2048, 16, seed=3)
     output = layer(x)
@@ -235,7 +279,7 @@ def test_a_change_of_strength_takes_the_device_factors_over_and_another_lora_doe
     stronger = JoinedLowRank([dataclasses.replace(terms[0], strength=0.1)], (24, 16))
     stronger.share_factors_with(first)
     assert stronger._blocks is first._blocks
-    assert stronger._scales is not first._scales
+    assert stronger._pairs is not first._pairs
     other = JoinedLowRank([parse_term(entry("lora", (24, 16), 5), {})], (24, 16))
     other.share_factors_with(first)
     assert other._blocks is not first._blocks

@@ -12,7 +12,8 @@ from support.make import Net, host_value, rand
 from support.measure import assert_same, same_bits
 from support.reference import merge_reference
 
-from lib_lora_guard.adapters import Term, parse_term
+from lib_lora_guard.adapters import parse_term
+from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.plain import PlainAccess
 from lib_lora_guard.patching.attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.engine import Engine, LoraRequest
@@ -120,7 +121,6 @@ STEPS = [
     (PlainAccess, "dense"),
     (PlainAccess, "set_parameter"),
     (PlainAccess, "set_weight_terms"),
-    (Term, "check"),
     (BypassAttachment, "__init__"),
     (OnTheFlyAttachment, "__init__"),
     (MergeAttachment, "__init__"),
@@ -292,6 +292,84 @@ def test_the_engine_lets_the_model_go():
     assert gone() is None
 
 
+def test_what_could_not_be_undone_is_tried_again_before_anything_else(monkeypatch, caplog):
+    """An undo that fails (memory ended there too) leaves a weight patched; nothing may build on that."""
+    model, engine = build("bf16"), Engine()
+    base = output(model)
+    memory_is_short, detach = [True], OnTheFlyAttachment.detach
+
+    def failing(self):
+        if memory_is_short[0]:
+            raise PlantedError
+        detach(self)
+
+    monkeypatch.setattr(OnTheFlyAttachment, "detach", failing)
+    with pytest.MonkeyPatch.context() as patch:
+        count_and_fail(patch, OnTheFlyAttachment, "attach", [1, True])
+        with pytest.raises(PlantedError):
+            engine.change(PlainAccess(model), stack_of((everything(1), 0.5)))
+    assert not torch.equal(output(model), base), "this is the state that must not be trusted"
+    with pytest.raises(RestoreError, match=r"could not be restored .*reload the checkpoint"):
+        engine.change(PlainAccess(model), [])
+    memory_is_short[0] = False
+    engine.change(PlainAccess(model), [])
+    assert torch.equal(output(model), base)
+
+
+def test_a_convolution_that_a_difference_has_widened_takes_other_loras_afterwards():
+    model = torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(4, 8, 3)}).requires_grad_(False)
+    engine, before = Engine(), model["conv_in"].weight.data.clone()
+    inpaint = request("inpaint", {"conv_in.weight": (rand(8, 9, 3, 3, seed=1),)}, 1.0, 0)
+    engine.change(PlainAccess(model), [inpaint])
+    assert model["conv_in"].weight.shape == (8, 9, 3, 3)
+    report = engine.change(
+        PlainAccess(model), [request("plain", {"conv_in.weight": host_value("lora", (8, 4, 3, 3), 2)}, 1.0)]
+    )
+    assert not report.refused
+    engine.change(PlainAccess(model), [inpaint])
+    both = stack_of(
+        ({"conv_in.weight": host_value("lora", (8, 4, 3, 3), 2)}, 1.0),
+        ({"conv_in.weight": (rand(8, 9, 3, 3, seed=1),)}, 1.0),
+    )
+    report = engine.change(PlainAccess(model), both)
+    assert not report.refused
+    engine.change(PlainAccess(model), [])
+    assert same_bits(model["conv_in"].weight.data, before)
+
+
+def test_a_difference_of_another_size_is_lost_alone_and_said():
+    model, engine = build(), Engine()
+    weights, base, good = dense(model), output(model), everything(1)
+    patches = {**good, "blocks.0.norm.weight": (rand(48, seed=1),)}
+    report = engine.change(PlainAccess(model), [request("a", patches, 0.5)])
+    assert report.is_worrying
+    assert "1 LOST (blocks.0.norm.weight: diff gives [48], the weight is [64])" in report.line()
+    assert_same(
+        output(model), reference(weights, ({k: v for k, v in good.items() if k != "blocks.0.norm.weight"}, 0.5)), base
+    )
+
+
+def test_a_weight_that_no_mode_can_carry_is_said_to_be_lost():
+    model, engine = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 4)}), Engine()
+    model["e"].weight = torch.nn.Parameter(torch.zeros(8, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    terms = {"e.weight": [parse_term([1.0, host_value("lora", (8, 4), 1), 1.0, None, None], {})]}
+    report = engine.change(PlainAccess(model), [LoraRequest("a", 1.0, terms)])
+    assert report.is_worrying
+    assert "0 keys used, 1 skipped, 1 LOST (e.weight: stored as fp8_e4m3fn and read outside any layer" in report.line()
+
+
+def test_a_layer_that_is_never_called_is_merged():
+    model = torch.nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(False).eval()
+    engine, x = Engine(), rand(1, 3, 8, seed=1)
+    base = model(x, x, x)[0]
+    terms = {"out_proj.weight": [parse_term([1.0, host_value("lora", (8, 8), 1), 1.0, None, None], {})]}
+    report = engine.change(PlainAccess(model), [LoraRequest("a", 1.0, terms)])
+    assert report.loras[0].modes == {"merge": 1}
+    assert not torch.equal(model(x, x, x)[0], base)
+    engine.change(PlainAccess(model), [])
+    assert torch.equal(model(x, x, x)[0], base)
+
+
 def test_detach_all_restores_what_it_can_and_says_when_it_could_not(monkeypatch, caplog):
     model, engine = build("bf16"), Engine()
     base = output(model)
@@ -299,6 +377,9 @@ def test_detach_all_restores_what_it_can_and_says_when_it_could_not(monkeypatch,
     assert engine.detach_all()
     assert torch.equal(output(model), base)
     engine.change(PlainAccess(model), stack_of((everything(1), 0.5)))
-    count_and_fail(monkeypatch, OnTheFlyAttachment, "detach", [1, False])
-    assert not engine.detach_all()
+    with pytest.MonkeyPatch.context() as patch:
+        count_and_fail(patch, OnTheFlyAttachment, "detach", [1, False])
+        assert not engine.detach_all()
     assert "could not be restored" in caplog.text
+    assert engine.detach_all()
+    assert torch.equal(output(model), base)

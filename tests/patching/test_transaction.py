@@ -24,7 +24,7 @@ def test_an_exception_undoes_in_reverse_the_failed_step_included(error):
         t.do(lambda: done.append(2), lambda: done.append(-2))
         t.do(fail, lambda: done.append(-3))
     assert done == [1, 2, "half", -3, -2, -1]
-    assert t.clean
+    assert t.failed == []
 
 
 def test_an_undo_that_fails_does_not_stop_the_others(caplog):
@@ -41,5 +41,5 @@ def test_an_undo_that_fails_does_not_stop_the_others(caplog):
         t.do(lambda: None, fail)
         t.do(stop, lambda: None)
     assert done == [1, -1]
-    assert not t.clean
+    assert t.failed == [fail]
     assert "undo step failed" in caplog.text

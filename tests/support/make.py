@@ -95,6 +95,41 @@ def host_value(kind, shape, seed, rank=4, alpha=2.0, dora=None):
             r(rank, rank, *shape[2:], n=5),
             magnitude,
         )
+    if kind == "lokr_left":
+        return "lokr", (
+            None,
+            r(out // 2, inner // 2, n=2),
+            alpha,
+            r(2, rank, n=1),
+            r(rank, 2, n=3),
+            None,
+            None,
+            None,
+            magnitude,
+        )
+    if kind == "glora_old":
+        return "glora", (
+            r(rank, flat_in, n=1),
+            r(flat_in, rank, n=2),
+            r(rank, flat_in, n=3),
+            r(out, rank, n=4),
+            alpha,
+            magnitude,
+        )
+    if kind == "glora_conv":
+        b2 = r(rank, *shape[1:], n=4)
+        return "glora", (r(inner, rank, n=1), r(rank, inner, n=2), r(out, rank, n=3), b2, alpha, magnitude)
+    if kind == "loha_plain":
+        return "loha", (
+            r(out, rank, n=1),
+            r(rank, flat_in, n=2),
+            None,
+            r(out, rank, n=3),
+            r(rank, flat_in, n=4),
+            None,
+            None,
+            magnitude,
+        )
     if kind == "glora":
         return "glora", (
             r(inner, rank, n=1),

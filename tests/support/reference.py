@@ -96,7 +96,13 @@ def _lokr(weight, w1, w2, alpha, w1a, w1b, w2a, w2b, t2, magnitude):
 
 
 def _glora(weight, a1, a2, b1, b2, alpha, magnitude):
-    """New layout only: `a1` (in, r), `a2` (r, in), `b1` (out, r), `b2` (r, in)."""
-    a1, a2, b1, b2 = (t.to(weight) for t in (a1, a2, b1, b2))
+    """New layout: `a1` (in, r), `a2` (r, in), `b1` (out, r), `b2` (r, in * kernel). Old: `a1` (r, in), `a2` (in, r),
+    `b1` (r, in), `b2` (out, r). A square weight of both readings is old."""
+    a1, a2, b1, b2 = (t.to(weight).flatten(1) for t in (a1, a2, b1, b2))
+    flat = weight.flatten(1)
+    if b2.shape[0] == weight.shape[0] and a2.shape[0] == a1.shape[1] == flat.shape[1]:
+        scale = 1.0 if alpha is None else alpha / a1.shape[0]
+        return (b2 @ b1 + flat @ a2 @ a1) * scale, magnitude
     scale = 1.0 if alpha is None else alpha / a2.shape[0]
-    return (b1 @ b2 + weight @ a1 @ a2) * scale, magnitude
+    channels = weight.movedim(1, -1) @ (a1 @ a2)
+    return (b1 @ b2 + channels.movedim(-1, 1).flatten(1)) * scale, magnitude
