@@ -104,7 +104,7 @@ def main():
             "a": kohya(modules, 1, size),
             "b": kohya(unet, 2, size),
             "text": kohya(text, 3, 4 * size),
-            "norm": norms(checkpoint, name_of, 4, 4.0 if family == "flux" else 0.3),
+            "norm": norms(checkpoint, name_of, 4, 16.0 if family == "flux" else 0.3),
             "wrong": kohya(wrong, 5, size),
         }
         for name, tensors in files.items():
