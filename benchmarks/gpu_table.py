@@ -75,8 +75,8 @@ def main():
     old = page.read_text(encoding="utf-8")
     page.write_text(
         re.sub(
-            r"(<!-- gpu table -->\n).*?(\n<!-- end of gpu table -->)",
-            lambda m: m[1] + text + m[2],
+            r"(<!-- gpu table -->\n).*?(<!-- end of gpu table -->)",
+            lambda m: m[1] + text + "\n" + m[2],
             old,
             flags=re.DOTALL,
         ),

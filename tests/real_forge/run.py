@@ -252,8 +252,8 @@ def write_docs(rows, everyday):
     page = ROOT / "docs" / "hosts.md"
     old = page.read_text(encoding="utf-8")
     new = re.sub(
-        r"(<!-- pixel table -->\n).*?(\n<!-- end of pixel table -->)",
-        lambda m: m[1] + text + m[2],
+        r"(<!-- pixel table -->\n).*?(<!-- end of pixel table -->)",
+        lambda m: m[1] + text + "\n" + m[2],
         old,
         flags=re.DOTALL,
     )
