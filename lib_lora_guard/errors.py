@@ -1,7 +1,8 @@
 """Everything LoRA Guard raises on purpose.
 
     LoraGuardError
-    |-- LoraFileError      the file is missing, broken, or not a LoRA        (also a ValueError)
+    |-- FileFormatError    a file is not what its format says               (also a ValueError)
+    |   `-- LoraFileError  the file is missing, broken, or not a LoRA
     |-- LoraMismatchError  the LoRA does not fit this model                  (also a ValueError)
     |-- ModeError          the wished mode cannot be had for a weight        (also a ValueError)
     |-- RestoreError       an original value could not be put back            (also a RuntimeError)
@@ -16,7 +17,11 @@ class LoraGuardError(Exception):
     """Base of all errors raised on purpose by LoRA Guard."""
 
 
-class LoraFileError(LoraGuardError, ValueError):
+class FileFormatError(LoraGuardError, ValueError):
+    """A file is missing, truncated, or breaks the rules of its own format."""
+
+
+class LoraFileError(FileFormatError):
     """A LoRA file is missing, broken, or holds nothing that can be applied."""
 
 

@@ -1,0 +1,153 @@
+"""Walks the header of a GGUF file with a small buffer, and never past a limit.
+
+Each length is compared with what is left before anything is read or allocated, so that a length of 2^63 in a file of
+100 bytes costs nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from io import BufferedReader, FileIO
+from pathlib import Path
+
+from ..errors import FileFormatError
+from .header import MAX_HEADER_BYTES, refusal
+
+_BUFFER_BYTES = 1 << 18
+_MAX_SKIPPED_ITEMS = 4_000_000
+"""Strings and arrays that may be stepped over in one file, one by one; the largest tokenizers have a tenth of it."""
+
+_DAMAGED = "the file is damaged, download it again"
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+class ValueType(IntEnum):
+    """Types of metadata values, numbered as in the format."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
+_SCALARS: dict[ValueType, struct.Struct] = {
+    ValueType.UINT8: struct.Struct("<B"),
+    ValueType.INT8: struct.Struct("<b"),
+    ValueType.UINT16: struct.Struct("<H"),
+    ValueType.INT16: struct.Struct("<h"),
+    ValueType.UINT32: _U32,
+    ValueType.INT32: struct.Struct("<i"),
+    ValueType.FLOAT32: struct.Struct("<f"),
+    ValueType.BOOL: struct.Struct("<?"),
+    ValueType.UINT64: _U64,
+    ValueType.INT64: struct.Struct("<q"),
+    ValueType.FLOAT64: struct.Struct("<d"),
+}
+
+
+class Cursor:
+    """Reads `file` from its beginning; `at` is the next byte, `left` what is left. Raises FileFormatError."""
+
+    def __init__(self, path: Path, file: FileIO, size: int) -> None:
+        self.path, self.at = path, 0
+        self._size = size
+        self._limit = min(size, MAX_HEADER_BYTES)
+        self._file = BufferedReader(file, _BUFFER_BYTES)
+        self._skipped_items = 0
+
+    @property
+    def left(self) -> int:
+        return self._limit - self.at
+
+    def take(self, count: int, what: str) -> bytes:
+        self._check(count, what)
+        data = self._file.read(count)
+        if len(data) < count:
+            raise refusal(self.path, "was cut short while its header was read; wait until the file is written", what)
+        self.at += count
+        return data
+
+    def skip(self, count: int, what: str) -> None:
+        self._check(count, what)
+        self._file.seek(count, 1)
+        self.at += count
+
+    def u32(self, what: str) -> int:
+        return int(_U32.unpack(self.take(4, what))[0])
+
+    def u64(self, what: str) -> int:
+        return int(_U64.unpack(self.take(8, what))[0])
+
+    def sized_bytes(self, limit: int, what: str) -> bytes:
+        """A string: its length in 8 bytes, then its bytes."""
+        count = self.u64(what)
+        if count > limit:
+            raise refusal(self.path, f"expected text of at most {limit} bytes, found {count}; {_DAMAGED}", what)
+        return self.take(count, what)
+
+    def value_type(self, what: str) -> ValueType:
+        number = self.u32(what)
+        try:
+            return ValueType(number)
+        except ValueError:
+            raise refusal(self.path, f"expected a value type from 0 to 12, found {number}; {_DAMAGED}", what) from None
+
+    def scalar(self, kind: ValueType, what: str) -> str:
+        """A number or truth value as text; FLOAT32 with the 9 digits that tell any two apart."""
+        form = _SCALARS[kind]
+        value = form.unpack(self.take(form.size, what))[0]
+        if kind is ValueType.BOOL:
+            return "true" if value else "false"
+        return f"{value:.9g}" if kind is ValueType.FLOAT32 else str(value)
+
+    def skip_items(self, item: ValueType, count: int, what: str, nesting: int) -> None:
+        """Steps over an array's values without keeping any."""
+        if item in _SCALARS:
+            self.skip(count * _SCALARS[item].size, what)
+            return
+        self._skipped_items += count
+        if self._skipped_items > _MAX_SKIPPED_ITEMS:
+            raise refusal(
+                self.path,
+                f"expected at most {_MAX_SKIPPED_ITEMS} texts in arrays, found {self._skipped_items}; {_DAMAGED}",
+                what,
+            )
+        if item is ValueType.STRING:
+            self._check(8 * count, what)
+            for _ in range(count):
+                self.skip(self.u64(what), what)
+            return
+        if nesting <= 1:
+            raise refusal(self.path, f"expected arrays in arrays a few deep, found them deeper; {_DAMAGED}", what)
+        self._check(12 * count, what)
+        for _ in range(count):
+            self.skip_items(self.value_type(what), self.u64(what), what, nesting - 1)
+
+    def _check(self, count: int, what: str) -> None:
+        if count <= self._limit - self.at:
+            return
+        if self.at + count <= self._size:
+            raise refusal(
+                self.path,
+                f"expected a header of at most {MAX_HEADER_BYTES} bytes, found a longer one; {_DAMAGED}",
+                what,
+            )
+        raise self._truncated(count, what)
+
+    def _truncated(self, count: int, what: str) -> FileFormatError:
+        return refusal(
+            self.path,
+            f"expected at least {self.at + count} bytes, found {self._size}; the file is not complete or damaged, "
+            "download it again",
+            what,
+        )

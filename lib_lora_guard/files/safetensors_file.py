@@ -1,0 +1,170 @@
+"""safetensors: 8 bytes of header length, a JSON object, then the tensors' bytes without a gap.
+
+Source: the format's own description (github.com/huggingface/safetensors, README "Format") and, where it is silent, what
+version 0.8 of the library does: holes and bytes past the last tensor are refused, blanks around the object are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FileFormatError
+from .header import (
+    MAX_DIMS,
+    MAX_HEADER_BYTES,
+    MAX_VALUES,
+    FileHeader,
+    TensorEntry,
+    check_size,
+    count_values,
+    find_overlap,
+    opened,
+    read_entries,
+    refusal,
+    shown,
+)
+from .safetensors_json import Scanner
+
+FORMATS: dict[str, tuple[int, str | None]] = {
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"), "I8": (8, "int8"), "U16": (16, "uint16"), "I16": (16, "int16"),
+    "U32": (32, "uint32"), "I32": (32, "int32"), "U64": (64, "uint64"), "I64": (64, "int64"),
+    "F16": (16, "float16"), "BF16": (16, "bfloat16"), "F32": (32, "float32"), "F64": (64, "float64"),
+    "C64": (64, "complex64"),
+    "F8_E4M3": (8, "float8_e4m3fn"), "F8_E5M2": (8, "float8_e5m2"), "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"), "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F4": (4, "float4_e2m1fn_x2"), "F6_E2M3": (6, None), "F6_E3M2": (6, None),
+}  # fmt: skip
+"""Name in the file -> (bits of a value, torch's name for it or None). Which of them torch has depends on its version."""
+
+_DAMAGED = "the file is damaged, download it again"
+
+
+def read_header(path: str | Path) -> FileHeader:
+    """What a safetensors file holds. Raises FileFormatError with the file's name, the key and what to do."""
+    path = Path(path)
+    with opened(path) as (file, facts):
+        size = facts.st_size
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or size - 8 < length <= MAX_HEADER_BYTES:
+            raise refusal(
+                path,
+                f"expected a header of {length if len(head) == 8 else 'at least 8'} bytes, found {max(size - 8, 0)}; "
+                "the file is not complete, download it again",
+            )
+        if length > MAX_HEADER_BYTES:
+            raise refusal(
+                path,
+                f"expected a header of at most {MAX_HEADER_BYTES} bytes, found {length}; not a safetensors file or "
+                "damaged, download it again",
+            )
+        raw = _read_fully(file, length)
+    if len(raw) < length:
+        raise refusal(path, f"expected a header of {length} bytes, found {len(raw)}; load it again")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise refusal(
+            path, f"expected a header in UTF-8, found another byte at {8 + error.start}; {_DAMAGED}"
+        ) from None
+    tensors, metadata = _parse(path, text, 8 + length)
+    check_size(path, tensors, size)
+    _check_covered(path, tensors, 8 + length, size)
+    return FileHeader(path, "safetensors", tensors, metadata, size, facts.st_mtime_ns)
+
+
+def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The named tensors (None: all) in our own memory. Raises FileFormatError, also for a file changed since `header`."""
+
+    def typed(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
+        dtype = getattr(torch, FORMATS[entry.format][1] or "", None)
+        if not isinstance(dtype, torch.dtype):
+            raise refusal(
+                header.path,
+                f"stored as {entry.format}, which torch {torch.__version__} does not have; "
+                "convert it to F16 or BF16 with a newer torch",
+                entry.name,
+            )
+        shape = entry.shape
+        if entry.format == "F4":  # two values in a byte: torch counts the bytes
+            shape = (*shape[:-1], shape[-1] // 2)
+        return buffer.view(dtype).reshape(shape)
+
+    return read_entries(header, names, typed)
+
+
+def _read_fully(file: FileIO, length: int) -> bytes:
+    parts = []
+    while length and (part := file.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def _parse(path: Path, text: str, data_start: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    scanner = Scanner(path, text)
+    metadata: dict[str, str] = {}
+    tensors: dict[str, TensorEntry] = {}
+    for name in scanner.members():
+        if name == "__metadata__":
+            metadata = {key: scanner.string("text", key) for key in scanner.members()}
+        else:
+            tensors[name] = _entry(path, name, scanner.entry(name), data_start)
+    scanner.end()
+    return tensors, metadata
+
+
+def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
+    def wrong(what: str, expected: str, found: object) -> FileFormatError:
+        return refusal(path, f"{what}: expected {expected}, found {shown(str(found))}; {_DAMAGED}", name)
+
+    for field in ("dtype", "shape", "data_offsets"):
+        if field not in fields:
+            raise wrong(field, "it in the header", "nothing")
+    form, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(form, str) or form not in FORMATS:
+        raise wrong("dtype", f"one of {', '.join(FORMATS)}", form)
+    if not _is_sizes(shape) or len(shape) > MAX_DIMS:
+        raise wrong("shape", f"at most {MAX_DIMS} whole numbers from 0", shape)
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise wrong("data_offsets", "two whole numbers from 0, the second not smaller", offsets)
+    count = count_values(shape)
+    if count is None:
+        raise wrong("shape", "less than 2^63 values", shape)
+    bits = count * FORMATS[form][0]
+    found = offsets[1] - offsets[0]
+    if bits % 8 or (form == "F4" and (not shape or shape[-1] % 2)):
+        raise wrong("shape", f"values of {form} that fill whole bytes", shape)
+    if bits // 8 != found:
+        raise wrong("data_offsets", f"{bits // 8} bytes for {form} {list(shape)}", f"{found} bytes")
+    return TensorEntry(name, form, tuple(shape), data_start + offsets[0], found)
+
+
+def _is_sizes(value: object) -> bool:
+    # bool is an int in Python; in JSON it is not a number.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_VALUES for item in value)
+
+
+def _check_covered(path: Path, tensors: dict[str, TensorEntry], data_start: int, size: int) -> None:
+    """As the library does: sorted by place, each tensor starts where the one before ends, and the last ends the file."""
+    if pair := find_overlap(tensors.values()):
+        raise refusal(
+            path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}; {_DAMAGED}", pair[1].name
+        )
+    end = data_start
+    for entry in sorted(tensors.values(), key=lambda entry: (entry.start, entry.bytes)):
+        if entry.start != end:
+            raise refusal(
+                path,
+                f"expected to start at byte {end} where the one before ends, found {entry.start}; {_DAMAGED}",
+                entry.name,
+            )
+        end += entry.bytes
+    if end != size:
+        raise refusal(path, f"expected {end} bytes, found {size}, more than its tensors have; {_DAMAGED}")

@@ -1,0 +1,116 @@
+"""Walks the JSON of a safetensors header one member at a time.
+
+Such a header has two levels and no more, so nothing here nests: a hostile one costs no more memory than its own entries,
+and never the stack. Names are checked for being there once, at every level.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..errors import FileFormatError
+from .header import MAX_ENTRIES, refusal, shown
+
+_DAMAGED = "the file is damaged, download it again"
+_BLANKS = " \t\n\r"
+_SPACE = re.compile(f"[{_BLANKS}]*")
+_ENTRY = re.compile(r"\{[^{}]{0,1000}\}")
+"""An entry holds no other object, and its longest possible numbers stay well below 1000 characters."""
+
+
+class Scanner:
+    """Walks the JSON of one header; `at` is the next character. `members` yields a key, then its value must be read."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text, self.at = path, text, 0
+
+    def members(self) -> Iterator[str]:
+        seen: set[str] = set()
+        self._expect("{")
+        if self._next() == "}":
+            self.at += 1
+            return
+        while True:
+            key = self.string("a name")
+            if key in seen:
+                raise refusal(self.path, f"expected each name once, found it twice; {_DAMAGED}", key)
+            seen.add(key)
+            if len(seen) > MAX_ENTRIES:
+                raise refusal(self.path, f"expected at most {MAX_ENTRIES} names, found more; {_DAMAGED}")
+            self._expect(":")
+            yield key
+            if self._next() == "}":
+                self.at += 1
+                return
+            self._expect(",")
+
+    def string(self, what: str, key: str | None = None) -> str:
+        if self._next() != '"':
+            raise self._broken(f"{what} in quotes", key)
+        try:
+            text, end = _PLAIN.raw_decode(self.text, self.at)
+            text.encode("utf-8")  # half of a surrogate pair is no character: it could not be printed or saved
+        except ValueError:
+            raise self._broken(f"{what} in valid JSON", key) from None
+        self.at = end
+        return str(text)
+
+    def entry(self, name: str) -> dict[str, Any]:
+        self._next()
+        found = _ENTRY.match(self.text, self.at)
+        if found is None:
+            raise refusal(
+                self.path,
+                f"expected an object with dtype, shape and data_offsets, found something else; {_DAMAGED}",
+                name,
+            )
+        self.at = found.end()
+        try:
+            entry: dict[str, Any] = _STRICT.decode(found.group())
+        except FileFormatError as error:
+            raise refusal(self.path, f"{error}; {_DAMAGED}", name) from None
+        except (ValueError, RecursionError):
+            raise refusal(self.path, f"expected an entry in valid JSON, found a broken one; {_DAMAGED}", name) from None
+        return entry
+
+    def end(self) -> None:
+        if self._next():
+            raise self._broken("the end of the header")
+
+    def _next(self) -> str:
+        """The next character that is no blank, or '' at the end; it stays unread."""
+        mark = self.text[self.at : self.at + 1]
+        if mark in _BLANKS and (blanks := _SPACE.match(self.text, self.at)):
+            self.at = blanks.end()
+            mark = self.text[self.at : self.at + 1]
+        return mark
+
+    def _expect(self, mark: str) -> None:
+        if self._next() != mark:
+            raise self._broken(f"'{mark}'")
+        self.at += 1
+
+    def _broken(self, expected: str, key: str | None = None) -> FileFormatError:
+        found = shown(self.text[self.at : self.at + 20]) or "its end"
+        return refusal(
+            self.path, f"expected {expected} at character {self.at} of the header, found {found}; {_DAMAGED}", key
+        )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise FileFormatError("expected each field once, found one twice")
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise FileFormatError(f"expected whole numbers, found {text}")
+
+
+_PLAIN = json.JSONDecoder()
+_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_refuse_constant)
