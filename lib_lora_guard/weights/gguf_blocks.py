@@ -1,22 +1,90 @@
-"""GGUF block formats as they lie in the file: Q8_0 and Q4_0.
+"""GGUF block formats of 32 values as they lie in the file.
 
-Source: the GGUF / ggml format description (`block_q8_0`, `block_q4_0`): 32 values a block, an fp16 scale first; Q8_0
-has 32 signed bytes, Q4_0 has 16 bytes with values 0..15 that stand for -8..7, the first half of the block in the low
-nibbles, the second half in the high ones.
+Source: the ggml block structures (`block_q4_0` and so on). A block begins with its fp16 scale d and, in the "_1" types,
+its fp16 minimum m; value = d * (q - centre), or d * q + m. Halves of a block share bytes: value i in the low nibbles,
+value i + 16 in the high ones. Numbers are little-endian, as on every machine torch runs on.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from abc import abstractmethod
 
 import torch
 
-from .codec import Codec, Parts
+from ..errors import FileFormatError
+from .codec import AnyParts, Codec, Decoder, Parts, found
+
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the 16 indices of IQ4_NL and IQ4_XS stand for. Source: ggml, `kvalues_iq4nl`."""
 
 
-class Q8_0Codec(Codec):
-    format: ClassVar[str] = "Q8_0"
-    block: ClassVar[int] = 32
+class BlockDecoder(Decoder):
+    """`data` is `(rows, blocks in a row * block_bytes)` in uint8: the bytes of the file."""
+
+    @abstractmethod
+    def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
+        """`(rows, blocks, block_bytes)` bytes to fp32, `(rows, blocks, ...)` with `block` values a block, in order."""
+
+    def shape_of(self, parts: AnyParts) -> tuple[int, int]:
+        data = parts["data"]
+        if data.dim() != 2 or data.dtype != torch.uint8 or data.shape[1] % self.block_bytes:
+            raise FileFormatError(
+                f"{self.format}: expected a matrix of uint8 whose rows are a multiple of {self.block_bytes} bytes, found "
+                f"{found(data)}; the file is damaged or in another format"
+            )
+        return data.shape[0], data.shape[1] // self.block_bytes * self.block
+
+    def _values(self, parts: AnyParts, start: int, length: int) -> torch.Tensor:
+        data = parts["data"][start : start + length]
+        blocks = parted(data, data.shape[1] // self.block_bytes, self.block_bytes)
+        return self._block_values(blocks).flatten(1)
+
+
+def fields(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """The 8 / `bits` fields of every byte, lowest first, along a new dimension `dim`."""
+    mask = (1 << bits) - 1
+    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim)
+
+
+def halves(packed: torch.Tensor) -> torch.Tensor:
+    """fp32 of the fp16 numbers in the last dimension of `packed`, which may lie at an odd address."""
+    return packed.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+
+
+def two_halves(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum (or its scale), each with one number in its last dimension."""
+    both = halves(packed)
+    return both[..., :1], both[..., 1:]
+
+
+def parted(x: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """A view with the last dimension in parts of these sizes."""
+    return x.view(*x.shape[:-1], *sizes)
+
+
+def iq4_values(index: torch.Tensor) -> torch.Tensor:
+    """fp32 levels of 4-bit indices, in their shape."""
+    levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=index.device)
+    return levels.index_select(0, index.flatten().int()).view(index.shape)
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """`(rows, blocks, 16)` bytes to 32 indices a block."""
+    return fields(packed, 4, -2).flatten(-2)
+
+
+def _nibbles_and_fifth_bits(packed: torch.Tensor) -> torch.Tensor:
+    """4 bytes whose bit i belongs to value i, then 16 bytes of nibbles, to 32 indices of 5 bits a block."""
+    fifth = fields(packed[..., :4], 1, -1).flatten(-2)
+    return _nibbles(packed[..., 4:]).bitwise_or_(fifth << 4)
+
+
+class Q8_0Codec(BlockDecoder, Codec):
+    """d, 32 signed bytes."""
+
+    format = "Q8_0"
+    block = 32
+    block_bytes = 34
 
     def encode(self, weight: torch.Tensor) -> Parts:
         blocks = self._blocks(weight)
@@ -27,15 +95,16 @@ class Q8_0Codec(Codec):
         values = (blocks / step).round().clamp(-127, 127).to(torch.int8)
         return {"data": torch.cat([scale.view(torch.uint8), values.view(torch.uint8)], 2).flatten(1)}
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        blocks = _split(parts["data"], 2 + self.block)
-        scale = blocks[..., :2].contiguous().view(torch.float16).to(dtype)
-        return blocks[..., 2:].contiguous().view(torch.int8).to(dtype).mul_(scale).flatten(1)
+    def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
+        return blocks[..., 2:].view(torch.int8).float().mul_(halves(blocks[..., :2]))
 
 
-class Q4_0Codec(Codec):
-    format: ClassVar[str] = "Q4_0"
-    block: ClassVar[int] = 32
+class Q4_0Codec(BlockDecoder, Codec):
+    """d, 32 nibbles with centre 8."""
+
+    format = "Q4_0"
+    block = 32
+    block_bytes = 18
 
     def encode(self, weight: torch.Tensor) -> Parts:
         blocks = self._blocks(weight)
@@ -49,13 +118,51 @@ class Q4_0Codec(Codec):
         packed = index[..., :half] | (index[..., half:] << 4)
         return {"data": torch.cat([scale.view(torch.uint8), packed], 2).flatten(1)}
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        blocks = _split(parts["data"], 2 + self.block // 2)
-        scale = blocks[..., :2].contiguous().view(torch.float16).to(dtype)
-        packed = blocks[..., 2:]
-        index = torch.cat([packed & 15, packed >> 4], 2).to(dtype)
-        return index.sub_(8).mul_(scale).flatten(1)
+    def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
+        return _nibbles(blocks[..., 2:]).float().sub_(8).mul_(halves(blocks[..., :2]))
 
 
-def _split(data: torch.Tensor, block_bytes: int) -> torch.Tensor:
-    return data.view(data.shape[0], -1, block_bytes)
+class Q4_1Decoder(BlockDecoder):
+    """d, m, 32 nibbles."""
+
+    format = "Q4_1"
+    block = 32
+    block_bytes = 20
+
+    def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
+        scale, minimum = two_halves(blocks[..., :4])
+        return _nibbles(blocks[..., 4:]).float().mul_(scale).add_(minimum)
+
+
+class Q5_0Decoder(BlockDecoder):
+    """d, 32 fifth bits, 32 nibbles; centre 16."""
+
+    format = "Q5_0"
+    block = 32
+    block_bytes = 22
+
+    def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
+        return _nibbles_and_fifth_bits(blocks[..., 2:]).float().sub_(16).mul_(halves(blocks[..., :2]))
+
+
+class Q5_1Decoder(BlockDecoder):
+    """d, m, 32 fifth bits, 32 nibbles."""
+
+    format = "Q5_1"
+    block = 32
+    block_bytes = 24
+
+    def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
+        scale, minimum = two_halves(blocks[..., :4])
+        return _nibbles_and_fifth_bits(blocks[..., 4:]).float().mul_(scale).add_(minimum)
+
+
+class IQ4NLDecoder(BlockDecoder):
+    """d, 32 nibbles that point into IQ4_LEVELS."""
+
+    format = "IQ4_NL"
+    block = 32
+    block_bytes = 18
+
+    def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
+        return iq4_values(_nibbles(blocks[..., 2:])).mul_(halves(blocks[..., :2]))

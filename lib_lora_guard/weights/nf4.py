@@ -6,11 +6,12 @@ bitsandbytes stores it.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 
-from .codec import Codec, Parts
+from ..errors import FileFormatError
+from .codec import AnyParts, Codec, Parts, found
 
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -18,9 +19,21 @@ NF4_LEVELS = (
 )  # fmt: skip
 
 
+def values_of_bytes(packed: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
+    """The two fp32 levels of every byte, in order, flat: the earlier value is in the high nibble."""
+    table = torch.tensor(levels, dtype=torch.float32, device=packed.device)
+    # One look-up of a whole byte gives both values as one 8-byte number: half the traffic of unpacking first.
+    pairs = torch.cartesian_prod(table, table).view(torch.int64).flatten()
+    return pairs.index_select(0, packed.flatten().int()).view(torch.float32)
+
+
 class Nf4Codec(Codec):
-    format: ClassVar[str] = "nf4"
-    block: ClassVar[int] = 64
+    """Our own layout: `data` `(rows, columns / 2)` in uint8 and `absmax` `(rows, columns / 64)`, so that rows can be
+    taken from both. For bitsandbytes' own see bnb4."""
+
+    format = "nf4"
+    block = 64
+    block_bytes = 32
 
     def encode(self, weight: torch.Tensor) -> Parts:
         blocks = self._blocks(weight)
@@ -32,10 +45,19 @@ class Nf4Codec(Codec):
         index = torch.bucketize(unit, middles, out_int32=True).to(torch.uint8).flatten(1)
         return {"data": (index[:, 0::2] << 4) | index[:, 1::2], "absmax": absmax}
 
-    def decode(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-        packed, absmax = parts["data"], parts["absmax"].to(dtype)
-        # One look-up of a whole byte gives both values: half the memory traffic of unpacking first.
-        levels = torch.tensor(NF4_LEVELS, dtype=dtype, device=packed.device)
-        pairs = torch.cartesian_prod(levels, levels)
-        values = pairs[packed.int()].view(packed.shape[0], -1, self.block)
-        return values.mul_(absmax.unsqueeze(2)).flatten(1)
+    def shape_of(self, parts: AnyParts) -> tuple[int, int]:
+        data, absmax = parts["data"], parts["absmax"]
+        rows, row_bytes = data.shape if data.dim() == 2 else (0, 0)
+        blocks = (rows, row_bytes // self.block_bytes)
+        if data.dim() != 2 or data.dtype != torch.uint8 or row_bytes % self.block_bytes or absmax.shape != blocks:
+            raise FileFormatError(
+                f"{self.format}: expected a matrix of uint8 with {self.block_bytes} bytes a block and one absmax a block, "
+                f"found {found(data)} and {found(absmax)}"
+            )
+        return rows, row_bytes * 2
+
+    def _values(self, parts: AnyParts, start: int, length: int) -> torch.Tensor:
+        rows = slice(start, start + length)
+        absmax = parts["absmax"][rows]
+        values = values_of_bytes(parts["data"][rows], NF4_LEVELS).view(*absmax.shape, self.block)
+        return values.mul_(absmax.float().unsqueeze(2)).flatten(1)
