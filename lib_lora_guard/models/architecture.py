@@ -1,0 +1,218 @@
+"""Which architecture a model is, and which one a LoRA was trained for, from names and sizes.
+
+Names decide first, then the width of a layer's input, and a file's metadata only between what those leave open. What
+cannot be told for sure is None. Sources of the facts: the parameter names and default sizes in diffusers
+(models/transformers, loaders/single_file_utils.py, loaders/lora_conversion_utils.py) and Forge (backend/nn, loader.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from ..adapters.base import Shape
+from .evidence import Evidence
+
+
+class Architecture(str, Enum):
+    """The value is what users read."""
+
+    SD1 = "SD 1.x"
+    SD2 = "SD 2.x"
+    SDXL = "SDXL"
+    SDXL_REFINER = "SDXL refiner"
+    SD3 = "SD 3"
+    FLUX = "Flux"
+    CHROMA = "Chroma"
+    FLUX2 = "Flux 2"
+    KOLORS = "Kolors"
+    SVD = "Stable Video Diffusion"
+    CASCADE = "Stable Cascade"
+    AURAFLOW = "AuraFlow"
+    COSMOS = "Cosmos"
+    HIDREAM = "HiDream"
+    HUNYUAN_DIT = "Hunyuan-DiT"
+    HUNYUAN_VIDEO = "Hunyuan Video"
+    LTX = "LTX-Video"
+    LUMINA2 = "Lumina 2"
+    PIXART = "PixArt"
+    QWEN_IMAGE = "Qwen-Image"
+    SANA = "Sana"
+    WAN = "Wan"
+    Z_IMAGE = "Z-Image"
+
+
+A = Architecture
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """`names` is searched in the modules' flat names; with `inputs`, one of those must have such an input width."""
+
+    architecture: Architecture
+    names: str
+    inputs: frozenset[int] = frozenset()
+
+    def fits(self, evidence: Evidence) -> bool:
+        return bool(self.inputs & evidence.inputs(self.names)) if self.inputs else evidence.has(self.names)
+
+
+def _rule(architecture: Architecture, names: str, *inputs: int) -> _Rule:
+    return _Rule(architecture, names, frozenset(inputs))
+
+
+_DIT = r"^blocks_\d+_"
+_TOP = r"^transformer_blocks_\d+_"
+_BFL = r"^(double|single)_blocks_\d+_"
+
+_RULES = (
+    _rule(A.SD3, r"^joint_blocks_\d+_(x|context)_block_"),
+    _rule(A.HIDREAM, r"^(double|single)_stream_blocks_\d+_"),
+    _rule(A.AURAFLOW, r"^joint_transformer_blocks_\d+_|^(double|single)_layers_\d+_(attn|mlp|mod)"),
+    _rule(A.CASCADE, r"^(down|up)_blocks_\d+_\d+_(attention|mapper|channelwise|kv_mapper|depthwise)|^clip_txt_mapper"),
+    _rule(A.CHROMA, r"^distilled_guidance_layer_"),
+    _rule(A.FLUX2, r"^(double|single)_stream_modulation|^single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"),
+    _rule(A.FLUX2, _BFL + r"((img|txt)_attn_(qkv|proj)|(img|txt)_mlp_0|linear1)$", 4096, 6144),
+    _rule(A.HUNYUAN_VIDEO, r"individual_token_refiner|^context_embedder_token_refiner"),
+    _rule(A.HUNYUAN_VIDEO, _BFL + r"((img|txt)_(mlp_fc\d|mod_linear)|modulation_linear)"),
+    _rule(A.QWEN_IMAGE, _TOP + r"(img|txt)_(mod|mlp)_"),
+    # Qwen-Image has 60 blocks of this width, Flux and Hunyuan Video at most 20.
+    _rule(A.QWEN_IMAGE, r"^transformer_blocks_[2-5]\d_attn_(to|add)_[qkv]", 3072),
+    _rule(A.SANA, _TOP + r"ff_conv_(inverted|depth|point)|" + _DIT + r"mlp_(inverted|depth|point)_conv"),
+    _rule(A.SANA, _TOP + r"attn1_to_[qkv]$|" + _DIT + r"cross_attn_(q|kv)_linear$", 2240),
+    _rule(A.PIXART, _TOP + r"attn1_to_[qkv]$|" + _DIT + r"cross_attn_(q|kv)_linear$", 1152),
+    _rule(A.LTX, r"^patchify_proj$"),
+    _rule(A.LTX, _TOP + r"attn2_to_[kv]$", 2048, 4096),
+    _rule(A.HUNYUAN_DIT, _DIT + r"attn[12]_(Wqkv|kv_proj|q_proj)$"),
+    _rule(A.HUNYUAN_DIT, _DIT + r"attn[12]_to_q$", 1408),
+    _rule(A.COSMOS, _DIT + r"(self|cross)_attn_[qkv]_proj$"),
+    _rule(A.WAN, _DIT + r"((self|cross)_attn_[qkvo](_img)?|ffn_[02])$"),
+    _rule(A.WAN, _DIT + r"attn[12]_(to_[qkv]|add_[kv]_proj)$", 1536, 3072, 5120),
+    _rule(A.Z_IMAGE, r"^(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)", 3840),
+    _rule(A.LUMINA2, r"^(layers|noise_refiner|context_refiner)_\d+_(attention|attn|feed_forward|adaLN)", 2304),
+    _rule(A.SD3, _TOP + r"attn_(to|add)_[qkv]", 1536, 2432),
+    _rule(A.SD3, _TOP + r"ff(_context)?_net_0_proj$|" + _TOP + r"norm1(_context)?_linear$", 1536, 2432),
+)
+"""In order: the first that fits decides."""
+
+_UNET = r"^((in|out)put_blocks_\d+_\d+_|middle_block_\d+_|(down|up)_blocks_\d+_(attentions|resnets|(down|up)samplers)_|mid_block_(attentions|resnets)_)"
+_CROSS = {768: A.SD1, 1024: A.SD2, 2048: A.SDXL, 1280: A.SDXL_REFINER}
+"""Width of the text that a U-Net's cross attention sees."""
+
+_FLUX_LIKE = _BFL + r"((img|txt)_(attn|mlp|mod)|linear[12]|modulation|norm|qkv|proj)|^single_transformer_blocks_\d+_"
+_MODULATED = r"(_mod|_modulation)_lin$|_norm(1|1_context)?_linear$|^(vector|time|guidance)_in_|^time_text_embed_"
+
+_SAID = {
+    A.SD1: r"\bsd_v1|stable-diffusion-v1",
+    A.SD2: r"\bsd_v2|stable-diffusion-v2",
+    A.SDXL_REFINER: r"xl-v1-refiner|sdxl_refiner",
+    A.SDXL: r"\bsdxl|stable-diffusion-xl",
+    A.SD3: r"\bsd3|stable-diffusion-3|lora_sd3",
+    A.CHROMA: r"chroma",
+    A.FLUX2: r"flux[-_.]?2|lora_flux2",
+    A.FLUX: r"flux",
+    A.KOLORS: r"kolors",
+    A.QWEN_IMAGE: r"qwen[-_]?image",
+    A.HUNYUAN_VIDEO: r"hunyuan[-_]?video|lora_framepack",
+}
+_METADATA = ("ss_base_model_version", "modelspec.architecture", "ss_network_module")
+
+
+def detect_model(shapes: Mapping[str, Shape]) -> Architecture | None:
+    """Architecture of a U-Net or transformer, or of a whole checkpoint, from parameter names and shapes.
+
+    Either layout, with or without the prefixes "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.".
+    """
+    evidence = Evidence.of_model(shapes)
+    if evidence.has(r"^single_transformer_blocks_") or evidence.has(_BFL):
+        return _only(_decide(evidence) or _flux_like(evidence, model=True))
+    if evidence.has(_TOP + r"attn_add_[qkv]_proj$") and evidence.has(r"^pos_embed_proj$"):
+        return A.SD3
+    return _only(_decide(evidence) or _unet(evidence))
+
+
+def detect_lora(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Architecture | None:
+    """Architecture a LoRA file was trained for, from its tensors' names and shapes.
+
+    A file for Flux that leaves the modulations alone looks like one for Chroma: FLUX unless the metadata says otherwise,
+    and see `accepts`. A file with nothing but text encoders is often None, as several architectures share those.
+    """
+    evidence = Evidence.of_lora(shapes)
+    found = _decide(evidence) or _unet(evidence) or _flux_like(evidence) or _text(evidence)
+    if len(found) == 1:
+        return found[0]
+    said = next((a for a in _said(metadata or {}) if a in found), None)
+    return said or (A.FLUX if found == (A.FLUX, A.CHROMA) else None)
+
+
+def accepts(model: Architecture | None, lora: Architecture | None) -> bool:
+    """Whether a LoRA may go on a model: alike, or one of them unknown, or pairs that share their layers."""
+    return model is None or lora is None or model == lora or {model, lora} in ({A.FLUX, A.CHROMA}, {A.SDXL, A.KOLORS})
+
+
+def _decide(evidence: Evidence) -> tuple[Architecture, ...]:
+    return next(((rule.architecture,) for rule in _RULES if rule.fits(evidence)), ())
+
+
+def _only(found: tuple[Architecture, ...]) -> Architecture | None:
+    return found[0] if len(found) == 1 else None
+
+
+def _flux_like(evidence: Evidence, *, model: bool = False) -> tuple[Architecture, ...]:
+    """Flux, Chroma and Hunyuan Video name their blocks alike and have the same width."""
+    only_double = _TOP + r"(attn_(to|add)_[qkv]|attn_to_(out|add_out)|ff(_context)?_net|norm1(_context)?_linear)"
+    if not evidence.has(_FLUX_LIKE) and not (not model and 3072 in evidence.inputs(only_double)):
+        return ()
+    if evidence.has(r"^(double_|transformer_)blocks_(19|[2-9]\d)_") or evidence.has(
+        r"^single_(transformer_)?blocks_(3[89]|[4-9]\d)_"
+    ):
+        return (A.HUNYUAN_VIDEO,)
+    for layer, width in ((r"single_blocks_\d+_linear1$", 9), (r"double_blocks_\d+_(img|txt)_mlp_0$", 6)):
+        if any(rows == width * columns for rows, columns in evidence.sizes(layer)):
+            return (A.FLUX2,)
+    return (A.FLUX,) if model or evidence.has(_MODULATED) else (A.FLUX, A.CHROMA)
+
+
+def _unet(evidence: Evidence) -> tuple[Architecture, ...]:
+    if not evidence.has(_UNET):
+        return ()
+    if evidence.has(r"_(time_stack|temporal_transformer_blocks|temporal_res_block)_"):
+        return (A.SVD,)
+    if evidence.has(r"^encoder_hid_proj$") or 5632 in evidence.inputs(r"^(add_embedding_linear_1|label_emb_0_0)$"):
+        return (A.KOLORS,)
+    widths = evidence.inputs(_UNET + r".*attn2_to_[kv]$")
+    if known := {_CROSS[width] for width in widths if width in _CROSS}:
+        return tuple(known) if len(known) == 1 else ()
+    if evidence.has(r"_\d+_transformer_blocks_[1-9]_"):
+        return (A.SDXL,) if evidence.has(r"_\d+_transformer_blocks_[4-9]_") else (A.SDXL, A.SDXL_REFINER)
+    by_text = _text(evidence)
+    if len(by_text) == 1 and by_text[0] in _CROSS.values():
+        return by_text
+    if evidence.has(r"^(down_blocks_0|up_blocks_3)_attentions_|^input_blocks_[12]_1_|^output_blocks_(9|10|11)_1_"):
+        return (A.SD1, A.SD2)
+    return (A.SD1, A.SD2, A.SDXL)
+
+
+def _text(evidence: Evidence) -> tuple[Architecture, ...]:
+    """What the text encoders in a LoRA file leave open."""
+    t5 = r"encoder_block_\d+_layer_"
+    if evidence.text(r"^te3_|^text_encoder_3_"):
+        return (A.SD3,)
+    if evidence.text(r"^(te2|text_encoder_2)_" + t5):
+        return (A.FLUX,)
+    widths = evidence.text_inputs(r"self_attn_([qkv]_proj|to_[qkv])$|mlp_fc1$")
+    if 1024 in widths:
+        return (A.SD2,)
+    if 1280 in widths:
+        return (A.SDXL, A.SD3)
+    if 768 in widths and evidence.text(r"^te_"):
+        return (A.SD1,)
+    return (A.SD1, A.SDXL, A.SD3, A.FLUX) if 768 in widths else ()
+
+
+def _said(metadata: Mapping[str, str]) -> Iterable[Architecture]:
+    for key in _METADATA:
+        value = metadata.get(key, "").lower()
+        yield from (a for a, pattern in _SAID.items() if re.search(pattern, value))
