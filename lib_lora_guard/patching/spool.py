@@ -1,0 +1,204 @@
+"""Tensors kept in a file: raw bytes out, the same bits back in. One file per spool, gone with its last tensor.
+
+The file is open for as long as it exists, so that nobody else can take it away: Windows refuses, elsewhere its contents
+stay with the handle. What a killed process leaves behind is removed by the next one, which reads from the name whose it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import secrets
+import weakref
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..errors import ModeError, RestoreError
+from ..memory.probe import disk_spare_bytes
+from ..weights.storage import MB
+
+CHUNK_BYTES = 16 * MB
+"""What passes through RAM at a time on the way between a GPU and the disk."""
+
+_NAME = re.compile(r"lora-guard-(\d{1,9})-(\d{1,15})-[0-9a-f]+\.spool")
+_SAME_START_SECONDS = 5.0
+"""Start times of one process may be read a little apart: some systems count them from a boot time that the clock corrects."""
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """One tensor in the file. `checksum` is CRC-32: it is there for torn and foreign writes, not against an opponent, and
+    it is three times as fast as BLAKE2."""
+
+    start: int
+    bytes: int
+    checksum: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Spool:
+    """Not for several threads at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path: Path | None = None
+        self._file: FileIO | None = None
+        self._close: weakref.finalize[[FileIO, Path], Spool] | None = None
+        self._live: set[Region] = set()
+        remove_stale_files(folder)
+
+    def write(self, key: str, tensor: torch.Tensor) -> Region:
+        """Raises ModeError where the disk does not take it; then the file is as before."""
+        stride = torch.empty_like(tensor, device="meta").stride()
+        # Gaps and overlaps between rows are not kept; any order of the dimensions is.
+        dense = tensor.detach() if tensor.stride() == stride else tensor.detach().clone()
+        flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+        spare = disk_spare_bytes(self.folder)
+        try:
+            if flat.numel() > spare:
+                raise OSError(f"{spare / MB:.1f} MB may be used there")
+            file = self._open()
+            start = self._free_start(flat.numel())
+            file.seek(start)
+            checksum = 0
+            for chunk in _chunks(flat):
+                checksum = _write(file, chunk.cpu(), checksum)
+            region = Region(start, flat.numel(), checksum, tuple(tensor.shape), tuple(stride), tensor.dtype)
+            self._live.add(region)
+        except OSError as error:
+            raise ModeError(
+                f"{key}: its {flat.numel() / MB:.1f} MB cannot be backed up in {self.folder} ({error}); "
+                "free disk space, name another folder, or use LoRA mode 'auto'"
+            ) from error
+        finally:
+            self._delete_if_empty()
+        return region
+
+    def read(self, key: str, region: Region, device: torch.device) -> torch.Tensor:
+        """A new tensor with the bits that were written. Raises RestoreError where the file no longer has them."""
+        flat = torch.empty(region.bytes, dtype=torch.uint8, device=device)
+        checksum, problem = 0, ""
+        try:
+            if self._file is None or region not in self._live:
+                raise OSError("it was released")
+            self._file.seek(region.start)
+            for chunk in _chunks(flat):
+                staged = chunk if device.type == "cpu" else torch.empty_like(chunk, device="cpu")
+                checksum = _read(self._file, staged, checksum)
+                if staged is not chunk:
+                    chunk.copy_(staged)
+            if checksum != region.checksum:
+                problem = f"checksum {checksum:08x}, expected {region.checksum:08x}"
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        if problem:
+            raise RestoreError(f"{key}: its backup in {self.path} cannot be read ({problem}); reload the checkpoint")
+        return flat.view(region.dtype).as_strided(region.shape, region.stride)
+
+    def free(self, region: Region) -> None:
+        self._live.discard(region)
+        self._delete_if_empty()
+
+    @property
+    def bytes(self) -> int:
+        return sum(region.bytes for region in self._live)
+
+    def _open(self) -> FileIO:
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            started_ms = round(psutil.Process().create_time() * 1000)
+            path = self.folder / f"lora-guard-{os.getpid()}-{started_ms}-{secrets.token_hex(4)}.spool"
+            self._file, self.path = FileIO(path, "x+"), path
+            # Runs when this object dies and when the interpreter ends, once.
+            self._close = weakref.finalize(self, _close_and_delete, self._file, path)
+        return self._file
+
+    def _delete_if_empty(self) -> None:
+        if not self._live and self._close is not None:
+            self._close()
+            self._file = self._close = None
+
+    def _free_start(self, size: int) -> int:
+        """Where `size` bytes lie free: the first gap that is large enough, or the end."""
+        start = 0
+        for region in sorted(self._live, key=lambda r: r.start):
+            if region.start - start >= size:
+                return start
+            start = region.start + region.bytes
+        return start
+
+
+def remove_stale_files(folder: Path) -> None:
+    """Deletes spool files whose process is gone. One that cannot be deleted is in use, or not ours to delete."""
+    try:
+        found = list(folder.iterdir())
+    except OSError:
+        return
+    for path in found:
+        name = _NAME.fullmatch(path.name)
+        if name is not None and not _is_running(int(name[1]), int(name[2]) / 1000):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_running(pid: int, started: float) -> bool:
+    """True unless no process, or a later one, has this number. A killed child nobody asked after is not running."""
+    if not psutil.pid_exists(pid):
+        return False
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started) <= _SAME_START_SECONDS
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+
+
+def _close_and_delete(file: FileIO, path: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.close()
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _chunks(flat: torch.Tensor) -> Iterator[torch.Tensor]:
+    for start in range(0, flat.numel(), CHUNK_BYTES):
+        yield flat.narrow(0, start, min(CHUNK_BYTES, flat.numel() - start))
+
+
+def _write(file: FileIO, chunk: torch.Tensor, checksum: int) -> int:
+    """Writes a CPU byte tensor; the checksum with it. An unbuffered file may take less than it is given."""
+    view = _memory(chunk)
+    checksum = zlib.crc32(view, checksum)
+    while len(view):
+        view = view[file.write(view) :]
+    return checksum
+
+
+def _read(file: FileIO, chunk: torch.Tensor, checksum: int) -> int:
+    view = _memory(chunk)
+    missing = view
+    while len(missing):
+        count = file.readinto(missing)
+        if not count:
+            raise OSError(f"it ends {len(missing)} bytes early")
+        missing = missing[count:]
+    return zlib.crc32(view, checksum)
+
+
+def _memory(chunk: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU byte tensor, which has to outlive the view."""
+    if chunk.numel() == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * chunk.numel()).from_address(chunk.data_ptr())).cast("B")

@@ -1,0 +1,180 @@
+"""What is measured is never negative and never more than there is; the tightest of several limits counts."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from lib_lora_guard.memory import give_back_cached_memory, is_out_of_memory, probe
+from lib_lora_guard.memory.probe import DISK_RESERVE_BYTES, BackupBudget, disk_spare_bytes, measure_budget
+
+GB = 1 << 30
+CPU = torch.device("cpu")
+Ram = namedtuple("Ram", "available total")
+Disk = namedtuple("Disk", "total used free")
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A host with 16 of 32 GB of RAM and 100 of 200 GB of disk free, in no control group."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Ram(16 * GB, 32 * GB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Disk(200 * GB, 100 * GB, 100 * GB))
+    monkeypatch.setattr(probe, "_lies_in_ram", lambda folder: False)
+    monkeypatch.setattr(probe, "_cgroup_available_bytes", lambda mount, membership: None)
+    return monkeypatch
+
+
+def test_a_budget_is_what_is_free_above_the_floors(host):
+    assert measure_budget(CPU, 4 * GB) == BackupBudget(0, 12 * GB, 98 * GB)
+    assert DISK_RESERVE_BYTES == 2 * GB
+
+
+def test_a_budget_is_never_negative(host):
+    host.setattr(shutil, "disk_usage", lambda folder: Disk(200 * GB, 199 * GB, 1 * GB))
+    assert measure_budget(CPU, 20 * GB) == BackupBudget(0, 0, 0)
+
+
+def test_available_ram_above_the_total_is_not_believed(host):
+    host.setattr(psutil, "virtual_memory", lambda: Ram(100 * GB, 32 * GB))
+    assert measure_budget(CPU, 0).ram_spare_bytes == 32 * GB
+
+
+def test_a_control_group_that_leaves_less_than_the_machine_counts(host):
+    host.setattr(probe, "_cgroup_available_bytes", lambda mount, membership: 3 * GB)
+    assert measure_budget(CPU, GB).ram_spare_bytes == 2 * GB
+    host.setattr(probe, "_cgroup_available_bytes", lambda mount, membership: 1 << 62)
+    assert measure_budget(CPU, GB).ram_spare_bytes == 15 * GB
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "active", "expected"),
+    [(5, 4, 1, 8), (5, 1, 4, 5), (23, 20, 1, 24), (0, 0, 0, 0)],
+    ids=["cache counts", "statistics that cross", "above the total", "none"],
+)
+def test_free_vram_is_the_drivers_and_what_torch_holds_unused(host, free, reserved, active, expected):
+    host.setattr(torch.cuda, "is_available", lambda: True)
+    host.setattr(torch.cuda, "mem_get_info", lambda device: (free * GB, 24 * GB))
+    statistics = {"reserved_bytes.all.current": reserved * GB, "active_bytes.all.current": active * GB}
+    host.setattr(torch.cuda, "memory_stats", lambda device: statistics)
+    assert measure_budget(torch.device("cuda"), 0).vram_spare_bytes == expected * GB
+
+
+def test_statistics_of_a_device_that_was_never_used_are_empty(host):
+    host.setattr(torch.cuda, "is_available", lambda: True)
+    host.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 24 * GB))
+    host.setattr(torch.cuda, "memory_stats", lambda device: {})
+    assert measure_budget(torch.device("cuda"), 0).vram_spare_bytes == 5 * GB
+
+
+def test_devices_that_share_the_ram_have_no_vram_to_spare(host):
+    assert measure_budget(torch.device("mps"), 0).vram_spare_bytes == 0
+
+
+def test_the_real_machine_gives_sane_numbers(tmp_path):
+    budget = measure_budget(CPU, 0, tmp_path)
+    assert 0 < budget.ram_spare_bytes <= psutil.virtual_memory().total
+    assert 0 <= budget.disk_spare_bytes <= shutil.disk_usage(tmp_path).total
+
+
+def test_a_folder_that_does_not_exist_yet_is_judged_by_the_one_above(host):
+    seen = []
+    host.setattr(shutil, "disk_usage", lambda folder: seen.append(folder) or Disk(9 * GB, 0, 9 * GB))
+    here = Path(__file__).parent
+    assert disk_spare_bytes(here / "no" / "such" / "folder") == 7 * GB
+    assert seen == [here]
+
+
+def test_a_folder_in_ram_spares_nothing(host):
+    host.setattr(probe, "_lies_in_ram", lambda folder: True)
+    assert disk_spare_bytes(Path(__file__).parent) == 0
+
+
+def test_the_kind_of_disk_is_that_of_the_innermost_mount(tmp_path):
+    (tmp_path / "ram" / "disk" / "deep").mkdir(parents=True)
+    mounts = tmp_path / "mounts"
+    place = tmp_path.resolve()
+    lines = [
+        "/dev/sda / ext4 rw 0 0",
+        f"tmpfs {place / 'ram'} tmpfs rw 0 0",
+        f"/dev/sdb {place / 'ram' / 'disk'} xfs rw 0 0",
+        "short",
+    ]
+    mounts.write_text("\n".join(lines), encoding="utf-8")
+    if " " in str(place):
+        pytest.skip("this list writes spaces in another way")
+    assert probe._lies_in_ram(tmp_path / "ram", mounts)
+    assert not probe._lies_in_ram(tmp_path / "ram" / "disk" / "deep", mounts)
+    assert not probe._lies_in_ram(tmp_path, mounts)
+    assert not probe._lies_in_ram(tmp_path / "ram", tmp_path / "no list")
+
+
+def group(folder, limit, usage, cache, version):
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n", encoding="utf-8")
+    (folder / names[1]).write_text(f"{usage}\n", encoding="utf-8")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cache}\n", encoding="utf-8")
+
+
+def available(tmp_path, membership):
+    file = tmp_path / "cgroup"
+    file.write_text(membership, encoding="utf-8")
+    return probe._cgroup_available_bytes(tmp_path, file)
+
+
+def test_version_2_counts_page_cache_as_free(tmp_path):
+    group(tmp_path / "a" / "b", 8 * GB, 6 * GB, GB, 2)
+    assert available(tmp_path, "0::/a/b\n") == 3 * GB
+
+
+def test_the_tightest_group_on_the_way_up_counts(tmp_path):
+    group(tmp_path / "a" / "b", 8 * GB, 2 * GB, 0, 2)
+    group(tmp_path / "a", 9 * GB, 8 * GB, 0, 2)
+    assert available(tmp_path, "0::/a/b\n") == GB
+
+
+def test_no_limit_is_no_limit(tmp_path):
+    group(tmp_path / "a", "max", 2 * GB, 0, 2)
+    assert available(tmp_path, "0::/a\n") is None
+    assert available(tmp_path, "nonsense\n") is None
+    assert probe._cgroup_available_bytes(tmp_path, tmp_path / "no file") is None
+
+
+def test_version_1_inside_a_container_sees_its_group_as_the_root(tmp_path):
+    group(tmp_path / "memory", 4 * GB, 3 * GB, GB // 2, 1)
+    assert available(tmp_path, "5:devices:/docker/x\n4:memory:/docker/x\n0::/\n") == GB + GB // 2
+
+
+def test_a_group_over_its_limit_leaves_nothing(tmp_path):
+    group(tmp_path / "memory" / "a", 4 * GB, 5 * GB, 0, 1)
+    (tmp_path / "memory" / "a" / "memory.stat").unlink()
+    assert available(tmp_path, "4:cpu,memory:/a\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.cuda.OutOfMemoryError("planted"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("DefaultCPUAllocator"), False),
+    ],
+    ids=str,
+)
+def test_out_of_memory_is_told_from_other_errors(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_torchs_own_cpu_allocator_is_known():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(raised.value)
+    give_back_cached_memory()
