@@ -4,4 +4,4 @@ from pathlib import Path
 
 from lib_lora_guard.hosts import forge_start
 
-forge_start.check_after_reload(Path(__file__).resolve().parent.parent)
+forge_start.run_script(Path(__file__).resolve().parent.parent)

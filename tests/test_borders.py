@@ -9,10 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lib_lora_guard"
 FORGE = {"backend", "modules", "modules_forge", "networks", "packages_3rdparty"}
-PURE = ("adapters", "weights", "planning", "patching", "reporting")
+PURE = ("files", "adapters", "weights", "models", "memory", "planning", "patching", "reporting")
 BELOW = {
     "weights": {"weights"},
-    "adapters": {"adapters"},
+    "files": {"files"},
+    "memory": {"memory"},
+    "adapters": {"adapters", "files"},
+    "models": {"models", "adapters"},
     "planning": {"planning", "adapters", "weights"},
     "reporting": {"reporting", "planning", "weights", "adapters"},
     "patching": set(PURE),

@@ -1,23 +1,31 @@
 """What a LoRA file says: one module per kind of adapter. Pure torch; knows neither models nor hosts."""
 
 from .base import Adapter, LowRank, Slice, Term, apply_terms
+from .boft import BoftAdapter, PeftBoftAdapter
 from .glora import GloraAdapter
+from .ia3 import Ia3Adapter
 from .loha import LohaAdapter
 from .lokr import LokrAdapter
 from .lora import LoraAdapter
+from .oft import OftAdapter, PeftOftAdapter
 from .patch_tuples import parse_term, parse_value
 from .whole import DiffAdapter, ForeignAdapter, NestedAdapter, SetAdapter
 
 __all__ = [
     "Adapter",
+    "BoftAdapter",
     "DiffAdapter",
     "ForeignAdapter",
     "GloraAdapter",
+    "Ia3Adapter",
     "LohaAdapter",
     "LokrAdapter",
     "LoraAdapter",
     "LowRank",
     "NestedAdapter",
+    "OftAdapter",
+    "PeftBoftAdapter",
+    "PeftOftAdapter",
     "SetAdapter",
     "Slice",
     "Term",

@@ -49,24 +49,92 @@ class LowRank:
     """An additive term `scale * up @ down`: `up` is `(out, rank)`, `down` is `(rank, in * kernel)`, both flattened.
 
     `mid` is the Tucker core `(rank_up, rank_down, *kernel)` of a LoCon; then `down` is `(rank_down, in)`.
+    `row_scale` `(out,)` and `column_scale` `(in,)`, fp32, multiply the rows of `up` and the input channels of `down`:
+    kept apart because a product in the factors' own dtype would be rounded.
     """
 
     up: torch.Tensor
     down: torch.Tensor
     scale: float
     mid: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
+    column_scale: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.up.shape[1]
 
+    def dense_up(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+        """`up` as `(out, rank)` with the row scale multiplied in."""
+        if self.row_scale is None:
+            return self.up.to(device=device, dtype=dtype)
+        up = self.up.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
+        return (up * self.row_scale.to(device).unsqueeze(1)).to(dtype)
+
     def dense_down(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-        """`down` as `(rank, in * kernel)` with the Tucker core multiplied in."""
-        down = self.down.to(device=device, dtype=dtype)
-        if self.mid is None:
-            return down
-        mid = self.mid.to(device=device, dtype=dtype)
-        return torch.einsum("ri...,ij->rj...", mid, down).flatten(1)
+        """`down` as `(rank, in * kernel)` with the Tucker core and the column scale multiplied in."""
+        wide = dtype if self.column_scale is None else torch.promote_types(dtype, torch.float32)
+        down = self.down.to(device=device, dtype=wide)
+        if self.mid is not None:
+            mid = self.mid.to(device=device, dtype=wide)
+            down = torch.einsum("ri...,ij->rj...", mid, down).flatten(1)
+        if self.column_scale is not None:
+            columns = self.column_scale.to(device)
+            kernel = down.shape[1] // columns.shape[0]
+            down = down * columns.repeat_interleave(kernel)
+        return down.to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class KhatriRao:
+    """An additive term `scale * (a1 @ b1) * (a2 @ b2)`, elementwise: a low-rank term of rank r1 * r2."""
+
+    a1: torch.Tensor
+    b1: torch.Tensor
+    a2: torch.Tensor
+    b2: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a1.shape[1] * self.a2.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """An additive term `scale * left (x) right`: `left` `(a, b)`, `right` `(c, d, *kernel)`; a side may be a product."""
+
+    left: tuple[torch.Tensor, ...]
+    right: tuple[torch.Tensor, ...]
+    scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class OutputScale:
+    """Row `i` of the weight is multiplied by `1 + strength * difference[i]`; the bias is not."""
+
+    difference: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class InputScale:
+    """Column (input channel) `i` of the weight is multiplied by `1 + strength * difference[i]`."""
+
+    difference: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed:
+    """DoRA on a low-rank delta: `by_row`, `magnitude` scales rows, else columns. It is divided by the norms of the weight
+    with the delta (`patched_norm`), or without it as the host does by row."""
+
+    delta: LowRank
+    magnitude: torch.Tensor
+    by_row: bool
+    patched_norm: bool
+
+
+CheapForward = LowRank | KhatriRao | Kronecker | OutputScale | InputScale | Decomposed
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +179,13 @@ class Adapter(ABC):
         Works in the dtype of `weight`. `function` is applied to an additive delta before it is added.
         """
 
-    def low_rank(self) -> LowRank | None:
-        """The delta as one low-rank term, or None where there is no cheap exact one."""
+    def rows(self, start: int, length: int) -> Adapter | None:
+        """What this adapter says about `length` rows of the weight from `start`, seen alone; None where rows depend on
+        one another or the cut falls inside a block."""
+        return None
+
+    def cheap_forward(self) -> CheapForward | None:
+        """The same as a cheap change of what the layer's call takes or returns; None where only the weight side has it."""
         return None
 
 
@@ -176,13 +249,20 @@ def own_copy(tensor: torch.Tensor) -> torch.Tensor:
     that truncates it would kill the process. Raises LoraMismatchError for values that are not finite."""
     with torch.inference_mode(False), torch.no_grad():
         copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-        # NaN and Inf survive a sum, and a sum is one pass without a mask of the tensor's size. fp8 has no sum.
-        wide = copy if copy.element_size() > 1 else copy.float()
-        if copy.is_floating_point() and not math.isfinite(float(wide.sum(dtype=torch.float64))):
-            raise LoraMismatchError(
-                "it holds values that are not finite numbers (NaN or Inf); download or train it again"
-            )
+        check_values(copy)
     return copy
+
+
+def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
+    """Raises LoraMismatchError for values that are not finite floating-point numbers (or whole ones, where those will do)."""
+    if not (tensor.is_floating_point() or (whole_numbers and not tensor.is_complex())):
+        raise LoraMismatchError(f"it is stored as {tensor.dtype}, floating-point numbers were expected")
+    if tensor.is_meta:
+        return
+    # NaN and Inf survive a sum, and a sum is one pass without a mask of the tensor's size. fp8 has no sum.
+    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    if tensor.is_floating_point() and not math.isfinite(float(wide.sum(dtype=torch.float64))):
+        raise LoraMismatchError("it holds values that are not finite numbers (NaN or Inf); download or train it again")
 
 
 def product_of(shape: Sequence[int]) -> int:

@@ -8,30 +8,39 @@ from __future__ import annotations
 
 import torch
 
+from .as_trained import decompose_as_trained
 from .base import RowFunction, Shape, mismatch
 
 
 def check_magnitude(magnitude: torch.Tensor, shape: Shape) -> None:
     """Raises LoraMismatchError unless `magnitude` scales the rows or the columns of a weight of `shape`."""
-    if not _is_by_row(magnitude, shape) and not (len(shape) > 1 and magnitude.numel() == shape[1]):
+    if not is_by_row(magnitude, shape) and not (len(shape) > 1 and magnitude.numel() == shape[1]):
         raise mismatch("dora_scale", magnitude.shape, shape)
 
 
 def decompose(
-    weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor, strength: float, function: RowFunction | None
+    weight: torch.Tensor,
+    delta: torch.Tensor,
+    magnitude: torch.Tensor,
+    strength: float,
+    function: RowFunction | None,
+    as_trained: bool = False,
 ) -> torch.Tensor:
     """`weight` moved by `strength` towards its magnitude-normalised sum with `delta` (the delta holds alpha / rank).
 
+    `as_trained` asks for the trainer's meaning instead of the host's, see `as_trained.py`.
     Computed in fp32 and rounded once: magnitude / norm is near 1, and in bf16 the steps there are larger than most of what
     a DoRA changes.
     """
+    if as_trained:
+        return decompose_as_trained(weight, delta, magnitude, strength, function)
     base = weight.to(torch.promote_types(weight.dtype, torch.float32))
     delta = delta.reshape(weight.shape)
     if function is not None:
         delta = function(delta)
     patched = base + delta
     magnitude = magnitude.to(base)
-    if _is_by_row(magnitude, tuple(weight.shape)):
+    if is_by_row(magnitude, tuple(weight.shape)):
         norm = _norm(base, keep_dim=0)
         magnitude = magnitude.reshape(-1, *[1] * (weight.dim() - 1))
     else:
@@ -41,7 +50,8 @@ def decompose(
     return weight.copy_(torch.lerp(base, patched, strength) if strength != 1.0 else patched)
 
 
-def _is_by_row(magnitude: torch.Tensor, shape: Shape) -> bool:
+def is_by_row(magnitude: torch.Tensor, shape: Shape) -> bool:
+    """True where `magnitude` has one number per row of a weight of `shape` (a square weight is read by its first dimension)."""
     return magnitude.dim() > 0 and magnitude.shape[0] == magnitude.numel() == shape[0]
 
 

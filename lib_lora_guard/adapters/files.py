@@ -1,49 +1,36 @@
-"""Reads LoRA files: which tensors belong to one adapter, and which module they name.
+"""Reads LoRA files into adapters, one per weight. The file is closed again before anything is made of it.
 
-Names, from the trainers' own files: kohya (`lora_unet_a_b.lora_down.weight`), PEFT and diffusers
-(`transformer.a.b.lora_A.weight`), LyCORIS (`...hada_w1_a`, `...lokr_w1`), whole differences (`...diff`, `...diff_b`).
-The format is safetensors only: a pickle can run any code.
+Files are safetensors only: a pickle can run any code. `file_keys` knows the names, `file_settings` what a file says
+beside its tensors.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..errors import LoraFileError, LoraMismatchError
-from .base import Adapter, own_copy
+from ..errors import FileFormatError, LoraFileError, LoraMismatchError
+from ..files import TensorEntry, open_header, read_tensors, shown
+from ..files.safetensors_file import FORMATS
+from .base import Adapter, check_values
+from .boft import BoftAdapter, PeftBoftAdapter
+from .file_keys import meaning_of
+from .file_settings import FileSettings, PeftSettings, settings_of
+from .glora import GloraAdapter
+from .ia3 import Ia3Adapter
 from .loha import LohaAdapter
 from .lokr import LokrAdapter
 from .lora import LoraAdapter
-from .whole import DiffAdapter
+from .oft import OftAdapter, PeftOftAdapter
+from .whole import DiffAdapter, SetAdapter
 
 Tensors = Mapping[str, torch.Tensor]
-
-_FIELDS = {
-    **{f"{up}.weight": ("lora", "up") for up in ("lora_up", "lora_B", "lora.up")},
-    **{f"{down}.weight": ("lora", "down") for down in ("lora_down", "lora_A", "lora.down")},
-    "lora_mid.weight": ("lora", "mid"),
-    **{f"hada_w{side}_{ab}": ("loha", f"w{side}{ab}") for side in (1, 2) for ab in "ab"},
-    **{f"hada_t{side}": ("loha", f"t{side}") for side in (1, 2)},
-    **{f"lokr_w{side}": ("lokr", f"w{side}") for side in (1, 2)},
-    **{f"lokr_w{side}_{ab}": ("lokr", f"w{side}{ab}") for side in (1, 2) for ab in "ab"},
-    "lokr_t2": ("lokr", "t2"),
-    "diff": ("diff", "diff"),
-    "diff_b": ("bias", "diff"),
-    "alpha": ("scale", "alpha"),
-    "dora_scale": ("scale", "magnitude"),
-    "lora_magnitude_vector": ("scale", "magnitude"),
-}
-"""The end of a key -> (kind of adapter, field of it). "scale" fields belong to whichever kind is there."""
-
-_KINDS: dict[str, type[Adapter]] = {"lora": LoraAdapter, "loha": LohaAdapter, "lokr": LokrAdapter, "diff": DiffAdapter}
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,85 +40,234 @@ class LoraFile:
     path: Path
     adapters: Mapping[tuple[str, str], Adapter]
     unknown_keys: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of all tensors by their names in the file: by these it is told which model the file was made for."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_lora_file(path: str | Path) -> LoraFile:
-    """Reads a LoRA file into our own memory and closes it. Raises LoraFileError with the file's name and what to do."""
-    path = Path(path)
-    if not path.is_file():
-        raise LoraFileError(f"{path}: no such file; check the name or refresh the list")
-    if path.suffix.lower() != ".safetensors":
-        raise LoraFileError(
-            f"{path.name}: expected a .safetensors file; convert it first, other formats can carry code that runs on loading"
-        )
-    tensors, key = {}, ""
+def read_lora_file(path: str | Path, as_trained: bool = False) -> LoraFile:
+    """Reads a LoRA file into our own memory and closes it. Raises LoraFileError with the file's name and what to do.
+
+    `as_trained`: DoRA in the meaning of its trainer where the host's differs.
+    """
+    return _read(Path(path), as_trained, values=True)
+
+
+def read_lora_header(path: str | Path) -> LoraFile:
+    """The same from the header alone: the adapters have shapes and dtypes, on torch's meta device, and no values. Only
+    the single numbers (alpha) are read. Raises LoraFileError."""
+    return _read(Path(path), as_trained=False, values=False)
+
+
+def _read(path: Path, as_trained: bool, values: bool) -> LoraFile:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # safe_open has no iterator of its own
-                tensors[key] = own_copy(file.get_tensor(key))
-    except LoraMismatchError as error:
-        raise LoraFileError(f"{path.name}: {key}: {error}") from None
-    except (SafetensorError, OSError) as error:
-        raise LoraFileError(f"{path.name}: not a readable safetensors file ({error}); download it again") from error
-    return parse_tensors(path, tensors)
-
-
-def parse_tensors(path: Path, tensors: Tensors) -> LoraFile:
-    """Groups the tensors of one file into adapters."""
-    groups: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
-    unknown = []
-    for written, tensor in tensors.items():
-        # PEFT puts the adapter's own name between: lora_A.default.weight, lora_A.style.weight.
-        key = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", written)
-        for suffix, (kind, field) in _FIELDS.items():
-            if key.endswith("." + suffix):
-                groups[key[: -len(suffix) - 1]][kind][field] = tensor
-                break
-        else:
-            unknown.append(written)
-    adapters: dict[tuple[str, str], Adapter] = {}
-    for module, kinds in groups.items():
-        scale: dict[str, Any] = dict(kinds.pop("scale", {}))
-        if "alpha" in scale:
-            if scale["alpha"].numel() != 1:
-                raise LoraFileError(
-                    f"{path.name}: {module}.alpha has {scale['alpha'].numel()} values instead of one; the file is damaged"
-                )
-            scale["alpha"] = float(scale["alpha"])
-        if "bias" in kinds:
-            adapters[module, "bias"] = DiffAdapter(kinds.pop("bias")["diff"])
-        if len(kinds) > 1:
+        header = open_header(path)
+        if header.container != "safetensors":
             raise LoraFileError(
-                f"{path.name}: {module} is described as {' and '.join(sorted(kinds))} at once; the file is damaged"
+                f"{shown(path.name)}: expected a LoRA in safetensors format, found a {header.container} model"
             )
-        for kind, fields in kinds.items():
-            try:
-                adapters[module, "weight"] = _KINDS[kind](**fields, **({} if kind == "diff" else scale))
-            except TypeError as error:
-                raise LoraFileError(f"{path.name}: {module} is incomplete ({error}); download the file again") from None
+        wanted = [name for name, entry in header.tensors.items() if values or _is_number(name, entry.shape)]
+        tensors = read_tensors(header, wanted)
+        if not values:
+            tensors = {name: tensors.get(name, _without_values(entry)) for name, entry in header.tensors.items()}
+    except LoraFileError:
+        raise
+    except FileFormatError as error:
+        raise LoraFileError(str(error)) from error
+    file = parse_tensors(path, tensors, settings_of(path, header.metadata), as_trained)
+    return replace(file, metadata=header.metadata)
+
+
+def _is_number(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith((".alpha", ".on_input", ".scalar")) and math.prod(shape) == 1
+
+
+def _without_values(entry: TensorEntry) -> torch.Tensor:
+    dtype = getattr(torch, FORMATS[entry.format][1] or "uint8", torch.uint8)
+    return torch.empty(entry.shape, dtype=dtype, device="meta")
+
+
+def parse_tensors(
+    path: Path, tensors: Tensors, settings: FileSettings | None = None, as_trained: bool = False
+) -> LoraFile:
+    """Groups the tensors of one file into adapters. Raises LoraFileError for a file that contradicts itself."""
+    settings = settings or FileSettings({})
+    name = shown(path.name)
+    groups, unknown = _group(name, tensors)
+    adapters: dict[tuple[str, str], Adapter] = {}
+
+    def put(module: str, parameter: str, adapter: Adapter) -> None:
+        if (module, parameter) in adapters:
+            raise LoraFileError(f"{name}: {shown(module)} has two changes of its {parameter}; the file is damaged")
+        adapters[module, parameter] = adapter
+
+    for module, kinds in groups.items():
+        scale = kinds.pop("scale", {})
+        if not kinds:
+            unknown += [f"{module}.{key}" for key in scale]
+            continue
+        weights = [kind for kind in kinds if kind not in ("bias", "lora_bias", "set_bias")]
+        if len(weights) > 1:
+            raise LoraFileError(
+                f"{name}: {shown(module)} is described as {' and '.join(sorted(weights))} at once; the file is damaged"
+            )
+        peft = settings.of(module)
+        try:
+            weight = _KINDS[weights[0]](kinds[weights[0]], _number_fields(scale), peft, module) if weights else None
+        except (TypeError, KeyError) as error:
+            raise LoraFileError(
+                f"{name}: {shown(module)} is incomplete (a {weights[0]} without {_missing(error)}); download the file again"
+            ) from None
+        except LoraMismatchError as error:
+            raise LoraFileError(f"{name}: {shown(module)}: {error}; the file is damaged") from None
+        if weight is not None:
+            if as_trained and getattr(weight, "magnitude", None) is not None:
+                weight = replace(weight, as_trained=True)  # type: ignore[call-arg]  # what has a magnitude has this too
+            put(module, "weight", weight)
+            if weights == ["peft_ia3"] and isinstance(weight, Ia3Adapter) and not weight.on_input:
+                # PEFT's factors are for the layer's whole output.
+                put(module, "bias", weight)
+        if "bias" in kinds:
+            put(module, "bias", DiffAdapter(**kinds["bias"]))
+        if "lora_bias" in kinds:
+            factor = weight.scale if isinstance(weight, LoraAdapter) else 1.0
+            put(module, "bias", DiffAdapter(**kinds["lora_bias"], scale=factor))
+        if "set_bias" in kinds:
+            put(module, "bias", SetAdapter(**kinds["set_bias"]))
     if not adapters:
-        raise LoraFileError(f"{path.name}: no LoRA keys found among {len(tensors)} tensors; is this a checkpoint?")
-    return LoraFile(path, adapters, tuple(unknown))
+        raise LoraFileError(f"{name}: no LoRA keys found among {len(tensors)} tensors; is this a checkpoint?")
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return LoraFile(path, adapters, tuple(unknown), shapes)
 
 
-_PREFIXES = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "text_encoder.",
-    "lora_unet_", "lora_transformer_", "lora_te1_", "lora_te2_", "lora_te_", "lycoris_",
-)  # fmt: skip
+def _group(name: str, tensors: Tensors) -> tuple[dict[str, dict[str, Fields]], list[str]]:
+    """Fields by module and kind, and the keys that are none."""
+    groups: dict[str, dict[str, Fields]] = {}
+    written: dict[tuple[str, str, str], str] = {}
+    unknown = []
+    # BFL's control LoRAs carry whole norms beside their factors.
+    has_norms = "img_in.lora_A.weight" in tensors and "single_blocks.0.norm.key_norm.scale" in tensors
+    for key, tensor in tensors.items():
+        meaning = meaning_of(key)
+        if meaning is not None:
+            module, kind, field_name = meaning.module, meaning.kind, meaning.field
+        elif key.endswith(".weight") and f"{key[:-7]}.on_input" in tensors:
+            module, kind, field_name = key[:-7], "ia3", "weight"
+        elif has_norms and key.endswith("_norm.scale"):
+            module, kind, field_name = key[: -len(".scale")], "set", "value"
+        else:
+            unknown.append(key)
+            continue
+        place = (module, kind, field_name)
+        if place in written:
+            raise LoraFileError(
+                f"{name}: {shown(written[place])} and {shown(key)} say the same thing twice; the file is damaged"
+            )
+        written[place] = key
+        try:
+            check_values(tensor, whole_numbers=field_name in ("alpha", "on_input"))
+        except LoraMismatchError as error:
+            raise LoraFileError(f"{name}: {shown(key)}: {error}") from None
+        if field_name == "alpha" and tensor.numel() != 1:
+            raise LoraFileError(f"{name}: {shown(key)} has {tensor.numel()} values instead of one; the file is damaged")
+        groups.setdefault(module, {}).setdefault(kind, {})[field_name] = tensor
+    return groups, unknown
 
 
-def module_finder(module_names: Iterable[str]) -> Callable[[str], str | None]:
-    """A function from a module name in a file to the model's own, or None. Dots and underscores count as equal."""
-    by_flat_name: dict[str, str | None] = {}
-    for name in module_names:
-        flat = name.replace(".", "_")
-        # Two modules that differ in dots alone cannot be told apart: neither is guessed.
-        by_flat_name[flat] = None if flat in by_flat_name else name
+def _number_fields(scale: Mapping[str, torch.Tensor]) -> Fields:
+    """alpha as a number; a LyCORIS `scalar` multiplies it."""
+    fields: Fields = dict(scale)
+    scalar = fields.pop("scalar", None)
+    if "alpha" in fields:
+        fields["alpha"] = float(fields["alpha"])
+        if isinstance(scalar, torch.Tensor) and scalar.numel() == 1:
+            fields["alpha"] *= float(scalar)
+    rows = fields.pop("row_magnitude", None)
+    if isinstance(rows, torch.Tensor):
+        fields["magnitude"] = rows.flatten()
+    return fields
 
-    def find(name: str) -> str | None:
-        candidates = [name]
-        for prefix in _PREFIXES:
-            candidates += [c[len(prefix) :] for c in candidates if c.startswith(prefix)]
-        return next((found for c in candidates if (found := by_flat_name.get(c.replace(".", "_"))) is not None), None)
 
-    return find
+def _missing(error: Exception) -> str:
+    """The field that a dataclass or a dict did not find, in the words of the file."""
+    text = str(error)
+    return text.partition(":")[2].strip() or text
+
+
+def _ranked(kind: Callable[..., Any], rank_of: Callable[[Any], int | None]) -> Callable[..., Adapter]:
+    """LoRA-like kinds: without an alpha of its own a module takes that of the file's settings."""
+
+    def make(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Adapter:
+        adapter: Adapter = kind(**fields, **scale)
+        rank = rank_of(adapter)
+        if "alpha" not in scale and rank:
+            adapter = replace(adapter, alpha=peft.alpha_for(module, rank))  # type: ignore[call-arg]  # all ranked kinds have one
+        return adapter
+
+    return make
+
+
+def _lokr(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Adapter:
+    adapter = LokrAdapter(**fields, **scale)
+    if "alpha" in scale:
+        return adapter
+    factor = adapter.w2b if adapter.w2 is None and adapter.w2b is not None else adapter.w1b
+    if factor is not None and (adapter.w1 is None or adapter.w2 is None):
+        return replace(adapter, alpha=peft.alpha_for(module, factor.shape[0]))
+    # PEFT scales whole sides too; LyCORIS, and with it the adapter, does not.
+    rank = peft.rank_for(module)
+    alpha = None if rank is None else peft.alpha_for(module, rank)
+    if rank is None or alpha is None or adapter.w1 is None:
+        return adapter
+    return replace(adapter, w1=adapter.w1.float() * (alpha / rank))
+
+
+def _glora(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Adapter:
+    core = fields.pop("core", None)
+    if core is not None:
+        # A Tucker core, multiplied into the factor that has the kernel without one.
+        b2 = fields["b2"]
+        fields["b2"] = torch.einsum("ri...,ij->rj...", core, b2.flatten(1).to(core))
+    return GloraAdapter(**fields, **scale)
+
+
+def _oft(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Adapter:
+    scale.pop("magnitude", None)
+    kind = BoftAdapter if fields["blocks"].dim() == 4 else OftAdapter
+    return kind(**fields, **scale)
+
+
+def _peft_oft(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Adapter:
+    return PeftOftAdapter(**fields, terms=peft.cayley_terms)
+
+
+def _ia3(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Adapter:
+    return Ia3Adapter(fields["weight"], bool(fields["on_input"]))
+
+
+def _peft_ia3(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Adapter:
+    weight = fields["weight"]
+    # A linear layer's (1, in) and (out, 1) differ; a convolution's (1, n, 1, 1) does not say which it is.
+    on_input = weight.dim() == 2 and weight.shape[0] == 1
+    if weight.dim() != 2:
+        on_input = bool(peft.is_feedforward(module))
+    return Ia3Adapter(weight, on_input, centre=1.0)
+
+
+def _whole(kind: Callable[..., Adapter]) -> Callable[..., Adapter]:
+    return lambda fields, scale, peft, module: kind(**fields)
+
+
+_KINDS: dict[str, Callable[[Fields, Fields, PeftSettings, str], Adapter]] = {
+    "lora": _ranked(LoraAdapter, lambda a: a.down.shape[0] if a.down.dim() else None),
+    "loha": _ranked(LohaAdapter, lambda a: a.w1b.shape[0] if a.w1b.dim() else None),
+    "lokr": _lokr,
+    "glora": _glora,
+    "oft": _oft,
+    "peft_oft": _peft_oft,
+    "peft_boft": _whole(PeftBoftAdapter),
+    "ia3": _ia3,
+    "peft_ia3": _peft_ia3,
+    "diff": _whole(DiffAdapter),
+    "set": _whole(SetAdapter),
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,7 @@ class GloraAdapter(Adapter):
     b2: torch.Tensor
     alpha: float | None = None
     magnitude: torch.Tensor | None = None
+    as_trained: bool = False
 
     def is_old(self, shape: Shape) -> bool:
         """Which layout the factors have; a square weight of both readings is taken as old, as the host does."""
@@ -53,6 +54,17 @@ class GloraAdapter(Adapter):
         if self.magnitude is not None:
             check_magnitude(self.magnitude, shape)
 
+    def rows(self, start: int, length: int) -> GloraAdapter | None:
+        a1, a2, b1, b2 = self.a1.shape, self.a2.shape, self.b1.shape, self.b2.shape
+        old = b2[1] == b1[0] == a1[0] == a2[1]
+        new = b2[0] == b1[1] == a1[1] == a2[0]
+        # Of a square weight both readings fit, and the shape of a part would change the choice between them.
+        if old == new or self.magnitude is not None:
+            return None
+        if old:
+            return replace(self, b2=self.b2.narrow(0, start, length))
+        return replace(self, b1=self.b1.narrow(0, start, length))
+
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         a1, a2, b1, b2 = (t.flatten(1).to(weight) for t in (self.a1, self.a2, self.b1, self.b2))
         if self.is_old(tuple(weight.shape)):
@@ -65,5 +77,5 @@ class GloraAdapter(Adapter):
             delta = delta + (b1 @ b2).reshape(weight.shape)
         scale = 1.0 if self.alpha is None else self.alpha / rank
         if self.magnitude is not None:
-            return decompose(weight, delta.mul_(scale), self.magnitude, strength, function)
+            return decompose(weight, delta.mul_(scale), self.magnitude, strength, function, self.as_trained)
         return add_delta(weight, delta, strength * scale, function)

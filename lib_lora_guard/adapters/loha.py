@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, RowFunction, Shape, add_delta, mismatch, product_of
-from .dora import check_magnitude, decompose
+from .base import Adapter, KhatriRao, RowFunction, Shape, add_delta, mismatch, product_of
+from .dora import check_magnitude, decompose, is_by_row
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +26,7 @@ class LohaAdapter(Adapter):
     t1: torch.Tensor | None = None
     t2: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    as_trained: bool = False
 
     @property
     def additive(self) -> bool:  # type: ignore[override]  # an instance answers what the class only defaults
@@ -51,11 +52,29 @@ class LohaAdapter(Adapter):
         if self.magnitude is not None:
             check_magnitude(self.magnitude, shape)
 
+    def rows(self, start: int, length: int) -> LohaAdapter | None:
+        magnitude = self.magnitude
+        if magnitude is not None:
+            if not is_by_row(magnitude, (self.w1a.shape[0 if self.t1 is None else 1],)):
+                return None
+            magnitude = magnitude.narrow(0, start, length)
+        return replace(
+            self,
+            w1a=self.w1a.narrow(0 if self.t1 is None else 1, start, length),
+            w2a=self.w2a.narrow(0 if self.t2 is None else 1, start, length),
+            magnitude=magnitude,
+        )
+
+    def cheap_forward(self) -> KhatriRao | None:
+        if self.magnitude is not None or self.t1 is not None or self.t2 is not None:
+            return None
+        return KhatriRao(self.w1a, self.w1b, self.w2a, self.w2b, self.scale)
+
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         first = _product(self.w1a, self.w1b, self.t1, weight)
         delta = first.mul_(_product(self.w2a, self.w2b, self.t2, weight)).reshape(weight.shape)
         if self.magnitude is not None:
-            return decompose(weight, delta.mul_(self.scale), self.magnitude, strength, function)
+            return decompose(weight, delta.mul_(self.scale), self.magnitude, strength, function, self.as_trained)
         return add_delta(weight, delta, strength * self.scale, function)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, RowFunction, Shape, add_delta, mismatch, product_of
+from .base import Adapter, Kronecker, RowFunction, Shape, add_delta, mismatch, product_of
 from .dora import check_magnitude, decompose
 
 
@@ -27,6 +27,7 @@ class LokrAdapter(Adapter):
     w2b: torch.Tensor | None = None
     t2: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    as_trained: bool = False
 
     @property
     def additive(self) -> bool:  # type: ignore[override]  # an instance answers what the class only defaults
@@ -55,12 +56,34 @@ class LokrAdapter(Adapter):
         if self.magnitude is not None:
             check_magnitude(self.magnitude, shape)
 
+    def rows(self, start: int, length: int) -> LokrAdapter | None:
+        right = self.w2 if self.w2 is not None else self.w2a
+        left = self.w1 if self.w1 is not None else self.w1a
+        if right is None or left is None:
+            return None
+        block = right.shape[1] if self.t2 is not None else right.shape[0]
+        if start % block or length % block or (self.magnitude is not None):
+            return None
+        cut = left.narrow(0, start // block, length // block)
+        # alpha counts the rank of a factorised side, which a cut along the rows leaves as it is.
+        return replace(self, w1=cut) if self.w1 is not None else replace(self, w1a=cut)
+
+    def cheap_forward(self) -> Kronecker | None:
+        if self.magnitude is not None or self.t2 is not None:
+            return None
+        left = (self.w1,) if self.w1 is not None else (self.w1a, self.w1b)
+        right = (self.w2,) if self.w2 is not None else (self.w2a, self.w2b)
+        sides = [[t for t in side if t is not None] for side in (left, right)]
+        if [len(side) for side in sides] != [len(left), len(right)]:
+            return None
+        return Kronecker(tuple(sides[0]), tuple(sides[1]), self.scale)
+
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         left, right = self._sides(weight)
         left = left.reshape(*left.shape, *[1] * (right.dim() - 2))
         delta = torch.kron(left, right.contiguous()).reshape(weight.shape)
         if self.magnitude is not None:
-            return decompose(weight, delta.mul_(self.scale), self.magnitude, strength, function)
+            return decompose(weight, delta.mul_(self.scale), self.magnitude, strength, function, self.as_trained)
         return add_delta(weight, delta, strength * self.scale, function)
 
     def _sides(self, like: torch.Tensor, meta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, LowRank, RowFunction, Shape, mismatch, product_of
-from .dora import check_magnitude, decompose
+from .base import Adapter, Decomposed, LowRank, RowFunction, Shape, mismatch, product_of
+from .dora import check_magnitude, decompose, is_by_row
 
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter(Adapter):
     """`up` `(out, rank, ...)`, `down` `(rank, in, ...)`; with `mid` `(rank, rank, *kernel)` both outer ones are 1x1.
 
-    `alpha` None means that the file states no scale (1 is used). `magnitude` makes it a DoRA.
+    `alpha` None means that the file states no scale (1 is used). `magnitude` makes it a DoRA, by default in the host's
+    meaning, with `as_trained` in that of the trainers (`as_trained.py`).
     """
 
     kind: ClassVar[str] = "lora"
@@ -25,6 +26,7 @@ class LoraAdapter(Adapter):
     alpha: float | None = None
     mid: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    as_trained: bool = False
 
     @property
     def additive(self) -> bool:  # type: ignore[override]  # an instance answers what the class only defaults
@@ -61,11 +63,20 @@ class LoraAdapter(Adapter):
             # Widened, an input projection has the columns of the LoRA.
             check_magnitude(self.magnitude, shape if columns <= wanted[1] else (rows, columns))
 
-    def low_rank(self) -> LowRank | None:
-        if self.magnitude is not None:
-            return None
-        mid = self.mid
-        return LowRank(up=self.up.flatten(1), down=self.down.flatten(1), scale=self.scale, mid=mid)
+    def rows(self, start: int, length: int) -> LoraAdapter | None:
+        magnitude = self.magnitude
+        if magnitude is not None:
+            if not is_by_row(magnitude, (self.up.shape[0],)):
+                return None
+            magnitude = magnitude.narrow(0, start, length)
+        return replace(self, up=self.up.narrow(0, start, length), magnitude=magnitude)
+
+    def cheap_forward(self) -> LowRank | Decomposed:
+        delta = LowRank(up=self.up.flatten(1), down=self.down.flatten(1), scale=self.scale, mid=self.mid)
+        if self.magnitude is None:
+            return delta
+        by_row = is_by_row(self.magnitude, (self.up.shape[0],))
+        return Decomposed(delta, self.magnitude.flatten(), by_row, patched_norm=not by_row or self.as_trained)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         dtype, device = weight.dtype, weight.device
@@ -73,7 +84,7 @@ class LoraAdapter(Adapter):
         down = LowRank(self.up, self.down.flatten(1), 1.0, self.mid).dense_down(dtype, device)
         weight, down = _widen(weight, down)
         if self.magnitude is not None:
-            return decompose(weight, (up @ down).mul_(self.scale), self.magnitude, strength, function)
+            return decompose(weight, (up @ down).mul_(self.scale), self.magnitude, strength, function, self.as_trained)
         factor = strength * self.scale
         if function is not None:
             return weight.add_(function((up @ down).mul_(factor).reshape(weight.shape)))

@@ -47,6 +47,9 @@ def parse_value(value: Any, calculators: Calculators) -> Adapter:
     if not (isinstance(value, tuple) and len(value) == 2):
         raise LoraMismatchError(f"a patch value of type {type(value).__name__} is not known")
     kind, content = value
+    if kind == OWN_KIND:
+        adapter: Adapter = content[0]
+        return adapter
     if kind in _READERS:
         try:
             return _READERS[kind](*content)
@@ -55,6 +58,38 @@ def parse_value(value: Any, calculators: Calculators) -> Adapter:
     if kind in calculators:
         return ForeignAdapter(name=kind, value=content, calculate=calculators[kind])
     raise LoraMismatchError(f"a patch of kind '{kind}' is not known")
+
+
+OWN_KIND = "lora_guard"
+"""The name under which a patch carries an adapter that the host has no tuple for."""
+
+
+def value_of(adapter: Adapter) -> Any:
+    """The patch value that says the same as `adapter`: the host's own tuple where there is an exact one, so that other
+    extensions find what they know, else `(OWN_KIND, (adapter,))`."""
+    alpha = getattr(adapter, "alpha", None)
+    if getattr(adapter, "as_trained", False):
+        return OWN_KIND, (adapter,)
+    if isinstance(adapter, LoraAdapter):
+        return "lora", (adapter.up, adapter.down, alpha, adapter.mid, adapter.magnitude)
+    if isinstance(adapter, LohaAdapter):
+        a = adapter
+        return "loha", (a.w1a, a.w1b, alpha, a.w2a, a.w2b, a.t1, a.t2, a.magnitude)
+    if isinstance(adapter, LokrAdapter):
+        k = adapter
+        return "lokr", (k.w1, k.w2, alpha, k.w1a, k.w1b, k.w2a, k.w2b, k.t2, k.magnitude)
+    if isinstance(adapter, GloraAdapter):
+        return "glora", (adapter.a1, adapter.a2, adapter.b1, adapter.b2, alpha, adapter.magnitude)
+    if isinstance(adapter, DiffAdapter) and adapter.scale == 1.0:
+        return "diff", (adapter.diff,)
+    if isinstance(adapter, SetAdapter):
+        return "set", (adapter.value,)
+    return OWN_KIND, (adapter,)
+
+
+def calculate_own_kind(weight: torch.Tensor, strength: float, value: tuple[Adapter]) -> torch.Tensor:
+    """For the host's `extra_weight_calculators`: what the host does with OWN_KIND when it has to patch by itself."""
+    return value[0].patch(weight, strength, None)
 
 
 def _number(alpha: Any) -> float | None:

@@ -13,25 +13,30 @@ from .base import Adapter, RowFunction, Shape, Term, add_delta, apply_terms, mis
 
 @dataclass(frozen=True, eq=False)
 class DiffAdapter(Adapter):
-    """`weight += strength * diff`. A 4-D diff may be larger than an input convolution, which then grows (inpainting)."""
+    """`weight += strength * scale * diff`. A 4-D diff may be larger than an input convolution, which then grows
+    (inpainting). `scale` is 1 but for the bias of a PEFT LoRA (`lora_B.bias`), which alpha / rank scales too."""
 
     kind: ClassVar[str] = "diff"
     diff: torch.Tensor
+    scale: float = 1.0
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         grows = may_expand and len(shape) == self.diff.dim() == 4
         if without_ones(self.diff.shape) != without_ones(shape) and not grows:
             raise mismatch("diff", self.diff.shape, shape)
 
+    def rows(self, start: int, length: int) -> DiffAdapter:
+        return replace(self, diff=self.diff.narrow(0, start, length))
+
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         if strength == 0.0:
             return weight
         diff = self.diff.to(device=weight.device, dtype=weight.dtype)
         if without_ones(diff.shape) == without_ones(weight.shape):
-            return weight.add_(diff.reshape(weight.shape), alpha=strength)
+            return weight.add_(diff.reshape(weight.shape), alpha=strength * self.scale)
         grown = weight.new_zeros([max(a, b) for a, b in zip(weight.shape, diff.shape, strict=True)])
         grown[tuple(slice(n) for n in weight.shape)] = weight
-        grown[tuple(slice(n) for n in diff.shape)] += diff * strength
+        grown[tuple(slice(n) for n in diff.shape)] += diff * (strength * self.scale)
         return grown
 
 
@@ -54,6 +59,9 @@ class SetAdapter(Adapter):
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         if tuple(self.value.shape) != shape:
             raise mismatch("set", self.value.shape, shape)
+
+    def rows(self, start: int, length: int) -> SetAdapter:
+        return replace(self, value=self.value.narrow(0, start, length))
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         return weight.copy_(self.value)

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from ..adapters import Adapter, Term, apply_terms
-from ..adapters.files import module_finder, read_lora_file
+from ..adapters.files import read_lora_file
+from ..models.names import NameMap
 from ..weights.stored_linear import StoredLinear
 
 
@@ -25,12 +26,13 @@ class MergingPatcher:
     def apply(self, path: Path, strength: float) -> None:
         """Restores what is merged now, then merges the file at `strength`."""
         self.remove()
-        find = module_finder(self._layers)
+        names = NameMap({f"{name}.weight": layer.storage().shape for name, layer in self._layers.items()})
         adapters: Mapping[tuple[str, str], Adapter] = read_lora_file(path).adapters
         for (module, _), adapter in adapters.items():
-            name = find(module)
-            if name is None:
+            routes = names.routes(module)
+            if not routes:
                 continue
+            name = routes[0].module
             layer = self._layers[name]
             self._backup[name] = {key: value.clone() for key, value in layer.parts().items()}
             layer.store(apply_terms(layer.decode(torch.float32).clone(), [Term(adapter, strength)]))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from typing import Any
 
 import torch
 
+from ..adapters.patch_tuples import OWN_KIND, calculate_own_kind
 from ..weights.storage import WIDE_DTYPES
+from .forge_files import LoraFiles
 from .forge_loader import LoaderControl
 from .forge_patches import device_elements
-from .forge_probe import ForgeApi, probe
+from .forge_probe import ForgeApi, check_networks, probe
 from .hooks import HookSet
 
 log = logging.getLogger(__name__)
@@ -23,6 +26,7 @@ class ForgeTakeover:
     def __init__(self, api: ForgeApi) -> None:
         self.api = api
         self.control = LoaderControl(api)
+        self.files = LoraFiles()
         self.hooks = HookSet()
         self._load_models_signature = inspect.signature(api.memory.load_models_gpu)
 
@@ -35,8 +39,20 @@ class ForgeTakeover:
             hooks.add(api.base.ModelPatcher, "has_online_lora", self._has_online_lora)
             hooks.add(api.memory.LoadedModel, "model_unload", self._model_unload)
             hooks.add(api.memory, "load_models_gpu", self._load_models_gpu)
+            # Stays when the guard goes: patches of this kind may still lie on a patcher then.
+            api.lora.extra_weight_calculators.setdefault(OWN_KIND, calculate_own_kind)
             for name in ("model_lora_keys_unet", "model_lora_keys_clip"):
                 hooks.add(api.lora, name, _with_fresh_key_map)
+
+    def install_file_reader(self, networks: Any) -> None:
+        """Takes over how Forge's LoRA extension reads files. Its module is loaded long after preload.py has run."""
+        if any(hook.owner is networks for hook in self.hooks.hooks):
+            return
+        with_reader = HookSet()
+        with with_reader:
+            with_reader.add(networks, "load_lora_state_dict", self.files.load_state)
+            with_reader.add(networks, "load_lora_for_models", self.files.load_for_models)
+        self.hooks.hooks += with_reader.hooks
 
     def uninstall(self) -> None:
         """Gives everything back; LoRAs on loaded models are applied again by the host's own refresh."""
@@ -106,6 +122,19 @@ def install() -> ForgeTakeover:
         takeover.install()
         _takeover = takeover
     return _takeover
+
+
+def install_file_reader() -> None:
+    """Called when Forge runs the extension's scripts. Does nothing where the takeover is not installed or Forge's LoRA
+    extension is not loaded. Raises HostError where that extension does not fit."""
+    if _takeover is None:
+        return
+    networks = sys.modules.get("networks")
+    if networks is None:
+        log.debug("Forge's LoRA extension is not loaded; LoRA files stay with whoever reads them")
+        return
+    check_networks(networks)
+    _takeover.install_file_reader(networks)
 
 
 def uninstall() -> None:

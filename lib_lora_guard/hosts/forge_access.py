@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..memory.probe import BackupBudget, measure_budget
 from ..patching.access import Site, find_owner, is_linear, is_plain_convolution
 from ..patching.on_the_fly import WeightTerms
-from ..weights.storage import storage_of
+from ..weights.bnb4 import from_quant_state
+from ..weights.storage import MB, storage_of
 from .forge_probe import ForgeApi
+
+RAM_FLOOR_BYTES = 2048 * MB
+"""Left alone when backups or the host's merge would fill RAM: below this Windows starts to kill and swap."""
 
 
 class GuardPatches(list[object]):
@@ -59,16 +65,36 @@ class ForgeAccess:
         )
 
     def dense(self, site: Site) -> torch.Tensor:
+        if not site.shape:
+            return site.parameter.detach().to(torch.float32, copy=True)
+        return self.rows(site, 0, site.shape[0], site.parameter.device)
+
+    def rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
         parameter: Any = site.parameter
         if getattr(parameter, "gguf_cls", None) is not None:
-            from backend.operations_gguf import dequantize_tensor
-
-            parameter = dequantize_tensor(parameter)
+            values = _gguf_rows(parameter, start, length, device)
         elif getattr(parameter, "bnb_quantized", False):
-            from backend.operations_bnb import functional_dequantize_4bit
+            # Not Forge's own function: it moves the whole weight to the GPU, and needs a bitsandbytes that works there.
+            decoder, parts = from_quant_state(parameter.data, parameter.quant_state)
+            parts = {name: part.to(device) for name, part in parts.items()}
+            values = decoder.decode_rows(parts, start, length, torch.float32)
+        else:
+            values = parameter.data.narrow(0, start, length)
+        dense = torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
+        scale = getattr(site.layer, "scale_weight", None)
+        if site.name == "weight" and isinstance(scale, torch.Tensor):
+            # As Forge's forward pass does for scaled fp8 checkpoints.
+            scale = scale.detach().to(device=device, dtype=torch.float32)
+            dense *= scale if scale.numel() == 1 else scale.narrow(0, start, length)
+        return dense
 
-            parameter = functional_dequantize_4bit(parameter)
-        return torch.empty(site.shape, dtype=torch.float32, device=parameter.device).copy_(parameter.data)
+    def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        bias = getattr(layer, "bias", None)
+        if not isinstance(bias, torch.Tensor):
+            return None
+        if getattr(bias, "gguf_cls", None) is not None:
+            return _gguf_rows(bias, 0, 1, bias.device, is_vector=True)
+        return bias.data
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         setattr(site.layer, site.name, value)
@@ -85,6 +111,23 @@ class ForgeAccess:
         devices = {parameter.device for parameter in self.model.parameters()}
         return next((d for d in sorted(devices, key=str) if d.type not in ("cpu", "meta")), torch.device("cpu"))
 
+    def backup_budget(self) -> BackupBudget:
+        # Forge plans with all VRAM that is free: none of it is spare.
+        return replace(measure_budget(self.device(), RAM_FLOOR_BYTES), vram_spare_bytes=0)
+
     def compute_dtype(self) -> torch.dtype:
         dtype = getattr(self.model, "computation_dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else torch.float16
+
+
+def _gguf_rows(parameter: Any, start: int, length: int, device: torch.device, is_vector: bool = False) -> torch.Tensor:
+    """Rows of a GGUF parameter as Forge decodes them. Forge keeps the blocks of a tensor as `(blocks, bytes)`, row by row."""
+    from backend.operations_gguf import dequantize_tensor
+
+    shape = tuple(parameter.real_shape)
+    rows = 1 if is_vector else shape[0]
+    per_row = parameter.data.shape[0] // rows
+    part = parameter.copy_with_data(parameter.data.narrow(0, start * per_row, length * per_row).to(device))
+    part.real_shape = torch.Size(shape if is_vector else (length, *shape[1:]))
+    dense: torch.Tensor = dequantize_tensor(part)
+    return dense

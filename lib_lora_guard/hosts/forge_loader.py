@@ -16,8 +16,7 @@ from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
 from ..planning.mode import Mode
 from ..reporting.report import ApplyReport, clean_text
-from ..weights.storage import MB
-from .forge_access import ForgeAccess, GuardPatches
+from .forge_access import RAM_FLOOR_BYTES, ForgeAccess, GuardPatches
 from .forge_patches import FactorCopies, Patches, describe, requests_from
 from .forge_probe import ForgeApi
 
@@ -26,8 +25,6 @@ log = logging.getLogger(__name__)
 STATE = "lora_guard_state"
 RETRY = "lora guard: apply again"
 """A `loaded_hash` that no stack has, so that the next refresh really works."""
-RAM_FLOOR_BYTES = 2048 * MB
-"""Left alone when the host's merge would fill RAM with backups: below this Windows starts to kill and swap."""
 
 
 @dataclass(eq=False)
@@ -70,7 +67,7 @@ class LoaderControl:
                 if state.left_to_host or self._someone_else_patched(loader, state):
                     self._take_from_host(original, loader, state, offload)
                 requests = requests_from(lora_patches, self._api.lora.extra_weight_calculators, state.copies)
-                state.report = state.engine.change(access, requests, backup_device=offload)
+                state.report = state.engine.change(access, requests)
             except Exception as error:
                 log.exception("%s: applying LoRAs failed", access.name)
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)

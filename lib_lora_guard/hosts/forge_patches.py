@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 Patches = Mapping[Any, Mapping[str, list[list[Any]]]]
 
 
+OWN_TENSORS: Any = WeakIdKeyDictionary()
+"""Tensors that the guard has read itself (`forge_files`): already in RAM, checked, and nobody else's."""
+
+
 class FactorCopies:
     """Our own copy of every factor, in RAM, for as long as some stack uses it.
 
@@ -36,6 +40,8 @@ class FactorCopies:
         self._copies: Any = WeakIdKeyDictionary()
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor in OWN_TENSORS:
+            return tensor
         known = self._copies.get(tensor)
         copy: torch.Tensor | None = None if known is None else known()
         if copy is None:

@@ -63,6 +63,13 @@ def probe() -> ForgeApi:
     return ForgeApi(lora, operations, memory, base, tuple(linears), tuple(weights))
 
 
+def check_networks(networks: ModuleType) -> None:
+    """Raises HostError unless Forge's LoRA extension reads files in the way the guard replaces."""
+    wanted = ["model", "clip", "lora", "strength_model", "strength_clip", "filename", "online_mode"]
+    _parameters(networks, "load_lora_for_models", wanted)
+    _attribute(networks, "load_lora_state_dict")
+
+
 def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)

@@ -21,6 +21,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--lora-guard-off", action="store_true", help="LoRA Guard: leave Forge's own LoRA patcher in place"
     )
     parser.add_argument(
+        "--lora-guard-as-trained",
+        action="store_true",
+        help="LoRA Guard: DoRA as its trainer means it, where Forge differs",
+    )
+    parser.add_argument(
         "--lora-guard-log-level",
         choices=reporting_log.LEVELS,
         default="info",
@@ -40,16 +45,16 @@ def start(arguments: Sequence[str]) -> bool:
         flags = parser.parse_known_args(
             [a for a in arguments if a.startswith("--lora-guard") or not a.startswith("-")]
         )[0]
-        level, off = flags.lora_guard_log_level, flags.lora_guard_off
+        level, off, as_trained = flags.lora_guard_log_level, flags.lora_guard_off, flags.lora_guard_as_trained
     except SystemExit:
         # A wrong level: Forge's own parser is about to say so.
-        level, off = "info", False
+        level, off, as_trained = "info", False, False
     reporting_log.set_up(level)
     if off:
         log.info("%s is switched off by --lora-guard-off; Forge's own LoRA patcher is in place", version.__version__)
         return False
     try:
-        forge.install()
+        forge.install().files.as_trained = as_trained
     except HostError as error:
         log.warning("%s does not fit this program, so nothing is changed: %s", version.__version__, error)
         return False
@@ -60,8 +65,13 @@ def start(arguments: Sequence[str]) -> bool:
     return True
 
 
-def check_after_reload(extension_root: Path) -> None:
-    """Called each time Forge runs the extension's scripts: files may be newer than what is loaded."""
+def run_script(extension_root: Path) -> None:
+    """Called each time Forge runs the extension's scripts: Forge's own extensions are loaded by then, and the guard's
+    files may be newer than what is loaded of them."""
+    try:
+        forge.install_file_reader()
+    except HostError as error:
+        log.warning("LoRA files are read by Forge itself, since its LoRA extension does not fit: %s", error)
     on_disk = (extension_root / "lib_lora_guard" / "version.py").read_text(encoding="utf-8")
     if f'"{version.__version__}"' not in on_disk:
         log.warning(

@@ -5,22 +5,30 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from ..adapters.base import Term
-from ..adapters.files import LoraFile, module_finder, read_lora_file
-from ..errors import LoraFileError, LoraGuardError, ModeError
-from ..patching.access import Site, find_owner, is_linear, is_plain_convolution
+from ..adapters.base import Shape
+from ..adapters.files import LoraFile, read_lora_file
+from ..errors import LoraGuardError, LoraMismatchError, ModeError
+from ..files import shown
+from ..memory.probe import BackupBudget, measure_budget
+from ..models.architecture import detect_model
+from ..models.matching import foreign_to, match_file
+from ..models.names import NameMap
+from ..patching.access import Site, find_owner, is_linear, is_plain_convolution, plain_bias
 from ..patching.engine import Engine, LoraRequest
 from ..patching.on_the_fly import WeightTerms
 from ..planning.mode import Wish
 from ..reporting.report import ApplyReport
-from ..weights.storage import storage_of
+from ..weights.storage import MB, storage_of
 from ..weights.stored_linear import StoredLinear
+
+Shapes = dict[str, Shape]
 
 
 class LoraGuard:
@@ -39,11 +47,14 @@ class LoraGuard:
             raise TypeError(f"LoraGuard needs a torch.nn.Module, this is a {type(model).__name__}")
         self._engine = _engines.setdefault(model, Engine())
         self._access = PlainAccess(model)
-        self._files: dict[tuple[str, int, int], LoraFile] = {}
+        self._files: dict[tuple[str, int, int, bool], LoraFile] = {}
 
-    def apply(self, stack: Sequence[tuple[str | Path, float]], mode: str = "auto") -> ApplyReport:
+    def apply(
+        self, stack: Sequence[tuple[str | Path, float]], mode: str = "auto", as_trained: bool = False
+    ) -> ApplyReport:
         """Replaces the current stack by `stack`, pairs of file and strength.
 
+        `as_trained`: DoRA in the meaning of its trainer instead of Forge's (docs/architecture.md lists the differences).
         `mode`: "auto" chooses per weight; "bypass", "on_the_fly" and "merge" ask for one. Raises LoraFileError for a
         file that cannot be read, LoraMismatchError for one that does not fit, ModeError for a merge into low-bit
         weights; after an exception the model has the stack it had before.
@@ -58,13 +69,15 @@ class LoraGuard:
             raise TypeError('stack must be a list of (file, strength) pairs: [("style.safetensors", 0.8)]')
         # Tensors made in inference mode could never be changed or differentiated outside it.
         with torch.inference_mode(False), torch.no_grad():
-            files = [self._read(Path(path)) for path, _ in stack]
+            files = [self._read(Path(path), as_trained) for path, _ in stack]
+            shapes = self._access.shapes()
+            names = NameMap(shapes)
             requests = [
-                self._request(n, file, float(strength))
+                self._request(n, file, float(strength), names, shapes)
                 for n, (file, (_, strength)) in enumerate(zip(files, stack, strict=True))
             ]
             report = self._engine.change(self._access, requests, wish, leave_out=False)
-        self._files = {_identity(file.path): file for file in files}
+        self._files = {(*_identity(file.path), as_trained): file for file in files}
         return report
 
     def remove(self) -> ApplyReport:
@@ -86,29 +99,30 @@ class LoraGuard:
     ) -> None:
         self.remove()
 
-    def _read(self, path: Path) -> LoraFile:
+    def _read(self, path: Path, as_trained: bool) -> LoraFile:
         """The file, from memory while it is in the stack and unchanged on disk."""
-        known = self._files.get(_identity(path)) if path.is_file() else None
-        return known or read_lora_file(path)
+        known = self._files.get((*_identity(path), as_trained)) if path.is_file() else None
+        return known or read_lora_file(path, as_trained)
 
-    def _request(self, index: int, file: LoraFile, strength: float) -> LoraRequest:
-        names = [name for name, _ in self._access.model.named_modules()]
-        find = module_finder(names)
-        terms: dict[str, list[Term]] = {}
-        skipped = list(file.unknown_keys)
-        for (module, parameter), adapter in file.adapters.items():
-            found = find(module)
-            if found is None or find_owner(self._access.model, f"{found}.{parameter}") is None:
-                skipped.append(f"{module}.{parameter}")
-                continue
-            terms.setdefault(f"{found}.{parameter}", []).append(Term(adapter, strength, origin=index))
-        if not terms:
-            raise LoraFileError(
-                f"{file.path.name}: none of its {len(file.adapters)} modules is in this {self._access.name}; it was made for "
-                f"another model (the file has {skipped[0]}, the model {next((n for n in reversed(names) if n), 'no layers')})"
+    def _request(self, index: int, file: LoraFile, strength: float, names: NameMap, shapes: Shapes) -> LoraRequest:
+        name = shown(file.path.name)
+        refused = foreign_to(file, detect_model(shapes))
+        if refused is not None:
+            raise LoraMismatchError(f"{name}: {refused}")
+        match = match_file(file, names, shapes, strength, index)
+        if not match.terms:
+            modules = [n for n, _ in self._access.model.named_modules() if n]
+            raise LoraMismatchError(
+                f"{name}: none of its {len(file.adapters)} modules is in this {self._access.name}; it was made for "
+                f"another model (the file has {shown((match.lost or match.skipped)[0])}, the model {modules[-1] if modules else 'no layers'})"
             )
-        return LoraRequest(file.path.name, strength, terms, tuple(skipped))
+        return LoraRequest(name, strength, match.terms, tuple(match.skipped), lost=tuple(match.lost))
 
+
+RAM_FLOOR_BYTES = 2048 * MB
+"""Backups leave this much RAM alone: below it Windows starts to swap."""
+VRAM_RESERVE_BYTES = 2048 * MB
+"""Backups leave this much VRAM to the forward pass."""
 
 _engines: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDictionary()
 """One engine per model: two of them would not know what the other has done to a weight."""
@@ -133,6 +147,19 @@ class PlainAccess:
             raise ReferenceError(f"the {self.name} this guard was made for is gone")
         return model
 
+    def shapes(self) -> Shapes:
+        """Names and real shapes of all parameters; those that hold a stored weight's scales are left out."""
+        shapes: Shapes = {}
+        for path, layer in self.model.named_modules():
+            dot = f"{path}." if path else ""
+            if isinstance(layer, StoredLinear):
+                shapes[f"{dot}weight"] = layer.storage().shape
+                if layer.bias is not None:
+                    shapes[f"{dot}bias"] = tuple(layer.bias.shape)
+            else:
+                shapes |= {f"{dot}{n}": tuple(p.shape) for n, p in layer.named_parameters(recurse=False)}
+        return shapes
+
     def site(self, key: str) -> Site | None:
         owner = find_owner(self.model, key)
         if owner is None:
@@ -156,6 +183,16 @@ class PlainAccess:
             return site.layer.decode(torch.float32).clone()
         return site.parameter.detach().to(torch.float32, copy=True)
 
+    def rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
+        if isinstance(site.layer, StoredLinear) and site.name == "weight":
+            values = site.layer.decode_rows(start, length, torch.float32)
+        else:
+            values = site.parameter.detach().narrow(0, start, length)
+        return torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
+
+    def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        return plain_bias(layer)
+
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         setattr(site.layer, site.name, value)
 
@@ -170,6 +207,10 @@ class PlainAccess:
 
     def device(self) -> torch.device:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def backup_budget(self) -> BackupBudget:
+        budget = measure_budget(self.device(), RAM_FLOOR_BYTES)
+        return replace(budget, vram_spare_bytes=max(0, budget.vram_spare_bytes - VRAM_RESERVE_BYTES))
 
     def compute_dtype(self) -> torch.dtype:
         wide = (p.dtype for p in self.model.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16))

@@ -9,6 +9,7 @@ import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..adapters.base import Shape
+from ..memory.probe import BackupBudget
 from ..weights.storage import Storage
 from .on_the_fly import WeightTerms
 
@@ -48,6 +49,13 @@ class ModelAccess(Protocol):
     def dense(self, site: Site) -> torch.Tensor:
         """A new fp32 tensor with the dequantised values of the parameter, where the parameter lies."""
 
+    def rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
+        """New fp32 tensor with the dequantised values of `length` rows from `start`, on `device`; no other row is made
+        dense."""
+
+    def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """The values of a layer's bias as its forward pass adds them, wherever they lie; None where there is none."""
+
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Puts `value` in the place of the parameter."""
 
@@ -56,6 +64,9 @@ class ModelAccess(Protocol):
 
     def device(self) -> torch.device:
         """The device the model computes on."""
+
+    def backup_budget(self) -> BackupBudget:
+        """What backups of merged weights may take at this moment."""
 
     def compute_dtype(self) -> torch.dtype:
         """The dtype activations have in this model, for byte counts before the first forward pass."""
@@ -81,3 +92,9 @@ def is_linear(layer: torch.nn.Module) -> bool:
 def is_plain_convolution(layer: torch.nn.Module) -> bool:
     """True for a convolution whose cheap forward is exact: one group, not transposed."""
     return isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and layer.groups == 1
+
+
+def plain_bias(layer: torch.nn.Module) -> torch.Tensor | None:
+    """The bias of a layer that stores it as plain numbers."""
+    bias = getattr(layer, "bias", None)
+    return bias.detach() if isinstance(bias, torch.Tensor) else None

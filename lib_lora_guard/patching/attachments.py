@@ -10,9 +10,12 @@ import torch
 from ..adapters import Term, apply_terms
 from ..errors import LoraMismatchError
 from ..planning.mode import Choice, Mode
-from ..weights.storage import dtype_name, storage_of
+from ..weights.storage import MB, dtype_name, storage_of
 from .access import ModelAccess, Site
+from .backup import Backup, Where, moved, parameter_bytes
 from .bypass import Bypass
+from .merging import SLICE_BYTES, merge
+from .norms import norm_identity, norms_of
 from .on_the_fly import WeightTerms
 
 
@@ -32,6 +35,9 @@ class Attachment(ABC):
 
     def identity(self) -> list[object]:
         return [self.mode, *(term.identity() for term in self.terms)]
+
+    def is_same(self, choice: Choice, terms: tuple[Term, ...]) -> bool:
+        return self.identity() == [choice.mode, *(term.identity() for term in terms)]
 
     @abstractmethod
     def attach(self) -> None: ...
@@ -56,30 +62,48 @@ class Attachment(ABC):
 class BypassAttachment(Attachment):
     mode = Mode.BYPASS
 
-    def __init__(self, access: ModelAccess, site: Site, terms: tuple[Term, ...], choice: Choice) -> None:
+    def __init__(
+        self,
+        access: ModelAccess,
+        site: Site,
+        terms: tuple[Term, ...],
+        choice: Choice,
+        old: Attachment | None = None,
+    ) -> None:
         super().__init__(access, site, terms, choice)
-        self.hook = Bypass(site.key, terms, site.shape)
-        self._handle: Any = None
+        older = old if isinstance(old, BypassAttachment) and old.site.layer is site.layer else None
+        if older is not None and norm_identity(older.terms) == norm_identity(terms):
+            norms = older.norms
+        else:
+            under = None
+            if isinstance(old, MergeAttachment) and old.site.layer is site.layer:
+                under = old.backup.parameter(site.parameter.device)
+            with torch.inference_mode(False), torch.no_grad():
+                norms = norms_of(access, site if under is None else site_of(site, under), terms)
+        self.norms: dict[int, torch.Tensor] = norms
+        self.hook = Bypass(site.key, terms, site.shape, norms, access.bias)
+        if older is not None:
+            self.hook.share_factors_with(older.hook)
+        self._handles: list[Any] = []
 
     def attach(self) -> None:
-        if self._handle is None:
-            self._handle = self.site.layer.register_forward_hook(self.hook, with_kwargs=True)
+        if not self._handles:
+            self._handles = self.hook.attach(self.site.layer)
 
     def detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        while self._handles:
+            self._handles.pop().remove()
 
     def drop_device_copies(self) -> None:
-        self.hook.joined.drop_device_copies()
+        self.hook.drop_device_copies()
 
     @property
     def device_bytes(self) -> int:
-        return self.hook.joined.device_bytes(self.access.compute_dtype())
+        return self.hook.device_bytes(self.access.compute_dtype())
 
     @property
     def is_resident(self) -> bool:
-        return self.hook.joined.is_resident
+        return self.hook.is_resident
 
 
 class OnTheFlyAttachment(Attachment):
@@ -108,62 +132,77 @@ class OnTheFlyAttachment(Attachment):
 
 
 class MergeAttachment(Attachment):
-    """The parameter is replaced by a patched one; `original` is the very object that was there, moved to RAM at most.
+    """The parameter is replaced by a patched one; `backup` has the original, bit for bit.
 
-    The new value is computed in fp32 from the original, never from an earlier merge. It keeps the storage dtype of
-    16-bit and wider weights; anything narrower would round the LoRA away, so small fp8 parameters are held in fp32
-    while a LoRA is on them.
+    The new value is computed in fp32 from the original, never from an earlier merge, and only when it is put in place:
+    two patched copies of a whole model would not fit beside it. It keeps the storage dtype of 16-bit and wider weights;
+    anything narrower would round the LoRA away, so small fp8 parameters are held in fp32 while a LoRA is on them.
     """
 
     mode = Mode.MERGE
 
     def __init__(
-        self,
-        access: ModelAccess,
-        site: Site,
-        terms: tuple[Term, ...],
-        choice: Choice,
-        original: torch.nn.Parameter | None,
-        backup_device: torch.device,
+        self, access: ModelAccess, site: Site, terms: tuple[Term, ...], choice: Choice, backup: Backup
     ) -> None:
         super().__init__(access, site, terms, choice)
-        current = site.parameter
-        if original is None:
-            original = _moved(current, backup_device)
-        else:
-            # A merge lies on the weight already: compute from what was under it.
-            site = Site(site.key, _Holder(_moved(original, current.device)), "value", site.storage, False, False)
-        self.original = original
-        # The storage of the original: what lies there now may be an earlier merge, held wider.
-        dtype = original.dtype if storage_of(original).wide else torch.float32
-        with torch.inference_mode(False), torch.no_grad():
-            dense = access.dense(site)
-            was_finite = bool(torch.isfinite(dense).all())
-            merged = apply_terms(dense, terms).to(dtype).contiguous()
-            self.merged = torch.nn.Parameter(merged, requires_grad=False)
-        if was_finite and not torch.isfinite(merged).all():
-            raise UnusableTermsError(
-                site.key,
-                terms,
-                f"{site.key}: the patched values do not fit into {dtype_name(dtype)}; the LoRA is damaged or its strength far too high",
-            )
+        self.backup = backup
+        self._merged: torch.nn.Parameter | None = None
+        if parameter_bytes(site.parameter) <= KEPT_BYTES:
+            self._merged = self._merge()
 
     def attach(self) -> None:
-        # The model may have moved since the value was made.
-        self.access.set_parameter(self.site, _moved(self.merged, self.site.parameter.device))
+        merged = self._merged if self._merged is not None else self._merge()
+        # The model may have moved since the value was made, and the value may lie in RAM for want of room: put in place,
+        # it frees what it replaces.
+        device = self.site.parameter.device
+        if merged.device != device:
+            self.access.set_parameter(self.site, merged)
+            merged = moved(merged, device)
+        self.access.set_parameter(self.site, merged)
 
     def detach(self) -> None:
-        self.access.set_parameter(self.site, _moved(self.original, self.site.parameter.device))
+        self.access.set_parameter(self.site, self.backup.parameter(self.site.parameter.device))
+
+    def _merge(self) -> torch.nn.Parameter:
+        here = self.site.parameter.device
+        original = self.backup.parameter(here if self.backup.place.where is Where.VRAM else CPU)
+        # The storage of the original: what lies there now may be an earlier merge, held wider.
+        wide = storage_of(original).wide
+        dtype = original.dtype if wide else torch.float32
+        with torch.inference_mode(False), torch.no_grad():
+            if wide:
+                data = original.detach()
+                on_device = self.access.device() if data.numel() * data.element_size() > KEPT_BYTES else data.device
+                small = MOVED_SLICE_BYTES if data.device != on_device else SLICE_BYTES
+                merged = merge(data, self.terms, device=on_device, out_dtype=dtype, slice_bytes=small)
+                was_finite = bool(torch.isfinite(data).all())
+            else:
+                dense = self.access.dense(site_of(self.site, original))
+                was_finite = bool(torch.isfinite(dense).all())
+                merged = apply_terms(dense, self.terms).to(dtype).contiguous()
+            if was_finite and not torch.isfinite(merged).all():
+                raise UnusableTermsError(
+                    self.site.key,
+                    self.terms,
+                    f"{self.site.key}: the patched values do not fit into {dtype_name(dtype)}; the LoRA is damaged or its strength far too high",
+                )
+            return torch.nn.Parameter(merged, requires_grad=False)
+
+
+CPU = torch.device("cpu")
+KEPT_BYTES = 1 * MB
+"""Parameters up to this size (norms, biases) are merged before anything is changed, where they lie."""
+MOVED_SLICE_BYTES = 4 * MB
+"""Slices of a weight that is patched on the GPU and lies in RAM: smaller ones overlap better with the copies
+(measured: 96 ms against 218 ms for a weight of 126 MB, H200)."""
+
+
+def site_of(site: Site, parameter: torch.nn.Parameter) -> Site:
+    """The same place with another parameter in it: what lay under a merge."""
+    return Site(site.key, _Holder(parameter), "value", storage_of(parameter), False, False)
 
 
 class _Holder(torch.nn.Module):
     def __init__(self, value: torch.nn.Parameter) -> None:
         super().__init__()
         self.value = value
-
-
-def _moved(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
-    if parameter.device == device:
-        return parameter
-    moved = parameter.to(device)
-    return moved if isinstance(moved, torch.nn.Parameter) else torch.nn.Parameter(moved, requires_grad=False)

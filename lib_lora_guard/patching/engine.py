@@ -8,18 +8,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..adapters import DiffAdapter, NestedAdapter, Term
 from ..errors import LoraMismatchError, ModeError, RestoreError
+from ..memory.probe import BackupBudget
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
 from ..reporting.report import ApplyReport, LoraReport
-from ..weights.storage import storage_of
 from .access import ModelAccess, Site
 from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment, UnusableTermsError
+from .backup import Backup, BackupStore
 from .transaction import Transaction
 
 log = logging.getLogger(__name__)
@@ -30,13 +31,14 @@ class LoraRequest:
     """One LoRA of a stack: what it says about each parameter, or why it could not be read.
 
     `terms` maps parameter names to the terms on them; `skipped_keys` are keys of the file that the model has no
-    place for; `refused` is a sentence for the user, and a refused LoRA is left out as a whole.
+    place for, `lost` keys (with reasons) that it has and that cannot be applied; `refused` is a sentence for the user, and a refused LoRA is left out as a whole.
     """
 
     label: str
     strength: float
     terms: Mapping[str, Sequence[Term]] = field(default_factory=dict)
     skipped_keys: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     refused: str | None = None
 
     @property
@@ -50,21 +52,22 @@ class Engine:
     def __init__(self) -> None:
         self._attached: dict[str, Attachment] = {}
         self._unfinished: list[Callable[[], object]] = []
+        self._budget: Callable[[], BackupBudget] = _no_budget
+        self._backups = BackupStore(lambda: self._budget())
 
     @property
     def attached(self) -> Mapping[str, Attachment]:
         return self._attached
 
-    def originals(self) -> dict[str, torch.nn.Parameter]:
+    def originals(self) -> Originals:
         """The unpatched parameters of everything merged, by name."""
-        return {key: a.original for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
+        return Originals({key: a.backup for key, a in self._attached.items() if isinstance(a, MergeAttachment)})
 
     def change(
         self,
         access: ModelAccess,
         stack: Sequence[LoraRequest],
         wish: Wish = Wish.AUTO,
-        backup_device: torch.device | None = None,
         leave_out: bool = True,
     ) -> ApplyReport:
         """Replaces the current stack by `stack`. On an exception the model has the old stack.
@@ -73,6 +76,7 @@ class Engine:
         raises LoraMismatchError instead.
         """
         started = time.perf_counter()
+        self._budget = access.backup_budget
         self._finish_undoing()
         accepted, reports = self._validate(access, stack)
         for report in reports:
@@ -81,7 +85,7 @@ class Engine:
         while True:
             planned = self._plan(access, accepted, reports, wish)
             try:
-                target = self._prepare(access, planned, backup_device or torch.device("cpu"))
+                self._commit(self._prepare(access, planned))
                 break
             except UnusableTermsError as error:
                 if not leave_out:
@@ -90,7 +94,6 @@ class Engine:
                 for origin in {term.origin for term in error.terms}:
                     accepted.pop(origin, None)
                     reports[origin].refused = str(error)
-        self._commit(target)
         for _, terms, choice in planned.values():
             for origin in {term.origin for term in terms}:
                 reports[origin].count(choice)
@@ -140,7 +143,12 @@ class Engine:
         reports = []
         for index, lora in enumerate(stack):
             report = LoraReport(
-                lora.label, lora.strength, bytes=lora.bytes, skipped=list(lora.skipped_keys), refused=lora.refused
+                lora.label,
+                lora.strength,
+                bytes=lora.bytes,
+                skipped=[*lora.skipped_keys, *lora.lost],
+                lost=list(lora.lost),
+                refused=lora.refused,
             )
             reports.append(report)
             if lora.refused is not None:
@@ -175,7 +183,7 @@ class Engine:
         """The site as it is without LoRAs: a merge may have given the parameter another shape or dtype."""
         site, old = access.site(key), self._attached.get(key)
         if site is not None and isinstance(old, MergeAttachment) and old.site.layer is site.layer:
-            return replace(site, storage=storage_of(old.original))
+            return replace(site, storage=old.site.storage)
         return site
 
     def _plan(
@@ -208,24 +216,24 @@ class Engine:
         self,
         access: ModelAccess,
         planned: Mapping[str, tuple[Site, tuple[Term, ...], Choice]],
-        backup_device: torch.device,
     ) -> dict[str, Attachment]:
         target: dict[str, Attachment] = {}
         for key, (site, terms, choice) in planned.items():
             old = self._attached.get(key)
             if choice.mode is Mode.BYPASS:
-                new: Attachment = BypassAttachment(access, site, terms, choice)
-                if isinstance(old, BypassAttachment) and isinstance(new, BypassAttachment):
-                    new.hook.joined.share_factors_with(old.hook.joined)
-            elif choice.mode is Mode.ON_THE_FLY:
-                new = OnTheFlyAttachment(access, site, terms, choice)
-            elif isinstance(old, MergeAttachment) and old.site.layer is site.layer:
-                if old.identity() == [choice.mode, *(t.identity() for t in terms)]:
+                if old is not None and old.site.layer is site.layer and old.is_same(choice, terms):
                     target[key] = old
                     continue
-                new = MergeAttachment(access, site, terms, choice, old.original, backup_device)
+                new: Attachment = BypassAttachment(access, site, terms, choice, old)
+            elif choice.mode is Mode.ON_THE_FLY:
+                new = OnTheFlyAttachment(access, site, terms, choice)
             else:
-                new = MergeAttachment(access, site, terms, choice, None, backup_device)
+                under = old.backup if isinstance(old, MergeAttachment) and old.site.layer is site.layer else None
+                if under is not None and old is not None and old.is_same(choice, terms):
+                    target[key] = old
+                    continue
+                backup = under or self._backups.keep(key, site.parameter)
+                new = MergeAttachment(access, site, terms, choice, backup)
             target[key] = (
                 old if old is not None and old.site.layer is site.layer and old.identity() == new.identity() else new
             )
@@ -243,6 +251,12 @@ class Engine:
                     if before.get(key) is not new:
                         transaction.do(new.attach, new.detach)
                 self._attached = target
+            _release(before, target)
+        except BaseException:
+            # What an undo that failed still needs is kept.
+            if not transaction.failed:
+                _release(target, before)
+            raise
         finally:
             self._unfinished += transaction.failed
 
@@ -255,3 +269,31 @@ class Engine:
             except Exception as error:
                 self._unfinished = waiting[number:]
                 raise RestoreError(f"a weight could not be restored ({error}); reload the checkpoint") from error
+
+
+class Originals(Mapping[str, torch.nn.Parameter]):
+    """Reads what was merged over from its backups, when it is asked for."""
+
+    def __init__(self, backups: Mapping[str, Backup]) -> None:
+        self._backups = backups
+
+    def __getitem__(self, key: str) -> torch.nn.Parameter:
+        return self._backups[key].parameter(torch.device("cpu"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._backups)
+
+    def __len__(self) -> int:
+        return len(self._backups)
+
+
+def _release(gone: Mapping[str, Attachment], stays: Mapping[str, Attachment]) -> None:
+    """Gives back the room of backups that only `gone` has."""
+    needed = {id(a.backup) for a in stays.values() if isinstance(a, MergeAttachment)}
+    for attachment in gone.values():
+        if isinstance(attachment, MergeAttachment) and id(attachment.backup) not in needed:
+            attachment.backup.release()
+
+
+def _no_budget() -> BackupBudget:
+    return BackupBudget(0, 0, 0)

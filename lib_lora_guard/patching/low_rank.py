@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapters import LowRank, Slice, Term
+from ..adapters import LowRank, Slice
 from ..adapters.base import product_of
 from .device_cache import DeviceCache
 
@@ -43,18 +43,25 @@ class Scale:
     per_rank: torch.Tensor | None
 
 
-class JoinedLowRank:
-    """`terms` must all satisfy `planning.mode.bypass_can_carry` for a weight of `shape`."""
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One additive low-rank term: `strength * factors` on `part` of the weight."""
 
-    def __init__(self, terms: Sequence[Term], shape: tuple[int, ...]) -> None:
+    factors: LowRank
+    strength: float
+    part: Slice | None = None
+
+
+class JoinedLowRank:
+    """The entries must fit a weight of `shape` (`planning.cheap.form_of` says so)."""
+
+    def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.shape = shape
         groups: dict[Slice | None, dict[Slice | None, list[tuple[LowRank, float]]]] = {}
-        for term in terms:
-            factors = term.adapter.low_rank()
-            if factors is None:
-                raise TypeError(f"a term of kind '{term.adapter.kind}' has no low-rank form")
-            outputs = groups.setdefault(_side(term.part, 1), {})
-            outputs.setdefault(_side(term.part, 0), []).append((factors, term.strength * factors.scale))
+        for entry in entries:
+            outputs = groups.setdefault(_side(entry.part, 1), {})
+            scale = entry.strength * entry.factors.scale
+            outputs.setdefault(_side(entry.part, 0), []).append((entry.factors, scale))
         self._groups = groups
         self._blocks: DeviceCache[tuple[Block, ...]] = DeviceCache()
         self._pairs: DeviceCache[tuple[tuple[Block, Scale], ...]] = DeviceCache()
@@ -97,7 +104,7 @@ class JoinedLowRank:
             downs: list[torch.Tensor] = []
             rank = 0
             for out_part, entries in outputs.items():
-                pairs = [_balanced(factors, device, dtype) for factors, _ in entries]
+                pairs = [balanced(factors, device, dtype) for factors, _ in entries]
                 ups, new_downs = [up for up, _ in pairs], [down for _, down in pairs]
                 if join:
                     made.append(Output(torch.cat(ups, 1) if len(ups) > 1 else ups[0], rank, out_part))
@@ -129,7 +136,7 @@ class JoinedLowRank:
 
     def _factor_identity(self) -> list[object]:
         return [
-            (in_part, out_part, [(f.up.data_ptr(), f.down.data_ptr(), f.rank, id(f.mid)) for f, _ in entries])
+            (in_part, out_part, [_identity(factors) for factors, _ in entries])
             for in_part, outputs in self._groups.items()
             for out_part, entries in outputs.items()
         ]
@@ -139,17 +146,30 @@ LARGEST_ACTIVATION = 3e4
 """Activations that a 16-bit model may have; fp16 ends at 65504 and Forge clips at 32768."""
 
 
-def _balanced(factors: LowRank, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def balanced(factors: LowRank, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """`up` and `down` on `device`. In fp16 a power of two per rank goes from `down` to `up`, so that the activation
     between them stays finite for inputs up to LARGEST_ACTIVATION. Powers of two change no bit, but where an entry of
     `down` becomes subnormal (an error of 3e-8, absolute)."""
     if dtype != torch.float16:
-        return factors.up.to(device=device, dtype=dtype), factors.dense_down(dtype, device)
-    down = factors.dense_down(torch.float32, device)
-    largest = down.abs().sum(1).clamp_min(torch.finfo(torch.float32).tiny) * LARGEST_ACTIVATION
-    shift = torch.exp2((torch.finfo(dtype).max / largest).log2().floor()).clamp(max=1.0)
-    up = factors.up.to(device=device, dtype=torch.float32) / shift
-    return up.to(dtype), (down * shift.unsqueeze(1)).to(dtype)
+        return factors.dense_up(dtype, device), factors.dense_down(dtype, device)
+    up, down = factors.dense_up(torch.float32, device), factors.dense_down(torch.float32, device)
+    shift = shift_for_fp16(down)
+    # An `up` that would no longer fit into fp16 itself gives results that do not fit either, for any such input.
+    largest = up.abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny)
+    shift = torch.maximum(shift, torch.exp2((largest / torch.finfo(dtype).max).log2().ceil()).clamp(max=1.0))
+    return (up / shift).to(dtype), (down * shift.unsqueeze(1)).to(dtype)
+
+
+def shift_for_fp16(matrix: torch.Tensor) -> torch.Tensor:
+    """A power of two at most 1 per row of `matrix` (fp32), such that `shift * row @ x` stays inside fp16 for every x of
+    entries up to LARGEST_ACTIVATION."""
+    largest = matrix.abs().sum(1).clamp_min(torch.finfo(torch.float32).tiny) * LARGEST_ACTIVATION
+    return torch.exp2((torch.finfo(torch.float16).max / largest).log2().floor()).clamp(max=1.0)
+
+
+def _identity(factors: LowRank) -> tuple[object, ...]:
+    extra = id(factors.mid), id(factors.row_scale), id(factors.column_scale)
+    return factors.up.data_ptr(), factors.down.data_ptr(), factors.up.shape, factors.down.shape, *extra
 
 
 def _side(part: Slice | None, dim: int) -> Slice | None:

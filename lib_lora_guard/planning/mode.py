@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..adapters import DiffAdapter, ForeignAdapter, LoraAdapter, NestedAdapter, SetAdapter, Term
-from ..adapters.base import product_of
+from ..adapters import DiffAdapter, ForeignAdapter, NestedAdapter, SetAdapter, Term
+from ..adapters.base import LowRank
 from ..errors import ModeError
+from .cheap import carried
 
 
 class Mode(str, Enum):
@@ -74,12 +75,13 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
         # As many numbers as the weight itself: on the fly they would take its size again in VRAM (or, where another
         # extension calculates them, be calculated again in every step).
         return Choice(Mode.MERGE, "as large as the weight")
-    low_rank = facts.can_bypass and all(bypass_can_carry(term, facts.shape) for term in terms)
-    if low_rank and wish is not Wish.ON_THE_FLY:
-        return Choice(Mode.BYPASS, "low rank")
+    cheap = facts.can_bypass and carried(terms, facts.shape)
+    if cheap and wish is not Wish.ON_THE_FLY:
+        plain = all(isinstance(term.adapter.cheap_forward(), LowRank) for term in terms)
+        return Choice(Mode.BYPASS, "low rank" if plain else "cheap through the layer's call")
     if facts.can_on_the_fly:
-        return Choice(Mode.ON_THE_FLY, "asked for" if low_rank else "kind needs the weight")
-    if low_rank:
+        return Choice(Mode.ON_THE_FLY, "asked for" if cheap else "kind needs the weight")
+    if cheap:
         return Choice(Mode.BYPASS, "weight not reachable")
     if facts.wide:
         return Choice(Mode.MERGE, "layer computes with its weight directly")
@@ -89,20 +91,6 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
 
 
 WHOLE_TENSOR_KINDS = (DiffAdapter, SetAdapter, NestedAdapter, ForeignAdapter)
-
-
-def bypass_can_carry(term: Term, shape: tuple[int, ...]) -> bool:
-    """True when adding to the layer's output is exact: a plain low-rank term on the whole, an output or an input part."""
-    adapter = term.adapter
-    if not isinstance(adapter, LoraAdapter) or adapter.magnitude is not None:
-        return False
-    if term.strength_model != 1.0 or term.function is not None:
-        return False
-    if term.part is not None:
-        if term.part.dim > 1:
-            return False
-        shape = term.part.shape_in(shape)
-    return adapter.delta_shape() == (shape[0], product_of(shape[1:]))
 
 
 _INPUT_PROJECTIONS = (

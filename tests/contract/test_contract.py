@@ -207,7 +207,7 @@ def test_loader_attributes_keep_their_meaning(guarded):
         guarded,
         patcher,
         (FILE, lora_on_everything(dense), 1.0),
-        ("k", {"blocks.0.proj.weight": host_value("loha", (32, 32), 3)}, 1.0),
+        ("k", {"blocks.0.proj.weight": host_value("glora", (32, 32), 3)}, 1.0),
     )
     assert loader.loaded_hash == str(list(changed.lora_patches))
     assert set(loader.backup) == {k for k, s in shapes(dense).items() if len(s) == 1}

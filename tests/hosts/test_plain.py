@@ -119,7 +119,8 @@ def test_errors_name_the_file_and_leave_the_stack_that_was_there(model, files, t
     ):
         guard.apply([(style, 0.1), (tmp_path / "shape.safetensors", 1.0)])
     with pytest.raises(
-        LoraFileError, match=r"other\.safetensors: none of its 1 modules is in this Net; it was made for another model"
+        LoraMismatchError,
+        match=r"other\.safetensors: none of its 1 modules is in this Net; it was made for another model",
     ):
         guard.apply([(tmp_path / "other.safetensors", 1.0)])
     with pytest.raises(LoraFileError, match="no such file"):
@@ -209,7 +210,7 @@ def test_a_strength_that_is_no_number_is_refused(model, files, strength):
 def test_a_file_is_read_once_while_it_is_in_the_stack_and_again_when_it_has_changed(model, files, monkeypatch):
     style, reads = next(iter(files)), []
     read = plain.read_lora_file
-    monkeypatch.setattr(plain, "read_lora_file", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(plain, "read_lora_file", lambda path, *more: reads.append(path) or read(path, *more))
     guard = LoraGuard(model)
     guard.apply([(style, 1.0)])
     guard.apply([(style, 0.5)])

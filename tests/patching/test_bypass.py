@@ -11,11 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import LayerError
-from lib_lora_guard.patching import bypass
+from lib_lora_guard.memory.out_of_memory import OutOfMemory
+from lib_lora_guard.patching import layer_call
 from lib_lora_guard.patching.bypass import Bypass
-from lib_lora_guard.patching.low_rank import JoinedLowRank
+from lib_lora_guard.patching.low_rank import Entry, JoinedLowRank
 
-OUT_OF_MEMORY = bypass.OutOfMemory[0]
+OUT_OF_MEMORY = OutOfMemory[0]
+
+
+def joined_of(terms, shape):
+    return JoinedLowRank([Entry(t.adapter.cheap_forward(), t.strength, t.part) for t in terms], shape)
 
 
 def entry(kind, shape, seed=1, strength=0.8, offset=None, **more):
@@ -137,7 +142,7 @@ def test_strengths_are_not_rounded_to_the_activations_dtype():
     # 0.85 would be 0.8516 in bf16: 0.2 % of the LoRA, more than all other rounding of a mean over many tokens.
     down, up = torch.eye(4).to(torch.bfloat16), torch.eye(4).to(torch.bfloat16)
     terms = [parse_term([s, ("lora", (up, down, None, None, None)), 1.0, None, None], {}) for s in (0.85, 0.0001)]
-    joined = JoinedLowRank(terms, (4, 4))
+    joined = joined_of(terms, (4, 4))
     scales = list(joined._make_scales(torch.device("cpu"), join=True))
     assert scales[0].per_rank.dtype == torch.float32
     assert torch.equal(scales[0].per_rank, torch.tensor([0.85] * 4 + [0.0001] * 4))
@@ -179,7 +184,7 @@ def test_fp16_does_not_overflow_between_the_factors():
 
 def test_balancing_keeps_the_product_to_the_last_bits_of_fp16():
     value = ("lora", (rand(64, 4, seed=1).half(), rand(4, 256, seed=2).half(), 4.0, None, None))
-    joined = JoinedLowRank([parse_term([1.0, value, 1.0, None, None], {})], (64, 256))
+    joined = joined_of([parse_term([1.0, value, 1.0, None, None], {})], (64, 256))
     (block,) = joined._make_blocks(torch.device("cpu"), torch.float16, join=True)
     true = value[1][0].double() @ value[1][1].double()
     assert not torch.equal(block.down, value[1][1])
@@ -275,21 +280,21 @@ def test_other_errors_are_not_called_out_of_memory(monkeypatch):
 
 def test_a_change_of_strength_takes_the_device_factors_over_and_another_lora_does_not():
     terms = [parse_term(entry("lora", (24, 16)), {})]
-    first = JoinedLowRank(terms, (24, 16))
-    stronger = JoinedLowRank([dataclasses.replace(terms[0], strength=0.1)], (24, 16))
+    first = joined_of(terms, (24, 16))
+    stronger = joined_of([dataclasses.replace(terms[0], strength=0.1)], (24, 16))
     stronger.share_factors_with(first)
     assert stronger._blocks is first._blocks
     assert stronger._pairs is not first._pairs
-    other = JoinedLowRank([parse_term(entry("lora", (24, 16), 5), {})], (24, 16))
+    other = joined_of([parse_term(entry("lora", (24, 16), 5), {})], (24, 16))
     other.share_factors_with(first)
     assert other._blocks is not first._blocks
 
 
 def test_device_bytes_are_those_of_the_factors_in_the_compute_dtype():
-    joined = JoinedLowRank(
+    joined = joined_of(
         [parse_term(entry("lora", (24, 16)), {}), parse_term(entry("lora", (8, 16), offset=(0, 0, 8)), {})], (24, 16)
     )
     assert joined.device_bytes(torch.bfloat16) == 2 * (4 * (24 + 16) + 4 * (8 + 16))
-    tucker = JoinedLowRank([parse_term(entry("lora_mid", (12, 8, 3, 3)), {})], (12, 8, 3, 3))
+    tucker = joined_of([parse_term(entry("lora_mid", (12, 8, 3, 3)), {})], (12, 8, 3, 3))
     assert tucker.device_bytes(torch.float32) == 4 * (4 * 12 + 4 * 8 * 9)
-    assert bypass.SMALLEST_CHUNK_TOKENS == 256
+    assert layer_call.SMALLEST_CHUNK_TOKENS == 256

@@ -15,7 +15,9 @@ from support.reference import merge_reference
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.plain import PlainAccess
+from lib_lora_guard.patching import attachments
 from lib_lora_guard.patching.attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
+from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.planning.mode import Wish
 from lib_lora_guard.weights import Nf4Codec, PlainCodec, Q8_0Codec, ScaledFp8Codec, StoredLinear
@@ -118,7 +120,9 @@ def count_and_fail(monkeypatch, owner, name, countdown):
 
 STEPS = [
     (PlainAccess, "site"),
-    (PlainAccess, "dense"),
+    (attachments, "norms_of"),
+    (attachments, "merge"),
+    (BackupStore, "keep"),
     (PlainAccess, "set_parameter"),
     (PlainAccess, "set_weight_terms"),
     (BypassAttachment, "__init__"),

@@ -47,10 +47,11 @@ class ParameterGGUF(torch.nn.Parameter):
     def shape(self):
         return self.real_shape
 
+    def copy_with_data(self, data):
+        return ParameterGGUF(data, self.gguf_cls, self.real_shape, self.computation_dtype, self.baked)
+
     def to(self, *args, **kwargs):
-        return ParameterGGUF(
-            self.data.to(*args, **kwargs), self.gguf_cls, self.real_shape, self.computation_dtype, self.baked
-        )
+        return self.copy_with_data(self.data.to(*args, **kwargs))
 
 
 def dequantize_tensor(tensor):

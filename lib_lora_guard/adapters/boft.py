@@ -1,0 +1,102 @@
+"""BOFT: a rotation built of butterfly stages (arXiv 2311.06243), as LyCORIS (output rows) and peft (input) train it.
+
+Every stage is block-diagonal after a shuffle of the channels, so that `m` stages of small blocks mix channels that lie
+far apart. Strength moves each stage and the row scale from the identity, as for OFT (`oft.py`); that of the stages is
+what LyCORIS `make_weight(scale)` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from ..errors import LoraMismatchError
+from .base import Adapter, RowFunction, Shape, mismatch, product_of
+from .oft import bounded, cayley_less_one, check_rows, finish, scale_rows, skew_of, turn_columns, widened
+
+
+@dataclass(frozen=True, eq=False)
+class BoftAdapter(Adapter):
+    """`W' = rescale * R_m ... R_1 W` over the output rows: `blocks` `(m, n, b, b)`, `n * b == out`.
+
+    `alpha` times `out` bounds the norm of all skew blocks together; None or 0: no bound (LyCORIS `modules/boft.py`,
+    `functional/boft.py`). `rescale` `(out, 1, ...)`. The bias is not turned.
+    """
+
+    kind: ClassVar[str] = "boft"
+    additive: ClassVar[bool] = False
+    blocks: torch.Tensor
+    alpha: float | None = None
+    rescale: torch.Tensor | None = None
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        size = _check_blocks(self.blocks, len(shape) > 1, shape[0], shape)
+        if size % 2:
+            raise LoraMismatchError(f"BOFT blocks must have an even size, found {list(self.blocks.shape)}")
+        check_rows("rescale", self.rescale, shape)
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        base = widened(weight)
+        stages, count, size, _ = self.blocks.shape
+        turns = cayley_less_one(bounded(skew_of(self.blocks.to(base)), self.alpha)).mul_(strength)
+        rows = base.flatten(1)
+        columns = rows.shape[1]
+        for stage in range(stages):
+            # Rows that lie `half` apart become neighbours, are turned block by block and go back.
+            half = 2**stage * (size // 2)
+            mixed = rows.reshape(-1, 2, half, columns).transpose(1, 2).reshape(count, size, columns)
+            mixed = torch.baddbmm(mixed, turns[stage], mixed)
+            rows = mixed.reshape(-1, half, 2, columns).transpose(1, 2).reshape(-1, columns)
+        delta = rows.reshape(base.shape) - base
+        return finish(weight, base, scale_rows(base, delta, self.rescale, strength), function)
+
+
+@dataclass(frozen=True, eq=False)
+class PeftBoftAdapter(Adapter):
+    """`W' = factor * W B^T` over the flattened input side: `blocks` `(m, n, b, b)` (`boft_R`), `n * b == in * kernel`;
+    `factor` (`boft_s`) one number per output row. Stages and shuffle as in peft `tuners/boft/layer.py`."""
+
+    kind: ClassVar[str] = "boft"
+    additive: ClassVar[bool] = False
+    blocks: torch.Tensor
+    factor: torch.Tensor | None = None
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        size = _check_blocks(self.blocks, len(shape) > 1, product_of(shape[1:]), shape)
+        if size % 2 and self.blocks.shape[0] > 1:
+            raise LoraMismatchError(f"BOFT blocks must have an even size, found {list(self.blocks.shape)}")
+        check_rows("boft_s", self.factor, shape)
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        base = widened(weight)
+        stages, _, size, _ = self.blocks.shape
+        # The block of the file is Cayley's transform of -S; from the right it stands transposed.
+        turns = cayley_less_one(skew_of(self.blocks.to(base)).div_(2.0)).mul_(strength)
+        columns = base.flatten(1)
+        out = columns.shape[0]
+        for stage in range(stages):
+            # Half blocks 2**stage apart become neighbours, are turned and go back; the first stage has no shuffle.
+            pairs = (2**stage, size // 2)
+            mixed = columns if stage == 0 else columns.reshape(out, -1, 2, *pairs).transpose(2, 3).reshape(out, -1)
+            mixed = mixed + turn_columns(mixed, turns[stage])
+            columns = mixed if stage == 0 else mixed.reshape(out, -1, pairs[0], 2, pairs[1]).transpose(2, 3).flatten(1)
+        delta = columns.reshape(base.shape) - base
+        return finish(weight, base, scale_rows(base, delta, self.factor, strength), function)
+
+    def rows(self, start: int, length: int) -> PeftBoftAdapter:
+        """Every row is turned alike, each with its own factor."""
+        factor = None if self.factor is None else self.factor.flatten()[start : start + length]
+        return replace(self, factor=factor)
+
+
+def _check_blocks(blocks: torch.Tensor, has_matrix: bool, channels: int, shape: Shape) -> int:
+    """The block size; raises LoraMismatchError unless the blocks turn `channels` channels."""
+    if blocks.dim() != 4 or blocks.shape[2] != blocks.shape[3] or not all(blocks.shape):
+        raise LoraMismatchError(f"BOFT blocks must be (m, n, b, b), found {list(blocks.shape)}")
+    stages, count, size, _ = blocks.shape
+    # The last stage pairs channels across groups of 2**(m - 1) blocks.
+    if not has_matrix or count * size != channels or count % 2 ** (stages - 1):
+        raise mismatch("BOFT", (count * size,), shape)
+    return size

@@ -1,0 +1,114 @@
+"""What a LoRA file says beside its tensors: PEFT keeps alpha, rsLoRA and the like in a configuration.
+
+Where it lies: diffusers 0.35 and later write it as JSON into the safetensors metadata (`lora_adapter_metadata`, with the
+component's name before each entry where a pipeline was saved); PEFT writes `adapter_config.json` beside the file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """The entries of one PEFT configuration that change what the tensors mean."""
+
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+    def alpha_for(self, module: str, rank: int) -> float | None:
+        """The alpha that gives `alpha / rank` the scale the configuration asks for; None where it states none."""
+        alpha = _match(self.entries.get("alpha_pattern"), module)
+        if alpha is None:
+            alpha = self.entries.get("lora_alpha", self.entries.get("alpha"))
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+            return None
+        # rsLoRA (arXiv 2312.03732) divides by the root of the rank.
+        return alpha * math.sqrt(rank) if self.entries.get("use_rslora") is True else float(alpha)
+
+    def rank_for(self, module: str) -> int | None:
+        """The rank the configuration states, for kinds whose tensors do not show it."""
+        rank = _match(self.entries.get("rank_pattern"), module)
+        rank = self.entries.get("r") if rank is None else rank
+        return rank if isinstance(rank, int) and rank > 0 else None
+
+    def is_feedforward(self, module: str) -> bool | None:
+        """IA3: whether this module's factors are for its input; None where the configuration does not say."""
+        names = self.entries.get("feedforward_modules")
+        if isinstance(names, str):
+            return _matches(names, module)
+        if isinstance(names, list):
+            return any(module == name or module.endswith(f".{name}") for name in names if isinstance(name, str))
+        return None
+
+    @property
+    def cayley_terms(self) -> int | None:
+        """OFT: how many terms of the Neumann series; None for the exact Cayley transform."""
+        if self.entries.get("use_cayley_neumann") is False:
+            return None
+        terms = self.entries.get("num_cayley_neumann_terms", 5)
+        return terms if isinstance(terms, int) and 0 < terms < 100 else 5
+
+
+class FileSettings:
+    """The configurations of one file, by component; one without a component is for all modules."""
+
+    def __init__(self, by_component: Mapping[str, PeftSettings]) -> None:
+        self._by_component = by_component
+
+    def of(self, module: str) -> PeftSettings:
+        component = module.partition(".")[0]
+        return self._by_component.get(component) or self._by_component.get("") or PeftSettings()
+
+
+def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
+    """The settings that belong to a file. What is not valid JSON is left out with a warning: the tensors may do without."""
+    text = metadata.get("lora_adapter_metadata")
+    if text is None and path.name.startswith("adapter_model"):
+        beside = path.with_name("adapter_config.json")
+        if beside.is_file() and beside.stat().st_size <= _MAX_CONFIG_BYTES:
+            text = beside.read_text(encoding="utf-8", errors="replace")
+    if not text:
+        return FileSettings({})
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        log.warning(
+            "%s: its adapter settings are not readable JSON, so its alpha is not known and 1 is used", path.name
+        )
+        return FileSettings({})
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in entries.items():
+        component, dot, rest = key.partition(".")
+        known = bool(dot) and component in _COMPONENTS
+        parts.setdefault(component if known else "", {})[rest if known else key] = value
+    return FileSettings({component: PeftSettings(part) for component, part in parts.items()})
+
+
+def _match(pattern: Any, module: str) -> int | float | None:
+    """PEFT's rule: a key of the pattern is a regular expression for the end of the module's path."""
+    if not isinstance(pattern, dict):
+        return None
+    for key, value in pattern.items():
+        if isinstance(value, (int, float)) and (_matches(key, module) or _matches(f".*.{key}", module)):
+            return value
+    return None
+
+
+def _matches(expression: str, module: str) -> bool:
+    # Only `.*`, `^`, `$` and escaped dots are understood: a file must not choose an expression that runs for hours.
+    plain = expression.removeprefix("^").removesuffix("$").replace(".*", "*").replace("\\.", ".")
+    return not set(plain) & set("\\[](){}|+?^$") and fnmatch.fnmatchcase(module, plain)

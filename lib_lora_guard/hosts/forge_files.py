@@ -1,0 +1,186 @@
+"""What happens in place of `networks.load_lora_for_models`: the guard reads the LoRA file itself.
+
+Forge's own parser drops kinds it has no tuple for (OFT, BOFT, IA3), names it has no map for (SD3 as diffusers writes it),
+and what stands in the metadata (alpha and rsLoRA of PEFT). A mismatch is a guess there, by the number of keys left over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.base import Shape, Term
+from ..adapters.file_settings import FileSettings
+from ..adapters.files import LoraFile, parse_tensors, read_lora_file
+from ..adapters.patch_tuples import value_of
+from ..errors import LoraFileError, LoraMismatchError
+from ..files import shown
+from ..models.architecture import detect_model
+from ..models.matching import Match, foreign_to, match_file
+from ..models.names import NameMap
+from ..planning.mode import is_input_projection
+from ..weights.storage import MB, storage_of
+from .forge_patches import OWN_TENSORS
+
+log = logging.getLogger(__name__)
+
+KEPT_BYTES = 1024 * MB
+"""LoRA files kept in RAM after use; the one used last is kept whatever its size."""
+
+
+class LazyState(Mapping[str, torch.Tensor]):
+    """Stands for the tensors of a LoRA file. The host reads and maps the file only where something looks inside."""
+
+    def __init__(self, filename: str, load: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        self.filename = filename
+        self._load = load
+        self._state: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        if self._state is None:
+            self._state = self._load()
+        return self._state
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.state[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+class LoraFiles:
+    """Reads LoRA files for Forge's models; files just used are kept while they are unchanged on disk."""
+
+    def __init__(self, as_trained: bool = False) -> None:
+        self.as_trained = as_trained
+        self._kept: OrderedDict[tuple[str, int, int], LoraFile] = OrderedDict()
+
+    def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
+        """In place of `networks.load_lora_state_dict`."""
+        if not isinstance(filename, str) or not filename.lower().endswith(".safetensors"):
+            return original(filename)
+        return LazyState(filename, lambda: original(filename))
+
+    def load_for_models(
+        self,
+        original: Callable[..., tuple[Any, Any]],
+        model: Any,
+        clip: Any,
+        lora: Any,
+        strength_model: float,
+        strength_clip: float,
+        filename: Any = "default",
+        online_mode: bool = False,
+    ) -> tuple[Any, Any]:
+        """The two patchers, cloned and with the file's patches where it has any for them; as they were where it cannot
+        be used, which is said in the log."""
+        name = shown(Path(str(filename)).name)
+        try:
+            file = self._read(filename, lora)
+            sides = [
+                (model, "model", strength_model, "U-Net"),
+                (clip, "cond_stage_model", strength_clip, "text encoder"),
+            ]
+            found = [
+                None if p is None else _match(file, getattr(p, attribute), strength)
+                for p, attribute, strength, _ in sides
+            ]
+        except (LoraFileError, LoraMismatchError) as error:
+            # What the guard refused as broken is never handed to the host.
+            log.warning("%s NOT applied: %s", name, str(error).removeprefix(f"{name}: "))
+            return model, clip
+        except Exception:
+            log.exception("%s: the guard could not read it; Forge's own reader is used", name)
+            return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
+        patched = []
+        for (patcher, _, strength, side), match in zip(sides, found, strict=True):
+            if match is None or not match.terms:
+                patched.append(patcher)
+                continue
+            clone = patcher.clone()
+            clone.add_patches(
+                filename=filename, patches=_patches(match.terms), strength_patch=strength, online_mode=online_mode
+            )
+            patched.append(clone)
+            log.info("%s: %d keys for the %s", name, sum(len(t) for t in match.terms.values()), side)
+        _say_what_is_left(name, file, [match for match in found if match is not None])
+        return patched[0], patched[1]
+
+    def _read(self, filename: Any, lora: Any) -> LoraFile:
+        path = Path(str(filename))
+        if not path.is_file() or path.suffix.lower() != ".safetensors":
+            # Not a file of ours to read: another extension hands over tensors it has made or loaded.
+            return parse_tensors(path, dict(lora), FileSettings({}), self.as_trained)
+        status = path.stat()
+        key = (str(path), status.st_mtime_ns, status.st_size)
+        file = self._kept.pop(key, None)
+        if file is None:
+            file = read_lora_file(path, self.as_trained)
+            for adapter in file.adapters.values():
+                for tensor in adapter.tensors():
+                    OWN_TENSORS[tensor] = True
+        self._kept[key] = file
+        while len(self._kept) > 1 and sum(size for _, _, size in self._kept) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return file
+
+
+def _match(file: LoraFile, model: torch.nn.Module, strength: float) -> Match:
+    """What the file has for one model. Raises LoraMismatchError where it was made for another one."""
+    shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+    refused = foreign_to(file, detect_model(shapes))
+    if refused is not None:
+        raise LoraMismatchError(refused)
+    match = match_file(file, NameMap(shapes), shapes, strength)
+    for key, terms in match.terms.items():
+        for term in terms:
+            if term.adapter.kind not in ("diff", "nested"):
+                try:
+                    term.check(shapes[key], may_expand=is_input_projection(key))
+                except LoraMismatchError as error:
+                    raise LoraMismatchError(f"made for another model: {key}: {error}") from None
+    return match
+
+
+def _patches(terms: Mapping[str, list[Term]]) -> dict[Any, Any]:
+    patches: dict[Any, Any] = {}
+    for key, on_key in terms.items():
+        for term in on_key:
+            part = term.part
+            address = key if part is None else (key, (part.dim, part.start, part.length))
+            patches[address] = value_of(term.adapter)
+    return patches
+
+
+def _say_what_is_left(name: str, file: LoraFile, matches: list[Match]) -> None:
+    """One line on keys that no part of the model has a place for, one on those that cannot be applied to it."""
+    if not matches:
+        return
+    left = set.intersection(*(set(match.skipped) for match in matches))
+    lost = [line for match in matches for line in match.lost]
+    used = sum(bool(match.terms) for match in matches)
+    if not used:
+        log.warning(
+            "%s NOT applied: none of its %d modules is in this model (it has %s); use a LoRA made for this model",
+            name,
+            len(file.adapters),
+            shown(next(iter(sorted(left)), "nothing")),
+        )
+    elif left:
+        log.info(
+            "%s: %d of its keys have no place in this model and are left out (first: %s)",
+            name,
+            len(left),
+            shown(min(left)),
+        )
+    if lost:
+        log.warning("%s: %d keys cannot be applied to this model: %s", name, len(lost), shown(lost[0], 300))

@@ -1,0 +1,75 @@
+"""One call of a patched layer, and what to do when memory ends inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapters import Slice
+from ..errors import LayerError
+from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
+
+SMALLEST_CHUNK_TOKENS = 256
+"""Below this a chunk saves nothing: its rank activation is smaller than one allocation of the allocator (2 MB)."""
+
+
+@dataclass
+class LayerCall:
+    """`x` is what the layer was called with, in the dtype of `output`; steps write into `output`."""
+
+    key: str
+    layer: Any
+    x: torch.Tensor
+    output: torch.Tensor
+    shape: tuple[int, ...]
+    """Shape of the weight."""
+
+    @property
+    def is_linear(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of `x` and `output` that the weight's columns and rows belong to."""
+        return -1 if self.is_linear else 1
+
+    def input_of(self, part: Slice | None) -> torch.Tensor:
+        return self.x if part is None or part.dim == 0 else self.x.narrow(self.channel_dim, part.start, part.length)
+
+    def output_of(self, part: Slice | None) -> torch.Tensor:
+        if part is None or part.dim == 1:
+            return self.output
+        return self.output.narrow(self.channel_dim, part.start, part.length)
+
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input and output of a linear layer as `(tokens, features)`; the output is made contiguous for it."""
+        self.output = self.output.contiguous()
+        return self.x.reshape(-1, self.x.shape[-1]), self.output.view(-1, self.output.shape[-1])
+
+    def in_chunks(self, total: int, add: Callable[[int, int], None]) -> None:
+        """Runs `add(start, length)` over all tokens, in halves of halves where memory ends. `add` allocates before it
+        writes, so that it can be run again."""
+        start, length = 0, total
+        while start < total:
+            try:
+                add(start, min(length, total - start))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                length //= 2
+                if length < SMALLEST_CHUNK_TOKENS:
+                    raise LayerError(
+                        f"{self.key}: no memory left for the LoRA even in slices of {SMALLEST_CHUNK_TOKENS} tokens. "
+                        "Make the picture smaller, or lower 'GPU Weights' by 500 MB"
+                    ) from error
+                give_back_cached_memory()
+                continue
+            start += length
+
+    def convolution_error(self) -> LayerError:
+        return LayerError(
+            f"{self.key}: no memory left for the LoRA of this convolution. Make the picture smaller, or lower 'GPU Weights' by 500 MB"
+        )
