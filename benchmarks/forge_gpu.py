@@ -42,7 +42,7 @@ def arguments():
     parser.add_argument("--free-gb", type=float, default=12.0)
     parser.add_argument("--swap", choices=["queue", "async", "async-shared"], default="queue")
     parser.add_argument("--ways", default="guard,fp16 LoRA,automatic")
-    parser.add_argument("--kind", choices=["lora", "loha"], default="lora", help="loha: the guard's on-the-fly path")
+    parser.add_argument("--kind", choices=["lora", "loha", "lokr", "dora"], default="lora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--loras", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
@@ -190,6 +190,16 @@ class Bench:
                     "lora",
                     (normal(out, rank), normal(rank, inner), float(rank) / 2, None, None),
                 )
+            elif self.options.kind == "dora":
+                # Near the norms of the random weights (0.02 a value), as a trainer starts.
+                size_of_rows = normal(out, 1, scale=0.02).float().add_(1).mul_(0.02 * inner**0.5)
+                patches[name + ".weight"] = (
+                    "lora",
+                    (normal(out, rank), normal(rank, inner), float(rank) / 2, None, size_of_rows),
+                )
+            elif self.options.kind == "lokr":
+                sides = normal(8, 8, scale=0.02), normal(out // 8, inner // 8, scale=0.02)
+                patches[name + ".weight"] = "lokr", (*sides, 1.0, None, None, None, None, None, None)
             else:
                 s = (0.0004 / rank) ** 0.25
                 factors = [
@@ -271,15 +281,25 @@ class Bench:
                 .to(torch.bfloat16)
                 .double()
             )
-            true = sum(strength * self.contribution(lora[name + ".weight"], x) for lora in self.loras)
+            true = sum(strength * self.contribution(name, lora[name + ".weight"], x) for lora in self.loras)
             found = with_lora[name] - without[name]
             shares.append(float((found * true).sum() / (true * true).sum()))
             errors.append(float((found - true).norm() / true.norm()))
         return round(sum(shares) / len(shares), 4), round(sum(errors) / len(errors), 4)
 
-    def contribution(self, value, x):
+    def contribution(self, name, value, x):
         """`x @ delta^T` in float64, without the delta where its factors do."""
         kind, content = value
+        if kind == "lora" and content[4] is not None:
+            # DoRA as Forge means it: the norm is that of the weight without the LoRA. Plain storages only.
+            weight = self.model.get_submodule(name).weight.data.cuda().double()
+            up, down, alpha = content[0].cuda().double(), content[1].cuda().double(), content[2]
+            patched = (weight + up @ down * (alpha / down.shape[0])) * (
+                content[4].cuda() / weight.norm(dim=1, keepdim=True)
+            )
+            return (x @ (patched - weight).T).cpu()
+        if kind == "lokr":
+            return (x @ self.torch.kron(content[0].cuda().double(), content[1].cuda().double()).T).cpu()
         if kind == "lora":
             up, down, alpha = content[0].cuda().double(), content[1].cuda().double(), content[2]
             return (x @ down.T @ up.T * (alpha / down.shape[0])).cpu()

@@ -124,7 +124,7 @@ def _gguf_rows(parameter: Any, start: int, length: int, device: torch.device, is
     """Rows of a GGUF parameter as Forge decodes them. Forge keeps the blocks of a tensor as `(blocks, bytes)`, row by row."""
     from backend.operations_gguf import dequantize_tensor
 
-    shape = tuple(parameter.real_shape)
+    shape = tuple(int(size) for size in parameter.real_shape)
     rows = 1 if is_vector else shape[0]
     per_row = parameter.data.shape[0] // rows
     part = parameter.copy_with_data(parameter.data.narrow(0, start * per_row, length * per_row).to(device))

@@ -37,7 +37,7 @@ def storage_of(parameter: torch.Tensor) -> Storage:
     size = parameter.data.numel() * parameter.data.element_size()
     if hasattr(parameter, "gguf_cls"):
         gguf_class = any_parameter.gguf_cls
-        shape = tuple(any_parameter.real_shape)
+        shape = tuple(int(size) for size in any_parameter.real_shape)  # the reader gives numpy numbers
         if gguf_class is not None:
             return Storage(gguf_class.__name__, shape, size, wide=False)
         return Storage(dtype_name(parameter.dtype), shape, size, wide=parameter.dtype in WIDE_DTYPES)

@@ -1,0 +1,149 @@
+"""What a LoRA file says about itself, from its header and single numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..adapters.files import LoraFile, read_lora_header
+from ..files import FileHeader, open_header, shown
+from ..files.safetensors_file import FORMATS
+from ..models.architecture import Architecture, detect_lora
+from ..models.routes import flatten
+from ..models.text import CLIP_G, CLIP_H, CLIP_L, HINTS
+from ..planning.costs import rank_of
+from ..weights.storage import dtype_name
+
+_TRAINER = re.compile(r"^(base_model_model_|lycoris_|lora_)")
+_CLIPS = {"te": "CLIP-L", "te1": "CLIP-L", CLIP_L: "CLIP-L", "te2": "CLIP-G", CLIP_G: "CLIP-G", CLIP_H: "CLIP-H"}
+_UNETS = (
+    Architecture.SD1, Architecture.SD2, Architecture.SDXL, Architecture.SDXL_REFINER, Architecture.KOLORS,
+    Architecture.SVD,
+)  # fmt: skip
+
+SHOWN_METADATA = (
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_output_name",
+    "ss_resolution",
+)
+_MAX_TAGS_CHARACTERS = 4_000_000
+SHOWN_WORDS = 8
+VALUE_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class LoraFacts:
+    """Counters are by modules, `dtypes` by tensors. `scales` holds alpha over rank, of the modules that have both."""
+
+    file: LoraFile
+    header: FileHeader
+    made_for: Architecture | None
+    kinds: Counter[str]
+    ranks: Counter[int]
+    alphas: Counter[float]
+    scales: Counter[float]
+    dtypes: Counter[str]
+    parts: Counter[str]
+    dora_modules: int
+
+    @property
+    def name(self) -> str:
+        return shown(self.file.path.name)
+
+    @property
+    def bytes(self) -> int:
+        return sum(adapter.bytes for adapter in self.file.adapters.values())
+
+
+def read_facts(path: Path) -> LoraFacts:
+    """Raises LoraFileError for a file that is no LoRA."""
+    file = read_lora_header(path)
+    header = open_header(path)
+    made_for = detect_lora(file.shapes, file.metadata)
+    kinds: Counter[str] = Counter()
+    ranks: Counter[int] = Counter()
+    alphas: Counter[float] = Counter()
+    scales: Counter[float] = Counter()
+    parts: Counter[str] = Counter()
+    dora = 0
+    for (module, _), adapter in file.adapters.items():
+        kinds[adapter.kind] += 1
+        parts[_part(module, made_for)] += 1
+        dora += getattr(adapter, "magnitude", None) is not None
+        rank, alpha = rank_of(adapter), getattr(adapter, "alpha", None)
+        if rank is not None:
+            ranks[rank] += 1
+        if isinstance(alpha, float):
+            alphas[alpha] += 1
+            if rank is not None:
+                scales[float(getattr(adapter, "scale", alpha / rank))] += 1
+    dtypes = Counter(_dtype(entry.format) for entry in header.tensors.values())
+    return LoraFacts(file, header, made_for, kinds, ranks, alphas, scales, dtypes, parts, dora)
+
+
+def metadata_of_interest(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Entries that say what the file is, made fit to be shown."""
+    wanted = [*SHOWN_METADATA, *sorted(key for key in metadata if key.startswith("modelspec."))]
+    return {
+        shown(key): shown(metadata[key], VALUE_CHARACTERS)
+        for key in wanted
+        # Previews are pictures in base64.
+        if metadata.get(key) and "thumbnail" not in key
+    }
+
+
+def trained_words(metadata: Mapping[str, str]) -> list[str]:
+    """The words a kohya file was trained with, the most frequent first."""
+    text = metadata.get("ss_tag_frequency", "")
+    if not text or len(text) > _MAX_TAGS_CHARACTERS:
+        return []
+    try:
+        folders = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    counted: Counter[str] = Counter()
+    for tags in folders.values() if isinstance(folders, dict) else ():
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            if isinstance(count, int):
+                counted[tag.strip()] += count
+    return [shown(tag) for tag, _ in counted.most_common(SHOWN_WORDS)]
+
+
+def counted(values: Mapping[object, int] | Counter[int] | Counter[float] | Counter[str]) -> str:
+    """"16 (300), 32 (4)", the most frequent first; without a number where there is one value."""
+    ordered = sorted(values.items(), key=lambda item: -item[1])
+    if len(ordered) == 1:
+        return _text(ordered[0][0])
+    head = ", ".join(f"{_text(value)} ({count})" for value, count in ordered[:6])
+    return f"{head}, ..." if len(ordered) > 6 else head
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _part(module: str, made_for: Architecture | None) -> str:
+    flat = flatten(module)
+    while (plain := _TRAINER.sub("", flat)) != flat:
+        flat = plain
+    hint = next((begin for begin in HINTS if flat.startswith(begin)), None)
+    if hint is None:
+        return "U-Net" if made_for in _UNETS else "transformer"
+    if "encoder_block_" in flat or HINTS[hint] in ("t5", "te3"):
+        return "T5"
+    return _CLIPS.get(HINTS[hint], "text encoder")
+
+
+def _dtype(form: str) -> str:
+    dtype = getattr(torch, FORMATS[form][1] or "", None)
+    return dtype_name(dtype) if isinstance(dtype, torch.dtype) else form

@@ -1,0 +1,122 @@
+"""What a graphics card is assumed to do per second, for predictions. Public specifications and a few measured rates.
+
+Per card: memory bandwidth, lanes and generation of PCIe, and the dense matrix rate that torch gets in 16 bit, which is
+that with fp32 accumulation: on GeForce half of the number usually advertised. Sources: NVIDIA's Turing, Ampere, Ada and
+Blackwell whitepapers and the data sheets of H100 and H200. AMD and Intel cards are left out: nothing was measured there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+GIGA = 1e9
+
+EFFICIENCY = 0.5
+"""Share of the matrix rate that large layers reach. Measured 0.42 to 0.47: Flux-dev in bf16 at 1024x1024 is 74 TFLOP and
+takes 0.16 to 0.18 s on an H100 or H200."""
+BANDWIDTH_EFFICIENCY = 0.8
+"""Share of the memory bandwidth that elementwise kernels reach, as stream benchmarks show it on any of these cards."""
+PCIE_EFFICIENCY = 0.8
+"""Share of PCIe's raw rate that copies from pinned memory reach (measured: 50 of 63 GB/s on an H100)."""
+PAGEABLE_TO_GPU = 7.0 * GIGA
+"""Ordinary RAM to the GPU: the processor copies into a pinned buffer first. Measured 6.3 to 8 GB/s (H100, H200: swapped
+weights per step, and taking a merged LoRA off)."""
+PAGEABLE_TO_RAM = 1.6 * GIGA
+"""GPU to RAM that was not in use before: each page is cleared first. Measured 1.3 to 1.6 GB/s (the same machines: 22 GiB
+of backups in 15 to 19 s)."""
+CPU_MERGE_VALUES = 0.55 * GIGA
+"""Weight values a second that Forge merges on the CPU, in fp32 through new memory. Measured 0.5 to 0.58 (16 cores)."""
+
+
+@dataclass(frozen=True)
+class GpuRates:
+    """Rates of one card, in bytes or operations per second. `compute_bytes` is the size of an activation's value: Forge
+    computes in fp32 on GTX 16xx, whose fp16 is broken."""
+
+    name: str
+    memory_bytes_per_second: float
+    matrix_flops: float
+    pcie_bytes_per_second: float
+    compute_bytes: int = 2
+
+    @property
+    def flops(self) -> float:
+        return self.matrix_flops * EFFICIENCY
+
+    @property
+    def stream(self) -> float:
+        """Bytes a second of the card's own memory."""
+        return self.memory_bytes_per_second * BANDWIDTH_EFFICIENCY
+
+    @property
+    def pinned(self) -> float:
+        return self.pcie_bytes_per_second * PCIE_EFFICIENCY
+
+    @property
+    def pageable_to_gpu(self) -> float:
+        return min(PAGEABLE_TO_GPU, self.pinned)
+
+    @property
+    def pageable_to_ram(self) -> float:
+        return min(PAGEABLE_TO_RAM, self.pinned)
+
+
+_LANE = {3: 0.985, 4: 1.969, 5: 3.938}
+"""GB/s of one lane in one direction, by generation of PCIe."""
+
+_CARDS: tuple[tuple[str, float, float, int, int], ...] = (
+    # name, memory GB/s, TFLOPS, PCIe generation, lanes
+    ("GTX 1060", 192, 4.4, 3, 16),  # no matrix units: the fp32 rate
+    ("GTX 1650", 128, 3.0, 3, 16),
+    ("GTX 1660", 192, 5.0, 3, 16),
+    ("RTX 2060", 336, 25.8, 3, 16),
+    ("RTX 2070", 448, 29.9, 3, 16),
+    ("RTX 2080", 448, 40.3, 3, 16),
+    ("RTX 2080 Ti", 616, 53.8, 3, 16),
+    ("RTX 3050", 224, 18.2, 4, 8),
+    ("RTX 3060", 360, 25.5, 4, 16),
+    ("RTX 3060 Ti", 448, 32.4, 4, 16),
+    ("RTX 3070", 448, 40.6, 4, 16),
+    ("RTX 3080", 760, 59.5, 4, 16),
+    ("RTX 3090", 936, 71.0, 4, 16),
+    ("RTX 4060", 272, 30.2, 4, 8),
+    ("RTX 4060 Ti", 288, 44.1, 4, 8),
+    ("RTX 4070", 504, 58.3, 4, 16),
+    ("RTX 4070 Ti", 504, 80.2, 4, 16),
+    ("RTX 4080", 717, 97.5, 4, 16),
+    ("RTX 4090", 1008, 165.2, 4, 16),
+    ("RTX 5060", 448, 38.4, 5, 8),
+    ("RTX 5060 Ti", 448, 47.4, 5, 8),
+    ("RTX 5070", 672, 61.7, 5, 16),
+    ("RTX 5070 Ti", 896, 87.9, 5, 16),
+    ("RTX 5080", 960, 112.6, 5, 16),
+    ("RTX 5090", 1792, 209.5, 5, 16),
+    ("H100", 3350, 989.0, 5, 16),
+    ("H200", 4800, 989.0, 5, 16),
+)
+
+RATES: dict[str, GpuRates] = {
+    name: GpuRates(
+        name,
+        memory * GIGA,
+        tflops * 1e12,
+        _LANE[generation] * lanes * GIGA,
+        compute_bytes=4 if name.startswith("GTX 16") else 2,
+    )
+    for name, memory, tflops, generation, lanes in _CARDS
+}
+DEFAULT_GPU = "RTX 3060"
+
+
+def rates_of(name: str) -> GpuRates:
+    """Rates of a card, however it is written ("NVIDIA GeForce RTX 3060", "3060ti"). Raises ValueError with the list."""
+    wanted = _short(name)
+    for card in RATES.values():
+        if wanted and wanted in (_short(card.name), _short(card.name).removeprefix("rtx").removeprefix("gtx")):
+            return card
+    raise ValueError(f"expected one of {', '.join(RATES)}, found {name!r}; take the one nearest to yours")
+
+
+def _short(name: str) -> str:
+    return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())

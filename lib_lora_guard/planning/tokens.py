@@ -1,0 +1,103 @@
+"""How many tokens go through each layer in one step, from the picture's size and the architecture. Pure.
+
+Sources: Flux, Chroma and SD 3 see the picture as patches of 16x16 pixels beside 512 or 333 text tokens (77 of CLIP and
+256 of T5); U-Nets see 8x8 pixels, a quarter as many on each level further down. Modulations and the embedders of time,
+guidance and pooled text see one token. Widths stand for the levels of a U-Net: its two lowest have one width and are
+counted as one, which is an average.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..adapters.base import Shape
+
+_TEXT_TOKENS = {"Flux": 512, "Chroma": 512, "SD 3": 333}
+_OTHER_TEXT_TOKENS = 512
+"""For transformers not listed: counted as Flux."""
+_UNETS = ("SD 1.x", "SD 2.x", "SDXL", "SDXL refiner", "Kolors")
+_ONE_PASS = ("Flux",)
+"""Flux-dev takes guidance as an input; all others run once with the prompt and once with the negative one."""
+_CLIP_TOKENS = 77
+_BASE_WIDTH = 320
+"""Channels of the first level of all U-Nets of this family."""
+
+_ONE_TOKEN = re.compile(
+    r"(^|\.)(img_mod|txt_mod|modulation|adaLN_modulation|norm1(_context)?\.linear|norm\.linear|norm_out\.linear|time_in|vector_in"
+    r"|guidance_in|time_text_embed|time_embed|time_embedding|add_embedding|label_emb|t_embedder|y_embedder|emb_layers"
+    r"|time_emb_proj|distilled_guidance_layer)(\.|$)"
+)
+_TEXT_STREAM = re.compile(r"(^|\.)(txt_|txt_in|context_block|context_embedder|attn\.add_|attn\.to_add_out|ff_context)")
+_BOTH_STREAMS = re.compile(r"(^|\.)single_(transformer_)?blocks\.")
+_CROSS = re.compile(r"\.attn2\.to_[kv](\.|$)")
+
+ACTIVATION_TENSORS = 20
+"""Tensors of tokens x width that a transformer holds at its peak: in a single block of Flux input, modulated input, the
+seven widths of linear1, query, key and value, attention, five widths of linear2's input, and the residual. Measured: 0.55 GiB over
+the weights at 4608 tokens of 3072 (H200)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn: pixels, and pictures at once."""
+
+    width: int
+    height: int
+    batch: int = 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of one step: `rows` pictures at once, each with `image` and `text` tokens."""
+
+    architecture: str | None
+    rows: int
+    image: int
+    text: int
+    is_unet: bool
+
+    def of(self, key: str, shape: Shape) -> int:
+        """Tokens that a layer of the denoiser sees in one step. `key`: its parameter's name."""
+        if _ONE_TOKEN.search(key):
+            return self.rows
+        if not self.is_unet:
+            if _BOTH_STREAMS.search(key):
+                return self.rows * (self.image + self.text)
+            return self.rows * (self.text if _TEXT_STREAM.search(key) else self.image)
+        if _CROSS.search(key):
+            return self.rows * _CLIP_TOKENS
+        width = min(shape[0], shape[1]) if len(shape) > 1 else shape[0]
+        level = 0 if width < 2 * _BASE_WIDTH else 1 if width < 4 * _BASE_WIDTH else 2
+        return self.rows * max(1, self.image >> (2 * level))
+
+
+def tokens_for(architecture: str | None, picture: Picture) -> Tokens:
+    """`architecture`: the name that users read (`models.Architecture`), None where it is not known: counted as Flux."""
+    is_unet = architecture in _UNETS
+    patch = 8 if is_unet else 16
+    image = -(-picture.width // patch) * -(-picture.height // patch)
+    text = _CLIP_TOKENS if is_unet else _TEXT_TOKENS.get(architecture or "Flux", _OTHER_TEXT_TOKENS)
+    rows = picture.batch * (1 if architecture in (*_ONE_PASS, None) else 2)
+    return Tokens(architecture, rows, image, text, is_unet)
+
+
+def activation_bytes(
+    tokens: Tokens, picture: Picture, shapes: Mapping[str, Shape], compute_bytes: int
+) -> int:
+    """What a step needs beside weights. `shapes`: parameters of the denoiser. For U-Nets, of which none was measured here,
+    it is Forge's own estimate."""
+    if tokens.is_unet:
+        return forge_activation_bytes(picture, compute_bytes)
+    widths = Counter(shape[1] for shape in shapes.values() if len(shape) == 2)
+    width = widths.most_common(1)[0][0] if widths else 0
+    return ACTIVATION_TENSORS * tokens.rows * (tokens.image + tokens.text) * width * compute_bytes
+
+
+def forge_activation_bytes(picture: Picture, compute_bytes: int) -> int:
+    """Forge's formula for any model (`KModel.memory_required`, with the two rows per picture of `sampling_prepare`)."""
+    area = 2 * picture.batch * (picture.width // 8) * (picture.height // 8)
+    return int(1.28 * area * compute_bytes * 16384)
+
