@@ -21,8 +21,7 @@ from lib_lora_guard.adapters.base import apply_terms
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.merging import merge
 from lib_lora_guard.patching.on_the_fly import WeightTerms
-from lib_lora_guard.planning import cheap
-from lib_lora_guard.planning.cheap import carried
+from lib_lora_guard.planning.cheap import has_cheap_form, pays
 from lib_lora_guard.weights import Nf4Codec, PlainCodec, ScaledFp8Codec, StoredLinear
 
 TOKENS = 4608
@@ -57,7 +56,7 @@ def stacks(shape):
         "LoKr factor 8": [LokrAdapter(normal(8, 8), normal(out // 8, inner // 8), 1.0)],
         "LoKr factor 8, rank 16": [
             LokrAdapter(normal(8, 8), None, 16.0, None, None, normal(out // 8, 16), normal(16, inner // 8))
-        ],  # fmt: skip
+        ],
         "DoRA rank 16, rows": [lora(16, rows)],
         "DoRA rank 16, columns": [lora(16, torch.rand(1, inner).add_(0.5))],
     }
@@ -103,21 +102,19 @@ def measure_stack(layer, x, terms, shape, repeats):
     def run():
         return layer(x)
 
-    row = {"base_ms": seconds(run, repeats), "auto": "bypass" if carried(terms, shape) else "on_the_fly"}
+    row = {
+        "base_ms": seconds(run, repeats),
+        "auto": "bypass" if has_cheap_form(terms, shape) and pays(terms, one_token=False) else "on_the_fly",
+    }
     base_mb = peak_mb(run)
     magnitudes = {i: getattr(t.adapter, "magnitude", None) for i, t in enumerate(terms)}
-    norms = {i: torch.ones(m.numel(), device="cuda") for i, m in magnitudes.items() if m is not None}
-    # Ranks above the planner's limit too: the limit is what is looked for.
-    limit, cheap.KHATRI_RAO_RANK = cheap.KHATRI_RAO_RANK, 1 << 20
-    try:
-        if carried(terms, shape):
-            handles = Bypass("k", tuple(terms), shape, norms).attach(layer)
-            row["bypass_ms"] = seconds(run, repeats)
-            row["bypass_extra_mb"] = peak_mb(run) - base_mb
-            for handle in handles:
-                handle.remove()
-    finally:
-        cheap.KHATRI_RAO_RANK = limit
+    norms = {i: torch.ones(m.numel()) for i, m in magnitudes.items() if m is not None}
+    if has_cheap_form(terms, shape):
+        handles = Bypass("k", tuple(terms), shape, norms).attach(layer)
+        row["bypass_ms"] = seconds(run, repeats)
+        row["bypass_extra_mb"] = peak_mb(run) - base_mb
+        for handle in handles:
+            handle.remove()
     layer.weight_terms = WeightTerms("k", terms)
     row["on_the_fly_ms"] = seconds(run, repeats)
     row["on_the_fly_extra_mb"] = peak_mb(run) - base_mb

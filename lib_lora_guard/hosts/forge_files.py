@@ -66,9 +66,9 @@ class LoraFiles:
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
         """In place of `networks.load_lora_state_dict`."""
-        if not isinstance(filename, str) or not filename.lower().endswith(".safetensors"):
+        if not isinstance(filename, (str, Path)) or not Path(filename).is_file():
             return original(filename)
-        return LazyState(filename, lambda: original(filename))
+        return LazyState(str(filename), lambda: original(filename))
 
     def load_for_models(
         self,
@@ -117,8 +117,8 @@ class LoraFiles:
 
     def _read(self, filename: Any, lora: Any) -> LoraFile:
         path = Path(str(filename))
-        if not path.is_file() or path.suffix.lower() != ".safetensors":
-            # Not a file of ours to read: another extension hands over tensors it has made or loaded.
+        if not path.is_file():
+            # Another extension hands over tensors that it has made or loaded.
             return parse_tensors(path, dict(lora), FileSettings({}), self.as_trained)
         status = path.stat()
         key = (str(path), status.st_mtime_ns, status.st_size)

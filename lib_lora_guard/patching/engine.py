@@ -17,6 +17,7 @@ from ..adapters import DiffAdapter, NestedAdapter, Term
 from ..errors import LoraMismatchError, ModeError, RestoreError
 from ..memory.probe import BackupBudget
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
+from ..planning.tokens import sees_one_token
 from ..reporting.report import ApplyReport, LoraReport
 from .access import ModelAccess, Site
 from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment, UnusableTermsError
@@ -200,7 +201,13 @@ class Engine:
         planned = {}
         for key, (site, terms) in merged.items():
             facts = WeightFacts(
-                key, site.shape, site.storage.format, site.storage.wide, site.can_bypass, site.can_on_the_fly
+                key,
+                site.shape,
+                site.storage.format,
+                site.storage.wide,
+                site.can_bypass,
+                site.can_on_the_fly,
+                sees_one_token(key),
             )
             try:
                 planned[key] = (site, tuple(terms), choose_mode(facts, terms, wish))

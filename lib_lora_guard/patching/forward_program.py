@@ -27,7 +27,7 @@ class Program:
 def compile_program(
     terms: Sequence[Term], shape: tuple[int, ...], norms: Mapping[int, torch.Tensor], bias_of: BiasOf
 ) -> Program:
-    """`terms` must satisfy `planning.cheap.carried` for `shape`; `norms` has, by place in the stack, what each DoRA's
+    """`terms` must satisfy `planning.cheap.has_cheap_form` for `shape`; `norms` has, by place in the stack, what each DoRA's
     magnitude is divided by (fp32). Raises TypeError for a term without a cheap form."""
     steps: list[Step] = []
     low_ranks: list[Entry] = []

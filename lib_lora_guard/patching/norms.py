@@ -16,7 +16,7 @@ PASS_BYTES = 64 << 20
 
 
 def norms_of(access: ModelAccess, site: Site, terms: Sequence[Term]) -> dict[int, torch.Tensor]:
-    """What the magnitude of each DoRA in a stack is divided by (fp32, on the model's device), by place in the stack.
+    """What the magnitude of each DoRA in a stack is divided by (fp32, in RAM), by place in the stack.
 
     The norms are those of the weight as the terms before leave it, with or without the DoRA's own delta as its form says,
     plus eps as in the host (Forge `backend/patcher/lora.py`).
@@ -63,4 +63,5 @@ def _pass(access: ModelAccess, site: Site, before: Sequence[Term], term: Term, f
             others = [d for d in range(target.dim()) if d != 1]
             by_column += target.square().sum(dim=others, dtype=torch.float64)
     norm = torch.cat(by_row) if form.by_row else by_column.sqrt().float()
-    return norm + torch.finfo(torch.float32).eps
+    # Kept in RAM like the factors: a device copy is made when the layer runs there.
+    return norm.cpu() + torch.finfo(torch.float32).eps

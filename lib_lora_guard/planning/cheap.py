@@ -16,20 +16,34 @@ from ..adapters.base import (
     Decomposed,
     InputScale,
     KhatriRao,
+    Kronecker,
     LowRank,
     OutputScale,
     RowFunction,
     product_of,
 )
 
-KHATRI_RAO_RANK = 64
-"""Largest r1 * r2 of a LoHa that goes through the layer's call (rank 8): above it the product of ranks makes the cheap
-way the dearer one."""
+KHATRI_RAO_RANK = 256
+"""Largest r1 * r2 of a LoHa that goes through the layer's call (rank 16). Measured at 4608 tokens (docs/gpu.md): rank 16
+costs as much as on the weight side and takes no memory there, rank 32 costs more."""
 
 
-def carried(terms: Sequence[Term], shape: tuple[int, ...]) -> bool:
+def has_cheap_form(terms: Sequence[Term], shape: tuple[int, ...]) -> bool:
     """True when every term of the stack has an exact cheap form in its place on a weight of `shape`."""
     return all(form_of(term, shape, is_first=index == 0) is not None for index, term in enumerate(terms))
+
+
+def pays(terms: Sequence[Term], one_token: bool) -> bool:
+    """True when the cheap forms of a stack cost less than the weight side. `one_token`: the layer sees one token a
+    picture instead of thousands."""
+    for form in (term.adapter.cheap_forward() for term in terms):
+        if isinstance(form, KhatriRao) and form.rank > KHATRI_RAO_RANK:
+            return False
+        # With many tokens two products and two temporaries of the output's size cost more than the weight side, in time
+        # and in memory (measured, docs/gpu.md: +25 % against +13 %, 254 MB against none).
+        if isinstance(form, Kronecker) and not one_token:
+            return False
+    return True
 
 
 def form_of(term: Term, shape: tuple[int, ...], is_first: bool) -> CheapForward | None:
@@ -44,8 +58,6 @@ def form_of(term: Term, shape: tuple[int, ...], is_first: bool) -> CheapForward 
     scales_input = isinstance(form, InputScale) or (isinstance(form, Decomposed) and not form.by_row)
     # The input is scaled before the layer's own product: nothing may lie between.
     if scales_input and (not is_first or part is not None or term.strength_model != 1.0):
-        return None
-    if isinstance(form, KhatriRao) and form.rank > KHATRI_RAO_RANK:
         return None
     low_rank = form.delta if isinstance(form, Decomposed) else form
     if isinstance(low_rank, LowRank) and not _fills(low_rank, target):
@@ -74,6 +86,3 @@ def row_order(function: RowFunction, rows: int) -> torch.Tensor | None:
 def _fills(low_rank: LowRank, shape: tuple[int, ...]) -> bool:
     kernel = 1 if low_rank.mid is None else product_of(low_rank.mid.shape[2:])
     return (low_rank.up.shape[0], low_rank.down.shape[1] * kernel) == (shape[0], product_of(shape[1:]))
-
-
-__all__ = ["KHATRI_RAO_RANK", "carried", "form_of", "row_order"]

@@ -13,7 +13,7 @@ from enum import Enum
 from ..adapters import DiffAdapter, ForeignAdapter, NestedAdapter, SetAdapter, Term
 from ..adapters.base import LowRank
 from ..errors import ModeError
-from .cheap import carried
+from .cheap import has_cheap_form, pays
 
 
 class Mode(str, Enum):
@@ -43,6 +43,8 @@ class WeightFacts:
     wide: bool
     can_bypass: bool
     can_on_the_fly: bool
+    one_token: bool = False
+    """True for modulations and embedders, which see one token a picture instead of thousands."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,18 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
         # As many numbers as the weight itself: on the fly they would take its size again in VRAM (or, where another
         # extension calculates them, be calculated again in every step).
         return Choice(Mode.MERGE, "as large as the weight")
-    cheap = facts.can_bypass and carried(terms, facts.shape)
-    if cheap and wish is not Wish.ON_THE_FLY:
+    exact = facts.can_bypass and has_cheap_form(terms, facts.shape)
+    if exact and wish is Wish.BYPASS:
+        return Choice(Mode.BYPASS, "asked for")
+    if exact and wish is not Wish.ON_THE_FLY and pays(terms, facts.one_token):
         plain = all(isinstance(term.adapter.cheap_forward(), LowRank) for term in terms)
         return Choice(Mode.BYPASS, "low rank" if plain else "cheap through the layer's call")
     if facts.can_on_the_fly:
-        return Choice(Mode.ON_THE_FLY, "asked for" if cheap else "kind needs the weight")
-    if cheap:
+        asked = exact and wish is Wish.ON_THE_FLY
+        return Choice(
+            Mode.ON_THE_FLY, "asked for" if asked else "cheaper on the weight" if exact else "kind needs the weight"
+        )
+    if exact:
         return Choice(Mode.BYPASS, "weight not reachable")
     if facts.wide:
         return Choice(Mode.MERGE, "layer computes with its weight directly")

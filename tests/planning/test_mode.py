@@ -28,11 +28,14 @@ def terms(kind="lora", shape=(24, 16), **changes):
     ("facts", "stack", "wish", "mode"),
     [
         (LINEAR, terms(), "auto", "bypass"),
-        (LINEAR, terms("loha", rank=8), "auto", "bypass"),
-        (LINEAR, terms("loha", rank=9), "auto", "on_the_fly"),
+        (LINEAR, terms("loha", rank=16), "auto", "bypass"),
+        (LINEAR, terms("loha", rank=17), "auto", "on_the_fly"),
+        (LINEAR, terms("loha", rank=17), "bypass", "bypass"),
         (LINEAR, terms() + terms("loha"), "auto", "bypass"),
         (LINEAR, terms() + terms("glora"), "auto", "on_the_fly"),
-        (LINEAR, terms("lokr"), "auto", "bypass"),
+        (LINEAR, terms("lokr"), "auto", "on_the_fly"),
+        (LINEAR, terms("lokr"), "bypass", "bypass"),
+        (dataclasses.replace(LINEAR, one_token=True), terms("lokr"), "auto", "bypass"),
         (LINEAR, terms(dora="output"), "auto", "bypass"),
         (LINEAR, terms(dora="input"), "auto", "bypass"),
         (LINEAR, terms() + terms(dora="output"), "auto", "bypass"),
@@ -109,4 +112,5 @@ def test_facts_hold_nothing_about_free_memory():
         "wide",
         "can_bypass",
         "can_on_the_fly",
+        "one_token",
     }

@@ -1,0 +1,277 @@
+"""The guard as the reader of LoRA files in Forge: what it makes of good, foreign and hostile ones."""
+
+import json
+import logging
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.make import rand, write_kohya
+
+from lib_lora_guard.adapters.patch_tuples import OWN_KIND
+from lib_lora_guard.hosts import forge
+from lib_lora_guard.hosts.forge_files import LazyState, LoraFiles
+
+MODULES = {"lora_unet_blocks_0_qkv": (96, 32), "lora_unet_blocks_0_proj": (32, 32)}
+
+
+class TextEncoder:
+    """What Forge hands over as `clip`: a patcher under another attribute's name."""
+
+    def __init__(self, patcher):
+        self.patcher = patcher
+        self.cond_stage_model = patcher.model
+
+    def clone(self):
+        return TextEncoder(self.patcher.clone())
+
+    def add_patches(self, **kwargs):
+        return self.patcher.add_patches(**kwargs)
+
+
+def not_called(*args, **kwargs):
+    raise AssertionError("the host's own reader was asked")
+
+
+def load(files, patcher, path, strength=1.0, clip=None, lora=None):
+    return files.load_for_models(not_called, patcher, clip, lora, strength, strength, str(path))
+
+
+def picture(host, patcher, x):
+    host.load(patcher)
+    return patcher.model(x)
+
+
+@pytest.fixture
+def x():
+    return rand(1, 16, 32, seed=5)
+
+
+def test_a_file_is_applied_and_taken_off_again(guarded, tmp_path, x, caplog):
+    caplog.set_level(logging.INFO)
+    deltas = write_kohya(tmp_path / "style.safetensors", MODULES)
+    patcher, dense = guarded.build("fp32")
+    base = picture(guarded, patcher, x).clone()
+    changed, clip = load(LoraFiles(), patcher, tmp_path / "style.safetensors", 0.7)
+    assert (changed is not patcher, clip) == (True, None)
+    state = {k: v.clone() for k, v in dense.items()}
+    for module, delta in deltas.items():
+        state[f"blocks.0.{module.rpartition('_')[2]}.weight"] += 0.7 * delta
+    wanted = torch.func.functional_call(patcher.model, state, (x,))
+    got = picture(guarded, changed, x)
+    assert (got - wanted).norm() <= 1e-4 * (wanted - base).norm()
+    assert torch.equal(picture(guarded, patcher, x), base)
+    assert "style.safetensors: 2 keys for the U-Net" in caplog.text
+
+
+def test_kinds_that_the_host_has_no_tuple_for_and_alpha_in_the_metadata(guarded, tmp_path, x):
+    blocks = rand(8, 4, 4, seed=1, scale=0.3)
+    save_file(
+        {"lora_unet_blocks_0_proj.oft_blocks": blocks, "lora_unet_blocks_0_proj.alpha": torch.tensor(0.0)},
+        str(tmp_path / "oft.safetensors"),
+    )
+    patcher, dense = guarded.build("fp32")
+    changed, _ = load(LoraFiles(), patcher, tmp_path / "oft.safetensors")
+    ((kind, _),) = [entry[1] for entry in next(iter(changed.lora_patches.values()))["blocks.0.proj.weight"]]
+    assert kind == OWN_KIND
+    skew = blocks - blocks.transpose(1, 2)
+    eye = torch.eye(4)
+    turn = torch.stack([(eye + s) @ torch.linalg.inv(eye - s) for s in skew])
+    weight = dense["blocks.0.proj.weight"]
+    turned = torch.bmm(turn.transpose(1, 2), weight.reshape(8, 4, 32)).reshape(32, 32)
+    wanted = torch.func.functional_call(patcher.model, {**dense, "blocks.0.proj.weight": turned}, (x,))
+    base = picture(guarded, patcher, x).clone()
+    assert (picture(guarded, changed, x) - wanted).norm() <= 1e-4 * (wanted - base).norm()
+
+    up, down = rand(32, 4, seed=2, scale=0.1), rand(4, 32, seed=3, scale=0.1)
+    save_file(
+        {"blocks.0.proj.lora_A.weight": down, "blocks.0.proj.lora_B.weight": up},
+        str(tmp_path / "peft.safetensors"),
+        metadata={"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 6, "use_rslora": True})},
+    )
+    changed, _ = load(LoraFiles(), patcher, tmp_path / "peft.safetensors")
+    picture(guarded, patcher, x)
+    wanted = torch.func.functional_call(patcher.model, {**dense, "blocks.0.proj.weight": weight + 3 * up @ down}, (x,))
+    assert (picture(guarded, changed, x) - wanted).norm() <= 1e-4 * (wanted - base).norm()
+
+
+def test_the_fallback_of_the_host_knows_our_kind_too(guarded, tmp_path):
+    calculate = guarded.lora.extra_weight_calculators[OWN_KIND]
+    save_file({"lora_unet_blocks_0_proj.oft_blocks": rand(8, 4, 4, seed=1, scale=0.3)}, str(tmp_path / "o.safetensors"))
+    patcher, dense = guarded.build("fp32")
+    changed, _ = load(LoraFiles(), patcher, tmp_path / "o.safetensors")
+    ((_, content),) = [entry[1] for entry in next(iter(changed.lora_patches.values()))["blocks.0.proj.weight"]]
+    weight = dense["blocks.0.proj.weight"]
+    patched = calculate(weight.clone(), 1.0, content)
+    assert patched.shape == weight.shape
+    assert (patched - weight).norm() > 0.1 * weight.norm()
+
+
+def make_hostile(path, kind):
+    up, down = rand(32, 4, seed=2), rand(4, 32, seed=3)
+    name = "lora_unet_blocks_0_proj"
+    if kind == "truncated":
+        write_kohya(path, MODULES)
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "not finite":
+        up[3, 1] = float("nan")
+        save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, str(path))
+    elif kind == "wrong shape":
+        save_file({f"{name}.lora_up.weight": rand(48, 4, seed=2), f"{name}.lora_down.weight": down}, str(path))
+    elif kind == "rank 0":
+        save_file({f"{name}.lora_up.weight": up[:, :0], f"{name}.lora_down.weight": down[:0]}, str(path))
+    elif kind == "sdxl":
+        wide = {f"lora_unet_input_blocks_4_1_transformer_blocks_{n}_attn2_to_k": (640, 2048) for n in range(2)}
+        write_kohya(path, wide)
+    elif kind == "pickle":
+        torch.save({"a": up}, path)
+    elif kind == "a checkpoint":
+        save_file({"blocks.0.proj.weight": rand(32, 32, seed=1)}, str(path))
+    elif kind == "none of its keys":
+        save_file({"x<script>\n.lora_up.weight": up, "x<script>\n.lora_down.weight": down}, str(path))
+    else:
+        raise ValueError(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", r"bad\.safetensors NOT applied: expected \d+ bytes, found \d+"),
+        ("not finite", r"bad\.safetensors NOT applied: .*lora_up\.weight: it holds values that are not finite"),
+        (
+            "wrong shape",
+            r"bad\.safetensors NOT applied: made for another model: blocks\.0\.proj\.weight: up @ down gives",
+        ),
+        ("rank 0", r"bad\.safetensors NOT applied: made for another model: .*are no pair of matrices"),
+        ("pickle", r"bad\.safetensors NOT applied: expected .*found a zip archive.*convert it"),
+        ("a checkpoint", r"bad\.safetensors NOT applied: no LoRA keys found among 1 tensors"),
+        (
+            "none of its keys",
+            r"bad\.safetensors NOT applied: none of its 1 modules is in this model \(it has x<script>\?",
+        ),
+    ],
+)
+def test_a_hostile_file_is_named_and_the_others_are_applied(guarded, tmp_path, x, caplog, kind, message):
+    make_hostile(tmp_path / "bad.safetensors", kind)
+    write_kohya(tmp_path / "good.safetensors", MODULES)
+    files = LoraFiles()
+    patcher, _ = guarded.build("bf16")
+    alone, _ = load(files, patcher, tmp_path / "good.safetensors")
+    wanted = picture(guarded, alone, x).clone()
+    changed, _ = load(files, patcher, tmp_path / "bad.safetensors")
+    assert changed is patcher
+    changed, _ = load(files, changed, tmp_path / "good.safetensors")
+    assert torch.equal(picture(guarded, changed, x), wanted)
+    (line,) = [r.getMessage() for r in caplog.records if "NOT applied" in r.getMessage()]
+    assert re.search(message, line), line
+    assert line.isprintable()
+
+
+def test_a_lora_for_another_model_is_refused_by_name_for_both_parts(guarded, tmp_path, caplog, monkeypatch):
+    from lib_lora_guard.hosts import forge_files
+    from lib_lora_guard.models.architecture import Architecture
+
+    make_hostile(tmp_path / "xl.safetensors", "sdxl")
+    patcher, _ = guarded.build("bf16")
+    clip = TextEncoder(guarded.build("bf16", seed=1)[0])
+    # The small model of these tests is no known architecture.
+    monkeypatch.setattr(forge_files, "detect_model", lambda shapes: Architecture.FLUX)
+    assert load(LoraFiles(), patcher, tmp_path / "xl.safetensors", clip=clip) == (patcher, clip)
+    assert "xl.safetensors NOT applied: made for SDXL, this is Flux; use a LoRA for Flux" in caplog.text
+
+
+def test_a_wrong_shape_in_one_part_keeps_the_lora_off_the_other_too(guarded, tmp_path, caplog):
+    write_kohya(tmp_path / "a.safetensors", {"lora_unet_blocks_0_proj": (32, 32), "lora_unet_blocks_1_proj": (48, 32)})
+    patcher, _ = guarded.build("bf16")
+    clip = TextEncoder(guarded.build("bf16", seed=1)[0])
+    assert load(LoraFiles(), patcher, tmp_path / "a.safetensors", clip=clip) == (patcher, clip)
+    assert "made for another model: blocks.1.proj.weight" in caplog.text
+
+
+def test_unknown_keys_are_counted_and_the_rest_is_applied(guarded, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    extra = {"lora_unet_middle.lora_up.weight": rand(8, 4, seed=1), "lora_unet_middle.lora_down.weight": rand(4, 8, seed=2), "bundle_emb.a": rand(2, seed=3)}  # fmt: skip
+    write_kohya(tmp_path / "s.safetensors", MODULES, extra=extra)
+    patcher, _ = guarded.build("bf16")
+    changed, _ = load(LoraFiles(), patcher, tmp_path / "s.safetensors")
+    assert set(next(iter(changed.lora_patches.values()))) == {"blocks.0.qkv.weight", "blocks.0.proj.weight"}
+    assert (
+        "s.safetensors: 2 of its keys have no place in this model and are left out (first: bundle_emb.a)" in caplog.text
+    )
+
+
+def test_a_file_is_read_once_copied_never_and_read_again_when_it_has_changed(guarded, tmp_path, monkeypatch):
+    from lib_lora_guard.hosts import forge_files
+
+    path, reads = tmp_path / "s.safetensors", []
+    read = forge_files.read_lora_file
+    monkeypatch.setattr(forge_files, "read_lora_file", lambda *a: reads.append(a) or read(*a))
+    write_kohya(path, MODULES)
+    files = LoraFiles()
+    patcher, _ = guarded.build("bf16")
+    first, _ = load(files, patcher, path, 1.0)
+    guarded.load(first)
+    held = [term for a in first.lora_loader.lora_guard_state.engine.attached.values() for term in a.terms]
+    ours = {id(t) for entries in next(iter(first.lora_patches.values())).values() for t in entries[0][1][1] if isinstance(t, torch.Tensor)}  # fmt: skip
+    assert {id(t) for term in held for t in term.adapter.tensors()} == ours, "no second copy in RAM"
+    load(files, patcher, path, 0.5)
+    assert len(reads) == 1
+    write_kohya(path, MODULES, rank=8)
+    load(files, patcher, path, 0.5)
+    assert len(reads) == 2
+
+
+def test_an_unexpected_failure_hands_the_file_to_the_host(guarded, tmp_path, monkeypatch, caplog):
+    from lib_lora_guard.hosts import forge_files
+
+    def broken(*args):
+        raise RuntimeError("planted")
+
+    write_kohya(tmp_path / "s.safetensors", MODULES)
+    monkeypatch.setattr(forge_files, "match_file", broken)
+    patcher, _ = guarded.build("bf16")
+    asked = []
+    result = LoraFiles().load_for_models(
+        lambda *a: asked.append(a) or ("host", "host"), patcher, None, {}, 1.0, 1.0, str(tmp_path / "s.safetensors")
+    )
+    assert result == ("host", "host")
+    assert asked[0][0] is patcher
+    assert "Forge's own reader is used" in caplog.text
+
+
+def test_the_host_maps_a_file_only_when_something_looks_inside(tmp_path):
+    write_kohya(tmp_path / "s.safetensors", MODULES)
+    loads = []
+    state = LoraFiles().load_state(lambda name: loads.append(name) or {"a": 1}, str(tmp_path / "s.safetensors"))
+    assert isinstance(state, LazyState)
+    assert loads == []
+    assert dict(state) == {"a": 1}
+    assert len(loads) == 1
+    assert LoraFiles().load_state(lambda name: {"b": 2}, "not a file") == {"b": 2}
+
+
+def test_hooks_on_the_hosts_lora_extension_come_once_and_go(guarded, monkeypatch):
+    import sys
+    import types
+
+    networks = types.ModuleType("networks")
+
+    def load_lora_for_models(model, clip, lora, strength_model, strength_clip, filename="default", online_mode=False):
+        return model, clip
+
+    networks.load_lora_for_models = load_lora_for_models
+    networks.load_lora_state_dict = lambda filename: {}
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    forge.install_file_reader()
+    hooked = networks.load_lora_for_models
+    forge.install_file_reader()
+    assert networks.load_lora_for_models is hooked is not load_lora_for_models
+    forge.uninstall()
+    assert networks.load_lora_for_models is load_lora_for_models
+    networks.load_lora_for_models = lambda model: model
+    forge.install()
+    from lib_lora_guard.errors import HostError
+
+    with pytest.raises(HostError, match=r"networks\.load_lora_for_models has no parameter clip"):
+        forge.install_file_reader()
