@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+from .commands import arguments
 from .errors import LoraGuardError
+from .planning.rates import DEFAULT_GPU, rates_of
 from .version import __version__
 
+# torch and rich are imported by the commands that need them: help answers at once.
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 on success, 1 on an error that is explained in one line, 130 when interrupted."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 1 on an error that is explained in one line, 130 when interrupted.
+
+    Wrong usage ends in SystemExit with 2, as argparse has it."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A console or file that lacks a letter of some name shows '?' for it.
+        sys.stdout.reconfigure(errors="replace")
+    run: Callable[[Any], None] = options.run
+    try:
+        run(options)
+    except (LoraGuardError, OSError, MemoryError) as error:
+        if options.debug:
+            raise
+        print(f"lora-guard: {_one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lora-guard: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(text: str) -> str:
+    """Names from files may carry anything; a terminal must not obey them."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lora-guard",
         description="A memory-aware LoRA patcher. Inside Forge it works by itself; from Python see lib_lora_guard.LoraGuard.",
@@ -19,6 +56,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"LoRA Guard {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command")
+    _add_plan(commands)
+    _add_inspect(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
+    about = (
+        "Says what a stack of LoRAs on a model will cost, by the guard and by Forge's own two ways, and what to do. Reads the "
+        "headers of the files only, so it answers at once. All costs are predictions."
+    )
+    plan = commands.add_parser(
+        "plan", help="what LoRAs on a model will cost, before anything is loaded", description=about
+    )
+    plan.add_argument("model", metavar="MODEL", type=Path, help="checkpoint or transformer, safetensors or GGUF")
+    plan.add_argument(
+        "loras",
+        metavar="LORA[:STRENGTH]",
+        nargs="+",
+        type=arguments.typed(arguments.lora),
+        help="LoRA file, and its strength after a colon (default 1)",
+    )
+    size = arguments.typed(arguments.size)
+    plan.add_argument(
+        "--vram", type=size, required=True, metavar="12GB", help="VRAM that Forge finds free: some 11GB of a 12 GB card"
+    )
+    plan.add_argument(
+        "--ram", type=size, required=True, metavar="16GB", help="RAM of the computer; 2 GB are left to the system"
+    )
+    plan.add_argument(
+        "--resolution", type=arguments.typed(arguments.resolution), default=(1024, 1024), metavar="1024x1024"
+    )
+    plan.add_argument("--batch", type=arguments.typed(arguments.batch), default=1, metavar="1", help="pictures at once")
+    plan.add_argument(
+        "--gpu",
+        type=arguments.typed(rates_of),
+        default=rates_of(DEFAULT_GPU),
+        metavar="NAME",
+        help=f"card whose rates are assumed (default {DEFAULT_GPU})",
+    )
+    plan.add_argument(
+        "--mode", choices=["auto", "bypass", "on_the_fly", "merge"], default="auto", help="the guard's mode"
+    )
+    _add_common(plan, _plan)
+
+
+def _add_inspect(commands: Any) -> None:
+    about = "Says what a LoRA file is: kinds, ranks, what it was made for, what its trainer wrote; with --model, what of it fits."
+    inspect = commands.add_parser("inspect", help="what a LoRA file is, and whether it fits a model", description=about)
+    inspect.add_argument("lora", metavar="LORA", type=Path)
+    inspect.add_argument("--model", metavar="MODEL", type=Path, help="checkpoint or transformer to hold it against")
+    _add_common(inspect, _inspect)
+
+
+def _add_demo(commands: Any) -> None:
     about = (
         "Makes a Flux-shaped model of 110 M parameters in bf16, fp8, NF4 and GGUF Q4_0 and a LoRA file for it, applies the "
         "LoRA by the guard and by merging, and prints what each costs and what is left of the LoRA. Under a minute on two "
@@ -26,22 +118,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo = commands.add_parser("demo", help="one LoRA in four formats, by the guard and merged", description=about)
     demo.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
-    try:
-        from rich.console import Console
+    _add_debug(demo)
+    demo.set_defaults(run=_demo)
 
-        from .demo.run import run_demo
 
-        run_demo(Console(), options.markdown)
-    except (LoraGuardError, OSError, MemoryError) as error:
-        if options.debug:
-            raise
-        print(f"lora-guard: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("lora-guard: interrupted", file=sys.stderr)
-        return 130
-    return 0
+def _add_common(command: argparse.ArgumentParser, run: Callable[[Any], None]) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_debug(command)
+    command.set_defaults(run=run)
+
+
+def _add_debug(command: argparse.ArgumentParser) -> None:
+    # Also after the command's name; where it is not given there, what stands before it stays.
+    command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _plan(options: Any) -> None:
+    from .commands.plan import PlanRequest, make_plan
+    from .commands.plan_json import plan_document
+    from .commands.plan_text import print_plan
+    from .planning.mode import Wish
+    from .planning.tokens import Picture
+
+    width, height = options.resolution
+    picture = Picture(width, height, options.batch)
+    result = make_plan(
+        PlanRequest(options.model, options.loras, options.vram, options.ram, picture, options.gpu, Wish(options.mode))
+    )
+    if options.json:
+        _print_json(plan_document(result))
+    else:
+        print_plan(_console(), result)
+    result.check_usable()
+
+
+def _inspect(options: Any) -> None:
+    from .commands.inspect import inspect, inspect_document, print_facts
+
+    found = inspect(options.lora, options.model)
+    if options.json:
+        _print_json(inspect_document(*found))
+    else:
+        print_facts(_console(), *found)
+
+
+def _demo(options: Any) -> None:
+    from .demo.run import run_demo
+
+    run_demo(_console(), options.markdown)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    import json
+
+    print(json.dumps(document, indent=2))

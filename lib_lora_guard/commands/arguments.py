@@ -19,7 +19,7 @@ _SMALLEST_SIDE, _LARGEST_SIDE = 64, 16384
 
 
 def size(text: str) -> int:
-    """"12GB", "12 GiB", "8192MB", "12": bytes. GB and GiB are alike, as memory is sold."""
+    """ "12GB", "12 GiB", "8192MB", "12": bytes. GB and GiB are alike, as memory is sold."""
     found = _SIZE.fullmatch(text.strip())
     if found is None or float(found[1]) == 0:
         raise ValueError(f"expected a size such as 12GB or 8192MB, found {text!r}")
@@ -27,7 +27,7 @@ def size(text: str) -> int:
 
 
 def lora(text: str) -> tuple[Path, float]:
-    """"style.safetensors:0.8": file and strength, 1 where none is given. A colon belongs to the path (C:\\x.safetensors)
+    """ "style.safetensors:0.8": file and strength, 1 where none is given. A colon belongs to the path (C:\\x.safetensors)
     unless a number is all that follows it."""
     path, colon, tail = text.rpartition(":")
     if not colon or not path or not _NUMBER.fullmatch(tail):
@@ -38,7 +38,7 @@ def lora(text: str) -> tuple[Path, float]:
 
 
 def resolution(text: str) -> tuple[int, int]:
-    """"1024x768": width and height."""
+    """ "1024x768": width and height."""
     found = _RESOLUTION.fullmatch(text.strip())
     sides = (int(found[1]), int(found[2])) if found else (0, 0)
     if not all(_SMALLEST_SIDE <= side <= _LARGEST_SIDE for side in sides):

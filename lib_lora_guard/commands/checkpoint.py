@@ -1,7 +1,7 @@
 """A model file as its header shows it: real shapes, how each weight is stored, and which part of the model it is.
 
-Sources: the prefixes of whole checkpoints as `models.names` has them; bitsandbytes' state-dict layout (`weights.bnb4`); scaled fp8 as
-ComfyUI and Forge read it (a `scale_weight` beside the weight, a `scaled_fp8` marker in the file).
+Sources: the prefixes of whole checkpoints as `models.names` has them; bitsandbytes' state-dict layout (`weights.bnb4`);
+scaled fp8 as ComfyUI and Forge read it (a `scale_weight` beside the weight, a `scaled_fp8` marker in the file).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import FileFormatError
 from ..files import FileHeader, TensorEntry, open_header, read_tensors, shown
 from ..files.safetensors_file import FORMATS
 from ..models.architecture import Architecture, detect_model
-from ..models.names import DENOISER_PREFIXES
+from ..models.names import DENOISER_PREFIXES, NameMap
 from ..models.text import find_encoders
 from ..weights.bnb4 import LEVELS, from_file_parts
 from ..weights.storage import WIDE_DTYPES, dtype_name
@@ -76,6 +76,13 @@ class Checkpoint:
     def shapes(self) -> dict[str, Shape]:
         return {name: parameter.shape for name, parameter in self.parameters.items()}
 
+    def names(self) -> NameMap:
+        """Raises FileFormatError for a file whose names promise other shapes than it has."""
+        try:
+            return NameMap(self.shapes)
+        except (IndexError, ValueError) as error:
+            raise _odd(self.header) from error
+
     def of_part(self, part: str) -> list[Parameter]:
         return [parameter for parameter in self.parameters.values() if parameter.part == part]
 
@@ -100,7 +107,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     shapes: dict[str, Shape] = {}
     stored: dict[str, tuple[str, bool, int]] = {}
     for name, entry in header.tensors.items():
-        if _belongs_to_another(name, header.tensors):
+        # Lone numbers (versions, markers) are no parameters.
+        if not entry.shape or _belongs_to_another(name, header.tensors):
             continue
         form, wide, shape, size = _storage(header, entry, states)
         shapes[name], stored[name] = shape, (form, wide, size)
@@ -108,11 +116,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
     parameters = {name: Parameter(name, shapes[name], *_reordered(stored[name]), parts[name]) for name in shapes}
     if not any(parameter.is_layer for parameter in parameters.values()):
         raise FileFormatError(
-            f"{shown(path.name)}: expected the weights of a model, found none among {len(header.tensors)} tensors; give the "
-            "checkpoint first, then the LoRAs"
+            f"{shown(path.name)}: expected the weights of a model, found none among {len(header.tensors)} tensors; "
+            "give the checkpoint first, then the LoRAs"
         )
     scaled = "scaled_fp8" in header.tensors or any(name.endswith(_SCALES[:1]) for name in header.tensors)
-    return Checkpoint(header, parameters, detect_model(shapes), scaled)
+    try:
+        return Checkpoint(header, parameters, detect_model(shapes), scaled)
+    except (IndexError, ValueError) as error:
+        raise _odd(header) from error
+
+
+def _odd(header: FileHeader) -> FileFormatError:
+    return FileFormatError(
+        f"{shown(header.path.name)}: expected the shapes that go with its names, found others; the file is "
+        "damaged, download it again"
+    )
 
 
 def _reordered(stored: tuple[str, bool, int]) -> tuple[str, int, bool]:
@@ -160,13 +178,17 @@ def _storage(
 def _bnb(header: FileHeader, entry: TensorEntry, states: Mapping[str, torch.Tensor]) -> tuple[str, bool, Shape, int]:
     """The state's JSON is read, the sizes of the rest are checked against it, on torch's meta device."""
     parts, size = {}, 0
-    for name in (entry.name, *(f"{entry.name}.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"))):
+    for name in (
+        entry.name,
+        *(f"{entry.name}.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
+    ):
         if (found := header.tensors.get(name)) is not None:
             dtype = getattr(torch, FORMATS[found.format][1] or "", torch.uint8)
             parts[name] = torch.empty(found.shape, dtype=dtype, device="meta")
             size += found.bytes
+    own = {name: state for name, state in states.items() if name.startswith(entry.name + _QUANT_STATE)}
     try:
-        decoder, _ = from_file_parts({**parts, **states}, entry.name)
+        decoder, _ = from_file_parts({**parts, **own}, entry.name)
     except FileFormatError as error:
         raise FileFormatError(f"{shown(header.path.name)}: {shown(str(error), 300)}") from None
     return decoder.format, False, decoder.shape, size

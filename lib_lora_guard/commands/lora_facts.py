@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..adapters.base import product_of
 from ..adapters.files import LoraFile, read_lora_header
+from ..errors import LoraFileError, LoraGuardError
 from ..files import FileHeader, open_header, shown
 from ..files.safetensors_file import FORMATS
 from ..models.architecture import Architecture, detect_lora
@@ -67,8 +70,11 @@ class LoraFacts:
 
 def read_facts(path: Path) -> LoraFacts:
     """Raises LoraFileError for a file that is no LoRA."""
-    file = read_lora_header(path)
-    header = open_header(path)
+    with damaged_where_torch_refuses(path):
+        return _facts(read_lora_header(path), open_header(path))
+
+
+def _facts(file: LoraFile, header: FileHeader) -> LoraFacts:
     made_for = detect_lora(file.shapes, file.metadata)
     kinds: Counter[str] = Counter()
     ranks: Counter[int] = Counter()
@@ -87,8 +93,23 @@ def read_facts(path: Path) -> LoraFacts:
             alphas[alpha] += 1
             if rank is not None:
                 scales[float(getattr(adapter, "scale", alpha / rank))] += 1
-    dtypes = Counter(_dtype(entry.format) for entry in header.tensors.values())
+    # Single numbers (alpha) are fp32 in most files and say nothing.
+    dtypes = Counter(_dtype(entry.format) for entry in header.tensors.values() if product_of(entry.shape) > 1)
     return LoraFacts(file, header, made_for, kinds, ranks, alphas, scales, dtypes, parts, dora)
+
+
+@contextmanager
+def damaged_where_torch_refuses(path: Path) -> Iterator[None]:
+    """Factors of shapes that cannot be what their names say end in torch's own errors, several layers down."""
+    try:
+        yield
+    except LoraGuardError:
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise LoraFileError(
+            f"{shown(path.name)}: expected factors that go together, found {type(error).__name__}: {shown(str(error))}; the "
+            "file is damaged, download it again"
+        ) from error
 
 
 def metadata_of_interest(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -120,7 +141,7 @@ def trained_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def counted(values: Mapping[object, int] | Counter[int] | Counter[float] | Counter[str]) -> str:
-    """"16 (300), 32 (4)", the most frequent first; without a number where there is one value."""
+    """ "16 (300), 32 (4)", the most frequent first; without a number where there is one value."""
     ordered = sorted(values.items(), key=lambda item: -item[1])
     if len(ordered) == 1:
         return _text(ordered[0][0])

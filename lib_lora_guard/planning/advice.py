@@ -13,10 +13,10 @@ SLIDER_MB = 64
 def advice(model: ModelFacts, patches: Sequence[Patch], predictions: Sequence[Prediction]) -> list[str]:
     """`predictions` as `predict` gives them: the guard first."""
     guard, merge, on_the_fly = predictions
-    return [*_guard(guard), *_merging(model, patches, merge, guard), *_on_the_fly(model, on_the_fly, guard)]
+    return [*_guard(model, guard), *_merging(model, patches, merge, guard), *_on_the_fly(model, on_the_fly, guard)]
 
 
-def _guard(guard: Prediction) -> Iterator[str]:
+def _guard(model: ModelFacts, guard: Prediction) -> Iterator[str]:
     if guard.problem:
         yield f"{guard.problem}, and the guard works inside it: use the model in another quantisation."
         return
@@ -27,10 +27,8 @@ def _guard(guard: Prediction) -> Iterator[str]:
         )
     yield from _memory(guard)
     if guard.swapped_bytes:
-        yield (
-            f"{_gb(guard.swapped_bytes)} of the model are swapped and copied in every step: a smaller file (fp8, NF4, GGUF) "
-            "would be faster."
-        )
+        smaller = "fp8, NF4 or GGUF" if model.wide else "NF4 or GGUF Q4"
+        yield f"{_gb(guard.swapped_bytes)} of the model are swapped and copied in every step: {smaller} would be faster."
 
 
 def _memory(prediction: Prediction) -> Iterator[str]:
@@ -47,9 +45,7 @@ def _memory(prediction: Prediction) -> Iterator[str]:
         )
 
 
-def _merging(
-    model: ModelFacts, patches: Sequence[Patch], merge: Prediction, guard: Prediction
-) -> Iterator[str]:
+def _merging(model: ModelFacts, patches: Sequence[Patch], merge: Prediction, guard: Prediction) -> Iterator[str]:
     if merge.problem:
         if merge.problem != guard.problem:
             yield f"{merge.problem}. Use LoRA Guard or 'Automatic (fp16 LoRA)'."

@@ -1,7 +1,7 @@
 """What the stack on one weight costs in memory and per step, by the way it is carried. Pure: shapes and dtypes decide.
 
-Sources: for the guard the forms that `patching.forward_steps` and `adapters` run; for Forge its `merge_lora_to_weight`. Traffic
-is counted in passes: one for each time a kernel reads or writes a tensor of the weight's size.
+Sources: for the guard the forms that `patching.forward_steps` and `adapters` run; for Forge its `merge_lora_to_weight`.
+Traffic is counted in passes: one for each time a kernel reads or writes a tensor of the weight's size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..adapters import Adapter, GloraAdapter, LoraAdapter, Term
-from ..adapters.base import CheapForward, Decomposed, InputScale, KhatriRao, Kronecker, LowRank, OutputScale, Shape, product_of
+from ..adapters.base import (
+    CheapForward,
+    Decomposed,
+    InputScale,
+    KhatriRao,
+    Kronecker,
+    LowRank,
+    OutputScale,
+    Shape,
+    product_of,
+)
 from .cheap import form_of
 
 FP32_BYTES = 4

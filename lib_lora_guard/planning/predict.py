@@ -1,22 +1,24 @@
 """What a stack of LoRAs will cost, before anything is loaded: by the guard, and by Forge in its two ways. Pure.
 
-The model of costs, deliberately simple. Sources: Forge dfdcbab6 (`backend/memory_management.py`, `backend/patcher/lora.py`) for
-what happens; measurements on an H100 and an H200 with Flux-dev's shapes (docs/gpu.md) for the constants here and in `rates`.
+The model of costs, deliberately simple. Sources: Forge dfdcbab6 (`backend/memory_management.py`, `backend/patcher/lora.py`)
+for what happens; measurements on an H100 and an H200 with Flux-dev's shapes (docs/gpu.md) for the constants here and in
+`rates`.
 
 - Placement is Forge's: everything if weights + 1 GiB for inference + reserved factors fit into the free VRAM; else small
   weights first, until max(rest / 1.3, rest - 1.25 GiB) is full. The others are swapped: they lie in RAM and are copied, not
   pinned, in every step. The denoiser alone is on the GPU then; text encoders and VAE are in RAM.
 - VRAM peak of sampling = weights there + activations + the copy that casting or dequantising the largest layer makes
   + factors + workspace of the way. Merging needs three fp32 copies of the largest layer that it patches on the GPU.
-- RAM peak = the larger of loading (the file and PROCESS_LOADING_BYTES) and running (PROCESS_RUNNING_BYTES, what is not on the GPU,
-  LoRAs, backups, the patched copies of swapped weights, and three fp32 copies of the largest of them).
+- RAM peak = the larger of loading (the file and PROCESS_LOADING_BYTES) and running (PROCESS_RUNNING_BYTES, what is not on
+  the GPU, LoRAs, backups, the patched copies of swapped weights, and three fp32 copies of the largest of them).
 - A merge takes what its backups take to RAM, plus swapped weights merged on the CPU; a change moves the backups back first.
   Factors are copied once. FIXED_SECONDS for looking at every layer.
 - A step is longer by the larger of operations and traffic of each patched layer, and by what factors push out of the GPU.
 
-Against the measured rows (tests/planning/test_predict.py): RAM within 15 %; VRAM within 10 %; seconds to apply within a factor
-of 2, to change within 3, both give or take half a second; extra per step within 3. Loading from disk, VAE and text encoding are
-not in it, nor a page file in use, which takes minutes.
+Against the measured rows (tests/planning/test_predict.py): RAM within 15 %; VRAM within 10 % and what is there beside
+weights within 17 %; seconds to apply within a factor of 2, to change within 3, both give or take half a second; extra per
+step within 3, give or take 0.02 s. Loading from disk, VAE and text encoding are not in it, nor a page file in use, which takes
+minutes.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ INFERENCE_BYTES = GB
 PROCESS_LOADING_BYTES = 1 * GB
 """Python, torch and a CUDA context. Measured: 12.1 GB with 11.1 GB of weights, 7.2 GB with 6.2 GB."""
 PROCESS_RUNNING_BYTES = int(2.4 * GB)
-"""The same with the kernels of a forward pass loaded, which CUDA keeps in RAM too. Measured: 2.8 GB with all weights on the
-GPU and 0.3 GB of LoRA; 8.9 GB with a backup of 6.2 GB."""
+"""The same with the kernels of a forward pass loaded, which CUDA keeps in RAM too. Measured: 2.8 GB with all weights on
+the GPU and 0.3 GB of LoRA; 8.9 GB with a backup of 6.2 GB."""
 FIXED_SECONDS = 0.1
 """Measured: 0.07 to 0.2 s for a change that moves next to nothing on a model of 57 blocks."""
 RAM_FLOOR_BYTES = 2 * GB

@@ -1,8 +1,9 @@
 """What a graphics card is assumed to do per second, for predictions. Public specifications and a few measured rates.
 
 Per card: memory bandwidth, lanes and generation of PCIe, and the dense matrix rate that torch gets in 16 bit, which is
-that with fp32 accumulation: on GeForce half of the number usually advertised. Sources: NVIDIA's Turing, Ampere, Ada and
-Blackwell whitepapers and the data sheets of H100 and H200. AMD and Intel cards are left out: nothing was measured there.
+that with fp32 accumulation: on GeForce half of the number usually advertised, and from the 30 series on twice the fp32 rate.
+The numbers are the manufacturer's published ones at boost clock; a card with several variants has those of the first one.
+AMD and Intel cards are left out: nothing was measured there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ EFFICIENCY = 0.5
 """Share of the matrix rate that large layers reach. Measured 0.42 to 0.47: Flux-dev in bf16 at 1024x1024 is 74 TFLOP and
 takes 0.16 to 0.18 s on an H100 or H200."""
 BANDWIDTH_EFFICIENCY = 0.8
-"""Share of the memory bandwidth that elementwise kernels reach, as stream benchmarks show it on any of these cards."""
+"""Share of the memory bandwidth that elementwise kernels reach: assumed. With it the step times measured on H100 and H200
+(docs/gpu.md) come out within a factor of 2."""
 PCIE_EFFICIENCY = 0.8
 """Share of PCIe's raw rate that copies from pinned memory reach (measured: 50 of 63 GB/s on an H100)."""
 PAGEABLE_TO_GPU = 7.0 * GIGA

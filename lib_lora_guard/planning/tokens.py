@@ -36,8 +36,8 @@ _CROSS = re.compile(r"\.attn2\.to_[kv](\.|$)")
 
 ACTIVATION_TENSORS = 20
 """Tensors of tokens x width that a transformer holds at its peak: in a single block of Flux input, modulated input, the
-seven widths of linear1, query, key and value, attention, five widths of linear2's input, and the residual. Measured: 0.55 GiB over
-the weights at 4608 tokens of 3072 (H200)."""
+seven widths of linear1, query, key and value, attention, five widths of linear2's input, and the residual. Measured:
+0.55 GiB over the weights at 4608 tokens of 3072 (H200)."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,7 @@ def tokens_for(architecture: str | None, picture: Picture) -> Tokens:
     return Tokens(architecture, rows, image, text, is_unet)
 
 
-def activation_bytes(
-    tokens: Tokens, picture: Picture, shapes: Mapping[str, Shape], compute_bytes: int
-) -> int:
+def activation_bytes(tokens: Tokens, picture: Picture, shapes: Mapping[str, Shape], compute_bytes: int) -> int:
     """What a step needs beside weights. `shapes`: parameters of the denoiser. For U-Nets, of which none was measured here,
     it is Forge's own estimate."""
     if tokens.is_unet:
@@ -101,3 +99,7 @@ def forge_activation_bytes(picture: Picture, compute_bytes: int) -> int:
     area = 2 * picture.batch * (picture.width // 8) * (picture.height // 8)
     return int(1.28 * area * compute_bytes * 16384)
 
+
+def sees_one_token(key: str) -> bool:
+    """True for layers that are called with one token a picture: modulations, and embedders of time and pooled text."""
+    return _ONE_TOKEN.search(key) is not None

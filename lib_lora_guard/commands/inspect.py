@@ -1,0 +1,115 @@
+"""`lora-guard inspect`: what a LoRA file is, and what of it fits a model, from the headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..files import shown
+from ..planning.mode import Wish
+from ..planning.predict import MB
+from ..planning.tokens import Picture, tokens_for
+from ..version import __version__
+from .checkpoint import Checkpoint, read_checkpoint
+from .lora_facts import LoraFacts, counted, metadata_of_interest, read_facts, trained_words
+from .plan_json import SHOWN_KEYS, counts
+from .plan_text import MESSAGE_CHARACTERS, say
+from .stack import StackedLora, plan_stack
+
+SCHEMA = "lora-guard/inspect/1"
+
+
+def inspect(path: Path, model: Path | None) -> tuple[LoraFacts, Checkpoint | None, StackedLora | None]:
+    """The file, and with `model` how it fits. Raises LoraFileError, FileFormatError."""
+    facts = read_facts(path)
+    if model is None:
+        return facts, None, None
+    checkpoint = read_checkpoint(model)
+    tokens = tokens_for(checkpoint.architecture, Picture(1024, 1024))
+    return facts, checkpoint, plan_stack(checkpoint, [(facts, 1.0)], Wish.AUTO, tokens, 2).loras[0]
+
+
+def inspect_document(facts: LoraFacts, checkpoint: Checkpoint | None, fit: StackedLora | None) -> dict[str, Any]:
+    """As one JSON document."""
+    unknown = facts.file.unknown_keys
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "file": facts.name,
+        "container": facts.header.container,
+        "file_bytes": facts.header.bytes,
+        "tensor_bytes": facts.bytes,
+        "tensors": len(facts.header.tensors),
+        "modules": len(facts.file.adapters),
+        "made_for": facts.made_for.value if facts.made_for else None,
+        "parts": counts(facts.parts),
+        "kinds": counts(facts.kinds),
+        "dora_modules": facts.dora_modules,
+        "ranks": counts(facts.ranks),
+        "alphas": counts(facts.alphas),
+        "scales": counts(facts.scales),
+        "dtypes": counts(facts.dtypes),
+        "unknown_keys": len(unknown),
+        "first_unknown": [shown(key) for key in unknown[:SHOWN_KEYS]],
+        "metadata": metadata_of_interest(facts.file.metadata),
+        "trained_words": trained_words(facts.file.metadata),
+        "fit": None if fit is None or checkpoint is None else _fit(checkpoint, fit),
+    }
+
+
+def _fit(checkpoint: Checkpoint, fit: StackedLora) -> dict[str, Any]:
+    return {
+        "model": shown(checkpoint.header.path.name),
+        "architecture": checkpoint.architecture.value if checkpoint.architecture else None,
+        "is_usable": fit.refused is None,
+        "refused": None if fit.refused is None else shown(fit.refused, MESSAGE_CHARACTERS),
+        "modules_used": fit.used if fit.refused is None else 0,
+        "keys_skipped": len(fit.skipped),
+        "first_skipped": [shown(key) for key in fit.skipped[:SHOWN_KEYS]],
+        "keys_lost": len(fit.lost),
+        "first_lost": [shown(key, MESSAGE_CHARACTERS) for key in fit.lost[:SHOWN_KEYS]],
+    }
+
+
+def print_facts(console: Console, facts: LoraFacts, checkpoint: Checkpoint | None, fit: StackedLora | None) -> None:
+    """As a page of text."""
+    made_for = facts.made_for.value if facts.made_for else "an architecture that its names and sizes do not show"
+    say(console, f"{facts.name}: LoRA for {made_for}", "bold")
+    rows = [
+        ("file", f"{facts.header.container}, {_mb(facts.header.bytes)}, {len(facts.header.tensors)} tensors"),
+        ("kinds", counted(facts.kinds) + (f", DoRA on {facts.dora_modules}" if facts.dora_modules else ", no DoRA")),
+        ("parts", ", ".join(f"{part} ({count} modules)" for part, count in facts.parts.most_common())),
+        ("rank", counted(facts.ranks) if facts.ranks else "none"),
+        ("alpha", counted(facts.alphas) if facts.alphas else "none in the file"),
+        ("scale", f"{counted(facts.scales)} (alpha / rank)" if facts.scales else "1"),
+        ("dtype", counted(facts.dtypes)),
+    ]
+    unknown = facts.file.unknown_keys
+    if unknown:
+        first = ", ".join(shown(key) for key in unknown[:3])
+        rows.append(("not known", f"{len(unknown)} keys, first: {first}"))
+    rows += metadata_of_interest(facts.file.metadata).items()
+    if words := trained_words(facts.file.metadata):
+        rows.append(("trained words", ", ".join(words)))
+    for name, value in rows:
+        say(console, f"  {name + ':':<24} {value}")
+    if fit is not None and checkpoint is not None:
+        _print_fit(console, checkpoint, fit)
+
+
+def _print_fit(console: Console, checkpoint: Checkpoint, fit: StackedLora) -> None:
+    architecture = checkpoint.architecture.value if checkpoint.architecture else "architecture not known"
+    say(console, f"On {shown(checkpoint.header.path.name)} ({architecture})", "bold")
+    if fit.refused is not None:
+        say(console, f"  does NOT fit: {shown(fit.refused, MESSAGE_CHARACTERS)}", "red")
+        return
+    say(console, f"  fits: {fit.used} modules used, {len(fit.skipped)} keys skipped, {len(fit.lost)} lost")
+    for word, keys in (("skipped", fit.skipped), ("lost", fit.lost)):
+        for key in keys[:3]:
+            say(console, f"  {word}: {shown(key, MESSAGE_CHARACTERS)}")
+
+
+def _mb(count: int) -> str:
+    return f"{count / MB:.1f} MB"

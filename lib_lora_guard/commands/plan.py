@@ -1,0 +1,115 @@
+"""`lora-guard plan`: what a stack of LoRAs on a model will cost, from the headers of the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import LoraMismatchError
+from ..files import shown
+from ..planning.advice import advice
+from ..planning.mode import Wish
+from ..planning.predict import ModelFacts, Prediction, Weight, predict
+from ..planning.rates import GpuRates
+from ..planning.tokens import Picture, Tokens, activation_bytes, forge_activation_bytes, tokens_for
+from .checkpoint import DENOISER, Checkpoint, read_checkpoint
+from .lora_facts import read_facts
+from .stack import Stack, plan_stack
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asked. `vram_bytes`: what Forge finds free; `ram_bytes`: what is installed."""
+
+    model: Path
+    loras: Sequence[tuple[Path, float]]
+    vram_bytes: int
+    ram_bytes: int
+    picture: Picture
+    rates: GpuRates
+    wish: Wish = Wish.AUTO
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """Everything `plan` says. `predictions` (the guard first) is empty where no LoRA can be used."""
+
+    request: PlanRequest
+    checkpoint: Checkpoint
+    model: ModelFacts
+    tokens: Tokens
+    forge_activation_bytes: int
+    stack: Stack
+    predictions: tuple[Prediction, ...]
+    advice: list[str]
+
+    def check_usable(self) -> None:
+        """Raises LoraMismatchError where no LoRA can be used."""
+        reasons = [f"{lora.facts.name}: {lora.refused}" for lora in self.stack.loras if lora.refused]
+        if reasons and len(reasons) == len(self.stack.loras):
+            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+            raise LoraMismatchError(reasons[0] + more)
+
+
+def make_plan(request: PlanRequest) -> PlanResult:
+    """Reads the headers and predicts. Raises FileFormatError, LoraFileError, ModeError."""
+    compute_bytes = request.rates.compute_bytes
+    checkpoint = read_checkpoint(request.model)
+    facts = [(read_facts(path), strength) for path, strength in request.loras]
+    tokens = tokens_for(checkpoint.architecture, request.picture)
+    stack = plan_stack(checkpoint, facts, request.wish, tokens, compute_bytes)
+    model = model_facts(checkpoint, tokens, request.picture, compute_bytes)
+    predictions: tuple[Prediction, ...] = ()
+    lines: list[str] = []
+    if stack.patches:
+        predictions = predict(model, stack.patches, request.vram_bytes, request.ram_bytes, request.rates)
+        lines = advice(model, stack.patches, predictions) + [
+            shown(line, LINE_CHARACTERS) for line in _beside(checkpoint, stack)
+        ]
+    estimate = forge_activation_bytes(request.picture, compute_bytes)
+    return PlanResult(request, checkpoint, model, tokens, estimate, stack, predictions, lines)
+
+
+def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, compute_bytes: int) -> ModelFacts:
+    """The file as the predictions see it."""
+    denoiser = checkpoint.of_part(DENOISER)
+    shapes = {parameter.name: parameter.shape for parameter in denoiser}
+    formats = checkpoint.formats()
+    most = formats.most_common(1)[0][0] if formats else ""
+    return ModelFacts(
+        weights=[Weight(p.name, p.values, p.memory_bytes(compute_bytes)) for p in denoiser],
+        other_bytes=sum(p.bytes for p in checkpoint.parameters.values() if p.part != DENOISER),
+        wide=any(p.wide for p in denoiser if p.is_layer and p.format == most),
+        activation_bytes=activation_bytes(tokens, picture, shapes, compute_bytes),
+        compute_bytes=compute_bytes,
+    )
+
+
+LINE_CHARACTERS = 300
+MOST_UNMATCHED = 12
+"""Forge drops a LoRA with more keys left over than this."""
+
+
+def _beside(checkpoint: Checkpoint, stack: Stack) -> list[str]:
+    """What the numbers do not show."""
+    lines = []
+    for lora in stack.loras:
+        if lora.refused:
+            lines.append(f"{lora.facts.name} cannot be used: {lora.refused}.")
+        if lora.unknown_to_forge:
+            lines.append(
+                f"Forge's own reader does not know {', '.join(lora.unknown_to_forge)} ({lora.facts.name}); the guard does."
+            )
+        if lora.lost:
+            lines.append(f"{lora.facts.name}: {len(lora.lost)} keys are lost on this model.")
+        if len(lora.skipped) > MOST_UNMATCHED and not lora.refused:
+            lines.append(
+                f"{lora.facts.name}: {len(lora.skipped)} keys have no place in this file. Forge leaves out a LoRA with more "
+                f"than {MOST_UNMATCHED} such keys; keys of a text encoder that lies in another file do not count."
+            )
+    if checkpoint.is_scaled_fp8:
+        lines.append("The model is scaled fp8: Forge's merge forgets its scales, the guard and 'fp16 LoRA' do not.")
+    if checkpoint.architecture is None:
+        lines.append("The architecture is not known: tokens are counted as for Flux, the numbers are rough.")
+    return lines

@@ -1,0 +1,174 @@
+"""A stack of LoRAs on a model, both from their headers: which weights get which mode, and what is left out.
+
+The same rules as `patching.engine` follows on a loaded model: a LoRA that does not fit is left out as a whole, a difference
+of the wrong size alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..adapters import Term
+from ..errors import LoraMismatchError, ModeError
+from ..files import shown
+from ..models.matching import Match, foreign_to, match_file
+from ..models.names import NameMap
+from ..planning.costs import bypass_bytes, bypass_cost, forge_on_the_fly_cost, on_the_fly_cost
+from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
+from ..planning.predict import FORGE_KINDS, Patch
+from ..planning.tokens import Tokens
+from .checkpoint import DENOISER, TEXT, Checkpoint, Parameter
+from .lora_facts import LoraFacts, damaged_where_torch_refuses
+
+ALONE = ("diff", "nested")
+"""Kinds of which one of another size says nothing about the rest of the file."""
+
+
+@dataclass
+class ModeShare:
+    """The weights of one LoRA that are carried in one mode."""
+
+    count: int = 0
+    bytes: int = 0
+    reasons: set[str] = field(default_factory=set)
+
+
+@dataclass
+class StackedLora:
+    """One LoRA of the stack. `used` counts modules of the file; `skipped` are keys without a place in the model, `lost`
+    those that have one and cannot be applied, with reasons; `refused` says why it is left out as a whole."""
+
+    facts: LoraFacts
+    strength: float
+    used: int = 0
+    skipped: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    refused: str | None = None
+    modes: dict[str, ModeShare] = field(default_factory=dict)
+    unknown_to_forge: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Stack:
+    loras: list[StackedLora]
+    patches: list[Patch]
+
+
+def plan_stack(
+    checkpoint: Checkpoint, loras: Sequence[tuple[LoraFacts, float]], wish: Wish, tokens: Tokens, compute_bytes: int
+) -> Stack:
+    """Matches every LoRA and chooses the mode of every weight. Raises ModeError for a wish this model cannot have."""
+    names = checkpoint.names()
+    stacked = []
+    merged: dict[str, list[Term]] = {}
+    for origin, (facts, strength) in enumerate(loras):
+        lora = StackedLora(facts, strength)
+        stacked.append(lora)
+        with damaged_where_torch_refuses(facts.file.path):
+            fitting = _accepted(checkpoint, facts, names, lora, origin)
+        for key, terms in fitting.items():
+            merged.setdefault(key, []).extend(terms)
+    patches = []
+    for key, terms in merged.items():
+        parameter = checkpoint.parameters[key]
+        try:
+            choice = choose_mode(_facts(parameter), terms, wish)
+        except ModeError as error:
+            if wish is Wish.MERGE:
+                raise ModeError(f"{shown(checkpoint.header.path.name)}: {error}") from None
+            for origin in {term.origin for term in terms}:
+                stacked[origin].lost.append(str(error))
+            continue
+        _count(stacked, parameter, terms, choice, compute_bytes)
+        patches.append(_patch(parameter, terms, choice, tokens, compute_bytes))
+    return Stack(stacked, patches)
+
+
+def _accepted(
+    checkpoint: Checkpoint, facts: LoraFacts, names: NameMap, lora: StackedLora, origin: int
+) -> Mapping[str, list[Term]]:
+    """The terms of one LoRA that fit, what is left over written into `lora`."""
+    lora.refused = foreign_to(facts.file, checkpoint.architecture)
+    if lora.refused is not None:
+        return {}
+    shapes = checkpoint.shapes
+    match = match_file(facts.file, names, shapes, lora.strength, origin)
+    lora.skipped, lora.lost = list(match.skipped), list(match.lost)
+    fitting = {}
+    for key, terms in match.terms.items():
+        try:
+            for term in terms:
+                term.check(shapes[key], may_expand=is_input_projection(key))
+        except LoraMismatchError as error:
+            if not all(term.adapter.kind in ALONE for term in terms):
+                lora.refused = f"made for another model: {key}: {error}; use a LoRA made for this model"
+                return {}
+            lora.lost.append(f"{key}: {error}")
+            continue
+        fitting[key] = terms
+    lora.used = _used(facts, match)
+    lora.unknown_to_forge = sorted({kind for kind in facts.kinds if kind not in FORGE_KINDS})
+    if not fitting:
+        lora.refused = _nothing_fits(checkpoint, facts, lora)
+    return fitting
+
+
+def _used(facts: LoraFacts, match: Match) -> int:
+    """Entries of the file that the model has a place for and that can be applied."""
+    left = {*match.skipped, *(line.partition(": ")[0] for line in match.lost)}
+    return sum(f"{module}.{parameter}" not in left for module, parameter in facts.file.adapters)
+
+
+def _nothing_fits(checkpoint: Checkpoint, facts: LoraFacts, lora: StackedLora) -> str:
+    if all(part not in ("U-Net", "transformer") for part in facts.parts) and not checkpoint.of_part(TEXT):
+        return "it changes text encoders alone and this file has none; give a checkpoint that has them"
+    first = next(iter(lora.lost or sorted(lora.skipped)), "nothing")
+    return f"none of its {len(facts.file.adapters)} modules can be applied (first: {first}); use a LoRA made for this model"
+
+
+def _facts(parameter: Parameter) -> WeightFacts:
+    return WeightFacts(
+        parameter.name,
+        parameter.shape,
+        parameter.format,
+        parameter.wide,
+        can_bypass=parameter.is_layer,
+        can_on_the_fly=parameter.is_layer,
+    )
+
+
+def _count(
+    stacked: Sequence[StackedLora], parameter: Parameter, terms: Sequence[Term], choice: Choice, compute_bytes: int
+) -> None:
+    for origin in sorted({term.origin for term in terms}):
+        own = [term for term in terms if term.origin == origin]
+        share = stacked[origin].modes.setdefault(choice.mode.value, ModeShare())
+        share.count += 1
+        share.reasons.add(choice.reason)
+        if choice.mode is Mode.BYPASS:
+            share.bytes += bypass_bytes(own, parameter.shape, compute_bytes)
+        else:
+            share.bytes += sum(term.adapter.bytes for term in own)
+
+
+def _patch(parameter: Parameter, terms: Sequence[Term], choice: Choice, tokens: Tokens, compute_bytes: int) -> Patch:
+    in_denoiser = parameter.part == DENOISER
+    seen = tokens.of(parameter.name, parameter.shape) if in_denoiser else 0
+    if choice.mode is Mode.BYPASS:
+        guard = bypass_cost(terms, parameter.shape, seen, compute_bytes)
+    else:
+        guard = on_the_fly_cost(terms, parameter.shape, seen > 0, compute_bytes)
+    return Patch(
+        key=parameter.name,
+        values=parameter.values,
+        bytes=parameter.memory_bytes(compute_bytes),
+        format=parameter.format,
+        wide=parameter.wide,
+        in_denoiser=in_denoiser,
+        mode=choice.mode,
+        file_bytes=sum(term.adapter.bytes for term in terms),
+        guard=guard,
+        forge=forge_on_the_fly_cost(terms, parameter.shape, seen > 0, compute_bytes),
+        has_norms=any(getattr(term.adapter, "magnitude", None) is not None for term in terms),
+    )

@@ -1,0 +1,107 @@
+"""The cards whose rates are assumed, how they are named, and how tokens are counted."""
+
+import pytest
+
+from lib_lora_guard.models import Architecture
+from lib_lora_guard.planning import tokens as tokens_module
+from lib_lora_guard.planning.rates import DEFAULT_GPU, RATES, rates_of
+from lib_lora_guard.planning.tokens import Picture, activation_bytes, forge_activation_bytes, tokens_for
+
+SQUARE = Picture(1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("RTX 3060", "RTX 3060"),
+        ("3060", "RTX 3060"),
+        ("rtx3060ti", "RTX 3060 Ti"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("GTX 1660", "GTX 1660"),
+        ("H100", "H100"),
+        ("h-200", "H200"),
+    ],
+)
+def test_cards_are_found_however_they_are_written(written, name):
+    assert rates_of(written).name == name
+
+
+@pytest.mark.parametrize("written", ["", "RTX", "RTX 9999", "RX 7900", "60", "RTX 3060 Super"])
+def test_an_unknown_card_is_an_error_with_the_list(written):
+    with pytest.raises(ValueError, match=r"expected one of GTX 1060, .*RTX 5090.*, found .*; take the one nearest"):
+        rates_of(written)
+
+
+def test_every_rate_is_plausible_and_larger_cards_are_not_slower():
+    assert rates_of(DEFAULT_GPU).name == "RTX 3060"
+    for card in RATES.values():
+        assert 1e11 < card.memory_bytes_per_second < 1e13
+        assert 1e12 < card.matrix_flops < 1e15
+        assert 1e10 < card.pinned < 6e10
+        assert card.pageable_to_ram < card.pageable_to_gpu < card.pinned
+        assert card.compute_bytes == (4 if card.name.startswith("GTX 16") else 2)
+    order = ["RTX 3060", "RTX 3070", "RTX 3080", "RTX 3090", "RTX 4090", "RTX 5090", "H100"]
+    assert [RATES[n].matrix_flops for n in order] == sorted(RATES[n].matrix_flops for n in order)
+
+
+def test_pcie_is_what_the_slot_gives():
+    # 16 lanes of generation 4 carry 31.5 GB/s, 8 of generation 4 half of that; 80 % of either are reached.
+    assert RATES["RTX 3060"].pinned == pytest.approx(25.2e9, rel=0.01)
+    assert RATES["RTX 4060"].pinned == pytest.approx(12.6e9, rel=0.01)
+    assert RATES["H100"].pinned == pytest.approx(50.4e9, rel=0.01)  # measured: 50
+
+
+def test_names_of_architectures_are_those_of_the_models_package():
+    known = {a.value for a in Architecture}
+    named = {*tokens_module._TEXT_TOKENS, *tokens_module._UNETS, *tokens_module._ONE_PASS}
+    assert named <= known
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "shape", "expected"),
+    [
+        (Architecture.FLUX, "double_blocks.3.img_attn.qkv.weight", (9216, 3072), 4096),
+        (Architecture.FLUX, "double_blocks.3.txt_mlp.0.weight", (12288, 3072), 512),
+        (Architecture.FLUX, "double_blocks.3.img_mod.lin.weight", (18432, 3072), 1),
+        (Architecture.FLUX, "single_blocks.3.linear1.weight", (21504, 3072), 4608),
+        (Architecture.FLUX, "single_blocks.3.modulation.lin.weight", (9216, 3072), 1),
+        (Architecture.FLUX, "model.diffusion_model.vector_in.in_layer.weight", (3072, 768), 1),
+        (Architecture.FLUX, "txt_in.weight", (3072, 4096), 512),
+        (Architecture.FLUX, "transformer_blocks.3.attn.add_q_proj.weight", (3072, 3072), 512),
+        (Architecture.FLUX, "transformer_blocks.3.attn.to_q.weight", (3072, 3072), 4096),
+        (Architecture.FLUX, "transformer_blocks.3.norm1.linear.weight", (18432, 3072), 1),
+        (Architecture.FLUX, "single_transformer_blocks.3.proj_mlp.weight", (12288, 3072), 4608),
+        (Architecture.CHROMA, "single_blocks.3.linear1.weight", (21504, 3072), 2 * 4608),
+        (Architecture.CHROMA, "distilled_guidance_layer.in_proj.weight", (5120, 64), 2),
+        (Architecture.SD3, "joint_blocks.3.context_block.attn.qkv.weight", (4608, 1536), 2 * 333),
+        (Architecture.SD3, "joint_blocks.3.x_block.attn.qkv.weight", (4608, 1536), 2 * 4096),
+        (Architecture.SD3, "joint_blocks.3.x_block.adaLN_modulation.1.weight", (9216, 1536), 2),
+        (Architecture.SDXL, "input_blocks.1.0.in_layers.2.weight", (320, 320, 3, 3), 2 * 16384),
+        (Architecture.SDXL, "input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight", (640, 640), 2 * 4096),
+        (Architecture.SDXL, "input_blocks.8.1.transformer_blocks.0.ff.net.2.weight", (1280, 5120), 2 * 1024),
+        (Architecture.SDXL, "input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight", (1280, 2048), 2 * 77),
+        (Architecture.SDXL, "input_blocks.1.0.emb_layers.1.weight", (320, 1280), 2),
+        (None, "blocks.1.attn.qkv.weight", (64, 64), 4096),
+    ],
+)
+def test_tokens_of_a_layer(architecture, key, shape, expected):
+    assert tokens_for(architecture, SQUARE).of(key, shape) == expected
+
+
+def test_batch_and_size_scale_tokens():
+    assert (
+        tokens_for(Architecture.FLUX, Picture(512, 768, 3)).of("double_blocks.0.img_mlp.0.weight", (4, 4))
+        == 3 * 32 * 48
+    )
+    # Sides that are no multiple of a patch are filled up.
+    assert tokens_for(Architecture.FLUX, Picture(1000, 1000)).image == 63 * 63
+
+
+def test_activations_of_flux_are_those_measured_and_forges_formula_is_forges():
+    shapes = {f"double_blocks.{n}.img_attn.proj.weight": (3072, 3072) for n in range(9)}
+    needed = activation_bytes(tokens_for(Architecture.FLUX, SQUARE), SQUARE, shapes, 2)
+    # Measured on an H200: peak 22.66 GiB with 22.11 GiB of bf16 weights, nothing swapped.
+    assert needed / 2**30 == pytest.approx(22.66 - 22.11, rel=0.1)
+    assert forge_activation_bytes(SQUARE, 2) == int(1.28 * 2 * 128 * 128 * 2 * 16384)
+    unet = tokens_for(Architecture.SDXL, SQUARE)
+    assert activation_bytes(unet, SQUARE, {}, 2) == forge_activation_bytes(SQUARE, 2)

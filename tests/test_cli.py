@@ -1,0 +1,467 @@
+"""The command line with files of true size and no data: what `plan` and `inspect` say, and how they refuse."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.fake_models import (
+    flux_linears,
+    flux_shapes,
+    sdxl_checkpoint,
+    sdxl_shapes,
+    stored,
+    write_gguf,
+    write_lora,
+    write_nf4,
+    write_safetensors,
+)
+
+from lib_lora_guard import cli
+from lib_lora_guard.commands import arguments
+
+GB = 1 << 30
+SHAPES = flux_shapes()
+LINEARS = flux_linears(SHAPES)
+XL = {name: shape for name, shape in sdxl_shapes().items() if ".attn" in name and len(shape) == 2}
+XL_CONVOLUTIONS = {name: shape for name, shape in sdxl_shapes().items() if name.endswith("in_layers.2.weight")}
+SMALL = flux_shapes(hidden=256, double=2, single=2)
+BIG_FILES = pytest.mark.skipif(os.name == "nt", reason="NTFS does not keep a truncated file sparse by itself")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small Flux files in several formats, SDXL, and LoRAs; the full-size ones are written by their own tests."""
+    folder = tmp_path_factory.mktemp("models")
+    write_safetensors(folder / "fp8.safetensors", stored(SMALL, "F8_E4M3"))
+    write_nf4(folder / "nf4.safetensors", SMALL)
+    write_gguf(folder / "q4.gguf", SMALL, "Q4_K")
+    write_gguf(folder / "iq4.gguf", SMALL, "IQ4_XS")
+    scaled = stored(SMALL, "F8_E4M3")
+    for name in flux_linears(SMALL):
+        scaled[name.removesuffix("weight") + "scale_weight"] = ("F32", (1,))
+    scaled["scaled_fp8"] = ("F8_E4M3", (2,))
+    write_safetensors(folder / "scaled.safetensors", scaled)
+    write_lora(folder / "small.safetensors", flux_linears(SMALL))
+    write_lora(folder / "style.safetensors", LINEARS)
+    words = {
+        "ss_tag_frequency": json.dumps({"10_cat": {"cat": 9, "sitting": 3}}),
+        "ss_base_model_version": "sdxl_base_v1-0",
+    }
+    write_lora(folder / "xl.safetensors", XL, rank=8, alpha=4.0, form="F16", metadata=words)
+    return folder
+
+
+def plan(*words, vram="12GB", ram="16GB"):
+    return cli.main(["plan", *map(str, words), "--vram", vram, "--ram", ram])
+
+
+def document(capsys, *words, **sizes):
+    assert plan(*words, "--json", **sizes) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def error(capsys):
+    """The one line on stderr."""
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.isprintable() or err[:-1].isprintable()
+    return err[:-1]
+
+
+@BIG_FILES
+def test_flux_dev_of_true_size_answers_within_a_second(files, tmp_path, capsys):
+    model = tmp_path / "flux1-dev-bf16.safetensors"
+    whole = write_safetensors(model, stored(SHAPES, "BF16"))
+    assert whole == 23802816640
+    cli.main(["plan", str(model), str(files / "style.safetensors"), "--vram", "24", "--ram", "32"])  # imports
+    capsys.readouterr()
+    started = time.perf_counter()
+    found = document(capsys, model, f"{files / 'style.safetensors'}:0.8", vram="24GB", ram="32GB")
+    # 0.3 s on two free cores; the limit is for shared ones.
+    assert time.perf_counter() - started < 5
+    assert found["model"]["part_bytes"]["denoiser"] == whole
+    (lora,) = found["loras"]
+    factors = 2 * 16 * sum(rows + columns for rows, columns in LINEARS.values())
+    assert lora["modules"] == lora["modules_used"] == 304
+    assert lora["strength"] == 0.8
+    assert (lora["keys_skipped"], lora["keys_lost"], lora["made_for"]) == (0, 0, "Flux")
+    assert lora["modes"] == {"bypass": {"weights": 304, "bytes": factors, "reasons": ["low rank"]}}
+    assert lora["tensor_bytes"] == factors
+    assert (lora["kinds"], lora["ranks"], lora["dtypes"]) == ({"lora": 304}, {"16": 304}, {"bf16": 608})
+    guard, merge, on_the_fly = found["predicted"]
+    assert (guard["model_swapped_bytes"], guard["ram_backup_bytes"]) == (0, 0)
+    assert merge["ram_backup_bytes"] == sum(2 * math.prod(shape) for shape in LINEARS.values())
+    assert on_the_fly["apply_seconds"] == merge["apply_seconds"]
+
+
+def test_the_json_document_has_stable_names_with_units(files, capsys):
+    found = document(capsys, files / "fp8.safetensors", files / "small.safetensors")
+    assert list(found) == [
+        "schema", "version", "model", "machine", "picture", "mode", "loras", "predicted", "advice",
+    ]  # fmt: skip
+    assert found["schema"] == "lora-guard/plan/1"
+    assert found["machine"]["vram_bytes"] == 12 * GB
+    assert found["machine"]["assumed_rates"]["gpu"] == "RTX 3060"
+    assert [p["way"] for p in found["predicted"]] == ["LoRA Guard", "Forge Automatic", "Forge fp16 LoRA"]
+    assert list(found["predicted"][0]) == [
+        "way", "fits", "problem", "lora_effect", "vram_peak_bytes", "vram_missing_bytes", "model_on_gpu_bytes",
+        "model_swapped_bytes", "lora_on_gpu_bytes", "ram_peak_bytes", "ram_missing_bytes", "ram_backup_bytes",
+        "apply_seconds", "change_strength_seconds", "extra_step_seconds",
+    ]  # fmt: skip
+    assert found["picture"] == {
+        "width": 1024, "height": 1024, "batch": 1, "forward_batch": 1, "image_tokens": 4096, "text_tokens": 512,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "formats", "effects"),
+    [
+        ("fp8.safetensors", "fp8_e4m3fn", ["whole", "mostly lost", "whole"]),
+        ("scaled.safetensors", "fp8_e4m3fn", ["whole", "mostly lost", "whole"]),
+        ("nf4.safetensors", "nf4", ["whole", "mostly lost", "whole"]),
+        ("q4.gguf", "Q4_K", ["whole", "none", "whole"]),
+        ("iq4.gguf", "IQ4_XS", ["none", "none", "none"]),
+    ],
+)
+def test_formats_of_models(files, capsys, model, formats, effects):
+    found = document(capsys, files / model, files / "small.safetensors")
+    assert found["model"]["architecture"] == "Flux"
+    # GGUF keeps matrices in F32 whose rows are no whole blocks: here img_in's.
+    others = {"F32": 64 * 256} if model.endswith("gguf") else {}
+    values = sum(math.prod(s) for s in SMALL.values() if len(s) == 2) - sum(others.values())
+    assert found["model"]["formats"] == {formats: values, **others}
+    assert found["loras"][0]["modules_used"] == len(flux_linears(SMALL)) == 26
+    assert list(found["loras"][0]["modes"]) == ["bypass"]
+    assert [p["lora_effect"] for p in found["predicted"]] == effects
+    assert found["model"]["is_scaled_fp8"] is (model == "scaled.safetensors")
+
+
+def test_bytes_of_nf4_count_its_scales(files, capsys):
+    found = document(capsys, files / "nf4.safetensors", files / "small.safetensors")
+    matrices = [math.prod(shape) for shape in SMALL.values() if len(shape) == 2]
+    expected = sum(n // 2 + n // 64 * 4 + 16 * 4 for n in matrices)
+    expected += sum(2 * math.prod(shape) for shape in SMALL.values() if len(shape) == 1)
+    assert found["model"]["denoiser_memory_bytes"] == expected
+
+
+def test_sdxl_with_text_encoder_and_convolutions(files, tmp_path, capsys):
+    model, lora = tmp_path / "sdxl.safetensors", tmp_path / "locon.safetensors"
+    if os.name == "nt":
+        pytest.skip("NTFS does not keep a truncated file sparse by itself")
+    write_safetensors(model, stored(sdxl_checkpoint(), "F16", "F16"))
+    write_lora(lora, {**XL, **XL_CONVOLUTIONS}, rank=4, form="F16")
+    found = document(capsys, model, lora, files / "xl.safetensors", vram="8GB")
+    parts = found["model"]["part_bytes"]
+    assert found["model"]["architecture"] == "SDXL"
+    # The published U-Net has 2.567e9 parameters.
+    assert parts["denoiser"] == pytest.approx(2 * 2.567e9, rel=0.01)
+    assert parts["text_encoders"] > GB
+    assert parts["vae"] == 2 * 512 * 4 * 9
+    first, second = found["loras"]
+    assert first["modes"]["bypass"]["weights"] == first["modules_used"] == len(XL) + len(XL_CONVOLUTIONS)
+    assert first["modes"]["bypass"]["bytes"] == first["tensor_bytes"]
+    assert second["modes"]["bypass"]["weights"] == 560
+    assert found["picture"]["forward_batch"] == 2
+    # In 16 bit Forge's "fp16 LoRA" is a merge as well.
+    assert found["predicted"][2] == {**found["predicted"][1], "way": "Forge fp16 LoRA"}
+
+
+def test_a_lora_for_another_architecture_is_named_in_its_row(files, capsys):
+    words = (files / "fp8.safetensors", files / "small.safetensors", files / "xl.safetensors")
+    good, bad = document(capsys, *words)["loras"]
+    assert good["is_usable"]
+    assert not bad["is_usable"]
+    assert bad["refused"] == "made for SDXL, this is Flux; use a LoRA for Flux, or load a SDXL model"
+    assert (bad["modules_used"], bad["modes"]) == (0, {})
+
+
+def test_where_no_lora_can_be_used_the_exit_code_says_so(files, capsys):
+    assert plan(files / "fp8.safetensors", files / "xl.safetensors") == 1
+    shown = capsys.readouterr()
+    assert "CANNOT BE USED: made for SDXL, this is Flux" in shown.out
+    assert "Predicted for" not in shown.out
+    assert (
+        shown.err
+        == "lora-guard: xl.safetensors: made for SDXL, this is Flux; use a LoRA for Flux, or load a SDXL model\n"
+    )
+
+
+def test_a_lora_of_another_size_cannot_be_used(files, capsys):
+    # Flux names, other widths.
+    assert plan(files / "fp8.safetensors", files / "style.safetensors", "--json") == 1
+    refused = json.loads(capsys.readouterr().out)["loras"][0]["refused"]
+    assert refused.startswith(
+        "made for another model: double_blocks.0.img_mod.lin.weight: up @ down gives [18432, 3072]"
+    )
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("auto", "bypass"), ("bypass", "bypass"), ("on_the_fly", "on_the_fly")])
+def test_the_wish_is_followed(files, capsys, mode, expected):
+    found = document(capsys, files / "fp8.safetensors", files / "small.safetensors", "--mode", mode)
+    assert list(found["loras"][0]["modes"]) == [expected]
+    assert found["mode"] == mode
+
+
+def test_merging_into_low_bits_is_refused(files, capsys):
+    assert plan(files / "nf4.safetensors", files / "small.safetensors", "--mode", "merge") == 1
+    assert error(capsys).startswith(
+        "lora-guard: nf4.safetensors: model.diffusion_model.double_blocks.0.img_mod.lin.weight: stored as nf4; merging would"
+    )
+
+
+def test_the_page_says_what_is_predicted_and_assumed(files, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert (
+        plan(
+            files / "fp8.safetensors", f"{files / 'small.safetensors'}:0.5", "--gpu", "4090", "--resolution", "768x512"
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "small.safetensors, strength 0.5: made for Flux" in text
+    assert "26 modules used, 0 keys skipped, 0 lost" in text
+    assert "bypass on 26 weights (low rank)" in text
+    assert "Predicted for RTX 4090, 12.0 GB VRAM free, 16.0 GB RAM; 768x512, batch 1" in text
+    assert "Assumed for RTX 4090: memory 1008 GB/s, 16-bit matrices 165 TFLOPS of which 50 % are reached" in text
+    assert "- LoRA Guard fits: " in text
+
+
+def test_the_tables_fit_a_console_of_80_columns(files, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert plan(files / "q4.gguf", files / "small.safetensors") == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+
+
+HOSTILE = "[red]x[/red]\x1b[31m\u202eevil\n"
+
+
+def test_hostile_names_are_neutralised(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    model, lora = tmp_path / "[bold]m[i].safetensors", tmp_path / "[blink]l[i].safetensors"
+    write_safetensors(model, stored({**SMALL, f"{HOSTILE}.weight": (4, 4)}, "F8_E4M3"))
+    extra = {**flux_linears(SMALL), f"{HOSTILE}.weight": (8, 8), "[link=x]nowhere.weight": (4, 4)}
+    metadata = {"ss_base_model_version": HOSTILE, "modelspec.title": "[red]t[/red]", "ss_network_module": "\x9b2J"}
+    write_lora(lora, extra, metadata=metadata)
+    for words in (["inspect", str(lora), "--model", str(model)], ["inspect", str(lora)]):
+        cli.main(words)
+    plan(model, lora)
+    cli.main(["plan", str(model), str(lora), "--vram", "1", "--ram", "1", "--json"])
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err):
+        assert all(c.isprintable() or c == "\n" for c in text)
+    assert "[bold]m[i].safetensors" in shown.out
+    assert "[blink]l[i].safetensors" in shown.out
+    assert "[red]x[/red]?[31m??evil?" not in shown.out  # the line break and the escape are single '?'
+    assert "[red]x[/red]?[31m?evil?" in shown.out
+    assert "[red]t[/red]" in shown.out
+
+
+GARBAGE = {
+    "empty.safetensors": b"",
+    "noise.safetensors": bytes(range(256)),
+    "page.safetensors": b"<!DOCTYPE html>",
+    "cut.safetensors": (10**6).to_bytes(8, "little") + b'{"a"',
+    "lora.pt": b"PK\x03\x04abc",
+    "old.ckpt": b"\x80\x02}q\x00.",
+    "bad.gguf": b"GGUF\x03\x00\x00\x00\xff",
+    "shape.safetensors": (59).to_bytes(8, "little")
+    + b'{"x.weight":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}'[:59],
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_is_refused_in_one_line(files, tmp_path, capsys, name):
+    path = tmp_path / name
+    path.write_bytes(GARBAGE[name])
+    for words in ([path, files / "small.safetensors"], [files / "fp8.safetensors", path]):
+        assert plan(*words) == 1
+        line = error(capsys)
+        assert line.startswith(f"lora-guard: {name}: ")
+        assert "; " in line
+    assert cli.main(["inspect", str(path)]) == 1
+    line = error(capsys)
+    assert "expected " in line
+    if path.suffix in (".pt", ".ckpt"):
+        assert "convert it to safetensors" in line
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"x.hada_w1_a": (8, 4), "x.hada_w1_b": (), "x.hada_w2_a": (8, 4), "x.hada_w2_b": (4, 8), "x.alpha": ()},
+        {"x.lora_up.weight": (8, 4), "x.lora_down.weight": (0, 8), "x.alpha": ()},
+        {"x.a1.weight": (4,), "x.a2.weight": (), "x.b1.weight": (), "x.b2.weight": (4, 4), "x.bm.weight": (3, 3)},
+        {"x.lokr_w1": (), "x.lokr_w2_a": (), "x.lokr_w2_b": (), "x.alpha": ()},
+    ],
+)
+def test_factors_that_do_not_go_together_are_one_line(files, tmp_path, capsys, tensors):
+    path = tmp_path / "odd.safetensors"
+    module = "lora_unet_double_blocks_0_img_mlp_0"
+    write_safetensors(path, {module + name[1:]: ("F32", shape) for name, shape in tensors.items()})
+    assert plan(files / "fp8.safetensors", path) == 1
+    assert error(capsys).startswith("lora-guard: odd.safetensors: ")
+    assert cli.main(["inspect", str(path)]) in (0, 1)
+
+
+def test_files_in_the_wrong_place_are_named(files, tmp_path, capsys):
+    assert plan(files / "small.safetensors", files / "small.safetensors") == 1
+    assert error(capsys) == (
+        "lora-guard: small.safetensors: expected a model, found a LoRA; give the checkpoint first, then the LoRAs"
+    )
+    assert plan(files / "fp8.safetensors", files / "fp8.safetensors") == 1
+    assert "no LoRA keys found" in error(capsys)
+    assert plan(files / "fp8.safetensors", tmp_path / "none.safetensors") == 1
+    assert error(capsys).endswith("none.safetensors: no such file; check the name or refresh the list")
+    assert cli.main(["inspect", str(files / "q4.gguf")]) == 1
+    assert error(capsys) == "lora-guard: q4.gguf: expected a LoRA in safetensors format, found a gguf model"
+
+
+def test_a_damaged_bitsandbytes_state_is_refused(tmp_path, files, capsys):
+    path = tmp_path / "nf4.safetensors"
+    tensors = {
+        "x.weight": ("U8", (32, 1)),
+        "x.weight.absmax": ("F32", (1,)),
+        "x.weight.quant_state.bitsandbytes__nf4": ("U8", (4,)),
+    }
+    write_safetensors(path, tensors, values={"x.weight.quant_state.bitsandbytes__nf4": b"nope"})
+    assert plan(path, files / "small.safetensors") == 1
+    assert "expected JSON" in error(capsys)
+    write_safetensors(path, {"x.weight": ("U8", (32, 2))})
+    assert plan(path, files / "small.safetensors") == 1
+    assert "found uint8 without a bitsandbytes state" in error(capsys)
+
+
+def test_debug_shows_the_traceback_before_and_after_the_command(files, tmp_path):
+    missing = str(tmp_path / "none.safetensors")
+    for words in (["--debug", "inspect", missing], ["inspect", missing, "--debug"]):
+        with pytest.raises(ValueError, match="no such file"):
+            cli.main(words)
+
+
+def test_inspect_says_what_the_file_is(files, capsys):
+    assert cli.main(["inspect", str(files / "xl.safetensors"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "lora-guard/inspect/1"
+    assert (found["made_for"], found["container"]) == ("SDXL", "safetensors")
+    assert (found["modules"], found["kinds"], found["parts"]) == (560, {"lora": 560}, {"U-Net": 560})
+    assert (found["ranks"], found["alphas"], found["scales"]) == ({"8": 560}, {"4": 560}, {"0.5": 560})
+    assert (found["dtypes"], found["dora_modules"], found["unknown_keys"]) == ({"fp16": 1120}, 0, 0)
+    assert found["tensor_bytes"] == 2 * 8 * sum(sum(shape) for shape in XL.values())
+    assert found["file_bytes"] == (files / "xl.safetensors").stat().st_size
+    assert found["metadata"] == {"ss_base_model_version": "sdxl_base_v1-0"}
+    assert found["trained_words"] == ["cat", "sitting"]
+    assert found["fit"] is None
+
+
+def test_inspect_with_a_model_says_what_fits(files, tmp_path, capsys):
+    lora = tmp_path / "more.safetensors"
+    text = {"te1_text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768)}
+    write_lora(tmp_path / "text.safetensors", text, prefix="lora_")
+    tensors = flux_linears(SMALL) | {"double_blocks.9.img_mlp.0.weight": (1024, 256)}
+    write_lora(lora, tensors)
+    assert cli.main(["inspect", str(lora), "--model", str(files / "fp8.safetensors"), "--json"]) == 0
+    fit = json.loads(capsys.readouterr().out)["fit"]
+    assert fit["is_usable"]
+    assert (fit["modules_used"], fit["keys_skipped"], fit["keys_lost"]) == (26, 1, 0)
+    assert fit["first_skipped"] == ["lora_unet_double_blocks_9_img_mlp_0.weight"]
+    words = ["inspect", str(tmp_path / "text.safetensors"), "--model", str(files / "fp8.safetensors"), "--json"]
+    assert cli.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parts"] == {"CLIP-L": 1}
+    assert (
+        found["fit"]["refused"]
+        == "it changes text encoders alone and this file has none; give a checkpoint that has them"
+    )
+
+
+def test_dora_loha_and_unknown_keys_are_counted(tmp_path, capsys):
+    path = tmp_path / "mixed.safetensors"
+    a, b = "lora_unet_double_blocks_0_img_mlp_0", "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {
+        f"{a}.lora_up.weight": ("F16", (64, 4)), f"{a}.lora_down.weight": ("F16", (4, 16)), f"{a}.dora_scale": ("F16", (64, 1)),
+        f"{b}.hada_w1_a": ("BF16", (64, 4)), f"{b}.hada_w1_b": ("BF16", (4, 16)), f"{b}.hada_w2_a": ("BF16", (64, 4)),
+        f"{b}.hada_w2_b": ("BF16", (4, 16)), "optimizer.step": ("F32", (2,)),
+    }  # fmt: skip
+    write_safetensors(path, tensors)
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kinds"], found["dora_modules"]) == ({"lora": 1, "loha": 1}, 1)
+    assert (found["unknown_keys"], found["first_unknown"]) == (1, ["optimizer.step"])
+    assert (found["dtypes"], found["scales"]) == ({"bf16": 4, "fp16": 3, "fp32": 1}, {})
+    assert found["parts"] == {"transformer": 1, "CLIP-L": 1}
+    assert cli.main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "DoRA on 1" in text
+    assert "1 keys, first: optimizer.step" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "strength"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("a.safetensors:-1", "a.safetensors", -1.0),
+        ("a.safetensors:1e-1", "a.safetensors", 0.1),
+        (r"C:\loras\x.safetensors", r"C:\loras\x.safetensors", 1.0),
+        (r"C:\loras\x.safetensors:0.8", r"C:\loras\x.safetensors", 0.8),
+        (r"C:\x.safetensors:.5", r"C:\x.safetensors", 0.5),
+        ("C:/x.safetensors:2", "C:/x.safetensors", 2.0),
+        ("a:b.safetensors", "a:b.safetensors", 1.0),
+        ("a.safetensors:", "a.safetensors:", 1.0),
+        (":0.8", ":0.8", 1.0),
+        ("a.safetensors:nan", "a.safetensors:nan", 1.0),
+    ],
+)
+def test_lora_and_strength(text, path, strength):
+    assert arguments.lora(text) == (Path(path), strength)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12GB", 12 * GB),
+        ("12 GiB", 12 * GB),
+        ("8192MB", 8 * GB),
+        ("12", 12 * GB),
+        ("1.5g", 3 * GB // 2),
+        ("512 mib", GB // 2),
+    ],
+)
+def test_sizes(text, size):
+    assert arguments.size(text) == size
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--vram", "many"], ["--vram", "0"], ["--vram", "-4GB"], ["--ram", "12TB"], ["--resolution", "1024"],
+        ["--resolution", "1x1"], ["--batch", "0"], ["--batch", "1000"], ["--gpu", "RTX 9999"], ["--mode", "fast"],
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_code_2_and_says_what_was_expected(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "m.safetensors", "l.safetensors", "--vram", "12", "--ram", "16", *words])
+    assert stop.value.code == 2
+    assert "error: argument" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "m.safetensors", "l.safetensors:1e999", "--vram", "12", "--ram", "16"])
+    assert stop.value.code == 2
+
+
+def test_help_does_not_load_torch():
+    code = (
+        "import sys\nfrom lib_lora_guard import cli\n"
+        "for words in (['--help'], ['plan', '--help'], ['inspect', '--help']):\n"
+        "    try: cli.main(words)\n    except SystemExit: pass\n"
+        "print(sorted({'torch', 'rich', 'safetensors'} & set(sys.modules)))"
+    )
+    root = Path(cli.__file__).parent.parent
+    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[-1] == "[]"
