@@ -118,8 +118,11 @@ def parse_tensors(
             raise LoraFileError(
                 f"{name}: {shown(module)} is incomplete (a {weights[0]} without {_missing(error)}); download the file again"
             ) from None
-        except LoraMismatchError as error:
-            raise LoraFileError(f"{name}: {shown(module)}: {error}; the file is damaged") from None
+        except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:
+            shapes = [list(t.shape) for t in kinds[weights[0]].values()]
+            raise LoraFileError(
+                f"{name}: {shown(module)}: its factors {shapes} cannot be those of a {weights[0]} ({_one_line(error)}); the file is damaged"
+            ) from None
         if weight is not None:
             if as_trained and getattr(weight, "magnitude", None) is not None:
                 weight = replace(weight, as_trained=True)  # type: ignore[call-arg]  # what has a magnitude has this too
@@ -186,6 +189,10 @@ def _number_fields(scale: Mapping[str, torch.Tensor]) -> Fields:
     if isinstance(rows, torch.Tensor):
         fields["magnitude"] = rows.flatten()
     return fields
+
+
+def _one_line(error: Exception) -> str:
+    return shown(str(error).splitlines()[0]) if str(error) else type(error).__name__
 
 
 def _missing(error: Exception) -> str:

@@ -38,7 +38,7 @@ class GloraAdapter(Adapter):
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         factors = (self.a1, self.a2, self.b1, self.b2)
-        if any(f.dim() < 2 for f in factors):
+        if any(f.dim() < 2 or not all(f.shape) for f in factors):
             raise LoraMismatchError(f"GLoRA factors must be matrices, found {[list(f.shape) for f in factors]}")
         old = self.is_old(shape)
         a_in, a_out = (self.a2, self.a1) if old else (self.a1, self.a2)

@@ -38,7 +38,7 @@ class LohaAdapter(Adapter):
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         for a, b, core in ((self.w1a, self.w1b, self.t1), (self.w2a, self.w2b, self.t2)):
-            if a.dim() != 2 or b.dim() != 2:
+            if a.dim() != 2 or b.dim() != 2 or not all(a.shape) or not all(b.shape):
                 raise LoraMismatchError(f"LoHa factors must be matrices, found {list(a.shape)} and {list(b.shape)}")
             if core is None:
                 fits, gives = a.shape[1] == b.shape[0], (a.shape[0], b.shape[1])

@@ -48,7 +48,7 @@ class LokrAdapter(Adapter):
             left, right = self._sides(torch.empty(0, device="meta"), meta=True)
         except (RuntimeError, ValueError, IndexError) as error:
             raise LoraMismatchError(f"LoKr factors do not multiply: {error}") from None
-        if left.dim() != 2 or right.dim() < 2:
+        if left.dim() != 2 or right.dim() < 2 or any(not all(t.shape) for t in self.tensors()):
             raise LoraMismatchError(f"LoKr sides must be matrices, found {list(left.shape)} and {list(right.shape)}")
         gives = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1], *right.shape[2:])
         if (gives[0], product_of(gives[1:])) != (shape[0], product_of(shape[1:])):

@@ -92,4 +92,4 @@ def _lokr_factor(tensors: Mapping[str, Shape], side: str) -> Size:
     if whole := tensors.get(f"lokr_w{side}"):
         return whole[0], whole[1] if len(whole) > 1 else None
     a, b = tensors.get(f"lokr_w{side}_a"), tensors.get(f"lokr_w{side}_b")
-    return (a[0] if a else None), (b[1] if b else None)
+    return (a[0] if a else None), (b[1] if b and len(b) > 1 else None)
