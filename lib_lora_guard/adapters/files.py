@@ -119,9 +119,9 @@ def parse_tensors(
                 f"{name}: {shown(module)} is incomplete (a {weights[0]} without {_missing(error)}); download the file again"
             ) from None
         except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:
-            shapes = [list(t.shape) for t in kinds[weights[0]].values()]
+            found = [list(t.shape) for t in kinds[weights[0]].values()]
             raise LoraFileError(
-                f"{name}: {shown(module)}: its factors {shapes} cannot be those of a {weights[0]} ({_one_line(error)}); the file is damaged"
+                f"{name}: {shown(module)}: its factors {found} cannot be those of a {weights[0]} ({_one_line(error)}); the file is damaged"
             ) from None
         if weight is not None:
             if as_trained and getattr(weight, "magnitude", None) is not None:
