@@ -108,9 +108,9 @@ def measure_stack(layer, x, terms, shape, repeats):
     }
     base_mb = peak_mb(run)
     magnitudes = {i: getattr(t.adapter, "magnitude", None) for i, t in enumerate(terms)}
-    norms = {i: torch.ones(m.numel()) for i, m in magnitudes.items() if m is not None}
+    ratios = {i: torch.ones(m.numel()) for i, m in magnitudes.items() if m is not None}
     if has_cheap_form(terms, shape):
-        handles = Bypass("k", tuple(terms), shape, norms).attach(layer)
+        handles = Bypass("k", tuple(terms), shape, ratios).attach(layer)
         row["bypass_ms"] = seconds(run, repeats)
         row["bypass_extra_mb"] = peak_mb(run) - base_mb
         for handle in handles:

@@ -5,4 +5,4 @@ import torch
 @pytest.fixture(autouse=True)
 def _same_threads_and_seed():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)

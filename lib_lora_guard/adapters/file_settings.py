@@ -32,7 +32,7 @@ class PeftSettings:
         alpha = _match(self.entries.get("alpha_pattern"), module)
         if alpha is None:
             alpha = self.entries.get("lora_alpha", self.entries.get("alpha"))
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
             return None
         # rsLoRA (arXiv 2312.03732) divides by the root of the rank.
         return alpha * math.sqrt(rank) if self.entries.get("use_rslora") is True else float(alpha)

@@ -68,8 +68,6 @@ def value_of(adapter: Adapter) -> Any:
     """The patch value that says the same as `adapter`: the host's own tuple where there is an exact one, so that other
     extensions find what they know, else `(OWN_KIND, (adapter,))`."""
     alpha = getattr(adapter, "alpha", None)
-    if getattr(adapter, "as_trained", False):
-        return OWN_KIND, (adapter,)
     if isinstance(adapter, LoraAdapter):
         return "lora", (adapter.up, adapter.down, alpha, adapter.mid, adapter.magnitude)
     if isinstance(adapter, LohaAdapter):

@@ -46,7 +46,7 @@ class ForgeTakeover:
 
     def install_file_reader(self, networks: Any) -> None:
         """Takes over how Forge's LoRA extension reads files. Its module is loaded long after preload.py has run."""
-        if any(hook.owner is networks for hook in self.hooks.hooks):
+        if _is_hooked(networks.load_lora_for_models):
             return
         with_reader = HookSet()
         with with_reader:
@@ -106,6 +106,15 @@ class ForgeTakeover:
 def _with_fresh_key_map(original: Any, model: Any, key_map: Any = None) -> Any:
     # The host's default is one dict for all calls: keys of earlier checkpoints would match this LoRA too.
     return original(model, {} if key_map is None else key_map)
+
+
+def _is_hooked(function: Any) -> bool:
+    """True where one of our hooks is in the chain of wrappers. A module that was loaded again has none."""
+    while function is not None:
+        if hasattr(function, "lora_guard_hook"):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 _takeover: ForgeTakeover | None = None

@@ -7,14 +7,15 @@ and what stands in the metadata (alpha and rsLoRA of PEFT). A mismatch is a gues
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..adapters.base import Shape, Term
+from ..adapters.base import Adapter, Shape, Term
 from ..adapters.file_settings import FileSettings
 from ..adapters.files import LoraFile, parse_tensors, read_lora_file
 from ..adapters.patch_tuples import value_of
@@ -30,7 +31,7 @@ from .forge_patches import OWN_TENSORS
 log = logging.getLogger(__name__)
 
 KEPT_BYTES = 1024 * MB
-"""LoRA files kept in RAM after use; the one used last is kept whatever its size."""
+"""LoRA files kept in RAM after use; those of the last two stacks are kept whatever their size."""
 
 
 class LazyState(Mapping[str, torch.Tensor]):
@@ -56,13 +57,18 @@ class LazyState(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.state)
 
+    def copy(self) -> dict[str, torch.Tensor]:
+        return dict(self.state)
+
 
 class LoraFiles:
     """Reads LoRA files for Forge's models; files just used are kept while they are unchanged on disk."""
 
-    def __init__(self, as_trained: bool = False) -> None:
-        self.as_trained = as_trained
-        self._kept: OrderedDict[tuple[str, int, int], LoraFile] = OrderedDict()
+    def __init__(self) -> None:
+        self._kept: OrderedDict[FileKey, LoraFile] = OrderedDict()
+        self._in_stack: set[FileKey] = set()
+        self._last_stack: set[FileKey] = set()
+        self._matches: weakref.WeakKeyDictionary[LoraFile, Matches] = weakref.WeakKeyDictionary()
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
         """In place of `networks.load_lora_state_dict`."""
@@ -84,16 +90,16 @@ class LoraFiles:
         """The two patchers, cloned and with the file's patches where it has any for them; as they were where it cannot
         be used, which is said in the log."""
         name = shown(Path(str(filename)).name)
+        if not getattr(model, "lora_patches", None):
+            # Forge builds every stack anew, from a patcher without patches; most of the last one comes again.
+            self._last_stack, self._in_stack = self._in_stack, set()
         try:
             file = self._read(filename, lora)
             sides = [
                 (model, "model", strength_model, "U-Net"),
                 (clip, "cond_stage_model", strength_clip, "text encoder"),
             ]
-            found = [
-                None if p is None else _match(file, getattr(p, attribute), strength)
-                for p, attribute, strength, _ in sides
-            ]
+            found = [None if p is None else self._match(file, getattr(p, attribute)) for p, attribute, *_ in sides]
         except (LoraFileError, LoraMismatchError) as error:
             # What the guard refused as broken is never handed to the host.
             log.warning("%s NOT applied: %s", name, str(error).removeprefix(f"{name}: "))
@@ -116,31 +122,53 @@ class LoraFiles:
         return patched[0], patched[1]
 
     def _read(self, filename: Any, lora: Any) -> LoraFile:
-        path = Path(str(filename))
+        if not isinstance(lora, LazyState):
+            # Another extension hands over tensors that it has made, loaded or changed: these count, not the file.
+            return parse_tensors(Path(str(filename)), dict(lora), FileSettings({}))
+        path = Path(lora.filename)
         if not path.is_file():
-            # Another extension hands over tensors that it has made or loaded.
-            return parse_tensors(path, dict(lora), FileSettings({}), self.as_trained)
+            raise LoraFileError(f"{shown(path.name)}: no such file; check the name or refresh the list")
         status = path.stat()
         key = (str(path), status.st_mtime_ns, status.st_size)
         file = self._kept.pop(key, None)
         if file is None:
-            file = read_lora_file(path, self.as_trained)
-            for adapter in file.adapters.values():
-                for tensor in adapter.tensors():
-                    OWN_TENSORS[tensor] = True
+            file = read_lora_file(path)
+            _own(adapter for adapter in file.adapters.values())
         self._kept[key] = file
-        while len(self._kept) > 1 and sum(size for _, _, size in self._kept) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        self._in_stack.add(key)
+        for old in list(self._kept):
+            if old not in self._in_stack | self._last_stack and sum(size for _, _, size in self._kept) > KEPT_BYTES:
+                del self._kept[old]
         return file
 
+    def _match(self, file: LoraFile, model: torch.nn.Module) -> Match:
+        """What the file has for one model; worked out once, for nothing in it depends on the strength."""
+        shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+        known = self._matches.setdefault(file, weakref.WeakKeyDictionary())
+        if model in known and known[model][0] == shapes:
+            return known[model][1]
+        match = _match(file, shapes)
+        _own(term.adapter for terms in match.terms.values() for term in terms)
+        known[model] = (shapes, match)
+        return match
 
-def _match(file: LoraFile, model: torch.nn.Module, strength: float) -> Match:
-    """What the file has for one model. Raises LoraMismatchError where it was made for another one."""
-    shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+
+FileKey = tuple[str, int, int]
+Matches = weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Shape], Match]]
+
+
+def _own(adapters: Iterable[Adapter]) -> None:
+    for adapter in adapters:
+        for tensor in adapter.tensors():
+            OWN_TENSORS[tensor] = True
+
+
+def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Match:
+    """Raises LoraMismatchError where the file was made for another model."""
     refused = foreign_to(file, detect_model(shapes))
     if refused is not None:
         raise LoraMismatchError(refused)
-    match = match_file(file, NameMap(shapes), shapes, strength)
+    match = match_file(file, NameMap(shapes), shapes, strength=1.0)
     for key, terms in match.terms.items():
         for term in terms:
             if term.adapter.kind not in ("diff", "nested"):

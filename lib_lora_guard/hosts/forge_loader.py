@@ -42,6 +42,8 @@ class LoaderState:
 class LoaderControl:
     def __init__(self, api: ForgeApi) -> None:
         self._api = api
+        self.as_trained = False
+        """DoRA in the meaning of its trainer instead of Forge's."""
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def refresh(
@@ -66,7 +68,7 @@ class LoaderControl:
             try:
                 if state.left_to_host or self._someone_else_patched(loader, state):
                     self._take_from_host(original, loader, state, offload)
-                requests = requests_from(lora_patches, self._api.lora.extra_weight_calculators, state.copies)
+                requests = self._requests(lora_patches, state)
                 state.report = state.engine.change(access, requests)
             except Exception as error:
                 log.exception("%s: applying LoRAs failed", access.name)
@@ -120,7 +122,7 @@ class LoaderControl:
             state, access = self._state(loader), ForgeAccess(self._api, loader.model)
             patcher = live.get(id(loader))
             if patcher is not None:
-                requests = requests_from(patcher.lora_patches, self._api.lora.extra_weight_calculators, state.copies)
+                requests = self._requests(patcher.lora_patches, state)
                 accepted = state.engine.fitting(access, requests)
                 entries = enumerate(patcher.lora_patches.items())
                 fitting[id(loader)] = {identifier: patches for i, (identifier, patches) in entries if i in accepted}
@@ -150,6 +152,9 @@ class LoaderControl:
                 moved = getattr(*owner).to(device)
                 setattr(*owner, moved if isinstance(moved, torch.nn.Parameter) else torch.nn.Parameter(moved, False))
         return False
+
+    def _requests(self, patches: Patches, state: LoaderState) -> list[LoraRequest]:
+        return requests_from(patches, self._api.lora.extra_weight_calculators, state.copies, self.as_trained)
 
     def _state(self, loader: Any) -> LoaderState:
         state: LoaderState | None = getattr(loader, STATE, None)

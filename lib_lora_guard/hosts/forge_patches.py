@@ -50,23 +50,31 @@ class FactorCopies:
         return copy
 
 
-def requests_from(lora_patches: Patches, calculators: Calculators, copies: FactorCopies) -> list[LoraRequest]:
-    """One request per LoRA, in the host's order. A LoRA that cannot be read is returned as refused."""
+def requests_from(
+    lora_patches: Patches, calculators: Calculators, copies: FactorCopies, as_trained: bool = False
+) -> list[LoraRequest]:
+    """One request per LoRA, in the host's order. A LoRA that cannot be read is returned as refused. `as_trained`: DoRA in
+    the meaning of its trainer."""
     return [
-        _request(origin, identifier, patches, calculators, copies)
+        _request(origin, identifier, patches, calculators, copies, as_trained)
         for origin, (identifier, patches) in enumerate(lora_patches.items())
     ]
 
 
 def _request(
-    origin: int, identifier: Any, patches: Mapping[str, list[list[Any]]], calculators: Calculators, copies: FactorCopies
+    origin: int,
+    identifier: Any,
+    patches: Mapping[str, list[list[Any]]],
+    calculators: Calculators,
+    copies: FactorCopies,
+    as_trained: bool,
 ) -> LoraRequest:
     label, strength = describe(identifier)
     terms: dict[str, list[Term]] = {}
     key = ""
     try:
         for key, entries in patches.items():
-            terms[key] = [_readable_term(entry, calculators, origin, copies) for entry in entries]
+            terms[key] = [_readable_term(entry, calculators, origin, copies, as_trained) for entry in entries]
     except LoraMismatchError as error:
         return LoraRequest(label, strength, refused=f"{key}: {error}")
     except Exception as error:
@@ -76,9 +84,14 @@ def _request(
     return LoraRequest(label, strength, terms)
 
 
-def _readable_term(entry: list[Any], calculators: Calculators, origin: int, copies: FactorCopies) -> Term:
+def _readable_term(
+    entry: list[Any], calculators: Calculators, origin: int, copies: FactorCopies, as_trained: bool
+) -> Term:
     term = parse_term(entry, calculators, origin)
-    return replace(term, adapter=term.adapter.map(copies))
+    adapter = term.adapter.map(copies)
+    if as_trained and getattr(adapter, "magnitude", None) is not None:
+        adapter = replace(adapter, as_trained=True)  # type: ignore[call-arg]  # what has a magnitude has this too
+    return replace(term, adapter=adapter)
 
 
 def describe(identifier: Any) -> tuple[str, float]:

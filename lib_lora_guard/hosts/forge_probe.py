@@ -65,8 +65,8 @@ def probe() -> ForgeApi:
 
 def check_networks(networks: ModuleType) -> None:
     """Raises HostError unless Forge's LoRA extension reads files in the way the guard replaces."""
-    wanted = ["model", "clip", "lora", "strength_model", "strength_clip", "filename", "online_mode"]
-    _parameters(networks, "load_lora_for_models", wanted)
+    # The others come by position.
+    _parameters(networks, "load_lora_for_models", ["filename", "online_mode"])
     _attribute(networks, "load_lora_state_dict")
 
 
@@ -87,7 +87,11 @@ def _attribute(owner: Any, path: str) -> Any:
 
 
 def _parameters(owner: ModuleType, path: str, wanted: list[str]) -> None:
-    found = list(inspect.signature(_attribute(owner, path)).parameters)
+    parameters = inspect.signature(_attribute(owner, path)).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        # Another extension's wrapper that takes whatever comes.
+        return
+    found = list(parameters)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise HostError(f"{owner.__name__}.{path} has no parameter {', '.join(missing)} (it has {', '.join(found)})")

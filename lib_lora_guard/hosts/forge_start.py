@@ -54,7 +54,7 @@ def start(arguments: Sequence[str]) -> bool:
         log.info("%s is switched off by --lora-guard-off; Forge's own LoRA patcher is in place", version.__version__)
         return False
     try:
-        forge.install().files.as_trained = as_trained
+        forge.install().control.as_trained = as_trained
     except HostError as error:
         log.warning("%s does not fit this program, so nothing is changed: %s", version.__version__, error)
         return False

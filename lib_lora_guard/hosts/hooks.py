@@ -29,6 +29,10 @@ class Hook:
                 return original(*args, **kwargs)
             return body(original, *args, **kwargs)
 
+        for extra in ("cache_clear", "cache_info"):
+            # functools.wraps does not carry what lru_cache puts beside a function.
+            if hasattr(original, extra):
+                setattr(replacement, extra, getattr(original, extra))
         replacement.lora_guard_hook = self  # type: ignore[attr-defined]  # how a second copy of the extension sees the first
         self.replacement = replacement
         setattr(owner, name, replacement)

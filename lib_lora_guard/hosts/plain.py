@@ -109,7 +109,10 @@ class LoraGuard:
         refused = foreign_to(file, detect_model(shapes))
         if refused is not None:
             raise LoraMismatchError(f"{name}: {refused}")
-        match = match_file(file, names, shapes, strength, index)
+        try:
+            match = match_file(file, names, shapes, strength, index)
+        except LoraMismatchError as error:
+            raise LoraMismatchError(f"{name}: {error}") from None
         if not match.terms:
             modules = [n for n, _ in self._access.model.named_modules() if n]
             raise LoraMismatchError(

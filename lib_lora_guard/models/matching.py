@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..adapters import Adapter, Slice, Term
@@ -26,7 +26,10 @@ class Match:
 
 
 def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], strength: float, origin: int = 0) -> Match:
-    """Everything the file says about this model, as terms. `shapes`: the model's parameters, as `names` was made from."""
+    """Everything the file says about this model, as terms. `shapes`: the model's parameters, as `names` was made from.
+
+    Raises LoraMismatchError for a fused tensor of another size than the parts it is for.
+    """
     match = Match(skipped=list(file.unknown_keys))
     taken: dict[tuple[str, Slice | None], str] = {}
     for (module, parameter), adapter in file.adapters.items():
@@ -37,8 +40,11 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
             with contextlib.suppress(LoraMismatchError):
                 routes.append((route, names.parameter(route.module, parameter)))
         if not routes:
-            match.skipped.append(written)
+            # IA3's output factors are for the bias too, where there is one.
+            if parameter != "bias" or file.adapters.get((module, "weight")) is not adapter:
+                match.skipped.append(written)
             continue
+        _check_before_cutting(written, adapter, [route for route, _ in routes], shapes[routes[0][1]])
         for route, key in routes:
             if (key, route.part) in taken:
                 match.lost.append(f"{written}: says what {taken[key, route.part]} says already")
@@ -63,6 +69,20 @@ def foreign_to(file: LoraFile, model: Architecture | None) -> str | None:
 
 class CannotSplitError(ValueError):
     """An adapter for a fused weight that cannot be taken apart for a model that has its parts."""
+
+
+def _check_before_cutting(written: str, adapter: Adapter, routes: Sequence[Route], shape: Shape) -> None:
+    """Raises LoraMismatchError unless what is to be cut into rows has these rows."""
+    sources = [route.source for route in routes if route.source is not None]
+    if not sources and not any(route.swap_halves for route in routes):
+        return
+    rows = max((source.start + source.length for source in sources), default=shape[0])
+    if not sources and routes[0].part is not None:
+        rows = routes[0].part.length
+    try:
+        adapter.check((rows, *shape[1:]), may_expand=False)
+    except LoraMismatchError as error:
+        raise LoraMismatchError(f"made for another model: {written}: {error}") from None
 
 
 def _pieces(adapter: Adapter, route: Route, rows: int) -> Iterator[tuple[Adapter, Slice | None]]:

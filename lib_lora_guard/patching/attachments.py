@@ -15,7 +15,7 @@ from .access import ModelAccess, Site
 from .backup import Backup, Where, moved, parameter_bytes
 from .bypass import Bypass
 from .merging import SLICE_BYTES, merge
-from .norms import norm_identity, norms_of
+from .norms import ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
 
 
@@ -68,20 +68,21 @@ class BypassAttachment(Attachment):
         site: Site,
         terms: tuple[Term, ...],
         choice: Choice,
+        device: torch.device,
         old: Attachment | None = None,
     ) -> None:
         super().__init__(access, site, terms, choice)
         older = old if isinstance(old, BypassAttachment) and old.site.layer is site.layer else None
-        if older is not None and norm_identity(older.terms) == norm_identity(terms):
-            norms = older.norms
+        if older is not None and ratio_identity(older.terms) == ratio_identity(terms):
+            ratios = older.ratios
         else:
             under = None
             if isinstance(old, MergeAttachment) and old.site.layer is site.layer:
                 under = old.backup.parameter(site.parameter.device)
             with torch.inference_mode(False), torch.no_grad():
-                norms = norms_of(access, site if under is None else site_of(site, under), terms)
-        self.norms: dict[int, torch.Tensor] = norms
-        self.hook = Bypass(site.key, terms, site.shape, norms, access.bias)
+                ratios = ratios_of(access, site if under is None else site_of(site, under), terms, device)
+        self.ratios: dict[int, torch.Tensor] = ratios
+        self.hook = Bypass(site.key, terms, site.shape, ratios, access.bias)
         if older is not None:
             self.hook.share_factors_with(older.hook)
         self._handles: list[Any] = []
@@ -142,10 +143,18 @@ class MergeAttachment(Attachment):
     mode = Mode.MERGE
 
     def __init__(
-        self, access: ModelAccess, site: Site, terms: tuple[Term, ...], choice: Choice, backup: Backup
+        self,
+        access: ModelAccess,
+        site: Site,
+        terms: tuple[Term, ...],
+        choice: Choice,
+        device: torch.device,
+        backup: Backup,
     ) -> None:
         super().__init__(access, site, terms, choice)
         self.backup = backup
+        self._compute_device = device
+        self._strayed_from: torch.device | None = None
         self._merged: torch.nn.Parameter | None = None
         if parameter_bytes(site.parameter) <= KEPT_BYTES:
             self._merged = self._merge()
@@ -156,12 +165,17 @@ class MergeAttachment(Attachment):
         # it frees what it replaces.
         device = self.site.parameter.device
         if merged.device != device:
+            self._strayed_from = device
             self.access.set_parameter(self.site, merged)
             merged = moved(merged, device)
         self.access.set_parameter(self.site, merged)
+        self._strayed_from = None
 
     def detach(self) -> None:
-        self.access.set_parameter(self.site, self.backup.parameter(self.site.parameter.device))
+        # Where an attach ended half way, the parameter lies in RAM and belongs elsewhere.
+        device = self._strayed_from or self.site.parameter.device
+        self.access.set_parameter(self.site, self.backup.parameter(device))
+        self._strayed_from = None
 
     def _merge(self) -> torch.nn.Parameter:
         here = self.site.parameter.device
@@ -172,7 +186,7 @@ class MergeAttachment(Attachment):
         with torch.inference_mode(False), torch.no_grad():
             if wide:
                 data = original.detach()
-                on_device = self.access.device() if data.numel() * data.element_size() > KEPT_BYTES else data.device
+                on_device = self._compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
                 small = MOVED_SLICE_BYTES if data.device != on_device else SLICE_BYTES
                 merged = merge(data, self.terms, device=on_device, out_dtype=dtype, slice_bytes=small)
                 was_finite = bool(torch.isfinite(data).all())

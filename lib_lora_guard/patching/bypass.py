@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,14 +13,13 @@ from ..errors import LoraGuardError
 from .access import plain_bias
 from .device_cache import DeviceCache
 from .forward_program import BiasOf, compile_program
-from .forward_steps import LowRankStep
 from .layer_call import LayerCall
 
 
 class Bypass:
     """Forward hooks for one linear or convolution layer.
 
-    `norms` has what the magnitudes of DoRAs in the stack are divided by, see `patching.norms`.
+    `ratios` has magnitude over norm of the DoRAs in the stack, see `patching.norms`.
     """
 
     def __init__(
@@ -27,13 +27,14 @@ class Bypass:
         key: str,
         terms: tuple[Term, ...],
         shape: tuple[int, ...],
-        norms: Mapping[int, torch.Tensor] | None = None,
+        ratios: Mapping[int, torch.Tensor] | None = None,
         bias_of: BiasOf = plain_bias,
     ) -> None:
         self.key, self.shape = key, shape
-        self.program = compile_program(terms, shape, norms or {}, bias_of)
+        self.program = compile_program(terms, shape, ratios or {}, bias_of)
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
-        self._true_input: torch.Tensor | None = None
+        # Per thread: two threads may run one model.
+        self._true_input = threading.local()
 
     def __reduce__(self) -> str:
         raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
@@ -43,6 +44,7 @@ class Bypass:
         handles: list[Any] = [layer.register_forward_hook(self, with_kwargs=True)]
         if self.program.input_scale is not None:
             handles.append(layer.register_forward_pre_hook(self.scale_input, with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._forget_input, always_call=True))
         return handles
 
     def scale_input(
@@ -51,9 +53,13 @@ class Bypass:
         """Before the layer's own product: its input, scaled per channel. The true one is kept for the steps after it."""
         x = args[0] if args else next(iter(kwargs.values()))
         scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
-        per_channel = scale if len(self.shape) == 2 else scale.view(-1, *[1] * (x.dim() - 2))
-        self._true_input = x
-        scaled = torch.mul(x, per_channel, out=torch.empty_like(x))
+        per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
+        self._true_input.x = x
+        if x.requires_grad and torch.is_grad_enabled():
+            scaled = (x * per_channel).to(x.dtype)
+        else:
+            # In fp32 inside the kernel, without a copy of that size.
+            scaled = torch.mul(x, per_channel, out=torch.empty_like(x))
         if args:
             return (scaled, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): scaled}
@@ -61,20 +67,25 @@ class Bypass:
     def __call__(
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
-        x = self._true_input
-        self._true_input = None
+        x = getattr(self._true_input, "x", None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
+        without_batch = x.dim() == len(self.shape) - 1 and len(self.shape) > 2
+        if without_batch:
+            x, output = x.unsqueeze(0), output.unsqueeze(0)
         call = LayerCall(self.key, layer, x.to(output.dtype), output, self.shape)
         for step in self.program.steps:
             step.run(call)
-        return call.output
+        return call.output.squeeze(0) if without_batch else call.output
+
+    def _forget_input(self, layer: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Last of all, and after an exception too: an activation must not outlive its call."""
+        self._true_input.x = None
 
     def share_factors_with(self, older: Bypass) -> None:
         """Takes over the device copies of a stack that differs in strengths alone."""
         for mine, theirs in zip(self.program.steps, older.program.steps, strict=False):
-            if isinstance(mine, LowRankStep) and isinstance(theirs, LowRankStep):
-                mine.joined.share_factors_with(theirs.joined)
+            mine.share_factors_with(theirs)
 
     def drop_device_copies(self) -> None:
         self._scales.drop()

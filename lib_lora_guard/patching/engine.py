@@ -53,8 +53,8 @@ class Engine:
     def __init__(self) -> None:
         self._attached: dict[str, Attachment] = {}
         self._unfinished: list[Callable[[], object]] = []
-        self._budget: Callable[[], BackupBudget] = _no_budget
-        self._backups = BackupStore(lambda: self._budget())
+        self._budget = _Budget()
+        self._backups = BackupStore(self._budget)
 
     @property
     def attached(self) -> Mapping[str, Attachment]:
@@ -77,7 +77,8 @@ class Engine:
         raises LoraMismatchError instead.
         """
         started = time.perf_counter()
-        self._budget = access.backup_budget
+        self._budget.ask = access.backup_budget
+        device = access.device()
         self._finish_undoing()
         accepted, reports = self._validate(access, stack)
         for report in reports:
@@ -86,11 +87,12 @@ class Engine:
         while True:
             planned = self._plan(access, accepted, reports, wish)
             try:
-                self._commit(self._prepare(access, planned))
+                self._commit(self._prepare(access, planned, device))
                 break
             except UnusableTermsError as error:
                 if not leave_out:
                     raise
+                self._finish_undoing()
                 # Each round leaves at least one LoRA out, so this ends.
                 for origin in {term.origin for term in error.terms}:
                     accepted.pop(origin, None)
@@ -98,7 +100,6 @@ class Engine:
         for _, terms, choice in planned.values():
             for origin in {term.origin for term in terms}:
                 reports[origin].count(choice)
-        device = access.device()
         return ApplyReport(
             model=access.name,
             loras=reports,
@@ -156,6 +157,8 @@ class Engine:
                 continue
             fitting: dict[str, tuple[Site, list[Term]]] = {}
             for key, terms in lora.terms.items():
+                if not terms:
+                    continue
                 site = self._site(access, key)
                 if site is None:
                     report.skipped.append(key)
@@ -223,6 +226,7 @@ class Engine:
         self,
         access: ModelAccess,
         planned: Mapping[str, tuple[Site, tuple[Term, ...], Choice]],
+        device: torch.device,
     ) -> dict[str, Attachment]:
         target: dict[str, Attachment] = {}
         for key, (site, terms, choice) in planned.items():
@@ -231,7 +235,7 @@ class Engine:
                 if old is not None and old.site.layer is site.layer and old.is_same(choice, terms):
                     target[key] = old
                     continue
-                new: Attachment = BypassAttachment(access, site, terms, choice, old)
+                new: Attachment = BypassAttachment(access, site, terms, choice, device, old)
             elif choice.mode is Mode.ON_THE_FLY:
                 new = OnTheFlyAttachment(access, site, terms, choice)
             else:
@@ -240,7 +244,7 @@ class Engine:
                     target[key] = old
                     continue
                 backup = under or self._backups.keep(key, site.parameter)
-                new = MergeAttachment(access, site, terms, choice, backup)
+                new = MergeAttachment(access, site, terms, choice, device, backup)
             target[key] = (
                 old if old is not None and old.site.layer is site.layer and old.identity() == new.identity() else new
             )
@@ -302,5 +306,11 @@ def _release(gone: Mapping[str, Attachment], stays: Mapping[str, Attachment]) ->
             attachment.backup.release()
 
 
-def _no_budget() -> BackupBudget:
-    return BackupBudget(0, 0, 0)
+class _Budget:
+    """Asks the model of the present change; an object of its own, so that the engine is no reference cycle."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[], BackupBudget] = lambda: BackupBudget(0, 0, 0)
+
+    def __call__(self) -> BackupBudget:
+        return self.ask()

@@ -25,10 +25,10 @@ class Program:
 
 
 def compile_program(
-    terms: Sequence[Term], shape: tuple[int, ...], norms: Mapping[int, torch.Tensor], bias_of: BiasOf
+    terms: Sequence[Term], shape: tuple[int, ...], ratios: Mapping[int, torch.Tensor], bias_of: BiasOf
 ) -> Program:
-    """`terms` must satisfy `planning.cheap.has_cheap_form` for `shape`; `norms` has, by place in the stack, what each DoRA's
-    magnitude is divided by (fp32). Raises TypeError for a term without a cheap form."""
+    """`terms` must satisfy `planning.cheap.has_cheap_form` for `shape`; `ratios` has, by place in the stack, each DoRA's
+    magnitude over the norm (fp32). Raises TypeError for a term without a cheap form."""
     steps: list[Step] = []
     low_ranks: list[Entry] = []
     input_scale: torch.Tensor | None = None
@@ -61,7 +61,7 @@ def compile_program(
         elif isinstance(form, InputScale):
             input_scale = 1 + strength * form.difference.float()
         elif isinstance(form, Decomposed):
-            ratio = form.magnitude.float() / norms[index]
+            ratio = ratios[index]
             scale = 1 + strength * (ratio - 1)
             if form.by_row:
                 scale_rows(scale, term.part)

@@ -25,21 +25,21 @@ class Step(ABC):
     """One exact change of a layer's output."""
 
     def run(self, call: LayerCall) -> None:
-        if call.is_linear:
-            self.on_linear(call)
-            return
         try:
-            self.on_convolution(call)
+            (self.on_linear if call.is_linear else self.on_convolution)(call)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise call.convolution_error() from error
+            raise call.out_of_memory() from error
 
     @abstractmethod
     def on_linear(self, call: LayerCall) -> None: ...
 
     @abstractmethod
     def on_convolution(self, call: LayerCall) -> None: ...
+
+    def share_factors_with(self, older: Step) -> None:  # noqa: B027  # most steps keep nothing
+        """Takes over the device copies of a step that differs in its strength alone."""
 
     def device_bytes(self, dtype: torch.dtype) -> int:
         """Bytes kept on a device while the model runs there."""
@@ -58,6 +58,10 @@ class LowRankStep(Step):
 
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.joined = JoinedLowRank(entries, shape)
+
+    def share_factors_with(self, older: Step) -> None:
+        if isinstance(older, LowRankStep):
+            self.joined.share_factors_with(older.joined)
 
     def device_bytes(self, dtype: torch.dtype) -> int:
         return self.joined.device_bytes(dtype)
@@ -90,6 +94,10 @@ class KhatriRaoStep(Step):
     def __init__(self, form: KhatriRao, strength: float, part: Slice | None) -> None:
         self.form, self.strength, self.part = form, strength, part
         self._copies: DeviceCache[tuple[torch.Tensor, ...]] = DeviceCache()
+
+    def share_factors_with(self, older: Step) -> None:
+        if isinstance(older, KhatriRaoStep) and all(map(_is_same, self._factors(), older._factors())):
+            self._copies = older._copies
 
     def device_bytes(self, dtype: torch.dtype) -> int:
         return sum(t.numel() * t.element_size() for t in self._factors())
@@ -140,6 +148,17 @@ class KroneckerStep(Step):
     def __init__(self, form: Kronecker, strength: float, part: Slice | None) -> None:
         self.form, self.strength, self.part = form, strength, part
         self._copies: DeviceCache[tuple[torch.Tensor, tuple[torch.Tensor, ...], float]] = DeviceCache()
+
+    def share_factors_with(self, older: Step) -> None:
+        if not isinstance(older, KroneckerStep) or self.form.scale != older.form.scale:
+            return
+        mine, theirs = (*self.form.left, *self.form.right), (*older.form.left, *older.form.right)
+        if (
+            len(self.form.left) == len(older.form.left)
+            and len(mine) == len(theirs)
+            and all(map(_is_same, mine, theirs))
+        ):
+            self._copies = older._copies
 
     def device_bytes(self, dtype: torch.dtype) -> int:
         left = self.form.left[0].shape[0] * self.form.left[-1].shape[1]
@@ -240,6 +259,10 @@ class ScaleStep(Step):
             target.add_(((1 - factor) * bias).view(-1, *spatial))
 
 
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
+
+
 def _add_block_to_linear(call: LayerCall, block: Block, scale: Scale) -> None:
     flat_in, flat_out = call.flat()
     if block.part is not None:
@@ -250,11 +273,17 @@ def _add_block_to_linear(call: LayerCall, block: Block, scale: Scale) -> None:
         activation = torch.nn.functional.linear(flat_in.narrow(0, start, length), down)
         if scale.per_rank is not None:
             activation.mul_(scale.per_rank)
-        for out in block.outputs:
+        for number, out in enumerate(block.outputs):
             target = flat_out.narrow(0, start, length)
             if out.part is not None:
                 target = target.narrow(1, out.part.start, out.part.length)
-            target.addmm_(activation.narrow(1, out.start, out.up.shape[1]), out.up.t(), alpha=scale.alpha)
+            try:
+                target.addmm_(activation.narrow(1, out.start, out.up.shape[1]), out.up.t(), alpha=scale.alpha)
+            except Exception as error:
+                if number == 0 or not is_out_of_memory(error):
+                    raise
+                # The first output has its part already: another run would add it twice.
+                raise call.out_of_memory() from error
 
     call.in_chunks(flat_in.shape[0], add)
 

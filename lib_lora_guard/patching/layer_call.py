@@ -34,7 +34,7 @@ class LayerCall:
     @property
     def channel_dim(self) -> int:
         """The dimension of `x` and `output` that the weight's columns and rows belong to."""
-        return -1 if self.is_linear else 1
+        return 1 - len(self.shape)
 
     def input_of(self, part: Slice | None) -> torch.Tensor:
         return self.x if part is None or part.dim == 0 else self.x.narrow(self.channel_dim, part.start, part.length)
@@ -69,7 +69,7 @@ class LayerCall:
                 continue
             start += length
 
-    def convolution_error(self) -> LayerError:
+    def out_of_memory(self) -> LayerError:
         return LayerError(
-            f"{self.key}: no memory left for the LoRA of this convolution. Make the picture smaller, or lower 'GPU Weights' by 500 MB"
+            f"{self.key}: no memory left for the LoRA of this {'layer' if self.is_linear else 'convolution'}. Make the picture smaller, or lower 'GPU Weights' by 500 MB"
         )

@@ -15,8 +15,8 @@ PASS_BYTES = 64 << 20
 """fp32 bytes of a weight that are dense at a time."""
 
 
-def norms_of(access: ModelAccess, site: Site, terms: Sequence[Term]) -> dict[int, torch.Tensor]:
-    """What the magnitude of each DoRA in a stack is divided by (fp32, in RAM), by place in the stack.
+def ratios_of(access: ModelAccess, site: Site, terms: Sequence[Term], device: torch.device) -> dict[int, torch.Tensor]:
+    """Magnitude over norm of each DoRA in a stack (fp32, in RAM), by place in the stack. Computed on `device`.
 
     The norms are those of the weight as the terms before leave it, with or without the DoRA's own delta as its form says,
     plus eps as in the host (Forge `backend/patcher/lora.py`).
@@ -25,12 +25,13 @@ def norms_of(access: ModelAccess, site: Site, terms: Sequence[Term]) -> dict[int
     for index, term in enumerate(terms):
         form = form_of(term, site.shape, is_first=index == 0)
         if isinstance(form, Decomposed):
-            result[index] = _pass(access, site, terms[:index], term, form)
+            norm = _pass(access, site, terms[:index], term, form, device)
+            result[index] = form.magnitude.float() / norm
     return result
 
 
-def norm_identity(terms: Sequence[Term]) -> list[object]:
-    """Equal for two stacks whose norms are equal: all that comes before the last DoRA, and that without its strength."""
+def ratio_identity(terms: Sequence[Term]) -> list[object]:
+    """Equal for two stacks whose ratios are equal: all that comes before the last DoRA, and that without its strength."""
     last = max((i for i, t in enumerate(terms) if isinstance(t.adapter.cheap_forward(), Decomposed)), default=-1)
     if last < 0:
         return []
@@ -38,8 +39,10 @@ def norm_identity(terms: Sequence[Term]) -> list[object]:
     return [*(term.identity() for term in terms[:last]), (end.adapter.identity(), end.strength_model, end.part)]
 
 
-def _pass(access: ModelAccess, site: Site, before: Sequence[Term], term: Term, form: Decomposed) -> torch.Tensor:
-    rows, device = site.shape[0], access.device()
+def _pass(
+    access: ModelAccess, site: Site, before: Sequence[Term], term: Term, form: Decomposed, device: torch.device
+) -> torch.Tensor:
+    rows = site.shape[0]
     step = max(1, PASS_BYTES // (4 * product_of(site.shape[1:])))
     if before or term.part is not None:
         # Other terms may need the whole weight, and a part may lie across two passes; such stacks are rare.

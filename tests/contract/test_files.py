@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.make import rand, write_kohya
 
 from lib_lora_guard.adapters.patch_tuples import OWN_KIND
@@ -34,8 +34,9 @@ def not_called(*args, **kwargs):
     raise AssertionError("the host's own reader was asked")
 
 
-def load(files, patcher, path, strength=1.0, clip=None, lora=None):
-    return files.load_for_models(not_called, patcher, clip, lora, strength, strength, str(path))
+def load(files, patcher, path, strength=1.0, clip=None):
+    state = files.load_state(not_called, str(path))
+    return files.load_for_models(not_called, patcher, clip, state, strength, strength, str(path))
 
 
 def picture(host, patcher, x):
@@ -232,8 +233,9 @@ def test_an_unexpected_failure_hands_the_file_to_the_host(guarded, tmp_path, mon
     monkeypatch.setattr(forge_files, "match_file", broken)
     patcher, _ = guarded.build("bf16")
     asked = []
-    result = LoraFiles().load_for_models(
-        lambda *a: asked.append(a) or ("host", "host"), patcher, None, {}, 1.0, 1.0, str(tmp_path / "s.safetensors")
+    files, path = LoraFiles(), str(tmp_path / "s.safetensors")
+    result = files.load_for_models(
+        lambda *a: asked.append(a) or ("host", "host"), patcher, None, files.load_state(dict, path), 1.0, 1.0, path
     )
     assert result == ("host", "host")
     assert asked[0][0] is patcher
@@ -249,6 +251,59 @@ def test_the_host_maps_a_file_only_when_something_looks_inside(tmp_path):
     assert dict(state) == {"a": 1}
     assert len(loads) == 1
     assert LoraFiles().load_state(lambda name: {"b": 2}, "not a file") == {"b": 2}
+
+
+def test_tensors_that_another_extension_has_changed_count_and_not_the_file(guarded, tmp_path):
+    path = tmp_path / "s.safetensors"
+    write_kohya(path, MODULES)
+    files = LoraFiles()
+    state = dict(load_file(str(path)))
+    state = {k: torch.zeros_like(v) if k.endswith("lora_up.weight") else v for k, v in state.items()}
+    patcher, _ = guarded.build("bf16")
+    changed, _ = files.load_for_models(not_called, patcher, None, state, 1.0, 1.0, str(path))
+    entries = next(iter(changed.lora_patches.values()))
+    assert all(float(e[0][1][1][0].abs().max()) == 0 for e in entries.values())
+
+
+def test_the_files_of_one_stack_stay_whatever_their_size(guarded, tmp_path, monkeypatch):
+    from lib_lora_guard.hosts import forge_files
+
+    monkeypatch.setattr(forge_files, "KEPT_BYTES", 1)
+    reads, read = [], forge_files.read_lora_file
+    monkeypatch.setattr(forge_files, "read_lora_file", lambda path: reads.append(path.name) or read(path))
+    for name in "abc":
+        write_kohya(tmp_path / f"{name}.safetensors", MODULES)
+    files = LoraFiles()
+    patcher, _ = guarded.build("bf16")
+    for strength in (1.0, 0.5):
+        changed = patcher
+        for name in "abc":
+            changed, _ = load(files, changed, tmp_path / f"{name}.safetensors", strength)
+    assert reads == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    for name in "cca":
+        load(files, patcher, tmp_path / f"{name}.safetensors")
+    assert reads[3:] == ["a.safetensors"], "what the last two stacks do not use is given back"
+
+
+def test_as_trained_is_a_setting_of_the_takeover_and_the_tuples_stay_the_hosts(guarded, tmp_path, x):
+    up, down = rand(32, 4, seed=2, scale=0.1), rand(4, 32, seed=3, scale=0.1)
+    name = "lora_unet_blocks_0_proj"
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.dora_scale": rand(32, 1, seed=4).abs() + 0.5}  # fmt: skip
+    save_file(tensors, str(tmp_path / "d.safetensors"))
+    patcher, dense = guarded.build("fp32")
+    weight, base = dense["blocks.0.proj.weight"], picture(guarded, patcher, x).clone()
+    patched = weight + up @ down
+    pictures = {}
+    for as_trained, norm in ((False, weight), (True, patched)):
+        guarded.guard.control.as_trained = as_trained
+        new = patched * tensors[f"{name}.dora_scale"] / norm.norm(dim=1, keepdim=True)
+        wanted = torch.func.functional_call(patcher.model, {**dense, "blocks.0.proj.weight": new}, (x,))
+        changed, _ = load(LoraFiles(), patcher, tmp_path / "d.safetensors", 1.0)
+        assert next(iter(changed.lora_patches.values()))["blocks.0.proj.weight"][0][1][0] == "lora"
+        pictures[as_trained] = picture(guarded, changed, x).clone()
+        assert (pictures[as_trained] - wanted).norm() <= 1e-4 * (wanted - base).norm()
+        picture(guarded, patcher, x)
+    assert (pictures[True] - pictures[False]).norm() > 0.01 * (pictures[True] - base).norm()
 
 
 def test_hooks_on_the_hosts_lora_extension_come_once_and_go(guarded, monkeypatch):
@@ -273,5 +328,24 @@ def test_hooks_on_the_hosts_lora_extension_come_once_and_go(guarded, monkeypatch
     forge.install()
     from lib_lora_guard.errors import HostError
 
-    with pytest.raises(HostError, match=r"networks\.load_lora_for_models has no parameter clip"):
+    with pytest.raises(HostError, match=r"networks\.load_lora_for_models has no parameter filename"):
         forge.install_file_reader()
+
+
+def test_a_wrapper_of_another_extension_and_a_module_loaded_again(guarded, monkeypatch):
+    import sys
+    import types
+
+    networks, calls = types.ModuleType("networks"), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        return args[0], args[1]
+
+    networks.load_lora_for_models, networks.load_lora_state_dict = wrapped, dict
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    forge.install_file_reader()
+    assert networks.load_lora_for_models is not wrapped
+    networks.load_lora_for_models, networks.load_lora_state_dict = wrapped, dict
+    forge.install_file_reader()
+    assert hasattr(networks.load_lora_for_models, "lora_guard_hook"), "hooked again after a reload of the module"

@@ -120,7 +120,7 @@ def count_and_fail(monkeypatch, owner, name, countdown):
 
 STEPS = [
     (PlainAccess, "site"),
-    (attachments, "norms_of"),
+    (attachments, "ratios_of"),
     (attachments, "merge"),
     (BackupStore, "keep"),
     (PlainAccess, "set_parameter"),

@@ -9,7 +9,7 @@ from support.reference import merge_reference
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.plain import PlainAccess
 from lib_lora_guard.patching.bypass import Bypass
-from lib_lora_guard.patching.norms import norms_of
+from lib_lora_guard.patching.norms import ratios_of
 
 LINEAR, CONV, POINT = (24, 16), (12, 8, 3, 3), (12, 8, 1, 1)
 
@@ -39,14 +39,16 @@ def run(layer, terms, x):
     model = torch.nn.Sequential(layer)
     access = PlainAccess(model)
     site = access.site("0.weight")
-    hook = Bypass("0.weight", tuple(terms), site.shape, norms_of(access, site, terms), access.bias)
+    hook = Bypass(
+        "0.weight", tuple(terms), site.shape, ratios_of(access, site, terms, torch.device("cpu")), access.bias
+    )
     handles = hook.attach(layer)
     try:
         return model(x)
     finally:
         for handle in handles:
             handle.remove()
-        assert hook._true_input is None
+        assert getattr(hook._true_input, "x", None) is None
 
 
 def check(layer, entries, x):
@@ -138,7 +140,7 @@ def test_a_layer_without_bias_and_one_called_by_keyword():
     site = PlainAccess(model := torch.nn.Sequential(layer)).site("0.weight")
     assert access.name == "Sequential"
     assert model is not None
-    hook = Bypass("k", tuple(terms), site.shape, norms_of(PlainAccess(model), site, terms))
+    hook = Bypass("k", tuple(terms), site.shape, ratios_of(PlainAccess(model), site, terms, torch.device("cpu")))
     positional = run(layer, terms, x)
     handles = hook.attach(layer)
     assert torch.equal(layer(input=x), positional)
