@@ -15,9 +15,9 @@ BELOW = {
     "files": {"files"},
     "memory": {"memory"},
     "adapters": {"adapters", "files"},
-    "models": {"models", "adapters"},
+    "models": {"models", "adapters", "files"},
     "planning": {"planning", "adapters", "weights"},
-    "reporting": {"reporting", "planning", "weights", "adapters"},
+    "reporting": {"reporting", "planning", "weights", "adapters", "files"},
     "patching": set(PURE),
 }
 """Which of our packages each one may import; errors and version are free to all."""

@@ -189,6 +189,10 @@ class Adapter(ABC):
         return None
 
 
+LARGEST_NUMBER = 1e30
+"""Of strengths and alphas: their product with each other and with the factors must fit into fp32."""
+
+
 @dataclass(frozen=True, eq=False)
 class Term:
     """One adapter of one LoRA on one weight, with everything the host asks of it."""
@@ -208,8 +212,8 @@ class Term:
         """Raises LoraMismatchError unless this term can be applied to a weight of `shape`."""
         alpha = getattr(self.adapter, "alpha", None)
         for name, number in (("strength", self.strength), ("model strength", self.strength_model), ("alpha", alpha)):
-            if number is not None and not math.isfinite(number):
-                raise LoraMismatchError(f"its {name} is {number}, not a finite number")
+            if number is not None and not abs(number) < LARGEST_NUMBER:
+                raise LoraMismatchError(f"its {name} is {number}, not a usable number")
         if self.part is not None:
             shape, may_expand = self.part.shape_in(shape), False
         self.adapter.check(shape, may_expand=may_expand)
@@ -238,6 +242,17 @@ def add_delta(weight: torch.Tensor, delta: torch.Tensor, factor: float, function
     if function is None:
         return weight.add_(delta.to(weight.dtype), alpha=factor)
     return weight.add_(function((delta * factor).to(weight.dtype)))
+
+
+LARGEST_RANK = 512
+"""Below this a rank is never refused. Above it, one larger than both sides of the weight says nothing that a smaller one
+could not, and a file of some kilobytes could ask for gigabytes of products."""
+
+
+def check_rank(rank: int, shape: Shape) -> None:
+    """Raises LoraMismatchError for a rank that no trainer gives a weight of `shape`."""
+    if rank > max(LARGEST_RANK, shape[0], product_of(shape[1:])):
+        raise LoraMismatchError(f"its rank is {rank}, far more than a weight of {list(shape)} has")
 
 
 def mismatch(what: str, found: Sequence[int], wanted: Sequence[int]) -> LoraMismatchError:

@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import LoraMismatchError
+from ..files import shown
+from .base import LARGEST_NUMBER
+
 log = logging.getLogger(__name__)
 
 _COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -28,12 +32,15 @@ class PeftSettings:
     entries: Mapping[str, Any] = field(default_factory=dict)
 
     def alpha_for(self, module: str, rank: int) -> float | None:
-        """The alpha that gives `alpha / rank` the scale the configuration asks for; None where it states none."""
+        """The alpha that gives `alpha / rank` the scale the configuration asks for; None where it states none. Raises
+        LoraMismatchError for one that nothing can be multiplied with."""
         alpha = _match(self.entries.get("alpha_pattern"), module)
         if alpha is None:
             alpha = self.entries.get("lora_alpha", self.entries.get("alpha"))
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
             return None
+        if not abs(alpha) < LARGEST_NUMBER:
+            raise LoraMismatchError("its settings ask for an alpha that is no usable number")
         # rsLoRA (arXiv 2312.03732) divides by the root of the rank.
         return alpha * math.sqrt(rank) if self.entries.get("use_rslora") is True else float(alpha)
 
@@ -41,7 +48,7 @@ class PeftSettings:
         """The rank the configuration states, for kinds whose tensors do not show it."""
         rank = _match(self.entries.get("rank_pattern"), module)
         rank = self.entries.get("r") if rank is None else rank
-        return rank if isinstance(rank, int) and rank > 0 else None
+        return rank if isinstance(rank, int) and 0 < rank < 1_000_000 else None
 
     def is_feedforward(self, module: str) -> bool | None:
         """IA3: whether this module's factors are for its input; None where the configuration does not say."""
@@ -49,7 +56,8 @@ class PeftSettings:
         if isinstance(names, str):
             return _matches(names, module)
         if isinstance(names, list):
-            return any(module == name or module.endswith(f".{name}") for name in names if isinstance(name, str))
+            ends = {module[start:] for start in (0, *(n + 1 for n, c in enumerate(module) if c == "."))}
+            return any(name in ends for name in names if isinstance(name, str))
         return None
 
     @property
@@ -87,7 +95,7 @@ def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
         entries = None
     if not isinstance(entries, dict):
         log.warning(
-            "%s: its adapter settings are not readable JSON, so its alpha is not known and 1 is used", path.name
+            "%s: its adapter settings are not readable JSON, so its alpha is not known and 1 is used", shown(path.name)
         )
         return FileSettings({})
     parts: dict[str, dict[str, Any]] = {}
@@ -99,16 +107,27 @@ def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
 
 
 def _match(pattern: Any, module: str) -> int | float | None:
-    """PEFT's rule: a key of the pattern is a regular expression for the end of the module's path."""
+    """PEFT's rule: a key of the pattern is the end of the module's path, or a regular expression for it."""
     if not isinstance(pattern, dict):
         return None
-    for key, value in pattern.items():
-        if isinstance(value, (int, float)) and (_matches(key, module) or _matches(f".*.{key}", module)):
-            return value
-    return None
+    for start in (0, *(n + 1 for n, c in enumerate(module) if c == ".")):
+        for key in (module[start:], f"^{module[start:]}", f"{module[start:]}$", f"^{module[start:]}$"):
+            if isinstance(value := pattern.get(key), (int, float)):
+                return value
+    wild = [key for key in pattern if isinstance(key, str) and ".*" in key]
+    if len(wild) > MOST_EXPRESSIONS:
+        return None
+    values = ((pattern[key], key) for key in wild)
+    return next((v for v, key in values if isinstance(v, (int, float)) and _matches(f".*{key}", module)), None)
+
+
+MOST_EXPRESSIONS, LONGEST_EXPRESSION = 64, 200
+"""A file must not choose expressions that run for minutes; PEFT's own patterns are names."""
 
 
 def _matches(expression: str, module: str) -> bool:
-    # Only `.*`, `^`, `$` and escaped dots are understood: a file must not choose an expression that runs for hours.
-    plain = expression.removeprefix("^").removesuffix("$").replace(".*", "*").replace("\\.", ".")
-    return not set(plain) & set("\\[](){}|+?^$") and fnmatch.fnmatchcase(module, plain)
+    # Only `.*`, `^`, `$` and escaped dots are understood.
+    plain = expression.replace("^", "").removesuffix("$").replace(".*", "*").replace("\\.", ".")
+    if len(plain) > LONGEST_EXPRESSION or set(plain) & set("\\[](){}|+?$"):
+        return False
+    return fnmatch.fnmatchcase(module, plain)

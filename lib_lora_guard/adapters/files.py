@@ -114,6 +114,10 @@ def parse_tensors(
         peft = settings.of(module)
         try:
             weight = _KINDS[weights[0]](kinds[weights[0]], _number_fields(scale), peft, module) if weights else None
+            whole = weight is None or isinstance(weight, (DiffAdapter, SetAdapter))
+            if weight is not None and not whole and any(tensor.dim() == 0 for tensor in weight.tensors()):
+                raise LoraMismatchError("a single number where a factor belongs")
+            bias_scale = weight.scale if isinstance(weight, LoraAdapter) else 1.0
         except (TypeError, KeyError) as error:
             raise LoraFileError(
                 f"{name}: {shown(module)} is incomplete (a {weights[0]} without {_missing(error)}); download the file again"
@@ -133,8 +137,7 @@ def parse_tensors(
         if "bias" in kinds:
             put(module, "bias", DiffAdapter(**kinds["bias"]))
         if "lora_bias" in kinds:
-            factor = weight.scale if isinstance(weight, LoraAdapter) else 1.0
-            put(module, "bias", DiffAdapter(**kinds["lora_bias"], scale=factor))
+            put(module, "bias", DiffAdapter(**kinds["lora_bias"], scale=bias_scale))
         if "set_bias" in kinds:
             put(module, "bias", SetAdapter(**kinds["set_bias"]))
     if not adapters:
@@ -171,7 +174,7 @@ def _group(name: str, tensors: Tensors) -> tuple[dict[str, dict[str, Fields]], l
             check_values(tensor, whole_numbers=field_name in ("alpha", "on_input"))
         except LoraMismatchError as error:
             raise LoraFileError(f"{name}: {shown(key)}: {error}") from None
-        if field_name == "alpha" and tensor.numel() != 1:
+        if field_name in ("alpha", "on_input") and tensor.numel() != 1:
             raise LoraFileError(f"{name}: {shown(key)} has {tensor.numel()} values instead of one; the file is damaged")
         groups.setdefault(module, {}).setdefault(kind, {})[field_name] = tensor
     return groups, unknown
@@ -234,6 +237,9 @@ def _glora(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Ad
     if core is not None:
         # A Tucker core, multiplied into the factor that has the kernel without one.
         b2 = fields["b2"]
+        made = core.shape[0] * b2[0].numel() * math.prod(core.shape[2:])
+        if made > 64 * (core.numel() + b2.numel()):
+            raise LoraMismatchError("a core of far more than its rank")
         fields["b2"] = torch.einsum("ri...,ij->rj...", core, b2.flatten(1).to(core))
     return GloraAdapter(**fields, **scale)
 

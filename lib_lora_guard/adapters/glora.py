@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, RowFunction, Shape, add_delta, mismatch, product_of
+from .base import Adapter, RowFunction, Shape, add_delta, check_rank, mismatch, product_of
 from .dora import check_magnitude, decompose
 
 
@@ -43,6 +43,7 @@ class GloraAdapter(Adapter):
         old = self.is_old(shape)
         a_in, a_out = (self.a2, self.a1) if old else (self.a1, self.a2)
         b_out, b_in = (self.b2, self.b1) if old else (self.b1, self.b2)
+        check_rank(max(a_in.flatten(1).shape[1], b_out.flatten(1).shape[1]), shape)
         if a_in.flatten(1).shape[1] != a_out.shape[0] or b_out.flatten(1).shape[1] != b_in.shape[0]:
             raise LoraMismatchError(f"GLoRA factors do not multiply: {[list(f.shape) for f in factors]}")
         gives = (b_out.shape[0], product_of(b_in.shape[1:]))

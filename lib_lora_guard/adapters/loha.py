@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, KhatriRao, RowFunction, Shape, add_delta, mismatch, product_of
+from .base import Adapter, KhatriRao, RowFunction, Shape, add_delta, check_rank, mismatch, product_of
 from .dora import check_magnitude, decompose, is_by_row
 
 
@@ -45,6 +45,7 @@ class LohaAdapter(Adapter):
             else:
                 fits = core.dim() > 2 and core.shape[0] == a.shape[0] and core.shape[1] == b.shape[0]
                 gives = (a.shape[1], b.shape[1] * product_of(core.shape[2:]))
+            check_rank(a.shape[1] if core is None else max(core.shape[:2]), shape)
             if not fits:
                 raise LoraMismatchError(f"LoHa factors {list(a.shape)} and {list(b.shape)} do not multiply")
             if gives != (shape[0], product_of(shape[1:])):

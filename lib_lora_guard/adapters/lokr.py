@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, Kronecker, RowFunction, Shape, add_delta, mismatch, product_of
+from .base import Adapter, Kronecker, RowFunction, Shape, add_delta, check_rank, mismatch, product_of
 from .dora import check_magnitude, decompose
 
 
@@ -44,6 +44,11 @@ class LokrAdapter(Adapter):
         return 1.0 if self.alpha is None or rank is None else self.alpha / rank
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
+        for factor in (self.w1b, self.w2b):
+            if factor is not None and factor.dim():
+                check_rank(factor.shape[0], shape)
+        if self.t2 is not None and self.t2.dim() > 1:
+            check_rank(max(self.t2.shape[:2]), shape)
         try:
             left, right = self._sides(torch.empty(0, device="meta"), meta=True)
         except (RuntimeError, ValueError, IndexError) as error:

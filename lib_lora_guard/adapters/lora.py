@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, Decomposed, LowRank, RowFunction, Shape, mismatch, product_of
+from .base import Adapter, Decomposed, LowRank, RowFunction, Shape, check_rank, mismatch, product_of
 from .dora import check_magnitude, decompose, is_by_row
+from .whole import WIDEST
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +56,12 @@ class LoraAdapter(Adapter):
         if not pairs:
             mid = "" if self.mid is None else f" over mid {list(self.mid.shape)}"
             raise LoraMismatchError(f"up {list(self.up.shape)} and down {list(self.down.shape)} do not multiply{mid}")
+        check_rank(max(inner_up, self.down.shape[0]), shape)
         rows, columns = self.delta_shape()
         wanted = (shape[0], product_of(shape[1:]))
-        if rows != wanted[0] or (columns != wanted[1] and not (may_expand and len(shape) == 2)):
+        if rows != wanted[0] or (
+            columns != wanted[1] and not (may_expand and len(shape) == 2 and columns <= WIDEST * shape[1])
+        ):
             raise mismatch("up @ down", (rows, columns), shape)
         if self.magnitude is not None:
             # Widened, an input projection has the columns of the LoRA.

@@ -21,7 +21,7 @@ class DiffAdapter(Adapter):
     scale: float = 1.0
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
-        grows = may_expand and len(shape) == self.diff.dim() == 4
+        grows = may_expand and len(shape) == self.diff.dim() == 4 and _widens(tuple(self.diff.shape), shape)
         if without_ones(self.diff.shape) != without_ones(shape) and not grows:
             raise mismatch("diff", self.diff.shape, shape)
 
@@ -38,6 +38,15 @@ class DiffAdapter(Adapter):
         grown[tuple(slice(n) for n in weight.shape)] = weight
         grown[tuple(slice(n) for n in diff.shape)] += diff * (strength * self.scale)
         return grown
+
+
+WIDEST = 8
+"""FLUX-tools and inpainting files widen an input projection up to six times (64 columns to 384)."""
+
+
+def _widens(diff: Shape, shape: Shape) -> bool:
+    """True where `diff` has more input channels than a weight of `shape` and is the same otherwise."""
+    return (diff[0], *diff[2:]) == (shape[0], *shape[2:]) and diff[1] <= WIDEST * shape[1]
 
 
 def without_ones(shape: Sequence[int]) -> tuple[int, ...]:

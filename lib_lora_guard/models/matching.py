@@ -10,6 +10,7 @@ from ..adapters import Adapter, Slice, Term
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile
 from ..errors import LoraMismatchError
+from ..files import shown
 from .architecture import Architecture, accepts, detect_lora
 from .names import NameMap
 from .routes import Route
@@ -81,8 +82,8 @@ def _check_before_cutting(written: str, adapter: Adapter, routes: Sequence[Route
         rows = routes[0].part.length
     try:
         adapter.check((rows, *shape[1:]), may_expand=False)
-    except LoraMismatchError as error:
-        raise LoraMismatchError(f"made for another model: {written}: {error}") from None
+    except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise LoraMismatchError(f"made for another model: {shown(written)}: {error}") from None
 
 
 def _pieces(adapter: Adapter, route: Route, rows: int) -> Iterator[tuple[Adapter, Slice | None]]:

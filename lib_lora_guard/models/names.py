@@ -37,6 +37,10 @@ _OLD_ENDING = re.compile(r"[._]lora(?:_linear_layer)?$")
 _PARAMETER = re.compile(r"[._](?:weight|bias|scale)$")
 
 
+LONGEST_NAME = 1000
+"""No module of any model has a longer one; taking prefixes off it would take minutes."""
+
+
 class NameMap:
     """The names of one model: a denoiser, text encoders, or both, in either layout."""
 
@@ -65,6 +69,8 @@ class NameMap:
         """
         if module in self._modules:
             return (Route(module),)
+        if len(module) > LONGEST_NAME:
+            return ()
         plain = _OLD_ENDING.sub("", module.replace(".processor.", ".").replace("_processor_", "_"))
         return self._find(module) or self._find(plain) or self._find(_PARAMETER.sub("", plain))
 

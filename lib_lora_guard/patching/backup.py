@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -128,6 +128,13 @@ class BackupStore:
             backup = self._keep(key, parameter)
         self._backups.add(backup)
         return backup
+
+    def release_all_but(self, needed: Iterable[Backup]) -> None:
+        """Gives back the room of all backups that are not `needed`."""
+        keep = {id(backup) for backup in needed}
+        for backup in list(self._backups):
+            if id(backup) not in keep:
+                backup.release()
 
     def bytes(self, where: Where | None = None) -> int:
         """Bytes of the originals that are kept, in one place or in all."""

@@ -64,6 +64,11 @@ class Engine:
         """The unpatched parameters of everything merged, by name."""
         return Originals({key: a.backup for key, a in self._attached.items() if isinstance(a, MergeAttachment)})
 
+    def _release_backups(self) -> None:
+        """Gives back what no merge needs any more; nothing while an undo is open that may need it."""
+        if not self._unfinished:
+            self._backups.release_all_but(a.backup for a in self._attached.values() if isinstance(a, MergeAttachment))
+
     def change(
         self,
         access: ModelAccess,
@@ -76,6 +81,12 @@ class Engine:
         A LoRA that does not fit is left out and named in the report, the others are applied; with `leave_out` False it
         raises LoraMismatchError instead.
         """
+        try:
+            return self._change(access, stack, wish, leave_out)
+        finally:
+            self._release_backups()
+
+    def _change(self, access: ModelAccess, stack: Sequence[LoraRequest], wish: Wish, leave_out: bool) -> ApplyReport:
         started = time.perf_counter()
         self._budget.ask = access.backup_budget
         device = access.device()
@@ -136,6 +147,7 @@ class Engine:
             except Exception:
                 self._unfinished.append(attachment.detach)
                 log.exception("%s could not be restored", attachment.site.key)
+        self._release_backups()
         return not self._unfinished
 
     def _validate(
@@ -262,12 +274,6 @@ class Engine:
                     if before.get(key) is not new:
                         transaction.do(new.attach, new.detach)
                 self._attached = target
-            _release(before, target)
-        except BaseException:
-            # What an undo that failed still needs is kept.
-            if not transaction.failed:
-                _release(target, before)
-            raise
         finally:
             self._unfinished += transaction.failed
 
@@ -296,14 +302,6 @@ class Originals(Mapping[str, torch.nn.Parameter]):
 
     def __len__(self) -> int:
         return len(self._backups)
-
-
-def _release(gone: Mapping[str, Attachment], stays: Mapping[str, Attachment]) -> None:
-    """Gives back the room of backups that only `gone` has."""
-    needed = {id(a.backup) for a in stays.values() if isinstance(a, MergeAttachment)}
-    for attachment in gone.values():
-        if isinstance(attachment, MergeAttachment) and id(attachment.backup) not in needed:
-            attachment.backup.release()
 
 
 class _Budget:

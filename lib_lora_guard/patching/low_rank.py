@@ -154,7 +154,7 @@ def balanced(factors: LowRank, device: torch.device, dtype: torch.dtype) -> tupl
         return factors.dense_up(dtype, device), factors.dense_down(dtype, device)
     up, down = factors.dense_up(torch.float32, device), factors.dense_down(torch.float32, device)
     shift = shift_for_fp16(down)
-    # An `up` that would no longer fit into fp16 itself gives results that do not fit either, for any such input.
+    # Unless an entry of `up` would no longer fit into fp16 itself: with scales near 1 such results do not fit either.
     largest = up.abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny)
     shift = torch.maximum(shift, torch.exp2((largest / torch.finfo(dtype).max).log2().ceil()).clamp(max=1.0))
     return (up / shift).to(dtype), (down * shift.unsqueeze(1)).to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..files import shown
 from ..planning.mode import Choice
 from ..weights.storage import MB
 
@@ -75,5 +76,5 @@ class ApplyReport:
 
 
 def clean_text(text: str) -> str:
-    """Text from files made harmless for a console: control characters become '?'."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """Text from files made harmless for a console: control characters become '?', the middle of long text is left out."""
+    return shown(text, 400)
