@@ -487,7 +487,7 @@ def test_a_copy_of_forges_refresh_run_by_another_extension_is_undone(guarded):
         (("lora", (rand(32, 4, seed=1), rand(4, 32, seed=2), "two", None, None)), "cannot be read (ValueError"),
         (
             ("lora", (rand(32, 4, seed=1), rand(4, 32, seed=2), float("nan"), None, None)),
-            "its alpha is nan, not a finite number",
+            "its alpha is nan, not a usable number",
         ),
         (("lora", ("up", rand(4, 32, seed=2), 2.0, None, None)), "blocks.0.proj.weight"),
         ("nonsense", "a patch value of type str is not known"),
