@@ -21,6 +21,7 @@ HEADER = [
     "LoRA present at 1 / 0.8",
     "error per layer",
     "weights back",
+    "commit",
 ]
 
 
@@ -36,7 +37,7 @@ def rows(results):
         )
         for way in sorted(result["ways"], key=lambda w: ["guard", "fp16 LoRA", "automatic"].index(w["way"])):
             if "out_of_memory" in way:
-                yield [label, way["way"], "out of memory", *[""] * 8]
+                yield [label, way["way"], "out of memory", *[""] * 8, result["commit"]]
                 continue
             growth = [way[phase].get("rss_growth_gb") for phase in ("apply", "change")]
             yield [
@@ -51,6 +52,7 @@ def rows(results):
                 "all"
                 if way["changed_weights_after_removal"] == 0 and way["output_back"]
                 else f"{way['changed_weights_after_removal']} changed",
+                result["commit"],
             ]
 
 
@@ -61,7 +63,7 @@ def main():
     options = parser.parse_args()
     results = [json.loads(line) for file in options.files for line in file.read_text(encoding="utf-8").splitlines()]
     guards = [way for result in results for way in result["ways"] if way["way"] == "guard" and "share" in way]
-    machines = sorted({f"{r['gpu']}, torch {r['torch']}, LoRA Guard {r['commit']}" for r in results})
+    machines = sorted({f"{r['gpu']}, torch {r['torch']}" for r in results})
     table = [HEADER, ["---"] * len(HEADER), *rows(results)]
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
     text += f"\n\n{'; '.join(machines)}. LoRA of rank {results[0]['rank']} on 304 layers, {results[0]['lora_mb']:.0f} MB; steps at 1024x1024.\n"
