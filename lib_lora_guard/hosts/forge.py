@@ -86,6 +86,8 @@ class ForgeTakeover:
         for patcher in already_loaded:
             if getattr(patcher, "lora_patches", None):
                 self.control.remind(patcher)
+        if any(hasattr(patcher.model, "diffusion_model") for patcher in already_loaded):
+            self.files.remind()
         return result
 
     def _is_loaded(self, patcher: Any) -> bool:

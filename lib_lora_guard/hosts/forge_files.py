@@ -68,6 +68,7 @@ class LoraFiles:
         self._kept: OrderedDict[FileKey, LoraFile] = OrderedDict()
         self._in_stack: set[FileKey] = set()
         self._last_stack: set[FileKey] = set()
+        self._left_out: dict[str, str] = {}
         self._matches: weakref.WeakKeyDictionary[LoraFile, Matches] = weakref.WeakKeyDictionary()
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
@@ -93,6 +94,7 @@ class LoraFiles:
         if not getattr(model, "lora_patches", None):
             # Forge builds every stack anew, from a patcher without patches; most of the last one comes again.
             self._last_stack, self._in_stack = self._in_stack, set()
+            self._left_out = {}
         try:
             file = self._read(filename, lora)
             sides = [
@@ -102,7 +104,8 @@ class LoraFiles:
             found = [None if p is None else self._match(file, getattr(p, attribute)) for p, attribute, *_ in sides]
         except (LoraFileError, LoraMismatchError) as error:
             # What the guard refused as broken is never handed to the host.
-            log.warning("%s NOT applied: %s", name, str(error).removeprefix(f"{name}: "))
+            self._left_out[name] = str(error).removeprefix(f"{name}: ")
+            log.warning("%s NOT applied: %s", name, self._left_out[name])
             return model, clip
         except Exception:
             log.exception("%s: the guard could not read it; Forge's own reader is used", name)
@@ -120,6 +123,11 @@ class LoraFiles:
             log.info("%s: %d keys for the %s", name, sum(len(t) for t in match.terms.values()), side)
         _say_what_is_left(name, file, [match for match in found if match is not None])
         return patched[0], patched[1]
+
+    def remind(self) -> None:
+        """For an image with the same stack as the last: says again what is left out."""
+        if self._left_out:
+            log.warning("still without %s", "; ".join(f"{name} ({why})" for name, why in self._left_out.items()))
 
     def _read(self, filename: Any, lora: Any) -> LoraFile:
         if not isinstance(lora, LazyState):

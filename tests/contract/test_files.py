@@ -182,6 +182,22 @@ def test_a_lora_for_another_model_is_refused_by_name_for_both_parts(guarded, tmp
     assert "xl.safetensors NOT applied: made for SDXL, this is Flux; use a LoRA for Flux" in caplog.text
 
 
+def test_what_is_left_out_is_said_again_for_every_image(guarded, tmp_path, caplog):
+    make_hostile(tmp_path / "bad.safetensors", "wrong shape")
+    patcher, _ = guarded.build("bf16")
+    patcher.model.diffusion_model = None
+    files = guarded.guard.files
+    load(files, patcher, tmp_path / "bad.safetensors")
+    caplog.clear()
+    guarded.load(patcher)
+    assert "still without bad.safetensors (made for another model: blocks.0.proj.weight" in caplog.text
+    write_kohya(tmp_path / "good.safetensors", MODULES)
+    load(files, patcher, tmp_path / "good.safetensors")
+    caplog.clear()
+    guarded.load(patcher)
+    assert "still without" not in caplog.text
+
+
 def test_a_wrong_shape_in_one_part_keeps_the_lora_off_the_other_too(guarded, tmp_path, caplog):
     write_kohya(tmp_path / "a.safetensors", {"lora_unet_blocks_0_proj": (32, 32), "lora_unet_blocks_1_proj": (48, 32)})
     patcher, _ = guarded.build("bf16")

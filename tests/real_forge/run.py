@@ -288,7 +288,7 @@ def main():
     if any(difference(a, stock[c]) != (0, 0.0) for a, c in zip(disabled, ("without", "one LoRA"), strict=True)):
         wrong.append("with the extension disabled the pictures are not stock's")
     refused = [line for line in results["guard"][2].splitlines() if "NOT applied" in line]
-    if not any("lg_sd15_wrong.safetensors NOT applied (made for another model" in line for line in refused):
+    if not any("lg_sd15_wrong.safetensors NOT applied: made for another model" in line for line in refused):
         wrong.append("the LoRA of the wrong shape was not named in the console")
     print(markdown(["model", "case", "effect", "guard", "stock"], rows))
     print(markdown(["path", "guard", "stock"], everyday))
