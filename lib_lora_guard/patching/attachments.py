@@ -156,12 +156,18 @@ class MergeAttachment(Attachment):
         self.backup = backup
         self._compute_device = device
         self._strayed_from: torch.device | None = None
+        self._was_attached = False
         self._merged: torch.nn.Parameter | None = None
         if parameter_bytes(site.parameter) <= KEPT_BYTES:
-            self._merged = self._merge()
+            # An earlier merge may lie there: the original is in its backup.
+            self._merged = self._merge(self._from_backup())
 
     def attach(self) -> None:
-        merged = self._merged if self._merged is not None else self._merge()
+        # At first the original itself lies there, since a change takes everything off before it puts anything on. A
+        # rollback comes again, and then anything may lie there.
+        source = self._from_backup if self._was_attached else lambda: self.site.parameter
+        self._was_attached = True
+        merged = self._merged if self._merged is not None else self._merge(source())
         # The model may have moved since the value was made, and the value may lie in RAM for want of room: put in place,
         # it frees what it replaces.
         device = self.site.parameter.device
@@ -178,10 +184,11 @@ class MergeAttachment(Attachment):
         self.access.set_parameter(self.site, self.backup.parameter(device))
         self._strayed_from = None
 
-    def _merge(self) -> torch.nn.Parameter:
-        here = self.site.parameter.device
-        original = self.backup.parameter(here if self.backup.place.where is Where.VRAM else CPU)
-        # The storage of the original: what lies there now may be an earlier merge, held wider.
+    def _from_backup(self) -> torch.nn.Parameter:
+        """The original; out of VRAM where it is kept there, else in RAM."""
+        return self.backup.parameter(self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU)
+
+    def _merge(self, original: torch.nn.Parameter) -> torch.nn.Parameter:
         wide = storage_of(original).wide
         dtype = original.dtype if wide else torch.float32
         with torch.inference_mode(False), torch.no_grad():

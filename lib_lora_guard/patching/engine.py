@@ -19,6 +19,7 @@ from ..memory.probe import BackupBudget
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
 from ..planning.tokens import sees_one_token
 from ..reporting.report import ApplyReport, LoraReport
+from ..weights.storage import MB
 from .access import ModelAccess, Site
 from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment, UnusableTermsError
 from .backup import Backup, BackupStore
@@ -32,7 +33,8 @@ class LoraRequest:
     """One LoRA of a stack: what it says about each parameter, or why it could not be read.
 
     `terms` maps parameter names to the terms on them; `skipped_keys` are keys of the file that the model has no
-    place for, `lost` keys (with reasons) that it has and that cannot be applied; `refused` is a sentence for the user, and a refused LoRA is left out as a whole.
+    place for, `lost` keys (with reasons) that it has and that cannot be applied; `refused` is a sentence for the user,
+    and a refused LoRA is left out as a whole.
     """
 
     label: str
@@ -88,7 +90,7 @@ class Engine:
 
     def _change(self, access: ModelAccess, stack: Sequence[LoraRequest], wish: Wish, leave_out: bool) -> ApplyReport:
         started = time.perf_counter()
-        self._budget.ask = access.backup_budget
+        self._budget.start(access.backup_budget)
         device = access.device()
         self._finish_undoing()
         accepted, reports = self._validate(access, stack)
@@ -255,7 +257,10 @@ class Engine:
                 if under is not None and old is not None and old.is_same(choice, terms):
                     target[key] = old
                     continue
-                backup = under or self._backups.keep(key, site.parameter)
+                backup = under
+                if backup is None:
+                    backup = self._backups.keep(key, site.parameter)
+                    self._budget.take(backup)
                 new = MergeAttachment(access, site, terms, choice, device, backup)
             target[key] = (
                 old if old is not None and old.site.layer is site.layer and old.identity() == new.identity() else new
@@ -305,10 +310,34 @@ class Originals(Mapping[str, torch.nn.Parameter]):
 
 
 class _Budget:
-    """Asks the model of the present change; an object of its own, so that the engine is no reference cycle."""
+    """What the model of the present change may spend on backups: measured once, and again after every REMEASURE_BYTES,
+    because a measurement takes milliseconds and a model has hundreds of norms and biases. (An object of its own, so that
+    the engine is no reference cycle.)"""
 
     def __init__(self) -> None:
-        self.ask: Callable[[], BackupBudget] = lambda: BackupBudget(0, 0, 0)
+        self._ask: Callable[[], BackupBudget] = lambda: BackupBudget(0, 0, 0)
+        self._measured: BackupBudget | None = None
+        self._taken_bytes = 0
+
+    def start(self, ask: Callable[[], BackupBudget]) -> None:
+        self._ask, self._measured, self._taken_bytes = ask, None, 0
+
+    def take(self, backup: Backup) -> None:
+        self._taken_bytes += backup.bytes
 
     def __call__(self) -> BackupBudget:
-        return self.ask()
+        if self._measured is None or self._taken_bytes > REMEASURE_BYTES:
+            self._measured, self._taken_bytes = self._ask(), 0
+        # Whatever was kept since counts against every place: rather too little than too much.
+        vram, ram, disk = (
+            max(0, spare - self._taken_bytes)
+            for spare in (
+                self._measured.vram_spare_bytes,
+                self._measured.ram_spare_bytes,
+                self._measured.disk_spare_bytes,
+            )
+        )
+        return BackupBudget(vram, ram, disk)
+
+
+REMEASURE_BYTES = 256 * MB
