@@ -196,7 +196,10 @@ FILES = {
 @pytest.mark.parametrize("case", FILES)
 def test_refused_when_the_file_is_read(case, read, tmp_path):
     tensors, expected = FILES[case]
-    path = save(tmp_path / "a.safetensors", tensors)
+    try:
+        path = save(tmp_path / "a.safetensors", tensors)
+    except KeyError as error:
+        pytest.skip(f"this safetensors cannot write {error}")
     if read is read_lora_header and expected.endswith(AGAIN) and "alpha" not in case:
         read(path)  # has no values to look at
         return
