@@ -10,15 +10,23 @@ import argparse
 import functools
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from real_forge.run import LARGEST_GAP, attempt, difference, link_extensions, markdown, parts, show
-from real_forge.server import FORGE, ROOT, Server
+from real_forge.run import (
+    LARGEST_GAP,
+    attempt,
+    difference,
+    link_extensions,
+    markdown,
+    measured_on,
+    parts,
+    show,
+    write_table,
+)
+from real_forge.server import ROOT, Server
 
 MODELS = {
     "SD1.5 fp16": ("rand_sd15_tiny", "sd15", []),
@@ -74,22 +82,8 @@ def compare(stock, guard, reference):
 
 
 def write_docs(rows):
-    commit = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
-    forge = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], cwd=FORGE, capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
-    import torch
-
     head = ["model", "kind", "effect (reference)", "guard from reference", "stock's best mode from reference"]
-    text = f"Forge {forge}, LoRA Guard {commit}, torch {torch.__version__}, CPU. Largest / mean difference in grey levels (0-255).\n\n{markdown(head, rows)}"  # fmt: skip
-    page = ROOT / "docs" / "hosts.md"
-    old = page.read_text(encoding="utf-8")
-    new = re.sub(
-        r"(<!-- kinds table -->\n).*?(<!-- end of kinds table -->)",
-        lambda m: m[1] + text + "\n" + m[2],
-        old,
-        flags=re.DOTALL,
-    )
-    assert new != old or text in old, "docs/hosts.md has no markers for the kinds table"
-    page.write_text(new, encoding="utf-8")
+    write_table("kinds", f"{measured_on()} Largest / mean difference in grey levels (0-255).\n\n{markdown(head, rows)}")
 
 
 def main():

@@ -224,41 +224,42 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
-def write_docs(rows, everyday):
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=8", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    forge = subprocess.run(
-        ["git", "rev-parse", "--short=8", "HEAD"], cwd=FORGE, capture_output=True, text=True, check=True
-    ).stdout.strip()
+def measured_on():
+    """Forge, LoRA Guard and torch that pictures were made with, as the pages say it."""
+    forge, guard = (
+        subprocess.run(
+            ["git", "rev-parse", "--short=8", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for folder in (FORGE, ROOT)
+    )
     import torch
 
+    return f"Measured {datetime.date.today().isoformat()} on Forge {forge}, LoRA Guard {guard}, torch {torch.__version__}, CPU."
+
+
+def write_table(name, text, page=ROOT / "docs" / "hosts.md"):
+    """Puts `text` between the markers of the table called `name`."""
+    old = page.read_text(encoding="utf-8")
+    between = rf"(<!-- {name} table -->\n).*?(<!-- end of {name} table -->)"
+    new, found = re.subn(between, lambda m: m[1] + text + "\n" + m[2], old, flags=re.DOTALL)
+    assert found == 1, f"{page.name} has no markers for the {name} table"
+    page.write_text(new, encoding="utf-8")
+
+
+def write_docs(rows, everyday):
+    head = [
+        "model",
+        "case",
+        "effect of the LoRA (reference)",
+        "guard from reference",
+        "stock's best mode from reference",
+    ]
     text = (
-        f"Measured {datetime.date.today().isoformat()} on Forge {forge}, LoRA Guard {commit}, torch {torch.__version__}, CPU. "
-        "Each cell: largest / mean difference in grey levels (0-255).\n\n"
-        + markdown(
-            [
-                "model",
-                "case",
-                "effect of the LoRA (reference)",
-                "guard from reference",
-                "stock's best mode from reference",
-            ],
-            rows,
-        )
-        + "\n\nEveryday paths, on the tiny SD1.5:\n\n"
+        f"{measured_on()} Each cell: largest / mean difference in grey levels (0-255).\n\n{markdown(head, rows)}"
+        "\n\nEveryday paths, on the tiny SD1.5:\n\n"
         + markdown(["path", "guard from reference", "stock from reference"], everyday)
     )
-    page = ROOT / "docs" / "hosts.md"
-    old = page.read_text(encoding="utf-8")
-    new = re.sub(
-        r"(<!-- pixel table -->\n).*?(<!-- end of pixel table -->)",
-        lambda m: m[1] + text + "\n" + m[2],
-        old,
-        flags=re.DOTALL,
-    )
-    assert new != old or text in old, "docs/hosts.md has no markers for the pixel table"
-    page.write_text(new, encoding="utf-8")
+    write_table("pixel", text)
 
 
 def main():
