@@ -14,6 +14,7 @@ from ..weights.storage import WIDE_DTYPES
 from .forge_files import LoraFiles
 from .forge_loader import LoaderControl
 from .forge_patches import device_elements
+from .forge_placement import Placement
 from .forge_probe import ForgeApi, check_networks, probe
 from .hooks import HookSet
 
@@ -27,6 +28,7 @@ class ForgeTakeover:
         self.api = api
         self.control = LoaderControl(api)
         self.files = LoraFiles()
+        self.placement = Placement(api)
         self.hooks = HookSet()
         self._load_models_signature = inspect.signature(api.memory.load_models_gpu)
 
@@ -37,6 +39,7 @@ class ForgeTakeover:
             hooks.add(api.lora.LoraLoader, "refresh", self.control.refresh)
             hooks.add(api.operations, "merge_lora_to_weight", self.control.merge_lora_to_weight)
             hooks.add(api.base.ModelPatcher, "has_online_lora", self._has_online_lora)
+            hooks.add(api.memory.LoadedModel, "model_load", self._model_load)
             hooks.add(api.memory.LoadedModel, "model_unload", self._model_unload)
             hooks.add(api.memory, "load_models_gpu", self._load_models_gpu)
             # Stays when the guard goes: patches of this kind may still lie on a patcher then.
@@ -67,20 +70,31 @@ class ForgeTakeover:
 
     def _model_unload(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
         stays = bool(args[0] if args else kwargs.get("avoid_model_moving", False))
+        loader = getattr(loaded.model, "lora_loader", None)
+        if not stays:
+            self.control.before_move(loader)
         try:
             return original(loaded, *args, **kwargs)
         finally:
             if not stays:
-                self.control.drop_device_copies(getattr(loaded.model, "lora_loader", None))
+                self.control.drop_device_copies(loader)
+
+    def _model_load(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.control.loading(loaded.model):
+            return original(loaded, *args, **kwargs)
 
     def _load_models_gpu(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         bound = self._load_models_signature.bind(*args, **kwargs)
         bound.apply_defaults()
         patchers = bound.arguments["models"] = list(bound.arguments["models"])
         already_loaded = [p for p in patchers if self._is_loaded(p)]
-        extra = sum(self._factor_bytes(p) for p in patchers if p not in already_loaded)
+        others = [p for p in patchers if p not in already_loaded]
+        extra = sum(self._factor_bytes(p) for p in others)
         if extra:
             bound.arguments["hard_memory_preservation"] += extra
+        needed = self.api.memory.minimum_inference_memory() + bound.arguments["hard_memory_preservation"]
+        for patcher in others:
+            self.placement.hand_over(patcher, needed, staying=patchers)
         result = original(*bound.args, **bound.kwargs)
         # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
         for patcher in already_loaded:

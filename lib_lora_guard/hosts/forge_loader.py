@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from ..errors import RestoreError
 from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
-from ..planning.mode import Mode
+from ..planning.mode import Mode, Wish
 from ..reporting.report import ApplyReport, clean_text
+from ..settings import LoraMode
 from .forge_access import RAM_FLOOR_BYTES, ForgeAccess, GuardPatches
 from .forge_patches import FactorCopies, Patches, describe, requests_from
 from .forge_probe import ForgeApi
@@ -35,13 +37,21 @@ class LoaderState:
     copies: FactorCopies = field(default_factory=FactorCopies)
     left_to_host: bool = False
     report: ApplyReport | None = None
+    mode: LoraMode | None = None
+    """The mode of the last refresh."""
     published: tuple[object, object] | None = None
     """The `backup` and `online_backup` objects left on the loader: others there mean that someone else was at work."""
 
 
+WISHES = {LoraMode.AUTOMATIC: Wish.AUTO, LoraMode.FP16: Wish.NEVER_MERGE, LoraMode.MERGE: Wish.PREFER_MERGE}
+
+
 class LoaderControl:
-    def __init__(self, api: ForgeApi) -> None:
+    """`mode` is asked at every refresh: a request over the API may bring a mode of its own for one image."""
+
+    def __init__(self, api: ForgeApi, mode: Callable[[], LoraMode] = lambda: LoraMode.AUTOMATIC) -> None:
         self._api = api
+        self.mode = mode
         self.as_trained = False
         """DoRA in the meaning of its trainer instead of Forge's."""
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -56,11 +66,17 @@ class LoaderControl:
     ) -> None:
         """Same meaning as the host's: brings the model to `lora_patches`, at once where nothing changed."""
         stack_hash = str(list(lora_patches.keys()))
-        if stack_hash == loader.loaded_hash and not force_refresh:
+        mode = self.mode()
+        state: LoaderState | None = getattr(loader, STATE, None)
+        if stack_hash == loader.loaded_hash and not force_refresh and (state is None or state.mode is mode):
             return
         offload = offload_device if offload_device is not None else torch.device("cpu")
         state = self._state(loader)
+        state.mode = mode
         access = ForgeAccess(self._api, loader.model)
+        if mode is LoraMode.OWN:
+            self._leave_to_host(original, loader, state, lora_patches, offload)
+            return
         # Until all is done the recorded state is one that no stack has: an interrupt must not leave a true-looking lie.
         loader.loaded_hash = RETRY
         with torch.inference_mode(False), torch.no_grad():
@@ -69,7 +85,7 @@ class LoaderControl:
                 if state.left_to_host or self._someone_else_patched(loader, state):
                     self._take_from_host(original, loader, state, offload)
                 requests = self._requests(lora_patches, state)
-                state.report = state.engine.change(access, requests)
+                state.report = state.engine.change(access, requests, WISHES[mode])
             except Exception as error:
                 log.exception("%s: applying LoRAs failed", access.name)
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
@@ -80,7 +96,8 @@ class LoaderControl:
     def remind(self, patcher: Any) -> None:
         """For a patcher that is loaded already: tries a failed change again, and says again what is left out."""
         loader = patcher.lora_loader
-        if loader.loaded_hash == RETRY:
+        state = getattr(loader, STATE, None)
+        if loader.loaded_hash == RETRY or (state is not None and state.mode is not self.mode()):
             patcher.refresh_loras()
             return
         report = self.report(loader)
@@ -98,6 +115,47 @@ class LoaderControl:
     def is_left_to_host(self, loader: Any) -> bool:
         state = getattr(loader, STATE, None)
         return state is not None and state.left_to_host
+
+    def require_refresh(self) -> None:
+        """The next refresh of every model looks at its LoRAs anew: a file has changed under its name."""
+        for loader in list(self._loaders):
+            loader.loaded_hash = RETRY
+
+    def reports(self) -> tuple[ApplyReport, ...]:
+        """What lies on each model now."""
+        states = [getattr(loader, STATE, None) for loader in list(self._loaders)]
+        return tuple(state.report for state in states if state is not None and state.report is not None)
+
+    def before_move(self, loader: Any) -> None:
+        """The host is about to move the model: what it moves are the originals, and it merges again afterwards."""
+        state = getattr(loader, STATE, None)
+        if state is None or state.left_to_host:
+            return
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                lifted = state.engine.lift_merges()
+        except Exception:
+            # Moved with its LoRAs it is as right as before, only larger.
+            log.exception("%s: originals could not be put back before it is moved", type(loader.model).__name__)
+            lifted = True
+        if lifted:
+            loader.loaded_hash = RETRY
+
+    @contextlib.contextmanager
+    def loading(self, patcher: Any) -> Iterator[None]:
+        """Around the host's placing of a model: what lies in RAM before is the backup of what is merged after."""
+        loader = getattr(patcher, "lora_loader", None)
+        if loader is None or not patcher.lora_patches or self.mode() is LoraMode.OWN:
+            yield
+            return
+        self.before_move(loader)
+        state = self._state(loader)
+        keys = {key for patches in patcher.lora_patches.values() for key in patches}
+        owners = [(key, find_owner(patcher.model, key)) for key in keys]
+        values = {key: getattr(*owner).data for key, owner in owners if owner is not None}
+        with state.engine.offloaded({key: value for key, value in values.items() if value.device.type == "cpu"}):
+            del values, owners
+            yield
 
     def drop_device_copies(self, loader: Any) -> None:
         state = getattr(loader, STATE, None)
@@ -135,6 +193,22 @@ class LoaderControl:
         for loader in loaders:
             if id(loader) in fitting:
                 self._host_refresh(original, loader, fitting[id(loader)], live[id(loader)].offload_device)
+
+    def _leave_to_host(
+        self,
+        original: Callable[..., None],
+        loader: Any,
+        state: LoaderState,
+        lora_patches: Patches,
+        offload: torch.device,
+    ) -> None:
+        """Mode "Forge's own": nothing of the guard is on the model, and the host does what it does without the guard."""
+        if not state.left_to_host and not state.engine.detach_all():
+            raise RestoreError("a weight could not be restored; reload the checkpoint")
+        if not state.left_to_host and state.published is not None:
+            loader.backup, loader.online_backup = {}, []
+        state.left_to_host, state.published, state.report = True, None, None
+        original(loader, lora_patches, offload, True)
 
     def _host_refresh(self, original: Callable[..., None], loader: Any, patches: Any, offload: torch.device) -> bool:
         """The host's own refresh; where it fails, its traces are removed and the parameters go back to their devices

@@ -44,7 +44,10 @@ def probe() -> ForgeApi:
     _parameters(base, "ModelPatcher.has_online_lora", ["self"])
     _parameters(base, "ModelPatcher.refresh_loras", ["self"])
     _parameters(memory, "load_models_gpu", ["models", "hard_memory_preservation"])
+    _parameters(memory, "LoadedModel.model_load", ["self"])
     _parameters(memory, "LoadedModel.model_unload", ["self", "avoid_model_moving"])
+    for name in ("minimum_inference_memory", "get_free_memory", "module_size"):
+        _attribute(memory, name)
     _attribute(memory, "current_loaded_models")
 
     linears: list[type] = []

@@ -184,6 +184,12 @@ class MergeAttachment(Attachment):
         self.access.set_parameter(self.site, self.backup.parameter(device))
         self._strayed_from = None
 
+    def lift(self) -> None:
+        """Puts the original back where it is kept, not where the weight lies: for when the host is about to move it."""
+        device = self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU
+        self.access.set_parameter(self.site, self.backup.parameter(device))
+        self._strayed_from = None
+
     def _from_backup(self) -> torch.nn.Parameter:
         """The original; out of VRAM where it is kept there, else in RAM."""
         return self.backup.parameter(self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU)

@@ -122,10 +122,11 @@ class BackupStore:
         self._spool = Spool(spool_dir or default_spool_dir())
         self._backups: weakref.WeakSet[Backup] = weakref.WeakSet()
 
-    def keep(self, key: str, parameter: torch.nn.Parameter) -> Backup:
-        """A backup of `parameter`, which stays as it is. Raises ModeError where it can be kept nowhere."""
+    def keep(self, key: str, parameter: torch.nn.Parameter, offloaded: torch.Tensor | None = None) -> Backup:
+        """A backup of `parameter`, which stays as it is. `offloaded`: the same values in RAM, from before the host moved
+        them; then nothing is copied. Raises ModeError where it can be kept nowhere."""
         with torch.inference_mode(False), torch.no_grad():
-            backup = self._keep(key, parameter)
+            backup = self._keep(key, parameter, offloaded)
         self._backups.add(backup)
         return backup
 
@@ -141,9 +142,12 @@ class BackupStore:
         live = [backup for backup in self._backups if not backup.is_released]
         return sum(backup.bytes for backup in live if where in (None, backup.place.where))
 
-    def _keep(self, key: str, parameter: torch.nn.Parameter) -> Backup:
+    def _keep(self, key: str, parameter: torch.nn.Parameter, offloaded: torch.Tensor | None) -> Backup:
         if lies_in_ram(parameter):
             return HeldBackup(key, parameter, Place(Where.RAM, "lies in RAM already"))
+        if offloaded is not None and is_plain(parameter) and _is_like(offloaded, parameter):
+            original = torch.nn.Parameter(offloaded, requires_grad=parameter.requires_grad)
+            return HeldBackup(key, original, Place(Where.RAM, "the copy the host loaded it from"))
         size, budget = parameter_bytes(parameter), self._budget()
         if not is_plain(parameter):
             # Attributes of another program's class are not among the bytes.
@@ -174,6 +178,10 @@ def lies_in_ram(parameter: torch.Tensor) -> bool:
 def is_plain(parameter: torch.nn.Parameter) -> bool:
     """True where shape, dtype and bytes are all there is to it."""
     return type(parameter) is torch.nn.Parameter and not vars(parameter)
+
+
+def _is_like(offloaded: torch.Tensor, parameter: torch.nn.Parameter) -> bool:
+    return offloaded.shape == parameter.shape and offloaded.dtype == parameter.dtype and offloaded.device.type == "cpu"
 
 
 def moved(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:

@@ -57,6 +57,7 @@ class Engine:
         self._unfinished: list[Callable[[], object]] = []
         self._budget = _Budget()
         self._backups = BackupStore(self._budget)
+        self._offloaded: Mapping[str, torch.Tensor] = {}
 
     @property
     def attached(self) -> Mapping[str, Attachment]:
@@ -121,6 +122,28 @@ class Engine:
             ram_bytes=sum(reports[i].bytes for i in accepted),
             milliseconds=(time.perf_counter() - started) * 1000,
         )
+
+    def lift_merges(self) -> bool:
+        """Takes the merges off and leaves each original where it is kept (RAM): before the host moves the model, so that it
+        moves originals, and no second copy of them lies beside the merged ones. True where there were any; the next
+        `change` merges again. What cannot be lifted stays merged."""
+        merges = {key: a for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
+        for key, attachment in merges.items():
+            attachment.lift()
+            self._attached.pop(key)
+        if merges:
+            self._release_backups()
+        return bool(merges)
+
+    @contextlib.contextmanager
+    def offloaded(self, copies: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """`copies`: parameters in RAM as they were before the host moved them to its device. A merge that happens within
+        keeps them as its backups instead of copying."""
+        self._offloaded = copies
+        try:
+            yield
+        finally:
+            self._offloaded = {}
 
     def fitting(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> set[int]:
         """Which LoRAs of `stack` (by place) could be read and fit the model. Changes nothing."""
@@ -259,7 +282,7 @@ class Engine:
                     continue
                 backup = under
                 if backup is None:
-                    backup = self._backups.keep(key, site.parameter)
+                    backup = self._backups.keep(key, site.parameter, self._offloaded.get(key))
                     self._budget.take(backup)
                 new = MergeAttachment(access, site, terms, choice, device, backup)
             target[key] = (

@@ -25,12 +25,15 @@ class Mode(str, Enum):
 
 
 class Wish(str, Enum):
-    """What the user asked for. AUTO leaves it to the rules below."""
+    """What the user asked for. AUTO leaves it to the rules below, NEVER_MERGE leaves all of it to them but merging where
+    there is another way; PREFER_MERGE merges where the storage keeps all of the LoRA and is AUTO elsewhere."""
 
     AUTO = "auto"
     BYPASS = "bypass"
     ON_THE_FLY = "on_the_fly"
     MERGE = "merge"
+    NEVER_MERGE = "never_merge"
+    PREFER_MERGE = "prefer_merge"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
             raise ModeError(
                 f"{facts.key}: stored as {facts.format}; merging would round most of the LoRA away. Use mode 'auto'"
             )
+        return Choice(Mode.MERGE, "asked for")
+    if wish is Wish.PREFER_MERGE and facts.wide:
         return Choice(Mode.MERGE, "asked for")
     if wish is Wish.AUTO and facts.wide and any(isinstance(term.adapter, WHOLE_TENSOR_KINDS) for term in terms):
         # As many numbers as the weight itself: on the fly they would take its size again in VRAM (or, where another
