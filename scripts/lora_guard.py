@@ -4,4 +4,5 @@ from pathlib import Path
 
 from lib_lora_guard.hosts import forge_start
 
+LoraGuardScript = forge_start.script_class()
 forge_start.run_script(Path(__file__).resolve().parent.parent)

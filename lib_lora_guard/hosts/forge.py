@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from ..adapters.patch_tuples import OWN_KIND, calculate_own_kind
+from ..errors import HostError
 from ..weights.storage import WIDE_DTYPES
+from .forge_conds import Conditioning
 from .forge_files import LoraFiles
 from .forge_loader import LoaderControl
+from .forge_networks import LoraStack
 from .forge_patches import device_elements
 from .forge_placement import Placement
-from .forge_probe import ForgeApi, check_networks, probe
+from .forge_probe import ForgeApi, check_networks, check_processing, probe
 from .hooks import HookSet
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ class ForgeTakeover:
         self.control = LoaderControl(api)
         self.files = LoraFiles()
         self.placement = Placement(api)
+        self.conditioning: Conditioning | None = None
         self.hooks = HookSet()
         self._load_models_signature = inspect.signature(api.memory.load_models_gpu)
 
@@ -51,11 +55,25 @@ class ForgeTakeover:
         """Takes over how Forge's LoRA extension reads files. Its module is loaded long after preload.py has run."""
         if _is_hooked(networks.load_lora_for_models):
             return
+        stack = LoraStack(networks, lambda: self.files.is_host_reading(), self.control.require_refresh)
         with_reader = HookSet()
         with with_reader:
             with_reader.add(networks, "load_lora_state_dict", self.files.load_state)
             with_reader.add(networks, "load_lora_for_models", self.files.load_for_models)
+            with_reader.add(networks, "load_networks", stack.load_networks)
         self.hooks.hooks += with_reader.hooks
+
+    def install_conditioning(self, processing: Any, shared: Any) -> None:
+        """Lets Forge encode a prompt anew only where something that the text encoder sees has changed."""
+        owner = processing.StableDiffusionProcessing
+        if _is_hooked(owner.get_conds_with_caching):
+            return
+        self.conditioning = Conditioning(shared, lambda: (self.control.mode(), self.control.as_trained))
+        with_conditioning = HookSet()
+        with with_conditioning:
+            with_conditioning.add(owner, "cached_params", self.conditioning.cached_params)
+            with_conditioning.add(owner, "get_conds_with_caching", self.conditioning.get_conds_with_caching)
+        self.hooks.hooks += with_conditioning.hooks
 
     def uninstall(self) -> None:
         """Gives everything back; LoRAs on loaded models are applied again by the host's own refresh."""
@@ -125,9 +143,10 @@ def _with_fresh_key_map(original: Any, model: Any, key_map: Any = None) -> Any:
 
 
 def _is_hooked(function: Any) -> bool:
-    """True where one of our hooks is in the chain of wrappers. A module that was loaded again has none."""
+    """True where one of our hooks is at work in the chain of wrappers. A module that was loaded again has none, and one that
+    another extension has wrapped may keep a hook that only passes on."""
     while function is not None:
-        if hasattr(function, "lora_guard_hook"):
+        if getattr(getattr(function, "lora_guard_hook", None), "active", False):
             return True
         function = getattr(function, "__wrapped__", None)
     return False
@@ -149,17 +168,28 @@ def install() -> ForgeTakeover:
     return _takeover
 
 
-def install_file_reader() -> None:
-    """Called when Forge runs the extension's scripts. Does nothing where the takeover is not installed or Forge's LoRA
-    extension is not loaded. Raises HostError where that extension does not fit."""
+def install_in_webui() -> list[HostError]:
+    """Called when Forge runs the extension's scripts: what is loaded long after preload.py has run. Does nothing where the
+    takeover is not installed. Returns what does not fit; the rest works without it."""
     if _takeover is None:
-        return
-    networks = sys.modules.get("networks")
+        return []
+    misfits = []
+    networks, processing = sys.modules.get("networks"), sys.modules.get("modules.processing")
     if networks is None:
         log.debug("Forge's LoRA extension is not loaded; LoRA files stay with whoever reads them")
-        return
-    check_networks(networks)
-    _takeover.install_file_reader(networks)
+    else:
+        try:
+            check_networks(networks)
+            _takeover.install_file_reader(networks)
+        except HostError as error:
+            misfits.append(error)
+    if processing is not None:
+        try:
+            check_processing(processing)
+            _takeover.install_conditioning(processing, sys.modules["modules.shared"])
+        except HostError as error:
+            misfits.append(error)
+    return misfits
 
 
 def uninstall() -> None:

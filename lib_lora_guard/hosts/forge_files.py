@@ -30,9 +30,6 @@ from .forge_patches import OWN_TENSORS
 
 log = logging.getLogger(__name__)
 
-KEPT_BYTES = 1024 * MB
-"""LoRA files kept in RAM after use; those of the last two stacks are kept whatever their size."""
-
 
 class LazyState(Mapping[str, torch.Tensor]):
     """Stands for the tensors of a LoRA file. The host reads and maps the file only where something looks inside."""
@@ -62,18 +59,26 @@ class LazyState(Mapping[str, torch.Tensor]):
 
 
 class LoraFiles:
-    """Reads LoRA files for Forge's models; files just used are kept while they are unchanged on disk."""
+    """Reads LoRA files for Forge's models; files just used are kept while they are unchanged on disk.
+
+    Those of the last two stacks are kept whatever their size; of the others at most `kept_bytes`, and, where the host's
+    option says a number, at most `kept_files`.
+    """
 
     def __init__(self) -> None:
+        self.kept_bytes = 1024 * MB
+        self.kept_files: Callable[[], int] = lambda: 0
+        self.is_host_reading: Callable[[], bool] = lambda: False
+        """True in the mode "Forge's own": then the host reads LoRA files itself."""
         self._kept: OrderedDict[FileKey, LoraFile] = OrderedDict()
         self._in_stack: set[FileKey] = set()
         self._last_stack: set[FileKey] = set()
-        self._left_out: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self._matches: weakref.WeakKeyDictionary[LoraFile, Matches] = weakref.WeakKeyDictionary()
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
         """In place of `networks.load_lora_state_dict`."""
-        if not isinstance(filename, (str, Path)) or not Path(filename).is_file():
+        if self.is_host_reading() or not isinstance(filename, (str, Path)) or not Path(filename).is_file():
             return original(filename)
         return LazyState(str(filename), lambda: original(filename))
 
@@ -90,11 +95,13 @@ class LoraFiles:
     ) -> tuple[Any, Any]:
         """The two patchers, cloned and with the file's patches where it has any for them; as they were where it cannot
         be used, which is said in the log."""
+        if self.is_host_reading():
+            return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
         name = shown(Path(str(filename)).name)
         if not getattr(model, "lora_patches", None):
             # Forge builds every stack anew, from a patcher without patches; most of the last one comes again.
             self._last_stack, self._in_stack = self._in_stack, set()
-            self._left_out = {}
+            self.left_out = {}
         try:
             file = self._read(filename, lora)
             sides = [
@@ -104,8 +111,8 @@ class LoraFiles:
             found = [None if p is None else self._match(file, getattr(p, attribute)) for p, attribute, *_ in sides]
         except (LoraFileError, LoraMismatchError) as error:
             # What the guard refused as broken is never handed to the host.
-            self._left_out[name] = str(error).removeprefix(f"{name}: ")
-            log.warning("%s NOT applied: %s", name, self._left_out[name])
+            self.left_out[name] = str(error).removeprefix(f"{name}: ")
+            log.warning("%s NOT applied: %s", name, self.left_out[name])
             return model, clip
         except Exception:
             log.exception("%s: the guard could not read it; Forge's own reader is used", name)
@@ -126,8 +133,8 @@ class LoraFiles:
 
     def remind(self) -> None:
         """For an image with the same stack as the last: says again what is left out."""
-        if self._left_out:
-            log.warning("still without %s", "; ".join(f"{name} ({why})" for name, why in self._left_out.items()))
+        if self.left_out:
+            log.warning("still without %s", "; ".join(f"{name} ({why})" for name, why in self.left_out.items()))
 
     def _read(self, filename: Any, lora: Any) -> LoraFile:
         if not isinstance(lora, LazyState):
@@ -144,10 +151,21 @@ class LoraFiles:
             _own(adapter for adapter in file.adapters.values())
         self._kept[key] = file
         self._in_stack.add(key)
-        for old in list(self._kept):
-            if old not in self._in_stack | self._last_stack and sum(size for _, _, size in self._kept) > KEPT_BYTES:
-                del self._kept[old]
+        self.trim()
         return file
+
+    def trim(self) -> None:
+        """Gives back files beyond what may be kept, the one used longest ago first."""
+        idle = [key for key in self._kept if key not in self._in_stack | self._last_stack]
+        for old in idle:
+            is_too_much = sum(size for _, _, size in self._kept) > self.kept_bytes
+            if is_too_much or 0 < self.kept_files() < len(self._kept):
+                del self._kept[old]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk of the files that are kept in RAM."""
+        return sum(size for _, _, size in self._kept)
 
     def _match(self, file: LoraFile, model: torch.nn.Module) -> Match:
         """What the file has for one model; worked out once, for nothing in it depends on the strength."""

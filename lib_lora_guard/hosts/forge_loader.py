@@ -114,7 +114,7 @@ class LoaderControl:
 
     def is_left_to_host(self, loader: Any) -> bool:
         state = getattr(loader, STATE, None)
-        return state is not None and state.left_to_host
+        return self.mode() is LoraMode.OWN or (state is not None and state.left_to_host)
 
     def require_refresh(self) -> None:
         """The next refresh of every model looks at its LoRAs anew: a file has changed under its name."""

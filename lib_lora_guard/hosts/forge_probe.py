@@ -31,7 +31,7 @@ def probe() -> ForgeApi:
     memory = _module("backend.memory_management")
     base = _module("backend.patcher.base")
 
-    if hasattr(_attribute(lora, "LoraLoader.refresh"), "lora_guard_hook"):
+    if getattr(getattr(_attribute(lora, "LoraLoader.refresh"), "lora_guard_hook", None), "active", False):
         raise HostError("another copy of LoRA Guard is installed already; keep one folder in extensions/")
     _parameters(lora, "LoraLoader.refresh", ["self", "lora_patches", "offload_device", "force_refresh"])
     _parameters(lora, "LoraLoader.__init__", ["self", "model"])
@@ -71,6 +71,27 @@ def check_networks(networks: ModuleType) -> None:
     # The others come by position.
     _parameters(networks, "load_lora_for_models", ["filename", "online_mode"])
     _attribute(networks, "load_lora_state_dict")
+    _parameters(networks, "load_networks", ["names"])
+    for name in (
+        "available_networks",
+        "available_network_aliases",
+        "forbidden_network_aliases",
+        "sd_models.model_data",
+    ):
+        _attribute(networks, name)
+    for name in ("update_available_networks_by_names", "list_available_networks"):
+        _attribute(networks, name)
+
+
+def check_processing(processing: ModuleType) -> None:
+    """Raises HostError unless Forge keeps conditionings in the way the guard builds on."""
+    name = "StableDiffusionProcessing"
+    _parameters(processing, f"{name}.cached_params", ["required_prompts", "steps", "extra_network_data"])
+    _parameters(
+        processing,
+        f"{name}.get_conds_with_caching",
+        ["function", "required_prompts", "steps", "caches", "extra_network_data", "hires_steps"],
+    )
 
 
 def _module(name: str) -> ModuleType:

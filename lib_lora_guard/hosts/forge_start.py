@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import version
 from ..errors import HostError
 from ..reporting import log as reporting_log
+from ..reporting.messages import say
 from . import forge
+from .forge_options import GuardOptions
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +31,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-guard-log-level",
         choices=reporting_log.LEVELS,
-        default="info",
-        help="LoRA Guard: how much is written to the console",
+        default=None,
+        help="LoRA Guard: how much is written to the console (instead of what the settings page says)",
     )
 
 
@@ -45,7 +48,7 @@ def start(arguments: Sequence[str]) -> bool:
         flags = parser.parse_known_args(
             [a for a in arguments if a.startswith("--lora-guard") or not a.startswith("-")]
         )[0]
-        level, off, as_trained = flags.lora_guard_log_level, flags.lora_guard_off, flags.lora_guard_as_trained
+        level, off, as_trained = flags.lora_guard_log_level or "info", flags.lora_guard_off, flags.lora_guard_as_trained
     except SystemExit:
         # A wrong level: Forge's own parser is about to say so.
         level, off, as_trained = "info", False, False
@@ -66,14 +69,36 @@ def start(arguments: Sequence[str]) -> bool:
 
 
 def run_script(extension_root: Path) -> None:
-    """Called each time Forge runs the extension's scripts: Forge's own extensions are loaded by then, and the guard's
-    files may be newer than what is loaded of them."""
-    try:
-        forge.install_file_reader()
-    except HostError as error:
-        log.warning("LoRA files are read by Forge itself, since its LoRA extension does not fit: %s", error)
+    """Called each time Forge runs the extension's scripts: Forge's own extensions and options are loaded by then, and the
+    guard's files may be newer than what is loaded of them."""
     on_disk = (extension_root / "lib_lora_guard" / "version.py").read_text(encoding="utf-8")
     if f'"{version.__version__}"' not in on_disk:
-        log.warning(
-            "LoRA Guard was updated; restart Forge to use the new version (%s is still running)", version.__version__
-        )
+        say(log, logging.WARNING, "host.updated", version=version.__version__)
+        return
+    for misfit in forge.install_in_webui():
+        say(log, logging.WARNING, "everyday.partly_fits", reason=misfit)
+    options = _options()
+    if options is not None:
+        options.apply()
+
+
+def script_class() -> type | None:
+    """What Forge looks for among the names of a scripts file; None outside a WebUI."""
+    if "modules.scripts" not in sys.modules:
+        return None
+    from .forge_script import LoraGuardScript
+
+    return LoraGuardScript
+
+
+def _options() -> GuardOptions | None:
+    """The settings in Forge's options; None where the guard is not in Forge, switched off by its flag, or does not fit."""
+    global _guard_options
+    call_queue, shared = sys.modules.get("modules.call_queue"), sys.modules.get("modules.shared")
+    if _guard_options is None and forge.installed() is not None and call_queue is not None and shared is not None:
+        level = getattr(shared.cmd_opts, "lora_guard_log_level", None)
+        _guard_options = GuardOptions(shared.opts.data, call_queue.queue_lock, level)
+    return _guard_options
+
+
+_guard_options: GuardOptions | None = None

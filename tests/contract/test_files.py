@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import sys
 
 import pytest
 import torch
@@ -284,12 +286,12 @@ def test_tensors_that_another_extension_has_changed_count_and_not_the_file(guard
 def test_the_files_of_one_stack_stay_whatever_their_size(guarded, tmp_path, monkeypatch):
     from lib_lora_guard.hosts import forge_files
 
-    monkeypatch.setattr(forge_files, "KEPT_BYTES", 1)
     reads, read = [], forge_files.read_lora_file
     monkeypatch.setattr(forge_files, "read_lora_file", lambda path: reads.append(path.name) or read(path))
     for name in "abc":
         write_kohya(tmp_path / f"{name}.safetensors", MODULES)
     files = LoraFiles()
+    files.kept_bytes = 1
     patcher, _ = guarded.build("bf16")
     for strength in (1.0, 0.5):
         changed = patcher
@@ -322,37 +324,53 @@ def test_as_trained_is_a_setting_of_the_takeover_and_the_tuples_stay_the_hosts(g
     assert (pictures[True] - pictures[False]).norm() > 0.01 * (pictures[True] - base).norm()
 
 
-def test_hooks_on_the_hosts_lora_extension_come_once_and_go(guarded, monkeypatch):
-    import sys
+def lora_extension(folder):
+    """A module like Forge's `networks`, which knows the LoRAs in `folder` and notes what it is asked for."""
     import types
 
-    networks = types.ModuleType("networks")
+    module = types.ModuleType("networks")
+    module.loaded = []
 
     def load_lora_for_models(model, clip, lora, strength_model, strength_clip, filename="default", online_mode=False):
         return model, clip
 
-    networks.load_lora_for_models = load_lora_for_models
-    networks.load_lora_state_dict = lambda filename: {}
+    def load_networks(names, te_multipliers=None, unet_multipliers=None, dyn_dims=None):
+        module.loaded.append((list(names), te_multipliers, unet_multipliers, dyn_dims))
+
+    def update_available_networks_by_names(names):
+        for path in folder.glob("*.safetensors"):
+            if path.stem in names:
+                module.available_network_aliases[path.stem] = types.SimpleNamespace(filename=str(path))
+
+    model = types.SimpleNamespace(current_lora_hash="as it was")
+    module.load_lora_for_models, module.load_lora_state_dict = load_lora_for_models, lambda filename: {}
+    module.load_networks, module.list_available_networks = load_networks, lambda: None
+    module.update_available_networks_by_names = update_available_networks_by_names
+    module.available_networks, module.available_network_aliases, module.forbidden_network_aliases = {}, {}, {}
+    module.sd_models = types.SimpleNamespace(model_data=types.SimpleNamespace(get_sd_model=lambda: model))
+    module.extra_network_lora = types.SimpleNamespace(errors={})
+    module.model = model
+    return module
+
+
+def test_hooks_on_the_hosts_lora_extension_come_once_and_go(guarded, monkeypatch, tmp_path):
+    networks = lora_extension(tmp_path)
+    before = dict(vars(networks))
     monkeypatch.setitem(sys.modules, "networks", networks)
-    forge.install_file_reader()
+    assert forge.install_in_webui() == []
     hooked = networks.load_lora_for_models
-    forge.install_file_reader()
-    assert networks.load_lora_for_models is hooked is not load_lora_for_models
+    assert forge.install_in_webui() == []
+    assert networks.load_lora_for_models is hooked is not before["load_lora_for_models"]
     forge.uninstall()
-    assert networks.load_lora_for_models is load_lora_for_models
+    assert vars(networks) == before
     networks.load_lora_for_models = lambda model: model
     forge.install()
-    from lib_lora_guard.errors import HostError
-
-    with pytest.raises(HostError, match=r"networks\.load_lora_for_models has no parameter filename"):
-        forge.install_file_reader()
+    misfits = [str(misfit) for misfit in forge.install_in_webui()]
+    assert misfits == ["networks.load_lora_for_models has no parameter filename, online_mode (it has model)"]
 
 
-def test_a_wrapper_of_another_extension_and_a_module_loaded_again(guarded, monkeypatch):
-    import sys
-    import types
-
-    networks, calls = types.ModuleType("networks"), []
+def test_a_wrapper_of_another_extension_and_a_module_loaded_again(guarded, monkeypatch, tmp_path):
+    networks, calls = lora_extension(tmp_path), []
 
     def wrapped(*args, **kwargs):
         calls.append(args)
@@ -360,8 +378,84 @@ def test_a_wrapper_of_another_extension_and_a_module_loaded_again(guarded, monke
 
     networks.load_lora_for_models, networks.load_lora_state_dict = wrapped, dict
     monkeypatch.setitem(sys.modules, "networks", networks)
-    forge.install_file_reader()
+    forge.install_in_webui()
     assert networks.load_lora_for_models is not wrapped
     networks.load_lora_for_models, networks.load_lora_state_dict = wrapped, dict
-    forge.install_file_reader()
+    forge.install_in_webui()
     assert hasattr(networks.load_lora_for_models, "lora_guard_hook"), "hooked again after a reload of the module"
+
+
+def test_another_extensions_wrapper_around_ours_does_not_keep_the_guard_from_coming_back(
+    guarded, monkeypatch, tmp_path
+):
+    import functools
+
+    networks = lora_extension(tmp_path)
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    forge.install_in_webui()
+    ours = networks.load_lora_for_models
+    networks.load_lora_for_models = functools.wraps(ours)(lambda *args, **kwargs: ours(*args, **kwargs))
+    forge.uninstall()
+    forge.install()
+    forge.install_in_webui()
+    assert networks.load_lora_for_models.lora_guard_hook.active
+
+
+def test_a_missing_lora_is_named_and_the_others_are_applied(guarded, monkeypatch, tmp_path, caplog):
+    networks = lora_extension(tmp_path)
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    for name in ("good", "gone"):
+        write_kohya(tmp_path / f"{name}.safetensors", MODULES)
+    forge.install_in_webui()
+    networks.load_networks(["gone", "good"], [1.0, 0.5], [1.0, 0.4], [None, None])
+    (tmp_path / "gone.safetensors").unlink()
+    networks.load_networks(["gone", "good", "never"], [1.0, 0.5, 0.9], [1.0, 0.4, 0.9], [None, 8, None])
+    networks.load_networks(["good"])
+    assert networks.loaded == [
+        (["gone", "good"], [1.0, 0.5], [1.0, 0.4], [None, None]),
+        (["good"], [0.5], [0.4], [8]),
+        (["good"], None, None, None),
+    ]
+    assert networks.extra_network_lora.errors == {"gone": 1, "never": 1}, "Forge writes these under the picture"
+    said = [r.getMessage() for r in caplog.records if "NOT applied" in r.getMessage()]
+    assert [line.split(" ")[0] for line in said] == ["gone", "never"]
+
+
+def test_a_retrained_file_makes_the_host_build_its_stack_anew_once(guarded, monkeypatch, tmp_path, x):
+    networks = lora_extension(tmp_path)
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    path = tmp_path / "good.safetensors"
+    write_kohya(path, MODULES, seed=1)
+    forge.install_in_webui()
+    files, (patcher, _) = guarded.guard.files, guarded.build("fp32")
+    pictures, stale = [], []
+    for seed in (1, 1, 2, 2):
+        if seed == 2 and len(pictures) == 2:
+            write_kohya(path, MODULES, seed=2)
+            os.utime(path, ns=(1, 1))
+        networks.load_networks(["good"])
+        stale.append(networks.model.current_lora_hash != "as it was")
+        networks.model.current_lora_hash = "as it was"
+        changed, _ = load(files, patcher, path)
+        pictures.append(picture(guarded, changed, x).clone())
+    assert stale == [True, False, True, False], "and for the first image: whose stack was there before is not known"
+    assert torch.equal(pictures[0], pictures[1])
+    assert torch.equal(pictures[2], pictures[3])
+    assert (pictures[2] - pictures[0]).norm() > 0.1 * (pictures[0] - picture(guarded, patcher, x)).norm()
+
+
+def test_another_way_of_reading_files_means_another_stack(guarded, monkeypatch, tmp_path):
+    networks = lora_extension(tmp_path)
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    write_kohya(tmp_path / "good.safetensors", MODULES)
+    forge.install_in_webui()
+    files, stale = guarded.guard.files, []
+    for is_host_reading in (False, False, True, True, False):
+        files.is_host_reading = lambda now=is_host_reading: now
+        networks.model.current_lora_hash = "as it was"
+        networks.load_networks(["good"])
+        stale.append(networks.model.current_lora_hash != "as it was")
+    assert stale[1:] == [False, True, False, True]
+    files.is_host_reading = lambda: True
+    assert files.load_state(lambda filename: "the host's", str(tmp_path / "good.safetensors")) == "the host's"
+    assert files.load_for_models(lambda *args: args, 1, 2, 3, 4, 5, 6, True) == (1, 2, 3, 4, 5, 6, True)

@@ -5,11 +5,13 @@ A new language is a new column here; a test holds that the columns have the same
 
 from __future__ import annotations
 
-from . import hosts
+from . import allocator, baking, everyday, files, hosts, log, loras, memory, modes, panel, report, saving, settings
 
 ENGLISH, CHINESE = "en", "zh"
 LANGUAGES = (ENGLISH, CHINESE)
 
+SUBJECTS = (allocator, baking, everyday, files, hosts, log, loras, memory, modes, panel, report, saving, settings)
+
 TEXTS: dict[str, dict[str, str]] = {
-    key: dict(zip(LANGUAGES, texts, strict=True)) for module in (hosts,) for key, texts in module.TEXTS.items()
+    key: dict(zip(LANGUAGES, texts, strict=True)) for subject in SUBJECTS for key, texts in subject.TEXTS.items()
 }

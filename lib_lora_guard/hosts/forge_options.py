@@ -1,0 +1,105 @@
+"""The guard's settings inside Forge: read from Forge's options, carried out when they change.
+
+The mode is read each time LoRAs are applied, because a request over the API may bring options of its own for one image.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..reporting import log as reporting_log
+from ..reporting.messages import say
+from ..settings import PREFIX, LoraMode, Settings, read
+from ..weights.storage import MB
+from . import forge
+
+log = logging.getLogger(__name__)
+
+LOW_BITS_OPTION = "forge_unet_storage_dtype"
+"""Forge's dropdown "Diffusion in Low Bits"; several of its choices end in "(fp16 LoRA)"."""
+
+
+def mode_of(options: Mapping[str, Any]) -> LoraMode:
+    """The mode that Forge's options ask for. The dropdown's wish counts where the guard's own setting leaves it open; it
+    holds for 16-bit models too, where Forge ignores it."""
+    mode = read({PREFIX + "mode": options.get(PREFIX + "mode")})[0].mode
+    if mode is LoraMode.AUTOMATIC and "(fp16 LoRA)" in str(options.get(LOW_BITS_OPTION)):
+        return LoraMode.FP16
+    return mode
+
+
+class GuardOptions:
+    """Carries the settings out. `options` is Forge's live mapping; `lock` is held by Forge while an image is made."""
+
+    def __init__(self, options: Mapping[str, Any], lock: Any, log_level_flag: str | None = None) -> None:
+        self._options, self._lock, self._log_level_flag = options, lock, log_level_flag
+        self.settings = Settings()
+
+    def mode(self) -> LoraMode:
+        return mode_of(self._options)
+
+    def apply(self) -> Settings:
+        """Brings everything to what the options say now. Called when Forge runs the extension's scripts, and after every
+        change on the settings page."""
+        self.settings, wrong = read(self._options)
+        reporting_log.set_up(self._log_level_flag or self.settings.log_level)
+        for name in wrong:
+            say(log, logging.WARNING, "everyday.bad_option", name=name, value=repr(self._options[name]))
+        if self._is_switch_due():
+            self._when_idle(self._switch)
+        self._connect()
+        return self.settings
+
+    def _is_switch_due(self) -> bool:
+        return self.settings.enable is not (forge.installed() is not None)
+
+    def _connect(self) -> None:
+        takeover = forge.installed()
+        if takeover is None:
+            return
+        takeover.control.mode = self.mode
+        takeover.files.is_host_reading = lambda: self.mode() is LoraMode.OWN
+        takeover.files.kept_bytes = self.settings.kept_files_mb * MB
+        takeover.files.kept_files = self._host_file_limit
+        takeover.files.trim()
+
+    def _host_file_limit(self) -> int:
+        limit = self._options.get("lora_in_memory_limit")
+        return limit if isinstance(limit, int) else 0
+
+    def _switch(self) -> None:
+        if not self._is_switch_due():
+            # Switched back while this waited.
+            return
+        if self.settings.enable:
+            forge.install()
+            forge.install_in_webui()
+            self._connect()
+        else:
+            forge.uninstall()
+        say(log, logging.INFO, "everyday.switched_on" if self.settings.enable else "everyday.switched_off")
+
+    def _when_idle(self, work: Callable[[], None]) -> None:
+        """Does `work` while no image is made: now, or in a thread of its own once the running one is finished."""
+
+        def locked() -> None:
+            try:
+                work()
+            except Exception:
+                say(log, logging.ERROR, "everyday.not_carried_out", exc_info=True)
+            finally:
+                self._lock.release()
+
+        if self._lock.acquire(blocking=False):
+            locked()
+            return
+
+        def wait() -> None:
+            self._lock.acquire()
+            locked()
+
+        say(log, logging.INFO, "everyday.switch_waits")
+        threading.Thread(target=wait, name="lora-guard-switch", daemon=True).start()

@@ -1,0 +1,32 @@
+"""What is said about the names in a prompt, and about settings that change while Forge runs."""
+
+from __future__ import annotations
+
+# English, Simplified Chinese.
+TEXTS: dict[str, tuple[str, str]] = {
+    "everyday.lora_missing": (
+        "{name} NOT applied: there is no LoRA of that name; check the name in the prompt or refresh the list",
+        "{name} 未应用：没有这个名称的 LoRA；请检查提示词中的名称或刷新列表",
+    ),
+    "everyday.partly_fits": (
+        "a part of Forge is left alone, since it is not as expected: {reason}",
+        "Forge 的一部分与预期不符，保持原样：{reason}",
+    ),
+    "everyday.bad_option": (
+        "the option {name} has the value {value}, which makes no sense; its default is used",
+        "选项 {name} 的值 {value} 无效；将使用默认值",
+    ),
+    "everyday.switched_on": (
+        "switched on: LoRAs are applied by LoRA Guard from the next image on",
+        "已启用：从下一张图片起由 LoRA Guard 应用 LoRA",
+    ),
+    "everyday.switched_off": (
+        "switched off: Forge's own LoRA patcher is back in place",
+        "已停用：已恢复 Forge 自带的 LoRA 补丁功能",
+    ),
+    "everyday.switch_waits": (
+        "an image is being made; the setting takes effect when it is finished",
+        "正在生成图片；设置将在完成后生效",
+    ),
+    "everyday.not_carried_out": ("the setting could not be carried out", "设置未能生效"),
+}

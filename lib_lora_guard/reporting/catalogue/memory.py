@@ -1,0 +1,67 @@
+"""Backups of original weights, and memory that runs out."""
+
+from __future__ import annotations
+
+# English, Simplified Chinese.
+TEXTS: dict[str, tuple[str, str]] = {
+    "memory.no_backup_place": (
+        "no place for a backup of {size_mb:.1f} MB: spare are {spare}; free RAM or disk space, or use LoRA mode 'auto'",
+        "没有地方存放 {size_mb:.1f} MB 的备份：可用空间为 {spare}；请释放内存或磁盘空间，或使用 LoRA 模式 auto",
+    ),
+    "memory.spare": ("{size_mb:.1f} MB {place}", "{place} {size_mb:.1f} MB"),
+    "memory.vram": ("VRAM", "显存"),
+    "memory.ram": ("RAM", "内存"),
+    "memory.disk": ("disk", "磁盘"),
+    "memory.spool": (
+        "its {size_mb:.1f} MB cannot be backed up in {folder} ({error}); free disk space, name another folder, or use LoRA "
+        "mode 'auto'",
+        "其 {size_mb:.1f} MB 无法备份到 {folder}（{error}）；请释放磁盘空间、指定其他文件夹，或使用 LoRA 模式 auto",
+    ),
+    "memory.spool_limit": ("{spare_mb:.1f} MB may be used there", "该处只允许使用 {spare_mb:.1f} MB"),
+    "memory.spool_lost": (
+        "its backup in {path} cannot be read ({error}); reload the checkpoint",
+        "其位于 {path} 的备份无法读取（{error}）；请重新加载模型",
+    ),
+    "memory.backup_released": ("its backup was released; reload the checkpoint", "其备份已释放；请重新加载模型"),
+    "memory.not_restored": (
+        "a weight could not be restored ({error}); reload the checkpoint",
+        "有权重无法恢复（{error}）；请重新加载模型",
+    ),
+    "memory.not_restored_at_all": (
+        "a weight could not be restored; reload the checkpoint",
+        "有权重无法恢复；请重新加载模型",
+    ),
+    "memory.key_not_restored": ("{key} could not be restored", "{key} 无法恢复"),
+    "memory.undo_failed": (
+        "an undo step failed; the remaining ones go on",
+        "有一个撤销步骤失败；其余步骤继续执行",
+    ),
+    "memory.merge_slices": (
+        "no memory left to patch a weight of {shape}, not even in slices on the CPU",
+        "内存不足，无法修改大小为 {shape} 的权重，即使在 CPU 上分片也不行",
+    ),
+    "memory.merge_whole": (
+        "no memory left to patch a weight of {shape}, not even on the CPU",
+        "内存不足，无法修改大小为 {shape} 的权重，即使在 CPU 上也不行",
+    ),
+    "memory.merge_result": (
+        "no memory left for a patched weight of {shape}, not even in RAM",
+        "没有空间存放修改后大小为 {shape} 的权重，内存中也不够",
+    ),
+    "memory.slices": (
+        "no memory left for the LoRA even in slices of {tokens} tokens. Make the picture smaller, or lower 'GPU Weights' by 500 MB",
+        "即使按 {tokens} 个 token 分片，显存仍不足以计算 LoRA。请缩小图像，或将“GPU Weights”降低 500 MB",
+    ),
+    "memory.layer": (
+        "no memory left for the LoRA of this layer. Make the picture smaller, or lower 'GPU Weights' by 500 MB",
+        "显存不足以计算此层的 LoRA。请缩小图像，或将“GPU Weights”降低 500 MB",
+    ),
+    "memory.convolution": (
+        "no memory left for the LoRA of this convolution. Make the picture smaller, or lower 'GPU Weights' by 500 MB",
+        "显存不足以计算此卷积层的 LoRA。请缩小图像，或将“GPU Weights”降低 500 MB",
+    ),
+    "memory.factors": (
+        "no memory left for {size_mb:.1f} MB of LoRA factors. Use fewer LoRAs, or lower 'GPU Weights' by 500 MB",
+        "显存不足以存放 {size_mb:.1f} MB 的 LoRA 因子。请减少 LoRA 数量，或将“GPU Weights”降低 500 MB",
+    ),
+}

@@ -1,0 +1,79 @@
+"""The settings section "LoRA Guard"."""
+
+from __future__ import annotations
+
+# English, Simplified Chinese.
+TEXTS: dict[str, tuple[str, str]] = {
+    "settings.enable": ("Use LoRA Guard", "启用 LoRA Guard"),
+    "settings.enable.info": (
+        "off: Forge's own LoRA patcher does the work, as if the extension were not there",
+        "关闭后由 Forge 自带的 LoRA 补丁程序处理，如同未安装本扩展",
+    ),
+    "settings.mode": ("LoRA mode", "LoRA 模式"),
+    "settings.mode.info": (
+        "how LoRAs reach the model; a change takes effect with the next image",
+        "LoRA 作用于模型的方式；更改从下一张图片起生效",
+    ),
+    "settings.mode.automatic": ("Automatic", "自动"),
+    "settings.mode.automatic.info": (
+        "the best way for each weight; never loses part of a LoRA to the rounding of a small format",
+        "为每个权重选择最合适的方式；不会因低精度格式的舍入而损失 LoRA 的效果",
+    ),
+    "settings.mode.fp16": ("fp16 LoRA", "fp16 LoRA"),
+    "settings.mode.fp16.info": (
+        "LoRAs stay beside the weights, which are never changed: the quickest change of LoRAs, slightly slower steps",
+        "LoRA 与权重分开存放，权重从不改变：切换 LoRA 最快，每步略慢",
+    ),
+    "settings.mode.merge": ("Merge", "合并"),
+    "settings.mode.merge.info": (
+        "LoRAs go into the weights wherever nothing of them is lost: the fastest steps, more RAM, slower changes",
+        "在不损失效果的前提下将 LoRA 合并进权重：每步最快，占用内存更多，切换较慢",
+    ),
+    "settings.mode.own": ("Forge's own", "Forge 自带"),
+    "settings.mode.own.info": (
+        "Forge's code applies LoRAs, as chosen under “Diffusion in Low Bits”",
+        "由 Forge 的代码应用 LoRA，遵循“Diffusion in Low Bits”中的选择",
+    ),
+    "settings.kept_files_mb": ("LoRA files kept in RAM, in MB", "内存中保留的 LoRA 文件（MB）"),
+    "settings.kept_files_mb.info": (
+        "a LoRA used again within this budget is not read from disk a second time; 0 keeps none",
+        "在此额度内再次使用的 LoRA 无需重新从磁盘读取；0 表示不保留",
+    ),
+    "settings.log_level": ("Log level", "日志级别"),
+    "settings.log_level.info": (
+        "how much LoRA Guard writes to the console and to its tab",
+        "LoRA Guard 写入控制台及其标签页的详细程度",
+    ),
+    "settings.level.debug": ("debug: everything", "debug：全部"),
+    "settings.level.info": ("info: every change", "info：每次更改"),
+    "settings.level.warning": ("warning: only what needs attention", "warning：仅需要注意的内容"),
+    "settings.level.error": ("error: only failures", "error：仅失败"),
+    "settings.language": ("Language", "语言"),
+    "settings.language.info": (
+        "of the log, the tab and this page; this page follows with Reload UI",
+        "日志、标签页和本页面的语言；本页面在 Reload UI 后更新",
+    ),
+    "settings.language.auto": ("like the WebUI or the browser", "跟随 WebUI 或浏览器"),
+    "settings.allocator": (
+        "The CUDA allocator: how torch divides the memory of an NVIDIA GPU. The tab “LoRA Guard” shows what is in force.",
+        "CUDA 分配器：torch 如何划分 NVIDIA 显卡的显存。当前生效的设置见“LoRA Guard”标签页。",
+    ),
+    "settings.expandable_segments": ("Expandable segments", "可扩展内存段（expandable segments）"),
+    "settings.expandable_segments.info": (
+        "memory grows in place instead of in blocks of fixed size, so that less of it is lost to gaps",
+        "显存段可原地增长，而非固定大小的块，从而减少碎片造成的浪费",
+    ),
+    "settings.max_split_size_mb": (
+        "Largest block that may be split, in MB",
+        "允许拆分的最大块（MB，max split size）",
+    ),
+    "settings.max_split_size_mb.info": (
+        "larger blocks stay whole, which helps against fragments; 0 leaves it to torch",
+        "更大的块保持完整，有助于减少碎片；0 表示由 torch 决定",
+    ),
+    "settings.garbage_collection_threshold": ("Garbage collection threshold", "垃圾回收阈值"),
+    "settings.garbage_collection_threshold.info": (
+        "share of the GPU's memory above which torch gives unused blocks back by itself; 0 leaves it to torch",
+        "显存占用超过此比例时 torch 主动归还未使用的块；0 表示由 torch 决定",
+    ),
+}

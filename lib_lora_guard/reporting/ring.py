@@ -1,0 +1,177 @@
+"""The last log lines, kept in memory for whoever looks at them in a browser: bounded, in every reader's language."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ..errors import named
+from ..files.header import shown
+from .catalogue import ENGLISH
+from .messages import Joined, Message, in_language, message_of, with_error
+
+CAPACITY_LINES = 2000
+CAPACITY_BYTES = 2 << 20
+LINE_CHARACTERS = 2000
+"""Of a plain text, or of one fact of a sentence."""
+ALIKE_LINES = 20
+"""So many sentences of one kind (300 layers say the same of themselves) get a line each, one after another; the rest share one."""
+_FACTS = 500
+"""Of one sentence, with those inside it. Ours have up to ten, a stack of LoRAs about ten for each."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """`number` grows with every line. `row` is the number under which the line first appeared: a line that repeats the last
+    one takes its place in the ring, and a reader who shows that row replaces it. `message`, and `error` (the exception being
+    handled), are a Message where the catalogue has them."""
+
+    number: int
+    time: float
+    level: str
+    message: str
+    error: str | None = None
+    row: int = 0
+
+    def text(self, language: str = ENGLISH) -> str:
+        said = self.message if self.error is None else with_error(self.message, self.error)
+        return str(in_language(said, language))
+
+
+class LogRing(logging.Handler):
+    """Keeps the last lines. Holds plain values only: nothing that a log call names is kept alive, no model and no
+    traceback. Never raises, and a reader holds the lock for as long as it takes to copy references."""
+
+    def __init__(self, capacity_lines: int = CAPACITY_LINES, capacity_bytes: int = CAPACITY_BYTES) -> None:
+        super().__init__()
+        self.boot = secrets.token_hex(8)
+        """Tells a browser that the numbers began anew."""
+        self._capacity_lines, self._capacity_bytes = capacity_lines, capacity_bytes
+        self._lines: deque[tuple[Line, int]] = deque()
+        self._bytes = 0
+        self._last = 0
+        self._run: _Run | None = None
+
+    @property
+    def last(self) -> int:
+        """The number of the newest line; 0 before the first."""
+        return self._last
+
+    @property
+    def bytes(self) -> int:
+        """About what the lines take."""
+        return self._bytes
+
+    def since(self, number: int, limit: int = 500) -> tuple[Line, ...]:
+        """The oldest `limit` lines that came after line `number`, oldest first; ask again from the last of them for more."""
+        with self._locked():
+            newer = sum(1 for _ in _while_newer(self._lines, number))
+            first = len(self._lines) - newer
+            return tuple(line for line, _ in islice(self._lines, first, first + max(0, limit)))
+
+    def clear(self) -> None:
+        """Drops every line; the numbers go on."""
+        with self._locked():
+            self._lines.clear()
+            self._bytes, self._run = 0, None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message, error = _kept(message_of(record)), _error_of(record)
+            size = _size(message) + _size(error)
+        except Exception as problem:
+            # A log call must not stop an image, whatever it was given.
+            message, error = Message("log.unreadable", {"kind": type(problem).__name__}), None
+            size = _size(message)
+        self._add(record, message, error, size)
+
+    def _locked(self) -> Any:
+        assert self.lock is not None  # logging.Handler makes it
+        return self.lock
+
+    def _add(self, record: logging.LogRecord, message: str, error: str | None, size: int) -> None:
+        with self._locked():
+            run = self._run
+            kind = (record.name, record.levelname, message.key if isinstance(message, Message) else message)
+            if run is None or run.kind != kind or not self._lines:
+                run = self._run = _Run(kind)
+            replaces = run.take((message, error))
+            if replaces:
+                message = run.sentence(message)
+                old, old_size = self._lines.pop()
+                self._bytes -= old_size
+            self._last += 1
+            row = old.row if replaces else self._last
+            self._lines.append((Line(self._last, record.created, record.levelname, message, error, row), size))
+            self._bytes += size
+            while len(self._lines) > self._capacity_lines or (
+                self._bytes > self._capacity_bytes and len(self._lines) > 1
+            ):
+                self._bytes -= self._lines.popleft()[1]
+
+
+class _Run:
+    """Sentences of one kind, one directly after another."""
+
+    def __init__(self, kind: tuple[str, str, str]) -> None:
+        self.kind = kind
+        self._said: tuple[str, str | None] | None = None
+        self._lines, self._times, self._alike = 0, 0, 0
+
+    def take(self, said: tuple[str, str | None]) -> bool:
+        """Counts one more; True where it shares the last line."""
+        same, self._said = said == self._said, said
+        if same and not self._alike:
+            self._times += 1
+            return True
+        if self._lines >= ALIKE_LINES:
+            self._alike += 1
+            # The first one over the limit gets the line that the others share.
+            return self._alike > 1
+        self._lines += 1
+        self._times = 1
+        return False
+
+    def sentence(self, message: str) -> Message:
+        if self._alike:
+            return Message("log.alike", {"message": message, "count": self._alike - 1})
+        return Message("log.repeated", {"message": message, "count": self._times})
+
+
+def _while_newer(lines: deque[tuple[Line, int]], number: int) -> Any:
+    for line, _ in reversed(lines):
+        if line.number <= number:
+            return
+        yield line
+
+
+def _error_of(record: logging.LogRecord) -> str | None:
+    error = record.exc_info[1] if record.exc_info else None
+    return None if error is None else _kept(named(error))
+
+
+def _kept(said: str) -> str:
+    """`said` with plain and clean values only, so that it can be kept."""
+    return said.map(_Limit().plain) if isinstance(said, (Message, Joined)) else shown(str(said), LINE_CHARACTERS)
+
+
+class _Limit:
+    """Of how many facts one line may have."""
+
+    def __init__(self) -> None:
+        self._facts = 0
+
+    def plain(self, fact: Any) -> Any:
+        self._facts += 1
+        if self._facts > _FACTS:
+            return "..."
+        return fact if isinstance(fact, (bool, int, float)) else shown(str(fact), LINE_CHARACTERS)
+
+
+def _size(said: str | None) -> int:
+    """About the bytes that it takes: its English text, and its facts once more."""
+    return 0 if said is None else (5 if isinstance(said, Message) else 2) * len(said) + 300
