@@ -53,6 +53,8 @@ class PromptMemory:
             log.debug("conditioning is not remembered: %s", error)
             return
         self._known = [(known, one) for known, one in self._known if known != key]
+        if kept.bytes > self._limit_bytes:
+            return
         self._known.append((key, kept))
         while sum(one.bytes for _, one in self._known) > self._limit_bytes:
             self._known.pop(0)
