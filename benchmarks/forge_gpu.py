@@ -26,6 +26,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GB = 1024**3
+WAYS = ("fp16 LoRA", "guard", "guard, merged", "automatic")
 BALLAST = """
 import sys, time, torch
 leave = float(sys.argv[1])
@@ -41,7 +42,9 @@ def arguments():
     parser.add_argument("--storage", choices=["bf16", "fp8", "nf4", "Q8_0"], default="fp8")
     parser.add_argument("--free-gb", type=float, default=12.0)
     parser.add_argument("--swap", choices=["queue", "async", "async-shared"], default="queue")
-    parser.add_argument("--ways", default="guard,fp16 LoRA,automatic")
+    parser.add_argument(
+        "--ways", default="guard,fp16 LoRA,automatic", help=f"of {'; '.join(WAYS)}; a semicolon separates them too"
+    )
     parser.add_argument("--kind", choices=["lora", "loha", "lokr", "dora"], default="lora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--loras", type=int, default=1)
@@ -328,16 +331,21 @@ class Bench:
         self.unload()
         on_gpu_without = torch.cuda.memory_allocated()
         fresh, _ = self.phase(self.base)
-        if way == "guard":
-            forge.install()
+        if way.startswith("guard"):
+            takeover = forge.install()
+            if way == "guard, merged":
+                from lib_lora_guard.settings import LoraMode
+
+                takeover.control.mode = lambda: LoraMode.MERGE
         try:
             applied, output, with_lora = self.phase(self.patcher(1.0, online), after=self.probe)
             changed, _, with_changed = self.phase(self.patcher(0.8, online), after=self.probe)
             result = {"way": way, "without": fresh, "apply": applied, "change": changed}
             result["share"], result["error"] = self.share(base_probe, with_lora, 1.0)
             result["share_at_0.8"], _ = self.share(base_probe, with_changed, 0.8)
-            if way == "guard":
+            if way.startswith("guard"):
                 self.unload()
+                result["rss_gb_unloaded"] = round(self.rss.process.memory_info().rss / GB, 2)
                 left = torch.cuda.memory_allocated() - on_gpu_without
                 result["mb_left_on_gpu_after_unload"] = round(left / 2**20, 1)
                 reloaded, again = self.phase(self.patcher(1.0, online))
@@ -353,7 +361,7 @@ class Bench:
             )
             result["contribution"] = round(float(contribution.norm() / before.norm()), 4)
         finally:
-            if way == "guard":
+            if way.startswith("guard"):
                 forge.uninstall()
         return result, output
 
@@ -379,9 +387,9 @@ def main():
         prints = bench.fingerprint()
         results = {**header, "base": base, "ways": []}
         online_output = None
-        ways = [w.strip() for w in options.ways.split(",")]
+        ways = [w.strip() for w in options.ways.split(";" if ";" in options.ways else ",")]
         # fp16 LoRA first: its output is what the others are compared with.
-        for way in sorted(ways, key=["fp16 LoRA", "guard", "automatic"].index):
+        for way in sorted(ways, key=WAYS.index):
             try:
                 result, output = bench.run_way(way, before, prints, base_probe, online_output)
             except torch.OutOfMemoryError as error:

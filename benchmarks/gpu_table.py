@@ -35,7 +35,9 @@ def rows(results):
         label = f"{result['free_gb']:g} GB {result['storage']}, {result['swap']}" + (
             f", {result['kind']}" if result["kind"] != "lora" else ""
         )
-        for way in sorted(result["ways"], key=lambda w: ["guard", "fp16 LoRA", "automatic"].index(w["way"])):
+        for way in sorted(
+            result["ways"], key=lambda w: ["guard", "guard, merged", "fp16 LoRA", "automatic"].index(w["way"])
+        ):
             if "out_of_memory" in way:
                 yield [label, way["way"], "out of memory", *[""] * 8, result["commit"]]
                 continue
@@ -62,7 +64,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the table into docs/gpu.md")
     options = parser.parse_args()
     results = [json.loads(line) for file in options.files for line in file.read_text(encoding="utf-8").splitlines()]
-    guards = [way for result in results for way in result["ways"] if way["way"] == "guard" and "share" in way]
+    guards = [way for result in results for way in result["ways"] if way["way"].startswith("guard") and "share" in way]
     machines = sorted({f"{r['gpu']}, torch {r['torch']}" for r in results})
     table = [HEADER, ["---"] * len(HEADER), *rows(results)]
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
