@@ -109,9 +109,13 @@ class Daily(forge_gpu.Bench):
                 for shape in shapes
                 for out, inner in [shape[:2]]
             ]
+        for layer, shape in zip(layers, shapes, strict=True):
+            # Forge's Linear has no weight before a checkpoint gives it one.
+            weight = (torch.randn(shape, device="cuda") * 0.02).to(dtype).cpu()
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if len(shape) == 4:
+                layer.bias = torch.nn.Parameter(torch.zeros(shape[0], dtype=dtype), requires_grad=False)
         model = torch.nn.ModuleList(layers).requires_grad_(False)
-        for parameter in model.parameters():
-            parameter.data = (torch.randn(parameter.shape, device="cuda") * 0.02).to(dtype).cpu()
         model.storage_dtype, model.computation_dtype = dtype, torch.bfloat16
         return model
 
@@ -267,8 +271,10 @@ class Moved:
         class Counting(TorchDispatchMode):
             def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
                 result = function(*args, **(kwargs or {}))
-                source = args[1] if function is torch.ops.aten.copy_.default else args[0] if args else None
-                counts = function in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+                # In inference mode `to` arrives whole, elsewhere as the copy it is made of.
+                name = function._schema.name
+                source = args[1] if name == "aten::copy_" else args[0] if args else None
+                counts = name in ("aten::copy_", "aten::_to_copy", "aten::to")
                 if counts and isinstance(source, torch.Tensor) and source.device.type != result.device.type:
                     counter.bytes += source.numel() * source.element_size()
                 return result
