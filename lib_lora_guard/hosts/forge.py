@@ -45,6 +45,7 @@ class ForgeTakeover:
             hooks.add(api.base.ModelPatcher, "has_online_lora", self._has_online_lora)
             hooks.add(api.memory.LoadedModel, "model_load", self._model_load)
             hooks.add(api.memory.LoadedModel, "model_unload", self._model_unload)
+            hooks.add(api.memory, "unload_model_clones", self._unload_model_clones)
             hooks.add(api.memory, "load_models_gpu", self._load_models_gpu)
             # Stays when the guard goes: patches of this kind may still lie on a patcher then.
             api.lora.extra_weight_calculators.setdefault(OWN_KIND, calculate_own_kind)
@@ -89,6 +90,8 @@ class ForgeTakeover:
     def _model_unload(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
         stays = bool(args[0] if args else kwargs.get("avoid_model_moving", False))
         loader = getattr(loaded.model, "lora_loader", None)
+        if stays and self.placement.give_up(loaded):
+            return None
         if not stays:
             self.control.before_move(loader)
         try:
@@ -96,6 +99,10 @@ class ForgeTakeover:
         finally:
             if not stays:
                 self.control.drop_device_copies(loader)
+
+    def _unload_model_clones(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.placement.replacing():
+            return original(*args, **kwargs)
 
     def _model_load(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
         with self.control.loading(loaded.model):

@@ -46,7 +46,7 @@ def probe() -> ForgeApi:
     _parameters(memory, "load_models_gpu", ["models", "hard_memory_preservation"])
     _parameters(memory, "LoadedModel.model_load", ["self"])
     _parameters(memory, "LoadedModel.model_unload", ["self", "avoid_model_moving"])
-    for name in ("minimum_inference_memory", "get_free_memory", "module_size"):
+    for name in ("unload_model_clones", "minimum_inference_memory", "get_free_memory", "module_size"):
         _attribute(memory, name)
     _attribute(memory, "current_loaded_models")
 

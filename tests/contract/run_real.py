@@ -1,11 +1,13 @@
 """Runs the contract suite against a real Forge and writes the record that CI checks.
 
-    FORGE_ROOT=... FORGE_PYTHON=... python tests/contract/run_real.py
+    FORGE_ROOT=... FORGE_PYTHON=... python tests/contract/run_real.py [--no-record] [what pytest takes]
 
 FORGE_ROOT is a Forge checkout with huggingface_guess in repositories/; FORGE_PYTHON is a Python with Forge's
-requirements, pytest and pytest-timeout.
+requirements, pytest and pytest-timeout. `--no-record` is for other hosts: the record stays that of the one Forge.
+PYTHONPATH may name further folders that the host imports from.
 """
 
+import argparse
 import datetime
 import hashlib
 import json
@@ -39,12 +41,16 @@ def hashes():
 
 
 def main():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--no-record", action="store_true", help="leave tests/contract/record.json as it is")
+    options, pytest_arguments = parser.parse_known_args()
     forge = Path(os.environ["FORGE_ROOT"])
     python = os.environ.get("FORGE_PYTHON", sys.executable)
     before = hashes()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        env = {**os.environ, "LORA_GUARD_CONTRACT_REAL": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "LORA_GUARD_CONTRACT_REAL": "1", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
         # Forge's own dependencies warn in many voices; warnings are errors on the double only.
         command = [
             python,
@@ -57,10 +63,10 @@ def main():
             "-W",
             "default",
             f"--junitxml={report}",
-            *sys.argv[1:],
+            *pytest_arguments,
         ]
         code = subprocess.run(command, cwd=ROOT, env=env).returncode
-        if code:
+        if code or options.no_record:
             return code
         suite = ElementTree.parse(report).getroot().find("testsuite")
     versions = subprocess.run(

@@ -55,6 +55,50 @@ def test_a_change_of_the_stack_places_nothing_anew(guarded, placed, storage):
     assert counts == []
 
 
+def test_a_model_whose_patcher_the_host_gave_up_is_where_it_was(guarded, placed):
+    """What happens where prompt and LoRA change together: the old patcher is nobody's when the text encoder comes."""
+    patcher, dense = guarded.build("bf16")
+    base = run(patcher)
+    cast_before = [getattr(m, "parameters_manual_cast", None) for m in patcher.model.modules()]
+    changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense), 0.5))
+    layer = next(m for m in patcher.model.modules() if hasattr(m, "parameters_manual_cast"))
+    loaded = guarded.memory.current_loaded_models[0]
+    # As the host marks a layer that is swapped.
+    layer.prev_parameters_manual_cast, layer.parameters_manual_cast = layer.parameters_manual_cast, True
+    loaded.model_accelerated = True
+    counts = placed(guarded)
+    loras = [(FILE, lora_on_everything(dense), 0.8)]
+    del changed
+    other, _ = guarded.build("fp32", seed=7)
+    counts.clear()
+    guarded.memory.free_memory(0, torch.device("cpu"), [])
+    assert [one.model.model for one in guarded.memory.current_loaded_models] == [other.model]
+    changed = with_loras(guarded, patcher, *loras)
+    assert counts == []
+    assert guarded.memory.current_loaded_models[0] is loaded
+    assert loaded.model is changed
+    assert layer.parameters_manual_cast is True, "still known to be swapped"
+    wanted = reference(patcher, dense, loras)
+    assert_same(run(changed), wanted, base, fp32_limit(wanted, base))
+    del loaded
+    guarded.memory.unload_all_models()
+    if hasattr(guarded.memory, "build_module_profile"):
+        assert [getattr(m, "parameters_manual_cast", None) for m in patcher.model.modules()] == cast_before
+
+
+def test_a_model_that_is_given_up_for_good_is_freed(guarded):
+    import gc
+    import weakref
+
+    patcher, dense = guarded.build("bf16")
+    changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense), 0.5))
+    model = weakref.ref(patcher.model)
+    del patcher, changed
+    guarded.memory.free_memory(0, torch.device("cpu"), [])
+    gc.collect()  # a model and its LoraLoader hold each other
+    assert model() is None
+
+
 def test_what_another_clone_has_put_into_the_model_goes_and_comes_with_it(guarded):
     """FreeU, ControlNet and others work on clones; some replace objects inside the model."""
     patcher, dense = guarded.build("fp32")
@@ -98,7 +142,7 @@ def test_partly_on_the_device_it_is_handed_over_unless_all_of_it_fits_now(guarde
     monkeypatch.setattr(guarded.memory, "get_free_memory", lambda device: free)
 
     def handed_over(needed, **kwargs):
-        return not placement._could_be_whole(loaded, needed, **kwargs)
+        return not placement._could_be_whole(loaded, patcher.model, needed, **kwargs)
 
     assert not handed_over(600, staying=[]), "all of it fits now: the host may place it"
     assert handed_over(601, staying=[])

@@ -1,3 +1,5 @@
+import sys
+
 import torch
 
 signal_empty_cache = False
@@ -36,7 +38,7 @@ def minimum_inference_memory():
 
 
 def get_free_memory(dev=None, torch_free_too=False):
-    return 1 << 40
+    return 1 << 50
 
 
 def module_size(module, exclude_device=None, include_device=None, return_split=False):
@@ -48,20 +50,29 @@ def module_size(module, exclude_device=None, include_device=None, return_split=F
     return sum(sizes)
 
 
+def unload_model_clones(model):
+    for old in [m for m in current_loaded_models if model.is_clone(m.model)]:
+        current_loaded_models.remove(old)
+        old.model_unload(avoid_model_moving=True)
+
+
 def load_models_gpu(models, memory_required=0, hard_memory_preservation=0):
     reserved_for_test.append(hard_memory_preservation)
     for patcher in models:
         loaded = LoadedModel(patcher)
         if loaded in current_loaded_models:
             continue
-        for old in [m for m in current_loaded_models if patcher.is_clone(m.model)]:
-            current_loaded_models.remove(old)
-            old.model_unload(avoid_model_moving=True)
+        unload_model_clones(patcher)
         loaded.model_load()
         current_loaded_models.insert(0, loaded)
 
 
 def free_memory(memory_required, device, keep_loaded=(), free_all=False):
+    for place in range(len(current_loaded_models) - 1, -1, -1):
+        if sys.getrefcount(current_loaded_models[place].model) <= 2:
+            current_loaded_models.pop(place).model_unload(avoid_model_moving=True)
+    if memory_required < get_free_memory(device):
+        return
     for loaded in list(current_loaded_models):
         current_loaded_models.remove(loaded)
         loaded.model_unload()

@@ -15,3 +15,14 @@ def set_attr_raw(root, path, value):
 
 def tensor2parameter(tensor):
     return tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def set_attr(root, path, value):
+    *parents, name = path.split(".")
+    for parent in parents:
+        root = getattr(root, parent)
+    setattr(root, name, torch.nn.Parameter(value, requires_grad=False))
+
+
+def get_state_dict_after_quant(model, prefix=""):
+    return {prefix + key: value.clone() for key, value in model.state_dict().items()}
