@@ -140,8 +140,10 @@ class Daily(forge_gpu.Bench):
     def image(self, processing, prompt, lora=None, strength=1.0):
         """One image; seconds and moved bytes up to the end of the first step, and for all of it."""
         torch = self.torch
-        # Forge holds the patchers of the running image and nothing else does.
-        self.current = self.base if lora is None else self.lora_stacks[lora](strength)
+        # Forge holds the patchers of the running image and nothing else does; the same stack is the same patcher.
+        if self.stack_now != (lora, strength):
+            self.stack_now = (lora, strength)
+            self.current = self.base if lora is None else self.lora_stacks[lora](strength)
         data = {"lora": [] if lora is None else [Use(lora, strength)]}
         gc.collect()
         torch.cuda.synchronize()
@@ -177,7 +179,7 @@ class Daily(forge_gpu.Bench):
         from lib_lora_guard.hosts import forge
 
         self.unload()
-        self.online = way == "fp16 LoRA"
+        self.online, self.stack_now = way == "fp16 LoRA", None
         module = module_named_processing()
         if way == "guard":
             forge.install().install_conditioning(module, self.shared)
@@ -200,9 +202,11 @@ class Daily(forge_gpu.Bench):
             ("another LoRA", "a cat", "second", 1.0),
             ("prompt", "a dog", "second", 1.0),
             ("prompt of before", "a cat", "second", 1.0),
+            ("prompt and LoRA", "a fish", "first", 1.0),
         ]
         again = {"strength": ("a cat", "first", 0.6), "another LoRA": ("a cat", "first", 1.0)}
         again |= {"prompt": ("a bird", "second", 1.0), "prompt of before": ("a dog", "second", 1.0)}
+        again |= {"prompt and LoRA": ("a horse", "second", 0.9)}
         result = []
         try:
             for name, *how in events:
