@@ -15,7 +15,9 @@ import torch
 from ..errors import RestoreError
 from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
+from ..patching.merge_loss import merge_loss
 from ..planning.mode import Mode, Wish
+from ..reporting.messages import say
 from ..reporting.report import ApplyReport, clean_text
 from ..settings import LoraMode
 from .forge_access import RAM_FLOOR_BYTES, ForgeAccess, GuardPatches
@@ -39,6 +41,8 @@ class LoaderState:
     report: ApplyReport | None = None
     mode: LoraMode | None = None
     """The mode of the last refresh."""
+    told_merge_loss: bool = False
+    """True once the user has been told why low-bit weights of this model are not merged."""
     published: tuple[object, object] | None = None
     """The `backup` and `online_backup` objects left on the loader: others there mean that someone else was at work."""
 
@@ -91,6 +95,8 @@ class LoaderControl:
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
                 return
             self._publish(loader, state, stack_hash)
+            if mode is LoraMode.MERGE and not state.told_merge_loss:
+                self._say_what_merging_would_lose(access.name, state)
         log.log(logging.WARNING if state.report.is_worrying else logging.INFO, "%s", state.report.line())
 
     def remind(self, patcher: Any) -> None:
@@ -209,6 +215,28 @@ class LoaderControl:
             loader.backup, loader.online_backup = {}, []
         state.left_to_host, state.published, state.report = True, None, None
         original(loader, lora_patches, offload, True)
+
+    def _say_what_merging_would_lose(self, model: str, state: LoaderState) -> None:
+        try:
+            loss = merge_loss(state.engine.attached.values())
+        except Exception:
+            log.debug("%s: what merging would lose could not be measured", model, exc_info=True)
+            return
+        if loss is None:
+            return
+        state.told_merge_loss = True
+        key = "everyday.not_merged" if loss.cosine is not None else "everyday.cannot_be_merged"
+        cosine = 0.0 if loss.cosine is None else loss.cosine
+        say(
+            log,
+            logging.WARNING,
+            key,
+            model=model,
+            count=loss.weights,
+            format=loss.format,
+            cosine=cosine,
+            weight=loss.key,
+        )
 
     def _host_refresh(self, original: Callable[..., None], loader: Any, patches: Any, offload: torch.device) -> bool:
         """The host's own refresh; where it fails, its traces are removed and the parameters go back to their devices

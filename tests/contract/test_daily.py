@@ -7,6 +7,7 @@ import torch
 from support.make import host_value, rand
 from support.measure import assert_same, fp32_limit, same_bits
 
+from contract.host import REAL
 from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
 from lib_lora_guard.hosts.forge_loader import STATE
 from lib_lora_guard.planning.mode import Mode
@@ -263,6 +264,34 @@ def test_another_mode_is_carried_out_at_the_next_image_of_the_same_stack(guarded
         assert_same(pictures[mode], wanted, base, limit)
     guarded.load(patcher)
     assert same_bits(run(patcher), base)
+
+
+@pytest.mark.parametrize("storage", ["fp8", "scaled_fp8", "Q8_0", *(["Q4_0", "Q4_K"] if REAL else [])])
+def test_merging_on_low_bit_weights_is_refused_with_what_it_would_leave(guarded, storage, caplog):
+    merge_everything(guarded)
+    patcher, dense = guarded.build(storage)
+    base = run(patcher)
+    loras = [(FILE, lora_on_everything(dense), 0.8)]
+    changed = with_loras(guarded, patcher, *loras)
+    wanted = reference(patcher, dense, loras)
+    # What is stored wide is merged and rounded once.
+    limit = 0.02 if storage in ("Q8_0", "Q4_0", "Q4_K") else fp32_limit(wanted, base)
+    assert_same(run(changed), wanted, base, limit)
+    said = [r.getMessage() for r in caplog.records if "merging was asked for" in r.getMessage()]
+    assert len(said) == 1
+    if storage == "Q4_K":
+        assert "cannot be written back" in said[0]
+    else:
+        key = said[0].split("measured on ")[1].split(")")[0]
+        told = float(said[0].split("cosine ")[1].split(" ")[0])
+        assert 0.3 < told <= 1.0
+        if storage == "fp8":
+            up, down, alpha = loras[0][1][key][1][:3]
+            delta = 0.8 * alpha / down.shape[0] * (up @ down)
+            left = (dense[key] + delta).to(torch.float8_e4m3fn).float() - dense[key]
+            assert abs(told - float(torch.cosine_similarity(left.flatten(), delta.flatten(), dim=0))) < 0.006
+    with_loras(guarded, patcher, (FILE, lora_on_everything(dense), 0.5))
+    assert len([r for r in caplog.records if "merging was asked for" in r.getMessage()]) == 1, "said once"
 
 
 def test_fp16_lora_merges_nothing_that_can_be_had_otherwise(guarded):
