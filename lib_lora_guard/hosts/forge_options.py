@@ -6,18 +6,25 @@ The mode is read each time LoRAs are applied, because a request over the API may
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from ..memory.allocator import AllocatorState
+from ..memory.allocator import apply as apply_allocator
+from ..memory.allocator_text import AllocatorWish
 from ..reporting import log as reporting_log
-from ..reporting.messages import say
+from ..reporting.messages import Message, say
 from ..settings import PREFIX, LoraMode, Settings, read
 from ..weights.storage import MB
 from . import forge
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 LOW_BITS_OPTION = "forge_unet_storage_dtype"
 """Forge's dropdown "Diffusion in Low Bits"; several of its choices end in "(fp16 LoRA)"."""
 
@@ -32,11 +39,19 @@ def mode_of(options: Mapping[str, Any]) -> LoraMode:
 
 
 class GuardOptions:
-    """Carries the settings out. `options` is Forge's live mapping; `lock` is held by Forge while an image is made."""
+    """Carries the settings out. `options` is Forge's live mapping; `lock` is held by Forge while an image is made; `device`
+    is where images are made."""
 
-    def __init__(self, options: Mapping[str, Any], lock: Any, log_level_flag: str | None = None) -> None:
-        self._options, self._lock, self._log_level_flag = options, lock, log_level_flag
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        lock: Any,
+        device: torch.device = CPU,
+        log_level_flag: str | None = None,
+    ) -> None:
+        self._options, self._lock, self._device, self._log_level_flag = options, lock, device, log_level_flag
         self.settings = Settings()
+        self.allocator: AllocatorState | None = None
 
     def mode(self) -> LoraMode:
         return mode_of(self._options)
@@ -51,7 +66,25 @@ class GuardOptions:
         if self._is_switch_due():
             self._when_idle(self._switch)
         self._connect()
+        self._set_allocator()
         return self.settings
+
+    def _set_allocator(self) -> None:
+        settings = self.settings
+        wish = AllocatorWish(
+            settings.expandable_segments, settings.max_split_size_mb, settings.garbage_collection_threshold
+        )
+        before = self.allocator
+        try:
+            self.allocator = apply_allocator(wish, os.environ, self._device, before)
+        except Exception:
+            # A new torch may know other names; images are made all the same.
+            say(log, logging.ERROR, "everyday.allocator_failed", exc_info=True)
+            return
+        wished = wish.expandable_segments or wish.max_split_size_mb or wish.garbage_collection_threshold
+        if self.allocator is not before and (wished or before is not None):
+            for name, option in self.allocator.options().items():
+                say(log, logging.INFO, "everyday.allocator", name=Message(f"settings.{name}"), state=option.reason)
 
     def _is_switch_due(self) -> bool:
         return self.settings.enable is not (forge.installed() is not None)

@@ -80,6 +80,13 @@ def run_script(extension_root: Path) -> None:
     options = _options()
     if options is not None:
         options.apply()
+    if "modules.script_callbacks" in sys.modules:
+        try:
+            from . import forge_ui
+
+            forge_ui.register(options)
+        except Exception:
+            say(log, logging.WARNING, "everyday.no_tab", exc_info=True)
 
 
 def script_class() -> type | None:
@@ -97,7 +104,8 @@ def _options() -> GuardOptions | None:
     call_queue, shared = sys.modules.get("modules.call_queue"), sys.modules.get("modules.shared")
     if _guard_options is None and forge.installed() is not None and call_queue is not None and shared is not None:
         level = getattr(shared.cmd_opts, "lora_guard_log_level", None)
-        _guard_options = GuardOptions(shared.opts.data, call_queue.queue_lock, level)
+        device = sys.modules["backend.memory_management"].get_torch_device()
+        _guard_options = GuardOptions(shared.opts.data, call_queue.queue_lock, device, level)
     return _guard_options
 
 

@@ -121,7 +121,7 @@ def test_the_takeover_asks_the_options_each_time(guard):
 
 
 def test_the_level_on_the_command_line_wins(guard):
-    GuardOptions({"lora_guard_log_level": "debug"}, threading.Lock(), "error").apply()
+    GuardOptions({"lora_guard_log_level": "debug"}, threading.Lock(), log_level_flag="error").apply()
     assert logging.getLogger("lib_lora_guard").level == logging.ERROR
     GuardOptions({"lora_guard_log_level": "debug"}, threading.Lock()).apply()
     assert logging.getLogger("lib_lora_guard").level == logging.DEBUG
