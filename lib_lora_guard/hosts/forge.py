@@ -56,7 +56,7 @@ class ForgeTakeover:
         """Takes over how Forge's LoRA extension reads files. Its module is loaded long after preload.py has run."""
         if _is_hooked(networks.load_lora_for_models):
             return
-        stack = LoraStack(networks, lambda: self.files.is_host_reading(), self.control.require_refresh)
+        stack = LoraStack(networks, lambda: self.files.is_host_reading(), self.control.require_all_refreshes)
         with_reader = HookSet()
         with with_reader:
             with_reader.add(networks, "load_lora_state_dict", self.files.load_state)
@@ -118,12 +118,15 @@ class ForgeTakeover:
         if extra:
             bound.arguments["hard_memory_preservation"] += extra
         needed = self.api.memory.minimum_inference_memory() + bound.arguments["hard_memory_preservation"]
-        for patcher in others:
-            self.placement.hand_over(patcher, needed, staying=patchers)
+        handed_over = [p for p in others if self.placement.hand_over(p, needed, staying=patchers)]
+        for patcher in handed_over:
+            # Whatever happens until then, the LoRAs of the patcher before must not pass for those of this one.
+            self.control.require_refresh(patcher.lora_loader)
+        # First the host makes room, then merges may take some.
         result = original(*bound.args, **bound.kwargs)
         # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
-        for patcher in already_loaded:
-            if getattr(patcher, "lora_patches", None):
+        for patcher in [*handed_over, *already_loaded]:
+            if hasattr(patcher, "lora_loader"):
                 self.control.remind(patcher)
         if any(hasattr(patcher.model, "diffusion_model") for patcher in already_loaded):
             self.files.remind()

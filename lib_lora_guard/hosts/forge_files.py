@@ -7,6 +7,7 @@ and what stands in the metadata (alpha and rsLoRA of PEFT). A mismatch is a gues
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -70,6 +71,8 @@ class LoraFiles:
         self.kept_files: Callable[[], int] = lambda: 0
         self.is_host_reading: Callable[[], bool] = lambda: False
         """True in the mode "Forge's own": then the host reads LoRA files itself."""
+        self._lock = threading.Lock()
+        """Around `_kept`: files are read where images are made, the settings page changes how much is kept."""
         self._kept: OrderedDict[FileKey, LoraFile] = OrderedDict()
         self._in_stack: set[FileKey] = set()
         self._last_stack: set[FileKey] = set()
@@ -145,27 +148,31 @@ class LoraFiles:
             raise LoraFileError(f"{shown(path.name)}: no such file; check the name or refresh the list")
         status = path.stat()
         key = (str(path), status.st_mtime_ns, status.st_size)
-        file = self._kept.pop(key, None)
+        with self._lock:
+            file = self._kept.get(key)
         if file is None:
             file = read_lora_file(path)
             _own(adapter for adapter in file.adapters.values())
-        self._kept[key] = file
+        with self._lock:
+            self._kept[key] = file
+            self._kept.move_to_end(key)
         self._in_stack.add(key)
         self.trim()
         return file
 
     def trim(self) -> None:
         """Gives back files beyond what may be kept, the one used longest ago first."""
-        idle = [key for key in self._kept if key not in self._in_stack | self._last_stack]
-        for old in idle:
-            is_too_much = sum(size for _, _, size in self._kept) > self.kept_bytes
-            if is_too_much or 0 < self.kept_files() < len(self._kept):
-                del self._kept[old]
+        with self._lock:
+            for old in [key for key in self._kept if key not in self._in_stack | self._last_stack]:
+                is_too_much = sum(size for _, _, size in self._kept) > self.kept_bytes
+                if is_too_much or 0 < self.kept_files() < len(self._kept):
+                    del self._kept[old]
 
     @property
     def bytes(self) -> int:
         """Bytes on disk of the files that are kept in RAM."""
-        return sum(size for _, _, size in self._kept)
+        with self._lock:
+            return sum(size for _, _, size in self._kept)
 
     def _match(self, file: LoraFile, model: torch.nn.Module) -> Match:
         """What the file has for one model; worked out once, for nothing in it depends on the strength."""

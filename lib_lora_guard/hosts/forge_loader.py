@@ -59,6 +59,7 @@ class LoaderControl:
         self.as_trained = False
         """DoRA in the meaning of its trainer instead of Forge's."""
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._reports: tuple[tuple[weakref.ref[Any], ApplyReport], ...] = ()
 
     def refresh(
         self,
@@ -95,6 +96,7 @@ class LoaderControl:
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
                 return
             self._publish(loader, state, stack_hash)
+            self._note_reports()
             if mode is LoraMode.MERGE and not state.told_merge_loss:
                 self._say_what_merging_would_lose(access.name, state)
         log.log(logging.WARNING if state.report.is_worrying else logging.INFO, "%s", state.report.line())
@@ -122,15 +124,22 @@ class LoaderControl:
         state = getattr(loader, STATE, None)
         return self.mode() is LoraMode.OWN or (state is not None and state.left_to_host)
 
-    def require_refresh(self) -> None:
-        """The next refresh of every model looks at its LoRAs anew: a file has changed under its name."""
+    def require_refresh(self, loader: Any) -> None:
+        """The next refresh of the model looks at its LoRAs anew, whatever the recorded state says."""
+        loader.loaded_hash = RETRY
+
+    def require_all_refreshes(self) -> None:
+        """For when a file has changed under its name."""
         for loader in list(self._loaders):
-            loader.loaded_hash = RETRY
+            self.require_refresh(loader)
 
     def reports(self) -> tuple[ApplyReport, ...]:
-        """What lies on each model now."""
-        states = [getattr(loader, STATE, None) for loader in list(self._loaders)]
-        return tuple(state.report for state in states if state is not None and state.report is not None)
+        """What lies on each model now. For any thread: what it reads is replaced as a whole."""
+        return tuple(report for loader, report in self._reports if loader() is not None)
+
+    def _note_reports(self) -> None:
+        known = [(weakref.ref(loader), self.report(loader)) for loader in self._loaders]
+        self._reports = tuple((loader, report) for loader, report in known if report is not None)
 
     def before_move(self, loader: Any) -> None:
         """The host is about to move the model: what it moves are the originals, and it merges again afterwards."""
@@ -196,6 +205,7 @@ class LoaderControl:
                 loader.backup, loader.online_backup, loader.loaded_hash = {}, [], str([])
             delattr(loader, STATE)
         self._loaders.clear()
+        self._reports = ()
         for loader in loaders:
             if id(loader) in fitting:
                 self._host_refresh(original, loader, fitting[id(loader)], live[id(loader)].offload_device)
@@ -214,6 +224,7 @@ class LoaderControl:
         if not state.left_to_host and state.published is not None:
             loader.backup, loader.online_backup = {}, []
         state.left_to_host, state.published, state.report = True, None, None
+        self._note_reports()
         original(loader, lora_patches, offload, True)
 
     def _say_what_merging_would_lose(self, model: str, state: LoaderState) -> None:
@@ -310,6 +321,7 @@ class LoaderControl:
             )
         loader.backup, loader.online_backup = {}, []
         state.published, state.report = None, None
+        self._note_reports()
         fitting = state.engine.fitting(access, requests)
         wanted = [(identifier, patches) for i, (identifier, patches) in enumerate(lora_patches.items()) if i in fitting]
         names = ", ".join(clean_text(describe(identifier)[0]) for identifier, _ in wanted)

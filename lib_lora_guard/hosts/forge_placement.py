@@ -29,7 +29,7 @@ class Placement:
         self._is_replacing = False
 
     def hand_over(self, patcher: Any, needed_bytes: int, staying: Sequence[Any] = ()) -> bool:
-        """Gives the loaded model of another patcher to `patcher`, refreshed with its LoRAs; False where the host has to
+        """Gives the loaded model of another patcher to `patcher`, which is not refreshed yet; False where the host has to
         place it: it is not loaded, or parts of it lie outside the device and could all be on it now.
 
         `needed_bytes`: what has to be free on the device then; `staying`: patchers that cannot leave for it.
@@ -61,7 +61,6 @@ class Placement:
             return False
         if given_up is not None:
             self._memory.current_loaded_models.insert(0, given_up)
-        patcher.refresh_loras()
         return True
 
     def give_up(self, loaded: Any) -> bool:

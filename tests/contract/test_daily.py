@@ -56,6 +56,33 @@ def test_a_change_of_the_stack_places_nothing_anew(guarded, placed, storage):
     assert counts == []
 
 
+def test_a_load_that_fails_after_the_hand_over_is_healed_by_the_next(guarded, monkeypatch):
+    patcher, dense = guarded.build("bf16")
+    base = run(patcher)
+    loras = [(FILE, lora_on_everything(dense), 0.8)]
+    with_loras(guarded, patcher, ("old.safetensors", lora_on_everything(dense, 30), 1.0))
+    clone = patcher.clone()
+    clone.add_patches(filename=FILE, patches=loras[0][1], strength_patch=0.8)
+    other, _ = guarded.build("fp32", seed=7)
+    guarded.memory.unload_all_models()
+    with_loras(guarded, patcher, ("old.safetensors", lora_on_everything(dense, 30), 1.0))
+
+    def failing(*args, **kwargs):
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(other, "forge_patch_model", failing)
+    with pytest.raises(MemoryError):
+        guarded.memory.load_models_gpu([clone, other])
+    guarded.load(clone)
+    wanted = reference(patcher, dense, loras)
+    assert_same(run(clone), wanted, base, fp32_limit(wanted, base))
+    with_loras(guarded, patcher, ("old.safetensors", lora_on_everything(dense, 30), 1.0))
+    with pytest.raises(MemoryError):
+        guarded.memory.load_models_gpu([patcher, other])
+    guarded.load(patcher)
+    assert same_bits(run(patcher), base), "taken off as well"
+
+
 def test_a_model_whose_patcher_the_host_gave_up_is_where_it_was(guarded, placed):
     """What happens where prompt and LoRA change together: the old patcher is nobody's when the text encoder comes."""
     patcher, dense = guarded.build("bf16")
