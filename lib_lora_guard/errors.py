@@ -9,12 +9,35 @@
     |-- LayerError         a patched layer could not finish its forward pass (also a RuntimeError)
     `-- HostError          the host does not look as expected                (also a RuntimeError)
 
-Messages name the object, what was wanted, what was found and what to do, in this order.
+Messages name the object, what was wanted, what was found and what to do, in this order. What a user of the panel can
+meet is a sentence of the catalogue (`LoraFileError.of("file.missing", name=...)`), so that it can be read in the user's
+language; what only a programmer can meet is plain English.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .reporting.messages import Joined as Joined
+from .reporting.messages import Message as Message
+from .reporting.messages import about as about
+from .reporting.messages import reason as reason
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LoraGuardError(Exception):
-    """Base of all errors raised on purpose by LoRA Guard."""
+    """Base of all errors raised on purpose by LoRA Guard. `message` is what it says, a Message where the catalogue has it."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+
+    @classmethod
+    def of(cls, key: str, /, **facts: Any) -> Self:
+        """The error that says a sentence of the catalogue."""
+        return cls(Message(key, facts))
 
 
 class FileFormatError(LoraGuardError, ValueError):
@@ -43,3 +66,9 @@ class LayerError(LoraGuardError, RuntimeError):
 
 class HostError(LoraGuardError, RuntimeError):
     """The host program lacks something that LoRA Guard needs."""
+
+
+def named(error: BaseException) -> str:
+    """Why, as a fact for a sentence, of an error that may be anybody's: one that is not ours says its type too."""
+    why = reason(error)
+    return why if isinstance(error, LoraGuardError) or isinstance(why, Message) else f"{type(error).__name__}: {why}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..errors import LoraMismatchError
+from ..errors import LoraMismatchError, Message
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,9 +38,8 @@ class Slice:
     def shape_in(self, shape: Shape) -> Shape:
         """Shape of this part of a weight of `shape`; raises LoraMismatchError where it does not lie inside."""
         if not (0 <= self.dim < len(shape) and self.start >= 0 and 0 < self.length <= shape[self.dim] - self.start):
-            raise LoraMismatchError(
-                f"addresses entries {self.start}..{self.start + self.length} of dimension {self.dim}, the weight is {list(shape)}"
-            )
+            end = self.start + self.length
+            raise LoraMismatchError.of("lora.outside", start=self.start, end=end, dim=self.dim, shape=list(shape))
         return (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
 
 
@@ -192,6 +191,9 @@ class Adapter(ABC):
 LARGEST_NUMBER = 1e30
 """Of strengths and alphas: their product with each other and with the factors must fit into fp32."""
 
+_STRENGTH, _MODEL_STRENGTH = Message("lora.strength"), Message("lora.model_strength")
+_ALPHA = Message("lora.alpha")
+
 
 @dataclass(frozen=True, eq=False)
 class Term:
@@ -211,9 +213,9 @@ class Term:
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         """Raises LoraMismatchError unless this term can be applied to a weight of `shape`."""
         alpha = getattr(self.adapter, "alpha", None)
-        for name, number in (("strength", self.strength), ("model strength", self.strength_model), ("alpha", alpha)):
+        for number, name in ((self.strength, _STRENGTH), (self.strength_model, _MODEL_STRENGTH), (alpha, _ALPHA)):
             if number is not None and not abs(number) < LARGEST_NUMBER:
-                raise LoraMismatchError(f"its {name} is {number}, not a usable number")
+                raise LoraMismatchError.of("lora.no_usable_number", name=name, number=number)
         if self.part is not None:
             shape, may_expand = self.part.shape_in(shape), False
         self.adapter.check(shape, may_expand=may_expand)
@@ -252,11 +254,11 @@ could not, and a file of some kilobytes could ask for gigabytes of products."""
 def check_rank(rank: int, shape: Shape) -> None:
     """Raises LoraMismatchError for a rank that no trainer gives a weight of `shape`."""
     if rank > max(LARGEST_RANK, shape[0], product_of(shape[1:])):
-        raise LoraMismatchError(f"its rank is {rank}, far more than a weight of {list(shape)} has")
+        raise LoraMismatchError.of("lora.rank", rank=rank, shape=list(shape))
 
 
 def mismatch(what: str, found: Sequence[int], wanted: Sequence[int]) -> LoraMismatchError:
-    return LoraMismatchError(f"{what} gives {list(found)}, the weight is {list(wanted)}")
+    return LoraMismatchError.of("lora.size", what=what, found=list(found), wanted=list(wanted))
 
 
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -271,13 +273,13 @@ def own_copy(tensor: torch.Tensor) -> torch.Tensor:
 def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
     """Raises LoraMismatchError for values that are not finite floating-point numbers (or whole ones, where those will do)."""
     if not (tensor.is_floating_point() or (whole_numbers and not tensor.is_complex())):
-        raise LoraMismatchError(f"it is stored as {tensor.dtype}, floating-point numbers were expected")
+        raise LoraMismatchError.of("lora.not_floating", dtype=str(tensor.dtype))
     if tensor.is_meta:
         return
     # NaN and Inf survive a sum, and a sum is one pass without a mask of the tensor's size. fp8 has no sum.
     wide = tensor if tensor.element_size() > 1 else tensor.float()
     if tensor.is_floating_point() and not math.isfinite(float(wide.sum(dtype=torch.float64))):
-        raise LoraMismatchError("it holds values that are not finite numbers (NaN or Inf); download or train it again")
+        raise LoraMismatchError.of("lora.not_finite")
 
 
 def product_of(shape: Sequence[int]) -> int:

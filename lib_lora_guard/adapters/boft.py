@@ -34,7 +34,7 @@ class BoftAdapter(Adapter):
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         size = _check_blocks(self.blocks, len(shape) > 1, shape[0], shape)
         if size % 2:
-            raise LoraMismatchError(f"BOFT blocks must have an even size, found {list(self.blocks.shape)}")
+            raise LoraMismatchError.of("lora.odd_blocks", found=list(self.blocks.shape))
         check_rows("rescale", self.rescale, shape)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
@@ -66,7 +66,7 @@ class PeftBoftAdapter(Adapter):
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         size = _check_blocks(self.blocks, len(shape) > 1, product_of(shape[1:]), shape)
         if size % 2 and self.blocks.shape[0] > 1:
-            raise LoraMismatchError(f"BOFT blocks must have an even size, found {list(self.blocks.shape)}")
+            raise LoraMismatchError.of("lora.odd_blocks", found=list(self.blocks.shape))
         check_rows("boft_s", self.factor, shape)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
@@ -94,7 +94,9 @@ class PeftBoftAdapter(Adapter):
 def _check_blocks(blocks: torch.Tensor, has_matrix: bool, channels: int, shape: Shape) -> int:
     """The block size; raises LoraMismatchError unless the blocks turn `channels` channels."""
     if blocks.dim() != 4 or blocks.shape[2] != blocks.shape[3] or not all(blocks.shape):
-        raise LoraMismatchError(f"BOFT blocks must be (m, n, b, b), found {list(blocks.shape)}")
+        raise LoraMismatchError.of(
+            "lora.wrong_form", what="BOFT blocks", wanted="(m, n, b, b)", found=list(blocks.shape)
+        )
     stages, count, size, _ = blocks.shape
     # The last stage pairs channels across groups of 2**(m - 1) blocks.
     if not has_matrix or count * size != channels or count % 2 ** (stages - 1):

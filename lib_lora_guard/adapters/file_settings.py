@@ -40,7 +40,7 @@ class PeftSettings:
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
             return None
         if not abs(alpha) < LARGEST_NUMBER:
-            raise LoraMismatchError("its settings ask for an alpha that is no usable number")
+            raise LoraMismatchError.of("lora.no_usable_alpha")
         # rsLoRA (arXiv 2312.03732) divides by the root of the rank.
         return alpha * math.sqrt(rank) if self.entries.get("use_rslora") is True else float(alpha)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FileFormatError, LoraFileError, LoraMismatchError
+from ..errors import FileFormatError, Joined, LoraFileError, LoraMismatchError, Message, about, reason
 from ..files import TensorEntry, open_header, read_tensors, shown
 from ..files.safetensors_file import FORMATS
 from .base import Adapter, check_values
@@ -63,9 +63,7 @@ def _read(path: Path, as_trained: bool, values: bool) -> LoraFile:
     try:
         header = open_header(path)
         if header.container != "safetensors":
-            raise LoraFileError(
-                f"{shown(path.name)}: expected a LoRA in safetensors format, found a {header.container} model"
-            )
+            raise _refusal(shown(path.name), Message("lora.container", {"container": header.container}))
         wanted = [name for name, entry in header.tensors.items() if values or _is_number(name, entry.shape)]
         tensors = read_tensors(header, wanted)
         if not values:
@@ -73,7 +71,7 @@ def _read(path: Path, as_trained: bool, values: bool) -> LoraFile:
     except LoraFileError:
         raise
     except FileFormatError as error:
-        raise LoraFileError(str(error)) from error
+        raise LoraFileError(reason(error)) from error
     file = parse_tensors(path, tensors, settings_of(path, header.metadata), as_trained)
     return replace(file, metadata=header.metadata)
 
@@ -98,7 +96,7 @@ def parse_tensors(
 
     def put(module: str, parameter: str, adapter: Adapter) -> None:
         if (module, parameter) in adapters:
-            raise LoraFileError(f"{name}: {shown(module)} has two changes of its {parameter}; the file is damaged")
+            raise _refusal(name, Message("lora.two_changes", {"module": shown(module), "parameter": parameter}))
         adapters[module, parameter] = adapter
 
     for module, kinds in groups.items():
@@ -108,25 +106,22 @@ def parse_tensors(
             continue
         weights = [kind for kind in kinds if kind not in ("bias", "lora_bias", "set_bias")]
         if len(weights) > 1:
-            raise LoraFileError(
-                f"{name}: {shown(module)} is described as {' and '.join(sorted(weights))} at once; the file is damaged"
-            )
+            kinds_found = Joined(sorted(weights), "list.and")
+            raise _refusal(name, Message("lora.two_kinds", {"module": shown(module), "kinds": kinds_found}))
         peft = settings.of(module)
         try:
             weight = _KINDS[weights[0]](kinds[weights[0]], _number_fields(scale), peft, module) if weights else None
             whole = weight is None or isinstance(weight, (DiffAdapter, SetAdapter))
             if weight is not None and not whole and any(tensor.dim() == 0 for tensor in weight.tensors()):
-                raise LoraMismatchError("a single number where a factor belongs")
+                raise LoraMismatchError.of("lora.single_number")
             bias_scale = weight.scale if isinstance(weight, LoraAdapter) else 1.0
         except (TypeError, KeyError) as error:
-            raise LoraFileError(
-                f"{name}: {shown(module)} is incomplete (a {weights[0]} without {_missing(error)}); download the file again"
-            ) from None
+            facts = {"module": shown(module), "kind": weights[0], "missing": _missing(error)}
+            raise _refusal(name, Message("lora.incomplete", facts)) from None
         except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:
             found = [list(t.shape) for t in kinds[weights[0]].values()]
-            raise LoraFileError(
-                f"{name}: {shown(module)}: its factors {found} cannot be those of a {weights[0]} ({_one_line(error)}); the file is damaged"
-            ) from None
+            facts = {"module": shown(module), "found": str(found), "kind": weights[0], "why": _one_line(error)}
+            raise _refusal(name, Message("lora.not_factors", facts)) from None
         if weight is not None:
             if as_trained and getattr(weight, "magnitude", None) is not None:
                 weight = replace(weight, as_trained=True)  # type: ignore[call-arg]  # what has a magnitude has this too
@@ -141,7 +136,7 @@ def parse_tensors(
         if "set_bias" in kinds:
             put(module, "bias", SetAdapter(**kinds["set_bias"]))
     if not adapters:
-        raise LoraFileError(f"{name}: no LoRA keys found among {len(tensors)} tensors; is this a checkpoint?")
+        raise _refusal(name, Message("lora.none", {"count": len(tensors)}))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return LoraFile(path, adapters, tuple(unknown), shapes)
 
@@ -166,16 +161,14 @@ def _group(name: str, tensors: Tensors) -> tuple[dict[str, dict[str, Fields]], l
             continue
         place = (module, kind, field_name)
         if place in written:
-            raise LoraFileError(
-                f"{name}: {shown(written[place])} and {shown(key)} say the same thing twice; the file is damaged"
-            )
+            raise _refusal(name, Message("lora.said_twice", {"first": shown(written[place]), "second": shown(key)}))
         written[place] = key
         try:
             check_values(tensor, whole_numbers=field_name in ("alpha", "on_input"))
         except LoraMismatchError as error:
-            raise LoraFileError(f"{name}: {shown(key)}: {error}") from None
+            raise _refusal(name, about(shown(key), reason(error))) from None
         if field_name in ("alpha", "on_input") and tensor.numel() != 1:
-            raise LoraFileError(f"{name}: {shown(key)} has {tensor.numel()} values instead of one; the file is damaged")
+            raise _refusal(name, Message("lora.several_values", {"key": shown(key), "count": tensor.numel()}))
         groups.setdefault(module, {}).setdefault(kind, {})[field_name] = tensor
     return groups, unknown
 
@@ -194,7 +187,13 @@ def _number_fields(scale: Mapping[str, torch.Tensor]) -> Fields:
     return fields
 
 
+def _refusal(name: str, what: Message) -> LoraFileError:
+    return LoraFileError(about(name, what))
+
+
 def _one_line(error: Exception) -> str:
+    if isinstance(why := reason(error), Message):
+        return why
     return shown(str(error).splitlines()[0]) if str(error) else type(error).__name__
 
 
@@ -239,7 +238,7 @@ def _glora(fields: Fields, scale: Fields, peft: PeftSettings, module: str) -> Ad
         b2 = fields["b2"]
         made = core.shape[0] * b2[0].numel() * math.prod(core.shape[2:])
         if made > 64 * (core.numel() + b2.numel()):
-            raise LoraMismatchError("a core of far more than its rank")
+            raise LoraMismatchError.of("lora.core")
         fields["b2"] = torch.einsum("ri...,ij->rj...", core, b2.flatten(1).to(core))
     return GloraAdapter(**fields, **scale)
 

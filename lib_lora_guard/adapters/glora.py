@@ -39,13 +39,15 @@ class GloraAdapter(Adapter):
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         factors = (self.a1, self.a2, self.b1, self.b2)
         if any(f.dim() < 2 or not all(f.shape) for f in factors):
-            raise LoraMismatchError(f"GLoRA factors must be matrices, found {[list(f.shape) for f in factors]}")
+            found = [list(f.shape) for f in factors]
+            raise LoraMismatchError.of("lora.not_matrices", what="GLoRA factors", found=found)
         old = self.is_old(shape)
         a_in, a_out = (self.a2, self.a1) if old else (self.a1, self.a2)
         b_out, b_in = (self.b2, self.b1) if old else (self.b1, self.b2)
         check_rank(max(a_in.flatten(1).shape[1], b_out.flatten(1).shape[1]), shape)
         if a_in.flatten(1).shape[1] != a_out.shape[0] or b_out.flatten(1).shape[1] != b_in.shape[0]:
-            raise LoraMismatchError(f"GLoRA factors do not multiply: {[list(f.shape) for f in factors]}")
+            found = [list(f.shape) for f in factors]
+            raise LoraMismatchError.of("lora.no_product", what="GLoRA factors", found=found)
         gives = (b_out.shape[0], product_of(b_in.shape[1:]))
         if gives != (shape[0], product_of(shape[1:])):
             raise mismatch("GLoRA", gives, shape)

@@ -39,7 +39,9 @@ class LohaAdapter(Adapter):
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         for a, b, core in ((self.w1a, self.w1b, self.t1), (self.w2a, self.w2b, self.t2)):
             if a.dim() != 2 or b.dim() != 2 or not all(a.shape) or not all(b.shape):
-                raise LoraMismatchError(f"LoHa factors must be matrices, found {list(a.shape)} and {list(b.shape)}")
+                raise LoraMismatchError.of(
+                    "lora.not_both_matrices", what="LoHa factors", a=list(a.shape), b=list(b.shape)
+                )
             if core is None:
                 fits, gives = a.shape[1] == b.shape[0], (a.shape[0], b.shape[1])
             else:
@@ -47,7 +49,9 @@ class LohaAdapter(Adapter):
                 gives = (a.shape[1], b.shape[1] * product_of(core.shape[2:]))
             check_rank(a.shape[1] if core is None else max(core.shape[:2]), shape)
             if not fits:
-                raise LoraMismatchError(f"LoHa factors {list(a.shape)} and {list(b.shape)} do not multiply")
+                raise LoraMismatchError.of(
+                    "lora.pair_no_product", what="LoHa factors", a=list(a.shape), b=list(b.shape)
+                )
             if gives != (shape[0], product_of(shape[1:])):
                 raise mismatch("LoHa", gives, shape)
         if self.magnitude is not None:

@@ -52,9 +52,10 @@ class LokrAdapter(Adapter):
         try:
             left, right = self._sides(torch.empty(0, device="meta"), meta=True)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise LoraMismatchError(f"LoKr factors do not multiply: {error}") from None
+            raise LoraMismatchError.of("lora.no_product", what="LoKr factors", found=str(error)) from None
         if left.dim() != 2 or right.dim() < 2 or any(not all(t.shape) for t in self.tensors()):
-            raise LoraMismatchError(f"LoKr sides must be matrices, found {list(left.shape)} and {list(right.shape)}")
+            a, b = list(left.shape), list(right.shape)
+            raise LoraMismatchError.of("lora.not_both_matrices", what="LoKr sides", a=a, b=b)
         gives = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1], *right.shape[2:])
         if (gives[0], product_of(gives[1:])) != (shape[0], product_of(shape[1:])):
             raise mismatch("LoKr", gives, shape)

@@ -45,17 +45,16 @@ class LoraAdapter(Adapter):
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         if self.up.dim() < 2 or self.down.dim() < 2 or not all(self.up.shape) or not all(self.down.shape):
-            raise LoraMismatchError(
-                f"factors {list(self.up.shape)} and {list(self.down.shape)} are no pair of matrices"
-            )
+            raise LoraMismatchError.of("lora.no_pair", up=list(self.up.shape), down=list(self.down.shape))
         inner_up = product_of(self.up.shape[1:])
         if self.mid is None:
             pairs = inner_up == self.down.shape[0]
         else:
             pairs = self.mid.dim() > 2 and inner_up == self.mid.shape[0] and self.mid.shape[1] == self.down.shape[0]
         if not pairs:
-            mid = "" if self.mid is None else f" over mid {list(self.mid.shape)}"
-            raise LoraMismatchError(f"up {list(self.up.shape)} and down {list(self.down.shape)} do not multiply{mid}")
+            core = "" if self.mid is None else f" over mid {list(self.mid.shape)}"
+            up, down = list(self.up.shape), list(self.down.shape)
+            raise LoraMismatchError.of("lora.up_down", up=up, down=down, core=core)
         check_rank(max(inner_up, self.down.shape[0]), shape)
         rows, columns = self.delta_shape()
         wanted = (shape[0], product_of(shape[1:]))

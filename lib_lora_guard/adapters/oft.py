@@ -35,7 +35,7 @@ class OftAdapter(Adapter):
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         count = self.blocks.shape
         if len(count) != 3 or count[1] != count[2]:
-            raise LoraMismatchError(f"OFT blocks must be (n, b, b), found {list(count)}")
+            raise LoraMismatchError.of("lora.wrong_form", what="OFT blocks", wanted="(n, b, b)", found=list(count))
         if len(shape) < 2 or count[0] * count[1] != shape[0]:
             raise mismatch("OFT", (count[0] * count[1],), shape)
         check_rows("rescale", self.rescale, shape)
@@ -87,7 +87,8 @@ class PeftOftAdapter(Adapter):
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         size = self.block_size
         if self.packed.dim() != 2 or size * (size - 1) // 2 != self.packed.shape[1] or size < 2:
-            raise LoraMismatchError(f"peft OFT must be (n, b * (b - 1) / 2), found {list(self.packed.shape)}")
+            found, wanted = list(self.packed.shape), "(n, b * (b - 1) / 2)"
+            raise LoraMismatchError.of("lora.wrong_form", what="peft OFT", wanted=wanted, found=found)
         count, columns = self.packed.shape[0], product_of(shape[1:])
         if len(shape) < 2 or (count * size != columns and (count != 1 or columns % size)):
             raise mismatch("peft OFT", (count * size,), shape)

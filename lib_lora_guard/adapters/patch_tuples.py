@@ -26,7 +26,7 @@ Calculators = Mapping[str, Callable[[torch.Tensor, float, Any], torch.Tensor]]
 def parse_term(patch: Sequence[Any], calculators: Calculators, origin: int = 0) -> Term:
     """One host patch as a Term. Raises LoraMismatchError for a value that is none of the known forms."""
     if len(patch) < 5:
-        raise LoraMismatchError(f"a patch has {len(patch)} fields, 5 are expected")
+        raise LoraMismatchError.of("lora.patch_fields", count=len(patch))
     strength, value, strength_model, offset, function = patch[:5]
     return Term(
         adapter=parse_value(value, calculators),
@@ -45,7 +45,7 @@ def parse_value(value: Any, calculators: Calculators) -> Adapter:
     if isinstance(value, tuple) and len(value) == 1:
         return DiffAdapter(value[0])
     if not (isinstance(value, tuple) and len(value) == 2):
-        raise LoraMismatchError(f"a patch value of type {type(value).__name__} is not known")
+        raise LoraMismatchError.of("lora.patch_value", kind=type(value).__name__)
     kind, content = value
     if kind == OWN_KIND:
         adapter: Adapter = content[0]
@@ -54,10 +54,10 @@ def parse_value(value: Any, calculators: Calculators) -> Adapter:
         try:
             return _READERS[kind](*content)
         except TypeError as error:
-            raise LoraMismatchError(f"a patch of kind '{kind}' does not have the fields expected: {error}") from None
+            raise LoraMismatchError.of("lora.patch_content", kind=kind, error=str(error)) from None
     if kind in calculators:
         return ForeignAdapter(name=kind, value=content, calculate=calculators[kind])
-    raise LoraMismatchError(f"a patch of kind '{kind}' is not known")
+    raise LoraMismatchError.of("lora.patch_kind", kind=kind)
 
 
 OWN_KIND = "lora_guard"

@@ -1,4 +1,4 @@
-"""What lies in a model or LoRA file, read from its header alone, and its tensors in our own memory.
+"""What lies in a model or LoRA file, read from its header alone, its tensors in our own memory, and writing new files.
 
 Knows the two formats that carry data and nothing else. Pickles (.pt, .ckpt, .bin, .pth) are refused: they can carry code
 that runs on loading.
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, Message
 from . import gguf_file, safetensors_file
 from .header import MAX_HEADER_BYTES, FileHeader, TensorEntry, opened, refusal, shown
+from .safetensors_writer import Entry, write_safetensors
 
-__all__ = ["FileHeader", "TensorEntry", "open_header", "read_tensors", "shown"]
+__all__ = ["Entry", "FileHeader", "TensorEntry", "open_header", "read_tensors", "shown", "write_safetensors"]
 
 
 def open_header(path: str | Path) -> FileHeader:
@@ -42,29 +43,16 @@ def _looks_like_safetensors(head: bytes) -> bool:
     return int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:].lstrip(b" \t\n\r")[:1] == b"{"
 
 
-_CONVERT = "convert it to safetensors (for example with the Checkpoint Merger tab, or safetensors.torch.save_file)"
-_FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (
-        b"PK",
-        f"found a zip archive, as .pt, .ckpt and .bin files are; {_CONVERT}, it can carry code that runs on loading",
-    ),
-    (b"\x80", f"found a pickle, as .pt, .ckpt and .pth files are; {_CONVERT}, it can carry code that runs on loading"),
-    (
-        b"version https:",
-        "found the short text that Git LFS keeps in place of a file; run 'git lfs pull' or download it",
-    ),
-    (b"<", "found a web page, saved in place of the file; download it again, logged in where the site asks for it"),
+_FOREIGN = (
+    (b"PK", Message("file.zip")),
+    (b"\x80", Message("file.pickle")),
+    (b"version https:", Message("file.lfs")),
+    (b"<", Message("file.web_page")),
 )
 
 
 def _foreign(path: Path, head: bytes) -> FileFormatError:
-    if not head:
-        return refusal(path, "expected a safetensors or GGUF file, found an empty one; download it again")
-    for start, text in _FOREIGN:
-        if head.startswith(start):
-            return refusal(path, f"expected a safetensors or GGUF file, {text}")
-    return refusal(
-        path,
-        f"expected a safetensors or GGUF file, found one that starts with {shown(repr(head[:8]))}; "
-        "check that it is a model, or download it again",
-    )
+    found = next((what for start, what in _FOREIGN if head.startswith(start)), None)
+    if found is None:
+        found = Message("file.unknown", {"start": shown(repr(head[:8]))}) if head else Message("file.empty")
+    return refusal(path, Message("file.not_a_model", {"found": found}))

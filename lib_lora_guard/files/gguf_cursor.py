@@ -11,14 +11,13 @@ from enum import IntEnum
 from io import BufferedReader, FileIO
 from pathlib import Path
 
-from ..errors import FileFormatError
-from .header import MAX_HEADER_BYTES, refusal
+from ..errors import FileFormatError, Message
+from .header import MAX_HEADER_BYTES, damaged, refusal
 
 _BUFFER_BYTES = 1 << 18
 _MAX_SKIPPED_ITEMS = 4_000_000
 """Strings and arrays that may be stepped over in one file, one by one; the largest tokenizers have a tenth of it."""
 
-_DAMAGED = "the file is damaged, download it again"
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -73,7 +72,7 @@ class Cursor:
         self._check(count, what)
         data = self._file.read(count)
         if len(data) < count:
-            raise refusal(self.path, "was cut short while its header was read; wait until the file is written", what)
+            raise refusal(self.path, Message("file.cut_in_header"), what)
         self.at += count
         return data
 
@@ -92,7 +91,7 @@ class Cursor:
         """A string: its length in 8 bytes, then its bytes."""
         count = self.u64(what)
         if count > limit:
-            raise refusal(self.path, f"expected text of at most {limit} bytes, found {count}; {_DAMAGED}", what)
+            raise damaged(self.path, f"expected text of at most {limit} bytes, found {count}", what)
         return self.take(count, what)
 
     def value_type(self, what: str) -> ValueType:
@@ -100,7 +99,7 @@ class Cursor:
         try:
             return ValueType(number)
         except ValueError:
-            raise refusal(self.path, f"expected a value type from 0 to 12, found {number}; {_DAMAGED}", what) from None
+            raise damaged(self.path, f"expected a value type from 0 to 12, found {number}", what) from None
 
     def scalar(self, kind: ValueType, what: str) -> str:
         """A number or truth value as text; FLOAT32 with the 9 digits that tell any two apart."""
@@ -117,9 +116,9 @@ class Cursor:
             return
         self._skipped_items += count
         if self._skipped_items > _MAX_SKIPPED_ITEMS:
-            raise refusal(
+            raise damaged(
                 self.path,
-                f"expected at most {_MAX_SKIPPED_ITEMS} texts in arrays, found {self._skipped_items}; {_DAMAGED}",
+                f"expected at most {_MAX_SKIPPED_ITEMS} texts in arrays, found {self._skipped_items}",
                 what,
             )
         if item is ValueType.STRING:
@@ -128,7 +127,7 @@ class Cursor:
                 self.skip(self.u64(what), what)
             return
         if nesting <= 1:
-            raise refusal(self.path, f"expected arrays in arrays a few deep, found them deeper; {_DAMAGED}", what)
+            raise damaged(self.path, "expected arrays in arrays a few deep, found them deeper", what)
         self._check(12 * count, what)
         for _ in range(count):
             self.skip_items(self.value_type(what), self.u64(what), what, nesting - 1)
@@ -137,17 +136,13 @@ class Cursor:
         if count <= self._limit - self.at:
             return
         if self.at + count <= self._size:
-            raise refusal(
+            raise damaged(
                 self.path,
-                f"expected a header of at most {MAX_HEADER_BYTES} bytes, found a longer one; {_DAMAGED}",
+                f"expected a header of at most {MAX_HEADER_BYTES} bytes, found a longer one",
                 what,
             )
         raise self._truncated(count, what)
 
     def _truncated(self, count: int, what: str) -> FileFormatError:
-        return refusal(
-            self.path,
-            f"expected at least {self.at + count} bytes, found {self._size}; the file is not complete or damaged, "
-            "download it again",
-            what,
-        )
+        why = Message("file.at_least_too_short", {"wanted": self.at + count, "found": self._size})
+        return refusal(self.path, why, what)

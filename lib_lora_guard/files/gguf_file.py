@@ -22,6 +22,7 @@ from .header import (
     TensorEntry,
     check_size,
     count_values,
+    damaged,
     find_overlap,
     opened,
     read_entries,
@@ -42,7 +43,6 @@ _LEAST_PAIR_BYTES = 8 + 4 + 1
 """An empty key, a type, a value of one byte."""
 _LEAST_INFO_BYTES = 8 + 4 + 8 + 4 + 8
 """An empty name, the count of sizes, one size, a type, an offset."""
-_DAMAGED = "the file is damaged, download it again"
 
 
 def read_header(path: str | Path) -> FileHeader:
@@ -69,9 +69,7 @@ def read_header(path: str | Path) -> FileHeader:
     tensors = {name: _entry(path, name, info, data_start, alignment) for name, info in infos.items()}
     check_size(path, tensors, facts.st_size)
     if pair := find_overlap(tensors.values()):
-        raise refusal(
-            path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}; {_DAMAGED}", pair[1].name
-        )
+        raise damaged(path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}", pair[1].name)
     return FileHeader(path, "gguf", tensors, metadata, facts.st_size, facts.st_mtime_ns)
 
 
@@ -111,7 +109,7 @@ def _count(cursor: Cursor, what: str, least_bytes: int) -> int:
     count = cursor.u64(f"the number of {what}")
     most = min(MAX_ENTRIES, cursor.left // least_bytes)
     if count > most:
-        raise refusal(cursor.path, f"expected at most {most} {what} in a file of this size, found {count}; {_DAMAGED}")
+        raise damaged(cursor.path, f"expected at most {most} {what} in a file of this size, found {count}")
     return count
 
 
@@ -121,9 +119,9 @@ def _name(cursor: Cursor, seen: Iterable[str]) -> str:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
         found = shown(raw[:40].decode("utf-8", "replace"))
-        raise refusal(cursor.path, f"expected a name in UTF-8, found {found}; {_DAMAGED}") from None
+        raise damaged(cursor.path, f"expected a name in UTF-8, found {found}") from None
     if name in seen:
-        raise refusal(cursor.path, f"expected each name once, found it twice; {_DAMAGED}", name)
+        raise damaged(cursor.path, "expected each name once, found it twice", name)
     return name
 
 
@@ -145,9 +143,9 @@ def _alignment(path: Path, kind: ValueType, text: str) -> int:
     value = int(text) if kind is ValueType.UINT32 else 0
     if not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
         found = f"{shown(text)} as {kind.name}"
-        raise refusal(
+        raise damaged(
             path,
-            f"expected a power of two from 1 to {MAX_ALIGNMENT} as UINT32, found {found}; {_DAMAGED}",
+            f"expected a power of two from 1 to {MAX_ALIGNMENT} as UINT32, found {found}",
             "general.alignment",
         )
     return value
@@ -157,7 +155,7 @@ def _info(cursor: Cursor, name: str) -> tuple[tuple[int, ...], int, int]:
     """Shape in torch's order, type number, offset in the data."""
     count = cursor.u32(name)
     if not 1 <= count <= MAX_DIMS:
-        raise refusal(cursor.path, f"expected 1 to {MAX_DIMS} sizes, found {count}; {_DAMAGED}", name)
+        raise damaged(cursor.path, f"expected 1 to {MAX_DIMS} sizes, found {count}", name)
     form = struct.Struct(f"<{count}QIQ")
     *sizes, number, offset = form.unpack(cursor.take(form.size, name))
     return tuple(reversed(sizes)), number, offset
@@ -177,11 +175,9 @@ def _entry(
         )
     count = count_values(shape)
     if not count:
-        raise refusal(path, f"expected sizes from 1 and less than 2^63 values, found {list(shape)}; {_DAMAGED}", name)
+        raise damaged(path, f"expected sizes from 1 and less than 2^63 values, found {list(shape)}", name)
     if shape[-1] % form.block:
-        raise refusal(
-            path, f"expected rows of {form.name} in blocks of {form.block}, found {shape[-1]} values; {_DAMAGED}", name
-        )
+        raise damaged(path, f"expected rows of {form.name} in blocks of {form.block}, found {shape[-1]} values", name)
     if offset % alignment:
-        raise refusal(path, f"expected an offset that is a multiple of {alignment}, found {offset}; {_DAMAGED}", name)
+        raise damaged(path, f"expected an offset that is a multiple of {alignment}, found {offset}", name)
     return TensorEntry(name, form.name, shape, data_start + offset, count // form.block * form.block_bytes)

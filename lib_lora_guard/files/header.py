@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, Message, about
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library; GGUF files, tokenizers included, stay far below it."""
@@ -67,23 +67,26 @@ def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def refusal(path: Path, text: str, key: str | None = None) -> FileFormatError:
-    """The error for `path`, in one line; `key` is a name found in the file."""
-    where = "" if key is None else f"{shown(key) or '(empty name)'}: "
-    return FileFormatError(f"{shown(path.name)}: {where}{text}")
+    """The error for `path`, in one line; `text` may be a Message, `key` is a name found in the file."""
+    what = text if key is None else about(shown(key) or "(empty name)", text)
+    return FileFormatError(about(shown(path.name), what))
+
+
+def damaged(path: Path, detail: str, key: str | None = None) -> FileFormatError:
+    """The error for a file that breaks the rules of its format. `detail`, for those who write such files, is English."""
+    return refusal(path, Message("file.damaged", {"detail": detail}), key)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[FileIO, os.stat_result]]:
     """The open file and its facts. Raises FileFormatError where the system cannot open or read it."""
     if not path.is_file():
-        raise FileFormatError(f"{shown(str(path))}: no such file; check the name or refresh the list")
+        raise FileFormatError(about(shown(str(path)), Message("file.missing")))
     try:
         with path.open("rb", buffering=0) as file:
             yield file, os.fstat(file.fileno())
     except OSError as error:
-        raise refusal(
-            path, f"cannot be read ({error.strerror or error}); check the disk and who may read it"
-        ) from error
+        raise refusal(path, Message("file.unreadable", {"error": error.strerror or str(error)})) from error
 
 
 def count_values(shape: Sequence[int]) -> int | None:
@@ -107,9 +110,7 @@ def check_size(path: Path, tensors: Mapping[str, TensorEntry], size: int) -> Non
     """Raises FileFormatError where the tensors need more bytes than the file has."""
     needed = max((entry.start + entry.bytes for entry in tensors.values()), default=0)
     if needed > size:
-        raise refusal(
-            path, f"expected {needed} bytes, found {size}; the file is not complete or damaged, download it again"
-        )
+        raise refusal(path, Message("file.too_short", {"wanted": needed, "found": size}))
 
 
 def read_entries(
@@ -123,7 +124,7 @@ def read_entries(
     wanted = dict.fromkeys(header.tensors if names is None else names)
     for name in wanted:
         if name not in header.tensors:
-            raise refusal(header.path, "no such tensor in this file; check that it is the file you meant", name)
+            raise refusal(header.path, Message("file.no_tensor"), name)
     entries = sorted((header.tensors[name] for name in wanted), key=lambda entry: entry.start)
     tensors: dict[str, torch.Tensor] = {}
     with opened(header.path) as (file, facts), torch.inference_mode(False):
@@ -147,23 +148,13 @@ def _read_bytes(header: FileHeader, entry: TensorEntry, file: FileIO) -> torch.T
         # Systems return less than asked for above 2 GB; nothing at all means that the file ends here.
         got = file.readinto(view[done:])
         if not got:
-            raise refusal(
-                header.path,
-                f"expected {entry.bytes} bytes, found {done}; the file was cut short while it was read, load it again",
-                entry.name,
-            )
+            raise refusal(header.path, Message("file.cut_short", {"wanted": entry.bytes, "found": done}), entry.name)
         done += got
     return buffer
 
 
 def _check_unchanged(header: FileHeader, facts: os.stat_result) -> None:
     if facts.st_size != header.bytes:
-        raise refusal(
-            header.path,
-            f"expected {header.bytes} bytes as when its header was read, found {facts.st_size}; "
-            "wait until the file is written, then load it again",
-        )
+        raise refusal(header.path, Message("file.resized", {"wanted": header.bytes, "found": facts.st_size}))
     if header.modified_ns not in (None, facts.st_mtime_ns):
-        raise refusal(
-            header.path, "was written to since its header was read; wait until the file is written, then load it again"
-        )
+        raise refusal(header.path, Message("file.rewritten"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, Message
 from .header import (
     MAX_DIMS,
     MAX_HEADER_BYTES,
@@ -22,6 +22,7 @@ from .header import (
     TensorEntry,
     check_size,
     count_values,
+    damaged,
     find_overlap,
     opened,
     read_entries,
@@ -42,8 +43,6 @@ FORMATS: dict[str, tuple[int, str | None]] = {
 }  # fmt: skip
 """Name in the file -> (bits of a value, torch's name for it or None). Which of them torch has depends on its version."""
 
-_DAMAGED = "the file is damaged, download it again"
-
 
 def read_header(path: str | Path) -> FileHeader:
     """What a safetensors file holds. Raises FileFormatError with the file's name, the key and what to do."""
@@ -53,26 +52,17 @@ def read_header(path: str | Path) -> FileHeader:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or size - 8 < length <= MAX_HEADER_BYTES:
-            raise refusal(
-                path,
-                f"expected a header of {length if len(head) == 8 else 'at least 8'} bytes, found {max(size - 8, 0)}; "
-                "the file is not complete, download it again",
-            )
+            wanted = length if len(head) == 8 else Message("file.header_at_least", {"count": 8})
+            raise refusal(path, Message("file.header_incomplete", {"wanted": wanted, "found": max(size - 8, 0)}))
         if length > MAX_HEADER_BYTES:
-            raise refusal(
-                path,
-                f"expected a header of at most {MAX_HEADER_BYTES} bytes, found {length}; not a safetensors file or "
-                "damaged, download it again",
-            )
+            raise refusal(path, Message("file.header_too_long", {"most": MAX_HEADER_BYTES, "found": length}))
         raw = _read_fully(file, length)
     if len(raw) < length:
-        raise refusal(path, f"expected a header of {length} bytes, found {len(raw)}; load it again")
+        raise refusal(path, Message("file.header_cut", {"wanted": length, "found": len(raw)}))
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise refusal(
-            path, f"expected a header in UTF-8, found another byte at {8 + error.start}; {_DAMAGED}"
-        ) from None
+        raise damaged(path, f"expected a header in UTF-8, found another byte at {8 + error.start}") from None
     tensors, metadata = _parse(path, text, 8 + length)
     check_size(path, tensors, size)
     _check_covered(path, tensors, 8 + length, size)
@@ -85,12 +75,8 @@ def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict
     def typed(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
         dtype = getattr(torch, FORMATS[entry.format][1] or "", None)
         if not isinstance(dtype, torch.dtype):
-            raise refusal(
-                header.path,
-                f"stored as {entry.format}, which torch {torch.__version__} does not have; "
-                "convert it to F16 or BF16 with a newer torch",
-                entry.name,
-            )
+            why = Message("file.dtype", {"format": entry.format, "torch": str(torch.__version__)})
+            raise refusal(header.path, why, entry.name)
         shape = entry.shape
         if entry.format == "F4":  # two values in a byte: torch counts the bytes
             shape = (*shape[:-1], shape[-1] // 2)
@@ -122,7 +108,7 @@ def _parse(path: Path, text: str, data_start: int) -> tuple[dict[str, TensorEntr
 
 def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
     def wrong(what: str, expected: str, found: object) -> FileFormatError:
-        return refusal(path, f"{what}: expected {expected}, found {shown(str(found))}; {_DAMAGED}", name)
+        return damaged(path, f"{what}: expected {expected}, found {shown(str(found))}", name)
 
     for field in ("dtype", "shape", "data_offsets"):
         if field not in fields:
@@ -154,17 +140,15 @@ def _is_sizes(value: object) -> bool:
 def _check_covered(path: Path, tensors: dict[str, TensorEntry], data_start: int, size: int) -> None:
     """As the library does: sorted by place, each tensor starts where the one before ends, and the last ends the file."""
     if pair := find_overlap(tensors.values()):
-        raise refusal(
-            path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}; {_DAMAGED}", pair[1].name
-        )
+        raise damaged(path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}", pair[1].name)
     end = data_start
     for entry in sorted(tensors.values(), key=lambda entry: (entry.start, entry.bytes)):
         if entry.start != end:
-            raise refusal(
+            raise damaged(
                 path,
-                f"expected to start at byte {end} where the one before ends, found {entry.start}; {_DAMAGED}",
+                f"expected to start at byte {end} where the one before ends, found {entry.start}",
                 entry.name,
             )
         end += entry.bytes
     if end != size:
-        raise refusal(path, f"expected {end} bytes, found {size}, more than its tensors have; {_DAMAGED}")
+        raise damaged(path, f"expected {end} bytes, found {size}, more than its tensors have")

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import FileFormatError
-from .header import MAX_ENTRIES, refusal, shown
+from .header import MAX_ENTRIES, damaged, shown
 
-_DAMAGED = "the file is damaged, download it again"
 _BLANKS = " \t\n\r"
 _SPACE = re.compile(f"[{_BLANKS}]*")
 _ENTRY = re.compile(r"\{[^{}]{0,1000}\}")
@@ -37,10 +36,10 @@ class Scanner:
         while True:
             key = self.string("a name")
             if key in seen:
-                raise refusal(self.path, f"expected each name once, found it twice; {_DAMAGED}", key)
+                raise damaged(self.path, "expected each name once, found it twice", key)
             seen.add(key)
             if len(seen) > MAX_ENTRIES:
-                raise refusal(self.path, f"expected at most {MAX_ENTRIES} names, found more; {_DAMAGED}")
+                raise damaged(self.path, f"expected at most {MAX_ENTRIES} names, found more")
             self._expect(":")
             yield key
             if self._next() == "}":
@@ -63,18 +62,18 @@ class Scanner:
         self._next()
         found = _ENTRY.match(self.text, self.at)
         if found is None:
-            raise refusal(
+            raise damaged(
                 self.path,
-                f"expected an object with dtype, shape and data_offsets, found something else; {_DAMAGED}",
+                "expected an object with dtype, shape and data_offsets, found something else",
                 name,
             )
         self.at = found.end()
         try:
             entry: dict[str, Any] = _STRICT.decode(found.group())
         except FileFormatError as error:
-            raise refusal(self.path, f"{error}; {_DAMAGED}", name) from None
+            raise damaged(self.path, str(error), name) from None
         except (ValueError, RecursionError):
-            raise refusal(self.path, f"expected an entry in valid JSON, found a broken one; {_DAMAGED}", name) from None
+            raise damaged(self.path, "expected an entry in valid JSON, found a broken one", name) from None
         return entry
 
     def end(self) -> None:
@@ -96,9 +95,7 @@ class Scanner:
 
     def _broken(self, expected: str, key: str | None = None) -> FileFormatError:
         found = shown(self.text[self.at : self.at + 20]) or "its end"
-        return refusal(
-            self.path, f"expected {expected} at character {self.at} of the header, found {found}; {_DAMAGED}", key
-        )
+        return damaged(self.path, f"expected {expected} at character {self.at} of the header, found {found}", key)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

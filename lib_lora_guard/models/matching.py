@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..adapters import Adapter, Slice, Term
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile
-from ..errors import LoraMismatchError
+from ..errors import LoraGuardError, LoraMismatchError, Message, about, reason
 from ..files import shown
 from .architecture import Architecture, accepts, detect_lora
 from .names import NameMap
@@ -48,13 +48,13 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
         _check_before_cutting(written, adapter, [route for route, _ in routes], shapes[routes[0][1]])
         for route, key in routes:
             if (key, route.part) in taken:
-                match.lost.append(f"{written}: says what {taken[key, route.part]} says already")
+                match.lost.append(about(written, Message("lora.said_already", {"other": taken[key, route.part]})))
                 continue
             taken[key, route.part] = written
             try:
                 pieces = list(_pieces(adapter, route, shapes[key][0]))
             except CannotSplitError as error:
-                match.lost.append(f"{written}: {error}")
+                match.lost.append(about(written, reason(error)))
                 continue
             match.terms.setdefault(key, []).extend(Term(a, strength, part=p, origin=origin) for a, p in pieces)
     return match
@@ -65,10 +65,10 @@ def foreign_to(file: LoraFile, model: Architecture | None) -> str | None:
     made_for = detect_lora(file.shapes, file.metadata)
     if made_for is None or model is None or accepts(model, made_for):
         return None
-    return f"made for {made_for.value}, this is {model.value}; use a LoRA for {model.value}, or load a {made_for.value} model"
+    return Message("lora.made_for", {"lora": made_for.value, "model": model.value})
 
 
-class CannotSplitError(ValueError):
+class CannotSplitError(LoraGuardError, ValueError):
     """An adapter for a fused weight that cannot be taken apart for a model that has its parts."""
 
 
@@ -83,7 +83,7 @@ def _check_before_cutting(written: str, adapter: Adapter, routes: Sequence[Route
     try:
         adapter.check((rows, *shape[1:]), may_expand=False)
     except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        raise LoraMismatchError(f"made for another model: {shown(written)}: {error}") from None
+        raise LoraMismatchError.of("lora.other_model", key=shown(written), why=reason(error)) from None
 
 
 def _pieces(adapter: Adapter, route: Route, rows: int) -> Iterator[tuple[Adapter, Slice | None]]:
@@ -101,5 +101,5 @@ def _pieces(adapter: Adapter, route: Route, rows: int) -> Iterator[tuple[Adapter
 def _rows(adapter: Adapter, start: int, length: int) -> Adapter:
     part = adapter.rows(start, length)
     if part is None:
-        raise CannotSplitError(f"a {adapter.kind} for several layers at once cannot be taken apart for this model")
+        raise CannotSplitError.of("lora.cannot_split", kind=adapter.kind)
     return part

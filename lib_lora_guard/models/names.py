@@ -83,9 +83,7 @@ class NameMap:
         try:
             return self._parameters[module][role]
         except KeyError:
-            raise LoraMismatchError(
-                f"{module}: the LoRA changes its {role}, this model has none there; use a LoRA made for this model"
-            ) from None
+            raise LoraMismatchError.of("lora.no_parameter", module=module, parameter=role) from None
 
     def _find(self, written: str) -> tuple[Route, ...]:
         flat = flatten(written)

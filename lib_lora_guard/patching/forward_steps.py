@@ -11,7 +11,7 @@ import torch
 
 from ..adapters import Slice
 from ..adapters.base import KhatriRao, Kronecker, LowRank
-from ..errors import LayerError
+from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from ..weights.storage import MB
 from .device_cache import DeviceCache
@@ -342,6 +342,5 @@ def _again_without_cache(make: Callable[[], _T], call: LayerCall, size_bytes: in
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise LayerError(
-            f"{call.key}: no memory left for {size_bytes / MB:.1f} MB of LoRA factors. Use fewer LoRAs, or lower 'GPU Weights' by 500 MB"
-        ) from error
+        why = Message("memory.factors", {"size_mb": size_bytes / MB})
+        raise LayerError(about(call.key, why)) from error

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..adapters import Slice
-from ..errors import LayerError
+from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 
 SMALLEST_CHUNK_TOKENS = 256
@@ -61,15 +61,11 @@ class LayerCall:
                     raise
                 length //= 2
                 if length < SMALLEST_CHUNK_TOKENS:
-                    raise LayerError(
-                        f"{self.key}: no memory left for the LoRA even in slices of {SMALLEST_CHUNK_TOKENS} tokens. "
-                        "Make the picture smaller, or lower 'GPU Weights' by 500 MB"
-                    ) from error
+                    why = Message("memory.slices", {"tokens": SMALLEST_CHUNK_TOKENS})
+                    raise LayerError(about(self.key, why)) from error
                 give_back_cached_memory()
                 continue
             start += length
 
     def out_of_memory(self) -> LayerError:
-        return LayerError(
-            f"{self.key}: no memory left for the LoRA of this {'layer' if self.is_linear else 'convolution'}. Make the picture smaller, or lower 'GPU Weights' by 500 MB"
-        )
+        return LayerError(about(self.key, Message("memory.layer" if self.is_linear else "memory.convolution")))

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from ..adapters.base import Shape, Slice, Term, apply_terms, mismatch, product_of
-from ..errors import LoraMismatchError
+from ..errors import LoraMismatchError, Message
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from ..weights.storage import MB
 
@@ -82,7 +82,7 @@ def _merge_slices(
         if done == data.shape[0]:
             return result
         give_back_cached_memory()
-    raise MemoryError(f"no memory left to patch a weight of {list(data.shape)}, not even in slices on the CPU")
+    raise MemoryError(Message("memory.merge_slices", {"shape": list(data.shape)}))
 
 
 def _merge_rows(rows: torch.Tensor, terms: Sequence[Term], result: torch.Tensor, device: torch.device) -> None:
@@ -106,7 +106,7 @@ def _merge_whole(
         else:
             return result if result.device == data.device else _at_home(result, data.device)
         give_back_cached_memory()
-    raise MemoryError(f"no memory left to patch a weight of {list(data.shape)}, not even on the CPU")
+    raise MemoryError(Message("memory.merge_whole", {"shape": list(data.shape)}))
 
 
 def _patched(data: torch.Tensor, terms: tuple[Term, ...], device: torch.device, out_dtype: torch.dtype) -> torch.Tensor:
@@ -183,7 +183,7 @@ def _room(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tenso
             if not is_out_of_memory(error):
                 raise
         give_back_cached_memory()
-    raise MemoryError(f"no memory left for a patched weight of {list(shape)}, not even in RAM")
+    raise MemoryError(Message("memory.merge_result", {"shape": list(shape)}))
 
 
 def _at_home(result: torch.Tensor, device: torch.device) -> torch.Tensor:

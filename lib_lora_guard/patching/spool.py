@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..errors import ModeError, RestoreError
+from ..errors import Message, ModeError, RestoreError, about, reason
 from ..memory.probe import disk_spare_bytes
 from ..weights.storage import MB
 
@@ -66,7 +66,7 @@ class Spool:
         spare = disk_spare_bytes(self.folder)
         try:
             if flat.numel() > spare:
-                raise OSError(f"{spare / MB:.1f} MB may be used there")
+                raise OSError(Message("memory.spool_limit", {"spare_mb": spare / MB}))
             file = self._open()
             start = self._free_start(flat.numel())
             file.seek(start)
@@ -76,10 +76,8 @@ class Spool:
             region = Region(start, flat.numel(), checksum, tuple(tensor.shape), tuple(stride), tensor.dtype)
             self._live.add(region)
         except OSError as error:
-            raise ModeError(
-                f"{key}: its {flat.numel() / MB:.1f} MB cannot be backed up in {self.folder} ({error}); "
-                "free disk space, name another folder, or use LoRA mode 'auto'"
-            ) from error
+            facts = {"size_mb": flat.numel() / MB, "folder": str(self.folder), "error": reason(error)}
+            raise ModeError(about(key, Message("memory.spool", facts))) from error
         finally:
             self._delete_if_empty()
         return region
@@ -102,7 +100,8 @@ class Spool:
         except (OSError, ValueError) as error:
             problem = str(error)
         if problem:
-            raise RestoreError(f"{key}: its backup in {self.path} cannot be read ({problem}); reload the checkpoint")
+            why = Message("memory.spool_lost", {"path": str(self.path), "error": problem})
+            raise RestoreError(about(key, why))
         return flat.view(region.dtype).as_strided(region.shape, region.stride)
 
     def free(self, region: Region) -> None:

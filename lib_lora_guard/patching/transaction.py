@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from types import TracebackType
 
+from ..reporting.messages import say
+
 log = logging.getLogger(__name__)
 
 
@@ -40,4 +42,4 @@ class Transaction:
                 undo()
             except Exception:
                 self.failed.append(undo)
-                log.exception("an undo step failed; the remaining ones go on")
+                say(log, logging.ERROR, "memory.undo_failed", exc_info=True)

@@ -14,14 +14,15 @@ from .catalogue import ENGLISH, TEXTS
 
 
 class Message(str):
-    """A sentence of the catalogue. A fact may itself be a Message or a Joined."""
+    """A sentence of the catalogue. A fact may itself be a Message or a Joined; of an exception its reason is kept, for the
+    exception holds on to everything that was alive where it was raised."""
 
     __slots__ = ("facts", "key")
     key: str
     facts: Mapping[str, Any]
 
     def __new__(cls, key: str, facts: Mapping[str, Any] | None = None) -> Message:
-        facts = {} if facts is None else facts
+        facts = {name: _fact(fact) for name, fact in (facts or {}).items()}
         self = super().__new__(cls, _filled(key, facts, ENGLISH))
         self.key, self.facts = key, facts
         return self
@@ -46,7 +47,7 @@ class Joined(str):
     between: str
 
     def __new__(cls, parts: Iterable[Any], between: str = "list.comma") -> Joined:
-        parts = tuple(parts)
+        parts = tuple(_fact(part) for part in parts)
         self = super().__new__(cls, str(Message(between)).join(str(part) for part in parts))
         self.parts, self.between = parts, between
         return self
@@ -64,6 +65,13 @@ class Joined(str):
 def in_language(fact: Any, language: str) -> Any:
     """`fact` as it goes into a sentence: translated where it has translations, as it is otherwise."""
     return fact.text(language) if isinstance(fact, (Message, Joined)) else fact
+
+
+def reason(error: BaseException) -> str:
+    """Why, as a fact for a sentence: the Message that an error was raised with, else its text."""
+    first = error.args[0] if error.args else None
+    said = getattr(error, "message", first)
+    return said if isinstance(said, (Message, Joined)) else str(error)
 
 
 def about(subject: str, what: str) -> Message:
@@ -96,6 +104,10 @@ def message_of(record: logging.LogRecord) -> str:
     if record.msg == "%s" and isinstance(record.args, tuple) and isinstance(record.args[0], Message):
         return record.args[0]
     return record.getMessage()
+
+
+def _fact(fact: Any) -> Any:
+    return reason(fact) if isinstance(fact, BaseException) else fact
 
 
 def _filled(key: str, facts: Mapping[str, Any], language: str) -> str:

@@ -1,4 +1,4 @@
-"""What applying a stack did, as data; rendered as one log line or as a few printed ones."""
+"""What applying a stack did, as data; said in one log line or in a few printed ones, in every language."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..files import shown
-from ..planning.mode import Choice
+from ..planning.mode import Choice, Mode
 from ..weights.storage import MB
+from .messages import Joined, Message
 
 
 @dataclass
 class LoraReport:
     """One LoRA of the stack. `skipped` holds keys (or sentences on keys) that were not applied; `lost` those of them that
-    the model has and that could not be patched."""
+    the model has and that could not be patched. `refused`, `reasons` and what is lost may be Messages."""
 
     label: str
     strength: float
@@ -35,15 +36,28 @@ class LoraReport:
         """True when the picture will not have all of this LoRA."""
         return self.refused is not None or bool(self.lost) or self.used == 0
 
-    def __str__(self) -> str:
+    def message(self) -> Message | Joined:
         name = clean_text(self.label)
         if self.refused is not None:
-            return f"{name} NOT applied ({clean_text(self.refused)})"
-        modes = [f"{n} {mode} ({', '.join(sorted(self.reasons[mode]))})" for mode, n in sorted(self.modes.items())]
-        text = ", ".join(
-            [f"{name} strength {self.strength:g}: {self.used} keys used, {len(self.skipped)} skipped", *modes]
-        )
-        return text if not self.lost else f"{text}, {len(self.lost)} LOST ({clean_text(self.lost[0])})"
+            return Message("report.refused", {"name": name, "why": clean_text(self.refused)})
+        numbers = {"name": name, "strength": self.strength, "used": self.used, "skipped": len(self.skipped)}
+        parts = [Message("report.lora", numbers)]
+        for mode, count in sorted(self.modes.items()):
+            reasons = Joined(sorted(self.reasons[mode]))
+            parts.append(Message("report.mode", {"count": count, "mode": _MODES[mode], "reasons": reasons}))
+        if self.lost:
+            parts.append(Message("report.lost", {"count": len(self.lost), "first": clean_text(self.lost[0])}))
+        return Joined(parts)
+
+    def __str__(self) -> str:
+        return str(self.message())
+
+
+_MODES = {
+    Mode.BYPASS.value: Message("mode.bypass"),
+    Mode.ON_THE_FLY.value: Message("mode.on_the_fly"),
+    Mode.MERGE.value: Message("mode.merge"),
+}
 
 
 @dataclass
@@ -65,16 +79,30 @@ class ApplyReport:
     def is_worrying(self) -> bool:
         return any(lora.is_worrying for lora in self.loras)
 
-    def line(self) -> str:
+    def line(self) -> Message:
         """One line for the log."""
-        loras = " | ".join(str(lora) for lora in self.loras) if self.loras else "no LoRA"
-        return f"{self.model}: {loras} | {self.device_bytes / MB:.1f} MB on {self.device}, {self.ram_bytes / MB:.1f} MB RAM, {self.milliseconds:.1f} ms"
+        loras = Joined([lora.message() for lora in self.loras], "list.bar") if self.loras else Message("report.nothing")
+        return Message("report.line", {**self._facts(), "loras": loras})
 
     def __str__(self) -> str:
-        head = f"{self.model}: {self.device_bytes / MB:.1f} MB on {self.device} while running, {self.ram_bytes / MB:.1f} MB in RAM, {self.milliseconds:.1f} ms"
+        head = Message("report.head", self._facts())
         return "\n".join([head, *(f"  {lora}" for lora in self.loras)])
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "model": self.model,
+            "device_mb": self.device_bytes / MB,
+            "device": self.device,
+            "ram_mb": self.ram_bytes / MB,
+            "milliseconds": self.milliseconds,
+        }
 
 
 def clean_text(text: str) -> str:
-    """Text from files made harmless for a console: control characters become '?', the middle of long text is left out."""
-    return shown(text, 400)
+    """Text from files made harmless for a console: control characters become '?', the middle of long text is left out. Of
+    a Message, its facts are."""
+    return text.map(_clean) if isinstance(text, (Message, Joined)) else shown(text, 400)
+
+
+def _clean(fact: object) -> object:
+    return shown(fact, 400) if isinstance(fact, str) else fact

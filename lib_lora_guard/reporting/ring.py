@@ -6,7 +6,7 @@ import logging
 import secrets
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
+from itertools import takewhile
 from typing import Any
 
 from ..errors import named
@@ -69,9 +69,9 @@ class LogRing(logging.Handler):
     def since(self, number: int, limit: int = 500) -> tuple[Line, ...]:
         """The oldest `limit` lines that came after line `number`, oldest first; ask again from the last of them for more."""
         with self._locked():
-            newer = sum(1 for _ in _while_newer(self._lines, number))
-            first = len(self._lines) - newer
-            return tuple(line for line, _ in islice(self._lines, first, first + max(0, limit)))
+            newer = [line for line, _ in takewhile(lambda kept: kept[0].number > number, reversed(self._lines))]
+        newer.reverse()
+        return tuple(newer[: max(0, limit)])
 
     def clear(self) -> None:
         """Drops every line; the numbers go on."""
@@ -140,13 +140,6 @@ class _Run:
         if self._alike:
             return Message("log.alike", {"message": message, "count": self._alike - 1})
         return Message("log.repeated", {"message": message, "count": self._times})
-
-
-def _while_newer(lines: deque[tuple[Line, int]], number: int) -> Any:
-    for line, _ in reversed(lines):
-        if line.number <= number:
-            return
-        yield line
 
 
 def _error_of(record: logging.LogRecord) -> str | None:

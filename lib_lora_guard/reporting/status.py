@@ -59,12 +59,14 @@ class MemoryFigure:
 
 @dataclass(frozen=True)
 class PanelStatus:
-    """One look at everything. `problem` says why the guard is not at work, where it is not."""
+    """One look at everything. `left_out` has the LoRAs that reached no model, with the reason; `problem` says why the guard
+    is not at work, where it is not."""
 
     mode: str
     enabled: bool
     version: str
     models: tuple[ModelStatus, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
     memory: tuple[MemoryFigure, ...] = ()
     allocator: tuple[str, ...] = ()
     problem: str | None = None
@@ -93,6 +95,9 @@ def as_json(status: PanelStatus, language: str = ENGLISH) -> dict[str, Any]:
         "version": status.version,
         "problem": _text(status.problem, language),
         "models": [_model(model, language) for model in status.models],
+        "left_out": [
+            {"name": shown(name, _NAME_CHARACTERS), "why": _text(why, language)} for name, why in status.left_out
+        ],
         "memory": [_figure(figure, language) for figure in status.memory],
         "allocator": [_text(line, language) for line in status.allocator],
     }

@@ -5,12 +5,44 @@ A new language is a new column here; a test holds that the columns have the same
 
 from __future__ import annotations
 
-from . import allocator, baking, everyday, files, hosts, log, loras, memory, modes, panel, report, saving, settings
+from . import (
+    allocator,
+    baking,
+    everyday,
+    files,
+    hosts,
+    log,
+    loras,
+    memory,
+    modes,
+    other_hosts,
+    panel,
+    report,
+    saving,
+    schedules,
+    settings,
+)
 
 ENGLISH, CHINESE = "en", "zh"
 LANGUAGES = (ENGLISH, CHINESE)
 
-SUBJECTS = (allocator, baking, everyday, files, hosts, log, loras, memory, modes, panel, report, saving, settings)
+SUBJECTS = (
+    allocator,
+    baking,
+    everyday,
+    files,
+    hosts,
+    log,
+    loras,
+    memory,
+    modes,
+    other_hosts,
+    panel,
+    report,
+    saving,
+    schedules,
+    settings,
+)
 
 TEXTS: dict[str, dict[str, str]] = {
     key: dict(zip(LANGUAGES, texts, strict=True)) for subject in SUBJECTS for key, texts in subject.TEXTS.items()

@@ -50,6 +50,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         'not used: torch refused "{text}" ({error}); the settings from before hold',
         "未使用：torch 拒绝了“{text}”（{error}）；仍沿用之前的设置",
     ),
+    "allocator.not_restored": (
+        'torch refused to go back to "{text}" ({error})',
+        "torch 拒绝恢复为“{text}”（{error}）",
+    ),
     "allocator.ignored": (
         "not in force: {wanted} was set, but torch reports {found}",
         "未生效：已设为 {wanted}，但 torch 报告的是 {found}",
@@ -65,8 +69,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     # What holds.
     "allocator.off": ("off", "关闭"),
     "allocator.still_on": (
-        "still on, with {found}, though it is set nowhere; a restart of Forge ends it",
-        "仍在生效（{found}），尽管没有任何地方设置它；重启 Forge 即可关闭",
+        "still on, with {found}; a restart of Forge ends it",
+        "仍在生效（{found}）；重启 Forge 即可关闭",
     ),
     "allocator.by_environment": ("{value}, set by {variable}", "{value}，由环境变量 {variable} 设置"),
     "allocator.proven": ("on, proven by an allocation", "已启用，并经一次实际分配验证"),

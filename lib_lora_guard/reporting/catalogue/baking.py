@@ -17,8 +17,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "bake.lost": ("LOST: {key}", "丢失：{key}"),
     "bake.more": ("and {count} more; --json lists them all", "另有 {count} 个；加 --json 可列出全部"),
     "bake.effect": (
-        "what is left of the LoRAs after rounding: cosine {cosine} with the exact change (1 is all of it, 0 is noise)",
-        "舍入后保留的 LoRA 效果：与精确改动的余弦相似度为 {cosine}（1 为完全保留，0 为只剩噪声）",
+        "what is left of the LoRAs after rounding: cosine with the exact change {cosine}; 1 is all of it, 0 is noise",
+        "舍入后保留的 LoRA 效果：与精确改动的余弦相似度 {cosine}；1 为完全保留，0 为只剩噪声",
     ),
     "bake.no_effect": (
         "the LoRAs change nothing at these strengths: the new file has the values of the model",

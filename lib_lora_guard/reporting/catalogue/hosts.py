@@ -22,10 +22,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "another copy of LoRA Guard is installed already; keep one folder in extensions/",
         "已安装另一份 LoRA Guard；请在 extensions/ 中只保留一个文件夹",
     ),
-    "host.reader_does_not_fit": (
-        "LoRA files are read by Forge itself, since its LoRA extension does not fit: {why}",
-        "LoRA 文件由 Forge 自行读取，因为其 LoRA 扩展不兼容：{why}",
-    ),
     "host.updated": (
         "LoRA Guard was updated; restart Forge to use the new version ({version} is still running)",
         "LoRA Guard 已更新；请重启 Forge 以使用新版本（当前运行的仍是 {version}）",

@@ -32,6 +32,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "saving was interrupted",
         "保存已被中断",
     ),
+    "saving.overflow": (
+        "with its LoRAs {key} does not fit into {dtype}; take the LoRAs off, or lower their strengths",
+        "{key} 应用 LoRA 后的数值超出 {dtype} 的范围；请移除 LoRA 或降低其强度",
+    ),
     "saving.unpatched": (
         "Save UNet and Save Checkpoint will write the model WITHOUT its LoRAs, since this Forge saves in a way that LoRA Guard "
         "does not know: {reason}",

@@ -16,7 +16,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "strengths follow the prompt over {steps} steps: {loras}. The prompt is encoded once, so the text encoder keeps the first strength",
         "强度将在 {steps} 步中按提示词变化：{loras}。提示词只编码一次，因此文本编码器始终使用起始强度",
     ),
-    "schedules.one": ("{name} from {first} to {last}", "{name} 从 {first} 到 {last}"),
     "schedules.whole_refresh": (
         "strengths could not be changed in place; all LoRAs are applied again in each step, which is slower",
         "无法就地修改强度；每一步都会重新应用全部 LoRA，速度会变慢",
