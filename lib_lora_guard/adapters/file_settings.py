@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import LoraMismatchError
 from ..files import shown
+from ..reporting.messages import say
 from .base import LARGEST_NUMBER
 
 log = logging.getLogger(__name__)
@@ -94,9 +95,7 @@ def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
-        log.warning(
-            "%s: its adapter settings are not readable JSON, so its alpha is not known and 1 is used", shown(path.name)
-        )
+        say(log, logging.WARNING, "lora.settings_unreadable", name=shown(path.name))
         return FileSettings({})
     parts: dict[str, dict[str, Any]] = {}
     for key, value in entries.items():

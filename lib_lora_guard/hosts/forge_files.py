@@ -20,12 +20,14 @@ from ..adapters.base import Adapter, Shape, Term
 from ..adapters.file_settings import FileSettings
 from ..adapters.files import LoraFile, parse_tensors, read_lora_file
 from ..adapters.patch_tuples import value_of
-from ..errors import LoraFileError, LoraMismatchError
+from ..errors import LoraFileError, LoraMismatchError, Message, about, reason
 from ..files import shown
 from ..models.architecture import detect_model
 from ..models.matching import Match, foreign_to, match_file
 from ..models.names import NameMap
 from ..planning.mode import is_input_projection
+from ..reporting.messages import Joined, say, without
+from ..reporting.report import clean_text
 from ..weights.storage import MB, storage_of
 from .forge_patches import OWN_TENSORS
 
@@ -108,17 +110,17 @@ class LoraFiles:
         try:
             file = self._read(filename, lora)
             sides = [
-                (model, "model", strength_model, "U-Net"),
-                (clip, "cond_stage_model", strength_clip, "text encoder"),
+                (model, "model", strength_model, Message("host.unet")),
+                (clip, "cond_stage_model", strength_clip, Message("host.text_encoder")),
             ]
             found = [None if p is None else self._match(file, getattr(p, attribute)) for p, attribute, *_ in sides]
         except (LoraFileError, LoraMismatchError) as error:
             # What the guard refused as broken is never handed to the host.
-            self.left_out[name] = str(error).removeprefix(f"{name}: ")
-            log.warning("%s NOT applied: %s", name, self.left_out[name])
+            self.left_out[name] = without(name, reason(error))
+            say(log, logging.WARNING, "host.left_out", name=name, why=self.left_out[name])
             return model, clip
         except Exception:
-            log.exception("%s: the guard could not read it; Forge's own reader is used", name)
+            say(log, logging.ERROR, "host.guard_could_not_read", exc_info=True, name=name)
             return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
         patched = []
         for (patcher, _, strength, side), match in zip(sides, found, strict=True):
@@ -130,14 +132,16 @@ class LoraFiles:
                 filename=filename, patches=_patches(match.terms), strength_patch=strength, online_mode=online_mode
             )
             patched.append(clone)
-            log.info("%s: %d keys for the %s", name, sum(len(t) for t in match.terms.values()), side)
+            count = sum(len(terms) for terms in match.terms.values())
+            say(log, logging.INFO, "host.keys_for", name=name, count=count, side=side)
         _say_what_is_left(name, file, [match for match in found if match is not None])
         return patched[0], patched[1]
 
     def remind(self) -> None:
         """For an image with the same stack as the last: says again what is left out."""
         if self.left_out:
-            log.warning("still without %s", "; ".join(f"{name} ({why})" for name, why in self.left_out.items()))
+            loras = [Message("host.left_out_of_all", {"name": name, "why": why}) for name, why in self.left_out.items()]
+            say(log, logging.WARNING, "host.still_without", loras=Joined(loras, "list.semicolon"))
 
     def _read(self, filename: Any, lora: Any) -> LoraFile:
         if not isinstance(lora, LazyState):
@@ -145,7 +149,7 @@ class LoraFiles:
             return parse_tensors(Path(str(filename)), dict(lora), FileSettings({}))
         path = Path(lora.filename)
         if not path.is_file():
-            raise LoraFileError(f"{shown(path.name)}: no such file; check the name or refresh the list")
+            raise LoraFileError(about(shown(path.name), Message("file.missing")))
         status = path.stat()
         key = (str(path), status.st_mtime_ns, status.st_size)
         with self._lock:
@@ -208,7 +212,7 @@ def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Match:
                 try:
                     term.check(shapes[key], may_expand=is_input_projection(key))
                 except LoraMismatchError as error:
-                    raise LoraMismatchError(f"made for another model: {key}: {error}") from None
+                    raise LoraMismatchError.of("lora.other_model", key=key, why=reason(error)) from None
     return match
 
 
@@ -230,18 +234,9 @@ def _say_what_is_left(name: str, file: LoraFile, matches: list[Match]) -> None:
     lost = [line for match in matches for line in match.lost]
     used = sum(bool(match.terms) for match in matches)
     if not used:
-        log.warning(
-            "%s NOT applied: none of its %d modules is in this model (it has %s); use a LoRA made for this model",
-            name,
-            len(file.adapters),
-            shown(next(iter(sorted(left)), "nothing")),
-        )
+        first = shown(min(left)) if left else Message("host.nothing")
+        say(log, logging.WARNING, "host.no_module_here", name=name, count=len(file.adapters), first=first)
     elif left:
-        log.info(
-            "%s: %d of its keys have no place in this model and are left out (first: %s)",
-            name,
-            len(left),
-            shown(min(left)),
-        )
+        say(log, logging.INFO, "host.keys_without_place", name=name, count=len(left), first=shown(min(left)))
     if lost:
-        log.warning("%s: %d keys cannot be applied to this model: %s", name, len(lost), shown(lost[0], 300))
+        say(log, logging.WARNING, "host.keys_lost", name=name, count=len(lost), first=clean_text(lost[0]))

@@ -12,12 +12,12 @@ from typing import Any
 import psutil
 import torch
 
-from ..errors import RestoreError
+from ..errors import RestoreError, named
 from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
 from ..patching.merge_loss import merge_loss
 from ..planning.mode import Mode, Wish
-from ..reporting.messages import say
+from ..reporting.messages import Joined, Message, say
 from ..reporting.report import ApplyReport, clean_text
 from ..settings import LoraMode
 from .forge_access import RAM_FLOOR_BYTES, ForgeAccess, GuardPatches
@@ -92,7 +92,7 @@ class LoaderControl:
                 requests = self._requests(lora_patches, state)
                 state.report = state.engine.change(access, requests, WISHES[mode])
             except Exception as error:
-                log.exception("%s: applying LoRAs failed", access.name)
+                say(log, logging.ERROR, "host.apply_failed", exc_info=True, model=access.name)
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
                 return
             self._publish(loader, state, stack_hash)
@@ -110,7 +110,8 @@ class LoaderControl:
             return
         report = self.report(loader)
         if report is not None and report.refused:
-            log.warning("%s: still without %s", report.model, "; ".join(str(lora) for lora in report.refused))
+            loras = Joined([lora.message() for lora in report.refused], "list.semicolon")
+            say(log, logging.WARNING, "host.model_still_without", model=report.model, loras=loras)
 
     def merge_lora_to_weight(
         self, original: Callable[..., torch.Tensor], patches: Any, weight: torch.Tensor, *args: Any, **kwargs: Any
@@ -151,7 +152,7 @@ class LoaderControl:
                 lifted = state.engine.lift_merges()
         except Exception:
             # Moved with its LoRAs it is as right as before, only larger.
-            log.exception("%s: originals could not be put back before it is moved", type(loader.model).__name__)
+            say(log, logging.ERROR, "host.not_lifted", exc_info=True, model=type(loader.model).__name__)
             lifted = True
         if lifted:
             loader.loaded_hash = RETRY
@@ -200,7 +201,7 @@ class LoaderControl:
                 entries = enumerate(patcher.lora_patches.items())
                 fitting[id(loader)] = {identifier: patches for i, (identifier, patches) in entries if i in accepted}
             if not state.engine.detach_all():
-                log.error("%s: some weights could not be restored; reload the checkpoint", access.name)
+                say(log, logging.ERROR, "host.not_restored", model=access.name)
             if not state.left_to_host:
                 loader.backup, loader.online_backup, loader.loaded_hash = {}, [], str([])
             delattr(loader, STATE)
@@ -220,7 +221,7 @@ class LoaderControl:
     ) -> None:
         """Mode "Forge's own": nothing of the guard is on the model, and the host does what it does without the guard."""
         if not state.left_to_host and not state.engine.detach_all():
-            raise RestoreError("a weight could not be restored; reload the checkpoint")
+            raise RestoreError.of("memory.not_restored_at_all")
         if not state.left_to_host and state.published is not None:
             loader.backup, loader.online_backup = {}, []
         state.left_to_host, state.published, state.report = True, None, None
@@ -257,7 +258,7 @@ class LoaderControl:
             original(loader, patches, offload, True)
             return True
         except Exception:
-            log.exception("%s: Forge's own patcher failed", type(loader.model).__name__)
+            say(log, logging.ERROR, "host.own_patcher_failed", exc_info=True, model=type(loader.model).__name__)
         original(loader, {}, offload, True)
         for key, device in devices.items():
             owner = find_owner(loader.model, key)
@@ -298,7 +299,7 @@ class LoaderControl:
         """Lets the host's own code undo what it (or a copy of it) did; then nothing of ours may be left either."""
         original(loader, {}, offload, True)
         if not state.engine.detach_all():
-            raise RestoreError("a weight could not be restored; reload the checkpoint")
+            raise RestoreError.of("memory.not_restored_at_all")
         state.left_to_host, state.published = False, None
 
     def _fall_back(
@@ -315,34 +316,26 @@ class LoaderControl:
     ) -> None:
         """docs/architecture.md, "When something fails": the host's fp16-LoRA path, then its merge where that loses nothing, then no LoRA."""
         if not state.engine.detach_all():
-            log.error(
-                "%s: some weights could not be restored; reload the checkpoint before you trust the next image",
-                access.name,
-            )
+            say(log, logging.ERROR, "host.not_restored_next_image", model=access.name)
         loader.backup, loader.online_backup = {}, []
         state.published, state.report = None, None
         self._note_reports()
         fitting = state.engine.fitting(access, requests)
         wanted = [(identifier, patches) for i, (identifier, patches) in enumerate(lora_patches.items()) if i in fitting]
-        names = ", ".join(clean_text(describe(identifier)[0]) for identifier, _ in wanted)
-        for online, way in ((True, "Forge's fp16-LoRA path"), (False, "Forge's merge")):
+        names = Joined(clean_text(describe(identifier)[0]) for identifier, _ in wanted)
+        why = clean_text(named(error))
+        for online, way in ((True, Message("host.fp16_path")), (False, Message("host.merge_path"))):
             if not wanted or (not online and not self._merge_is_safe(access, [p for _, p in wanted])):
                 continue
             patches = {_with_mode(identifier, online): patches for identifier, patches in wanted}
             if self._host_refresh(original, loader, patches, offload):
                 state.left_to_host = True
                 loader.loaded_hash = stack_hash
-                log.warning(
-                    "%s: %s; applied by %s instead (norms and biases may be missing): %s",
-                    access.name,
-                    _reason(error),
-                    way,
-                    names,
-                )
+                say(log, logging.WARNING, "host.fell_back", model=access.name, why=why, way=way, loras=names)
                 return
         loader.loaded_hash = RETRY
-        everything = ", ".join(clean_text(describe(identifier)[0]) for identifier in lora_patches)
-        log.error("%s: this image is made WITHOUT the LoRAs %s: %s", access.name, everything, _reason(error))
+        everything = Joined(clean_text(describe(identifier)[0]) for identifier in lora_patches)
+        say(log, logging.ERROR, "host.without", model=access.name, loras=everything, why=why)
 
     def _merge_is_safe(self, access: ForgeAccess, patches: Sequence[Mapping[str, Any]]) -> bool:
         sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]
@@ -356,7 +349,3 @@ def _with_mode(identifier: Any, online: bool) -> Any:
         if isinstance(identifier, tuple) and len(identifier) == 4
         else (str(identifier), 1.0, 1.0, online)
     )
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {clean_text(str(error))[:300]}"

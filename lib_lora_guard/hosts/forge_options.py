@@ -17,6 +17,7 @@ from ..memory.allocator import AllocatorState
 from ..memory.allocator import apply as apply_allocator
 from ..memory.allocator_text import AllocatorWish
 from ..reporting import log as reporting_log
+from ..reporting.languages import language_of, system_locale
 from ..reporting.messages import Message, say
 from ..settings import PREFIX, LoraMode, Settings, read
 from ..weights.storage import MB
@@ -60,7 +61,9 @@ class GuardOptions:
         """Brings everything to what the options say now. Called when Forge runs the extension's scripts, and after every
         change on the settings page."""
         self.settings, wrong = read(self._options)
-        reporting_log.set_up(self._log_level_flag or self.settings.log_level)
+        localization = self._options.get("localization")
+        language = language_of(self.settings.language.value, localization, system_locale())
+        reporting_log.set_up(self._log_level_flag or self.settings.log_level, language)
         for name in wrong:
             say(log, logging.WARNING, "everyday.bad_option", name=name, value=repr(self._options[name]))
         if self._is_switch_due():

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..adapters import Term
 from ..adapters.base import own_copy
 from ..adapters.patch_tuples import Calculators, parse_term, parse_value
-from ..errors import LoraMismatchError
+from ..errors import LoraMismatchError, Message, about, named, reason
 from ..patching.engine import LoraRequest
 from ..planning.mode import WHOLE_TENSOR_KINDS
 
@@ -76,11 +76,11 @@ def _request(
         for key, entries in patches.items():
             terms[key] = [_readable_term(entry, calculators, origin, copies, as_trained) for entry in entries]
     except LoraMismatchError as error:
-        return LoraRequest(label, strength, refused=f"{key}: {error}")
+        return LoraRequest(label, strength, refused=about(key, reason(error)))
     except Exception as error:
         # Whatever is wrong with one file, the others are applied.
         log.debug("%s: %s", label, key, exc_info=True)
-        return LoraRequest(label, strength, refused=f"{key} cannot be read ({type(error).__name__}: {error})")
+        return LoraRequest(label, strength, refused=Message("lora.unreadable_key", {"key": key, "error": named(error)}))
     return LoraRequest(label, strength, terms)
 
 

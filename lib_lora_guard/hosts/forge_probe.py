@@ -32,7 +32,7 @@ def probe() -> ForgeApi:
     base = _module("backend.patcher.base")
 
     if getattr(getattr(_attribute(lora, "LoraLoader.refresh"), "lora_guard_hook", None), "active", False):
-        raise HostError("another copy of LoRA Guard is installed already; keep one folder in extensions/")
+        raise HostError.of("host.second_copy")
     _parameters(lora, "LoraLoader.refresh", ["self", "lora_patches", "offload_device", "force_refresh"])
     _parameters(lora, "LoraLoader.__init__", ["self", "model"])
     _parameters(lora, "merge_lora_to_weight", ["patches", "weight", "key", "computation_dtype"])

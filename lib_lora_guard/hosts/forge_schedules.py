@@ -6,13 +6,11 @@ with these; while the model samples, the strengths of the running one are set be
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -41,15 +39,11 @@ class ScheduleHost:
 
 def probe() -> ScheduleHost:
     """Raises HostError where one of the parts is missing."""
-    try:
-        modules = [
-            importlib.import_module(f"modules.{name}")
-            for name in ("extra_networks", "sd_samplers_common", "script_callbacks")
-        ]
-    except ImportError as error:
-        raise HostError(f"Forge's modules cannot be imported: {error}") from error
-    lora_network = sys.modules.get("extra_networks_lora")
-    host = ScheduleHost(lora_network, *modules)
+    names = ("extra_networks_lora", "modules.extra_networks", "modules.sd_samplers_common", "modules.script_callbacks")
+    for name in names:
+        if name not in sys.modules:
+            raise HostError(f"{name} is not loaded, so strengths cannot change over the steps")
+    host = ScheduleHost(*(sys.modules[name] for name in names))
     wanted = [
         (host.lora_network, "ExtraNetworkLora"),
         (getattr(host.lora_network, "networks", None), "loaded_networks"),
@@ -60,7 +54,7 @@ def probe() -> ScheduleHost:
     ]
     for owner, name in wanted:
         if not hasattr(owner, name):
-            raise HostError(f"{name} is missing in {_name(owner)}")
+            raise HostError(f"{getattr(owner, '__name__', owner)}.{name} is missing")
     return host
 
 
@@ -262,7 +256,3 @@ def _add_alias(extra_networks: Any) -> None:
     lora = extra_networks.extra_network_registry.get("lora")
     if lora is not None and "loractl" not in extra_networks.extra_network_registry:
         extra_networks.extra_network_aliases.setdefault("loractl", lora)
-
-
-def _name(owner: Any) -> str:
-    return owner.__name__ if isinstance(owner, (ModuleType, type)) else str(owner)

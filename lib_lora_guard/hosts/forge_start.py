@@ -54,17 +54,17 @@ def start(arguments: Sequence[str]) -> bool:
         level, off, as_trained = "info", False, False
     reporting_log.set_up(level)
     if off:
-        log.info("%s is switched off by --lora-guard-off; Forge's own LoRA patcher is in place", version.__version__)
+        say(log, logging.INFO, "host.switched_off", version=version.__version__)
         return False
     try:
         forge.install().control.as_trained = as_trained
     except HostError as error:
-        log.warning("%s does not fit this program, so nothing is changed: %s", version.__version__, error)
+        say(log, logging.WARNING, "host.does_not_fit", version=version.__version__, why=error)
         return False
     except Exception:
-        log.exception("%s could not start, so nothing is changed", version.__version__)
+        say(log, logging.ERROR, "host.could_not_start", exc_info=True, version=version.__version__)
         return False
-    log.info("%s in place of Forge's LoRA patcher", version.__version__)
+    say(log, logging.INFO, "host.in_place", version=version.__version__)
     return True
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..adapters import Term, apply_terms
-from ..errors import LoraMismatchError
+from ..errors import LoraMismatchError, Message, about
 from ..planning.mode import Choice, Mode
 from ..weights.storage import MB, dtype_name, storage_of
 from .access import ModelAccess, Site
@@ -209,11 +209,8 @@ class MergeAttachment(Attachment):
                 was_finite = _is_finite(dense)
                 merged = apply_terms(dense, self.terms).to(dtype).contiguous()
             if was_finite and not _is_finite(merged):
-                raise UnusableTermsError(
-                    self.site.key,
-                    self.terms,
-                    f"{self.site.key}: the patched values do not fit into {dtype_name(dtype)}; the LoRA is damaged or its strength far too high",
-                )
+                why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
+                raise UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
             return torch.nn.Parameter(merged, requires_grad=False)
 
 

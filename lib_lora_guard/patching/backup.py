@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ModeError, RestoreError
+from ..errors import Joined, Message, ModeError, RestoreError, about, reason
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.probe import BackupBudget, default_spool_dir
 from ..weights.storage import MB
@@ -37,17 +37,14 @@ class Place:
 
 def choose_place(size_bytes: int, budget: BackupBudget) -> Place:
     """The best place with room for `size_bytes`. Raises ModeError where there is none."""
-    for where, spare, reason in (
+    for where, spare, why in (
         (Where.VRAM, budget.vram_spare_bytes, "spare VRAM"),
         (Where.RAM, budget.ram_spare_bytes, "no spare VRAM"),
         (Where.DISK, budget.disk_spare_bytes, "neither spare VRAM nor spare RAM"),
     ):
         if size_bytes <= spare:
-            return Place(where, reason)
-    raise ModeError(
-        f"no place for a backup of {size_bytes / MB:.1f} MB: spare are {_spare(budget)}; "
-        "free RAM or disk space, or use LoRA mode 'auto'"
-    )
+            return Place(where, why)
+    raise ModeError.of("memory.no_backup_place", size_mb=size_bytes / MB, spare=_spare(budget))
 
 
 class Backup(ABC):
@@ -81,7 +78,7 @@ class HeldBackup(Backup):
 
     def parameter(self, device: torch.device) -> torch.nn.Parameter:
         if self._original is None:
-            raise RestoreError(f"{self.key}: its backup was released; reload the checkpoint")
+            raise RestoreError(about(self.key, Message("memory.backup_released")))
         return moved(self._original, device)
 
     def release(self) -> None:
@@ -200,9 +197,13 @@ def _choose(key: str, size_bytes: int, budget: BackupBudget) -> Place:
     try:
         return choose_place(size_bytes, budget)
     except ModeError as error:
-        raise ModeError(f"{key}: {error}") from None
+        raise ModeError(about(key, reason(error))) from None
 
 
-def _spare(budget: BackupBudget) -> str:
-    places = (("VRAM", budget.vram_spare_bytes), ("RAM", budget.ram_spare_bytes), ("disk", budget.disk_spare_bytes))
-    return ", ".join(f"{spare / MB:.1f} MB {name}" for name, spare in places)
+def _spare(budget: BackupBudget) -> Joined:
+    places = (
+        (Message("memory.vram"), budget.vram_spare_bytes),
+        (Message("memory.ram"), budget.ram_spare_bytes),
+        (Message("memory.disk"), budget.disk_spare_bytes),
+    )
+    return Joined(Message("memory.spare", {"place": place, "size_mb": spare / MB}) for place, spare in places)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..adapters import DiffAdapter, NestedAdapter, Term
-from ..errors import LoraMismatchError, ModeError, RestoreError
+from ..errors import LoraMismatchError, Message, ModeError, RestoreError, about, named, reason
 from ..memory.probe import BackupBudget
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
 from ..planning.tokens import sees_one_token
+from ..reporting.messages import say
 from ..reporting.report import ApplyReport, LoraReport
 from ..weights.storage import MB
 from .access import ModelAccess, Site
@@ -97,7 +98,7 @@ class Engine:
         accepted, reports = self._validate(access, stack)
         for report in reports:
             if report.refused is not None and not leave_out:
-                raise LoraMismatchError(f"{report.label}: {report.refused}")
+                raise LoraMismatchError(about(report.label, report.refused))
         while True:
             planned = self._plan(access, accepted, reports, wish)
             try:
@@ -110,7 +111,7 @@ class Engine:
                 # Each round leaves at least one LoRA out, so this ends.
                 for origin in {term.origin for term in error.terms}:
                     accepted.pop(origin, None)
-                    reports[origin].refused = str(error)
+                    reports[origin].refused = reason(error)
         for _, terms, choice in planned.values():
             for origin in {term.origin for term in terms}:
                 reports[origin].count(choice)
@@ -171,7 +172,7 @@ class Engine:
                 attachment.detach()
             except Exception:
                 self._unfinished.append(attachment.detach)
-                log.exception("%s could not be restored", attachment.site.key)
+                say(log, logging.ERROR, "memory.key_not_restored", exc_info=True, key=attachment.site.key)
         self._release_backups()
         return not self._unfinished
 
@@ -207,12 +208,12 @@ class Engine:
                     if all(isinstance(term.adapter, (DiffAdapter, NestedAdapter)) for term in terms):
                         # A difference stands for itself: one of another size says nothing about the rest of the file.
                         report.skipped.append(key)
-                        report.lost.append(f"{key}: {error}")
+                        report.lost.append(about(key, reason(error)))
                         continue
-                    report.refused = f"made for another model: {key}: {error}"
+                    report.refused = Message("lora.other_model", {"key": key, "why": reason(error)})
                     break
                 except Exception as error:
-                    report.refused = f"its {key} cannot be read ({type(error).__name__}: {error}); the file is damaged"
+                    report.refused = Message("lora.damaged_key", {"key": key, "error": named(error)})
                     log.debug("%s: %s", lora.label, key, exc_info=True)
                     break
                 fitting[key] = (site, list(terms))
@@ -255,8 +256,8 @@ class Engine:
                 if wish is Wish.MERGE:
                     raise
                 for origin in {term.origin for term in terms}:
-                    reports[origin].skipped.append(str(error))
-                    reports[origin].lost.append(str(error))
+                    reports[origin].skipped.append(reason(error))
+                    reports[origin].lost.append(reason(error))
         return planned
 
     def _prepare(
@@ -313,7 +314,7 @@ class Engine:
                 undo()
             except Exception as error:
                 self._unfinished = waiting[number:]
-                raise RestoreError(f"a weight could not be restored ({error}); reload the checkpoint") from error
+                raise RestoreError.of("memory.not_restored", error=reason(error)) from error
 
 
 class Originals(Mapping[str, torch.nn.Parameter]):

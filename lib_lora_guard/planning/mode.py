@@ -12,7 +12,7 @@ from enum import Enum
 
 from ..adapters import DiffAdapter, ForeignAdapter, NestedAdapter, SetAdapter, Term
 from ..adapters.base import LowRank
-from ..errors import ModeError
+from ..errors import Message, ModeError, about
 from .cheap import has_cheap_form, pays
 
 
@@ -53,7 +53,7 @@ class WeightFacts:
 @dataclass(frozen=True)
 class Choice:
     mode: Mode
-    reason: str
+    reason: Message
 
 
 def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUTO) -> Choice:
@@ -63,43 +63,36 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
     layer call reaches.
     """
     if len(facts.shape) < 2:
-        return Choice(Mode.MERGE, "small parameter")
+        return Choice(Mode.MERGE, Message("reason.small"))
     if not (facts.can_bypass or facts.can_on_the_fly):
         if facts.wide:
-            return Choice(Mode.MERGE, "no layer call reaches it")
-        raise ModeError(
-            f"{facts.key}: stored as {facts.format} and read outside any layer, so a LoRA cannot be added to it"
-        )
+            return Choice(Mode.MERGE, Message("reason.no_call"))
+        raise ModeError(about(facts.key, Message("reason.outside_layers", {"format": facts.format})))
     if wish is Wish.MERGE:
         if not facts.wide:
-            raise ModeError(
-                f"{facts.key}: stored as {facts.format}; merging would round most of the LoRA away. Use mode 'auto'"
-            )
-        return Choice(Mode.MERGE, "asked for")
+            raise ModeError(about(facts.key, Message("reason.rounds_away", {"format": facts.format})))
+        return Choice(Mode.MERGE, Message("reason.asked"))
     if wish is Wish.PREFER_MERGE and facts.wide:
-        return Choice(Mode.MERGE, "asked for")
+        return Choice(Mode.MERGE, Message("reason.asked"))
     if wish is Wish.AUTO and facts.wide and any(isinstance(term.adapter, WHOLE_TENSOR_KINDS) for term in terms):
         # As many numbers as the weight itself: on the fly they would take its size again in VRAM (or, where another
         # extension calculates them, be calculated again in every step).
-        return Choice(Mode.MERGE, "as large as the weight")
+        return Choice(Mode.MERGE, Message("reason.large"))
     exact = facts.can_bypass and has_cheap_form(terms, facts.shape)
     if exact and wish is Wish.BYPASS:
-        return Choice(Mode.BYPASS, "asked for")
+        return Choice(Mode.BYPASS, Message("reason.asked"))
     if exact and wish is not Wish.ON_THE_FLY and pays(terms, facts.one_token):
         plain = all(isinstance(term.adapter.cheap_forward(), LowRank) for term in terms)
-        return Choice(Mode.BYPASS, "low rank" if plain else "cheap through the layer's call")
+        return Choice(Mode.BYPASS, Message("reason.low_rank" if plain else "reason.cheap"))
     if facts.can_on_the_fly:
         asked = exact and wish is Wish.ON_THE_FLY
-        return Choice(
-            Mode.ON_THE_FLY, "asked for" if asked else "cheaper on the weight" if exact else "kind needs the weight"
-        )
+        why = "reason.asked" if asked else "reason.cheaper_on_weight" if exact else "reason.needs_weight"
+        return Choice(Mode.ON_THE_FLY, Message(why))
     if exact:
-        return Choice(Mode.BYPASS, "weight not reachable")
+        return Choice(Mode.BYPASS, Message("reason.no_weight"))
     if facts.wide:
-        return Choice(Mode.MERGE, "layer computes with its weight directly")
-    raise ModeError(
-        f"{facts.key}: stored as {facts.format} in a layer that gives no access to the weight it computes with"
-    )
+        return Choice(Mode.MERGE, Message("reason.direct"))
+    raise ModeError(about(facts.key, Message("reason.hidden_weight", {"format": facts.format})))
 
 
 WHOLE_TENSOR_KINDS = (DiffAdapter, SetAdapter, NestedAdapter, ForeignAdapter)
