@@ -226,7 +226,7 @@ class LoaderControl:
             loader.backup, loader.online_backup = {}, []
         state.left_to_host, state.published, state.report = True, None, None
         self._note_reports()
-        original(loader, lora_patches, offload, True)
+        _run(original, loader, lora_patches, offload)
 
     def _say_what_merging_would_lose(self, model: str, state: LoaderState) -> None:
         try:
@@ -255,11 +255,11 @@ class LoaderControl:
         (after a failed merge the host leaves the whole model on the CPU)."""
         devices = {key: parameter.device for key, parameter in loader.model.named_parameters()}
         try:
-            original(loader, patches, offload, True)
+            _run(original, loader, patches, offload)
             return True
         except Exception:
             say(log, logging.ERROR, "host.own_patcher_failed", exc_info=True, model=type(loader.model).__name__)
-        original(loader, {}, offload, True)
+        _run(original, loader, {}, offload)
         for key, device in devices.items():
             owner = find_owner(loader.model, key)
             if owner is not None and getattr(*owner).device != device:
@@ -297,7 +297,7 @@ class LoaderControl:
         self, original: Callable[..., None], loader: Any, state: LoaderState, offload: torch.device
     ) -> None:
         """Lets the host's own code undo what it (or a copy of it) did; then nothing of ours may be left either."""
-        original(loader, {}, offload, True)
+        _run(original, loader, {}, offload)
         if not state.engine.detach_all():
             raise RestoreError.of("memory.not_restored_at_all")
         state.left_to_host, state.published = False, None
@@ -341,6 +341,12 @@ class LoaderControl:
         sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]
         needed = sum(site.storage.bytes for site in sites)
         return all(site.storage.wide for site in sites) and needed + RAM_FLOOR_BYTES < psutil.virtual_memory().available
+
+
+def _run(original: Callable[..., None], loader: Any, patches: Any, offload: torch.device) -> None:
+    # A state that no stack has makes every version of the host work; `force_refresh` is younger than some of them.
+    loader.loaded_hash = RETRY
+    original(loader, patches, offload)
 
 
 def _with_mode(identifier: Any, online: bool) -> Any:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from ..errors import HostError
 
 
@@ -26,14 +28,15 @@ class ForgeApi:
 
 def probe() -> ForgeApi:
     """The host's parts. Raises HostError with the one probe that failed."""
-    lora = _module("backend.patcher.lora")
-    operations = _module("backend.operations")
+    # Memory first, as every host does itself: Forge Neo's modules import each other in a circle that opens only there.
     memory = _module("backend.memory_management")
+    operations = _module("backend.operations")
+    lora = _module("backend.patcher.lora")
     base = _module("backend.patcher.base")
 
     if getattr(getattr(_attribute(lora, "LoraLoader.refresh"), "lora_guard_hook", None), "active", False):
         raise HostError.of("host.second_copy")
-    _parameters(lora, "LoraLoader.refresh", ["self", "lora_patches", "offload_device", "force_refresh"])
+    _parameters(lora, "LoraLoader.refresh", ["self", "lora_patches", "offload_device"])
     _parameters(lora, "LoraLoader.__init__", ["self", "model"])
     _parameters(lora, "merge_lora_to_weight", ["patches", "weight", "key", "computation_dtype"])
     for name in ("model_lora_keys_unet", "model_lora_keys_clip"):
@@ -63,6 +66,7 @@ def probe() -> ForgeApi:
         weights.append(operations_class.Linear)
     for name in ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"):
         weights.append(_attribute(operations, f"ForgeOperations.{name}"))
+    _check_patch_kinds(lora)
     return ForgeApi(lora, operations, memory, base, tuple(linears), tuple(weights))
 
 
@@ -94,10 +98,22 @@ def check_processing(processing: ModuleType) -> None:
     )
 
 
+def _check_patch_kinds(lora: ModuleType) -> None:
+    """Forge merges `("lora", (up, down, alpha, mid, dora_scale))`; Forge Neo takes ComfyUI's objects instead since 2026."""
+    two = torch.full((1, 1), 2.0)
+    patch = ("lora", (two, two, None, None, None))
+    try:
+        merged = lora.merge_lora_to_weight([[1.0, patch, 1.0, None, None]], torch.ones(1, 1), key="probe")
+    except Exception as error:
+        raise HostError(f"{lora.__name__}.merge_lora_to_weight does not take Forge's patches: {error}") from None
+    if merged.item() != 5.0:
+        raise HostError(f"{lora.__name__}.merge_lora_to_weight does not take Forge's patches")
+
+
 def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:
         raise HostError(f"{name} cannot be imported: {error}") from error
 
 

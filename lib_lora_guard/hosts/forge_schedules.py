@@ -50,7 +50,7 @@ def probe() -> ScheduleHost:
         (host.extra_networks, "extra_network_aliases"),
         (getattr(host.samplers, "Sampler", None), "launch_sampling"),
         (host.callbacks, "on_cfg_denoiser"),
-        (host.callbacks, "on_before_ui"),
+        (host.callbacks, "on_app_started"),
     ]
     for owner, name in wanted:
         if not hasattr(owner, name):
@@ -93,7 +93,7 @@ class Schedules:
             hooks.add(self._network_class, "activate", self.activate)
             hooks.add(host.samplers.Sampler, "launch_sampling", self.launch_sampling)
         host.callbacks.on_cfg_denoiser(self.before_step)
-        host.callbacks.on_before_ui(lambda: _add_alias(host.extra_networks))
+        host.callbacks.on_app_started(lambda *_: _add_alias(host.extra_networks))
 
     def forget(self) -> None:
         """For when the guard goes."""

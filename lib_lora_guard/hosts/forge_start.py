@@ -14,6 +14,7 @@ from ..reporting import log as reporting_log
 from ..reporting.messages import say
 from . import forge
 from .forge_options import GuardOptions
+from .recognise import explain
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def start(arguments: Sequence[str]) -> bool:
     try:
         forge.install().control.as_trained = as_trained
     except HostError as error:
-        say(log, logging.WARNING, "host.does_not_fit", version=version.__version__, why=error)
+        say(log, logging.WARNING, "host.does_not_fit", version=version.__version__, why=explain(error))
         return False
     except Exception:
         say(log, logging.ERROR, "host.could_not_start", exc_info=True, version=version.__version__)
@@ -91,7 +92,7 @@ def run_script(extension_root: Path) -> None:
 
 def script_class() -> type | None:
     """What Forge looks for among the names of a scripts file; None outside a WebUI."""
-    if "modules.scripts" not in sys.modules:
+    if "modules.scripts" not in sys.modules or forge.installed() is None:
         return None
     from .forge_script import LoraGuardScript
 

@@ -42,7 +42,8 @@ class Face:
 def register(options: InForce | None) -> None:
     """Adds the settings at once (so that they are there with --nowebui too), tab and address when Forge asks for them.
 
-    Called at each execution of the script: "Reload UI" forgets all callbacks (should a host not, there is one tab all the same); the settings stay and get their texts anew.
+    Called at each execution of the script: "Reload UI" forgets all callbacks, the settings stay and get their texts anew.
+    Where a host forgets none there is one tab all the same.
     """
     from modules import script_callbacks
 

@@ -10,8 +10,15 @@ OutOfMemory: tuple[type[BaseException], ...] = (
 )
 
 
-_MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""What plain RuntimeErrors say: torch's CPU allocator, a matrix library without its workspace, a kernel that cannot load."""
+_MESSAGES = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "MPS backend out of memory",
+    "not enough GPU video memory",
+)
+"""What plain RuntimeErrors say: torch's CPU allocator, a matrix library without its workspace, a kernel that cannot load,
+Apple's allocator, DirectML's."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -23,5 +30,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def give_back_cached_memory() -> None:
     """Hands blocks that torch holds without using back to the driver, so that a larger one can be had."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for kind in (torch.cuda, torch.xpu):
+        if kind.is_available():
+            kind.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

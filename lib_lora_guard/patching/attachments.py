@@ -11,7 +11,7 @@ import torch
 from ..adapters import Term, apply_terms
 from ..errors import LoraMismatchError, Message, about
 from ..planning.mode import Choice, Mode
-from ..weights.storage import MB, dtype_name, storage_of
+from ..weights.storage import MB, dtype_name, storage_of, widest_float
 from .access import ModelAccess, Site
 from .backup import Backup, Where, moved, parameter_bytes
 from .bypass import Bypass
@@ -224,7 +224,7 @@ MOVED_SLICE_BYTES = 4 * MB
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     # NaN and Inf survive a sum, which needs no mask of the tensor's size; in fp64 no sum of fp32 numbers overflows.
-    return math.isfinite(float(tensor.sum(dtype=torch.float64)))
+    return math.isfinite(float(tensor.sum(dtype=widest_float(tensor.device))))
 
 
 def site_of(site: Site, parameter: torch.nn.Parameter) -> Site:

@@ -1,7 +1,7 @@
 """Device copies of LoRA factors: made on first use, kept while the model is in use, dropped when it is unloaded.
 
 On the CPU nothing is kept: a cast per call is cheap there and a second copy in RAM is what users run out of. The key
-holds the CUDA stream, because Forge's Async swap makes weights on a stream of its own and a copy made on another one
+holds the stream, because Forge's Async swap makes weights on a stream of its own and a copy made on another one
 would need an event per use.
 """
 
@@ -43,4 +43,7 @@ def _outside_inference(make: Callable[[], T]) -> T:
 
 
 def _stream_id(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+    if device.type == "cuda":
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    # Forge swaps on streams of its own on Intel's GPUs too.
+    return int(torch.xpu.current_stream(device).sycl_queue) if device.type == "xpu" else 0

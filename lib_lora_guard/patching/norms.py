@@ -9,6 +9,7 @@ import torch
 from ..adapters import Term, apply_terms
 from ..adapters.base import Decomposed, product_of
 from ..planning.cheap import form_of
+from ..weights.storage import widest_float
 from .access import ModelAccess, Site
 
 PASS_BYTES = 64 << 20
@@ -48,7 +49,8 @@ def _pass(
         # Other terms may need the whole weight, and a part may lie across two passes; such stacks are rare.
         step = rows
     by_row: list[torch.Tensor] = []
-    by_column = torch.zeros(site.shape[1], dtype=torch.float64, device=device)
+    wide = widest_float(device)
+    by_column = torch.zeros(site.shape[1], dtype=wide, device=device)
     for start in range(0, rows, step):
         length = min(step, rows - start)
         weight = apply_terms(access.rows(site, start, length, device), before)
@@ -64,7 +66,7 @@ def _pass(
             by_row.append(torch.linalg.vector_norm(target.flatten(1), dim=1))
         else:
             others = [d for d in range(target.dim()) if d != 1]
-            by_column += target.square().sum(dim=others, dtype=torch.float64)
+            by_column += target.square().sum(dim=others, dtype=wide)
     norm = torch.cat(by_row) if form.by_row else by_column.sqrt().float()
     # Kept in RAM like the factors: a device copy is made when the layer runs there.
     return norm.cpu() + torch.finfo(torch.float32).eps

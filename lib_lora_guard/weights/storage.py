@@ -20,6 +20,11 @@ WIDE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MB = 1 << 20
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """fp64 where every device of the kind has it: MPS, DirectML and some of Intel's GPUs refuse it."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
 @dataclass(frozen=True)
 class Storage:
     """`format` is a short name for people ("bf16", "fp8", "nf4", "Q4_K"); `bytes` what it takes as it lies there."""

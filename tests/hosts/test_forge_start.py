@@ -86,7 +86,8 @@ def test_the_log_level_is_a_flag(extension):
 @pytest.mark.parametrize(
     ("file", "old", "new", "probe"),
     [
-        ("patcher/lora.py", "offload_device=torch.device(\"cpu\"), force_refresh=False", "offload_device=torch.device(\"cpu\")", "backend.patcher.lora.LoraLoader.refresh has no parameter force_refresh"),
+        ("patcher/lora.py", "def refresh(self, lora_patches,", "def refresh(self, patches,", "backend.patcher.lora.LoraLoader.refresh has no parameter lora_patches"),
+        ("patcher/lora.py", "def merge_lora_to_weight(patches, weight,", "def merge_lora_to_weight(weight, patches,", "backend.patcher.lora.merge_lora_to_weight does not take Forge's patches"),
         ("memory_management.py", "def load_models_gpu(models, memory_required=0, hard_memory_preservation=0)", "def load_models_gpu(models)", "backend.memory_management.load_models_gpu has no parameter hard_memory_preservation"),
         ("operations.py", "class ForgeOperationsGGUF(", "class Renamed(", "name 'ForgeOperationsGGUF' is not defined|backend.operations.ForgeOperationsGGUF is missing"),
         ("operations.py", "from backend.patcher.lora import merge_lora_to_weight", "def merge_lora_to_weight(): pass", "backend.operations.merge_lora_to_weight is not the one"),
@@ -107,13 +108,27 @@ def test_a_host_that_does_not_fit_is_left_alone_with_the_probe_in_one_line(exten
     assert hooked == "HOOKED False"
 
 
+def test_a_forge_from_before_force_refresh_is_taken_over(extension, tmp_path):
+    """Forge got the parameter on 2025-01-28."""
+    host = tmp_path / "host"
+    shutil.copytree(DOUBLE, host, ignore=shutil.ignore_patterns("__pycache__"))
+    lora = host / "backend" / "patcher" / "lora.py"
+    source = lora.read_text(encoding="utf-8")
+    assert ", force_refresh=False" in source
+    lora.write_text(source.replace(", force_refresh=False", "").replace(" and not force_refresh", ""), encoding="utf-8")
+    shown = start(extension, path=[str(host), str(ROOT / "tests")])
+    assert shown.stdout.splitlines() == [f"[LoRA Guard] {__version__} in place of Forge's LoRA patcher", "HOOKED True"]
+
+
 def test_without_any_forge_nothing_happens_but_a_line(extension):
     code = FORGE_LIKE.replace(
         "import backend.patcher.lora as lora", "class lora: LoraLoader = type('L', (), {'refresh': None})"
     )
     shown = start(extension, path=[str(ROOT / "tests")], code=code)
     assert shown.returncode == 0, shown.stderr
-    assert "does not fit this program, so nothing is changed: backend.patcher.lora cannot be imported" in shown.stdout
+    assert (
+        "does not fit this program, so nothing is changed: backend.memory_management cannot be imported" in shown.stdout
+    )
     assert "HOOKED False" in shown.stdout
 
 

@@ -46,4 +46,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "the settings and the tab could not be added to this WebUI; LoRAs are applied all the same",
         "无法向此 WebUI 添加设置和标签页；LoRA 仍会正常应用",
     ),
+    "everyday.not_lifted": (
+        "{model}: its original weights could not all be put back before Forge moves it; it is moved with its LoRAs, which takes more RAM",
+        "{model}：在 Forge 移动模型之前未能全部恢复原始权重；将连同 LoRA 一起移动，占用更多内存",
+    ),
 }

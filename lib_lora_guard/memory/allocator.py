@@ -1,0 +1,293 @@
+"""The user's allocator options, put into force in the running torch, read back and proven.
+
+Nothing is claimed that was not read back. Expandable segments are tried with an allocation: where the driver refuses,
+they are off again before the next image needs memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+
+from ..reporting.messages import Message, say
+from .allocator_machine import Machine, availability, look
+from .allocator_text import (
+    COLLECT,
+    CUDA_VARIABLE,
+    EXPANDABLE,
+    LEAST_SPLIT_MB,
+    OPTIONS,
+    SPLIT,
+    AllocatorTextError,
+    AllocatorWish,
+    compose,
+    for_now,
+    parse,
+    same_effect,
+    start_line,
+    variable_in_force,
+)
+from .allocator_torch import TorchAllocator
+from .out_of_memory import OutOfMemory
+
+log = logging.getLogger(__name__)
+
+
+class Standing(str, Enum):
+    ACTIVE = "active"
+    NEXT_START = "next start"
+    NOT_AVAILABLE = "not available"
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class OptionState:
+    standing: Standing
+    reason: Message
+
+
+@dataclass(frozen=True)
+class AllocatorState:
+    """What holds after `apply`."""
+
+    wish: AllocatorWish
+    text: str
+    """The whole string in force; "" where torch has none, or does not tell."""
+    expandable_segments: OptionState
+    max_split_size_mb: OptionState
+    garbage_collection_threshold: OptionState
+    notes: tuple[Message, ...] = ()
+    """What is worth knowing beside the options."""
+
+    def options(self) -> dict[str, OptionState]:
+        return {name: getattr(self, name) for name in OPTIONS}
+
+
+class Allocator(Protocol):
+    """See TorchAllocator, the only one outside tests."""
+
+    def write(self, text: str) -> None: ...
+    def read(self) -> Mapping[str, Any]: ...
+    def takes_expandable(self, device: torch.device) -> bool | None: ...
+    def cap_at_whole_card(self, device: torch.device) -> None: ...
+
+
+def apply(
+    wish: AllocatorWish,
+    environment: Mapping[str, str],
+    device: torch.device,
+    before: AllocatorState | None = None,
+    *,
+    machine: Machine | None = None,
+    allocator: Allocator | None = None,
+) -> AllocatorState:
+    """Puts `wish` over what `environment` says into force for models on `device`. `before` is the state of the last call:
+    while it still holds, nothing is done and it is returned. Hands cached memory back when something changes."""
+    machine = machine or look(device)
+    missing = {name: why for name, why in availability(machine).items() if why is not None}
+    if len(missing) == len(OPTIONS):
+        return _state(wish, "", {name: OptionState(Standing.NOT_AVAILABLE, why) for name, why in missing.items()})
+    variable = variable_in_force(environment, machine.torch_version, machine.rocm)
+    try:
+        base = parse(environment[variable]) if variable else {}
+    except AllocatorTextError as error:
+        why = Message("allocator.bad_environment", {"variable": variable, "why": error.message})
+        return _state(wish, "", dict.fromkeys(OPTIONS, OptionState(Standing.NOT_AVAILABLE, why)))
+    setup = _Setup(wish, base, variable or CUDA_VARIABLE, machine)
+    if not machine.can_set:
+        return setup.from_next_start(missing)
+    allocator = allocator or TorchAllocator()
+    if before is not None and before.wish == wish and allocator.read().get(CUDA_VARIABLE, "") == before.text:
+        return before
+    return _put_in_force(setup, missing, allocator, device, touched=before is not None)
+
+
+def _put_in_force(
+    setup: _Setup, missing: Mapping[str, Message], allocator: Allocator, device: torch.device, touched: bool
+) -> AllocatorState:
+    """`touched`: this program may have written before, which counts only where torch does not tell what holds."""
+    wanted, refused = setup.plan(missing)
+    wished = setup.wish.entries()
+    text = for_now(wanted)
+    settings = allocator.read()
+    held = settings.get(CUDA_VARIABLE, "")
+    notes: tuple[Message, ...] = ()
+    other = any(_disagrees(name, wanted, settings) for name in OPTIONS if name in wished or name not in wanted)
+    unknown = CUDA_VARIABLE not in settings and (touched or bool(wished))
+    if unknown or other or not same_effect(held, text):
+        try:
+            allocator.write(text)
+        except (RuntimeError, ValueError) as error:
+            why = Message("allocator.refused", {"text": text, "error": _one_line(error)})
+            return setup.judge(setup.base, {**dict.fromkeys(wished, why), **refused}, _restore(allocator, held), (why,))
+        settings = allocator.read()
+        notes = (Message("allocator.new_memory"),)
+    proof: Message | None = None
+    if EXPANDABLE in wished and EXPANDABLE not in refused:
+        proof, broken = _prove(settings, allocator, device)
+        if broken is not None:
+            without = {name: value for name, value in setup.base.items() if name != EXPANDABLE}
+            return _put_in_force(replace(setup, base=without), {**missing, EXPANDABLE: broken}, allocator, device, True)
+    if COLLECT in wished and COLLECT not in refused and not _disagrees(COLLECT, wanted, settings):
+        allocator.cap_at_whole_card(device)
+    return setup.judge(wanted, refused, settings, notes, proof)
+
+
+def _restore(allocator: Allocator, held: str) -> Mapping[str, Any]:
+    """The settings with the previous string in force again. It says "off" itself: a broken string may have switched on."""
+    for text in (held, ""):
+        try:
+            allocator.write(for_now(parse(text)))
+            break
+        except (AllocatorTextError, RuntimeError, ValueError) as error:
+            say(log, logging.WARNING, "allocator.not_restored", text=text, error=_one_line(error))
+    return allocator.read()
+
+
+def _prove(
+    settings: Mapping[str, Any], allocator: Allocator, device: torch.device
+) -> tuple[Message | None, Message | None]:
+    """`(what the proof says, why expandable segments must be off again)`; one of them is None."""
+    if settings.get(EXPANDABLE) is False:
+        return None, _ignored(True, False)
+    try:
+        found = allocator.takes_expandable(device)
+    except OutOfMemory:
+        return Message("allocator.no_room"), None
+    except RuntimeError as error:
+        return None, Message("allocator.driver", {"error": _one_line(error)})
+    if found is None:
+        return Message("allocator.unproven"), None
+    return (Message("allocator.proven"), None) if found else (None, Message("allocator.not_expandable"))
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What the user wishes, over what the environment says, on this machine."""
+
+    wish: AllocatorWish
+    base: Mapping[str, str]
+    variable: str
+    machine: Machine
+
+    def plan(self, missing: Mapping[str, Message]) -> tuple[dict[str, str], dict[str, Message]]:
+        """`(every entry that is to hold, why a wish is not among them)`."""
+        wished = self.wish.entries()
+        refused = {name: why for name, why in missing.items() if name in wished or name not in self.base}
+        if SPLIT in wished and self.wish.max_split_size_mb < LEAST_SPLIT_MB:
+            refused.setdefault(SPLIT, Message("allocator.split_least", {"least": LEAST_SPLIT_MB}))
+        if COLLECT in wished and not 0 < self.wish.garbage_collection_threshold < 1:
+            refused.setdefault(COLLECT, Message("allocator.threshold_range"))
+        base = dict(self.base)
+        if EXPANDABLE not in missing and "True" in (wished.get(EXPANDABLE), base.get(EXPANDABLE)):
+            # Torch splits expandable segments at any size and never collects them; before 2.5 the mixture could stop it
+            # near the end of memory (pull request 134338).
+            refused |= {name: Message("allocator.beside_expandable") for name in (SPLIT, COLLECT) if name in wished}
+            if EXPANDABLE in wished:
+                dropped = [name for name in (SPLIT, COLLECT) if base.pop(name, None) is not None]
+                refused |= {name: Message("allocator.beside_expandable") for name in dropped}
+        return {**base, **{name: value for name, value in wished.items() if name not in refused}}, refused
+
+    def from_next_start(self, missing: Mapping[str, Message]) -> AllocatorState:
+        wanted, refused = self.plan(missing)
+        line = start_line(compose(wanted), self.machine.system == "Windows")
+        states = {}
+        for name in OPTIONS:
+            if name in refused:
+                states[name] = OptionState(Standing.NOT_AVAILABLE, refused[name])
+            elif name not in wanted:
+                states[name] = OptionState(Standing.OFF, Message("allocator.off"))
+            elif self.base.get(name) == wanted[name]:
+                states[name] = self._by_environment(name, wanted)
+            else:
+                states[name] = OptionState(Standing.NEXT_START, Message("allocator.next_start", {"line": line}))
+        return _state(self.wish, compose(self.base), states)
+
+    def judge(
+        self,
+        wanted: Mapping[str, str],
+        refused: Mapping[str, Message],
+        settings: Mapping[str, Any],
+        notes: tuple[Message, ...] = (),
+        proof: Message | None = None,
+    ) -> AllocatorState:
+        """The state that `settings`, read back from torch, allow to claim."""
+        states = {name: self._judge(name, wanted, refused, settings, proof) for name in OPTIONS}
+        return _state(self.wish, str(settings.get(CUDA_VARIABLE, "")), states, notes)
+
+    def _judge(
+        self,
+        name: str,
+        wanted: Mapping[str, str],
+        refused: Mapping[str, Message],
+        settings: Mapping[str, Any],
+        proof: Message | None,
+    ) -> OptionState:
+        if name in refused:
+            return OptionState(Standing.NOT_AVAILABLE, refused[name])
+        found, expected = _found(name, settings), _expected(name, wanted)
+        if not expected and found:
+            return OptionState(Standing.ACTIVE, Message("allocator.still_on", {"found": found}))
+        if name not in wanted:
+            return OptionState(Standing.OFF, Message("allocator.off"))
+        if found is None and not (name == EXPANDABLE and proof == Message("allocator.proven")):
+            line = start_line(compose(wanted), self.machine.system == "Windows")
+            return OptionState(Standing.NEXT_START, Message("allocator.no_read_back", {"line": line}))
+        if found is not None and found != expected:
+            return OptionState(Standing.NOT_AVAILABLE, _ignored(expected, found))
+        if name not in self.wish.entries():
+            return self._by_environment(name, wanted)
+        if name == EXPANDABLE and proof is not None:
+            return OptionState(Standing.ACTIVE, proof)
+        return OptionState(Standing.ACTIVE, Message(f"allocator.active_{name}", {"value": wanted[name]}))
+
+    def _by_environment(self, name: str, wanted: Mapping[str, str]) -> OptionState:
+        facts = {"variable": self.variable, "value": wanted[name]}
+        standing = Standing.OFF if wanted[name] == "False" else Standing.ACTIVE
+        return OptionState(standing, Message("allocator.by_environment", facts))
+
+
+def _disagrees(name: str, entries: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
+    """Whether torch reports another value. What it does not report cannot disagree."""
+    return _found(name, settings) not in (None, _expected(name, entries))
+
+
+def _ignored(wanted: bool | float, found: bool | float) -> Message:
+    return Message("allocator.ignored", {"wanted": wanted, "found": found})
+
+
+def _expected(name: str, entries: Mapping[str, str]) -> bool | float:
+    """What torch is to report for an option; False or 0 for one that is off."""
+    if name == EXPANDABLE:
+        return entries.get(name) == "True"
+    if name == SPLIT:
+        return int(entries.get(name, "0")) << 20
+    return float(entries.get(name, "0"))
+
+
+_UNLIMITED = 2.0**62
+_REPORTED = {EXPANDABLE: EXPANDABLE, SPLIT: "max_split_size", COLLECT: COLLECT}
+
+
+def _found(name: str, settings: Mapping[str, Any]) -> bool | float | None:
+    """What torch reports, in the units of `_expected`; None where it does not. Unlimited is -1, or the largest number."""
+    value = settings.get(_REPORTED[name])
+    if value is None or isinstance(value, bool):
+        return value
+    number = float(value)
+    return number if 0 < number < _UNLIMITED else 0
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _state(
+    wish: AllocatorWish, text: str, states: Mapping[str, OptionState], notes: tuple[Message, ...] = ()
+) -> AllocatorState:
+    return AllocatorState(wish, text, states[EXPANDABLE], states[SPLIT], states[COLLECT], notes)
