@@ -16,6 +16,9 @@ from .version import __version__
 
 # torch and rich are imported by the commands that need them: help answers at once.
 
+_BAKE_DTYPES = ("keep", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
+"""The keys of `baking.DTYPES`."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; 0 on success, 1 on an error that is explained in one line, 130 when interrupted.
@@ -58,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
     _add_plan(commands)
     _add_inspect(commands)
+    _add_bake(commands)
     _add_demo(commands)
     return parser
 
@@ -110,6 +114,31 @@ def _add_inspect(commands: Any) -> None:
     _add_common(inspect, _inspect)
 
 
+def _add_bake(commands: Any) -> None:
+    about = (
+        "Merges LoRAs into a model and writes the result as a new checkpoint, a tensor at a time: RAM for a few weights and "
+        "the LoRAs is enough. Weights are computed in fp32 and rounded once, everything else is copied bit for bit."
+    )
+    bake = commands.add_parser("bake", help="merge LoRAs into a new checkpoint file", description=about)
+    bake.add_argument("model", metavar="MODEL", type=Path, help="checkpoint or transformer, safetensors or GGUF")
+    bake.add_argument(
+        "loras",
+        metavar="LORA[:STRENGTH]",
+        nargs="+",
+        type=arguments.typed(arguments.lora),
+        help="LoRA file, and its strength after a colon (default 1)",
+    )
+    bake.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="new file, *.safetensors")
+    bake.add_argument(
+        "--dtype",
+        choices=_BAKE_DTYPES,
+        default="keep",
+        help="of the new file; keep: each tensor its own, bf16 for GGUF and 4-bit weights (default)",
+    )
+    bake.add_argument("--force", action="store_true", help="replace OUT where it is there already")
+    _add_common(bake, _bake)
+
+
 def _add_demo(commands: Any) -> None:
     about = (
         "Makes a Flux-shaped model of 110 M parameters in bf16, fp8, NF4 and GGUF Q4_0 and a LoRA file for it, applies the "
@@ -160,6 +189,20 @@ def _inspect(options: Any) -> None:
         _print_json(inspect_document(*found))
     else:
         print_facts(_console(), *found)
+
+
+def _bake(options: Any) -> None:
+    from rich.console import Console
+
+    from .baking import DTYPES
+    from .commands.bake import BakeRequest, bake_document, make_baked, print_baked
+
+    request = BakeRequest(options.model, options.loras, options.output, DTYPES[options.dtype], options.force)
+    result = make_baked(request, Console(stderr=True))
+    if options.json:
+        _print_json(bake_document(result))
+    else:
+        print_baked(_console(), result)
 
 
 def _demo(options: Any) -> None:

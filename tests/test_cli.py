@@ -458,7 +458,7 @@ def test_wrong_usage_is_code_2_and_says_what_was_expected(capsys, words):
 def test_help_does_not_load_torch():
     code = (
         "import sys\nfrom lib_lora_guard import cli\n"
-        "for words in (['--help'], ['plan', '--help'], ['inspect', '--help']):\n"
+        "for words in (['--help'], ['plan', '--help'], ['inspect', '--help'], ['bake', '--help']):\n"
         "    try: cli.main(words)\n    except SystemExit: pass\n"
         "print(sorted({'torch', 'rich', 'safetensors'} & set(sys.modules)))"
     )

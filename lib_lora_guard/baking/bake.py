@@ -1,0 +1,189 @@
+"""Merges a stack of LoRAs into a model file and writes the result as a new one, a tensor at a time.
+
+Each weight with a LoRA on it is computed in fp32 in the order of the stack and rounded once. Everything else is copied bit
+for bit, or converted where another dtype was asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..adapters import Term
+from ..adapters.base import Shape
+from ..commands.checkpoint import Checkpoint
+from ..errors import LoraMismatchError
+from ..files import Entry, write_safetensors
+from ..files.safetensors_writer import Progress
+from ..patching.merging import CPU, merge
+from ..weights.storage import dtype_name
+from .dtypes import compute_dtype, dtype_for, rounded
+from .effect import Effect
+from .source import ModelSource, by_row
+from .stack import Stack
+
+SCALE, INPUT_SCALE, MARKER = ".scale_weight", ".scale_input", "scaled_fp8"
+
+
+@dataclass
+class BakeReport:
+    """What was written. `copied` and `converted` count the tensors without a LoRA; `beyond` values that the dtype has no
+    number for and that became its largest; `formats` counts the values of the weights with a LoRA by dtype; `cosine` as
+    in `Effect`; `largest_bytes` is the largest weight in fp32."""
+
+    bytes: int = 0
+    baked: int = 0
+    copied: int = 0
+    converted: int = 0
+    beyond: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    cosine: float | None = None
+    cosines: dict[str, float] = field(default_factory=dict)
+    largest_bytes: int = 0
+
+
+def bake(
+    checkpoint: Checkpoint,
+    stack: Stack,
+    output: Path,
+    wanted: torch.dtype | None,
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+) -> BakeReport:
+    """Writes `output`; `wanted` None keeps dtypes. Raises FileFormatError before writing where the model is in a format
+    that cannot be taken over, OSError as `write_safetensors` does."""
+    baker = _Baker(ModelSource(checkpoint), stack.terms, wanted)
+    entries = baker.entries()
+    with torch.inference_mode(False), torch.no_grad():
+        write_safetensors(output, entries, metadata, progress)
+    baker.report.bytes = output.stat().st_size
+    baker.report.cosine, baker.report.cosines = baker.effect.cosine, baker.effect.cosines
+    return baker.report
+
+
+class _Baker:
+    def __init__(self, source: ModelSource, terms: Mapping[str, list[Term]], wanted: torch.dtype | None) -> None:
+        self.source, self.terms = source, terms
+        self.report, self.effect = BakeReport(), Effect()
+        self._parameters = source.checkpoint.parameters
+        self._dtypes = {name: dtype_for(p, source.stored_dtype(name), wanted) for name, p in self._parameters.items()}
+        self._scales: dict[str, torch.Tensor] = {}
+
+    def entries(self) -> list[Entry]:
+        """Every tensor of the new file, in the order of the old one. Counts them."""
+        self.report.largest_bytes = max(4 * parameter.values for parameter in self._parameters.values())
+        entries = []
+        for name in self.source.checkpoint.header.tensors:
+            if name in self._parameters:
+                entries.append(self._parameter(name))
+            elif self._is_kept(name):
+                entries.append(self._other(name))
+        return entries
+
+    def _parameter(self, name: str) -> Entry:
+        parameter, dtype = self._parameters[name], self._dtypes[name]
+        if name in self.terms:
+            self.report.baked += 1
+            self.report.formats[dtype_name(dtype)] += parameter.values
+            return Entry(name, dtype, self._shape(name), partial(self._baked, name))
+        if dtype == self.source.stored_dtype(name):
+            self.report.copied += 1
+            return Entry(name, dtype, parameter.shape, partial(self.source.as_stored, name))
+        self.report.converted += 1
+        return Entry(name, dtype, parameter.shape, partial(self._converted, name))
+
+    def _other(self, name: str) -> Entry:
+        """Scales, markers and single numbers. A scale that may grow counts with its weight."""
+        entry, dtype = self.source.checkpoint.header.tensors[name], self.source.stored_dtype(name)
+        assert dtype is not None, "what lies in blocks is a parameter"
+        weight = _weight_of(name, SCALE)
+        if weight in self.terms:
+            return Entry(name, dtype, entry.shape, partial(self._scale, weight))
+        self.report.copied += 1
+        return Entry(name, dtype, entry.shape, partial(self.source.as_stored, name))
+
+    def _is_scaled(self, name: str) -> bool:
+        """Whether a weight keeps a scale. In another dtype than its own it is written as the numbers that it means."""
+        return self.source.scale_name(name) is not None and self._dtypes[name] == self.source.stored_dtype(name)
+
+    def _is_kept(self, name: str) -> bool:
+        """Whether a tensor that is no parameter still has something to say in the new file."""
+        if name == MARKER:
+            return any(map(self._is_scaled, self._parameters))
+        for suffix in (SCALE, INPUT_SCALE):
+            weight = _weight_of(name, suffix)
+            if weight in self._parameters and self.source.scale_name(weight) is not None:
+                return self._is_scaled(weight)
+        head, dot, _ = name.partition(".weight.")
+        return not (dot and f"{head}.weight" in self._parameters and self.source.is_packed(f"{head}.weight"))
+
+    def _shape(self, name: str) -> Shape:
+        """The shape with the LoRAs: FLUX-tools files widen an input projection."""
+        shape = self._parameters[name].shape
+        try:
+            for term in self.terms[name]:
+                term.check(shape, may_expand=False)
+        except LoraMismatchError:
+            return tuple(self._merged(name)[1].shape)
+        return shape
+
+    # ---- values
+
+    def _converted(self, name: str) -> torch.Tensor:
+        result, beyond = rounded(self.source.values(name), self._dtypes[name])
+        self.report.beyond += beyond
+        return result
+
+    def _merged(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A weight as the model has it, and with the LoRAs in fp32; both in the new shape."""
+        base = self.source.values(name)
+        merged = merge(base, self.terms[name], device=CPU, out_dtype=compute_dtype(base))
+        if merged.shape != base.shape:
+            grown = base.new_zeros(merged.shape)
+            grown[tuple(slice(size) for size in base.shape)] = base
+            base = grown
+        return base, merged
+
+    def _baked(self, name: str) -> torch.Tensor:
+        base, merged = self._merged(name)
+        dtype = self._dtypes[name]
+        form = dtype_name(dtype)
+        if self._is_scaled(name):
+            scale = by_row(self._scale(name).to(merged.dtype), merged)
+            limit = torch.finfo(dtype).max
+            # The scale has room for every value; the division may be off by its last bit.
+            result, beyond = rounded((merged / scale).clamp_(-limit, limit), dtype)
+            self.effect.add(form, base, merged, base, result.to(merged.dtype).mul_(scale))
+        else:
+            result, beyond = rounded(merged, dtype)
+            same = dtype == self.source.stored_dtype(name)
+            self.effect.add(form, base, merged, base if same else rounded(base, dtype)[0], result)
+        self.report.beyond += beyond
+        return result
+
+    def _scale(self, name: str) -> torch.Tensor:
+        """The scale of a weight with LoRAs: its own, or a power of two times it where values have outgrown it. Floating-point
+        numbers stay what they are under powers of two, so what the LoRAs leave alone does.
+
+        The weight is merged for it, and again when its own turn comes: keeping it would take memory.
+        """
+        if name not in self._scales:
+            old = self.source.as_stored(str(self.source.scale_name(name)))
+            _, merged = self._merged(name)
+            rows = merged.flatten(1) if old.numel() > 1 else merged.reshape(1, -1)
+            low, high = torch.aminmax(rows, dim=1)
+            needed = (torch.maximum(-low, high) / torch.finfo(self._dtypes[name]).max).reshape(old.shape)
+            doublings = torch.log2(needed / old).clamp_min(0).ceil()
+            # A scale of 0 is that of a weight of zeros.
+            grown = torch.where(old > 0, old * torch.exp2(doublings), needed.clamp_min(torch.finfo(torch.float32).tiny))
+            self._scales[name] = grown.to(old.dtype)
+        return self._scales[name]
+
+
+def _weight_of(name: str, suffix: str) -> str:
+    return f"{name.removesuffix(suffix)}.weight" if name.endswith(suffix) else ""

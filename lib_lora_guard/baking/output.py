@@ -1,0 +1,74 @@
+"""Where the new file goes, and what it says about itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..errors import LoraGuardError
+from ..files import FileHeader, shown
+from ..version import __version__
+
+SUFFIX = ".safetensors"
+BAKED, VERSION = "lora_guard.baked", "lora_guard.version"
+
+_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata")
+"""What is no longer true of the new file: hashes of the old one's tensors."""
+_GGUF_FACTS = "general."
+_GGUF_STALE = ("general.alignment", "general.file_type", "general.quantization_version")
+_READ_BYTES = 1 << 20
+
+
+def check_output(output: Path, inputs: Sequence[Path], force: bool) -> None:
+    """Raises LoraGuardError for a place where the new file must not go."""
+    if output.suffix.lower() != SUFFIX:
+        raise LoraGuardError(
+            f"{shown(output.name)}: expected a name that ends in {SUFFIX}, by which programs know what to read"
+        )
+    if not output.exists():
+        return
+    for path in inputs:
+        if path.exists() and output.samefile(path):
+            raise LoraGuardError(
+                f"{shown(output.name)}: is one of the files that are read; give the new file another name"
+            )
+    if not force:
+        raise LoraGuardError(f"{shown(output.name)}: is there already; give another name, or --force to replace it")
+
+
+def metadata_for(header: FileHeader, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
+    """The model's own metadata, and what was baked in: name, strength and SHA-256 of each file, in the order of the stack.
+
+    What an earlier baking wrote stays in front.
+    """
+    kept = {key: text for key, text in header.metadata.items() if _is_kept(header, key)}
+    baked = _baked_before(header.metadata)
+    baked += [{"file": path.name, "strength": strength, "sha256": sha256_of(path)} for path, strength in loras]
+    said = {BAKED: json.dumps(baked, ensure_ascii=False), VERSION: __version__}
+    return {"format": "pt", **kept, **said}
+
+
+def _is_kept(header: FileHeader, key: str) -> bool:
+    if header.container == "gguf":
+        # The rest is about tokenizers and blocks; "[n values]" stands for what was not read.
+        return key.startswith(_GGUF_FACTS) and key not in _GGUF_STALE
+    return key not in _STALE
+
+
+def _baked_before(metadata: Mapping[str, str]) -> list[object]:
+    try:
+        found = json.loads(metadata.get(BAKED, "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def sha256_of(path: Path) -> str:
+    """In hexadecimal digits, as model sites show it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""`lora-guard bake`: a stack of LoRAs merged into a new checkpoint file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..adapters.files import read_lora_file
+from ..baking import BakedLora, BakeReport, bake, check_output, match_stack
+from ..baking.output import metadata_for
+from ..demo.measure import Measured, measured
+from ..errors import LoraFileError
+from ..files import shown
+from ..planning.predict import GB, MB
+from ..reporting.messages import Message
+from ..version import __version__
+from .checkpoint import read_checkpoint
+from .plan_text import MESSAGE_CHARACTERS, say
+
+SCHEMA = "lora-guard/bake/1"
+FAITHFUL = 0.95
+"""Below this cosine a third of what was written is noise, measured against the LoRAs themselves."""
+SHOWN_KEYS = 10
+
+
+@dataclass(frozen=True)
+class BakeRequest:
+    """What the user asked. `dtype` None: each tensor its own."""
+
+    model: Path
+    loras: Sequence[tuple[Path, float]]
+    output: Path
+    dtype: torch.dtype | None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BakeResult:
+    """Everything `bake` says. `factor_bytes`: the tensors of the LoRA files."""
+
+    request: BakeRequest
+    loras: list[BakedLora]
+    report: BakeReport
+    cost: Measured
+    factor_bytes: int
+
+    def advice(self) -> list[Message]:
+        """What to do about numbers that the new file could not hold."""
+        lines = []
+        coarse = [form for form, cosine in self.report.cosines.items() if not cosine >= FAITHFUL]
+        if any(form.startswith("fp8") for form in coarse):
+            lines.append(Message("bake.too_coarse_fp8"))
+        elif coarse:
+            lines.append(Message("bake.too_coarse"))
+        if self.report.beyond:
+            lines.append(Message("bake.beyond", {"count": self.report.beyond}))
+        return lines
+
+
+def make_baked(request: BakeRequest, console: Console) -> BakeResult:
+    """Writes the new file and shows how far it is. Raises FileFormatError, LoraFileError, LoraMismatchError, and OSError
+    where the file cannot be written; then there is none."""
+    check_output(request.output, [request.model, *(path for path, _ in request.loras)], request.force)
+    with measured() as cost:
+        checkpoint = read_checkpoint(request.model)
+        files = [(read_lora_file(path), strength) for path, strength in request.loras]
+        factor_bytes = sum(adapter.bytes for file, _ in files for adapter in file.adapters.values())
+        stack = match_stack(checkpoint, files)
+        try:
+            metadata = metadata_for(checkpoint.header, request.loras)
+        except OSError as error:
+            raise LoraFileError(f"a LoRA file cannot be read any more ({error}); try again") from error
+        with _progress(console) as bar:
+            task = bar.add_task(shown(request.output.name), total=None)
+            report = bake(
+                checkpoint,
+                stack,
+                request.output,
+                request.dtype,
+                metadata,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    return BakeResult(request, stack.loras, report, cost, factor_bytes)
+
+
+def _progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(True), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def bake_document(result: BakeResult) -> dict[str, Any]:
+    """As one JSON document."""
+    report = result.report
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "file": shown(result.request.output.name),
+        "file_bytes": report.bytes,
+        "tensors_baked": report.baked,
+        "tensors_copied": report.copied,
+        "tensors_converted": report.converted,
+        "dtypes_of_baked_values": dict(report.formats),
+        "values_beyond_range": report.beyond,
+        "cosine": report.cosine,
+        "cosine_by_dtype": report.cosines,
+        "loras": [
+            {
+                "file": lora.name,
+                "strength": lora.strength,
+                "modules_used": lora.used,
+                "skipped": [shown(key) for key in lora.skipped],
+                "lost": [shown(key, MESSAGE_CHARACTERS) for key in lora.lost],
+            }
+            for lora in result.loras
+        ],
+        "advice": [str(line) for line in result.advice()],
+        "seconds": round(result.cost.seconds, 3),
+        "ram_peak_bytes": int(result.cost.ram_peak_mb * MB),
+        "largest_weight_fp32_bytes": report.largest_bytes,
+        "lora_bytes": result.factor_bytes,
+    }
+
+
+def print_baked(console: Console, result: BakeResult) -> None:
+    """As a page of text."""
+    report = result.report
+    for lora in result.loras:
+        facts = {"name": lora.name, "strength": f"{lora.strength:g}", "used": lora.used}
+        say(console, Message("bake.lora", {**facts, "skipped": len(lora.skipped), "lost": len(lora.lost)}))
+        for sentence, keys in (("bake.skipped", lora.skipped), ("bake.lost", lora.lost)):
+            for key in keys[:SHOWN_KEYS]:
+                say(console, f"  {Message(sentence, {'key': shown(key, MESSAGE_CHARACTERS)})}")
+            if len(keys) > SHOWN_KEYS:
+                say(console, f"  {Message('bake.more', {'count': len(keys) - SHOWN_KEYS})}")
+    whole = sum(report.formats.values())
+    facts = {
+        "name": shown(result.request.output.name),
+        "size": _size(report.bytes),
+        "baked": report.baked,
+        "copied": report.copied,
+        "converted": report.converted,
+        "formats": ", ".join(f"{form} {100 * values / whole:.0f} %" for form, values in report.formats.most_common()),
+    }
+    say(console, Message("bake.written", facts), "bold")
+    if report.cosine is None:
+        say(console, Message("bake.no_effect"), "yellow")
+    else:
+        by_dtype = [f"{form} {cosine:.4f}" for form, cosine in report.cosines.items()]
+        cosine = f"{report.cosine:.4f}" + (f" ({', '.join(by_dtype)})" if len(by_dtype) > 1 else "")
+        say(console, Message("bake.effect", {"cosine": cosine}))
+    for line in result.advice():
+        say(console, line, "yellow")
+    cost = {
+        "seconds": f"{result.cost.seconds:.1f}",
+        "peak": _size(int(result.cost.ram_peak_mb * MB)),
+        "largest": _size(report.largest_bytes),
+        "factors": _size(result.factor_bytes),
+    }
+    say(console, Message("bake.cost", cost))
+
+
+def _size(count: int) -> str:
+    return f"{count / GB:.2f} GB" if count >= GB else f"{count / MB:.1f} MB"

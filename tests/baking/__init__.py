@@ -1,0 +1,1 @@
+"""LoRAs baked into checkpoint files."""
