@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lib_lora_guard"
 FORGE = {"backend", "modules", "modules_forge", "networks", "packages_3rdparty"}
-PURE = ("files", "adapters", "weights", "models", "memory", "planning", "patching", "reporting")
+PURE = ("files", "adapters", "weights", "models", "memory", "planning", "patching", "reporting", "baking")
 BELOW = {
     "weights": {"weights"},
     "files": {"files"},
@@ -18,7 +18,8 @@ BELOW = {
     "models": {"models", "adapters", "files"},
     "planning": {"planning", "adapters", "weights"},
     "reporting": {"reporting", "planning", "weights", "adapters", "files"},
-    "patching": set(PURE),
+    "patching": set(PURE) - {"baking"},
+    "baking": {*PURE, "commands"},
 }
 """Which of our packages each one may import; errors, version and the sentences for users are free to all."""
 

@@ -12,6 +12,7 @@ import torch
 from ..adapters.patch_tuples import OWN_KIND, calculate_own_kind
 from ..errors import HostError
 from ..weights.storage import WIDE_DTYPES
+from . import forge_saving, forge_schedules
 from .forge_conds import Conditioning
 from .forge_files import LoraFiles
 from .forge_loader import LoaderControl
@@ -33,6 +34,7 @@ class ForgeTakeover:
         self.files = LoraFiles()
         self.placement = Placement(api)
         self.conditioning: Conditioning | None = None
+        self.schedules = forge_schedules.Schedules(self.control)
         self.hooks = HookSet()
         self._load_models_signature = inspect.signature(api.memory.load_models_gpu)
 
@@ -78,6 +80,7 @@ class ForgeTakeover:
 
     def uninstall(self) -> None:
         """Gives everything back; LoRAs on loaded models are applied again by the host's own refresh."""
+        self.schedules.forget()
         refresh = next(h for h in self.hooks.hooks if h.name == "refresh").original
         self.hooks.restore()
         live = [loaded.model for loaded in self.api.memory.current_loaded_models]
@@ -193,12 +196,18 @@ def install_in_webui() -> list[HostError]:
             _takeover.install_file_reader(networks)
         except HostError as error:
             misfits.append(error)
+        try:
+            if "extra_networks_lora" in sys.modules:
+                _takeover.schedules.install(_takeover.hooks, forge_schedules.probe())
+        except HostError as error:
+            misfits.append(error)
     if processing is not None:
         try:
             check_processing(processing)
             _takeover.install_conditioning(processing, sys.modules["modules.shared"])
         except HostError as error:
             misfits.append(error)
+    forge_saving.install(_takeover.hooks, _takeover.control.engines)
     return misfits
 
 

@@ -134,6 +134,11 @@ class LoaderControl:
         for loader in list(self._loaders):
             self.require_refresh(loader)
 
+    def engines(self) -> list[Engine]:
+        """Of every model that the guard has worked on and that lives."""
+        states = [getattr(loader, STATE, None) for loader in list(self._loaders)]
+        return [state.engine for state in states if state is not None]
+
     def reports(self) -> tuple[ApplyReport, ...]:
         """What lies on each model now. For any thread: what it reads is replaced as a whole."""
         return tuple(report for loader, report in self._reports if loader() is not None)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..adapters import Term
+from ..adapters import LowRank, Term
 from ..errors import LoraGuardError
 from .access import plain_bias
 from .device_cache import DeviceCache
-from .forward_program import BiasOf, compile_program
+from .forward_program import BiasOf, Program, compile_program
+from .forward_steps import LowRankStep
 from .layer_call import LayerCall
+from .low_rank import JoinedLowRank
 
 
 class Bypass:
@@ -31,7 +33,8 @@ class Bypass:
         bias_of: BiasOf = plain_bias,
     ) -> None:
         self.key, self.shape = key, shape
-        self.program = compile_program(terms, shape, ratios or {}, bias_of)
+        self._ratios, self._bias_of = ratios or {}, bias_of
+        self.program = compile_program(terms, shape, self._ratios, bias_of)
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         # Per thread: two threads may run one model.
         self._true_input = threading.local()
@@ -81,6 +84,28 @@ class Bypass:
     def _forget_input(self, layer: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Last of all, and after an exception too: an activation must not outlive its call."""
         self._true_input.x = None
+
+    @property
+    def low_rank(self) -> JoinedLowRank | None:
+        """The whole stack, where it is nothing but low-rank terms in one step: then strengths are a matter of scales."""
+        steps = self.program.steps
+        if len(steps) != 1 or not isinstance(steps[0], LowRankStep):
+            return None
+        return steps[0].joined if all(isinstance(form, LowRank) for form in self.program.forms) else None
+
+    def at_strengths(self, terms: Sequence[Term]) -> Program:
+        """The program for `terms`, which differ from the present ones in strengths alone. No factor moves: it has those on
+        the device."""
+        program = compile_program(terms, self.shape, self._ratios, self._bias_of, self.program.forms)
+        for new, old in zip(program.steps, self.program.steps, strict=True):
+            new.share_factors_with(old)
+        return program
+
+    def exchange(self, program: Program) -> Program:
+        """Puts `program` (of `at_strengths`) in place, and returns the one it had: the next call of the layer runs it."""
+        before, self.program = self.program, program
+        self._scales.drop()
+        return before
 
     def share_factors_with(self, older: Bypass) -> None:
         """Takes over the device copies of a stack that differs in strengths alone."""

@@ -55,6 +55,7 @@ class Engine:
 
     def __init__(self) -> None:
         self._attached: dict[str, Attachment] = {}
+        self._lifted: dict[str, Attachment] = {}
         self._unfinished: list[Callable[[], object]] = []
         self._budget = _Budget()
         self._backups = BackupStore(self._budget)
@@ -63,6 +64,11 @@ class Engine:
     @property
     def attached(self) -> Mapping[str, Attachment]:
         return self._attached
+
+    @property
+    def lifted(self) -> Mapping[str, Attachment]:
+        """The merges that `lift_merges` took off and that the stack still has."""
+        return self._lifted
 
     def originals(self) -> Originals:
         """The unpatched parameters of everything merged, by name."""
@@ -131,7 +137,7 @@ class Engine:
         merges = {key: a for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
         for key, attachment in merges.items():
             attachment.lift()
-            self._attached.pop(key)
+            self._lifted[key] = self._attached.pop(key)
         if merges:
             self._release_backups()
         return bool(merges)
@@ -164,7 +170,7 @@ class Engine:
 
     def detach_all(self) -> bool:
         """Takes everything off without a transaction, for when one has failed; False where something would not go."""
-        attached, self._attached = self._attached, {}
+        attached, self._attached, self._lifted = self._attached, {}, {}
         with contextlib.suppress(RestoreError):
             self._finish_undoing()
         for attachment in attached.values():
@@ -302,7 +308,7 @@ class Engine:
                 for key, new in target.items():
                     if before.get(key) is not new:
                         transaction.do(new.attach, new.detach)
-                self._attached = target
+                self._attached, self._lifted = target, {}
         finally:
             self._unfinished += transaction.failed
 

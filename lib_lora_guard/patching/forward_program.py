@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..adapters import Term
-from ..adapters.base import Decomposed, InputScale, KhatriRao, Kronecker, LowRank, OutputScale, Slice
+from ..adapters.base import (
+    CheapForward,
+    Decomposed,
+    InputScale,
+    KhatriRao,
+    Kronecker,
+    LowRank,
+    OutputScale,
+    Slice,
+)
 from ..planning.cheap import form_of
 from .forward_steps import KhatriRaoStep, KroneckerStep, LowRankStep, ScaleStep, Step
 from .low_rank import Entry
@@ -18,17 +27,25 @@ BiasOf = Callable[[torch.nn.Module], "torch.Tensor | None"]
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """`input_scale` (fp32, per input channel) is for what the layer's own product sees; the steps see the true input."""
+    """`input_scale` (fp32, per input channel) is for what the layer's own product sees; the steps see the true input.
+    `forms` has the cheap form of each term: all of it that does not depend on strengths."""
 
     steps: tuple[Step, ...]
     input_scale: torch.Tensor | None
+    forms: tuple[CheapForward, ...]
 
 
 def compile_program(
-    terms: Sequence[Term], shape: tuple[int, ...], ratios: Mapping[int, torch.Tensor], bias_of: BiasOf
+    terms: Sequence[Term],
+    shape: tuple[int, ...],
+    ratios: Mapping[int, torch.Tensor],
+    bias_of: BiasOf,
+    forms: Sequence[CheapForward] | None = None,
 ) -> Program:
     """`terms` must satisfy `planning.cheap.has_cheap_form` for `shape`; `ratios` has, by place in the stack, each DoRA's
-    magnitude over the norm (fp32). Raises TypeError for a term without a cheap form."""
+    magnitude over the norm (fp32); `forms` are those of an earlier program for the same adapters. Raises TypeError for a
+    term without a cheap form."""
+    forms = _forms_of(terms, shape) if forms is None else forms
     steps: list[Step] = []
     low_ranks: list[Entry] = []
     input_scale: torch.Tensor | None = None
@@ -43,10 +60,7 @@ def compile_program(
             steps.append(LowRankStep(tuple(low_ranks), shape))
             low_ranks.clear()
 
-    for index, term in enumerate(terms):
-        form = form_of(term, shape, is_first=index == 0)
-        if form is None:
-            raise TypeError(f"a term of kind '{term.adapter.kind}' has no cheap form")
+    for index, (term, form) in enumerate(zip(terms, forms, strict=True)):
         if term.strength_model != 1.0:
             scale_rows(term.strength_model, term.part)
         strength = term.strength
@@ -70,4 +84,14 @@ def compile_program(
                 input_scale = scale
                 low_ranks.append(Entry(replace(form.delta, column_scale=ratio), strength, term.part))
     flush()
-    return Program(tuple(steps), input_scale)
+    return Program(tuple(steps), input_scale, tuple(forms))
+
+
+def _forms_of(terms: Sequence[Term], shape: tuple[int, ...]) -> list[CheapForward]:
+    forms = []
+    for index, term in enumerate(terms):
+        form = form_of(term, shape, is_first=index == 0)
+        if form is None:
+            raise TypeError(f"a term of kind '{term.adapter.kind}' has no cheap form")
+        forms.append(form)
+    return forms

@@ -7,7 +7,7 @@ the last product, several are a vector over the rank, so a change of strength mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,19 +52,53 @@ class Entry:
     part: Slice | None = None
 
 
+class ScaleVectors:
+    """Scales with one value per rank, on their devices, for all layers that ask for the same ones: a change of strengths
+    copies a handful of vectors to a device instead of one per layer (measured on an H200: 3 LoRAs on 304 layers, 41 ms)."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[tuple[tuple[int, ...], tuple[float, ...]], DeviceCache[torch.Tensor]] = {}
+
+    def get(self, ranks: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
+        """`scales[i]` for each of `ranks[i]` ranks. fp32 whatever the activations are: in bf16 0.85 would be 0.8516."""
+
+        def make() -> torch.Tensor:
+            return torch.tensor(scales, dtype=torch.float32).repeat_interleave(torch.tensor(ranks)).to(device)
+
+        cache = self._vectors.get((ranks, scales))
+        if cache is None:
+            cache = self._vectors[ranks, scales] = DeviceCache()
+        return cache.get(device, torch.float32, make)
+
+    def drop(self) -> None:
+        self._vectors.clear()
+
+
 class JoinedLowRank:
     """The entries must fit a weight of `shape` (`planning.cheap.form_of` says so)."""
 
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.shape = shape
-        groups: dict[Slice | None, dict[Slice | None, list[tuple[LowRank, float]]]] = {}
-        for entry in entries:
-            outputs = groups.setdefault(_side(entry.part, 1), {})
-            scale = entry.strength * entry.factors.scale
-            outputs.setdefault(_side(entry.part, 0), []).append((entry.factors, scale))
+        self.vectors = ScaleVectors()
+        self._entries = tuple(entries)
+        self._scales = self.scales_at(entry.strength for entry in entries)
+        groups: dict[Slice | None, dict[Slice | None, list[int]]] = {}
+        for number, entry in enumerate(entries):
+            groups.setdefault(_side(entry.part, 1), {}).setdefault(_side(entry.part, 0), []).append(number)
         self._groups = groups
         self._blocks: DeviceCache[tuple[Block, ...]] = DeviceCache()
-        self._pairs: DeviceCache[tuple[tuple[Block, Scale], ...]] = DeviceCache()
+        self._made: tuple[tuple[Block, ...], tuple[tuple[Block, Scale], ...]] | None = None
+
+    def scales_at(self, strengths: Iterable[float]) -> tuple[float, ...]:
+        """What each entry is multiplied with at these strengths of the entries."""
+        return tuple(s * entry.factors.scale for s, entry in zip(strengths, self._entries, strict=True))
+
+    def exchange(self, scales: tuple[float, ...], vectors: ScaleVectors) -> tuple[float, ...]:
+        """Puts other scales (of `scales_at`) in place and returns those it had. `vectors` are shared by all layers whose
+        strengths change together."""
+        before, self._scales, self.vectors = self._scales, scales, vectors
+        self._made = None
+        return before
 
     def share_factors_with(self, older: JoinedLowRank) -> None:
         """Takes over device copies of a stack that differs in strengths alone."""
@@ -73,7 +107,8 @@ class JoinedLowRank:
 
     def drop_device_copies(self) -> None:
         self._blocks.drop()
-        self._pairs.drop()
+        self._made = None
+        self.vectors.drop()
 
     @property
     def is_resident(self) -> bool:
@@ -91,12 +126,14 @@ class JoinedLowRank:
     def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Block, Scale], ...]:
         """The blocks and their scales on `device`. On the CPU terms are not joined, because joining is a copy."""
         join = device.type != "cpu"
-
-        def make() -> tuple[tuple[Block, Scale], ...]:
-            blocks = self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join)))
+        blocks = self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join)))
+        if not join:
+            # Nothing is kept on the CPU: these may be copies of the factors in another dtype.
             return tuple(zip(blocks, self._make_scales(device, join), strict=True))
-
-        return self._pairs.get(device, dtype, make)
+        made = self._made
+        if made is None or made[0] is not blocks:
+            made = self._made = (blocks, tuple(zip(blocks, self._make_scales(device, join), strict=True)))
+        return made[1]
 
     def _make_blocks(self, device: torch.device, dtype: torch.dtype, join: bool) -> Iterator[Block]:
         for in_part, outputs in self._groups.items():
@@ -104,7 +141,7 @@ class JoinedLowRank:
             downs: list[torch.Tensor] = []
             rank = 0
             for out_part, entries in outputs.items():
-                pairs = [balanced(factors, device, dtype) for factors, _ in entries]
+                pairs = [balanced(self._entries[number].factors, device, dtype) for number in entries]
                 ups, new_downs = [up for up, _ in pairs], [down for _, down in pairs]
                 if join:
                     made.append(Output(torch.cat(ups, 1) if len(ups) > 1 else ups[0], rank, out_part))
@@ -119,24 +156,21 @@ class JoinedLowRank:
     def _make_scales(self, device: torch.device, join: bool) -> Iterator[Scale]:
         for outputs in self._groups.values():
             entries = [entry for group in outputs.values() for entry in group]
+            scales = tuple(self._scales[number] for number in entries)
             if not join:
-                yield from (Scale(scale, None) for _, scale in entries)
-            elif len({scale for _, scale in entries}) == 1:
-                yield Scale(entries[0][1], None)
+                yield from (Scale(scale, None) for scale in scales)
+            elif len(set(scales)) == 1:
+                yield Scale(scales[0], None)
             else:
-                ranks = torch.tensor([factors.rank for factors, _ in entries])
-                values = torch.tensor([scale for _, scale in entries], dtype=torch.float32)
-                # fp32 whatever the activations are: in bf16 a strength of 0.85 would be 0.8516.
-                yield Scale(1.0, values.repeat_interleave(ranks).to(device))
+                ranks = tuple(self._entries[number].factors.rank for number in entries)
+                yield Scale(1.0, self.vectors.get(ranks, scales, device))
 
     def _all_factors(self) -> Iterator[LowRank]:
-        for outputs in self._groups.values():
-            for entries in outputs.values():
-                yield from (factors for factors, _ in entries)
+        yield from (entry.factors for entry in self._entries)
 
     def _factor_identity(self) -> list[object]:
         return [
-            (in_part, out_part, [_identity(factors) for factors, _ in entries])
+            (in_part, out_part, [_identity(self._entries[number].factors) for number in entries])
             for in_part, outputs in self._groups.items()
             for out_part, entries in outputs.items()
         ]

@@ -5,6 +5,7 @@ Forge's prompt side is not in the double, so a small one plays it: `Forge` activ
 
 import functools
 import logging
+import sys
 import types
 
 import pytest
@@ -12,13 +13,15 @@ import torch
 from support.make import host_value
 from support.measure import assert_same, contribution_error, fp32_limit, same_bits
 
-from contract.test_contract import dora, lora_on_everything, other_kinds, reference, run
+from contract.test_contract import dora, lora_on_everything, other_kinds, reference, run, slices_of_qkv
+from lib_lora_guard.errors import HostError
 from lib_lora_guard.hosts import forge_schedules
 from lib_lora_guard.hosts.forge_loader import RETRY
 from lib_lora_guard.hosts.forge_schedules import ScheduleHost, Schedules
 from lib_lora_guard.hosts.hooks import HookSet
 from lib_lora_guard.patching.attachments import MergeAttachment
 from lib_lora_guard.patching.bypass import Bypass
+from lib_lora_guard.patching.low_rank import JoinedLowRank
 from lib_lora_guard.patching.on_the_fly import WeightTerms
 from lib_lora_guard.patching.strengths import set_strengths
 from lib_lora_guard.planning.schedule import parse
@@ -43,7 +46,7 @@ class Forge:
     def __init__(self, host, patcher, files):
         self.host, self.clean, self.files = host, patcher, files
         self.unet, self.text_strengths, self.reported, self.outputs = patcher, {}, [], []
-        self.on_denoiser, self.before_ui = [], []
+        self.on_denoiser, self.app_started = [], []
         forge = self
 
         class ExtraNetworkLora:
@@ -60,7 +63,7 @@ class Forge:
             types.SimpleNamespace(ExtraNetworkLora=ExtraNetworkLora, networks=networks),
             types.SimpleNamespace(extra_network_registry={"lora": self.network}, extra_network_aliases={}),
             types.SimpleNamespace(Sampler=Sampler),
-            types.SimpleNamespace(on_cfg_denoiser=self.on_denoiser.append, on_before_ui=self.before_ui.append),
+            types.SimpleNamespace(on_cfg_denoiser=self.on_denoiser.append, on_app_started=self.app_started.append),
         )
         self.schedules = Schedules(host.guard.control)
         self.schedules.install(host.guard.hooks, self.parts)
@@ -155,7 +158,7 @@ def is_at_start(forge, patcher):
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8", "Q8_0"])
-@pytest.mark.parametrize("case", [lora_on_everything, dora, other_kinds])
+@pytest.mark.parametrize("case", [lora_on_everything, dora, other_kinds, slices_of_qkv])
 def test_each_step_has_the_strength_of_its_place(forge, storage, case):
     host, patcher, dense = forge(storage, style=case)
     outputs = host.picture("style:0@0,1@0.5,0.2@1")
@@ -390,11 +393,16 @@ def test_a_stack_that_could_not_be_applied_is_tried_again_as_it_is(forge):
 
 @pytest.mark.parametrize(
     ("owner", "name", "second"),
-    [(Bypass, "exchange", dora), (WeightTerms, "exchange", other_kinds), (MergeAttachment, "attach", other_kinds)],
+    [
+        (Bypass, "exchange", dora),
+        (JoinedLowRank, "exchange", slices_of_qkv),
+        (WeightTerms, "exchange", other_kinds),
+        (MergeAttachment, "attach", other_kinds),
+    ],
 )
 def test_a_fault_in_the_middle_of_a_change_leaves_the_old_strengths(forge, monkeypatch, owner, name, second):
     host, _, _ = forge("fp8", style=lora_on_everything, second=second)
-    host.activate("style:0.5", "second:0.7")
+    host.activate("second:0.7", "style:0.5")
     host.host.load(host.unet)
     before, engine = run(host.unet), host.host.guard.control._state(host.unet.lora_loader).engine
     strengths = [(term.origin, term.strength) for a in engine.attached.values() for term in a.terms]
@@ -404,7 +412,7 @@ def test_a_fault_in_the_middle_of_a_change_leaves_the_old_strengths(forge, monke
         calls.append(1)
         if len(calls) == 2:
             raise MemoryError("planted")
-        original(self, *args)
+        return original(self, *args)
 
     monkeypatch.setattr(owner, name, fails_once)
     with torch.no_grad(), pytest.raises(MemoryError, match="planted"):
@@ -415,8 +423,8 @@ def test_a_fault_in_the_middle_of_a_change_leaves_the_old_strengths(forge, monke
 
 def test_the_other_name_of_the_tag_and_a_reloaded_ui(forge):
     host, patcher, dense = forge()
-    for callback in host.before_ui:
-        callback()
+    for callback in host.app_started:
+        callback(None, None)
     assert host.parts.extra_networks.extra_network_aliases == {"loractl": host.network}
     hooks = len(host.host.guard.hooks.hooks)
     host.on_denoiser.clear()
@@ -441,12 +449,14 @@ def test_after_the_guard_is_gone_nothing_of_it_is_left(forge):
 
 
 def test_a_host_without_one_of_the_parts_is_refused(monkeypatch):
-    with pytest.raises(forge_schedules.HostError, match="Forge's modules cannot be imported"):
+    names = ("extra_networks_lora", "modules.extra_networks", "modules.sd_samplers_common", "modules.script_callbacks")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(HostError, match="extra_networks_lora is not loaded, so strengths cannot change"):
         forge_schedules.probe()
-    names = ("extra_networks", "sd_samplers_common", "script_callbacks")
-    for name in ("modules", *(f"modules.{n}" for n in names)):
-        monkeypatch.setitem(forge_schedules.sys.modules, name, types.ModuleType(name))
-    with pytest.raises(forge_schedules.HostError, match="ExtraNetworkLora is missing in None"):
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(HostError, match=r"^extra_networks_lora\.ExtraNetworkLora is missing$"):
         forge_schedules.probe()
 
 

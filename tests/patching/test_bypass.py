@@ -284,7 +284,7 @@ def test_a_change_of_strength_takes_the_device_factors_over_and_another_lora_doe
     stronger = joined_of([dataclasses.replace(terms[0], strength=0.1)], (24, 16))
     stronger.share_factors_with(first)
     assert stronger._blocks is first._blocks
-    assert stronger._pairs is not first._pairs
+    assert stronger._scales == (0.1 * first._entries[0].factors.scale,) != first._scales
     other = joined_of([parse_term(entry("lora", (24, 16), 5), {})], (24, 16))
     other.share_factors_with(first)
     assert other._blocks is not first._blocks

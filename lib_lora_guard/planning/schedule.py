@@ -1,0 +1,120 @@
+"""Strengths that change over the steps of an image, as a prompt writes them: `<lora:name:0@0,1@0.5,0@1>`. Pure.
+
+Syntax and numbers are those of the extension sd-webui-loractl (github.com/cheald/sd-webui-loractl, README.md and
+loractl/lib/utils.py), so that prompts written for it give the same strengths.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..adapters.base import LARGEST_NUMBER
+from ..errors import LoraGuardError
+
+HIRES_NAMES = ("hr", "hrte", "hrunet")
+NAMES = ("te", "unet", *HIRES_NAMES)
+"""The named arguments of a LoRA tag that are strengths."""
+
+
+class ScheduleError(LoraGuardError, ValueError):
+    """A strength is neither a number nor a schedule."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`points`: (position, strength), sorted by position. Between two points the strength is interpolated linearly, before
+    the first and after the last it stays. Where the last position is at most 1, positions are parts of the pass; else they
+    are steps."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, step: int, steps: int) -> float:
+        """The strength in a pass of `steps` steps. `step` as the WebUI reports it while it samples: the number of the last
+        step that is finished (0 until the second is), so that the last one is made at `steps - 2`."""
+        positions = [position for position, _ in self.points]
+        x = _progress(step, steps) if positions[-1] <= 1 else float(step)
+        # Of two points in one place the later one counts from there on: a jump.
+        at = bisect_right(positions, x) - 1
+        if at < 0:
+            return self.points[0][1]
+        position, strength = self.points[at]
+        if at == len(self.points) - 1 or x == position:
+            return strength
+        next_position, next_strength = self.points[at + 1]
+        return (next_strength - strength) / (next_position - position) * (x - position) + strength
+
+    @property
+    def start(self) -> float:
+        """The strength of the first step: what the text encoder gets, since a prompt is encoded once."""
+        return self.at(0, 1)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{strength:g}@{position:g}" for position, strength in self.points)
+
+    @property
+    def is_constant(self) -> bool:
+        return len({strength for _, strength in self.points}) == 1
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """What one tag says: for text encoder and model, in the first pass and in the hires pass."""
+
+    text: Schedule
+    model: Schedule
+    hires_text: Schedule
+    hires_model: Schedule
+
+
+def parse(text: str) -> Schedule:
+    """`text` is a number, or `strength@position` pairs between `,` or `;`, in any order (`~` is as good as `@`; a pair
+    without a position lies at 1). Where the first one is a number alone, it is the strength of every step. Raises
+    ScheduleError."""
+    points = []
+    for pair in re.split("[,;]", text):
+        strength, *position = (_number(part, text) for part in re.split("[@~]", pair))
+        if len(position) > 1:
+            raise _malformed(text)
+        points.append((position[0] if position else 1.0, strength))
+    if not re.search("[@~]", re.split("[,;]", text)[0]):
+        return Schedule(((0.0, points[0][1]),))
+    return Schedule(tuple(sorted(points, key=lambda point: point[0])))
+
+
+def read_strengths(positional: Sequence[str], named: Mapping[str, str]) -> Strengths:
+    """The arguments of a tag after its name: `te`, `unet` by place or by name; `hr`, `hrte`, `hrunet` by name. The model
+    does as the text encoder where it is not named, the hires pass as the first one. Raises ScheduleError."""
+    by_name = {name: parse(named[name]) for name in NAMES if named.get(name)}
+    by_place = dict(zip(("te", "unet"), map(parse, positional), strict=False))
+    text = by_name.get("te", by_place.get("te", Schedule(((0.0, 1.0),))))
+    model = by_name.get("unet", by_place.get("unet", text))
+    return Strengths(
+        text,
+        model,
+        by_name.get("hrte", by_name.get("hr", text)),
+        by_name.get("hrunet", by_name.get("hr", model)),
+    )
+
+
+def _progress(step: int, steps: int) -> float:
+    if steps > 2:
+        return step / (steps - 2)
+    # Both steps of a pass of two are reported as step 0; a pass of unknown length is at its end.
+    return 0.0 if steps > 0 and step == 0 else 1.0
+
+
+def _number(part: str, text: str) -> float:
+    try:
+        number = float(part)
+    except ValueError:
+        raise _malformed(text) from None
+    if not abs(number) < LARGEST_NUMBER:
+        raise _malformed(text)
+    return number
+
+
+def _malformed(text: str) -> ScheduleError:
+    return ScheduleError.of("schedules.malformed", text=text[:100])
