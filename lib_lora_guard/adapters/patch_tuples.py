@@ -7,6 +7,7 @@ for a named kind, or a list `[base, patch, patch, ...]` for a nested stack; `off
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def parse_value(value: Any, calculators: Calculators) -> Adapter:
         return adapter
     if kind in _READERS:
         try:
-            return _READERS[kind](*content)
+            return _READERS[kind](*_without_spare_places(content, _READERS[kind]))
         except TypeError as error:
             raise LoraMismatchError.of("lora.patch_content", kind=kind, error=str(error)) from None
     if kind in calculators:
@@ -90,8 +91,23 @@ def calculate_own_kind(weight: torch.Tensor, strength: float, value: tuple[Adapt
     return value[0].patch(weight, strength, None)
 
 
+def _without_spare_places(content: Sequence[Any], reader: Callable[..., Adapter]) -> Sequence[Any]:
+    """LayerDiffuse's patches are lists of 16 places, of which a kind uses the first few (`load_frozen_patcher` in Forge
+    `backend/patcher/unet.py`)."""
+    known = len(inspect.signature(reader).parameters)
+    return content[:known] if all(place is None for place in content[known:]) else content
+
+
 def _number(alpha: Any) -> float | None:
     return None if alpha is None else float(alpha)
+
+
+def _diff(difference: Any) -> Adapter:
+    return DiffAdapter(difference)
+
+
+def _set(value: Any) -> Adapter:
+    return SetAdapter(value)
 
 
 def _lora(up: Any, down: Any, alpha: Any, mid: Any = None, dora: Any = None) -> Adapter:
@@ -115,8 +131,8 @@ def _glora(a1: Any, a2: Any, b1: Any, b2: Any, alpha: Any, dora: Any = None) -> 
 
 
 _READERS: dict[str, Callable[..., Adapter]] = {
-    "diff": DiffAdapter,
-    "set": SetAdapter,
+    "diff": _diff,
+    "set": _set,
     "lora": _lora,
     "loha": _loha,
     "lokr": _lokr,

@@ -123,8 +123,7 @@ class ForgeTakeover:
         needed = self.api.memory.minimum_inference_memory() + bound.arguments["hard_memory_preservation"]
         handed_over = [p for p in others if self.placement.hand_over(p, needed, staying=patchers)]
         for patcher in handed_over:
-            # Whatever happens until then, the LoRAs of the patcher before must not pass for those of this one.
-            self.control.require_refresh(patcher.lora_loader)
+            self.control.expect(patcher)
         # First the host makes room, then merges may take some.
         result = original(*bound.args, **bound.kwargs)
         # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.

@@ -83,7 +83,12 @@ class LoraFiles:
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
         """In place of `networks.load_lora_state_dict`."""
-        if self.is_host_reading() or not isinstance(filename, (str, Path)) or not Path(filename).is_file():
+        if (
+            self.is_host_reading()
+            or not _is_hosts_own(original)
+            or not isinstance(filename, (str, Path))
+            or not Path(filename).is_file()
+        ):
             return original(filename)
         return LazyState(str(filename), lambda: original(filename))
 
@@ -188,6 +193,14 @@ class LoraFiles:
         _own(term.adapter for terms in match.terms.values() for term in terms)
         known[model] = (shapes, match)
         return match
+
+
+def _is_hosts_own(reader: Any) -> bool:
+    """False where another extension came first: what it makes of the file counts then. Its wrapper may carry the host's
+    name and attributes, but not the host's code."""
+    inner = reader.__wrapped__ if hasattr(reader, "cache_info") else reader
+    code = getattr(inner, "__code__", None)
+    return code is not None and code.co_name == "load_lora_state_dict"
 
 
 FileKey = tuple[str, int, int]

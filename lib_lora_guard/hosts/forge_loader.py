@@ -70,7 +70,7 @@ class LoaderControl:
         force_refresh: bool = False,
     ) -> None:
         """Same meaning as the host's: brings the model to `lora_patches`, at once where nothing changed."""
-        stack_hash = str(list(lora_patches.keys()))
+        stack_hash = _hash_of(lora_patches)
         mode = self.mode()
         state: LoaderState | None = getattr(loader, STATE, None)
         if stack_hash == loader.loaded_hash and not force_refresh and (state is None or state.mode is mode):
@@ -125,14 +125,15 @@ class LoaderControl:
         state = getattr(loader, STATE, None)
         return self.mode() is LoraMode.OWN or (state is not None and state.left_to_host)
 
-    def require_refresh(self, loader: Any) -> None:
-        """The next refresh of the model looks at its LoRAs anew, whatever the recorded state says."""
-        loader.loaded_hash = RETRY
+    def expect(self, patcher: Any) -> None:
+        """The model belongs to `patcher` now: until it is refreshed, the LoRAs of the one before must not pass for its own."""
+        if patcher.lora_loader.loaded_hash != _hash_of(patcher.lora_patches):
+            patcher.lora_loader.loaded_hash = RETRY
 
     def require_all_refreshes(self) -> None:
         """For when a file has changed under its name."""
         for loader in list(self._loaders):
-            self.require_refresh(loader)
+            loader.loaded_hash = RETRY
 
     def engines(self) -> list[Engine]:
         """Of every model that the guard has worked on and that lives."""
@@ -346,6 +347,11 @@ class LoaderControl:
         sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]
         needed = sum(site.storage.bytes for site in sites)
         return all(site.storage.wide for site in sites) and needed + RAM_FLOOR_BYTES < psutil.virtual_memory().available
+
+
+def _hash_of(lora_patches: Patches) -> str:
+    """The host's name for a stack, which other extensions compare."""
+    return str(list(lora_patches.keys()))
 
 
 def _run(original: Callable[..., None], loader: Any, patches: Any, offload: torch.device) -> None:

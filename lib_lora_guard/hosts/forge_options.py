@@ -86,7 +86,11 @@ class GuardOptions:
             return
         wished = wish.expandable_segments or wish.max_split_size_mb or wish.garbage_collection_threshold
         if self.allocator is not before and (wished or before is not None):
-            for name, option in self.allocator.options().items():
+            states = self.allocator.options()
+            if len({option.reason for option in states.values()}) == 1:
+                states = {}
+                say(log, logging.INFO, "everyday.allocator_all", state=self.allocator.expandable_segments.reason)
+            for name, option in states.items():
                 say(log, logging.INFO, "everyday.allocator", name=Message(f"settings.{name}"), state=option.reason)
 
     def _is_switch_due(self) -> bool:

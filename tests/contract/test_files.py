@@ -36,8 +36,17 @@ def not_called(*args, **kwargs):
     raise AssertionError("the host's own reader was asked")
 
 
+def own_reader(read):
+    """`read` as the host's own reader: another's would be listened to."""
+
+    def load_lora_state_dict(filename):
+        return read(filename)
+
+    return load_lora_state_dict
+
+
 def load(files, patcher, path, strength=1.0, clip=None):
-    state = files.load_state(not_called, str(path))
+    state = files.load_state(own_reader(not_called), str(path))
     return files.load_for_models(not_called, patcher, clip, state, strength, strength, str(path))
 
 
@@ -253,7 +262,13 @@ def test_an_unexpected_failure_hands_the_file_to_the_host(guarded, tmp_path, mon
     asked = []
     files, path = LoraFiles(), str(tmp_path / "s.safetensors")
     result = files.load_for_models(
-        lambda *a: asked.append(a) or ("host", "host"), patcher, None, files.load_state(dict, path), 1.0, 1.0, path
+        lambda *a: asked.append(a) or ("host", "host"),
+        patcher,
+        None,
+        files.load_state(own_reader(dict), path),
+        1.0,
+        1.0,
+        path,
     )
     assert result == ("host", "host")
     assert asked[0][0] is patcher
@@ -263,7 +278,9 @@ def test_an_unexpected_failure_hands_the_file_to_the_host(guarded, tmp_path, mon
 def test_the_host_maps_a_file_only_when_something_looks_inside(tmp_path):
     write_kohya(tmp_path / "s.safetensors", MODULES)
     loads = []
-    state = LoraFiles().load_state(lambda name: loads.append(name) or {"a": 1}, str(tmp_path / "s.safetensors"))
+    state = LoraFiles().load_state(
+        own_reader(lambda name: loads.append(name) or {"a": 1}), str(tmp_path / "s.safetensors")
+    )
     assert isinstance(state, LazyState)
     assert loads == []
     assert dict(state) == {"a": 1}

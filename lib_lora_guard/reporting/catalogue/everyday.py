@@ -37,6 +37,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{model}: merging was asked for, but its {count} weights stored as {format} cannot be written back in that format; there the LoRA is added while the layers run, whole",
         "{model}：要求合并，但其 {count} 个以 {format} 存储的权重无法以该格式写回；这些权重改为在各层运行时完整地加上 LoRA",
     ),
+    "everyday.allocator_all": ("CUDA allocator: {state}", "CUDA 分配器：{state}"),
     "everyday.allocator": ("CUDA allocator, {name}: {state}", "CUDA 分配器，{name}：{state}"),
     "everyday.allocator_failed": (
         "the CUDA allocator's options could not be set; images are made without them",
