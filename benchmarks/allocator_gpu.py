@@ -78,7 +78,7 @@ class WithoutGpu(TorchAllocator):
     def takes_expandable(self, device):
         return True
 
-    def cap_at_whole_card(self, device):
+    def cap_near_whole_card(self, device):
         pass
 
 

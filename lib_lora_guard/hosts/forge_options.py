@@ -18,10 +18,11 @@ from ..memory.allocator import apply as apply_allocator
 from ..memory.allocator_text import AllocatorWish
 from ..reporting import log as reporting_log
 from ..reporting.languages import language_of, system_locale
-from ..reporting.messages import Message, say
+from ..reporting.messages import say
 from ..settings import PREFIX, LoraMode, Settings, read
 from ..weights.storage import MB
 from . import forge
+from .forge_status import allocator_lines
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +86,10 @@ class GuardOptions:
             say(log, logging.ERROR, "everyday.allocator_failed", exc_info=True)
             return
         wished = wish.expandable_segments or wish.max_split_size_mb or wish.garbage_collection_threshold
-        if self.allocator is not before and (wished or before is not None):
-            states = self.allocator.options()
-            if len({option.reason for option in states.values()}) == 1:
-                states = {}
-                say(log, logging.INFO, "everyday.allocator_all", state=self.allocator.expandable_segments.reason)
-            for name, option in states.items():
-                say(log, logging.INFO, "everyday.allocator", name=Message(f"settings.{name}"), state=option.reason)
+        is_new = before is None or before.options() != self.allocator.options()
+        if is_new and (wished or before is not None):
+            for line in allocator_lines(self.allocator):
+                say(log, logging.INFO, "everyday.allocator", state=line)
 
     def _is_switch_due(self) -> bool:
         return self.settings.enable is not (forge.installed() is not None)

@@ -74,10 +74,11 @@ def run_script(extension_root: Path) -> None:
     guard's files may be newer than what is loaded of them."""
     on_disk = (extension_root / "lib_lora_guard" / "version.py").read_text(encoding="utf-8")
     if f'"{version.__version__}"' not in on_disk:
+        # What runs is the old version, all of it; the page that is being built anew gets its old tab.
         say(log, logging.WARNING, "host.updated", version=version.__version__)
-        return
-    for misfit in forge.install_in_webui():
-        say(log, logging.WARNING, "everyday.partly_fits", reason=misfit)
+    else:
+        for misfit in forge.install_in_webui():
+            say(log, logging.WARNING, "everyday.partly_fits", reason=misfit)
     options = _options()
     if options is not None:
         options.apply()

@@ -74,7 +74,7 @@ class Allocator(Protocol):
     def write(self, text: str) -> None: ...
     def read(self) -> Mapping[str, Any]: ...
     def takes_expandable(self, device: torch.device) -> bool | None: ...
-    def cap_at_whole_card(self, device: torch.device) -> None: ...
+    def cap_near_whole_card(self, device: torch.device) -> None: ...
 
 
 def apply(
@@ -134,7 +134,7 @@ def _put_in_force(
             without = {name: value for name, value in setup.base.items() if name != EXPANDABLE}
             return _put_in_force(replace(setup, base=without), {**missing, EXPANDABLE: broken}, allocator, device, True)
     if COLLECT in wished and COLLECT not in refused and not _disagrees(COLLECT, wanted, settings):
-        allocator.cap_at_whole_card(device)
+        allocator.cap_near_whole_card(device)
     return setup.judge(wanted, refused, settings, notes, proof)
 
 

@@ -72,7 +72,7 @@ class FakeTorch:
             raise self.probe
         return self.probe
 
-    def cap_at_whole_card(self, device):
+    def cap_near_whole_card(self, device):
         self.caps.append(device)
 
 
@@ -547,7 +547,7 @@ def test_cudas_own_setter_goes_first(monkeypatch):
         allocator_torch.TorchAllocator().write("a:1")
 
 
-@pytest.mark.parametrize(("fraction", "set_to"), [(1.0, [1.0]), (0.5, []), (None, [1.0])])
+@pytest.mark.parametrize(("fraction", "set_to"), [(1.0, [0.99]), (0.99, []), (0.5, []), (None, [0.99])])
 def test_a_lower_cap_stays(monkeypatch, fraction, set_to):
     caps = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: caps.append(part))
@@ -555,7 +555,7 @@ def test_a_lower_cap_stays(monkeypatch, fraction, set_to):
         monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction", raising=False)
     else:
         monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction, raising=False)
-    allocator_torch.TorchAllocator().cap_at_whole_card(CUDA)
+    allocator_torch.TorchAllocator().cap_near_whole_card(CUDA)
     assert caps == set_to
 
 

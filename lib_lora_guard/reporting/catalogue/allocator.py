@@ -87,8 +87,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{value} MB（torch 的报告）：更大的空闲块不再拆分",
     ),
     "allocator.active_garbage_collection_threshold": (
-        "{value}, as torch reports: above this part of the card's memory, unused blocks are handed back. Torch does this only in a process that is capped, so Forge's memory is now limited to the size of the card until it is restarted",
-        "{value}（torch 的报告）：占用超过显存的这一比例时，会归还未使用的块。torch 只在设有上限的进程中这样做，因此在重启之前，Forge 占用的显存不会超过显卡容量",
+        "{value}, as torch reports: above this part of the card's memory, unused blocks are handed back. Torch does this only in a process that is capped, so Forge's memory is now limited to 99 % of the card until it is restarted",
+        "{value}（torch 的报告）：占用超过显存的这一比例时，会归还未使用的块。torch 只在设有上限的进程中这样做，因此在重启之前，Forge 占用的显存不会超过显卡容量的 99%",
     ),
     "allocator.new_memory": (
         'applies to memory taken from now on; "Unload all models" or a restart of Forge moves everything',

@@ -37,8 +37,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{model}: merging was asked for, but its {count} weights stored as {format} cannot be written back in that format; there the LoRA is added while the layers run, whole",
         "{model}：要求合并，但其 {count} 个以 {format} 存储的权重无法以该格式写回；这些权重改为在各层运行时完整地加上 LoRA",
     ),
-    "everyday.allocator_all": ("CUDA allocator: {state}", "CUDA 分配器：{state}"),
-    "everyday.allocator": ("CUDA allocator, {name}: {state}", "CUDA 分配器，{name}：{state}"),
+    "everyday.allocator": ("CUDA allocator: {state}", "CUDA 分配器：{state}"),
     "everyday.allocator_failed": (
         "the CUDA allocator's options could not be set; images are made without them",
         "无法设置 CUDA 分配器选项；将不使用这些选项继续生成图片",
@@ -46,9 +45,5 @@ TEXTS: dict[str, tuple[str, str]] = {
     "everyday.no_tab": (
         "the settings and the tab could not be added to this WebUI; LoRAs are applied all the same",
         "无法向此 WebUI 添加设置和标签页；LoRA 仍会正常应用",
-    ),
-    "everyday.not_lifted": (
-        "{model}: its original weights could not all be put back before Forge moves it; it is moved with its LoRAs, which takes more RAM",
-        "{model}：在 Forge 移动模型之前未能全部恢复原始权重；将连同 LoRA 一起移动，占用更多内存",
     ),
 }

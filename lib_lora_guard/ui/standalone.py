@@ -1,0 +1,164 @@
+"""The tab on a page of its own, with made-up images: `python -m lib_lora_guard.ui.standalone`. For developers and tests.
+
+Needs fastapi and uvicorn (the extra `ui`), and the repository's javascript/ and style.css beside the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, HTMLResponse, Response
+
+from ..reporting.messages import Message
+from ..reporting.report import ApplyReport, LoraReport
+from ..reporting.ring import LogRing
+from ..reporting.status import MemoryFigure, PanelStatus, model_status
+from ..settings import Language
+from ..version import __version__
+from ..weights.storage import MB
+from .panel import Panel
+from .route import PATH, add_route
+from .tab import PLACE, TITLE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PAGE = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{TITLE}</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="style.css">
+<style>
+  body {{ background: #fff; font-family: system-ui, sans-serif; margin: 1em; }}
+  body.dark {{
+    background: #0b0f19; color: #f3f4f6; color-scheme: dark;
+    --body-text-color: #f3f4f6; --body-text-color-subdued: #9ca3af; --block-background-fill: #1f2937;
+    --background-fill-primary: #0b0f19; --background-fill-secondary: #111827; --border-color-primary: #374151;
+    --button-secondary-background-fill: #4b5563; --button-secondary-text-color: #fff; --color-accent: #f97316;
+  }}
+  nav {{ display: flex; gap: 0.5em; margin-bottom: 1em; }}
+</style>
+<script src="javascript/lora_guard.js"></script>
+</head>
+<body>
+<nav><button id="show_other">Txt2img</button><button id="show_guard">{TITLE}</button><button id="generate">Generate</button></nav>
+<div id="other">An image would be here.</div>
+<div id="guard" style="display: none">{PLACE}</div>
+<script>
+  if (location.search.includes("__theme=dark")) document.body.classList.add("dark");
+  const show = (guard) => {{
+    document.getElementById("guard").style.display = guard ? "block" : "none";
+    document.getElementById("other").style.display = guard ? "none" : "block";
+  }};
+  document.getElementById("show_guard").addEventListener("click", () => show(true));
+  document.getElementById("show_other").addEventListener("click", () => show(false));
+  document.getElementById("generate").addEventListener("click", () => fetch("generate", {{ method: "POST" }}));
+</script>
+</body>
+</html>
+"""
+
+
+class Standalone:
+    """A host for the tab that owns no model. `asked` counts the tab's requests; `reports`, `left_out` and `language` may be set."""
+
+    def __init__(self, language: Language = Language.AUTO) -> None:
+        self.language = language
+        self.reports: list[ApplyReport] = []
+        self.left_out: dict[str, str] = {}
+        self.asked = 0
+        self.step_seconds = 0.25
+        self.log = logging.Logger(f"{__name__}.made_up", logging.DEBUG)
+        self.ring = LogRing()
+        self.log.addHandler(self.ring)
+        self.app = FastAPI()
+        self._add_routes()
+
+    def generate(self, steps: int = 20) -> None:
+        """Says what an image with two LoRAs says, one line after another."""
+        report = made_up_report()
+        self.reports = [report]
+        self.left_out = {"flux_style.safetensors": "made for SD 1.x, this is Flux; use a LoRA for Flux"}
+        self.log.info("%s", report.line())
+        for step in range(steps):
+            time.sleep(self.step_seconds)
+            self.log.log(
+                logging.WARNING if step % 10 == 7 else logging.DEBUG if step % 3 == 1 else logging.INFO,
+                "step %d of %d",
+                step + 1,
+                steps,
+            )
+
+    def status(self) -> PanelStatus:
+        memory = psutil.virtual_memory()
+        return PanelStatus(
+            mode=Message("settings.mode.automatic"),
+            enabled=True,
+            version=__version__,
+            models=tuple(model_status(report) for report in self.reports),
+            left_out=tuple(self.left_out.items()),
+            memory=(
+                MemoryFigure("VRAM", 5.5 * 1024, 6.5 * 1024, 12 * 1024, Message("panel.source.cuda", {"device": "?"})),
+                MemoryFigure(
+                    "RAM",
+                    memory.available / MB,
+                    (memory.total - memory.available) / MB,
+                    memory.total / MB,
+                    Message("panel.source.system"),
+                ),
+            ),
+        )
+
+    def _add_routes(self) -> None:
+        add_route(self.app, Panel(self.status, lambda: (self.language, None), lambda: self.ring))
+
+        @self.app.middleware("http")
+        async def count(request, call_next):  # type: ignore[no-untyped-def]  # starlette's types differ between versions
+            self.asked += request.url.path == PATH
+            return await call_next(request)
+
+        self.app.add_api_route("/", lambda: HTMLResponse(PAGE), methods=["GET"], response_model=None)
+        for name in ("style.css", "javascript/lora_guard.js"):
+            self.app.add_api_route(f"/{name}", _file(ROOT / name), methods=["GET"], response_model=None)
+
+        def generate() -> Response:
+            threading.Thread(target=self.generate, daemon=True).start()
+            return Response(status_code=204)
+
+        self.app.add_api_route("/generate", generate, methods=["POST"], response_model=None)
+
+
+def made_up_report() -> ApplyReport:
+    """Like one of a Flux model with two LoRAs, of which one does not fit."""
+    style = LoraReport("style.safetensors", 0.8, 38 * MB, 304, modes=Counter({"bypass": 290, "on_the_fly": 14}))
+    style.reasons = {"bypass": {"low rank"}, "on_the_fly": {"no layer call"}}
+    other = LoraReport("pose_xl.safetensors", 1.0, refused="made for SDXL, this is Flux; use a LoRA for Flux")
+    return ApplyReport("KModel", [style, other], 38 * MB, 38 * MB, 21.4, "cuda:0")
+
+
+def _file(path: Path) -> Callable[[], FileResponse]:
+    return lambda: FileResponse(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lib_lora_guard.ui.standalone", description=__doc__)
+    parser.add_argument("--port", type=int, default=7899)
+    parser.add_argument("--language", choices=[known.value for known in Language], default="auto")
+    given = parser.parse_args(arguments)
+    page = Standalone(Language(given.language))
+    uvicorn.run(page.app, host="127.0.0.1", port=given.port, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

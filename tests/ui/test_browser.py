@@ -1,0 +1,291 @@
+"""The tab in a real browser, against the stand-alone page: it follows, it rests when hidden, and names stay text."""
+
+import re
+import time
+
+import pytest
+from face_server import Served, chromium, playwright, wait_until
+
+from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.reporting.report import ApplyReport, LoraReport
+from lib_lora_guard.settings import Language
+from lib_lora_guard.ui.standalone import Standalone, made_up_report
+
+ROWS = "#lora_guard_panel .lg-line"
+STATE = "#lora_guard_panel .lg-state"
+HOSTILE = '<img src=x onerror="window.hacked = 1"><script>window.hacked = 2</script>'
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = chromium()
+    with playwright().sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=path, args=FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def host():
+    return Standalone()
+
+
+@pytest.fixture
+def server(host):
+    with Served(host.app) as served:
+        yield served
+
+
+@pytest.fixture
+def open_page(browser, server):
+    """Opens the page; `page.problems` gathers what went wrong in it."""
+    contexts = []
+
+    def open_(shown=True, path="/", **options):
+        context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}, **options})
+        context.set_default_timeout(8000)
+        contexts.append(context)
+        page = context.new_page()
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        page.on("dialog", lambda dialog: (page.problems.append(dialog.message), dialog.dismiss()))
+        page.goto(server.url + path)
+        if shown:
+            page.click("#show_guard")
+            page.wait_for_selector(STATE + "[data-state=live]")
+        return page
+
+    yield open_
+    for context in contexts:
+        assert all(page.problems == [] for page in context.pages)
+        context.close()
+
+
+def texts(page):
+    return page.locator(ROWS + " .lg-text:visible").all_inner_texts()
+
+
+def wait_for_line(page, text):
+    page.wait_for_selector(f"{ROWS} >> text={text}")
+
+
+def test_the_log_grows_while_an_image_is_made(open_page, host):
+    host.step_seconds = 0.15
+    page = open_page()
+    assert texts(page) == []
+    assert "No LoRA has been applied yet" in page.inner_text("#lora_guard_panel")
+    page.click("#generate")
+    wait_for_line(page, "step 1 of 20")
+    early = len(texts(page))
+    wait_for_line(page, "step 9 of 20")
+    assert early < len(texts(page)) < 21, "the image is not finished, and its lines are here"
+    wait_for_line(page, "step 20 of 20")
+    lines = texts(page)
+    assert [re.sub(r"^step (\d+) of 20$", r"\1", line) for line in lines[1:]] == [str(n) for n in range(1, 21)]
+    assert "style.safetensors" in lines[0]
+    table = page.locator("#lora_guard_panel table")
+    assert table.locator("thead th[scope=col]").all_inner_texts() == [
+        "LoRA", "Strength", "Keys used", "Skipped", "How", "Size"
+    ]  # fmt: skip
+    cells = table.locator("tbody tr").nth(0).locator("th, td").all_inner_texts()
+    assert cells[:4] == ["style.safetensors", "0.8", "304", "0"]
+    assert "290 bypass (low rank)" in cells[4]
+    assert cells[5] == "38.0 MB"
+    assert "not applied: made for SDXL" in table.locator("tbody tr.lg-refused").inner_text()
+    assert page.locator("[role=meter]").count() == 2
+    assert page.locator("[role=meter]").first.get_attribute("aria-valuetext") == "6.50 GB of 12.0 GB in use"
+
+
+def test_a_hidden_tab_asks_nothing_and_catches_up_when_shown(open_page, host):
+    page = open_page(shown=False)
+    host.log.info("before anybody looked")
+    time.sleep(1.2)
+    assert host.asked == 0
+    page.click("#show_guard")
+    wait_for_line(page, "before anybody looked")
+    for hide, show in (
+        ("document.getElementById('show_other').click()", "document.getElementById('show_guard').click()"),
+        (set_hidden("true"), set_hidden("false")),
+    ):
+        page.evaluate(hide)
+        page.wait_for_timeout(300)
+        asked = host.asked
+        host.log.info("said in the dark %d", asked)
+        page.wait_for_timeout(1600)
+        assert host.asked == asked
+        page.evaluate(show)
+        wait_for_line(page, f"said in the dark {asked}")
+    seen = host.asked
+    page.wait_for_timeout(2300)
+    assert 1 <= host.asked - seen <= 3, "about once a second"
+
+
+def set_hidden(value):
+    return f"""() => {{
+        Object.defineProperty(document, "hidden", {{ configurable: true, get: () => {value} }});
+        document.dispatchEvent(new Event("visibilitychange"));
+    }}"""
+
+
+def test_after_a_restart_of_the_server_it_goes_on(browser):
+    first, second = Standalone(), Standalone()
+    context = browser.new_context()
+    page = context.new_page()
+    with Served(first.app) as server:
+        port = server.port
+        first.log.info("of the first server")
+        first.log.info("its second line")
+        page.goto(server.url)
+        page.click("#show_guard")
+        wait_for_line(page, "its second line")
+    page.wait_for_selector(STATE + "[data-state=waiting]")
+    with Served(second.app, port):
+        page.wait_for_selector(".lg-divider")
+        # Its first line has a number that the page has seen from the first server.
+        second.log.info("of the second server")
+        wait_for_line(page, "of the second server")
+        assert page.locator(ROWS).all_inner_texts()[2] == "—— Forge was started again ——"
+        assert texts(page) == ["of the first server", "its second line", "of the second server"]
+        second.log.info("and on")
+        wait_for_line(page, "and on")
+        assert texts(page)[-2:] == ["of the second server", "and on"]
+        context.close()
+
+
+def test_hostile_names_are_text(open_page, host):
+    name = HOSTILE + "\u202egnp.exe\x07\n\u2028"
+    good = LoraReport(name, 1.0, used=1, modes={HOSTILE: 1}, reasons={HOSTILE: {HOSTILE}})
+    bad = LoraReport(HOSTILE, float("nan"), refused=HOSTILE)
+    host.reports = [ApplyReport(HOSTILE, [good, bad], 0, 0, 1.0, HOSTILE)]
+    host.left_out = {name: HOSTILE}
+    host.log.error("%s", name)
+    page = open_page()
+    wait_for_line(page, "onerror")
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("#lora_guard_panel :is(img, script)").count() == 0
+    shown = HOSTILE + "?gnp.exe???"
+    assert page.locator("#lora_guard_panel tbody th").all_inner_texts() == [shown, HOSTILE]
+    assert texts(page) == [shown]
+    assert page.inner_text(".lg-left-out li") == f"{shown} not applied: {HOSTILE}"
+    assert page.locator("#lora_guard_panel .lg-refused td").first.inner_text() == "?"
+
+
+def test_chinese_by_the_browser_and_by_the_setting(open_page, host):
+    host.reports = [made_up_report()]
+    host.log.info("%s", Message("host.updated", {"version": "0.1.0"}))
+    page = open_page(locale="zh-CN")
+    wait_for_line(page, "LoRA Guard 已更新")
+    panel = page.inner_text("#lora_guard_panel")
+    assert "当前已加载" in panel
+    assert "强度" in panel
+    assert "Strength" not in panel
+    host.language = Language.ENGLISH
+    wait_for_line(page, "LoRA Guard was updated")
+    assert len(texts(page)) == 1, "the log is told anew, not twice"
+    assert "Loaded now" in page.inner_text("#lora_guard_panel")
+    host.language = Language.CHINESE
+    wait_for_line(page, "LoRA Guard 已更新")
+
+
+def test_filter_copy_download_and_pause(open_page, host):
+    for level in ("debug", "info", "warning", "error"):
+        getattr(host.log, level)("a line of level %s", level)
+    page = open_page(permissions=["clipboard-read", "clipboard-write"], accept_downloads=True)
+    wait_for_line(page, "level error")
+    assert len(texts(page)) == 4
+    page.get_by_label("Show").first.select_option("warning")
+    assert texts(page) == ["a line of level warning", "a line of level error"]
+    page.click("text=Copy")
+    page.wait_for_selector("text=Copied")
+    stamp = r"\d\d:\d\d:\d\d"
+    expected = rf"{stamp} warning: a line of level warning\n{stamp} error: a line of level error\n"
+    assert re.fullmatch(expected, page.evaluate("navigator.clipboard.readText()"))
+    with page.expect_download() as download:
+        page.click("text=Download")
+    assert re.fullmatch(r"lora-guard-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d\.txt", download.value.suggested_filename)
+    with open(download.value.path(), encoding="utf-8") as file:
+        assert re.fullmatch(expected, file.read())
+    # In a page that is not secure (http in a local network) there is no clipboard: the old way has to do.
+    page.evaluate("navigator.clipboard.writeText('') ")
+    page.evaluate("Object.defineProperty(navigator.clipboard, 'writeText', { value: () => Promise.reject() })")
+    page.click("text=/Copy|Copied/")
+    wait_until(lambda: re.fullmatch(expected, page.evaluate("navigator.clipboard.readText()")), "nothing was copied")
+    page.click("text=Pause")
+    page.wait_for_selector(STATE + "[data-state=paused]")
+    page.wait_for_timeout(200)
+    asked = host.asked
+    host.log.error("said in a pause")
+    page.wait_for_timeout(1500)
+    assert host.asked == asked
+    page.click("text=Resume")
+    wait_for_line(page, "said in a pause")
+
+
+def test_it_follows_the_end_until_the_reader_scrolls_up(open_page, host):
+    for number in range(1100):
+        host.log.info("line %d is here", number)
+        host.log.debug("between")
+    page = open_page()
+    wait_for_line(page, "line 1099 is here")
+    assert page.locator(ROWS).count() == 2000, "the oldest rows are let go"
+    gap = (
+        "() => { const l = document.querySelector('.lg-lines'); return l.scrollHeight - l.scrollTop - l.clientHeight }"
+    )
+    assert page.evaluate(gap) < 2
+    page.evaluate("document.querySelector('.lg-lines').scrollTop = 300")
+    page.wait_for_selector(".lg-newest:visible")
+    page.evaluate("window.mark = [...document.querySelectorAll('.lg-line')].find(r => r.offsetTop >= 300)")
+    host.log.info("while the reader reads")
+    wait_for_line(page, "while the reader reads")
+    assert page.evaluate(gap) > 1000
+    page.click("#show_other")
+    page.wait_for_timeout(300)
+    page.click("#show_guard")
+    page.wait_for_timeout(300)
+    assert page.evaluate(gap) > 1000, "still where the reader was"
+    page.click(".lg-newest")
+    assert page.evaluate(gap) < 2
+    assert not page.is_visible(".lg-newest")
+    host.log.info("followed again")
+    wait_for_line(page, "followed again")
+    assert page.evaluate(gap) < 2
+
+
+def test_a_line_said_again_takes_the_place_of_the_first(open_page, host):
+    page = open_page()
+    host.log.info("the same")
+    wait_for_line(page, "the same")
+    for _ in range(3):
+        host.log.info("the same")
+    host.log.info("another")
+    wait_for_line(page, "another")
+    assert texts(page) == ["the same (x4)", "another"]
+
+
+def test_without_a_login_it_says_so(open_page, host):
+    page = open_page()
+    host.app.auth = {"somebody": "password"}
+    page.wait_for_selector(STATE + "[data-state=log_in]")
+    assert page.inner_text(STATE) == "not logged in; reload the page"
+    host.app.auth = None
+    page.wait_for_selector(STATE + "[data-state=live]")
+
+
+@pytest.mark.parametrize(("width", "theme"), [(340, "dark"), (1500, "light")])
+def test_narrow_and_wide_windows(open_page, host, width, theme):
+    host.reports = [made_up_report()]
+    host.reports[0].loras[0].label = "a_very_long_name_without_any_space_in_it_" * 3 + ".safetensors"
+    host.log.info("word " * 100)
+    page = open_page(path=f"/?__theme={theme}", viewport={"width": width, "height": 700})
+    wait_for_line(page, "word")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for name in ("Pause", "Copy", "Download"):
+        button = page.get_by_role("button", name=name).bounding_box()
+        assert 0 <= button["x"] < button["x"] + button["width"] <= width
+    assert page.get_by_role("log").get_attribute("aria-label") == "Log"
+    page.get_by_role("button", name="Pause").focus()
+    page.keyboard.press("Enter")
+    assert page.locator(STATE).get_attribute("data-state") == "paused"

@@ -1,0 +1,215 @@
+"""How Forge is told of the face: with its callbacks played by hand."""
+
+import sys
+import types
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs fastapi (in the extra `test`)")
+from face_server import Served
+from test_settings_section import HOST
+
+from lib_lora_guard.hosts import forge_status, forge_ui
+from lib_lora_guard.memory.allocator import AllocatorState, OptionState, Standing
+from lib_lora_guard.memory.allocator_text import AllocatorWish
+from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.reporting.report import ApplyReport, LoraReport
+from lib_lora_guard.reporting.status import as_json
+from lib_lora_guard.settings import PREFIX, LoraMode, Settings
+from lib_lora_guard.ui.route import PATH
+from lib_lora_guard.ui.standalone import Standalone
+
+
+class Callbacks:
+    """Forge's modules.script_callbacks."""
+
+    def __init__(self):
+        self.tabs, self.started = [], []
+
+    def on_ui_tabs(self, callback):
+        self.tabs.append(callback)
+
+    def on_app_started(self, callback):
+        self.started.append(callback)
+
+    def remove_callbacks_for_function(self, callback):
+        for known in (self.tabs, self.started):
+            known[:] = [c for c in known if c != callback]
+
+
+class Options:
+    """Forge's shared.opts."""
+
+    def __init__(self):
+        self.data, self.labels, self.localization = {}, {}, "None"
+
+    def add_option(self, name, info):
+        self.labels[name] = info
+        self.data.setdefault(name, info.default)
+
+
+class InForce:
+    """What forge_options keeps."""
+
+    def __init__(self, **values):
+        self.settings, self.allocator, self.applied = Settings(**values), None, 0
+
+    def mode(self):
+        return self.settings.mode
+
+    def apply(self):
+        self.applied += 1
+
+
+@pytest.fixture
+def forge(monkeypatch):
+    names = ("Radio", "Number", "Slider")
+    monkeypatch.setitem(sys.modules, "gradio", types.SimpleNamespace(**{name: type(name, (), {}) for name in names}))
+
+    def options_section(section, options):
+        for info in options.values():
+            info.section = section
+        return options
+
+    shared = types.SimpleNamespace(
+        **vars(HOST), opts=Options(), options_section=options_section, cmd_opts=types.SimpleNamespace(api_auth=None)
+    )
+    modules = types.SimpleNamespace(script_callbacks=Callbacks(), shared=shared)
+    monkeypatch.setitem(sys.modules, "modules", modules)
+    return modules
+
+
+def app():
+    from fastapi import FastAPI
+
+    return FastAPI()
+
+
+def addresses(app):
+    return [route.path for route in app.routes if route.path == PATH]
+
+
+def test_settings_are_there_at_once_tab_and_address_when_asked_for(forge):
+    options = InForce()
+    forge_ui.register(options)
+    labels = forge.shared.opts.labels
+    assert labels[PREFIX + "mode"].section == ("lora_guard", "LoRA Guard", "sd")
+    labels[PREFIX + "mode"].onchange()
+    assert options.applied == 1
+    assert len(forge.script_callbacks.tabs) == len(forge.script_callbacks.started) == 1
+    for demo in (object(), None):
+        started = app()
+        forge.script_callbacks.started[0](demo, started)
+        assert addresses(started) == [PATH]
+
+
+def test_a_second_execution_without_cleared_callbacks_adds_no_second_tab(forge):
+    forge_ui.register(InForce())
+    forge_ui.register(InForce())
+    assert len(forge.script_callbacks.tabs) == 1
+    started = app()
+    for callback in forge.script_callbacks.started:
+        callback(None, started)
+    assert addresses(started) == [PATH]
+
+
+def test_reload_ui_clears_the_callbacks_and_the_language_of_the_settings_follows(forge):
+    forge_ui.register(InForce())
+    assert forge.shared.opts.labels[PREFIX + "enable"].label == "Use LoRA Guard"
+    forge.script_callbacks.tabs.clear()
+    forge.shared.opts.data[PREFIX + "language"] = "zh"
+    forge_ui.register(InForce())
+    assert forge.shared.opts.labels[PREFIX + "enable"].label == "启用 LoRA Guard"
+    forge.shared.opts.data[PREFIX + "language"] = "auto"
+    forge.shared.opts.localization = "zh_CN"
+    forge_ui.register(InForce())
+    assert forge.shared.opts.labels[PREFIX + "enable"].label == "启用 LoRA Guard"
+
+
+def test_an_api_with_a_password_and_no_web_ui_gets_no_address(forge):
+    forge.shared.cmd_opts.api_auth = "me:secret"
+    forge_ui.register(InForce())
+    for demo, expected in ((None, []), (object(), [PATH])):
+        started = app()
+        forge.script_callbacks.started[0](demo, started)
+        assert addresses(started) == expected
+
+
+def test_where_the_guard_is_not_at_work_there_are_no_settings_and_the_tab_says_so(forge):
+    forge_ui.register(None)
+    assert forge.shared.opts.labels == {}
+    started = app()
+    forge.script_callbacks.started[0](None, started)
+    with Served(started) as server:
+        status = server.get(PATH)[2]["status"]
+    assert status["problem"] == "LoRA Guard is not in place here; the console says why."
+    assert status["enabled"] is False
+
+
+def takeover(*reports, **left_out):
+    return types.SimpleNamespace(
+        control=types.SimpleNamespace(reports=lambda: reports), files=types.SimpleNamespace(left_out=left_out)
+    )
+
+
+def state(**reasons):
+    options = {name: OptionState(Standing.OFF, reason) for name, reason in reasons.items()}
+    return AllocatorState(AllocatorWish(), "", **options, notes=(Message("allocator.new_memory"),))
+
+
+def test_the_status_names_models_mode_memory_and_allocator():
+    options = InForce(mode=LoraMode.MERGE)
+    off = Message("allocator.off")
+    options.allocator = state(
+        expandable_segments=Message("allocator.proven"), max_split_size_mb=off, garbage_collection_threshold=off
+    )
+    models = [ApplyReport(name, [LoraReport("a", 1.0, used=1)], 0, 0, 1.0) for name in ("T5", "KModel")]
+    told = as_json(forge_status.collect(takeover(*models, xl="made for SDXL"), options))
+    assert told["left_out"] == [{"name": "xl", "why": "made for SDXL"}]
+    assert [model["name"] for model in told["models"]] == ["KModel", "T5"]
+    assert told["mode"].startswith("Merge: LoRAs go into the weights")
+    assert (told["enabled"], told["problem"]) == (True, None)
+    assert told["allocator"][:2] == [
+        "Expandable segments: on, proven by an allocation",
+        "Largest block that may be split, in MB: off",
+    ]
+    assert told["allocator"][3].startswith("applies to memory taken from now on")
+    vram, ram = told["memory"]
+    assert vram["total_mb"] == 0
+    assert 0 < ram["free_mb"] <= ram["total_mb"]
+    assert ram["free_mb"] + ram["used_mb"] == pytest.approx(ram["total_mb"], abs=0.2)
+
+
+def test_what_is_true_of_all_allocator_options_is_said_once():
+    same = Message("allocator.no_cuda", {"device": "cpu"})
+    lines = forge_status.allocator_lines(
+        state(expandable_segments=same, max_split_size_mb=same, garbage_collection_threshold=same)
+    )
+    assert lines[0].startswith("not available here: images are made on cpu")
+    assert len(lines) == 2
+
+
+def test_a_mode_that_comes_from_forges_own_dropdown_is_said_so():
+    options = InForce()
+    options.mode = lambda: LoraMode.FP16
+    mode = forge_status.collect(takeover(), options).mode
+    assert str(mode).startswith("fp16 LoRA, as chosen under “Diffusion in Low Bits”: LoRAs stay beside the weights")
+
+
+def test_switched_off_by_the_user():
+    told = as_json(forge_status.collect(None, InForce(enable=False)))
+    assert told["mode"] == "switched off; Forge's own LoRA patcher is at work"
+    assert (told["enabled"], told["problem"], told["models"]) == (False, None, [])
+
+
+def test_the_standalone_page_serves_its_files():
+    import urllib.request
+
+    with Served(Standalone().app) as server:
+        for path, part in (
+            ("/", "lora_guard_panel"),
+            ("/style.css", ".lg-log"),
+            ("/javascript/lora_guard.js", "fetch"),
+        ):
+            with urllib.request.urlopen(server.url + path, timeout=10) as answer:
+                assert part in answer.read().decode()
