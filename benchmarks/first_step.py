@@ -207,9 +207,13 @@ class Daily(forge_gpu.Bench):
         again = {"strength": ("a cat", "first", 0.6), "another LoRA": ("a cat", "first", 1.0)}
         again |= {"prompt": ("a bird", "second", 1.0), "prompt of before": ("a dog", "second", 1.0)}
         again |= {"prompt and LoRA": ("a horse", "second", 0.9)}
-        result = []
+        result, before = [], None
         try:
             for name, *how in events:
+                if before is not None:
+                    # The image that was counted last may have had another stack than the one this event changes.
+                    self.image(processing, *before)
+                before = how
                 timed = self.image(processing, *how)
                 entry = {"event": name, **{k: v for k, v in timed.items() if not k.startswith("moved")}}
                 if name in again or name == "same again":

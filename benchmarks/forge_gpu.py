@@ -59,12 +59,20 @@ class RssPeak(threading.Thread):
         super().__init__(daemon=True)
         import psutil
 
-        self.process, self.peak = psutil.Process(), 0
+        self.process, self.peak, self.round, self.lock = psutil.Process(), 0, 0, threading.Lock()
         self.start()
+
+    def restart(self):
+        with self.lock:
+            self.peak, self.round = 0, self.round + 1
 
     def run(self):
         while True:
-            self.peak = max(self.peak, self.process.memory_info().rss)
+            of_round, now = self.round, self.process.memory_info().rss
+            with self.lock:
+                if of_round == self.round:
+                    # Else it was read before the restart, when more may have lain there.
+                    self.peak = max(self.peak, now)
             time.sleep(0.02)
 
 
@@ -232,7 +240,7 @@ class Bench:
         rss_before = self.rss.process.memory_info().rss
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        self.rss.peak = 0
+        self.rss.restart()
         started = time.perf_counter()
         self.sampling.sampling_prepare(patcher, torch.empty(1, 16, 128, 128))
         torch.cuda.synchronize()
