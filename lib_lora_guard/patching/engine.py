@@ -100,7 +100,7 @@ class Engine:
         started = time.perf_counter()
         self._budget.start(access.backup_budget)
         device = access.device()
-        self._finish_undoing()
+        self.finish_undoing()
         accepted, reports = self._validate(access, stack)
         for report in reports:
             if report.refused is not None and not leave_out:
@@ -108,12 +108,12 @@ class Engine:
         while True:
             planned = self._plan(access, accepted, reports, wish)
             try:
-                self._commit(self._prepare(access, planned, device))
+                self.commit(self._prepare(access, planned, device))
                 break
             except UnusableTermsError as error:
                 if not leave_out:
                     raise
-                self._finish_undoing()
+                self.finish_undoing()
                 # Each round leaves at least one LoRA out, so this ends.
                 for origin in {term.origin for term in error.terms}:
                     accepted.pop(origin, None)
@@ -172,7 +172,7 @@ class Engine:
         """Takes everything off without a transaction, for when one has failed; False where something would not go."""
         attached, self._attached, self._lifted = self._attached, {}, {}
         with contextlib.suppress(RestoreError):
-            self._finish_undoing()
+            self.finish_undoing()
         for attachment in attached.values():
             try:
                 attachment.detach()
@@ -297,7 +297,8 @@ class Engine:
             )
         return target
 
-    def _commit(self, target: dict[str, Attachment]) -> None:
+    def commit(self, target: dict[str, Attachment]) -> None:
+        """Puts `target` in the place of what is attached: all of it, or on an exception what was there."""
         before = self._attached
         transaction = Transaction()
         try:
@@ -312,7 +313,7 @@ class Engine:
         finally:
             self._unfinished += transaction.failed
 
-    def _finish_undoing(self) -> None:
+    def finish_undoing(self) -> None:
         """Tries again what an earlier failure could not undo. Raises RestoreError where it still cannot."""
         waiting, self._unfinished = self._unfinished, []
         for number, undo in enumerate(waiting):

@@ -26,7 +26,7 @@ def set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
 
     On an exception the model has the strengths it had.
     """
-    engine._finish_undoing()
+    engine.finish_undoing()
     exchanges, target, vectors = _Exchanges(), dict(engine.attached), ScaleVectors()
     device: torch.device | None = None
     for key, attachment in engine.attached.items():
@@ -47,7 +47,7 @@ def set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
     with Transaction() as transaction:
         transaction.do(lambda: exchanges.make(vectors), lambda: exchanges.undo(vectors))
         if device is not None:
-            engine._commit(target)
+            engine.commit(target)
 
 
 class _Exchanges:

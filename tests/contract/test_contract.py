@@ -383,12 +383,12 @@ def test_a_failure_inside_the_guard_falls_back_to_forges_online_path(guarded, mo
     ]
     bad = ("bad.safetensors", {"blocks.0.proj.weight": host_value("lora", (32, 48), 5)}, 1.0)
     commit = Engine._commit
-    monkeypatch.setattr(Engine, "_commit", lambda *a: (_ for _ in ()).throw(RuntimeError("planted")))
+    monkeypatch.setattr(Engine, "commit", lambda *a: (_ for _ in ()).throw(RuntimeError("planted")))
     changed = with_loras(guarded, patcher, *loras, bad)
     assert changed.has_online_lora(), "now Forge has to reserve and move the factors"
     assert_same(run(changed), reference(patcher, dense, loras), base)
     assert not any("bad" in str(k) for k in [getattr(m, "forge_online_loras", {}) for m in changed.model.modules()])
-    monkeypatch.setattr(Engine, "_commit", commit)
+    monkeypatch.setattr(Engine, "commit", commit)
     again = with_loras(guarded, patcher, (FILE, loras[0][1], 0.3))
     assert not again.has_online_lora()
     assert_same(run(again), reference(patcher, dense, [(FILE, loras[0][1], 0.3)]), base)
@@ -411,12 +411,12 @@ def test_when_everything_fails_the_image_has_no_lora_and_the_next_refresh_tries_
 
     layer = patcher.model.blocks[0].proj
     layer.__class__ = type("Stubborn", (type(layer),), {"__setattr__": stubborn})
-    monkeypatch.setattr(Engine, "_commit", planted)
+    monkeypatch.setattr(Engine, "commit", planted)
     logging.getLogger("lib_lora_guard").propagate = True
     changed = with_loras(guarded, patcher, *loras)
     assert same_bits(run(changed), base)
     assert "WITHOUT the LoRAs style.safetensors" in caplog.text
-    monkeypatch.setattr(Engine, "_commit", commit)
+    monkeypatch.setattr(Engine, "commit", commit)
     layer.__class__ = type(layer).__mro__[1]
     changed.refresh_loras()
     assert_same(run(changed), reference(patcher, dense, loras), base)
@@ -426,7 +426,7 @@ def test_a_failed_change_is_tried_again_for_a_patcher_that_stays_loaded(guarded,
     # Forge calls refresh only when a patcher is loaded: without this the LoRA would be missing from every later image.
     patcher, dense = guarded.build("fp8")
     base, loras = run(patcher), [(FILE, {"blocks.0.norm.weight": (rand(32, seed=3),)}, 0.8)]
-    monkeypatch.setattr(Engine, "_commit", lambda *a: (_ for _ in ()).throw(RuntimeError("planted")))
+    monkeypatch.setattr(Engine, "commit", lambda *a: (_ for _ in ()).throw(RuntimeError("planted")))
     monkeypatch.setattr(type(guarded.guard.control), "_host_refresh", lambda *a: False)
     changed = with_loras(guarded, patcher, *loras)
     assert same_bits(run(changed), base)
