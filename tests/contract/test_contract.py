@@ -382,7 +382,7 @@ def test_a_failure_inside_the_guard_falls_back_to_forges_online_path(guarded, mo
         (FILE, {k: v for k, v in lora_on_everything(dense).items() if k.endswith("weight") and "norm" not in k}, 0.8)
     ]
     bad = ("bad.safetensors", {"blocks.0.proj.weight": host_value("lora", (32, 48), 5)}, 1.0)
-    commit = Engine._commit
+    commit = Engine.commit
     monkeypatch.setattr(Engine, "commit", lambda *a: (_ for _ in ()).throw(RuntimeError("planted")))
     changed = with_loras(guarded, patcher, *loras, bad)
     assert changed.has_online_lora(), "now Forge has to reserve and move the factors"
@@ -399,7 +399,7 @@ def test_when_everything_fails_the_image_has_no_lora_and_the_next_refresh_tries_
     patcher, dense = guarded.build("fp8")
     base = run(patcher)
     loras = [(FILE, {k: v for k, v in lora_on_everything(dense).items() if "proj.weight" in k}, 0.8)]
-    commit = Engine._commit
+    commit = Engine.commit
 
     def planted(*args, **kwargs):
         raise RuntimeError("planted")
