@@ -88,7 +88,7 @@ class ForgeTakeover:
 
     def _has_online_lora(self, original: Any, patcher: Any) -> bool:
         # True makes Forge reserve and move the factors itself; the guard does both for the stacks it applies.
-        return bool(patcher.lora_patches) and self.control.is_left_to_host(patcher.lora_loader)
+        return bool(patcher.lora_patches) and self.control.is_left_to_host(patcher)
 
     def _model_unload(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
         stays = bool(args[0] if args else kwargs.get("avoid_model_moving", False))
@@ -140,7 +140,7 @@ class ForgeTakeover:
     def _factor_bytes(self, patcher: Any) -> int:
         """Device bytes that the coming refresh of `patcher` will need and that are not there yet."""
         patches = getattr(patcher, "lora_patches", None)
-        if not patches or patcher.load_device.type == "cpu" or self.control.is_left_to_host(patcher.lora_loader):
+        if not patches or patcher.load_device.type == "cpu" or self.control.is_left_to_host(patcher):
             return 0
         dtype = getattr(patcher.model, "computation_dtype", None)
         element_bytes = torch.empty(0, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float16).element_size()

@@ -19,6 +19,10 @@ RAM_FLOOR_BYTES = 2048 * MB
 """Left alone when backups or the host's merge would fill RAM: below this Windows starts to kill and swap."""
 
 
+STATE = "lora_guard_state"
+"""The attribute of a LoraLoader that holds what the guard knows of it."""
+
+
 class GuardPatches(list[object]):
     """What the guard leaves in `layer.forge_online_loras`: Forge's forward passes hand it to `merge_lora_to_weight`,
     where our hook knows it. As a list it is empty, so that Forge's own function would simply add nothing."""
@@ -114,6 +118,13 @@ class ForgeAccess:
     def backup_budget(self) -> BackupBudget:
         # Forge plans with all VRAM that is free: none of it is spare.
         return replace(measure_budget(self.device(), RAM_FLOOR_BYTES), vram_spare_bytes=0)
+
+    def is_in_force(self) -> bool:
+        # A copy of Forge's refresh, in another extension, may run in the middle of a model's forward pass: it writes these
+        # attributes anew and patches the weights itself.
+        loader: Any = getattr(self._model(), "lora_loader", None)
+        published = getattr(getattr(loader, STATE, None), "published", None)
+        return published is None or (loader.backup is published[0] and loader.online_backup is published[1])
 
     def compute_dtype(self) -> torch.dtype:
         dtype = getattr(self.model, "computation_dtype", None)

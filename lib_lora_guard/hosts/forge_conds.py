@@ -172,11 +172,21 @@ class Conditioning:
 
     def _on_text_encoder(self) -> object:
         """Every patch on the text encoder as it is now: which tensors, how strong."""
-        patches: Mapping[Any, Any] = self._shared.sd_model.forge_objects.clip.patcher.lora_patches
-        return [
+        clip = self._shared.sd_model.forge_objects.clip
+        patches: Mapping[Any, Any] = clip.patcher.lora_patches
+        return self._replaced_layers(clip), [
             (str(identifier), [(key, [self._entry(entry) for entry in entries]) for key, entries in on_keys.items()])
             for identifier, on_keys in patches.items()
         ]
+
+    @staticmethod
+    def _replaced_layers(clip: Any) -> list[tuple[str, str]]:
+        """Layers of the text encoder whose forward pass another extension has replaced: regional-prompter does its work
+        there, and a remembered prompt would pass it by."""
+        model = getattr(clip, "cond_stage_model", None)
+        modules = () if model is None else model.named_modules()
+        replaced = [(name, vars(module)["forward"]) for name, module in modules if "forward" in vars(module)]
+        return [(name, getattr(forward, "__qualname__", "")) for name, forward in replaced]
 
     def _entry(self, entry: Sequence[Any]) -> object:
         strength, value, strength_model, offset = entry[:4]

@@ -20,13 +20,13 @@ from ..planning.mode import Mode, Wish
 from ..reporting.messages import Joined, Message, say
 from ..reporting.report import ApplyReport, clean_text
 from ..settings import LoraMode
-from .forge_access import RAM_FLOOR_BYTES, ForgeAccess, GuardPatches
+from ..weights.storage import WIDE_DTYPES
+from .forge_access import RAM_FLOOR_BYTES, STATE, ForgeAccess, GuardPatches
 from .forge_patches import FactorCopies, Patches, describe, requests_from
 from .forge_probe import ForgeApi
 
 log = logging.getLogger(__name__)
 
-STATE = "lora_guard_state"
 RETRY = "lora guard: apply again"
 """A `loaded_hash` that no stack has, so that the next refresh really works."""
 
@@ -79,7 +79,7 @@ class LoaderControl:
         state = self._state(loader)
         state.mode = mode
         access = ForgeAccess(self._api, loader.model)
-        if mode is LoraMode.OWN:
+        if mode is LoraMode.OWN or _wants_hosts_layers(loader.model, lora_patches):
             self._leave_to_host(original, loader, state, lora_patches, offload)
             return
         # Until all is done the recorded state is one that no stack has: an interrupt must not leave a true-looking lie.
@@ -121,9 +121,15 @@ class LoaderControl:
             return patches.apply(weight)
         return original(patches, weight, *args, **kwargs)
 
-    def is_left_to_host(self, loader: Any) -> bool:
+    def is_left_to_host(self, patcher: Any) -> bool:
+        """True where the host applies this patcher's LoRAs, now or at the refresh that is due."""
+        if self.mode() is LoraMode.OWN or _wants_hosts_layers(patcher.model, patcher.lora_patches):
+            return True
+        return self.was_left_to_host(patcher.lora_loader)
+
+    def was_left_to_host(self, loader: Any) -> bool:
         state = getattr(loader, STATE, None)
-        return self.mode() is LoraMode.OWN or (state is not None and state.left_to_host)
+        return state is not None and state.left_to_host
 
     def expect(self, patcher: Any) -> None:
         """The model belongs to `patcher` now: until it is refreshed, the LoRAs of the one before must not pass for its own."""
@@ -347,6 +353,14 @@ class LoaderControl:
         sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]
         needed = sum(site.storage.bytes for site in sites)
         return all(site.storage.wide for site in sites) and needed + RAM_FLOOR_BYTES < psutil.virtual_memory().available
+
+
+def _wants_hosts_layers(model: Any, lora_patches: Patches) -> bool:
+    """True for what Forge itself never asks for: its on-the-fly way on 16-bit and wider storage. regional-prompter does, and
+    changes the strengths that lie on the layers between two calls of the model."""
+    if getattr(model, "storage_dtype", None) not in WIDE_DTYPES:
+        return False
+    return any(isinstance(one, tuple) and len(one) == 4 and one[3] is True for one in lora_patches)
 
 
 def _hash_of(lora_patches: Patches) -> str:

@@ -20,7 +20,8 @@ from ..patching.strengths import set_strengths
 from ..planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, read_strengths
 from ..reporting.messages import Joined, say
 from ..reporting.report import clean_text
-from .forge_loader import RETRY, STATE, LoaderControl
+from .forge_access import STATE
+from .forge_loader import RETRY, LoaderControl
 from .hooks import HookSet
 
 log = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ class Schedules:
     def _set(self, loader: Any, strengths: Mapping[int, float]) -> bool:
         """In place, where the guard's engine has the stack; False where it has not or could not."""
         state = getattr(loader, STATE, None)
-        if state is None or self._control.is_left_to_host(loader):
+        if state is None or self._control.was_left_to_host(loader):
             return False
         try:
             with torch.inference_mode(False), torch.no_grad():

@@ -215,6 +215,9 @@ class PlainAccess:
         budget = measure_budget(self.device(), RAM_FLOOR_BYTES)
         return replace(budget, vram_spare_bytes=max(0, budget.vram_spare_bytes - VRAM_RESERVE_BYTES))
 
+    def is_in_force(self) -> bool:
+        return True
+
     def compute_dtype(self) -> torch.dtype:
         wide = (p.dtype for p in self.model.parameters() if p.dtype in (torch.float32, torch.bfloat16, torch.float16))
         return next(wide, torch.float32)

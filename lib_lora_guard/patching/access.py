@@ -68,6 +68,9 @@ class ModelAccess(Protocol):
     def backup_budget(self) -> BackupBudget:
         """What backups of merged weights may take at this moment."""
 
+    def is_in_force(self) -> bool:
+        """False while someone else has taken the patching of this model over. Asked at every call of a layer."""
+
     def compute_dtype(self) -> torch.dtype:
         """The dtype activations have in this model, for byte counts before the first forward pass."""
 

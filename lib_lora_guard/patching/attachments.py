@@ -83,7 +83,7 @@ class BypassAttachment(Attachment):
             with torch.inference_mode(False), torch.no_grad():
                 ratios = ratios_of(access, site if under is None else site_of(site, under), terms, device)
         self.ratios: dict[int, torch.Tensor] = ratios
-        self.hook = Bypass(site.key, terms, site.shape, ratios, access.bias)
+        self.hook = Bypass(site.key, terms, site.shape, ratios, access.bias, access.is_in_force)
         if older is not None:
             self.hook.share_factors_with(older.hook)
         self._handles: list[Any] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from .low_rank import JoinedLowRank
 class Bypass:
     """Forward hooks for one linear or convolution layer.
 
-    `ratios` has magnitude over norm of the DoRAs in the stack, see `patching.norms`.
+    `ratios` has magnitude over norm of the DoRAs in the stack, see `patching.norms`. While `in_force` says no, the layer
+    answers as it does without the hooks: someone else patches its weight.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Bypass:
         shape: tuple[int, ...],
         ratios: Mapping[int, torch.Tensor] | None = None,
         bias_of: BiasOf = plain_bias,
+        in_force: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.key, self.shape = key, shape
+        self.key, self.shape, self._in_force = key, shape, in_force
         self._ratios, self._bias_of = ratios or {}, bias_of
         self.program = compile_program(terms, shape, self._ratios, bias_of)
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
@@ -54,6 +56,8 @@ class Bypass:
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the layer's own product: its input, scaled per channel. The true one is kept for the steps after it."""
+        if not self._in_force():
+            return args, kwargs
         x = args[0] if args else next(iter(kwargs.values()))
         scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
         per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
@@ -70,6 +74,8 @@ class Bypass:
     def __call__(
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
+        if not self._in_force():
+            return output
         x = getattr(self._true_input, "x", None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))

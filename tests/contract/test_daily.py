@@ -9,7 +9,7 @@ from support.measure import assert_same, fp32_limit, same_bits
 
 from contract.host import REAL
 from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
-from lib_lora_guard.hosts.forge_loader import STATE
+from lib_lora_guard.hosts.forge_access import STATE
 from lib_lora_guard.planning.mode import Mode
 from lib_lora_guard.settings import LoraMode
 
@@ -343,7 +343,7 @@ def test_forges_own_mode_is_forges_own(guarded, host):
     guarded.guard.control.mode = lambda: LoraMode.OWN
     linear = {k: host_value("lora", s, n) for n, (k, s) in enumerate(shapes(dense).items()) if len(s) == 2}
     changed = with_loras(guarded, patcher, (FILE, linear, 0.8))
-    assert guarded.guard.control.is_left_to_host(changed.lora_loader)
+    assert guarded.guard.control.is_left_to_host(changed)
     own = run(changed)
     guarded.load(patcher)
     assert changed.lora_loader.backup == {}

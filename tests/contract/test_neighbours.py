@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from support.make import rand
-from support.measure import assert_same, fp32_limit, same_bits
+from support.measure import assert_same, contribution_error, fp32_limit, same_bits
 
 from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
 from contract.test_files import MODULES, lora_extension, write_kohya
@@ -176,6 +176,34 @@ def test_a_pasted_refresh_from_inside_the_forward(guarded, storage, online):
     assert seen, "the neighbour was not at work"
     again = with_loras(guarded, patcher, (FILE, patches, 0.6), online=online)
     is_the_reference(again, dense, base, [(FILE, patches, 0.6)])
+    assert_removed(guarded, patcher, base, bits)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8"])
+def test_a_pasted_refresh_counts_at_once(guarded, storage):
+    patcher, dense, base, _ = built(guarded, storage)
+    patches = {k: v for k, v in low_rank(dense).items() if "conv" not in k}
+    changed = with_loras(guarded, patcher, (FILE, patches, 1.0), online=True)
+    for entries in next(iter(changed.lora_patches.values())).values():
+        entries[0][0] = 0.25
+    pasted = copied(guarded.lora.LoraLoader.refresh)
+    pasted(changed.lora_loader, changed.lora_patches, torch.device("cpu"), True)
+    error = contribution_error(run(changed), reference(patcher, dense, [(FILE, patches, 0.25)]), base)
+    assert error < 0.1, "Forge's own path rounds, but it is this LoRA once"
+
+
+def test_strengths_written_on_the_layers_of_a_stack_that_asks_for_online(guarded):
+    # The regional prompter asks for online patches on wide storage, which Forge never does, and writes strengths per region.
+    patcher, dense, base, bits = built(guarded, "bf16")
+    patcher.model.storage_dtype = torch.bfloat16  # as Forge's U-Nets have it
+    patches = {k: v for k, v in low_rank(dense).items() if "conv" not in k}
+    changed = with_loras(guarded, patcher, (FILE, patches, 1.0), online=True)
+    assert changed.has_online_lora()
+    for module in changed.model.modules():
+        for entry in (getattr(module, "forge_online_loras", None) or {}).get("weight") or ():
+            entry[0] = 0.25
+    error = contribution_error(run(changed), reference(patcher, dense, [(FILE, patches, 0.25)]), base)
+    assert error < 0.1
     assert_removed(guarded, patcher, base, bits)
 
 

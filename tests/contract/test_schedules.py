@@ -368,7 +368,7 @@ def test_where_strengths_cannot_be_set_in_place_the_whole_stack_is_applied_anew(
     if fault == "in place":
         monkeypatch.setattr(forge_schedules, "set_strengths", lambda *_: 1 / 0)
     else:
-        monkeypatch.setattr(host.host.guard.control, "is_left_to_host", lambda _: True)
+        monkeypatch.setattr(host.host.guard.control, "was_left_to_host", lambda _: True)
     logging.getLogger("lib_lora_guard").propagate = True
     with caplog.at_level(logging.WARNING, "lib_lora_guard"):
         outputs = host.picture(f"style:{RAMP}", "style:1@0,0@1", "second:0.5", steps=4)

@@ -172,6 +172,18 @@ def test_what_a_user_of_a_conditioning_writes_into_it_does_not_stay(world):
     assert world.encoded == ["a", "b"]
 
 
+def test_a_layer_of_the_text_encoder_that_another_extension_has_replaced_encodes_anew(world):
+    """regional-prompter does its work in there."""
+    clip = world.model.forge_objects.clip
+    clip.cond_stage_model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for name in ("a", "b", "a"):
+        world.image(name)
+    clip.cond_stage_model[1].forward = lambda x: x
+    for name in ("a", "b", "a"):
+        world.image(name)
+    assert world.encoded == ["a", "b", "a", "b"]
+
+
 def test_an_emptied_cache_means_that_all_is_encoded_anew(world):
     for name in ("a", "b"):
         world.image(name)

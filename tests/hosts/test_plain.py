@@ -125,7 +125,10 @@ def test_errors_name_the_file_and_leave_the_stack_that_was_there(model, files, t
         guard.apply([(tmp_path / "other.safetensors", 1.0)])
     with pytest.raises(LoraFileError, match="no such file"):
         guard.apply([(tmp_path / "gone.safetensors", 1.0)])
-    with pytest.raises(ModeError, match="mode must be one of auto, bypass, on_the_fly, merge, never_merge, prefer_merge, not 'nonsense'"):
+    with pytest.raises(
+        ModeError,
+        match="mode must be one of auto, bypass, on_the_fly, merge, never_merge, prefer_merge, not 'nonsense'",
+    ):
         guard.apply([(style, 1.0)], mode="nonsense")
     assert same_bits(run(model), before)
 
