@@ -132,6 +132,8 @@ class Conditioning:
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """The host's key, with what lies on the text encoder in the place of the prompt's LoRAs."""
+        if self._is_someone_at_work():
+            return original(processing, required_prompts, steps, extra_network_data, *args, **kwargs)
         try:
             data = (self._others(extra_network_data), self._on_text_encoder(), self._meaning())
         except Exception:
@@ -145,6 +147,8 @@ class Conditioning:
     ) -> Any:  # fmt: skip
         """The host's function, which finds what it looks for in its cache where the guard remembers it."""
         everything = (function, required_prompts, steps, caches, extra_network_data, hires_steps)
+        if self._is_someone_at_work():
+            return original(processing, *everything)
         model = self._shared.sd_model
         memory = self._memories.setdefault(model, PromptMemory())
         if all(cache[0] is None for cache in caches):
@@ -172,21 +176,18 @@ class Conditioning:
 
     def _on_text_encoder(self) -> object:
         """Every patch on the text encoder as it is now: which tensors, how strong."""
-        clip = self._shared.sd_model.forge_objects.clip
-        patches: Mapping[Any, Any] = clip.patcher.lora_patches
-        return self._replaced_layers(clip), [
+        patches: Mapping[Any, Any] = self._shared.sd_model.forge_objects.clip.patcher.lora_patches
+        return [
             (str(identifier), [(key, [self._entry(entry) for entry in entries]) for key, entries in on_keys.items()])
             for identifier, on_keys in patches.items()
         ]
 
-    @staticmethod
-    def _replaced_layers(clip: Any) -> list[tuple[str, str]]:
-        """Layers of the text encoder whose forward pass another extension has replaced: regional-prompter does its work
-        there, and a remembered prompt would pass it by."""
+    def _is_someone_at_work(self) -> bool:
+        """True where another extension has replaced the forward pass of a layer in the text encoder: regional-prompter does
+        its work there, by settings that no key of ours knows. Then all is as in the host."""
+        clip = getattr(self._shared.sd_model.forge_objects, "clip", None)
         model = getattr(clip, "cond_stage_model", None)
-        modules = () if model is None else model.named_modules()
-        replaced = [(name, vars(module)["forward"]) for name, module in modules if "forward" in vars(module)]
-        return [(name, getattr(forward, "__qualname__", "")) for name, forward in replaced]
+        return model is not None and any("forward" in vars(module) for module in model.modules())
 
     def _entry(self, entry: Sequence[Any]) -> object:
         strength, value, strength_model, offset = entry[:4]

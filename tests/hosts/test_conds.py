@@ -179,9 +179,9 @@ def test_a_layer_of_the_text_encoder_that_another_extension_has_replaced_encodes
     for name in ("a", "b", "a"):
         world.image(name)
     clip.cond_stage_model[1].forward = lambda x: x
-    for name in ("a", "b", "a"):
-        world.image(name)
-    assert world.encoded == ["a", "b", "a", "b"]
+    for name, strength in (("a", "1"), ("a", "1"), ("a", "0.5"), ("b", "0.5"), ("a", "0.5")):
+        world.image(name, lora("style", strength))
+    assert world.encoded == ["a", "b", "a", "a", "b", "a"], "as Forge itself does"
 
 
 def test_an_emptied_cache_means_that_all_is_encoded_anew(world):
