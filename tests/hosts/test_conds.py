@@ -33,6 +33,11 @@ class Use:
         self.positional = [item for item in items if "=" not in item]
         self.named = dict(item.split("=") for item in items if "=" in item)
 
+    def __eq__(self, other):
+        return self.items == other.items
+
+    __hash__ = None
+
 
 class Processing:
     cached_c = [None, None, None]  # noqa: RUF012  # shared by all images, as in Forge
