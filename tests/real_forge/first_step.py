@@ -80,7 +80,7 @@ def main():
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     print(text)
     if options.write_docs:
-        write_table("first step table", f"{measured_on()} {options.model}, best of {options.rounds}.\n\n{text}")
+        write_table("first step", f"{measured_on()} {options.model}, best of {options.rounds}.\n\n{text}")
 
 
 if __name__ == "__main__":
