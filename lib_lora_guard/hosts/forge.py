@@ -58,7 +58,7 @@ class ForgeTakeover:
         """Takes over how Forge's LoRA extension reads files. Its module is loaded long after preload.py has run."""
         if _is_hooked(networks.load_lora_for_models):
             return
-        stack = LoraStack(networks, lambda: self.files.is_host_reading(), self.control.require_all_refreshes)
+        stack = LoraStack(networks, self.files, self.control.require_all_refreshes)
         with_reader = HookSet()
         with with_reader:
             with_reader.add(networks, "load_lora_state_dict", self.files.load_state)

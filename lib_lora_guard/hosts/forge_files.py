@@ -6,6 +6,7 @@ and what stands in the metadata (alpha and rsLoRA of PEFT). A mismatch is a gues
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -79,6 +80,11 @@ class LoraFiles:
         self._in_stack: set[FileKey] = set()
         self._last_stack: set[FileKey] = set()
         self.left_out: dict[str, str] = {}
+        """LoRAs of the present stack that were refused as a whole, with the reason."""
+        self.missing: dict[str, str] = {}
+        """Names in the last prompt that are no LoRA's, with what is said of them."""
+        self._stack = ""
+        """"announced" or "open" inside `announced_stack`."""
         self._matches: weakref.WeakKeyDictionary[LoraFile, Matches] = weakref.WeakKeyDictionary()
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
@@ -108,8 +114,10 @@ class LoraFiles:
         if self.is_host_reading():
             return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
         name = shown(Path(str(filename)).name)
-        if not getattr(model, "lora_patches", None):
-            # Forge builds every stack anew, from a patcher without patches; most of the last one comes again.
+        # Forge builds every stack anew, from a patcher without patches; most of the last one comes again. Who brings a
+        # `load_networks` of their own announces nothing, and then the patcher is all there is to go by.
+        if self._stack == "announced" or (not self._stack and not getattr(model, "lora_patches", None)):
+            self._stack = self._stack and "open"
             self._last_stack, self._in_stack = self._in_stack, set()
             self.left_out = {}
         try:
@@ -141,6 +149,17 @@ class LoraFiles:
             say(log, logging.INFO, "host.keys_for", name=name, count=count, side=side)
         _say_what_is_left(name, file, [match for match in found if match is not None])
         return patched[0], patched[1]
+
+    @contextlib.contextmanager
+    def announced_stack(self, missing: Mapping[str, str], is_empty: bool) -> Iterator[None]:
+        """Around the host's `load_networks`, which reads the files of a new stack, or none where the stack is the same."""
+        self.missing, self._stack = dict(missing), "announced"
+        if is_empty:
+            self.left_out = {}
+        try:
+            yield
+        finally:
+            self._stack = ""
 
     def remind(self) -> None:
         """For an image with the same stack as the last: says again what is left out."""

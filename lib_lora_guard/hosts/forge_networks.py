@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from ..files import shown
-from ..reporting.messages import say
+from ..reporting.messages import Message, say
+from .forge_files import LoraFiles
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +23,9 @@ STALE = "lora guard: read again"
 
 
 class LoraStack:
-    def __init__(
-        self, networks: ModuleType, reading: Callable[[], object], on_changed_files: Callable[[], None]
-    ) -> None:
-        """`reading`: how files are read now (a change of it means a new stack); `on_changed_files`: called where a file
-        of the stack is another than when it was last used."""
-        self._networks = networks
-        self._reading, self._on_changed_files = reading, on_changed_files
+    def __init__(self, networks: ModuleType, files: LoraFiles, on_changed_files: Callable[[], None]) -> None:
+        """`on_changed_files`: called where a file of the stack is another than when it was last used."""
+        self._networks, self._files, self._on_changed_files = networks, files, on_changed_files
         self._versions: dict[str, tuple[int, int]] = {}
         self._read_by: object = None
 
@@ -42,9 +39,9 @@ class LoraStack:
     ) -> Any:
         """The host's function, with the names that can be used."""
         found = {name: self._file(name) for name in names}
-        missing = [name for name, file in found.items() if file is None]
-        for name in missing:
-            say(log, logging.WARNING, "everyday.lora_missing", name=shown(name))
+        missing = {name: Message("everyday.no_such_lora") for name, file in found.items() if file is None}
+        for name, why in missing.items():
+            say(log, logging.WARNING, "host.left_out", name=shown(name), why=why)
             # What Forge writes under the picture.
             errors = getattr(getattr(self._networks, "extra_network_lora", None), "errors", None)
             if isinstance(errors, dict):
@@ -53,7 +50,8 @@ class LoraStack:
         self._notice_changes([file for file in found.values() if file is not None])
         lists = [te_multipliers, unet_multipliers, dyn_dims]
         kept = [None if values is None else [values[i] for i in used] for values in lists]
-        return original([names[i] for i in used], *kept)
+        with self._files.announced_stack(missing, is_empty=not used):
+            return original([names[i] for i in used], *kept)
 
     def _file(self, name: str) -> Path | None:
         """The file of a LoRA by the name in the prompt; None where there is none. Looks the way Forge does."""
@@ -81,7 +79,8 @@ class LoraStack:
             version = (status.st_mtime_ns, status.st_size)
             is_changed |= self._versions.get(str(file), version) != version
             self._versions[str(file)] = version
-        reading, before = self._reading(), self._read_by
+        # Read by the host itself, the same files make other patches.
+        reading, before = self._files.is_host_reading(), self._read_by
         self._read_by = reading
         if is_changed:
             self._on_changed_files()

@@ -25,7 +25,7 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
         objects = p.sd_model.forge_objects_after_applying_lora
         loaders = [objects.unet.lora_loader, objects.clip.patcher.lora_loader]
         reports = [report for report in map(takeover.control.report, loaders) if report is not None]
-        text = summary(takeover.control.mode().value, reports, takeover.files.left_out)
+        text = summary(takeover.control.mode().value, reports, takeover.files.left_out | takeover.files.missing)
         if text:
             p.extra_generation_params["LoRA Guard"] = text
 

@@ -36,7 +36,7 @@ def collect(takeover: ForgeTakeover | None, options: InForce | None) -> PanelSta
         enabled=takeover is not None,
         version=__version__,
         models=_models(takeover),
-        left_out=() if takeover is None else tuple(dict(takeover.files.left_out).items()),
+        left_out=() if takeover is None else tuple({**takeover.files.left_out, **takeover.files.missing}.items()),
         memory=(_vram(), _ram()),
         allocator=() if options is None or options.allocator is None else allocator_lines(options.allocator),
         problem=Message("panel.not_in_place") if options is None else None,

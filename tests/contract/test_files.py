@@ -436,6 +436,36 @@ def test_a_missing_lora_is_named_and_the_others_are_applied(guarded, monkeypatch
     assert networks.extra_network_lora.errors == {"gone": 1, "never": 1}, "Forge writes these under the picture"
     said = [r.getMessage() for r in caplog.records if "NOT applied" in r.getMessage()]
     assert [line.split(" ")[0] for line in said] == ["gone", "never"]
+    assert guarded.guard.files.missing == {}, "of the last prompt"
+
+
+def test_what_was_left_out_of_a_stack_is_known_until_the_next(guarded, monkeypatch, tmp_path):
+    """A refused file leaves the patcher without patches, so the next one must not pass for the first of another stack."""
+    networks = lora_extension(tmp_path)
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    write_kohya(tmp_path / "good.safetensors", MODULES)
+    (tmp_path / "broken.safetensors").write_bytes(b"no LoRA")
+    (tmp_path / "broken2.safetensors").write_bytes(b"no LoRA")
+    guard_files, (patcher, _) = guarded.guard.files, guarded.build("fp32")
+
+    def build(names, *_):
+        changed = patcher
+        for name in names:
+            path = str(tmp_path / f"{name}.safetensors")
+            state = networks.load_lora_state_dict(path)
+            changed, _ = networks.load_lora_for_models(changed, None, state, 1.0, 1.0, filename=path)
+
+    networks.load_networks = build
+    networks.load_lora_state_dict = own_reader(not_called)
+    forge.install_in_webui()
+    networks.load_networks(["broken", "broken2", "good", "nobody"])
+    assert list(guard_files.left_out) == ["broken.safetensors", "broken2.safetensors"]
+    assert list(guard_files.missing) == ["nobody"]
+    networks.load_networks(["good"])
+    assert (guard_files.left_out, guard_files.missing) == ({}, {})
+    networks.load_networks(["broken"])
+    networks.load_networks([])
+    assert (guard_files.left_out, guard_files.missing) == ({}, {})
 
 
 def test_a_retrained_file_makes_the_host_build_its_stack_anew_once(guarded, monkeypatch, tmp_path, x):

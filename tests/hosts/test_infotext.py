@@ -52,14 +52,16 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
         id(text): report(applied("a.safetensors", 72)),
     }
     control = types.SimpleNamespace(report=lambda loader: reports.get(id(loader)), mode=lambda: LoraMode.FP16)
-    takeover = types.SimpleNamespace(control=control, files=types.SimpleNamespace(left_out={"gone.safetensors": "why"}))
+    takeover = types.SimpleNamespace(
+        control=control, files=types.SimpleNamespace(left_out={"other.safetensors": "why"}, missing={"gone": "why"})
+    )
     monkeypatch.setattr(forge, "installed", lambda: takeover)
     clip = types.SimpleNamespace(patcher=types.SimpleNamespace(lora_loader=text))
     p = image(types.SimpleNamespace(unet=types.SimpleNamespace(lora_loader=unet), clip=clip))
     guard_script = script.LoraGuardScript()
     guard_script.postprocess_batch(p)
     assert p.extra_generation_params == {
-        "LoRA Guard": "fp16 LoRA, 372 bypass, 4 merge, without bad.safetensors, gone.safetensors"
+        "LoRA Guard": "fp16 LoRA, 372 bypass, 4 merge, without bad.safetensors, gone, other.safetensors"
     }
     assert guard_script.show(False) is script.scripts.AlwaysVisible
     monkeypatch.setattr(forge, "installed", lambda: None)

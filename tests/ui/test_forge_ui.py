@@ -148,7 +148,8 @@ def test_where_the_guard_is_not_at_work_there_are_no_settings_and_the_tab_says_s
 
 def takeover(*reports, **left_out):
     return types.SimpleNamespace(
-        control=types.SimpleNamespace(reports=lambda: reports), files=types.SimpleNamespace(left_out=left_out)
+        control=types.SimpleNamespace(reports=lambda: reports),
+        files=types.SimpleNamespace(left_out=left_out, missing={}),
     )
 
 

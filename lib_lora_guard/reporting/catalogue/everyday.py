@@ -4,9 +4,9 @@ from __future__ import annotations
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
-    "everyday.lora_missing": (
-        "{name} NOT applied: there is no LoRA of that name; check the name in the prompt or refresh the list",
-        "{name} 未应用：没有这个名称的 LoRA；请检查提示词中的名称或刷新列表",
+    "everyday.no_such_lora": (
+        "there is no LoRA of that name; check the name in the prompt or refresh the list",
+        "没有这个名称的 LoRA；请检查提示词中的名称或刷新列表",
     ),
     "everyday.partly_fits": (
         "a part of Forge is left alone, since it is not as expected: {reason}",
