@@ -75,7 +75,11 @@ class LoraStack:
         """Makes the host build its stack anew where the same names mean something else than last time."""
         is_changed = False
         for file in files:
-            status = file.stat()
+            try:
+                status = file.stat()
+            except OSError:
+                # Gone since it was looked up: reading it says so.
+                continue
             version = (status.st_mtime_ns, status.st_size)
             is_changed |= self._versions.get(str(file), version) != version
             self._versions[str(file)] = version

@@ -98,6 +98,9 @@ class Placement:
     def _must_be_placed(self, loaded: Any, patcher: Any, needed_bytes: int, staying: Sequence[Any]) -> bool:
         if loaded.device != patcher.load_device or self._is_optimised():
             return True
+        if loaded.device.type != "cpu" and not self._memory.module_size(patcher.model, include_device=loaded.device):
+            # Someone has moved it away without telling the host.
+            return True
         return self._could_be_whole(loaded, patcher.model, needed_bytes, staying)
 
     def _is_optimised(self) -> bool:

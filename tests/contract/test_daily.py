@@ -156,6 +156,22 @@ def test_a_model_that_another_device_shall_run_is_placed_by_the_host(guarded, pl
     assert counts == [1]
 
 
+def test_a_model_that_someone_moved_off_its_device_is_placed_by_the_host(guarded, monkeypatch):
+    placement = guarded.guard.placement
+    patcher, _ = guarded.build("fp32")
+    loaded = guarded.memory.current_loaded_models[0]
+    loaded.device = patcher.load_device = torch.device("cuda", 0)
+    on_device = 0
+    monkeypatch.setattr(
+        guarded.memory,
+        "module_size",
+        lambda model, exclude_device=None, include_device=None: on_device if include_device is not None else 0,
+    )
+    assert placement._must_be_placed(loaded, patcher, 0, [])
+    on_device = 1
+    assert not placement._must_be_placed(loaded, patcher, 0, [])
+
+
 def test_partly_on_the_device_it_is_handed_over_unless_all_of_it_fits_now(guarded, monkeypatch):
     placement = guarded.guard.placement
     patcher, _ = guarded.build("fp32")

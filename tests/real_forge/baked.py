@@ -48,10 +48,11 @@ def bake(model, lora, dtype, output):
 
 
 def pictures(forge, number, model, lora):
-    """With the LoRA on the original, without it, and of the baked file."""
+    """With the LoRA on the original in the mode "Merge" (which merges 16-bit weights alone), without it, and of the baked file."""
     modules = parts(GGUF_PARTS) if model.endswith(".gguf") else []
     settings = {"modules": modules, "cfg_scale": 7 if "sd15" in model else 1}
-    with_lora = forge.image(model, prompt=f"a cat <lora:{lora}:{STRENGTH}>", **settings)
+    merged = {"override_settings": {"lora_guard_mode": "Merge"}}
+    with_lora = forge.image(model, prompt=f"a cat <lora:{lora}:{STRENGTH}>", **settings, **merged)
     without = forge.image(model, prompt="a cat", **settings)
     return with_lora, without, forge.image(baked_path(number).name, prompt="a cat", **settings)
 
