@@ -46,11 +46,13 @@ def first_step(results):
 
 
 def changes(results):
-    rows = [["way", "changes", "MB on the GPU at first", "at last", "least", "seconds a change (median)"]]
-    for result in results:
-        found = result["result"]
-        numbers = [f"{found[f'on_gpu_{when}_mb']:.1f}" for when in ("first", "last", "least")]
-        rows.append([result["way"], str(found["changes"]), *numbers, f"{found['median_change_s']:.3f}"])
+    """One column for each way."""
+    found = [result["result"] for result in results]
+    rows = [["", *(result["way"] for result in results)]]
+    rows.append(["changes", *(str(one["changes"]) for one in found)])
+    for label, when in (("MB on the GPU at first", "first"), ("at last", "last"), ("least", "least")):
+        rows.append([label, *(f"{one[f'on_gpu_{when}_mb']:.1f}" for one in found)])
+    rows.append(["seconds a change (median)", *(f"{one['median_change_s']:.3f}" for one in found)])
     header = results[0]
     return f"{table(rows)}\n\n" + measured_on(header, f"; {header['free_gb']:g} GB free, {header['storage']}")
 
