@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from ..adapters import Term
 from ..adapters.files import LoraFile
+from ..adapters.fitting import misfit
 from ..commands.checkpoint import Checkpoint
 from ..commands.lora_facts import damaged_where_torch_refuses
-from ..commands.stack import ALONE
 from ..errors import LoraMismatchError
 from ..files import shown
 from ..models.matching import foreign_to, match_file
@@ -64,17 +64,15 @@ def _fitting(
     lora.skipped, lora.lost = list(match.skipped), list(match.lost)
     fitting = {}
     for key, terms in match.terms.items():
-        try:
-            for term in terms:
-                term.check(shapes[key], may_expand=is_input_projection(key))
-        except LoraMismatchError as error:
-            if not all(term.adapter.kind in ALONE for term in terms):
-                raise LoraMismatchError(
-                    f"{lora.name}: made for another model: {shown(key)}: {error}; use a LoRA made for this model"
-                ) from None
-            lora.lost.append(f"{key}: {error}")
-            continue
-        fitting[key] = terms
+        wrong = misfit(terms, shapes[key], may_expand=is_input_projection(key))
+        if wrong is None:
+            fitting[key] = terms
+        elif wrong.of_file:
+            raise LoraMismatchError(
+                f"{lora.name}: made for another model: {shown(key)}: {wrong.why}; use a LoRA made for this model"
+            )
+        else:
+            lora.lost.append(f"{key}: {wrong.why}")
     if not fitting:
         first = shown(next(iter([*lora.lost, *lora.skipped]), "nothing"))
         raise LoraMismatchError(

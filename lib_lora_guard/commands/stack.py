@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..adapters import Term
-from ..errors import LoraMismatchError, ModeError
+from ..adapters.fitting import misfit
+from ..errors import ModeError
 from ..files import shown
 from ..models.matching import Match, foreign_to, match_file
 from ..models.names import NameMap
@@ -20,9 +21,6 @@ from ..planning.predict import FORGE_KINDS, Patch
 from ..planning.tokens import Tokens
 from .checkpoint import DENOISER, TEXT, Checkpoint, Parameter
 from .lora_facts import LoraFacts, damaged_where_torch_refuses
-
-ALONE = ("diff", "nested")
-"""Kinds of which one of another size says nothing about the rest of the file."""
 
 
 @dataclass
@@ -97,16 +95,14 @@ def _accepted(
     lora.skipped, lora.lost = list(match.skipped), list(match.lost)
     fitting = {}
     for key, terms in match.terms.items():
-        try:
-            for term in terms:
-                term.check(shapes[key], may_expand=is_input_projection(key))
-        except LoraMismatchError as error:
-            if not all(term.adapter.kind in ALONE for term in terms):
-                lora.refused = f"made for another model: {key}: {error}; use a LoRA made for this model"
-                return {}
-            lora.lost.append(f"{key}: {error}")
-            continue
-        fitting[key] = terms
+        wrong = misfit(terms, shapes[key], may_expand=is_input_projection(key))
+        if wrong is None:
+            fitting[key] = terms
+        elif wrong.of_file:
+            lora.refused = f"made for another model: {key}: {wrong.why}; use a LoRA made for this model"
+            return {}
+        else:
+            lora.lost.append(f"{key}: {wrong.why}")
     lora.used = _used(facts, match)
     lora.unknown_to_forge = sorted({kind for kind in facts.kinds if kind not in FORGE_KINDS})
     if not fitting:

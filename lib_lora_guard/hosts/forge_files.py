@@ -20,6 +20,7 @@ import torch
 from ..adapters.base import Adapter, Shape, Term
 from ..adapters.file_settings import FileSettings
 from ..adapters.files import LoraFile, parse_tensors, read_lora_file
+from ..adapters.fitting import misfit
 from ..adapters.patch_tuples import value_of
 from ..errors import LoraFileError, LoraMismatchError, Message, about, reason
 from ..files import shown
@@ -239,12 +240,9 @@ def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Match:
         raise LoraMismatchError(refused)
     match = match_file(file, NameMap(shapes), shapes, strength=1.0)
     for key, terms in match.terms.items():
-        for term in terms:
-            if term.adapter.kind not in ("diff", "nested"):
-                try:
-                    term.check(shapes[key], may_expand=is_input_projection(key))
-                except LoraMismatchError as error:
-                    raise LoraMismatchError.of("lora.other_model", key=key, why=reason(error)) from None
+        wrong = misfit(terms, shapes[key], may_expand=is_input_projection(key))
+        if wrong is not None and wrong.of_file:
+            raise LoraMismatchError.of("lora.other_model", key=key, why=wrong.why)
     return match
 
 

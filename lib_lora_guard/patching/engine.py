@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..adapters import DiffAdapter, NestedAdapter, Term
+from ..adapters import Term
+from ..adapters.fitting import misfit
 from ..errors import LoraMismatchError, Message, ModeError, RestoreError, about, named, reason
 from ..memory.probe import BackupBudget
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
@@ -208,21 +209,19 @@ class Engine:
                     report.skipped.append(key)
                     continue
                 try:
-                    for term in terms:
-                        term.check(site.shape, may_expand=is_input_projection(key))
-                except LoraMismatchError as error:
-                    if all(isinstance(term.adapter, (DiffAdapter, NestedAdapter)) for term in terms):
-                        # A difference stands for itself: one of another size says nothing about the rest of the file.
-                        report.skipped.append(key)
-                        report.lost.append(about(key, reason(error)))
-                        continue
-                    report.refused = Message("lora.other_model", {"key": key, "why": reason(error)})
-                    break
+                    wrong = misfit(terms, site.shape, may_expand=is_input_projection(key))
                 except Exception as error:
                     report.refused = Message("lora.damaged_key", {"key": key, "error": named(error)})
                     log.debug("%s: %s", lora.label, key, exc_info=True)
                     break
-                fitting[key] = (site, list(terms))
+                if wrong is None:
+                    fitting[key] = (site, list(terms))
+                elif wrong.of_file:
+                    report.refused = Message("lora.other_model", {"key": key, "why": wrong.why})
+                    break
+                else:
+                    report.skipped.append(key)
+                    report.lost.append(about(key, wrong.why))
             else:
                 accepted[index] = fitting
         return accepted, reports

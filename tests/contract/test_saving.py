@@ -20,7 +20,6 @@ from support.reference import merge_reference
 from contract.host import REAL
 from lib_lora_guard.hosts import forge, forge_saving
 from lib_lora_guard.patching.deferred import DeferredTensor
-from lib_lora_guard.patching.engine import Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 WIDTH = 32
@@ -549,7 +548,6 @@ def test_another_forge_is_left_alone_and_said(host, saving, monkeypatch, caplog,
     del Elsewhere.save_unet
 
 
-@pytest.mark.skipif(not hasattr(Engine(), "lifted"), reason="the engine does not remember what it lifts")
 def test_merges_lifted_for_a_move_are_saved_too(host, saving, tmp_path):
     saving()
     setup = Setup(host).apply()

@@ -1,0 +1,40 @@
+"""One answer to "does it fit" for the engine, the host's file reader, plan and bake."""
+
+import torch
+
+from lib_lora_guard.adapters import DiffAdapter, LoraAdapter, Term
+from lib_lora_guard.adapters.fitting import misfit
+
+
+def lora(out, columns):
+    return Term(LoraAdapter(up=torch.zeros(out, 2), down=torch.zeros(2, columns)), 1.0)
+
+
+def difference(*shape):
+    return Term(DiffAdapter(torch.zeros(shape)), 1.0)
+
+
+def test_terms_that_fit():
+    assert misfit([lora(8, 4), difference(8, 4)], (8, 4), may_expand=False) is None
+    assert misfit([], (8, 4), may_expand=False) is None
+
+
+def test_low_rank_factors_of_another_size_speak_for_their_file():
+    found = misfit([lora(8, 6)], (8, 4), may_expand=False)
+    assert found.of_file
+    assert found.why == "up @ down gives [8, 6], the weight is [8, 4]"
+
+
+def test_a_difference_of_another_size_speaks_for_itself_alone():
+    found = misfit([difference(3)], (4,), may_expand=False)
+    assert not found.of_file
+    assert found.why == "diff gives [3], the weight is [4]"
+
+
+def test_a_difference_beside_factors_speaks_for_the_file():
+    assert misfit([lora(8, 4), difference(8, 5)], (8, 4), may_expand=False).of_file
+
+
+def test_an_input_projection_may_grow():
+    assert misfit([lora(8, 8)], (8, 4), may_expand=True) is None
+    assert misfit([lora(8, 8)], (8, 4), may_expand=False).of_file
