@@ -71,7 +71,9 @@ class ForgeTakeover:
         owner = processing.StableDiffusionProcessing
         if _is_hooked(owner.get_conds_with_caching):
             return
-        self.conditioning = Conditioning(shared, lambda: (self.control.mode(), self.control.as_trained))
+        self.conditioning = Conditioning(
+            shared, lambda: (self.control.mode(), self.control.as_trained), self.control.has_applied
+        )
         with_conditioning = HookSet()
         with with_conditioning:
             with_conditioning.add(owner, "cached_params", self.conditioning.cached_params)

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 REMEMBERED_BYTES = 128 * MB
 """RAM for encoded prompts: some 30 of Flux (4 MB each), 200 of SDXL."""
 
+_OWN_PACKAGE = __name__.partition(".")[0]
+_AESTHETIC_SCORES = ("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score")
+"""Forge's options that go into the conditioning of SDXL's refiner."""
 _NETWORK_NAMES = ("lora", "lyco")
 _OWN_ARGUMENTS = ("te", "unet", "dyn")
 
@@ -121,9 +124,15 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], done: di
 class Conditioning:
     """The two hooks on Forge's `StableDiffusionProcessing`."""
 
-    def __init__(self, shared: ModuleType, meaning: Callable[[], object]) -> None:
-        """`meaning`: what else decides how LoRAs act on the text encoder (the guard's mode)."""
-        self._shared, self._meaning = shared, meaning
+    def __init__(
+        self,
+        shared: ModuleType,
+        meaning: Callable[[], object],
+        has_applied: Callable[[Any], bool] = lambda patcher: True,
+    ) -> None:
+        """`meaning`: what else decides how LoRAs act on the text encoder (the guard's mode). `has_applied` says of a patcher
+        whether its LoRAs lie on the model."""
+        self._shared, self._meaning, self._has_applied = shared, meaning, has_applied
         self._memories: weakref.WeakKeyDictionary[Any, PromptMemory] = weakref.WeakKeyDictionary()
         self._numbers = _Numbers()
 
@@ -135,7 +144,14 @@ class Conditioning:
         if self._is_someone_at_work():
             return original(processing, required_prompts, steps, extra_network_data, *args, **kwargs)
         try:
-            data = (self._others(extra_network_data), self._on_text_encoder(), self._meaning())
+            data = (
+                self._others(extra_network_data),
+                self._on_text_encoder(),
+                self._meaning(),
+                # What SDXL's conditioning holds beside the text, and the host's key does not.
+                [getattr(required_prompts, name, None) for name in ("width", "height")],
+                [getattr(self._shared.opts, name, None) for name in _AESTHETIC_SCORES],
+            )
         except Exception:
             log.debug("the host's own key for the conditioning is used", exc_info=True)
             data = extra_network_data
@@ -160,7 +176,7 @@ class Conditioning:
             params = processing.cached_params(required_prompts, steps, extra_network_data, hires_steps, old)
             if any(cache[0] is not None and cache[0] == params for cache in caches):
                 return original(processing, *everything)
-            key = (function.__name__, getattr(required_prompts, "is_negative_prompt", None), params)
+            key = (_name_of(function), getattr(required_prompts, "is_negative_prompt", None), params)
             known = memory.find(key)
             if known is not None:
                 caches[0][:2] = [params, known[0]]
@@ -169,8 +185,11 @@ class Conditioning:
                 return original(processing, *everything)
         conds = original(processing, *everything)
         made = caches[0]
-        if made[0] is not None and getattr(self._shared.opts, "persistent_cond_cache", True):
-            key = (function.__name__, getattr(required_prompts, "is_negative_prompt", None), made[0])
+        if not self._is_encoded_as_asked():
+            # The next image tries again, and must not find this one's.
+            made[0] = None
+        elif made[0] is not None and getattr(self._shared.opts, "persistent_cond_cache", True):
+            key = (_name_of(function), getattr(required_prompts, "is_negative_prompt", None), made[0])
             memory.keep(key, conds, made[2] if len(made) > 2 else None)
         return conds
 
@@ -183,11 +202,16 @@ class Conditioning:
         ]
 
     def _is_someone_at_work(self) -> bool:
-        """True where another extension has replaced the forward pass of a layer in the text encoder: regional-prompter does
-        its work there, by settings that no key of ours knows. Then all is as in the host."""
+        """True where another extension has replaced the forward pass of a layer in the text encoder, or hooked it:
+        regional-prompter does its work there, by settings that no key of ours knows. Then all is as in the host."""
         clip = getattr(self._shared.sd_model.forge_objects, "clip", None)
         model = getattr(clip, "cond_stage_model", None)
-        return model is not None and any("forward" in vars(module) for module in model.modules())
+        return model is not None and any("forward" in vars(m) or _has_foreign_hook(m) for m in model.modules())
+
+    def _is_encoded_as_asked(self) -> bool:
+        """False where the LoRAs could not be put on the text encoder just now."""
+        patcher = getattr(getattr(self._shared.sd_model.forge_objects, "clip", None), "patcher", None)
+        return patcher is None or not hasattr(patcher, "lora_loader") or self._has_applied(patcher)
 
     def _entry(self, entry: Sequence[Any]) -> object:
         strength, value, strength_model, offset = entry[:4]
@@ -207,6 +231,16 @@ class Conditioning:
                 if foreign or named:
                     others.append((network, use.items))
         return others
+
+
+def _name_of(function: Any) -> str:
+    """Another extension may hand over something callable that has no name."""
+    return getattr(function, "__name__", None) or repr(function)
+
+
+def _has_foreign_hook(module: torch.nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(type(getattr(h, "__self__", h)).__module__.partition(".")[0] != _OWN_PACKAGE for h in hooks)
 
 
 def _is_number(text: Any) -> bool:

@@ -112,8 +112,6 @@ class LoraFiles:
     ) -> tuple[Any, Any]:
         """The two patchers, cloned and with the file's patches where it has any for them; as they were where it cannot
         be used, which is said in the log."""
-        if self.is_host_reading():
-            return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
         name = shown(Path(str(filename)).name)
         # Forge builds every stack anew, from a patcher without patches; most of the last one comes again. Who brings a
         # `load_networks` of their own announces nothing, and then the patcher is all there is to go by.
@@ -121,6 +119,8 @@ class LoraFiles:
             self._stack = self._stack and "open"
             self._last_stack, self._in_stack = self._in_stack, set()
             self.left_out = {}
+        if self.is_host_reading():
+            return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
         try:
             file = self._read(filename, lora)
             sides = [

@@ -39,6 +39,8 @@ class LoaderState:
     copies: FactorCopies = field(default_factory=FactorCopies)
     left_to_host: bool = False
     report: ApplyReport | None = None
+    reported: str = ""
+    """The stack that `report` is of, as the host names stacks."""
     mode: LoraMode | None = None
     """The mode of the last refresh."""
     told_merge_loss: bool = False
@@ -73,7 +75,9 @@ class LoaderControl:
         stack_hash = _hash_of(lora_patches)
         mode = self.mode()
         state: LoaderState | None = getattr(loader, STATE, None)
-        if stack_hash == loader.loaded_hash and not force_refresh and (state is None or state.mode is mode):
+        # Without a state the host has applied this stack itself, before the guard was switched on.
+        is_as_before = not lora_patches if state is None else state.mode is mode
+        if stack_hash == loader.loaded_hash and not force_refresh and is_as_before:
             return
         offload = offload_device if offload_device is not None else torch.device("cpu")
         state = self._state(loader)
@@ -105,7 +109,8 @@ class LoaderControl:
         """For a patcher that is loaded already: tries a failed change again, and says again what is left out."""
         loader = patcher.lora_loader
         state = getattr(loader, STATE, None)
-        if loader.loaded_hash == RETRY or (state is not None and state.mode is not self.mode()):
+        is_hosts_work = state is None and bool(patcher.lora_patches)
+        if loader.loaded_hash == RETRY or is_hosts_work or (state is not None and state.mode is not self.mode()):
             patcher.refresh_loras()
             return
         report = self.report(loader)
@@ -184,6 +189,17 @@ class LoaderControl:
         with state.engine.offloaded({key: value for key, value in values.items() if value.device.type == "cpu"}):
             del values, owners
             yield
+
+    def has_applied(self, patcher: Any) -> bool:
+        """True where what lies on the model is what `patcher` asks for: not after a change that failed, and not while its
+        merges are lifted for a move."""
+        applied: bool = patcher.lora_loader.loaded_hash == _hash_of(patcher.lora_patches)
+        return applied
+
+    def is_last_stack(self, patcher: Any) -> bool:
+        """True where the last report of this model is of the stack that `patcher` asks for."""
+        state = getattr(patcher.lora_loader, STATE, None)
+        return state is not None and state.reported == _hash_of(patcher.lora_patches)
 
     def drop_device_copies(self, loader: Any) -> None:
         state = getattr(loader, STATE, None)
@@ -295,7 +311,7 @@ class LoaderControl:
         attached = state.engine.attached.values()
         loader.backup = state.engine.originals()
         loader.online_backup = [a.site.layer for a in attached if a.mode is Mode.ON_THE_FLY]
-        loader.loaded_hash = stack_hash
+        loader.loaded_hash = state.reported = stack_hash
         state.published = (loader.backup, loader.online_backup)
 
     def _someone_else_patched(self, loader: Any, state: LoaderState) -> bool:

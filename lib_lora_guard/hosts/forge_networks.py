@@ -7,7 +7,7 @@ image stay; and it takes a stack of the same names for the same stack, whatever 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,7 @@ class LoraStack:
         dyn_dims: Sequence[int | None] | None = None,
     ) -> Any:
         """The host's function, with the names that can be used."""
+        self._look_for(name for name in names if self._file(name) is None)
         found = {name: self._file(name) for name in names}
         missing = {name: Message("everyday.no_such_lora") for name, file in found.items() if file is None}
         for name, why in missing.items():
@@ -54,16 +55,19 @@ class LoraStack:
             return original([names[i] for i in used], *kept)
 
     def _file(self, name: str) -> Path | None:
-        """The file of a LoRA by the name in the prompt; None where there is none. Looks the way Forge does."""
-        networks = self._networks
-        if self._entry(name) is None:
-            networks.update_available_networks_by_names([name])
-        if self._entry(name) is None:
-            networks.list_available_networks()
+        """The file of a LoRA by the name in the prompt; None where there is none in the host's list."""
         entry = self._entry(name)
         if entry is None or not Path(entry.filename).is_file():
             return None
         return Path(entry.filename)
+
+    def _look_for(self, names: Iterable[str]) -> None:
+        """Lets the host look for files that are new, or that have moved; the whole list once, however many are missing."""
+        unknown = list(names)
+        if unknown:
+            self._networks.update_available_networks_by_names(unknown)
+        if any(self._file(name) is None for name in unknown):
+            self._networks.list_available_networks()
 
     def _entry(self, name: str) -> Any:
         networks = self._networks

@@ -23,11 +23,21 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
         if takeover is None:
             return
         objects = p.sd_model.forge_objects_after_applying_lora
-        loaders = [objects.unet.lora_loader, objects.clip.patcher.lora_loader]
-        reports = [report for report in map(takeover.control.report, loaders) if report is not None]
-        text = summary(takeover.control.mode().value, reports, takeover.files.left_out | takeover.files.missing)
+        control = takeover.control
+        reports = [control.report(objects.unet.lora_loader)]
+        if control.is_last_stack(objects.clip.patcher):
+            # Else the prompt was remembered, and the text encoder has the stack of another image.
+            reports.append(control.report(objects.clip.patcher.lora_loader))
+        text = summary(
+            control.mode().value,
+            [r for r in reports if r is not None],
+            takeover.files.left_out | takeover.files.missing,
+        )
         if text:
             p.extra_generation_params["LoRA Guard"] = text
+        else:
+            # The next image of a batch, or of a grid, may have no LoRA.
+            p.extra_generation_params.pop("LoRA Guard", None)
 
 
 def summary(mode: str, reports: list[ApplyReport], left_out: dict[str, str]) -> str:

@@ -63,6 +63,8 @@ class AllocatorState:
     garbage_collection_threshold: OptionState
     notes: tuple[Message, ...] = ()
     """What is worth knowing beside the options."""
+    uncapped: float | None = None
+    """The share of the card that this process was allowed before it was capped for the collecting; None: not capped."""
 
     def options(self) -> dict[str, OptionState]:
         return {name: getattr(self, name) for name in OPTIONS}
@@ -74,7 +76,8 @@ class Allocator(Protocol):
     def write(self, text: str) -> None: ...
     def read(self) -> Mapping[str, Any]: ...
     def takes_expandable(self, device: torch.device) -> bool | None: ...
-    def cap_near_whole_card(self, device: torch.device) -> None: ...
+    def cap_near_whole_card(self, device: torch.device) -> float | None: ...
+    def lift_cap(self, fraction: float, device: torch.device) -> None: ...
 
 
 def apply(
@@ -104,7 +107,26 @@ def apply(
     allocator = allocator or TorchAllocator()
     if before is not None and before.wish == wish and allocator.read().get(CUDA_VARIABLE, "") == before.text:
         return before
-    return _put_in_force(setup, missing, allocator, device, touched=before is not None)
+    if before is None and not wish.entries():
+        # Nothing was ever wished: what holds is not ours to touch, whoever has set it.
+        wanted, refused = setup.plan(missing)
+        return setup.judge(wanted, refused, allocator.read())
+    state = _put_in_force(setup, missing, allocator, device, touched=before is not None)
+    return _capped(state, before, allocator, device)
+
+
+def _capped(
+    state: AllocatorState, before: AllocatorState | None, allocator: Allocator, device: torch.device
+) -> AllocatorState:
+    """The cap that collecting needs, there while it is active and no longer."""
+    uncapped = None if before is None else before.uncapped
+    option = state.garbage_collection_threshold
+    if COLLECT in state.wish.entries() and option.standing is Standing.ACTIVE:
+        uncapped = allocator.cap_near_whole_card(device) if uncapped is None else uncapped
+    elif uncapped is not None:
+        allocator.lift_cap(uncapped, device)
+        uncapped = None
+    return replace(state, uncapped=uncapped)
 
 
 def _put_in_force(
@@ -133,8 +155,6 @@ def _put_in_force(
         if broken is not None:
             without = {name: value for name, value in setup.base.items() if name != EXPANDABLE}
             return _put_in_force(replace(setup, base=without), {**missing, EXPANDABLE: broken}, allocator, device, True)
-    if COLLECT in wished and COLLECT not in refused and not _disagrees(COLLECT, wanted, settings):
-        allocator.cap_near_whole_card(device)
     return setup.judge(wanted, refused, settings, notes, proof)
 
 

@@ -58,12 +58,23 @@ class TorchAllocator:
         finally:
             torch.cuda.empty_cache()
 
-    def cap_near_whole_card(self, device: torch.device) -> None:
+    def cap_near_whole_card(self, device: torch.device) -> float | None:
         """Torch collects only in a process whose memory is capped (issue 106660), and a cap at the whole card is none (seen
-        on torch 2.11). The context and the desktop take more than the hundredth that is lost; a lower cap stays."""
+        on torch 2.11). The context and the desktop take more than the hundredth that is lost; a lower cap stays. Returns the
+        share of the card before; None where it was low enough."""
         fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-        if fraction is None or fraction(device) > NEAR_WHOLE_CARD:
-            torch.cuda.set_per_process_memory_fraction(NEAR_WHOLE_CARD, device)
+        # Older torch does not tell, and starts without a cap.
+        before = 1.0 if fraction is None else float(fraction(device))
+        if before <= NEAR_WHOLE_CARD:
+            return None
+        torch.cuda.set_per_process_memory_fraction(NEAR_WHOLE_CARD, device)
+        return before
+
+    def lift_cap(self, fraction: float, device: torch.device) -> None:
+        """Gives back the share that `cap_near_whole_card` found, unless somebody has set another one since."""
+        now = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+        if now is None or now(device) == NEAR_WHOLE_CARD:
+            torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
 NEAR_WHOLE_CARD = 0.99

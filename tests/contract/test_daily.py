@@ -9,6 +9,7 @@ from support.measure import assert_same, fp32_limit, same_bits
 
 from contract.host import REAL
 from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
+from lib_lora_guard.hosts import forge
 from lib_lora_guard.hosts.forge_access import STATE
 from lib_lora_guard.planning.mode import Mode
 from lib_lora_guard.settings import LoraMode
@@ -363,8 +364,6 @@ def test_forges_own_mode_is_forges_own(guarded, host):
     own = run(changed)
     guarded.load(patcher)
     assert changed.lora_loader.backup == {}
-    from lib_lora_guard.hosts import forge
-
     forge.uninstall()
     try:
         assert same_bits(run(with_loras(host, patcher, (FILE, linear, 0.8))), own)
@@ -390,6 +389,8 @@ def test_what_cannot_be_lifted_stays_merged_and_the_next_change_is_right(guarded
         original(self)
 
     monkeypatch.setattr(MergeAttachment, "lift", failing)
+    # Another test may have set up the console, which ends what reaches caplog.
+    monkeypatch.setattr(logging.getLogger("lib_lora_guard"), "propagate", True)
     caplog.set_level(logging.ERROR)
     guarded.memory.unload_all_models()
     assert len(caplog.records) == 1
@@ -398,3 +399,26 @@ def test_what_cannot_be_lifted_stays_merged_and_the_next_change_is_right(guarded
     assert same_bits(run(changed), with_lora)
     guarded.load(patcher)
     assert same_bits(run(patcher), base)
+
+
+@pytest.mark.parametrize("is_new_patcher", [False, True])
+def test_switched_off_and_on_again_the_guard_takes_the_hosts_merge_off(guarded, is_new_patcher):
+    """On low-bit storage the host's merge has lost most of the LoRA by then."""
+    patcher, dense = guarded.build("fp8")
+    loras = [(FILE, lora_on_everything(dense), 0.8)]
+    changed = with_loras(guarded, patcher, *loras)
+    good = run(changed)
+    forge.uninstall()
+    guarded.guard = forge.install()
+    again = with_loras(guarded, patcher, *loras) if is_new_patcher else guarded.load(changed)
+    assert same_bits(run(again), good)
+    assert guarded.guard.control.report(again.lora_loader).loras[0].refused is None
+
+
+def test_a_report_is_of_the_stack_it_was_made_for(guarded):
+    patcher, dense = guarded.build("bf16")
+    changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense), 0.8))
+    control = guarded.guard.control
+    assert control.is_last_stack(changed)
+    assert control.has_applied(changed)
+    assert not control.is_last_stack(patcher)

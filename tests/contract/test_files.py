@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -506,3 +507,38 @@ def test_another_way_of_reading_files_means_another_stack(guarded, monkeypatch, 
     files.is_host_reading = lambda: True
     assert files.load_state(lambda filename: "the host's", str(tmp_path / "good.safetensors")) == "the host's"
     assert files.load_for_models(lambda *args: args, 1, 2, 3, 4, 5, 6, True) == (1, 2, 3, 4, 5, 6, True)
+
+
+def test_a_file_that_has_moved_is_found_and_missing_ones_cost_one_walk(guarded, monkeypatch, tmp_path):
+    networks, walks, asked = lora_extension(tmp_path), [], []
+    (tmp_path / "new").mkdir()
+    write_kohya(tmp_path / "new" / "moved.safetensors", MODULES)
+    networks.available_network_aliases["moved"] = types.SimpleNamespace(filename=str(tmp_path / "moved.safetensors"))
+
+    def walk():
+        walks.append(1)
+        path = tmp_path / "new" / "moved.safetensors"
+        networks.available_network_aliases["moved"] = types.SimpleNamespace(filename=str(path))
+
+    networks.list_available_networks = walk
+    networks.update_available_networks_by_names = asked.append
+    monkeypatch.setitem(sys.modules, "networks", networks)
+    forge.install_in_webui()
+    networks.load_networks(["one", "moved", "two", "three"], [1.0] * 4, [1.0] * 4, [None] * 4)
+    assert [names for names, *_ in networks.loaded] == [["moved"]]
+    assert (len(walks), asked) == (1, [["one", "moved", "two", "three"]])
+    assert sorted(guarded.guard.files.missing) == ["one", "three", "two"]
+
+
+def test_in_the_mode_forges_own_nothing_of_an_earlier_stack_counts_as_left_out(guarded, tmp_path):
+    patcher, _ = guarded.build("fp32")
+    path = tmp_path / "bad.safetensors"
+    write_kohya(path, {"lora_unet_blocks_0_proj": (48, 32)})
+    files = LoraFiles()
+    with files.announced_stack({}, False):
+        load(files, patcher, path)
+    assert list(files.left_out) == ["bad.safetensors"]
+    files.is_host_reading = lambda: True
+    with files.announced_stack({}, False):
+        files.load_for_models(lambda *all: (patcher, None), patcher, None, {}, 1.0, 1.0, "good.safetensors")
+    assert files.left_out == {}

@@ -1,5 +1,6 @@
 """When a prompt is encoded anew: a small copy of what Forge does around it, with a text encoder that counts."""
 
+import functools
 import types
 from collections import namedtuple
 
@@ -263,3 +264,58 @@ def test_a_conditioning_of_unknown_parts_is_not_remembered():
     memory = PromptMemory()
     memory.keep("key", [object()], {})
     assert len(memory) == 0
+
+
+class Sized(Prompts):
+    def __init__(self, prompt, width):
+        super().__init__([prompt])
+        self.width = width
+
+
+def test_another_size_is_another_conditioning(world):
+    """SDXL's conditioning holds the size, and a hires pass brings another one than the picture's."""
+
+    def image(prompt, width):
+        Processing(world.shared).get_conds_with_caching(
+            world.encode, Sized(prompt, width), 20, [Processing.cached_c], {}
+        )
+
+    for prompt, width in (("a cat", 1536), ("a dog", 1536), ("a cat", 2048), ("a cat", 1536)):
+        image(prompt, width)
+    assert world.encoded == ["a cat", "a dog", "a cat"]
+
+
+def test_who_hooks_the_text_encoder_gets_every_prompt_encoded(world):
+    encoder = torch.nn.Linear(2, 2)
+    world.model.forge_objects.clip.cond_stage_model = encoder
+    for prompt in ("a", "b", "a"):
+        world.image(prompt)
+    assert world.encoded == ["a", "b"]
+    handle = encoder.register_forward_hook(lambda *all: None)
+    world.image("b")
+    world.image("a")
+    handle.remove()
+    assert world.encoded == ["a", "b", "b", "a"]
+
+
+def test_a_function_without_a_name(world):
+    world.image("a")
+    world.encode = functools.partial(world.encode)
+    assert world.image("b") is not None
+
+
+def test_a_prompt_whose_loras_could_not_be_applied_is_not_remembered():
+    world = World()
+    world.conditioning._has_applied = lambda patcher: is_applied
+    world.model.forge_objects.clip.patcher.lora_loader = object()
+    try:
+        is_applied = True
+        world.image("first")
+        is_applied = False
+        world.image("a cat")
+        is_applied = True
+        world.image("a cat")
+        world.image("a cat")
+        assert world.encoded == ["first", "a cat", "a cat"]
+    finally:
+        world.hooks.restore()

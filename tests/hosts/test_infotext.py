@@ -51,18 +51,30 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
         id(unet): report(applied("a.safetensors", 300, 4), LoraReport("bad.safetensors", 1.0, refused="broken")),
         id(text): report(applied("a.safetensors", 72)),
     }
-    control = types.SimpleNamespace(report=lambda loader: reports.get(id(loader)), mode=lambda: LoraMode.FP16)
+    control = types.SimpleNamespace(
+        report=lambda loader: reports.get(id(loader)),
+        mode=lambda: LoraMode.FP16,
+        is_last_stack=lambda patcher: patcher.encodes_this_prompt,
+    )
     takeover = types.SimpleNamespace(
         control=control, files=types.SimpleNamespace(left_out={"other.safetensors": "why"}, missing={"gone": "why"})
     )
     monkeypatch.setattr(forge, "installed", lambda: takeover)
-    clip = types.SimpleNamespace(patcher=types.SimpleNamespace(lora_loader=text))
+    clip = types.SimpleNamespace(patcher=types.SimpleNamespace(lora_loader=text, encodes_this_prompt=True))
     p = image(types.SimpleNamespace(unet=types.SimpleNamespace(lora_loader=unet), clip=clip))
     guard_script = script.LoraGuardScript()
     guard_script.postprocess_batch(p)
     assert p.extra_generation_params == {
         "LoRA Guard": "fp16 LoRA, 372 bypass, 4 merge, without bad.safetensors, gone, other.safetensors"
     }
+    clip.patcher.encodes_this_prompt = False
+    guard_script.postprocess_batch(p)
+    assert p.extra_generation_params["LoRA Guard"].startswith("fp16 LoRA, 300 bypass, 4 merge"), "of another image"
+    reports.clear()
+    takeover.files.left_out, takeover.files.missing = {}, {}
+    guard_script.postprocess_batch(p)
+    assert p.extra_generation_params == {}, "the next image of the batch has no LoRA"
+    reports[id(unet)] = report(applied("a.safetensors", 300))
     assert guard_script.show(False) is script.scripts.AlwaysVisible
     monkeypatch.setattr(forge, "installed", lambda: None)
     p = image(None)

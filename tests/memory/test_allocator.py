@@ -43,7 +43,7 @@ class FakeTorch:
         self.wants_expandable = False
         self.has_expandable, self.probe, self.tells = has_expandable, probe, tells
         self.refuses, self.splits_mb = refuses, splits_mb
-        self.writes, self.probes, self.caps = [], 0, []
+        self.writes, self.probes, self.caps, self.share = [], 0, [], 1.0
         self._take(start)
 
     def write(self, text):
@@ -74,6 +74,11 @@ class FakeTorch:
 
     def cap_near_whole_card(self, device):
         self.caps.append(device)
+        before, self.share = self.share, 0.99
+        return before if before > 0.99 else None
+
+    def lift_cap(self, fraction, device):
+        self.share = fraction
 
 
 def tell(fake, wish, environment=None, before=None, machine=LINUX):
@@ -566,3 +571,31 @@ def test_every_reason_reads_in_both_languages():
         for said in (*(option.reason for option in state.options().values()), *state.notes):
             assert "{" not in str(said)
             assert re.search("[\u4e00-\u9fff]", said.text("zh"))
+
+
+def test_the_cap_that_collecting_needs_goes_with_it():
+    fake = FakeTorch()
+    state = tell(fake, AllocatorWish(garbage_collection_threshold=0.8))
+    assert fake.share == 0.99
+    state = tell(fake, AllocatorWish(garbage_collection_threshold=0.7), before=state)
+    assert (fake.share, len(fake.caps)) == (0.99, 1)
+    state = tell(fake, AllocatorWish(), before=state)
+    assert fake.share == 1.0
+    assert state.uncapped is None
+
+
+def test_a_lower_cap_of_the_users_own_stays():
+    fake = FakeTorch()
+    fake.share = 0.5
+    fake.cap_near_whole_card = lambda device: None
+    state = tell(fake, AllocatorWish(garbage_collection_threshold=0.8))
+    tell(fake, AllocatorWish(), before=state)
+    assert fake.share == 0.5
+
+
+@pytest.mark.parametrize("environment", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:32"}])
+def test_who_wishes_nothing_gets_nothing_written(environment):
+    fake = FakeTorch("max_split_size_mb:64,expandable_segments:True")
+    state = tell(fake, AllocatorWish(), environment)
+    assert fake.writes == []
+    assert state.text == "max_split_size_mb:64,expandable_segments:True"
