@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lib_lora_guard.memory import give_back_cached_memory, is_out_of_memory, probe
+from lib_lora_guard.memory.control_groups import ControlGroups, Rooms
 from lib_lora_guard.memory.probe import DISK_RESERVE_BYTES, BackupBudget, disk_spare_bytes, measure_budget
 
 GB = 1 << 30
@@ -23,7 +24,7 @@ def host(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Ram(16 * GB, 32 * GB))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Disk(200 * GB, 100 * GB, 100 * GB))
     monkeypatch.setattr(probe, "_lies_in_ram", lambda folder: False)
-    monkeypatch.setattr(probe, "_cgroup_available_bytes", lambda mount, membership: None)
+    monkeypatch.setattr(ControlGroups, "rooms", lambda self: Rooms(None, None))
     return monkeypatch
 
 
@@ -43,9 +44,9 @@ def test_available_ram_above_the_total_is_not_believed(host):
 
 
 def test_a_control_group_that_leaves_less_than_the_machine_counts(host):
-    host.setattr(probe, "_cgroup_available_bytes", lambda mount, membership: 3 * GB)
+    host.setattr(ControlGroups, "rooms", lambda self: Rooms(3 * GB, 9 * GB))
     assert measure_budget(CPU, GB).ram_spare_bytes == 2 * GB
-    host.setattr(probe, "_cgroup_available_bytes", lambda mount, membership: 1 << 62)
+    host.setattr(ControlGroups, "rooms", lambda self: Rooms(1 << 62, 1 << 62))
     assert measure_budget(CPU, GB).ram_spare_bytes == 15 * GB
 
 
@@ -57,15 +58,16 @@ def test_a_control_group_that_leaves_less_than_the_machine_counts(host):
 def test_free_vram_is_the_drivers_and_what_torch_holds_unused(host, free, reserved, active, expected):
     host.setattr(torch.cuda, "is_available", lambda: True)
     host.setattr(torch.cuda, "mem_get_info", lambda device: (free * GB, 24 * GB))
-    statistics = {"reserved_bytes.all.current": reserved * GB, "active_bytes.all.current": active * GB}
-    host.setattr(torch.cuda, "memory_stats", lambda device: statistics)
+    numbers = {"reserved_bytes": reserved, "active_bytes": active}
+    statistics = {name: {"all": {"current": number * GB}} for name, number in numbers.items()}
+    host.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: statistics)
     assert measure_budget(torch.device("cuda"), 0).vram_spare_bytes == expected * GB
 
 
 def test_statistics_of_a_device_that_was_never_used_are_empty(host):
     host.setattr(torch.cuda, "is_available", lambda: True)
     host.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 24 * GB))
-    host.setattr(torch.cuda, "memory_stats", lambda device: {})
+    host.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: {})
     assert measure_budget(torch.device("cuda"), 0).vram_spare_bytes == 5 * GB
 
 
@@ -109,52 +111,6 @@ def test_the_kind_of_disk_is_that_of_the_innermost_mount(tmp_path):
     assert not probe._lies_in_ram(tmp_path / "ram" / "disk" / "deep", mounts)
     assert not probe._lies_in_ram(tmp_path, mounts)
     assert not probe._lies_in_ram(tmp_path / "ram", tmp_path / "no list")
-
-
-def group(folder, limit, usage, cache, version):
-    names = {
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        2: ("memory.max", "memory.current", "inactive_file"),
-    }[version]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / names[0]).write_text(f"{limit}\n", encoding="utf-8")
-    (folder / names[1]).write_text(f"{usage}\n", encoding="utf-8")
-    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cache}\n", encoding="utf-8")
-
-
-def available(tmp_path, membership):
-    file = tmp_path / "cgroup"
-    file.write_text(membership, encoding="utf-8")
-    return probe._cgroup_available_bytes(tmp_path, file)
-
-
-def test_version_2_counts_page_cache_as_free(tmp_path):
-    group(tmp_path / "a" / "b", 8 * GB, 6 * GB, GB, 2)
-    assert available(tmp_path, "0::/a/b\n") == 3 * GB
-
-
-def test_the_tightest_group_on_the_way_up_counts(tmp_path):
-    group(tmp_path / "a" / "b", 8 * GB, 2 * GB, 0, 2)
-    group(tmp_path / "a", 9 * GB, 8 * GB, 0, 2)
-    assert available(tmp_path, "0::/a/b\n") == GB
-
-
-def test_no_limit_is_no_limit(tmp_path):
-    group(tmp_path / "a", "max", 2 * GB, 0, 2)
-    assert available(tmp_path, "0::/a\n") is None
-    assert available(tmp_path, "nonsense\n") is None
-    assert probe._cgroup_available_bytes(tmp_path, tmp_path / "no file") is None
-
-
-def test_version_1_inside_a_container_sees_its_group_as_the_root(tmp_path):
-    group(tmp_path / "memory", 4 * GB, 3 * GB, GB // 2, 1)
-    assert available(tmp_path, "5:devices:/docker/x\n4:memory:/docker/x\n0::/\n") == GB + GB // 2
-
-
-def test_a_group_over_its_limit_leaves_nothing(tmp_path):
-    group(tmp_path / "memory" / "a", 4 * GB, 5 * GB, 0, 1)
-    (tmp_path / "memory" / "a" / "memory.stat").unlink()
-    assert available(tmp_path, "4:cpu,memory:/a\n") == 0
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from __future__ import annotations
 from . import (
     allocator,
     baking,
+    calibration,
     everyday,
     files,
+    flight,
     hosts,
     log,
     loras,
@@ -17,10 +19,13 @@ from . import (
     modes,
     other_hosts,
     panel,
+    readings,
     report,
+    rules,
     saving,
     schedules,
     settings,
+    spill,
 )
 
 ENGLISH, CHINESE = "en", "zh"
@@ -29,8 +34,10 @@ LANGUAGES = (ENGLISH, CHINESE)
 SUBJECTS = (
     allocator,
     baking,
+    calibration,
     everyday,
     files,
+    flight,
     hosts,
     log,
     loras,
@@ -38,10 +45,13 @@ SUBJECTS = (
     modes,
     other_hosts,
     panel,
+    readings,
     report,
+    rules,
     saving,
     schedules,
     settings,
+    spill,
 )
 
 TEXTS: dict[str, dict[str, str]] = {

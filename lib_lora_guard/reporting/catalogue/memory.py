@@ -8,6 +8,21 @@ TEXTS: dict[str, tuple[str, str]] = {
         "no place for a backup of {size_mb:.1f} MB: spare are {spare}; free RAM or disk space, or use LoRA mode 'auto'",
         "没有地方存放 {size_mb:.1f} MB 的备份：可用空间为 {spare}；请释放内存或磁盘空间，或使用 LoRA 模式 auto",
     ),
+    "memory.shrunk": (
+        "{size_mb:.0f} MB of {model} leave the card for what comes; the rest of it stays",
+        "{model} 的 {size_mb:.0f} MB 为后续模型让出显存，其余部分保留",
+    ),
+    "memory.grown": ("{size_mb:.0f} MB of {model} are back on the card", "{model} 的 {size_mb:.0f} MB 已回到显卡"),
+    "memory.left": ("{model} leaves the card, {size_mb:.0f} MB", "{model} 离开显卡，{size_mb:.0f} MB"),
+    "memory.swapped": (
+        "{model} comes for {passes} calls: {size_mb:.0f} MB of it stay in RAM and are copied in each, which moves less than making "
+        "room would",
+        "{model} 只运行 {passes} 次：其中 {size_mb:.0f} MB 留在内存并在每次运行时复制，这比腾出显存所移动的数据更少",
+    ),
+    "memory.not_moved": (
+        "{model} could not leave the card for lack of RAM ({error}); it stays, and what comes is placed beside it",
+        "内存不足，{model} 无法离开显卡（{error}）；它保持原位，后续模型放在其余空间",
+    ),
     "memory.spare": ("{size_mb:.1f} MB {place}", "{place} {size_mb:.1f} MB"),
     "memory.vram": ("VRAM", "显存"),
     "memory.ram": ("RAM", "内存"),
@@ -59,6 +74,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     "memory.convolution": (
         "no memory left for the LoRA of this convolution. Make the picture smaller, or lower 'GPU Weights' by 500 MB",
         "显存不足以计算此卷积层的 LoRA。请缩小图像，或将“GPU Weights”降低 500 MB",
+    ),
+    "memory.on_the_cpu": (
+        "{key}: no VRAM left for its LoRA, so this layer's share of it is calculated on the CPU. The picture is as it should "
+        "be, but slower; a smaller picture, or 'GPU Weights' lower by 500 MB, avoids this",
+        "{key}：显存不足以计算其 LoRA，因此该层的 LoRA 部分改由 CPU 计算。图像不受影响，只是更慢；缩小图像或将“GPU Weights”降低 500 MB 可避免",
     ),
     "memory.factors": (
         "no memory left for {size_mb:.1f} MB of LoRA factors. Use fewer LoRAs, or lower 'GPU Weights' by 500 MB",

@@ -1,0 +1,120 @@
+"""The memory that Linux control groups leave this process. They kill it at their limit, whatever the machine has free.
+
+Sources: docs.kernel.org `admin-guide/cgroup-v1/memory` and `admin-guide/cgroup-v2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+_NO_LIMIT = 1 << 62
+"""Version 1 writes "no limit" as the largest multiple of a page below 2^63."""
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """Bytes. None where no group says anything."""
+
+    ram: int | None
+    ram_and_swap: int | None
+
+
+class ControlGroups:
+    """The groups around this process. Where they lie is looked up once; their limits are read each time."""
+
+    def __init__(self, mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> None:
+        try:
+            lines = membership.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        groups: list[_Version1 | _Version2] = []
+        for line in lines:
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
+            if controllers == "":
+                groups += [_Version2(folder) for folder in _upwards(mount, path)]
+            elif "memory" in controllers.split(","):
+                groups += [_Version1(folder) for folder in _upwards(mount / "memory", path)]
+        self._groups = tuple(group for group in groups if group.limit_file.is_file())
+
+    def rooms(self, swap_free_bytes: int = 0) -> Rooms:
+        """The least that any group leaves. `swap_free_bytes`: of the machine, which no group can exceed."""
+        rooms = [room for group in self._groups if (room := group.room(swap_free_bytes)) is not None]
+        if not rooms:
+            return Rooms(None, None)
+        return Rooms(max(0, min(ram for ram, _ in rooms)), max(0, min(both for _, both in rooms)))
+
+
+@dataclass(frozen=True)
+class _Version2:
+    folder: Path
+
+    @property
+    def limit_file(self) -> Path:
+        return self.folder / "memory.max"
+
+    def room(self, swap_free: int) -> tuple[int, int] | None:
+        """`(RAM, RAM and swap)`. Page cache of files read once counts as used there and is given up first, so it is free
+        to us. Swap that the group does not tell about is none."""
+        limit = _number(self.limit_file)
+        usage = None if limit is None else _number(self.folder / "memory.current")
+        if limit is None or usage is None:
+            return None
+        ram = limit - usage + _statistic(self.folder / "memory.stat", "inactive_file")
+        allowed = _word(self.folder / "memory.swap.max")
+        if allowed == "max":
+            return ram, ram + swap_free
+        swap_limit, swapped = _as_number(allowed), _number(self.folder / "memory.swap.current")
+        if swap_limit is None or swapped is None:
+            return ram, ram
+        return ram, ram + max(0, min(swap_limit - swapped, swap_free))
+
+
+@dataclass(frozen=True)
+class _Version1:
+    folder: Path
+
+    @property
+    def limit_file(self) -> Path:
+        return self.folder / "memory.limit_in_bytes"
+
+    def room(self, swap_free: int) -> tuple[int, int] | None:
+        """As for version 2, but the second limit counts RAM and swap together."""
+        limit = _number(self.limit_file)
+        usage = None if limit is None or limit >= _NO_LIMIT else _number(self.folder / "memory.usage_in_bytes")
+        if limit is None or usage is None:
+            return None
+        cache = _statistic(self.folder / "memory.stat", "total_inactive_file")
+        ram = limit - usage + cache
+        both_limit = _number(self.folder / "memory.memsw.limit_in_bytes")
+        both_usage = _number(self.folder / "memory.memsw.usage_in_bytes")
+        if both_limit is None or both_usage is None:
+            return ram, ram
+        return ram, min(ram + swap_free, both_limit - both_usage + cache)
+
+
+def _upwards(root: Path, path: str) -> list[Path]:
+    """The group at `path` and all above it. A container may see its own group as the root."""
+    inner = PurePosixPath(path.lstrip("/"))
+    return [root / folder for folder in (inner, *inner.parents)]
+
+
+def _word(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _number(file: Path) -> int | None:
+    """The number in a one-line file; None for a file that is not there and for the word "max"."""
+    return _as_number(_word(file))
+
+
+def _as_number(word: str | None) -> int | None:
+    return int(word) if word is not None and word.isdecimal() else None
+
+
+def _statistic(file: Path, name: str) -> int:
+    pairs = (line.split() for line in (_word(file) or "").splitlines())
+    return next((_as_number(pair[1]) or 0 for pair in pairs if len(pair) == 2 and pair[0] == name), 0)

@@ -1,0 +1,116 @@
+"""The sanity rules: numbers that the host plans its memory with, checked before they do harm. Pure.
+
+Each rule takes numbers and gives the number to go on with and, where that is another one, a `Finding`: which rule, what was
+wrong, and what the user can do. Nobody is asked to free more than there is, and no estimate is negative, infinite or no
+number behind them. The causes, with the threads where users met them, are in docs/memory.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..reporting.messages import Message
+from .readings import DISAGREEMENT_BYTES
+
+MB = 1 << 20
+GB = 1 << 30
+
+EVERYTHING_BYTES = 1e29
+"""From here on a request means "unload everything": Forge asks for 1e30 bytes, which it printed as
+953674316406250018963456.00 MB until 2024-08-21."""
+SHRINKING_BYTES = 32 * MB
+"""Forge lost 45 to 67 MB of a model with each change of a LoRA; rounding of placement is less than a layer."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule that had to step in. `says`: what was wrong, what is done instead, and what to change."""
+
+    rule: str
+    says: Message
+
+
+def request_bytes(asked: float, total_bytes: int) -> tuple[float, Finding | None]:
+    """LG-R01 to LG-R03: what somebody asks to be free on a device of `total_bytes`. `math.inf` stands for everything."""
+    if math.isnan(asked):
+        return 0, Finding("LG-R03", Message("rule.not_a_number"))
+    if asked >= EVERYTHING_BYTES:
+        # What Forge means by it is right; only the number reads like a fault.
+        return math.inf, Finding("LG-R01", Message("rule.everything"))
+    if asked < 0:
+        return 0, Finding("LG-R03", Message("rule.negative", {"asked_mb": asked / MB}))
+    if asked > total_bytes:
+        facts = {"asked_mb": asked / MB, "total_mb": total_bytes / MB}
+        return total_bytes, Finding("LG-R02", Message("rule.above_total", facts))
+    return asked, None
+
+
+def inference_bytes(set_bytes: float, total_bytes: int) -> tuple[int, Finding | None]:
+    """LG-R04: what the "GPU Weights" slider leaves for computing. "Paste Prompt" can set the slider above the card, and
+    then this is negative."""
+    total_mb = total_bytes / MB
+    if math.isnan(set_bytes) or math.isinf(set_bytes):
+        return min(GB, total_bytes), Finding("LG-R04", Message("rule.slider_not_a_number", {"total_mb": total_mb}))
+    facts = {"set_mb": (total_bytes - set_bytes) / MB, "left_mb": set_bytes / MB, "total_mb": total_mb}
+    if set_bytes < 0:
+        return 0, Finding("LG-R04", Message("rule.slider_above", facts))
+    if set_bytes > total_bytes:
+        return total_bytes, Finding("LG-R04", Message("rule.slider_below", facts))
+    return int(set_bytes), None
+
+
+def room_for_a_step(left_bytes: int, estimate_bytes: int, model: str) -> tuple[int, Finding | None]:
+    """LG-R05: placement has to leave at least what the model itself needs for a step. Forge evicts for that number and
+    then places by the slider alone."""
+    if estimate_bytes <= left_bytes:
+        return left_bytes, None
+    facts = {"model": model, "left_mb": left_bytes / MB, "needed_mb": estimate_bytes / MB}
+    return estimate_bytes, Finding("LG-R05", Message("rule.step", facts))
+
+
+def with_factors(need_bytes: int, factor_bytes: int) -> tuple[int, Finding | None]:
+    """LG-R06: the LoRAs' factors lie on the device too; Forge counts them for "fp16 LoRA" alone."""
+    if factor_bytes <= 0:
+        return need_bytes, None
+    return need_bytes + factor_bytes, Finding("LG-R06", Message("rule.factors", {"size_mb": factor_bytes / MB}))
+
+
+def free_vram_bytes(torch_bytes: int, nvml_bytes: int | None) -> tuple[int, Finding | None]:
+    """LG-R07: on Windows torch may call memory free that other programs hold; beyond it the driver goes on in system RAM,
+    5 to 30 times slower. Both numbers with what torch holds unused."""
+    if nvml_bytes is None or torch_bytes - nvml_bytes < DISAGREEMENT_BYTES:
+        return max(0, torch_bytes), None
+    facts = {"torch_mb": torch_bytes / MB, "nvml_mb": nvml_bytes / MB}
+    return max(0, nvml_bytes), Finding("LG-R07", Message("rule.disagreement", facts))
+
+
+def ram_for(needed_bytes: int, fast_bytes: int, alive_bytes: int, what: str) -> Finding | None:
+    """LG-R08: RAM for something that is about to be read or moved. Over `fast_bytes` it goes to the page file, over
+    `alive_bytes` the system ends the process. `what`: the thing, as a phrase."""
+    facts = {
+        "what": what,
+        "needed_mb": needed_bytes / MB,
+        "fast_mb": fast_bytes / MB,
+        "alive_mb": alive_bytes / MB,
+        "more_gb": math.ceil(max(0, needed_bytes - alive_bytes) / GB),
+    }
+    if needed_bytes > alive_bytes:
+        return Finding("LG-R08", Message("rule.ram_refused", facts))
+    if needed_bytes > fast_bytes:
+        return Finding("LG-R08", Message("rule.ram_slow", facts))
+    return None
+
+
+def share_on_device(before_bytes: int, after_bytes: int, was_needed: bool, model: str) -> Finding | None:
+    """LG-R09: less of a model on the device than before, and nothing asked for the room."""
+    if was_needed or before_bytes - after_bytes < SHRINKING_BYTES:
+        return None
+    facts = {"model": model, "before_mb": before_bytes / MB, "after_mb": after_bytes / MB}
+    return Finding("LG-R09", Message("rule.shrinking", facts))
+
+
+def unload_request(has_changed: bool) -> Finding | None:
+    """LG-R10: Forge unloads every model before the next image whenever a page is loaded or a memory setting is touched,
+    changed or not."""
+    return None if has_changed else Finding("LG-R10", Message("rule.nothing_changed"))

@@ -1,0 +1,136 @@
+"""Telling a driver that pages VRAM to system memory from an ordinary slow step. Pure: numbers in, a verdict out.
+
+Under Windows NVIDIA's driver puts what VRAM cannot hold into system memory ("shared GPU memory") without an error, and steps
+take 5 to 30 times as long. Since driver 546.01 a setting says whether it may.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..reporting.messages import Message
+
+MB = 1 << 20
+
+SLOW, VERY_SLOW = 3.0, 10.0
+"""Times the median. Two slow steps in a row count, or one very slow one: a single slow one is a hiccup."""
+
+LEAST_STEPS = 4
+LEAST_EXCESS_SECONDS = 0.5
+"""Below that nobody minds, and a preview or another window explains it."""
+
+LEAST_GROWTH_BYTES = 256 * MB
+"""Shared GPU memory also has the pinned memory of this process, which comes and goes in smaller parts."""
+
+_REMEMBERED_STEPS, _REMEMBERED_CONFIGURATIONS = 64, 64
+
+
+class Verdict(str, Enum):
+    SPILLED = "spilled"
+    """Shared GPU memory grew: the driver moved memory of the GPU into system memory."""
+    LIKELY = "likely"
+    """The driver can do that here, and nobody could read whether it did."""
+    OTHER = "other"
+    """It did not: shared GPU memory did not grow, or the driver of this system does no such thing."""
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """A step that took `seconds`, where `steps` normal ones of its configuration took `median_seconds`."""
+
+    verdict: Verdict
+    seconds: float
+    median_seconds: float
+    steps: int
+    shared_before_bytes: int | None = None
+    shared_bytes: int | None = None
+
+    @property
+    def factor(self) -> float:
+        return self.seconds / self.median_seconds
+
+    def messages(self, lower_mb: int = 0, nvidia: bool = True) -> list[Message]:
+        """What happened, what it means, and what cures it. `lower_mb`: by how much 'GPU Weights' is to go down, 0 where
+        nobody knows; `nvidia`: the card's driver has the setting."""
+        facts = {"seconds": self.seconds, "factor": self.factor, "median": self.median_seconds, "steps": self.steps}
+        said = [Message("spill.slow", facts), self._meaning()]
+        if self.verdict is Verdict.OTHER:
+            return said
+        if nvidia:
+            said.append(Message("spill.setting"))
+        if lower_mb > 0:
+            said.append(Message("spill.lower", {"lower_mb": lower_mb}))
+        return said
+
+    def _meaning(self) -> Message:
+        if self.shared_before_bytes is None or self.shared_bytes is None:
+            return Message("spill.likely" if self.verdict is Verdict.LIKELY else "spill.other")
+        shared = {"before_mb": self.shared_before_bytes / MB, "now_mb": self.shared_bytes / MB}
+        return Message("spill.spilled" if self.verdict is Verdict.SPILLED else "spill.not_grown", shared)
+
+
+@dataclass
+class _Known:
+    """Of one configuration: its normal steps, and whether the last one was slow, and said to be."""
+
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_STEPS))
+    shared_bytes: deque[int] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_STEPS))
+    slow: bool = False
+    said: bool = False
+
+
+class StepTimes:
+    """How long steps take, by configuration (whatever decides it: model, storage, resolution, batch, stack). Not for
+    several threads at once."""
+
+    def __init__(self, driver_spills: bool) -> None:
+        """`driver_spills`: the driver moves memory by itself, see `driver_spills()`."""
+        self._driver_spills = driver_spills
+        self._known: OrderedDict[Hashable, _Known] = OrderedDict()
+
+    def add(
+        self, configuration: Hashable, seconds: float, *, first: bool = False, shared_bytes: int | None = None
+    ) -> Slowdown | None:
+        """One step, measured until the GPU was done; a Slowdown when steps have become slow, once until a normal one comes.
+        `first`: the first one of an image, which prepares what the others use and counts for nothing. `shared_bytes`:
+        `shared_usage_bytes()` after it."""
+        if first or not (0 < seconds < math.inf):
+            return None
+        known = self._of(configuration)
+        median = statistics.median(known.seconds) if len(known.seconds) >= LEAST_STEPS else math.inf
+        if seconds < max(SLOW * median, median + LEAST_EXCESS_SECONDS):
+            known.seconds.append(seconds)
+            if shared_bytes is not None:
+                known.shared_bytes.append(shared_bytes)
+            known.slow = known.said = False
+            return None
+        certain, known.slow = known.slow or seconds > VERY_SLOW * median, True
+        if known.said or not certain:
+            return None
+        known.said = True
+        before = min(known.shared_bytes, default=None)
+        verdict = self._verdict(before, shared_bytes)
+        return Slowdown(verdict, seconds, median, len(known.seconds), before, shared_bytes)
+
+    def _of(self, configuration: Hashable) -> _Known:
+        known = self._known.setdefault(configuration, _Known())
+        self._known.move_to_end(configuration)
+        while len(self._known) > _REMEMBERED_CONFIGURATIONS:
+            self._known.popitem(last=False)
+        return known
+
+    def _verdict(self, before: int | None, now: int | None) -> Verdict:
+        if before is not None and now is not None:
+            return Verdict.SPILLED if now - before >= LEAST_GROWTH_BYTES else Verdict.OTHER
+        return Verdict.LIKELY if self._driver_spills else Verdict.OTHER
+
+
+def driver_spills() -> bool:
+    """Whether drivers of this system move memory of the GPU by themselves: under Windows, and in its Linux (WSL)."""
+    return platform.system() == "Windows" or "microsoft" in platform.release().lower()

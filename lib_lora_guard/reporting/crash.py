@@ -1,0 +1,172 @@
+"""What an earlier process was doing when it was killed, from the flight recorder's file that it left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .flight_recorder import Phase, name_only
+from .flight_ring import bodies
+from .processes import is_running, machine_name
+
+KEPT_FILES = 3
+"""Files of told crashes that stay, for whoever wants to look into them."""
+
+FOREIGN_SECONDS = 86400.0
+"""A file of another machine or container is nobody's after that long without a record; until then it may be in use."""
+
+_LONGEST_BYTES = 1 << 20
+_NAME = re.compile(r"flight-(\d{1,9})-(\d{1,15})\.ring")
+_TOLD = ".told"
+
+
+@dataclass(frozen=True)
+class Crash:
+    """The last that a killed process wrote. Times are seconds since 1970, numbers bytes by the names in
+    `flight_recorder`; a name that was not told is ""."""
+
+    phase: Phase
+    """The innermost of `phases`, which were open, outermost first."""
+    phases: tuple[Phase, ...]
+    since: float
+    """When `phase` began."""
+    time: float
+    """Of the last record."""
+    pid: int
+    model: str = ""
+    architecture: str = ""
+    storage: str = ""
+    loras: tuple[str, ...] = ()
+    lora_count: int = 0
+    memory: Mapping[str, int] = field(default_factory=dict)
+    memory_time: float = 0.0
+    plan: Mapping[str, int] = field(default_factory=dict)
+    """Predicted for the innermost phase that had a prediction."""
+    version: str = ""
+    """Of LoRA Guard."""
+
+
+def last_crash(folder: Path) -> Crash | None:
+    """The newest crash that nobody was told of; None where every process ended in order, in no phase, or still runs. Told
+    once: the files of dead processes go."""
+    try:
+        found = sorted(folder.iterdir())
+    except OSError:
+        return None
+    crashes = [crash for path in found if (crash := _taken(path)) is not None]
+    _forget_old(folder)
+    return max(crashes, key=lambda crash: crash.time, default=None)
+
+
+def _taken(path: Path) -> Crash | None:
+    """What the file says, once; None for a file of a living process, and for one without a crash, which goes."""
+    name = _NAME.fullmatch(path.name)
+    if name is None:
+        return None
+    pid, start_ms = int(name[1]), int(name[2])
+    record = _newest(path)
+    if record is None:
+        return None
+    machine = record.get("machine", machine_name())
+    seen = max(_number(record.get("time")), start_ms / 1000)
+    in_use = is_running(pid, start_ms) if machine == machine_name() else abs(time.time() - seen) < FOREIGN_SECONDS
+    if in_use:
+        return None
+    crash = _crash(pid, record)
+    try:
+        if crash is None:
+            path.unlink()
+        else:
+            path.replace(path.with_suffix(_TOLD))
+    except FileNotFoundError:
+        # Another start was faster, and tells of it.
+        return None
+    except OSError:
+        # Not ours to delete (a folder that cannot be written): better told again than never.
+        return crash
+    return crash
+
+
+def _newest(path: Path) -> dict[str, Any] | None:
+    """The newest whole record; empty where there is none, None where the file cannot be read now."""
+    try:
+        with path.open("rb") as file:
+            ring = file.read(_LONGEST_BYTES)
+    except OSError:
+        return None
+    for body in reversed(bodies(ring)):
+        with suppress(ValueError, RecursionError):
+            record = json.loads(body)
+            if isinstance(record, dict):
+                return record
+    return {}
+
+
+def _crash(pid: int, record: Mapping[str, Any]) -> Crash | None:
+    """None where no phase was open: whoever closes the window of an idle program did not see it die."""
+    open_phases = [entry for entry in _list(record.get("open")) if isinstance(entry, list) and len(entry) == 2]
+    if not open_phases:
+        return None
+    phases = tuple(_phase(phase) for phase, _ in open_phases)
+    loras = tuple(_name(name) for name in _list(record.get("loras")))
+    return Crash(
+        phase=phases[-1],
+        phases=phases,
+        since=_time(open_phases[-1][1]),
+        time=_time(record.get("time")),
+        pid=pid,
+        model=_name(record.get("model")),
+        architecture=_name(record.get("architecture")),
+        storage=_name(record.get("storage")),
+        loras=loras,
+        lora_count=max(len(loras), int(_number(record.get("lora_count")))),
+        memory=_numbers(record.get("memory")),
+        memory_time=_time(record.get("memory_time")),
+        plan=_numbers(record.get("plan")),
+        version=_name(record.get("version")),
+    )
+
+
+def _forget_old(folder: Path) -> None:
+    """Keeps the newest KEPT_FILES that were told of."""
+    with suppress(OSError):
+        told = sorted(folder.glob(f"flight-*{_TOLD}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in told[KEPT_FILES:]:
+            path.unlink(missing_ok=True)
+
+
+# A file of another version, or one that somebody wrote by hand: whatever is of another kind counts as not told.
+
+
+def _phase(value: Any) -> Phase:
+    try:
+        return Phase(value)
+    except ValueError:
+        return Phase.OTHER
+
+
+def _name(value: Any) -> str:
+    return name_only(value) if isinstance(value, str) else ""
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e15 else 0.0
+
+
+def _time(value: Any) -> float:
+    """A time that every system's calendar has."""
+    return min(max(0.0, _number(value)), 4e9)
+
+
+def _numbers(value: Any) -> dict[str, int]:
+    return {name_only(name): int(_number(number)) for name, number in value.items()} if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

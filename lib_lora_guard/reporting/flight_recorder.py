@@ -1,0 +1,250 @@
+"""What the process is doing, in a small mapped file that a killed process leaves behind; `crash.py` reads it.
+
+The pages of a mapped file belong to the system: what was written into them reaches the file also after SIGKILL, the
+out-of-memory killer or TerminateProcess (mmap(2), MAP_SHARED; Windows, CreateFileMapping). A power failure may lose them.
+
+Names only: no prompts, and of a path its last part.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..version import __version__
+from .flight_ring import BODY_BYTES, SLOT_BYTES, packed, start_of
+from .messages import say
+from .processes import machine_name, own_start_ms
+
+log = logging.getLogger(__name__)
+
+RING_BYTES = 64 << 10
+SPARE_DISK_BYTES = 16 << 20
+"""Below that no file is mapped: some file systems find their space only when a page is written, and end the process."""
+
+VRAM_FREE, VRAM_TOTAL, RAM_AVAILABLE, RAM_TOTAL = "vram_free", "vram_total", "ram_available", "ram_total"
+SWAP_FREE, SWAP_TOTAL, ALIVE, RSS = "swap_free", "swap_total", "alive", "rss"
+"""Names of memory numbers that a crash report understands; others are kept too. ALIVE: what can be had before the system
+refuses or kills (design, section 7); without it, RAM_AVAILABLE + SWAP_FREE."""
+
+RAM_NEED, VRAM_NEED = "ram", "vram"
+"""Names of planned bytes that a crash report understands."""
+
+_NAME_CHARACTERS = 80
+_LORAS, _NUMBERS, _DEPTH = 16, 24, 8
+
+
+class Phase(str, Enum):
+    """What a process can be killed in. Idle is no phase."""
+
+    START = "start"
+    LOAD_CHECKPOINT = "load_checkpoint"
+    LOAD_TEXT_ENCODER = "load_text_encoder"
+    MOVE_TO_GPU = "move_to_gpu"
+    APPLY_LORA = "apply_lora"
+    MERGE = "merge"
+    BACKUP = "backup"
+    RESTORE = "restore"
+    ENCODE_PROMPT = "encode_prompt"
+    SAMPLING_STEP = "sampling_step"
+    VAE_ENCODE = "vae_encode"
+    VAE_DECODE = "vae_decode"
+    UNLOAD = "unload"
+    SAVE = "save"
+    OTHER = "other"
+
+
+@dataclass(eq=False)
+class _Open:
+    """A phase that has begun and not ended."""
+
+    phase: Phase
+    since: float
+    plan: dict[str, int] = field(default_factory=dict)
+
+
+class FlightRecorder:
+    """One process's file. Every record says all that is known, so that the newest whole one is enough. Nothing here raises:
+    a file that can no longer be written is given up, which is said once. Any thread may write."""
+
+    def __init__(self, ring: mmap.mmap | None = None, path: Path | None = None) -> None:
+        """With no ring it takes everything and writes nothing: `FlightRecorder.open(folder) or FlightRecorder()`."""
+        self._ring, self._path = ring, path
+        # A handler of Ctrl+C may call close() in the middle of a write of the same thread.
+        self._lock = threading.RLock()
+        self._number = 0
+        self._open: list[_Open] = []
+        self._names: dict[str, Any] = {}
+        self._names_json = ""
+        self._memory: dict[str, Any] = {"memory": {}, "memory_time": 0.0}
+        self._tell({"version": __version__, "machine": machine_name()})
+
+    @classmethod
+    def open(cls, folder: Path, ring_bytes: int = RING_BYTES) -> FlightRecorder | None:
+        """A recorder with a file of its own in `folder`; None where none can be written there, which is logged."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(folder).free < SPARE_DISK_BYTES:
+                raise OSError(f"less than {SPARE_DISK_BYTES >> 20} MB free")
+            path = folder / f"flight-{os.getpid()}-{own_start_ms()}.ring"
+            # Never truncated: an earlier recorder of this process ("Reload UI") may still have it mapped.
+            path.touch()
+            with path.open("r+b") as file:
+                # Written and synchronised, so that the blocks exist: a hole in a full disk ends the process later.
+                file.write(bytes(max(2, ring_bytes // SLOT_BYTES) * SLOT_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+                ring = mmap.mmap(file.fileno(), 0)
+        except (OSError, ValueError) as error:
+            say(log, logging.WARNING, "flight.not_kept", folder=str(folder), error=str(error))
+            return None
+        return cls(ring, path)
+
+    @contextmanager
+    def enter(
+        self,
+        phase: Phase,
+        *,
+        model: str | None = None,
+        architecture: str | None = None,
+        storage: str | None = None,
+        loras: Iterable[str] | None = None,
+        memory: Mapping[str, int | None] | None = None,
+        plan: Mapping[str, int | None] | None = None,
+    ) -> Iterator[None]:
+        """`phase` for as long as the block runs; phases nest. What is told stays known until told anew, but `plan`, which
+        is this phase's. `memory` and `plan` are bytes by name; None is a number that could not be had."""
+        begun = _Open(phase, time.time())
+        with self._lock:
+            self._open.append(begun)
+        self.note(model=model, architecture=architecture, storage=storage, loras=loras, memory=memory, plan=plan)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.remove(begun)
+            self.note()
+
+    def note(
+        self,
+        *,
+        model: str | None = None,
+        architecture: str | None = None,
+        storage: str | None = None,
+        loras: Iterable[str] | None = None,
+        memory: Mapping[str, int | None] | None = None,
+        plan: Mapping[str, int | None] | None = None,
+    ) -> None:
+        """Something new about the innermost phase."""
+        if self._ring is None:
+            return
+        try:
+            names = {"model": model, "architecture": architecture, "storage": storage}
+            told: dict[str, Any] = {key: name_only(name) for key, name in names.items() if name is not None}
+            if loras is not None:
+                all_names = [name_only(name) for name in loras]
+                told |= {"loras": all_names[:_LORAS], "lora_count": len(all_names)}
+            with self._lock:
+                self._tell(told)
+                if memory is not None:
+                    self._memory = {"memory": _numbers(memory), "memory_time": time.time()}
+                if plan is not None and self._open:
+                    self._open[-1].plan = _numbers(plan)
+                self._write()
+        except Exception as error:
+            # It is there for the worst moments: whatever is wrong with it must not add to them.
+            self._give_up(error)
+
+    def close(self) -> None:
+        """The clean end: the process ends because it was asked to, so there is nothing to tell."""
+        with self._lock:
+            ring, self._ring = self._ring, None
+            if ring is None:
+                return
+            with suppress(OSError, ValueError):
+                _check_size(ring)
+                ring[:] = bytes(len(ring))
+            with suppress(OSError, ValueError, BufferError):
+                ring.close()
+        if self._path is not None:
+            # One that cannot be deleted is empty by now, and the next start deletes it.
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+
+    def _tell(self, told: Mapping[str, Any]) -> None:
+        if any(self._names.get(key) != name for key, name in told.items()):
+            self._names |= told
+            # Encoded when they change, not in every step.
+            self._names_json = _encode(self._names)
+
+    def _write(self) -> None:
+        if self._ring is None:
+            return
+        phases = self._open[-_DEPTH:]
+        numbers = {
+            "time": time.time(),
+            "open": [[begun.phase.value, begun.since] for begun in phases],
+            "plan": next((begun.plan for begun in reversed(phases) if begun.plan), {}),
+            **self._memory,
+        }
+        body = _bytes(f"{_encode(numbers)[:-1]},{self._names_json[1:]}")
+        if len(body) > BODY_BYTES:
+            body = _shortened(self._names | numbers)
+        raw = packed(self._number, body)
+        start = start_of(self._number, len(self._ring))
+        _check_size(self._ring)
+        self._ring[start : start + len(raw)] = raw
+        self._number += 1
+
+    def _give_up(self, error: Exception) -> None:
+        with self._lock:
+            self._ring = None
+        say(log, logging.WARNING, "flight.given_up", error=f"{type(error).__name__}: {error}")
+
+
+def _check_size(ring: mmap.mmap) -> None:
+    """Raises OSError where somebody made the file shorter: on POSIX, writing past its end ends the process."""
+    if ring.size() < len(ring):
+        raise OSError(f"the file has {ring.size()} bytes, expected {len(ring)}")
+
+
+@lru_cache(maxsize=256)  # the same few names come with every step
+def name_only(path: str) -> str:
+    """The last part of a path of any system, short, with '?' for control characters."""
+    name = re.split(r"[\\/]", path)[-1][:_NAME_CHARACTERS]
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def _numbers(by_name: Mapping[str, int | None]) -> dict[str, int]:
+    known = [(name_only(name), int(number)) for name, number in by_name.items() if number is not None]
+    return dict(known[:_NUMBERS])
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def _shortened(record: dict[str, Any]) -> bytes:
+    """`record` as JSON of at most BODY_BYTES; what matters least goes first."""
+    for key in ("loras", "plan", "memory"):
+        record.pop(key)
+        body = _bytes(_encode(record))
+        if len(body) <= BODY_BYTES:
+            break
+    return body

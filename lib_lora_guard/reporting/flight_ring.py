@@ -1,0 +1,48 @@
+"""The flight recorder's file: slots of one size that are written in turn, each with a number and a checksum.
+
+A slot is the magic, the record's number (8 bytes), the length of its body (2), CRC-32 of number, length and body (4), and the
+body, all little-endian. A killed process may leave the newest slot half written; its checksum says so, and the slot before
+it is whole, since every record goes into a slot of its own.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+
+SLOT_BYTES = 4096
+_MAGIC = b"LGF1"
+_FACTS = struct.Struct("<QH")
+_CHECKSUM = struct.Struct("<I")
+_HEAD_BYTES = len(_MAGIC) + _FACTS.size + _CHECKSUM.size
+
+BODY_BYTES = SLOT_BYTES - _HEAD_BYTES
+"""What a record may take."""
+
+
+def packed(number: int, body: bytes) -> bytes:
+    """What goes into the slot of record `number`; `body` has at most BODY_BYTES."""
+    facts = _FACTS.pack(number, len(body))
+    return b"".join((_MAGIC, facts, _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(facts))), body))
+
+
+def start_of(number: int, ring_bytes: int) -> int:
+    """Where in a ring of `ring_bytes` the slot of record `number` begins."""
+    return number % (ring_bytes // SLOT_BYTES) * SLOT_BYTES
+
+
+def bodies(ring: bytes) -> list[bytes]:
+    """The bodies of all records that are whole, oldest first."""
+    return [body for _, body in sorted(_whole(ring))]
+
+
+def _whole(ring: bytes) -> Iterator[tuple[int, bytes]]:
+    for start in range(0, len(ring) - SLOT_BYTES + 1, SLOT_BYTES):
+        slot = ring[start : start + SLOT_BYTES]
+        facts, rest = slot[len(_MAGIC) :][: _FACTS.size], slot[_HEAD_BYTES:]
+        number, length = _FACTS.unpack(facts)
+        (checksum,) = _CHECKSUM.unpack(slot[len(_MAGIC) + _FACTS.size : _HEAD_BYTES])
+        body = rest[:length]
+        if slot.startswith(_MAGIC) and length == len(body) and checksum == zlib.crc32(body, zlib.crc32(facts)):
+            yield number, body
