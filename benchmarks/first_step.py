@@ -6,7 +6,9 @@ costs, in seconds and in bytes over the bus. The guard against stock.
 Three modules of the sizes of Flux-dev (11.9 G parameters, fp8), T5-XXL (4.6 G, fp8) and a VAE decoder (bf16), random
 weights, take turns on the GPU the way an image makes them: prompt, steps, decode. Forge's cache of the last conditioning,
 whose key holds every LoRA, is rebuilt here in a few lines, since the WebUI itself does not run on this machine.
-`--changes N` measures instead how much of the model stays on the GPU over N changes of the LoRA.
+`--changes N` measures instead how much of the model stays on the GPU over N changes of the LoRA, `--alternate N` the bytes
+over the bus of N whole images, each with a prompt of its own, every second one with another LoRA, and with what Forge asks
+for when it decodes a picture of 1024x1024.
 """
 
 import argparse
@@ -33,6 +35,7 @@ def arguments():
     parser.add_argument("--free-gb", type=float, default=12.0)
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--changes", type=int, default=0)
+    parser.add_argument("--alternate", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a tenth of the sizes, to try the script itself")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -85,6 +88,13 @@ class Daily(forge_gpu.Bench):
         part = 0.1 if options.small else 1
         self.text_encoder = self.stack(text_encoder_layers(max(2, int(24 * part))), torch.float8_e4m3fn)
         self.vae = self.stack(vae_layers(), torch.bfloat16)
+        # By these names the guard knows them.
+        for model, module, name in (
+            (self.text_encoder, "backend.patcher.clip", "JointTextEncoder"),
+            (self.vae, "backend.nn.vae", "IntegratedAutoencoderKL"),
+        ):
+            model.__class__ = type(name, (torch.nn.ModuleList,), {"__module__": module})
+        self.decode_bytes = 2 * 1024**3
         self.clip_patcher = ModelPatcher(self.text_encoder, load_device=gpu, offload_device=cpu)
         self.vae_patcher = ModelPatcher(self.vae, load_device=gpu, offload_device=cpu)
         self.lora_stacks = {
@@ -157,7 +167,7 @@ class Daily(forge_gpu.Bench):
             first_step = time.perf_counter() - started
             in_step = self.moved.bytes - prepared
             self.sampling.sampling_cleanup(self.current)
-            self.memory.load_models_gpu([self.vae_patcher], memory_required=2 * 1024**3)
+            self.memory.load_models_gpu([self.vae_patcher], memory_required=self.decode_bytes)
             x = torch.randn(1, 16, 128, 128, device="cuda", dtype=torch.bfloat16)
             for number, layer in enumerate(self.vae):
                 x = layer(x) if number % 5 else torch.nn.functional.interpolate(layer(x), scale_factor=1 + (number > 0))
@@ -182,7 +192,11 @@ class Daily(forge_gpu.Bench):
         self.online, self.stack_now = way == "fp16 LoRA", None
         module = module_named_processing()
         if way == "guard":
-            forge.install().install_conditioning(module, self.shared)
+            from backend.modules import k_model
+
+            takeover = forge.install()
+            takeover.install_conditioning(module, self.shared)
+            takeover.install_estimates(k_model)
         return module.StableDiffusionProcessing()
 
     def stop(self):
@@ -226,6 +240,31 @@ class Daily(forge_gpu.Bench):
         finally:
             self.stop()
         return result
+
+    def run_alternating(self, way, images):
+        """Every image counted as a whole; the first, which loads everything, is listed apart."""
+        processing, rows = self.start(way), []
+        self.decode_bytes = 2178 * 128 * 128 * 64 * 2
+        try:
+            for number in range(images + 1):
+                before, started = self.moved.bytes, time.perf_counter()
+                lora = ("first", "second")[number // 2 % 2]
+                with self.moved:
+                    entry = self.image(processing, f"prompt {number}", lora, 1.0)
+                moved = round((self.moved.bytes - before) / forge_gpu.GB, 3)
+                seconds = round(time.perf_counter() - started, 2)
+                rows.append({"lora": lora, "moved_gb": moved, "seconds": seconds, "on_gpu_gb": entry["on_gpu_gb"]})
+                print(way, json.dumps(rows[-1]), flush=True)
+        finally:
+            self.stop()
+        later = rows[1:]
+        return {
+            "images": len(later),
+            "first_image": rows[0],
+            "moved_gb": round(sum(row["moved_gb"] for row in later), 2),
+            "seconds": round(sum(row["seconds"] for row in later), 1),
+            "rows": later,
+        }
 
     def run_changes(self, way, changes):
         processing = self.start(way)
@@ -313,10 +352,15 @@ def main():
         header |= {"commit": os.environ.get("LORA_GUARD_COMMIT", "unknown")}
         for way in [w.strip() for w in options.ways.split(",")]:
             try:
-                found = bench.run_changes(way, options.changes) if options.changes else bench.run_images(way)
+                if options.alternate:
+                    found = bench.run_alternating(way, options.alternate)
+                elif options.changes:
+                    found = bench.run_changes(way, options.changes)
+                else:
+                    found = bench.run_images(way)
             except torch.OutOfMemoryError as error:
                 found = {"out_of_memory": str(error)[:200]}
-            print(way, json.dumps(found) if options.changes else "done", flush=True)
+            print(way, json.dumps(found) if options.changes or options.alternate else "done", flush=True)
             if options.out:
                 with options.out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({**header, "way": way, "result": found}) + "\n")

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_inspect(commands)
     _add_bake(commands)
+    _add_simulate(commands)
     _add_demo(commands)
     return parser
 
@@ -139,6 +140,23 @@ def _add_bake(commands: Any) -> None:
     _add_common(bake, _bake)
 
 
+def _add_simulate(commands: Any) -> None:
+    about = (
+        "Recomputes what users' logs show about memory with the host's own arithmetic: 54 reported configurations, each with "
+        "its numbers or with the reason why there is nothing to recompute."
+    )
+    simulate = commands.add_parser(
+        "simulate", help="field reports, recomputed with Forge's arithmetic", description=about
+    )
+    simulate.add_argument(
+        "--row", type=arguments.typed(arguments.row), metavar="N", help="one configuration with all its numbers"
+    )
+    simulate.add_argument("--markdown", action="store_true", help="print the page docs/replay.md")
+    simulate.add_argument("--write", type=Path, metavar="FILE", help="with --markdown: write the page to FILE")
+    simulate.set_defaults(usage_error=simulate.error)
+    _add_common(simulate, _simulate)
+
+
 def _add_demo(commands: Any) -> None:
     about = (
         "Makes a Flux-shaped model of 110 M parameters in bf16, fp8, NF4 and GGUF Q4_0 and a LoRA file for it, applies the "
@@ -203,6 +221,38 @@ def _bake(options: Any) -> None:
         _print_json(bake_document(result))
     else:
         print_baked(_console(), result)
+
+
+def _simulate(options: Any) -> None:
+    from .commands.simulate import simulate, simulate_document
+
+    if options.write is not None and not options.markdown:
+        options.usage_error("argument --write: give --markdown with it")
+    if options.markdown and (options.row is not None or options.json):
+        options.usage_error("argument --markdown: the page is whole, leave --row and --json out")
+    replays = simulate(options.row)
+    if options.json:
+        _print_json(simulate_document(replays))
+    elif options.markdown:
+        _page(replays, options.write)
+    else:
+        from .commands.simulate_text import print_detail, print_overview
+
+        if options.row is None:
+            print_overview(_console(), replays)
+        else:
+            print_detail(_console(), replays[0])
+
+
+def _page(replays: Any, target: Path | None) -> None:
+    from .commands.simulate_page import page
+
+    text = page(replays)
+    if target is None:
+        print(text, end="")
+    else:
+        # The same bytes on every system.
+        target.write_bytes(text.encode("utf-8"))
 
 
 def _demo(options: Any) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from ..planning.field_cases import CASES
+
 _T = TypeVar("_T")
 
 _SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*(gib|gb|g|mib|mb|m)?", re.ASCII | re.IGNORECASE)
@@ -50,6 +52,13 @@ def batch(text: str) -> int:
     """1 to 64 pictures at once."""
     if not re.fullmatch(r"\d{1,2}", text, re.ASCII) or not 1 <= int(text) <= 64:
         raise ValueError(f"expected a number of pictures from 1 to 64, found {text!r}")
+    return int(text)
+
+
+def row(text: str) -> int:
+    """A field report's number."""
+    if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or not 1 <= int(text) <= len(CASES):
+        raise ValueError(f"expected the number of a configuration from 1 to {len(CASES)}, found {text!r}")
     return int(text)
 
 

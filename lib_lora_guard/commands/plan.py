@@ -8,11 +8,13 @@ from pathlib import Path
 
 from ..errors import LoraMismatchError
 from ..files import shown
+from ..planning import activations
 from ..planning.advice import advice
+from ..planning.host_memory import Latent, unet_estimate_bytes
 from ..planning.mode import Wish
 from ..planning.predict import ModelFacts, Prediction, Weight, predict
 from ..planning.rates import GpuRates
-from ..planning.tokens import Picture, Tokens, activation_bytes, forge_activation_bytes, tokens_for
+from ..planning.tokens import Picture, Tokens, tokens_for
 from .checkpoint import DENOISER, Checkpoint, read_checkpoint
 from .lora_facts import read_facts
 from .stack import Stack, plan_stack
@@ -67,7 +69,8 @@ def make_plan(request: PlanRequest) -> PlanResult:
         lines = advice(model, stack.patches, predictions) + [
             shown(line, LINE_CHARACTERS) for line in _beside(checkpoint, stack)
         ]
-    estimate = forge_activation_bytes(request.picture, compute_bytes)
+    latent = Latent.of(request.picture.width, request.picture.height, request.picture.batch)
+    estimate = int(unet_estimate_bytes(latent, compute_bytes))
     return PlanResult(request, checkpoint, model, tokens, estimate, stack, predictions, lines)
 
 
@@ -81,7 +84,7 @@ def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, comput
         weights=[Weight(p.name, p.values, p.memory_bytes(compute_bytes)) for p in denoiser],
         other_bytes=sum(p.bytes for p in checkpoint.parameters.values() if p.part != DENOISER),
         wide=any(p.wide for p in denoiser if p.is_layer and p.format == most),
-        activation_bytes=activation_bytes(tokens, picture, shapes, compute_bytes),
+        activation_bytes=activations.step(tokens, picture, shapes, compute_bytes).used_bytes,
         compute_bytes=compute_bytes,
     )
 

@@ -9,8 +9,6 @@ counted as one, which is an average.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..adapters.base import Shape
@@ -19,7 +17,7 @@ _TEXT_TOKENS = {"Flux": 512, "Chroma": 512, "SD 3": 333}
 _OTHER_TEXT_TOKENS = 512
 """For transformers not listed: counted as Flux."""
 _UNETS = ("SD 1.x", "SD 2.x", "SDXL", "SDXL refiner", "Kolors")
-_ONE_PASS = ("Flux",)
+ONE_PASS = ("Flux",)
 """Flux-dev takes guidance as an input; all others run once with the prompt and once with the negative one."""
 _CLIP_TOKENS = 77
 _BASE_WIDTH = 320
@@ -33,11 +31,6 @@ _ONE_TOKEN = re.compile(
 _TEXT_STREAM = re.compile(r"(^|\.)(txt_|txt_in|context_block|context_embedder|attn\.add_|attn\.to_add_out|ff_context)")
 _BOTH_STREAMS = re.compile(r"(^|\.)single_(transformer_)?blocks\.")
 _CROSS = re.compile(r"\.attn2\.to_[kv](\.|$)")
-
-ACTIVATION_TENSORS = 20
-"""Tensors of tokens x width that a transformer holds at its peak: in a single block of Flux input, modulated input, the
-seven widths of linear1, query, key and value, attention, five widths of linear2's input, and the residual. Measured:
-0.55 GiB over the weights at 4608 tokens of 3072 (H200)."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +73,8 @@ def tokens_for(architecture: str | None, picture: Picture) -> Tokens:
     patch = 8 if is_unet else 16
     image = -(-picture.width // patch) * -(-picture.height // patch)
     text = _CLIP_TOKENS if is_unet else _TEXT_TOKENS.get(architecture or "Flux", _OTHER_TEXT_TOKENS)
-    rows = picture.batch * (1 if architecture in (*_ONE_PASS, None) else 2)
+    rows = picture.batch * (1 if architecture in (*ONE_PASS, None) else 2)
     return Tokens(architecture, rows, image, text, is_unet)
-
-
-def activation_bytes(tokens: Tokens, picture: Picture, shapes: Mapping[str, Shape], compute_bytes: int) -> int:
-    """What a step needs beside weights. `shapes`: parameters of the denoiser. For U-Nets, of which none was measured here,
-    it is Forge's own estimate."""
-    if tokens.is_unet:
-        return forge_activation_bytes(picture, compute_bytes)
-    widths = Counter(shape[1] for shape in shapes.values() if len(shape) == 2)
-    width = widths.most_common(1)[0][0] if widths else 0
-    return ACTIVATION_TENSORS * tokens.rows * (tokens.image + tokens.text) * width * compute_bytes
-
-
-def forge_activation_bytes(picture: Picture, compute_bytes: int) -> int:
-    """Forge's formula for any model (`KModel.memory_required`, with the two rows per picture of `sampling_prepare`)."""
-    area = 2 * picture.batch * (picture.width // 8) * (picture.height // 8)
-    return int(1.28 * area * compute_bytes * 16384)
 
 
 def sees_one_token(key: str) -> bool:

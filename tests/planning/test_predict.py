@@ -10,6 +10,7 @@ from support.make import host_value
 
 from lib_lora_guard.adapters import LoraAdapter, Slice, Term, parse_term
 from lib_lora_guard.patching.bypass import Bypass
+from lib_lora_guard.planning import activations
 from lib_lora_guard.planning.advice import advice
 from lib_lora_guard.planning.costs import (
     bypass_bytes,
@@ -33,7 +34,7 @@ from lib_lora_guard.planning.predict import (
     swapped_keys,
 )
 from lib_lora_guard.planning.rates import RATES
-from lib_lora_guard.planning.tokens import Picture, activation_bytes, tokens_for
+from lib_lora_guard.planning.tokens import Picture, tokens_for
 
 PICTURE = Picture(1024, 1024)
 SHAPES = flux_shapes()
@@ -54,7 +55,7 @@ def flux(form, rank=16, loras=1, mode=Mode.BYPASS):
         [Weight(name, math.prod(shape), size[name]) for name, shape in SHAPES.items()],
         other_bytes=0,
         wide=wide,
-        activation_bytes=activation_bytes(tokens, PICTURE, SHAPES, 2),
+        activation_bytes=activations.step(tokens, PICTURE, SHAPES, 2).used_bytes,
         compute_bytes=2,
     )
     patches = []

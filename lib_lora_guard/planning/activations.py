@@ -1,0 +1,116 @@
+"""VRAM that one call of a model takes beside its weights, from the picture's size and the architecture. Pure.
+
+Measured with Forge's own modules on an H200, torch 2.11, attention of PyTorch, 16 bit (`benchmarks/activations_gpu.py`;
+`tests/planning/activations.jsonl` has the 151 numbers that the constants here are held to): linear in pixels for U-Nets and
+VAEs, in tokens for transformers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..adapters.base import Shape
+from .host_memory import Latent, unet_estimate_bytes
+from .tokens import Picture, Tokens
+
+MB = 1 << 20
+
+FIXED_BYTES = 10 * MB
+"""Workspaces of convolutions and products, whatever the size."""
+LEAST_BYTES = 74 * MB
+"""What even a small picture takes: one call's workspace of cuBLAS and cuDNN."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """`used_bytes` at the peak; `held_bytes` is what torch's allocator takes from the card for it, because blocks of other
+    sizes lie free between: what has to be free for the call not to stop and collect. Expandable segments bring the two
+    together."""
+
+    used_bytes: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class _Peak:
+    """Values of the compute dtype: per pixel of the latent for each of 320 channels of a U-Net's first level, per token and
+    width of a transformer. `held`: how many times as much torch holds."""
+
+    values: float
+    held: float
+    width: int
+
+
+_UNETS = {
+    "SD 1.x": _Peak(8040, 1.18, 320),
+    "SD 2.x": _Peak(8040, 1.18, 320),
+    "SDXL": _Peak(4920, 1.7, 320),
+    "SDXL refiner": _Peak(4920, 1.7, 384),
+    "Kolors": _Peak(4920, 1.7, 320),
+}
+_TRANSFORMERS = {
+    "Flux": _Peak(22.5, 1.99, 3072),
+    "Chroma": _Peak(22.6, 2.31, 3072),
+    "SD 3": _Peak(21.1, 1.29, 1536),
+}
+_SD3_WITHOUT_NORMS = _Peak(19.1, 1.29, 1536)
+"""SD 3 medium does not normalise queries and keys; the 3.5 models do."""
+_OTHER_TRANSFORMER = _TRANSFORMERS["Flux"]
+
+_DECODE_VALUES, _DECODE_HELD = 69_640, 1.46
+_ENCODE_VALUES, _ENCODE_HELD = 40_980, 1.26
+"""Values per pixel of the latent, of the VAEs of Stable Diffusion, SDXL, SD 3 and Flux (128 to 512 channels)."""
+DECODE_WHERE_FORGE_HAS = _DECODE_VALUES / (2178 * 64)
+"""Forge asks for this many times as much before it decodes (`memory_used_decode`)."""
+ENCODE_WHERE_FORGE_HAS = _ENCODE_VALUES / (1767 * 64)
+
+VAE_HOLDS_WHERE_FORGE_HAS = max(DECODE_WHERE_FORGE_HAS * _DECODE_HELD, ENCODE_WHERE_FORGE_HAS * _ENCODE_HELD)
+
+
+def step(tokens: Tokens, picture: Picture, shapes: Mapping[str, Shape], compute_bytes: int) -> Activations:
+    """One step of the denoiser. `shapes`: its parameters. For an architecture that was not measured the used bytes are
+    Forge's own estimate (U-Nets), or Flux's by width (transformers)."""
+    if tokens.is_unet:
+        peak = _UNETS.get(tokens.architecture or "")
+        if peak is None:
+            return _held(
+                unet_estimate_bytes(Latent.of(picture.width, picture.height, picture.batch), compute_bytes), 1.2
+            )
+        values = peak.values * tokens.rows * tokens.image * _first_width(shapes, peak.width) / peak.width
+    else:
+        peak = _TRANSFORMERS.get(tokens.architecture or "", _OTHER_TRANSFORMER)
+        if tokens.architecture == "SD 3" and not any(key.endswith("attn.ln_q.weight") for key in shapes):
+            peak = _SD3_WITHOUT_NORMS
+        values = peak.values * tokens.rows * (tokens.image + tokens.text) * _usual_width(shapes, peak.width)
+    return _held(values * compute_bytes, peak.held)
+
+
+def decode(latent: Latent, value_bytes: int) -> Activations:
+    """The VAE's decoder, whole pictures at once."""
+    return _held(_DECODE_VALUES * latent.pictures * latent.area * value_bytes, _DECODE_HELD)
+
+
+def encode(latent: Latent, value_bytes: int) -> Activations:
+    return _held(_ENCODE_VALUES * latent.pictures * latent.area * value_bytes, _ENCODE_HELD)
+
+
+_FIRST_CONVOLUTIONS = ("input_blocks.0.0.weight", "conv_in.weight")
+
+
+def _held(used: float, times: float) -> Activations:
+    used = max(LEAST_BYTES, used + FIXED_BYTES)
+    return Activations(int(used), int(used * times))
+
+
+def _first_width(shapes: Mapping[str, Shape], usual: int) -> int:
+    """Channels of a U-Net's first level."""
+    first = (shape for key, shape in shapes.items() if len(shape) == 4 and key.endswith(_FIRST_CONVOLUTIONS))
+    return next(first, (usual,))[0]
+
+
+def _usual_width(shapes: Mapping[str, Shape], usual: int) -> int:
+    """Of a transformer: what most of its layers take in."""
+    widths = Counter(shape[1] for shape in shapes.values() if len(shape) == 2)
+    return widths.most_common(1)[0][0] if widths else usual
