@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import sys
@@ -16,10 +17,13 @@ from . import forge_saving, forge_schedules
 from .forge_conds import Conditioning
 from .forge_files import LoraFiles
 from .forge_loader import LoaderControl
+from .forge_memory import ForgeMemory
 from .forge_networks import LoraStack
 from .forge_patches import device_elements
 from .forge_placement import Placement
 from .forge_probe import ForgeApi, check_networks, check_processing, probe
+from .forge_residency import Residency
+from .forge_unload import UnloadRequests
 from .hooks import HookSet
 
 log = logging.getLogger(__name__)
@@ -32,7 +36,9 @@ class ForgeTakeover:
         self.api = api
         self.control = LoaderControl(api)
         self.files = LoraFiles()
-        self.placement = Placement(api)
+        residency = Residency(self.control.merged_layers)
+        self.placement = Placement(api, residency.away_bytes)
+        self.memory = ForgeMemory(api.memory, residency)
         self.conditioning: Conditioning | None = None
         self.schedules = forge_schedules.Schedules(self.control)
         self.hooks = HookSet()
@@ -49,6 +55,9 @@ class ForgeTakeover:
             hooks.add(api.memory.LoadedModel, "model_unload", self._model_unload)
             hooks.add(api.memory, "unload_model_clones", self._unload_model_clones)
             hooks.add(api.memory, "load_models_gpu", self._load_models_gpu)
+            hooks.add(api.memory, "free_memory", self.memory.free_memory)
+            if hasattr(api.base.ModelPatcher, "memory_required"):
+                hooks.add(api.base.ModelPatcher, "memory_required", self.memory.patcher_memory_required)
             # Stays when the guard goes: patches of this kind may still lie on a patcher then.
             api.lora.extra_weight_calculators.setdefault(OWN_KIND, calculate_own_kind)
             for name in ("model_lora_keys_unet", "model_lora_keys_clip"):
@@ -80,6 +89,32 @@ class ForgeTakeover:
             with_conditioning.add(owner, "get_conds_with_caching", self.conditioning.get_conds_with_caching)
         self.hooks.hooks += with_conditioning.hooks
 
+    def install_estimates(self, k_model: Any) -> None:
+        """Takes over what a model says it needs for a step."""
+        if not _is_hooked(k_model.KModel.memory_required):
+            with HookSet() as hooks:
+                hooks.add(k_model.KModel, "memory_required", self.memory.memory_required)
+            self.hooks.hooks += hooks.hooks
+
+    def install_unload_requests(self, processing: Any, sd_models: Any) -> None:
+        """Takes over when Forge unloads all models before an image."""
+        if _is_hooked(processing.manage_model_and_prompt_cache):
+            return
+
+        def settings() -> object:
+            memory, stream = self.api.memory, sys.modules.get("backend.stream")
+            return (
+                getattr(memory, "current_inference_memory", None),
+                getattr(memory, "PIN_SHARED_MEMORY", None),
+                getattr(stream, "stream_activated", None),
+                str(sd_models.model_data.forge_loading_parameters),
+            )
+
+        requests = UnloadRequests(processing, settings, self.memory.tell)
+        with HookSet() as hooks:
+            hooks.add(processing, "manage_model_and_prompt_cache", requests.before_image)
+        self.hooks.hooks += hooks.hooks
+
     def uninstall(self) -> None:
         """Gives everything back; LoRAs on loaded models are applied again by the host's own refresh."""
         self.schedules.forget()
@@ -97,6 +132,7 @@ class ForgeTakeover:
         loader = getattr(loaded.model, "lora_loader", None)
         if stays and self.placement.give_up(loaded):
             return None
+        self.memory.residency.forget(loaded)
         if not stays:
             self.control.before_move(loader)
         try:
@@ -116,18 +152,32 @@ class ForgeTakeover:
     def _load_models_gpu(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         bound = self._load_models_signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        patchers = bound.arguments["models"] = list(bound.arguments["models"])
+        given = bound.arguments
+        patchers = given["models"] = list(given["models"])
+        device = patchers[0].load_device if patchers else None
+        plans = all(p.load_device == device for p in patchers) and self.memory.plans_for(device)
+        if plans:
+            self.memory.drop_abandoned()
         already_loaded = [p for p in patchers if self._is_loaded(p)]
         others = [p for p in patchers if p not in already_loaded]
-        extra = sum(self._factor_bytes(p) for p in others)
-        if extra:
-            bound.arguments["hard_memory_preservation"] += extra
-        needed = self.api.memory.minimum_inference_memory() + bound.arguments["hard_memory_preservation"]
+        given["hard_memory_preservation"] += sum(self._factor_bytes(p) for p in others)
+        if plans:
+            needs = self.memory.needs(
+                patchers, device, given.get("memory_required", 0), given["hard_memory_preservation"]
+            )
+            # One number for eviction and for placement.
+            given["hard_memory_preservation"] = needs.free_bytes - needs.inference_bytes
+            if "memory_required" in given:
+                given["memory_required"] = 0
+        needed = self.api.memory.minimum_inference_memory() + given["hard_memory_preservation"]
         handed_over = [p for p in others if self.placement.hand_over(p, needed, staying=patchers)]
         for patcher in handed_over:
             self.control.expect(patcher)
+        if plans:
+            self.memory.prepare(patchers, device, needs)
         # First the host makes room, then merges may take some.
-        result = original(*bound.args, **bound.kwargs)
+        with self.memory.planned() if plans else contextlib.nullcontext():
+            result = original(*bound.args, **bound.kwargs)
         # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
         for patcher in [*handed_over, *already_loaded]:
             if hasattr(patcher, "lora_loader"):
@@ -208,6 +258,11 @@ def install_in_webui() -> list[HostError]:
             _takeover.install_conditioning(processing, sys.modules["modules.shared"])
         except HostError as error:
             misfits.append(error)
+    k_model, sd_models = sys.modules.get("backend.modules.k_model"), sys.modules.get("modules.sd_models")
+    if k_model is not None and hasattr(getattr(k_model, "KModel", None), "memory_required"):
+        _takeover.install_estimates(k_model)
+    if sd_models is not None and hasattr(processing, "manage_model_and_prompt_cache"):
+        _takeover.install_unload_requests(processing, sd_models)
     forge_saving.install(_takeover.hooks, _takeover.control.engines)
     return misfits
 

@@ -206,6 +206,11 @@ class LoaderControl:
         if state is not None:
             state.engine.drop_device_copies()
 
+    def merged_layers(self, model: torch.nn.Module) -> set[torch.nn.Module]:
+        """The layers of a loaded model that have a LoRA merged into them."""
+        state = getattr(getattr(model, "lora_loader", None), STATE, None)
+        return set() if state is None else state.engine.merged_layers()
+
     def resident_bytes(self, loader: Any) -> int:
         state = getattr(loader, STATE, None)
         return 0 if state is None else state.engine.resident_bytes()

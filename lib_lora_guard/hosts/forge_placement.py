@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class Placement:
-    def __init__(self, api: ForgeApi) -> None:
-        self._memory = api.memory
+    def __init__(self, api: ForgeApi, away_bytes: Callable[[torch.nn.Module], int] = lambda model: 0) -> None:
+        """`away_bytes`: what has left the device of a model for a while, and comes back without a new placement."""
+        self._memory, self._away_bytes = api.memory, away_bytes
         self._given_up: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
         """What Forge had noted of a model when it gave its patcher up; without references to either."""
         self._is_replacing = False
@@ -115,7 +116,7 @@ class Placement:
         memory, device = self._memory, loaded.device
         if device.type == "cpu":
             return False
-        outside = memory.module_size(model, exclude_device=device)
+        outside = memory.module_size(model, exclude_device=device) - self._away_bytes(model)
         if outside <= 0:
             return False
         others = sum(

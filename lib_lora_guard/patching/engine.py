@@ -157,6 +157,9 @@ class Engine:
         """Which LoRAs of `stack` (by place) could be read and fit the model. Changes nothing."""
         return set(self._validate(access, stack)[0])
 
+    def merged_layers(self) -> set[torch.nn.Module]:
+        return {a.site.layer for a in self._attached.values() if isinstance(a, MergeAttachment)}
+
     def drop_device_copies(self) -> None:
         for attachment in self._attached.values():
             attachment.drop_device_copies()

@@ -1,0 +1,274 @@
+"""What the host asks to be free and what it places agree, and nobody leaves the device who need not.
+
+Forge plans with two numbers: it evicts for 1.3 times the weights and a model's own estimate, and places by the "GPU Weights"
+slider alone. Both come from `Needs` here. Before the host loads a model, room is made by `planning.eviction`; what the host
+asks for itself then is there already. Sources: Forge's `backend/memory_management.py` (`load_models_gpu`, `free_memory`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import math
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..memory import rules
+from ..memory.out_of_memory import is_out_of_memory
+from ..memory.rules import Finding
+from ..models.architecture import Architecture, detect_model
+from ..planning import activations
+from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
+from ..planning.tokens import ONE_PASS, Picture, tokens_for
+from ..reporting.messages import say
+from ..weights.storage import MB, storage_of
+from .forge_residency import Residency
+
+log = logging.getLogger(__name__)
+
+TEXT_ENCODER_PASSES = 2
+"""The prompt and the negative one."""
+VAE_PASSES = 1
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What has to be free beside the weights while models run. `free_bytes` is the sum that counts."""
+
+    inference_bytes: int
+    estimate_bytes: int
+    hard_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        return max(self.inference_bytes, self.estimate_bytes) + self.hard_bytes
+
+
+class ForgeMemory:
+    def __init__(self, memory: Any, residency: Residency) -> None:
+        """`memory`: Forge's `backend.memory_management`."""
+        self._memory, self.residency = memory, residency
+        self._load_signature = inspect.signature(memory.load_models_gpu)
+        self._free_signature = inspect.signature(memory.free_memory)
+        self._planned = threading.local()
+        """`.depth` above 0 on a thread for which room has been made already."""
+        self._said: dict[str, str] = {}
+        self._architectures: weakref.WeakKeyDictionary[torch.nn.Module, Architecture | None] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._estimates: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], int]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    # -- what the host calls
+
+    def patcher_memory_required(self, original: Callable[..., Any], patcher: Any, input_shape: Sequence[int]) -> Any:
+        """In place of `ModelPatcher.memory_required`, which is asked before sampling, always with two rows a picture."""
+        rows, *rest = input_shape
+        if self._architecture(patcher.model) in ONE_PASS:
+            rows = -(-rows // 2)
+        return original(patcher, [rows, *rest])
+
+    def memory_required(self, original: Callable[..., Any], model: Any, input_shape: Sequence[int]) -> Any:
+        """In place of `KModel.memory_required`: what a step of these rows needs, before sampling for eviction, and in each
+        step for whether prompt and negative prompt run at once."""
+        forges = original(model, input_shape)
+        try:
+            rows, height, width = int(input_shape[0]), int(input_shape[-2]), int(input_shape[-1])
+            known = self._estimates.setdefault(model, {})
+            if (rows, height, width) not in known:
+                found = self._step_bytes(model, rows, height, width)
+                known[rows, height, width] = int(forges) if found is None else found
+            return known[rows, height, width]
+        except (TypeError, ValueError, IndexError):
+            # Another extension's model, or another shape than pictures have.
+            log.debug("no estimate of ours for %s", input_shape, exc_info=True)
+            return forges
+
+    def free_memory(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of `free_memory`: as much as was asked for, out of as little as possible."""
+        bound = self._free_signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        asked, device = bound.arguments["memory_required"], bound.arguments["device"]
+        if getattr(self._planned, "depth", 0):
+            return None
+        if bound.arguments.get("free_all") or not self.plans_for(device):
+            return original(*bound.args, **bound.kwargs)
+        wanted, finding = rules.request_bytes(float(asked), self._total_bytes(device))
+        self.tell(finding)
+        if math.isinf(wanted):
+            return original(*bound.args, **bound.kwargs)
+        self.drop_abandoned()
+        keep = [one.model for one in bound.arguments["keep_loaded"]]
+        self.make_room(device, Coming(0, 0, None), int(wanted), keep)
+        return None
+
+    # -- what the takeover of loading asks
+
+    def plans_for(self, device: Any) -> bool:
+        """False where the host moves models by a rule of its own: not CUDA, or told to keep nothing on the card."""
+        state = getattr(getattr(self._memory, "vram_state", None), "name", "NORMAL_VRAM")
+        always = bool(getattr(self._memory, "ALWAYS_VRAM_OFFLOAD", False))
+        return getattr(device, "type", "") == "cuda" and state in ("LOW_VRAM", "NORMAL_VRAM") and not always
+
+    def needs(self, patchers: Sequence[Any], device: Any, required: float, hard_bytes: float) -> Needs:
+        """The numbers of one `load_models_gpu`, checked. A slider out of range is put right in the host itself."""
+        total = self._total_bytes(device)
+        shares = [share for share in map(_share_of_forges_estimate, patchers) if share is not None]
+        estimate, finding = rules.request_bytes(float(required) * min(shares, default=1.0), total)
+        self.tell(finding)
+        inference, finding = rules.inference_bytes(float(self._memory.minimum_inference_memory()), total)
+        self.tell(finding)
+        if finding is not None and hasattr(self._memory, "current_inference_memory"):
+            self._memory.current_inference_memory = inference
+        hard, finding = rules.request_bytes(float(hard_bytes), total)
+        self.tell(finding)
+        found = Needs(inference, int(min(estimate, total)), int(min(hard, total)))
+        names = " + ".join(type(patcher.model).__name__ for patcher in patchers)
+        self.tell(rules.room_for_a_step(found.inference_bytes, found.estimate_bytes, names)[1])
+        return found
+
+    def prepare(self, patchers: Sequence[Any], device: Any, needs: Needs) -> None:
+        """Makes room for `patchers`, of which some may be loaded already, and brings back what had to leave before."""
+        outside = 0
+        for patcher in patchers:
+            loaded = self.loaded(patcher)
+            if loaded is not None and loaded.model is patcher:
+                # The host does not place again what it has placed: only what we took can come back.
+                outside += self.residency.away_bytes(patcher.model)
+            else:
+                outside += int(self._memory.module_size(patcher.model, exclude_device=device))
+        coming = Coming(outside, outside, _passes(patchers))
+        plan = self.make_room(device, coming, needs.free_bytes, patchers)
+        if plan.swapped_bytes and coming.passes is not None:
+            names = " + ".join(type(patcher.model).__name__ for patcher in patchers)
+            say(log, logging.INFO, "memory.swapped", model=names, size_mb=plan.swapped_bytes / MB, passes=coming.passes)
+            return
+        for patcher in patchers:
+            loaded = self.loaded(patcher)
+            if loaded is not None:
+                self.residency.grow(loaded, int(self._memory.get_free_memory(device)) - needs.free_bytes)
+
+    @contextlib.contextmanager
+    def planned(self) -> Iterator[None]:
+        """While the host loads what room has been made for."""
+        self._planned.depth = getattr(self._planned, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            self._planned.depth -= 1
+
+    def loaded(self, patcher: Any) -> Any:
+        """What is loaded of the patcher's model, for it or for another patcher; None where that is nothing."""
+        clones = [
+            one for one in self._memory.current_loaded_models if one.model is patcher or patcher.is_clone(one.model)
+        ]
+        return clones[0] if len(clones) == 1 else None
+
+    def make_room(self, device: Any, coming: Coming, need_bytes: int, staying: Sequence[Any]) -> Eviction:
+        """Carries out `plan_eviction` with everything loaded on `device` but `staying` and its clones."""
+        # Who was used longest ago first, as in the host.
+        leaving = [
+            one
+            for one in reversed(self._memory.current_loaded_models)
+            if one.device == device and not any(p is one.model or p.is_clone(one.model) for p in staying)
+        ]
+        free = int(self._memory.get_free_memory(device))
+        residents = [self._resident(one, device) for one in leaving]
+        plan = plan_eviction(coming, need_bytes, free, residents)
+        has_moved = False
+        for one, resident, wanted in zip(leaving, residents, plan.leaving_bytes, strict=True):
+            if wanted:
+                has_moved |= self._send_away(one, resident, wanted)
+        if has_moved:
+            self._memory.soft_empty_cache()
+        return plan
+
+    def tell(self, finding: Finding | None) -> None:
+        """Once while it stays the same: the same settings meet the same rule with every image."""
+        if finding is None or self._said.get(finding.rule) == finding.says:
+            return
+        self._said[finding.rule] = finding.says
+        quiet = finding.rule in ("LG-R01", "LG-R05", "LG-R06")
+        level = logging.INFO if quiet else logging.WARNING
+        say(log, level, "rule.line", rule=finding.rule, says=finding.says)
+
+    # -- inside
+
+    def _send_away(self, loaded: Any, resident: Resident, wanted_bytes: int) -> bool:
+        name = type(loaded.model.model).__name__
+        try:
+            if wanted_bytes < resident.on_device_bytes:
+                return self.residency.shrink(loaded, wanted_bytes) > 0
+            say(log, logging.INFO, "memory.left", model=name, size_mb=resident.on_device_bytes / MB)
+            self._memory.current_loaded_models.remove(loaded)
+            loaded.model_unload()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            say(log, logging.WARNING, "memory.not_moved", model=name, error=str(error).splitlines()[0])
+        return True
+
+    def _resident(self, loaded: Any, device: Any) -> Resident:
+        on_device = int(self._memory.module_size(loaded.model.model, include_device=device))
+        swappable = min(on_device, self.residency.swappable_bytes(loaded))
+        return Resident(on_device, swappable, returns=hasattr(loaded.model.model, "diffusion_model"))
+
+    def drop_abandoned(self) -> None:
+        """What nobody holds any more goes from the host's list, as in its own `free_memory`: the count is that of the
+        list's reference and of the question."""
+        loaded = self._memory.current_loaded_models
+        for place in range(len(loaded) - 1, -1, -1):
+            if sys.getrefcount(loaded[place].model) <= 2:
+                loaded.pop(place).model_unload(avoid_model_moving=True)
+
+    def _total_bytes(self, device: Any) -> int:
+        return int(torch.cuda.get_device_properties(device).total_memory)
+
+    def _architecture(self, model: Any) -> Architecture | None:
+        if model not in self._architectures:
+            self._architectures[model] = detect_model(_shapes(model))
+        return self._architectures[model]
+
+    def _step_bytes(self, model: Any, rows: int, height: int, width: int) -> int | None:
+        """`height` and `width` of the latent. None where the model is none that was measured."""
+        architecture = self._architecture(model)
+        if architecture is None:
+            return None
+        picture = Picture(width * 8, height * 8, rows)
+        tokens = replace(tokens_for(architecture, picture), rows=rows)
+        dtype = getattr(model, "computation_dtype", torch.float16)
+        compute_bytes = torch.empty(0, dtype=dtype).element_size()
+        return activations.step(tokens, picture, _shapes(model), compute_bytes).held_bytes
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+
+
+def _passes(patchers: Sequence[Any]) -> int | None:
+    """How often the models run before others want the room; None where that is often, or not known."""
+    if len(patchers) != 1:
+        return None
+    model = patchers[0].model
+    if _is_a(model, "backend.patcher.clip", "JointTextEncoder"):
+        return TEXT_ENCODER_PASSES
+    return VAE_PASSES if _is_a(model, "backend.nn.vae", "IntegratedAutoencoderKL") else None
+
+
+def _share_of_forges_estimate(patcher: Any) -> float | None:
+    """Of what Forge asks for a VAE, how much its decoder was seen to take and hold."""
+    if not _is_a(patcher.model, "backend.nn.vae", "IntegratedAutoencoderKL"):
+        return None
+    return activations.VAE_HOLDS_WHERE_FORGE_HAS
+
+
+def _is_a(model: object, module: str, name: str) -> bool:
+    return any(kind.__module__ == module and kind.__name__ == name for kind in type(model).__mro__)
