@@ -17,6 +17,7 @@ from ..adapters import Term
 from ..adapters.base import own_copy
 from ..adapters.patch_tuples import Calculators, parse_term, parse_value
 from ..errors import LoraMismatchError, Message, about, named, reason
+from ..memory.out_of_memory import is_out_of_memory
 from ..patching.engine import LoraRequest
 from ..planning.mode import WHOLE_TENSOR_KINDS
 
@@ -78,6 +79,9 @@ def _request(
     except LoraMismatchError as error:
         return LoraRequest(label, strength, refused=about(key, reason(error)))
     except Exception as error:
+        if is_out_of_memory(error):
+            # Nothing is wrong with the file, and the next attempt may find room for it.
+            raise
         # Whatever is wrong with one file, the others are applied.
         log.debug("%s: %s", label, key, exc_info=True)
         return LoraRequest(label, strength, refused=Message("lora.unreadable_key", {"key": key, "error": named(error)}))

@@ -14,7 +14,7 @@ from .access import plain_bias
 from .device_cache import DeviceCache
 from .forward_program import BiasOf, Program, compile_program
 from .forward_steps import LowRankStep
-from .layer_call import LayerCall
+from .layer_call import LayerCall, naming_the_layer
 from .low_rank import JoinedLowRank
 
 
@@ -38,6 +38,7 @@ class Bypass:
         self._ratios, self._bias_of = ratios or {}, bias_of
         self.program = compile_program(terms, shape, self._ratios, bias_of)
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
+        self._said: set[str] = set()
         # Per thread: two threads may run one model.
         self._true_input = threading.local()
 
@@ -59,14 +60,15 @@ class Bypass:
         if not self._in_force():
             return args, kwargs
         x = args[0] if args else next(iter(kwargs.values()))
-        scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
-        per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
-        self._true_input.x = x
-        if x.requires_grad and torch.is_grad_enabled():
-            scaled = (x * per_channel).to(x.dtype)
-        else:
-            # In fp32 inside the kernel, without a copy of that size.
-            scaled = torch.mul(x, per_channel, out=torch.empty_like(x))
+        with naming_the_layer(self.key):
+            scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
+            per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
+            self._true_input.x = x
+            if x.requires_grad and torch.is_grad_enabled():
+                scaled = (x * per_channel).to(x.dtype)
+            else:
+                # In fp32 inside the kernel, without a copy of that size.
+                scaled = torch.mul(x, per_channel, out=torch.empty_like(x))
         if args:
             return (scaled, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): scaled}
@@ -82,7 +84,8 @@ class Bypass:
         without_batch = x.dim() == len(self.shape) - 1 and len(self.shape) > 2
         if without_batch:
             x, output = x.unsqueeze(0), output.unsqueeze(0)
-        call = LayerCall(self.key, layer, x.to(output.dtype), output, self.shape)
+        with naming_the_layer(self.key):
+            call = LayerCall(self.key, layer, x.to(output.dtype), output, self.shape, self._said)
         for step in self.program.steps:
             step.run(call)
         return call.output.squeeze(0) if without_batch else call.output

@@ -147,7 +147,8 @@ class Engine:
     def offloaded(self, copies: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """`copies`: parameters in RAM as they were before the host moved them to its device. A merge that happens within
         keeps them as its backups instead of copying."""
-        self._offloaded = copies
+        # What could not be put back yet is no original.
+        self._offloaded = {} if self._unfinished else copies
         try:
             yield
         finally:
@@ -175,9 +176,10 @@ class Engine:
     def detach_all(self) -> bool:
         """Takes everything off without a transaction, for when one has failed; False where something would not go."""
         attached, self._attached, self._lifted = self._attached, {}, {}
-        with contextlib.suppress(RestoreError):
-            self.finish_undoing()
-        for attachment in attached.values():
+        # What an undo was still to put back goes as well: done later, it would lie on the model unknown to everyone.
+        waiting, self._unfinished = self._unfinished, []
+        owners = [owner for undo in waiting if isinstance(owner := getattr(undo, "__self__", None), Attachment)]
+        for attachment in dict.fromkeys((*attached.values(), *owners)):
             try:
                 attachment.detach()
             except Exception:

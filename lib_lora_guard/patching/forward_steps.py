@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,11 +15,14 @@ from ..adapters.base import KhatriRao, Kronecker, LowRank
 from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from ..weights.storage import MB
+from . import in_ram
+from .block_products import InRam, add_to_convolution, add_to_linear
 from .device_cache import DeviceCache
 from .layer_call import LayerCall
-from .low_rank import Block, Entry, JoinedLowRank, Output, Scale, balanced, shift_for_fp16
+from .low_rank import Block, Entry, JoinedLowRank, Output, Scale, balanced, joins_on, shift_for_fp16
 
 _T = TypeVar("_T")
+Parts = tuple[tuple[Block, Scale], ...]
 
 
 class Step(ABC):
@@ -53,8 +57,53 @@ class Step(ABC):
         return False
 
 
-class LowRankStep(Step):
-    """`y += scale * up @ (down @ x)` for all joined entries."""
+class ProductStep(Step):
+    """`y += scale * up @ (down @ x)` for some blocks of factors, on the device the layer runs on.
+
+    Where that has no room, not even for a slice, the CPU calculates what is missing.
+    """
+
+    @abstractmethod
+    def parts(self, call: LayerCall) -> Parts:
+        """The blocks where the output lies, in its dtype."""
+
+    @abstractmethod
+    def parts_in_ram(self, call: LayerCall) -> Parts:
+        """The same blocks in RAM and in fp32."""
+
+    def on_linear(self, call: LayerCall) -> None:
+        self._add(call, add_to_linear, in_ram.add_to_linear)
+
+    def on_convolution(self, call: LayerCall) -> None:
+        self._add(call, add_to_convolution, in_ram.add_to_convolution)
+
+    def _add(
+        self,
+        call: LayerCall,
+        on_device: Callable[[LayerCall, Block, Scale, InRam], None],
+        on_cpu: Callable[[LayerCall, Block, Scale], None],
+    ) -> None:
+        blocks_in_ram = functools.cache(lambda: self.parts_in_ram(call))
+        parts = self._parts_on_device(call)
+        if parts is None:
+            for block, scale in blocks_in_ram():
+                on_cpu(call, block, scale)
+            return
+        for number, (block, scale) in enumerate(parts):
+            on_device(call, block, scale, functools.partial(_nth, blocks_in_ram, number))
+
+    def _parts_on_device(self, call: LayerCall) -> Parts | None:
+        """None where the device has no room for them and RAM may have."""
+        try:
+            return _again_without_cache(lambda: self.parts(call), call, self.device_bytes(call.output.dtype))
+        except LayerError:
+            if not call.has_other_memory:
+                raise
+        return None
+
+
+class LowRankStep(ProductStep):
+    """All joined entries."""
 
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.joined = JoinedLowRank(entries, shape)
@@ -73,22 +122,14 @@ class LowRankStep(Step):
     def is_resident(self) -> bool:
         return self.joined.is_resident
 
-    def on_linear(self, call: LayerCall) -> None:
-        for block, scale in self._parts(call):
-            _add_block_to_linear(call, block, scale)
+    def parts(self, call: LayerCall) -> Parts:
+        return self.joined.parts(call.output.device, call.output.dtype)
 
-    def on_convolution(self, call: LayerCall) -> None:
-        for block, scale in self._parts(call):
-            _add_block_to_convolution(call, block, scale)
-
-    def _parts(self, call: LayerCall) -> tuple[tuple[Block, Scale], ...]:
-        def parts() -> tuple[tuple[Block, Scale], ...]:
-            return self.joined.parts(call.output.device, call.output.dtype)
-
-        return _again_without_cache(parts, call, self.device_bytes(call.output.dtype))
+    def parts_in_ram(self, call: LayerCall) -> Parts:
+        return self.joined.parts_in_ram(joins_on(call.output.device))
 
 
-class KhatriRaoStep(Step):
+class KhatriRaoStep(ProductStep):
     """A LoHa of small rank as the low-rank pair it is. The pair is made for each call: kept, it would be r times the file."""
 
     def __init__(self, form: KhatriRao, strength: float, part: Slice | None) -> None:
@@ -112,33 +153,26 @@ class KhatriRaoStep(Step):
     def is_resident(self) -> bool:
         return len(self._copies) > 0
 
-    def on_linear(self, call: LayerCall) -> None:
-        _add_block_to_linear(call, self._block(call), self._scale)
+    def parts(self, call: LayerCall) -> Parts:
+        return self._pair(call.output.device, call.output.dtype)
 
-    def on_convolution(self, call: LayerCall) -> None:
-        _add_block_to_convolution(call, self._block(call), self._scale)
+    def parts_in_ram(self, call: LayerCall) -> Parts:
+        return self._pair(in_ram.CPU, torch.float32)
 
-    @property
-    def _scale(self) -> Scale:
-        return Scale(self.strength * self.form.scale, None)
-
-    def _block(self, call: LayerCall) -> Block:
-        device, dtype = call.output.device, call.output.dtype
+    def _pair(self, device: torch.device, dtype: torch.dtype) -> Parts:
         wide = torch.float32 if dtype == torch.float16 else dtype
 
         def make() -> tuple[torch.Tensor, ...]:
             # In the file's dtype: small numbers would be subnormal in fp16 before they are multiplied.
             return tuple(t.to(device) for t in self._factors())
 
-        def build() -> tuple[torch.Tensor, torch.Tensor]:
-            a1, b1, a2, b2 = (t.to(wide) for t in self._copies.get(device, dtype, make))
-            up = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
-            down = (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
-            return balanced(LowRank(up, down, 1.0), device, dtype)
-
-        up, down = _again_without_cache(build, call, self.device_bytes(dtype))
+        a1, b1, a2, b2 = (t.to(wide) for t in self._copies.get(device, dtype, make))
+        up = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
+        down = (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
+        up, down = balanced(LowRank(up, down, 1.0), device, dtype)
         on_input = self.part is not None and self.part.dim == 1
-        return Block(down, self.part if on_input else None, (Output(up, 0, None if on_input else self.part),))
+        block = Block(down, self.part if on_input else None, (Output(up, 0, None if on_input else self.part),))
+        return ((block, Scale(self.strength * self.form.scale, None)),)
 
 
 class KroneckerStep(Step):
@@ -259,57 +293,12 @@ class ScaleStep(Step):
             target.add_(((1 - factor) * bias).view(-1, *spatial))
 
 
+def _nth(parts: Callable[[], Parts], number: int) -> tuple[Block, Scale]:
+    return parts()[number]
+
+
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape
-
-
-def _add_block_to_linear(call: LayerCall, block: Block, scale: Scale) -> None:
-    flat_in, flat_out = call.flat()
-    if block.part is not None:
-        flat_in = flat_in.narrow(1, block.part.start, block.part.length)
-    down = block.down
-
-    def add(start: int, length: int) -> None:
-        activation = torch.nn.functional.linear(flat_in.narrow(0, start, length), down)
-        if scale.per_rank is not None:
-            activation.mul_(scale.per_rank)
-        for number, out in enumerate(block.outputs):
-            target = flat_out.narrow(0, start, length)
-            if out.part is not None:
-                target = target.narrow(1, out.part.start, out.part.length)
-            try:
-                target.addmm_(activation.narrow(1, out.start, out.up.shape[1]), out.up.t(), alpha=scale.alpha)
-            except Exception as error:
-                if number == 0 or not is_out_of_memory(error):
-                    raise
-                # The first output has its part already: another run would add it twice.
-                raise call.out_of_memory() from error
-
-    call.in_chunks(flat_in.shape[0], add)
-
-
-def _add_block_to_convolution(call: LayerCall, block: Block, scale: Scale) -> None:
-    x = call.input_of(block.part)
-    down = block.down.reshape(block.down.shape[0], x.shape[1], *call.shape[2:])
-    # The layer's own convolution carries stride, dilation and padding mode as they are at this moment (tiling).
-    activation = call.layer._conv_forward(x, down, None)
-    spatial = [1] * (activation.dim() - 2)
-    if scale.per_rank is not None:
-        activation.mul_(scale.per_rank.view(-1, *spatial))
-    for out in block.outputs:
-        target = call.output_of(out.part)
-        ranks = activation.narrow(1, out.start, out.up.shape[1])
-        if target.is_contiguous():
-            up = out.up.unsqueeze(0).expand(target.shape[0], -1, -1)
-            target.flatten(2).baddbmm_(up, ranks.flatten(2), alpha=scale.alpha)
-        else:
-            target.add_(_pointwise(ranks, out.up.view(*out.up.shape, *spatial)), alpha=scale.alpha)
-
-
-def _pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    convolutions = {3: torch.nn.functional.conv1d, 4: torch.nn.functional.conv2d, 5: torch.nn.functional.conv3d}
-    result: torch.Tensor = convolutions[x.dim()](x, weight)
-    return result
 
 
 def _product(side: tuple[torch.Tensor, ...], device: torch.device) -> torch.Tensor:

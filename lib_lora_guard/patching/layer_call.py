@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +13,10 @@ import torch
 from ..adapters import Slice
 from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
+from ..reporting.messages import say
+from .backup import lies_in_ram
+
+log = logging.getLogger(__name__)
 
 SMALLEST_CHUNK_TOKENS = 256
 """Below this a chunk saves nothing: its rank activation is smaller than one allocation of the allocator (2 MB)."""
@@ -26,6 +32,13 @@ class LayerCall:
     output: torch.Tensor
     shape: tuple[int, ...]
     """Shape of the weight."""
+    said: set[str] = field(default_factory=set)
+    """What has been said of this layer, for as long as its LoRAs stay: for `say_once`."""
+
+    @property
+    def has_other_memory(self) -> bool:
+        """True where RAM is not what the layer has run out of."""
+        return not lies_in_ram(self.output)
 
     @property
     def is_linear(self) -> bool:
@@ -49,9 +62,11 @@ class LayerCall:
         self.output = self.output.contiguous()
         return self.x.reshape(-1, self.x.shape[-1]), self.output.view(-1, self.output.shape[-1])
 
-    def in_chunks(self, total: int, add: Callable[[int, int], None]) -> None:
+    def in_chunks(
+        self, total: int, add: Callable[[int, int], None], otherwise: Callable[[int, int], None] | None = None
+    ) -> None:
         """Runs `add(start, length)` over all tokens, in halves of halves where memory ends. `add` allocates before it
-        writes, so that it can be run again."""
+        writes, so that it can be run again. Where the smallest chunk is too much, `otherwise` gets all that is left."""
         start, length = 0, total
         while start < total:
             try:
@@ -59,13 +74,35 @@ class LayerCall:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                length //= 2
-                if length < SMALLEST_CHUNK_TOKENS:
+                if length // 2 < SMALLEST_CHUNK_TOKENS and otherwise is None:
                     why = Message("memory.slices", {"tokens": SMALLEST_CHUNK_TOKENS})
                     raise LayerError(about(self.key, why)) from error
-                give_back_cached_memory()
+            else:
+                start += length
                 continue
-            start += length
+            # Out here the error, which held on to what had been allocated, is gone.
+            length //= 2
+            give_back_cached_memory()
+            if length < SMALLEST_CHUNK_TOKENS and otherwise is not None:
+                otherwise(start, total - start)
+                return
+
+    def say_once(self, sentence: str) -> None:
+        """Logs a sentence about this layer, the first time that it is true of it."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            say(log, logging.INFO, sentence, key=self.key)
 
     def out_of_memory(self) -> LayerError:
         return LayerError(about(self.key, Message("memory.layer" if self.is_linear else "memory.convolution")))
+
+
+@contextlib.contextmanager
+def naming_the_layer(key: str) -> Iterator[None]:
+    """Where memory ends in the block, the error says in which layer. Every other error passes as it is."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise LayerError(about(key, Message("memory.layer"))) from error

@@ -124,8 +124,8 @@ class JoinedLowRank:
         return total * size
 
     def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Block, Scale], ...]:
-        """The blocks and their scales on `device`. On the CPU terms are not joined, because joining is a copy."""
-        join = device.type != "cpu"
+        """The blocks and their scales on `device`."""
+        join = joins_on(device)
         blocks = self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join)))
         if not join:
             # Nothing is kept on the CPU: these may be copies of the factors in another dtype.
@@ -134,6 +134,12 @@ class JoinedLowRank:
         if made is None or made[0] is not blocks:
             made = self._made = (blocks, tuple(zip(blocks, self._make_scales(device, join), strict=True)))
         return made[1]
+
+    def parts_in_ram(self, join: bool) -> tuple[tuple[Block, Scale], ...]:
+        """The same in RAM and in fp32; nothing of it is kept. `join` as it is on the device: then block is block."""
+        cpu = torch.device("cpu")
+        blocks = self._blocks.get(cpu, torch.float32, lambda: tuple(self._make_blocks(cpu, torch.float32, join)))
+        return tuple(zip(blocks, self._make_scales(cpu, join), strict=True))
 
     def _make_blocks(self, device: torch.device, dtype: torch.dtype, join: bool) -> Iterator[Block]:
         for in_part, outputs in self._groups.items():
@@ -174,6 +180,11 @@ class JoinedLowRank:
             for in_part, outputs in self._groups.items()
             for out_part, entries in outputs.items()
         ]
+
+
+def joins_on(device: torch.device) -> bool:
+    """On the CPU terms are not joined: joining is a copy."""
+    return device.type != "cpu"
 
 
 LARGEST_ACTIVATION = 3e4

@@ -10,6 +10,7 @@ import torch
 from ..adapters import Adapter, Term, apply_terms
 from ..weights.storage import shares_storage
 from .device_cache import DeviceCache
+from .layer_call import naming_the_layer
 
 
 class WeightTerms:
@@ -24,11 +25,13 @@ class WeightTerms:
     def apply(self, weight: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor:
         """The patched weight, in the dtype of `weight`.
 
-        `weight` is written into only when it is proven not to be the memory of `parameter`.
+        `weight` is written into only when it is proven not to be the memory of `parameter`. Raises LayerError where memory
+        ends: some terms may be in `weight` by then, so there is no second attempt.
         """
-        terms = self._copies.get(weight.device, weight.dtype, lambda: self._on(weight.device, weight.dtype))
-        scratch = weight.clone() if shares_storage(weight, parameter) else weight
-        return apply_terms(scratch, terms)
+        with naming_the_layer(self.key):
+            terms = self._copies.get(weight.device, weight.dtype, lambda: self._on(weight.device, weight.dtype))
+            scratch = weight.clone() if shares_storage(weight, parameter) else weight
+            return apply_terms(scratch, terms)
 
     def exchange(self, terms: Sequence[Term]) -> None:
         """Puts `terms`, which differ from the present ones in strengths alone, in place. The factors on a device stay."""

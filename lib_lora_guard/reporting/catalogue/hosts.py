@@ -67,8 +67,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "host.own_patcher_failed": ("{model}: Forge's own patcher failed", "{model}：Forge 自带的补丁功能失败"),
     "host.fell_back": (
-        "{model}: {why}; applied by {way} instead (norms and biases may be missing): {loras}",
-        "{model}：{why}；改由{way}应用（归一化层和偏置可能缺失）：{loras}",
+        "{model}: {why}; applied by {way} instead: {loras}",
+        "{model}：{why}；改由{way}应用：{loras}",
     ),
     "host.fp16_path": ("Forge's fp16-LoRA path", " Forge 的 fp16 LoRA 方式"),
     "host.merge_path": ("Forge's merge", " Forge 的合并方式"),

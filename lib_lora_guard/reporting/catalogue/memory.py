@@ -23,6 +23,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{model} could not leave the card for lack of RAM ({error}); it stays, and what comes is placed beside it",
         "内存不足，{model} 无法离开显卡（{error}）；它保持原位，后续模型放在其余空间",
     ),
+    "memory.ram_room": (
+        "{size_mb:.0f} MB would have to go into RAM, where {room_mb:.0f} MB are left with the page file",
+        "需要移入内存 {size_mb:.0f} MB，而连同页面文件只剩 {room_mb:.0f} MB",
+    ),
     "memory.spare": ("{size_mb:.1f} MB {place}", "{place} {size_mb:.1f} MB"),
     "memory.vram": ("VRAM", "显存"),
     "memory.ram": ("RAM", "内存"),

@@ -1,0 +1,88 @@
+"""One block of low-rank factors times a layer's input, added to its output: whole, in slices, or with the CPU's help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
+from . import in_ram as on_cpu
+from .layer_call import LayerCall
+from .low_rank import Block, Scale
+
+InRam = Callable[[], tuple[Block, Scale]]
+"""Gives the same block in RAM and in fp32, made when it is asked for."""
+
+
+def add_to_linear(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) -> None:
+    """Tokens in ever smaller slices where memory ends, and then on the CPU."""
+    flat_in, flat_out = call.flat()
+    if block.part is not None:
+        flat_in = flat_in.narrow(1, block.part.start, block.part.length)
+    down = block.down
+
+    def add(start: int, length: int) -> None:
+        activation = torch.nn.functional.linear(flat_in.narrow(0, start, length), down)
+        if scale.per_rank is not None:
+            activation.mul_(scale.per_rank)
+        for number, out in enumerate(block.outputs):
+            target = flat_out.narrow(0, start, length)
+            if out.part is not None:
+                target = target.narrow(1, out.part.start, out.part.length)
+            try:
+                target.addmm_(activation.narrow(1, out.start, out.up.shape[1]), out.up.t(), alpha=scale.alpha)
+                continue
+            except Exception as error:
+                if number == 0 or not is_out_of_memory(error):
+                    raise
+                if not call.has_other_memory:
+                    raise call.out_of_memory() from error
+            # The first output has its part already: another run would add it twice.
+            add_on_cpu(start, length, number)
+            return
+
+    def add_on_cpu(start: int, length: int, first_output: int = 0) -> None:
+        on_cpu.add_to_linear(call, *in_ram(), start, length, first_output)
+
+    call.in_chunks(flat_in.shape[0], add, add_on_cpu if call.has_other_memory else None)
+
+
+def add_to_convolution(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) -> None:
+    """All of it at once, and where memory ends on the CPU: what is missing of it."""
+    done = 0
+    try:
+        for _ in _outputs_of_convolution(call, block, scale):
+            done += 1
+        return
+    except Exception as error:
+        if not is_out_of_memory(error) or not call.has_other_memory:
+            raise
+    give_back_cached_memory()
+    on_cpu.add_to_convolution(call, *in_ram(), first_output=done)
+
+
+def _outputs_of_convolution(call: LayerCall, block: Block, scale: Scale) -> Iterator[None]:
+    """Adds one output of the block after the other; where it raises, nothing of the next one is added."""
+    x = call.input_of(block.part)
+    down = block.down.reshape(block.down.shape[0], x.shape[1], *call.shape[2:])
+    # The layer's own convolution carries stride, dilation and padding mode as they are at this moment (tiling).
+    activation = call.layer._conv_forward(x, down, None)
+    spatial = [1] * (activation.dim() - 2)
+    if scale.per_rank is not None:
+        activation.mul_(scale.per_rank.view(-1, *spatial))
+    for out in block.outputs:
+        target = call.output_of(out.part)
+        ranks = activation.narrow(1, out.start, out.up.shape[1])
+        if target.is_contiguous():
+            up = out.up.unsqueeze(0).expand(target.shape[0], -1, -1)
+            target.flatten(2).baddbmm_(up, ranks.flatten(2), alpha=scale.alpha)
+        else:
+            target.add_(_pointwise(ranks, out.up.view(*out.up.shape, *spatial)), alpha=scale.alpha)
+        yield
+
+
+def _pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    convolutions = {3: torch.nn.functional.conv1d, 4: torch.nn.functional.conv2d, 5: torch.nn.functional.conv3d}
+    result: torch.Tensor = convolutions[x.dim()](x, weight)
+    return result

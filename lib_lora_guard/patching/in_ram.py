@@ -1,0 +1,64 @@
+"""The last rung before a layer gives up for want of VRAM: its low-rank product on the CPU, added to the output bit by bit.
+
+What it takes on the device is one buffer of BUFFER_BYTES at a time. In fp32, whatever the activations are: CPUs are slow in
+16 bits, and the result is rounded once more than on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..weights.storage import MB
+from .layer_call import LayerCall
+from .low_rank import Block, Scale
+
+BUFFER_BYTES = 1 * MB
+"""A CUDA allocator hands out no smaller piece of fresh memory than 2 MB, and has one at hand most of the time."""
+
+CPU = torch.device("cpu")
+
+
+def add_to_linear(
+    call: LayerCall, block: Block, scale: Scale, start: int = 0, length: int | None = None, first_output: int = 0
+) -> None:
+    """Adds what the outputs of `block` from `first_output` on give for `length` tokens from `start` (all). `block` is in
+    RAM and in fp32."""
+    call.say_once("memory.on_the_cpu")
+    flat_in, flat_out = call.flat()
+    if block.part is not None:
+        flat_in = flat_in.narrow(1, block.part.start, block.part.length)
+    end = flat_in.shape[0] if length is None else start + length
+    wider = max(flat_in.shape[1], flat_out.shape[1])
+    step = max(1, BUFFER_BYTES // (wider * flat_out.element_size()))
+    for first in range(start, end, step):
+        count = min(step, end - first)
+        # First over, then wider: the other way round the device would make the wide copy.
+        x = flat_in.narrow(0, first, count).to(CPU).float()
+        activation = torch.nn.functional.linear(x, block.down)
+        if scale.per_rank is not None:
+            activation.mul_(scale.per_rank)
+        for out in block.outputs[first_output:]:
+            target = flat_out.narrow(0, first, count)
+            if out.part is not None:
+                target = target.narrow(1, out.part.start, out.part.length)
+            added = torch.matmul(activation.narrow(1, out.start, out.up.shape[1]), out.up.t()).mul_(scale.alpha)
+            target.add_(added.to(target.dtype).to(target.device))
+
+
+def add_to_convolution(call: LayerCall, block: Block, scale: Scale, first_output: int = 0) -> None:
+    """The same for a convolution: one picture of the batch and a few channels at a time."""
+    call.say_once("memory.on_the_cpu")
+    x = call.input_of(block.part)
+    down = block.down.reshape(block.down.shape[0], x.shape[1], *call.shape[2:])
+    for number in range(x.shape[0]):
+        activation = call.layer._conv_forward(x.narrow(0, number, 1).to(CPU).float(), down, None)[0].flatten(1)
+        if scale.per_rank is not None:
+            activation.mul_(scale.per_rank.view(-1, 1))
+        for out in block.outputs[first_output:]:
+            target = call.output_of(out.part)[number]
+            ranks = activation.narrow(0, out.start, out.up.shape[1])
+            step = max(1, BUFFER_BYTES // (activation.shape[1] * target.element_size()))
+            for first in range(0, target.shape[0], step):
+                rows = target.narrow(0, first, min(step, target.shape[0] - first))
+                added = torch.matmul(out.up.narrow(0, first, rows.shape[0]), ranks).mul_(scale.alpha)
+                rows.add_(added.reshape(rows.shape).to(rows.dtype).to(rows.device))

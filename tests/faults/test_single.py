@@ -1,0 +1,39 @@
+"""Single faults that the sweeps do not name: where memory ends, and where the host's own way has to do."""
+
+import pytest
+from support.measure import contribution_error, fp32_limit, same_bits
+
+from faults.planting import Faults
+from faults.scene import Scene
+from faults.test_host import sweep
+from lib_lora_guard.patching.engine import Engine
+
+
+@pytest.mark.parametrize("plan", ["once", "for good"])
+def test_no_lora_is_left_out_as_unreadable_because_memory_ended(guarded, plan):
+    _, wrong = sweep(Scene(guarded, "fp8", read_by_guard=False), "apply", plan)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_after_memory_ended_the_next_load_is_the_guards_again(guarded):
+    scene = Scene(guarded, "bf16")
+    scene.settle("two")
+    scene.load("none")
+    with Faults(1):
+        scene.load("two")
+    assert scene.control.was_left_to_host(scene.loader)
+    scene.host.load(scene.clone)
+    assert same_bits(scene.picture(), scene.pictures["two"])
+
+
+def test_the_hosts_way_is_not_taken_with_a_part_of_a_lora(guarded, monkeypatch):
+    scene = Scene(guarded, "fp8")
+    scene.settle("none")
+    scene.settle("other")
+    scene.load("none")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "commit", lambda *args: 1 / 0)
+        scene.load("other")
+    picture, wanted = scene.picture(), scene.pictures["other"]
+    whole = contribution_error(picture, wanted, scene.base) <= fp32_limit(wanted, scene.base)
+    assert whole or same_bits(picture, scene.base)
