@@ -143,7 +143,7 @@ def _add_bake(commands: Any) -> None:
 def _add_simulate(commands: Any) -> None:
     about = (
         "Recomputes what users' logs show about memory with the host's own arithmetic: 54 reported configurations, each with "
-        "its numbers or with the reason why there is nothing to recompute."
+        "its numbers or with the reason why there is nothing to recompute, and what the guard is predicted to make of it."
     )
     simulate = commands.add_parser(
         "simulate", help="field reports, recomputed with Forge's arithmetic", description=about
@@ -225,12 +225,13 @@ def _bake(options: Any) -> None:
 
 def _simulate(options: Any) -> None:
     from .commands.simulate import simulate, simulate_document
+    from .planning.guard_case import guard_outcome
 
     if options.write is not None and not options.markdown:
         options.usage_error("argument --write: give --markdown with it")
     if options.markdown and (options.row is not None or options.json):
         options.usage_error("argument --markdown: the page is whole, leave --row and --json out")
-    replays = simulate(options.row)
+    replays = simulate(options.row, guard_outcome)
     if options.json:
         _print_json(simulate_document(replays))
     elif options.markdown:

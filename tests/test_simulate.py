@@ -40,6 +40,16 @@ def test_the_page_says_what_it_was_made_from_and_what_the_huge_number_means(caps
     assert "54 configurations, 17 of them with numbers and a known formula: 62 of 62 numbers come out" in text
     assert '"Trying to free 953674316406250018963456.00 MB"' in text
     assert "means: unload everything. It is no miscalculation." in text
+    assert (
+        "With the guard, predicted, not measured: 38 of 54 have an outcome, 21 of them computed and 17 unchanged because the cause "
+        "lies elsewhere; 18 end otherwise (oom in merge to ok 6, slow to ok 6, ram death to refused with a message 2, crash to ok 1, "
+        "oom elsewhere to slow 1, oom in merge to slow 1, ram death to ok 1)."
+    ) in text
+    assert "| recomputed | thread | with the guard (predicted, not measured) |" in text
+    assert "| not predicted: no VRAM known |" in text
+    assert "## With the guard: predicted, not measured" in text
+    assert "In 1, 5, 11, 15, 19, 22, 23, 27, 34, 38 the guard copies more weights a step than Forge" in text
+    assert "Close calls: in 1, 16, 17 Forge lacks less than 512 MB of RAM by this arithmetic." in text
     assert "| 25 | model: Remaining | -16185.96 MB | -16185.95 | within rounding | free - model - inference |" in text
 
 
@@ -51,7 +61,7 @@ def test_the_overview_fits_80_columns(capsys, monkeypatch):
     for number in range(1, 55):
         assert any(row.split()[:1] == [str(number)] for row in text.splitlines())
     assert "953674316406250018963456.00 MB" in text
-    assert "with the guard" not in text
+    assert "With the guard, predicted, not measured: 38 of 54" in " ".join(text.split())
 
 
 def test_one_configuration_with_its_numbers(capsys, monkeypatch):
@@ -70,6 +80,8 @@ def test_one_configuration_without_a_formula_says_why(capsys, monkeypatch):
     text = run(capsys, "--row", "54")
     assert "Nothing to recompute: ComfyUI's own memory model, not Forge's." in text
     assert "reserved: 12636" in text
+    assert "With the guard (predicted): slow. unchanged: ComfyUI: the guard does not run there" in text
+    assert "With the guard: not predicted: no VRAM known." in run(capsys, "--row", "35")
 
 
 def test_the_json_document_has_stable_names(capsys):
@@ -83,9 +95,19 @@ def test_the_json_document_has_stable_names(capsys):
     third = found["configurations"][2]
     assert list(third) == [
         "row", "gpu", "vram_total_mb", "vram_free_mb", "ram_mb", "system", "torch", "host", "model", "loras", "outcome",
-        "threads", "logged", "is_reproduced", "lines", "reason_if_none", "guard",
+        "threads", "logged", "is_reproduced", "lines", "reason_if_none", "guard", "guard_reason_if_none",
     ]  # fmt: skip
-    assert (third["row"], third["gpu"], third["outcome"], third["guard"]) == (3, None, "oom in merge", None)
+    assert (third["row"], third["gpu"], third["outcome"], third["guard_reason_if_none"]) == (
+        3,
+        None,
+        "oom in merge",
+        None,
+    )
+    assert third["guard"]["outcome"] == "ok"
+    assert third["guard"]["numbers"]["LoRA factors"] == 330.9
+    fourteenth = found["configurations"][13]
+    assert fourteenth["guard"] is None
+    assert fourteenth["guard_reason_if_none"] == "neither the model's storage nor the RAM that ran out is known"
     assert third["lines"][2] == {
         "name": "model: Remaining", "seen": 2502.53, "computed": 2502.53, "unit": "MB", "is_reproduced": True,
         "formula": "free - model - inference", "assumed": None,
@@ -127,17 +149,22 @@ def test_the_guards_column_appears_where_there_is_a_guard():
 
     replays = simulate(guard=guard)
     text = page(replays)
-    assert "| recomputed | thread | with the guard |" in text
     assert "| ok: bypass for 54 |" in text
-    assert "The guard was asked about 53 of them and changes the outcome of 50." in text
+    assert "| not predicted: not asked |" in text
+    assert (
+        "53 of 54 have an outcome, 53 of them computed and 0 unchanged because the cause lies elsewhere; 50 end otherwise ("
+        in text
+    )
+    assert "| of | peak |" in text
+    assert "with the guard" not in page(simulate()).replace("replay guard", "")
     written = io.StringIO()
     console = Console(file=written, width=120)
     print_overview(console, replays)
     print_detail(console, replays[2])
     shown = written.getvalue()
     assert "with the guard" in shown
-    assert "With the guard: ok. bypass for 3" in shown
-    assert "peak: 2.50" in shown
+    assert "With the guard (predicted): ok. bypass for 3" in shown
+    assert "peak: 2.50 MB" in shown
     assert simulate_document(replays)["configurations"][2]["guard"] == {
         "outcome": "ok", "why": "bypass for 3", "numbers": {"peak": 2.5},
     }  # fmt: skip

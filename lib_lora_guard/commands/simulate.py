@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+from ..planning.guard_case import missing
 from ..planning.host_memory import MB
 from ..planning.replay import Guard, GuardOutcome, Replay, replay, replay_all
 from ..planning.replay_elsewhere import elsewhere, sentinel
@@ -43,11 +45,21 @@ def summary(replays: tuple[Replay, ...]) -> str:
 
 
 def changed(replays: tuple[Replay, ...]) -> str | None:
-    """How many outcomes the guard changes; None where no guard was asked."""
+    """How many outcomes the guard changes and to what; None where no guard was asked."""
     judged = [one for one in replays if one.guard is not None]
     if not judged:
         return None
-    return f"The guard was asked about {len(judged)} of them and changes the outcome of {sum(one.is_changed for one in judged)}."
+    # Without numbers nothing was computed: the cause lies elsewhere.
+    computed = sum(bool(one.guard and one.guard.numbers) for one in judged)
+    turns = Counter(
+        f"{one.case.outcome.value} to {one.guard.outcome.value}" for one in judged if one.guard and one.is_changed
+    )
+    turned = ", ".join(f"{turn} {count}" for turn, count in sorted(turns.items(), key=lambda item: (-item[1], item[0])))
+    return (
+        f"With the guard, predicted, not measured: {len(judged)} of {len(replays)} have an outcome, {computed} of them computed "
+        f"and {len(judged) - computed} unchanged because the cause lies elsewhere; {turns.total()} end otherwise"
+        + (f" ({turned})." if turned else ".")
+    )
 
 
 def simulate_document(replays: tuple[Replay, ...]) -> dict[str, Any]:
@@ -85,6 +97,7 @@ def _replay(one: Replay) -> dict[str, Any]:
         "lines": [_line(line) for line in one.seen] + [_line(line) for line in one.implied],
         "reason_if_none": one.reason_if_none,
         "guard": None if one.guard is None else _guard(one.guard),
+        "guard_reason_if_none": None if one.guard is not None else missing(case),
     }
 
 
@@ -124,6 +137,13 @@ def shown_result(one: Replay) -> str:
     if one.reason_if_none is not None:
         return one.reason_if_none
     return f"{one.reproduced} of {len(one.seen)} numbers come out"
+
+
+def shown_guard(one: Replay) -> str:
+    """One cell: the outcome with its sentence, or why there is none."""
+    if one.guard is not None:
+        return f"{one.guard.outcome.value}: {one.guard.why}"
+    return f"not predicted: {missing(one.case) or 'not asked'}"
 
 
 def shown_machine(one: Replay) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ..planning.replay import Replay
+from ..planning.field_cases import Outcome
+from ..planning.guard_case import SLOW_COPY_BYTES
+from ..planning.guard_readings import LORA_RANK, OTHERS_MB, SDXL_LORA_MB
+from ..planning.host_memory import MB, RAM_FLOOR_BYTES
+from ..planning.replay import GuardOutcome, Replay
 from ..planning.replay_elsewhere import SENTINEL_THREAD, elsewhere
 from ..planning.replay_lines import Implied, Seen
 from ..version import __version__
@@ -14,6 +18,7 @@ from .simulate import (
     SENTINEL_MEANING,
     changed,
     sentinel_line,
+    shown_guard,
     shown_machine,
     shown_number,
     shown_off,
@@ -43,6 +48,7 @@ def page(replays: tuple[Replay, ...]) -> str:
         "## The configurations",
         _section("replay configurations", _configurations(replays)),
         "Why nothing was recomputed: " + "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) + ".",
+        *_with_guard(replays),
         "## The numbers",
         _section("replay numbers", _numbers((str(one.case.number), line) for one in replays for line in one.seen)),
         "## Inputs that were solved for",
@@ -71,11 +77,74 @@ def _configurations(replays: tuple[Replay, ...]) -> str:
             one.case.outcome.value,
             shown_result(one),
             " ".join(f"[{_short(url)}]({url})" for url in one.case.urls),
-            *([f"{one.guard.outcome.value}: {one.guard.why}" if one.guard else ""] if with_guard else []),
+            *([shown_guard(one)] if with_guard else []),
         ]
         for one in replays
     ]
-    return _table([*head, *(["with the guard"] if with_guard else [])], rows)
+    return _table([*head, *(["with the guard (predicted, not measured)"] if with_guard else [])], rows)
+
+
+def _with_guard(replays: tuple[Replay, ...]) -> list[str]:
+    """What the predictions rest on, and their numbers; nothing where no guard was asked."""
+    computed = [one for one in replays if one.guard is not None and one.guard.numbers]
+    if not computed:
+        return []
+    names = list(dict.fromkeys(name for one in computed if one.guard for name in one.guard.numbers))
+    rows = [
+        [
+            str(one.case.number),
+            *(f"{one.guard.numbers[name]:.0f}" if name in one.guard.numbers else "not known" for name in names),
+        ]
+        for one in computed
+        if one.guard
+    ]
+    return [
+        "## With the guard: predicted, not measured",
+        f'As if each configuration ran on Forge `{FORGE_COMMIT}` with the guard in its mode "Automatic": computed by '
+        "`lib_lora_guard/planning/guard_case.py` from the functions that the guard plans with (`planning/activations.py`, "
+        "`planning/eviction.py`) and from sizes of published models. An outcome stands only where the same arithmetic gives what "
+        "the user saw without the guard, or where the log itself names the merge; elsewhere the column says why there is none. "
+        f'"Slow" is more than {SLOW_COPY_BYTES / MB:.0f} MB of weights copied in a step: a second, as measured with ordinary RAM. '
+        f'"{Outcome.REFUSED.value}" is rule LG-R08, with no page file counted, because no report has its size: where the process had '
+        "died of RAM nothing is taken for granted; elsewhere the page file had carried the same files before.",
+        f"Assumed where a report is silent: {OTHERS_MB} MB of the card taken by the desktop and CUDA; a LoRA of rank {LORA_RANK} on "
+        f"every linear layer of Flux, in 16 bit, or of {SDXL_LORA_MB} MB for SDXL, its text encoder's part in it; 896x1152 for Flux, "
+        f"1024x1024 for SDXL; T5 in fp8 beside NF4 and fp8 and in fp16 beside Q8_0 and bf16; {RAM_FLOOR_BYTES / MB:.0f} MB of RAM left "
+        "to the system. What a step holds was measured on one GPU in a fresh process. Seconds are not predicted. MB:",
+        _section("replay guard", _table(["of", *names], rows)),
+        *_about_rows(computed),
+    ]
+
+
+def _about_rows(computed: Sequence[Replay]) -> list[str]:
+    """What the table does not say by itself."""
+    judged = [(str(one.case.number), one.guard) for one in computed if one.guard is not None]
+    more = [row for row, guard in judged if _copies_more_mb(guard) > 0]
+    close = [row for row, guard in judged if 0 < _short_of_ram_mb(guard) < CLOSE_MB]
+    lines = []
+    if more:
+        lines.append(
+            f"In {', '.join(more)} the guard copies more weights a step than Forge: it keeps what a step holds and the factors free."
+        )
+    if close:
+        lines.append(
+            f"Close calls: in {', '.join(close)} Forge lacks less than {CLOSE_MB} MB of RAM by this arithmetic."
+        )
+    return lines
+
+
+CLOSE_MB = 512
+
+
+def _copies_more_mb(outcome: GuardOutcome) -> float:
+    found = outcome.numbers
+    return found.get("copied a step", 0) - found.get("Forge: copied a step", 0)
+
+
+def _short_of_ram_mb(outcome: GuardOutcome) -> float:
+    """What Forge lacks; 0 where it is not known."""
+    found = outcome.numbers
+    return found["Forge: RAM needed"] - found["RAM there"] if "RAM there" in found else 0
 
 
 def _numbers(found: Iterable[tuple[str, Seen]]) -> str:

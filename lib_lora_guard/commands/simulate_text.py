@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..planning.guard_case import missing
 from ..planning.replay import Replay
 from .plan_text import say
 from .simulate import (
@@ -24,8 +25,10 @@ def print_overview(console: Console, replays: tuple[Replay, ...]) -> None:
     with_guard = any(one.guard is not None for one in replays)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
+    longest = max((len(word) for one in replays for word in one.case.model.split()), default=0)
     for name in ("machine", "model", "outcome", "recomputed", *(["with the guard"] if with_guard else [])):
-        table.add_column(name)
+        # No word of a model's name is cut.
+        table.add_column(name, min_width=longest if name == "model" else None)
     for one in replays:
         cells = [str(one.case.number), shown_machine(one), one.case.model, one.case.outcome.value, shown_result(one)]
         table.add_row(*cells, *([one.guard.outcome.value if one.guard else ""] if with_guard else []))
@@ -65,6 +68,8 @@ def print_detail(console: Console, one: Replay) -> None:
         )
         say(console, f"  {implied.formula}")
     if one.guard is not None:
-        say(console, f"\nWith the guard: {one.guard.outcome.value}. {one.guard.why}", "bold")
+        say(console, f"\nWith the guard (predicted): {one.guard.outcome.value}. {one.guard.why}", "bold")
         for name, number in one.guard.numbers.items():
-            say(console, f"  {name}: {number:.2f}")
+            say(console, f"  {name}: {number:.2f} MB")
+    elif (reason := missing(case)) is not None:
+        say(console, f"\nWith the guard: not predicted: {reason}.")

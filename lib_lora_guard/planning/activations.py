@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..adapters.base import Shape
 from .host_memory import Latent, unet_estimate_bytes
 from .tokens import Picture, Tokens
+
+if TYPE_CHECKING:  # adapters need torch, and the replay does without
+    from ..adapters.base import Shape
 
 MB = 1 << 20
 

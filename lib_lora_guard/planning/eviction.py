@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GB = 1 << 30
-
 
 @dataclass(frozen=True)
 class Resident:
@@ -55,12 +53,6 @@ def plan_eviction(coming: Coming, need_bytes: int, free_bytes: int, residents: S
     swapped = min(coming.swappable_bytes, short)
     kept_out = _make_room(coming, short - swapped, residents, swapped)
     return kept_out if kept_out.moved_bytes < whole.moved_bytes else whole
-
-
-def placed_beside(room_bytes: int) -> int:
-    """How much of a model that does not fit Forge puts on the device, of the room beside what has to stay free
-    (`compute_model_gpu_memory_when_using_cpu_swap`)."""
-    return max(0, int(max(room_bytes / 1.3, room_bytes - 1.25 * GB)))
 
 
 def _make_room(coming: Coming, short: int, residents: Sequence[Resident], swapped: int = 0) -> Eviction:

@@ -32,6 +32,8 @@ class Outcome(str, Enum):
     NO_EFFECT = "no effect"
     UNLOAD_CHURN = "unload churn"
     OTHER = "other"
+    REFUSED = "refused with a message"
+    """No user reported it: the guard's own (`guard_case`)."""
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,8 @@ def flux_lora_pairs(rank: int) -> list[int]:
     return [rank * side for side in sides]
 
 
-def t5_bytes(matrix_bytes: int) -> float:
-    """T5-XXL's encoder with its matrices in fp16 (2) or fp8 (1)."""
+def t5_bytes(matrix_bytes: float) -> float:
+    """T5-XXL's encoder with its matrices in fp16 (2), fp8 (1) or Q8_0 (34 / 32)."""
     return _T5_MATRICES * matrix_bytes + _T5_WIDE * FP32_BYTES
 
 
@@ -141,7 +141,7 @@ def clip_embedding_growth_bytes(width: int) -> float:
     return _CLIP_ROWS * width * 2
 
 
-def flux_text_bytes(matrix_bytes: int, with_projection: bool, after_first_prompt: bool) -> float:
+def flux_text_bytes(matrix_bytes: float, with_projection: bool, after_first_prompt: bool) -> float:
     """JointTextEncoder of Flux: CLIP-L in fp16 and T5. `with_projection`: the file has CLIP-L's text projection."""
     clip = CLIP_L_PARAMETERS + (CLIP_L_PROJECTION if with_projection else 0)
     grown = clip_embedding_growth_bytes(CLIP_L_WIDTH) if after_first_prompt else 0

@@ -4,8 +4,8 @@ The model of costs, deliberately simple. Sources: Forge dfdcbab6 (`backend/memor
 for what happens; measurements on an H100 and an H200 with Flux-dev's shapes (docs/gpu.md) for the constants here and in
 `rates`.
 
-- Placement is Forge's: everything if weights + 1 GiB for inference + reserved factors fit into the free VRAM; else small
-  weights first, until max(rest / 1.3, rest - 1.25 GiB) is full. The others are swapped: they lie in RAM and are copied, not
+- Placement is Forge's: everything if weights + 1 GiB for inference (the guard: what a step holds, where that is more) +
+  reserved factors fit into the free VRAM; else small weights first, until max(rest / 1.3, rest - 1.25 GiB) is full. The others are swapped: they lie in RAM and are copied, not
   pinned, in every step. The denoiser alone is on the GPU then; text encoders and VAE are in RAM.
 - VRAM peak of sampling = weights there + activations + the copy that casting or dequantising the largest layer makes
   + factors + workspace of the way. Merging needs three fp32 copies of the largest layer that it patches on the GPU.
@@ -27,7 +27,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from . import host_memory
 from .costs import FP32_BYTES, Cost
+from .host_memory import PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, swap_budget_bytes
 from .mode import Mode
 from .rates import CPU_MERGE_VALUES, GpuRates
 
@@ -36,15 +38,9 @@ GB = 1 << 30
 
 INFERENCE_BYTES = GB
 """Forge's default: "GPU Weights" is the card's memory less 1024 MB."""
-PROCESS_LOADING_BYTES = 1 * GB
-"""Python, torch and a CUDA context. Measured: 12.1 GB with 11.1 GB of weights, 7.2 GB with 6.2 GB."""
-PROCESS_RUNNING_BYTES = int(2.4 * GB)
-"""The same with the kernels of a forward pass loaded, which CUDA keeps in RAM too. Measured: 2.8 GB with all weights on
-the GPU and 0.3 GB of LoRA; 8.9 GB with a backup of 6.2 GB."""
 FIXED_SECONDS = 0.1
 """Measured: 0.07 to 0.2 s for a change that moves next to nothing on a model of 57 blocks."""
-RAM_FLOOR_BYTES = 2 * GB
-"""RAM that is left to the system: below it Windows starts to swap (the guard keeps to the same floor)."""
+RAM_FLOOR_BYTES = host_memory.RAM_FLOOR_BYTES
 MERGE_BYTES_PER_VALUE = 34
 """Traffic of Forge's merge in fp32: cast, product, times alpha, added, cast back."""
 
@@ -83,13 +79,15 @@ class Weight:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model file. `other_bytes`: text encoders, VAE and the rest, which are in RAM while the denoiser is on the GPU."""
+    """The model file. `other_bytes`: text encoders, VAE and the rest, which are in RAM while the denoiser is on the GPU.
+    `activation_bytes` and `held_bytes`: what a step uses and what torch holds for it (`activations.step`)."""
 
     weights: Sequence[Weight]
     other_bytes: int
     wide: bool
     activation_bytes: int
     compute_bytes: int
+    held_bytes: int = 0
 
     @property
     def denoiser_bytes(self) -> int:
@@ -155,7 +153,7 @@ def swapped_keys(weights: Iterable[Weight], vram_bytes: int, inference_bytes: in
     rest = vram_bytes - inference_bytes
     if sum(weight.bytes for weight in by_size) <= rest:
         return frozenset()
-    budget = max(0, int(max(rest / 1.3, rest - 1.25 * GB)))
+    budget = swap_budget_bytes(vram_bytes, inference_bytes)
     placed, swapped = 0, set()
     for weight in by_size:
         if placed + weight.bytes < budget:
@@ -174,14 +172,15 @@ class _Room:
         self.model, self.patches, self.rates = model, patches, rates
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         self.file_bytes = sum(patch.file_bytes for patch in patches)
-        self.swapped_without = self._swapped_bytes(swapped_keys(model.weights, vram_bytes, INFERENCE_BYTES))
+        self.guards_inference_bytes = max(INFERENCE_BYTES, model.held_bytes)
+        """The guard places by what a step holds where the slider leaves less (LG-R05), with a LoRA and without."""
 
     def guard(self) -> Prediction:
         unread = self._unread()
         carried = [patch for patch in self.patches if patch.mode is not Mode.MERGE]
         merged = [patch for patch in self.patches if patch.mode is Mode.MERGE]
         factors = sum(patch.guard.resident_bytes for patch in carried if patch.in_denoiser)
-        swapped = self._swapped(factors)
+        swapped = self._swapped(factors, self.guards_inference_bytes)
         backup = sum(patch.bytes for patch in merged)
         workspace = max((patch.guard.workspace_bytes for patch in carried if patch.in_denoiser), default=0)
         # Merging goes over the GPU also for swapped weights: there and back.
@@ -206,6 +205,7 @@ class _Room:
             apply_seconds=factors / self.rates.pageable_to_gpu + merging + norms,
             change_seconds=merging + backup / self.rates.pageable_to_gpu,
             step_seconds=sum(self._step_seconds(patch.guard) for patch in carried),
+            inference_bytes=self.guards_inference_bytes,
         )
 
     def forge_on_the_fly(self) -> Prediction:
@@ -278,6 +278,7 @@ class _Room:
         change_seconds: float,
         step_seconds: float,
         during_merge: int = 0,
+        inference_bytes: int = INFERENCE_BYTES,
     ) -> Prediction:
         model = self.model
         swapped_bytes = self._swapped_bytes(swapped)
@@ -287,7 +288,8 @@ class _Room:
         vram = on_gpu + max(model.activation_bytes + cast + factors + during_step, during_merge)
         running = PROCESS_RUNNING_BYTES + model.other_bytes + swapped_bytes + self.file_bytes + ram
         ram_peak = max(PROCESS_LOADING_BYTES + model.other_bytes + model.denoiser_bytes, running)
-        more_swapped = max(0, swapped_bytes - self.swapped_without)
+        without = self._swapped_bytes(self._swapped(0, inference_bytes))
+        more_swapped = max(0, swapped_bytes - without)
         return Prediction(
             way=way,
             effect=effect,
@@ -305,8 +307,8 @@ class _Room:
             extra_step_seconds=step_seconds + more_swapped / self.rates.pageable_to_gpu,
         )
 
-    def _swapped(self, reserved_bytes: int) -> frozenset[str]:
-        return swapped_keys(self.model.weights, self.vram_bytes, INFERENCE_BYTES + reserved_bytes)
+    def _swapped(self, reserved_bytes: int, inference_bytes: int = INFERENCE_BYTES) -> frozenset[str]:
+        return swapped_keys(self.model.weights, self.vram_bytes, inference_bytes + reserved_bytes)
 
     def _swapped_bytes(self, keys: frozenset[str]) -> int:
         return sum(weight.bytes for weight in self.model.weights if weight.key in keys)

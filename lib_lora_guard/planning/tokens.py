@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..adapters.base import Shape
+if TYPE_CHECKING:  # adapters need torch, and the replay does without
+    from ..adapters.base import Shape
 
 _TEXT_TOKENS = {"Flux": 512, "Chroma": 512, "SD 3": 333}
 _OTHER_TEXT_TOKENS = 512

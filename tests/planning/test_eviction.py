@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_lora_guard.planning.eviction import GB, Coming, Resident, placed_beside, plan_eviction
+from lib_lora_guard.planning.eviction import Coming, Resident, plan_eviction
+from lib_lora_guard.planning.host_memory import GB, MB
 
-MB = 1 << 20
 FLUX = Resident(int(9.5 * GB), int(9.4 * GB), returns=True)
 T5 = Coming(int(4.9 * GB), int(4.8 * GB), passes=2)
 
@@ -61,12 +61,6 @@ def test_a_model_larger_than_the_device_is_swapped_in_part():
     plan = plan_eviction(Coming(12 * GB, 11 * GB, None), GB, 8 * GB, [Resident(2 * GB, 2 * GB, returns=False)])
     assert plan.leaving_bytes == (2 * GB,)
     assert plan.swapped_bytes == 3 * GB
-
-
-def test_forges_own_share_of_a_model_that_does_not_fit():
-    assert placed_beside(0) == placed_beside(-GB) == 0
-    assert placed_beside(int(1.3 * GB)) == pytest.approx(GB, abs=2)
-    assert placed_beside(10 * GB) == int(8.75 * GB)
 
 
 amounts = st.integers(0, 24 * GB)

@@ -56,6 +56,7 @@ def flux(form, rank=16, loras=1, mode=Mode.BYPASS):
         other_bytes=0,
         wide=wide,
         activation_bytes=activations.step(tokens, PICTURE, SHAPES, 2).used_bytes,
+        held_bytes=activations.step(tokens, PICTURE, SHAPES, 2).held_bytes,
         compute_bytes=2,
     )
     patches = []
@@ -152,6 +153,20 @@ def test_placement_is_forges_rule():
     assert len(swapped) == 51 - int(4 * 1024 / 1.3 / 100)
     assert swapped_keys(weights, GB, GB) == {weight.key for weight in weights}
     assert len(swapped_keys(weights, 5 * GB, GB + 200 * MB)) > len(swapped)  # what is reserved pushes weights out
+
+
+def test_the_guard_places_by_what_a_step_holds_and_forge_by_the_slider():
+    model, patches = flux("fp8_e4m3fn")
+    large = dataclasses.replace(model, held_bytes=3 * GB)
+    small = dataclasses.replace(model, held_bytes=GB // 2)
+    at = {"vram_bytes": 12 * GB, "ram_bytes": 64 * GB, "rates": RATES["RTX 3060"]}
+    (guard, merge, fly), before = predict(large, patches, **at), predict(small, patches, **at)
+    assert (merge, fly) == before[1:]
+    # 2 GiB less room is as much less on the card, to a layer of 64 MB.
+    assert before[0].weights_on_gpu_bytes - guard.weights_on_gpu_bytes == pytest.approx(2 * GB, abs=64 * MB)
+    # Without a LoRA the guard leaves as much free: no part of what a LoRA makes a step longer. Two layers are 0.02 s.
+    assert guard.extra_step_seconds == pytest.approx(before[0].extra_step_seconds, abs=0.02)
+    assert before[0] == predict(dataclasses.replace(model, held_bytes=0), patches, **at)[0]
 
 
 def test_the_numbers_follow_from_the_files_exactly():

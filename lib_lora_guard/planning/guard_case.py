@@ -1,0 +1,297 @@
+"""What the guard would make of a field report: predicted with the functions it plans with, never measured. Pure, without torch.
+
+One image with a new prompt: the text encoder comes, the denoiser, the VAE's decoder. Room is made by `eviction.plan_eviction`,
+a step needs what `activations.step` says it holds (at least the slider's rest) and the LoRAs' factors, and what does not fit is
+swapped by the host's own rule. Factors lie beside the weights (bypass), so there is no backup and no merge. RAM is counted as
+in `predict`. For the same image `host` counts what Forge does: only a failure that this arithmetic explains is judged.
+
+Left out: layers are no units here, so that sizes on the card are up to a layer off; the page file's size is in no report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..reporting.messages import Message
+from . import activations
+from . import host_memory as forge
+from .activations import Activations
+from .eviction import Coming, Resident, plan_eviction
+from .field_cases import FieldCase, Outcome
+from .guard_readings import ELSEWHERE, MISSING, NO_VRAM, Reading, readings
+from .host_memory import GB, MB, PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, RAM_FLOOR_BYTES, Latent, Request
+from .rates import PAGEABLE_TO_GPU
+from .replay import GuardOutcome
+from .tokens import tokens_for
+
+SLOW_COPY_BYTES = int(PAGEABLE_TO_GPU)
+"""Weights copied in a step above which it is called slow: a second of copying."""
+TEXT_ENCODER_PASSES, VAE_PASSES = 2, 1
+"""As in `hosts.forge_memory`."""
+BADNESS = {Outcome.OK: 0, Outcome.SLOW: 1, Outcome.REFUSED: 2, Outcome.OOM: 2}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One way to run one image. `left_bytes`: VRAM beside the denoiser's weights during a step; `peak_bytes`: used at its
+    peak; `copied_bytes`: weights copied in a step; `ram_bytes`: needed; `moved_bytes`: over the bus for a new prompt, until the
+    denoiser is whole again; `calls`: of the denoiser in a step."""
+
+    on_card_bytes: int
+    copied_bytes: int
+    left_bytes: int
+    peak_bytes: int
+    ram_bytes: int
+    calls: int = 1
+    moved_bytes: int = 0
+
+
+def guard_outcome(case: FieldCase) -> GuardOutcome | None:
+    """None where too little is known, or where this arithmetic does not give the reported failure (`missing` says which)."""
+    if case.number in ELSEWHERE:
+        return GuardOutcome(case.outcome, f"unchanged: {ELSEWHERE[case.number]}")
+    judged = []
+    for reading in readings(case):
+        cause = explained(case.outcome, reading)
+        if cause is not None:
+            judged.append((reading, cause, *judge(reading, died_of_ram=_died_of_ram(case.outcome))))
+    if not judged:
+        return None
+    reading, cause, outcome, placed = max(judged, key=lambda one: (BADNESS[one[2]], one[0].denoiser_bytes))
+    words = _why(reading, cause, outcome, placed)
+    if len(readings(case)) > 1:
+        found = ", ".join(f"{one[0].storage} {one[2].value}" for one in judged)
+        words += f"; the exact storage is not named, and of those that give this failure the worst counts ({found})"
+    return GuardOutcome(outcome, words, _numbers(reading, placed))
+
+
+def missing(case: FieldCase) -> str | None:
+    """Why there is no outcome; None where there is one."""
+    if guard_outcome(case) is not None:
+        return None
+    if case.number in MISSING:
+        return MISSING[case.number]
+    found = readings(case)
+    if not found:
+        return NO_VRAM
+    if _died_of_ram(case.outcome) and found[0].ram_bytes is None:
+        return "the RAM that ran out is not known"
+    return "by this arithmetic Forge has enough memory too: what went wrong is not known"
+
+
+def judge(reading: Reading, died_of_ram: bool = False) -> tuple[Outcome, Placed]:
+    """`died_of_ram`: the page file was too small for what Forge needed; no other use of it is taken for granted then."""
+    placed = guard(reading)
+    if reading.ram_bytes is not None and placed.ram_bytes > _fast_ram_bytes(reading.ram_bytes):
+        # Others have read the same files there, so that there is a page file for them.
+        return (Outcome.REFUSED if died_of_ram else Outcome.SLOW), placed
+    if placed.peak_bytes > reading.free_bytes:
+        return Outcome.OOM, placed
+    return (Outcome.SLOW if placed.copied_bytes > SLOW_COPY_BYTES else Outcome.OK), placed
+
+
+def explained(outcome: Outcome, reading: Reading) -> str | None:
+    """What Forge does here that ends in `outcome`; None where this arithmetic gives it no reason to. A merge that failed
+    names itself in the log; where nothing failed there is nothing to explain."""
+    if outcome is Outcome.OK:
+        return "Forge does it"
+    merges = reading.loras > 0 and not reading.online
+    if outcome is Outcome.OOM_IN_MERGE:
+        peak = forge.merge_peak_bytes(reading.largest_values) / MB
+        return (
+            f"Forge merges with {peak:.0f} MB of fp32 copies of a layer, which no estimate counts" if merges else None
+        )
+    stock, step = host(reading), _step(reading)
+    if outcome is Outcome.OOM:
+        if stock.peak_bytes <= reading.free_bytes:
+            return None
+        needed = (stock.peak_bytes - reading.free_bytes + stock.left_bytes) / MB
+        return f"Forge leaves {stock.left_bytes / MB:.0f} MB beside the weights for a step that uses {needed:.0f}"
+    if reading.ram_bytes is not None and stock.ram_bytes > _fast_ram_bytes(reading.ram_bytes):
+        of = "the models and copies of all weights with a LoRA" if merges else "the models"
+        return f"Forge needs {stock.ram_bytes / MB:.0f} MB of RAM for {of}"
+    if outcome is not Outcome.SLOW:
+        return None
+    if stock.left_bytes < step.held_bytes:
+        left, held = stock.left_bytes / MB, step.held_bytes / MB
+        return f"Forge leaves {left:.0f} MB beside the weights for a step that holds {held:.0f}"
+    if stock.copied_bytes > SLOW_COPY_BYTES:
+        return f"Forge copies {stock.copied_bytes / MB:.0f} MB of weights in every step"
+    if merges and stock.copied_bytes:
+        return f"Forge merges {stock.copied_bytes / MB:.0f} MB of swapped weights on the processor"
+    return "Forge merges into every temporary weight in every step" if reading.online else None
+
+
+def guard(reading: Reading) -> Placed:
+    """By the guard's own plan."""
+    step, factors = _step(reading), reading.lora_bytes
+    need = max(reading.inference_bytes, step.held_bytes) + factors
+    text, vae, free = reading.text_bytes, reading.vae_bytes, reading.free_bytes
+    # The first image: the text encoder on an empty card, then the denoiser.
+    text_away = plan_eviction(Coming(text, text, TEXT_ENCODER_PASSES), reading.inference_bytes, free, []).swapped_bytes
+    there = text - text_away
+    plan = plan_eviction(Coming(reading.denoiser_bytes, 0, None), need, free - there, [Resident(there, there, False)])
+    there -= plan.leaving_bytes[0]
+    on_card = _on_card(reading.denoiser_bytes, free - there, need)
+    outside = [text - there + reading.denoiser_bytes - on_card + vae]
+    denoiser = Resident(on_card, on_card, returns=True)
+    # The decoder, and the next prompt.
+    for size, passes, wanted, resting in (
+        (vae, VAE_PASSES, activations.decode(_latent(reading), _vae_value_bytes(reading)).held_bytes, there),
+        (text, TEXT_ENCODER_PASSES, 0, 0),
+    ):
+        wanted = max(reading.inference_bytes, min(wanted, free))
+        residents = [Resident(resting, resting, False), denoiser]
+        plan = plan_eviction(Coming(size, size, passes), wanted, free - on_card - resting - factors, residents)
+        there_then = resting + on_card - sum(plan.leaving_bytes) + size - plan.swapped_bytes
+        outside.append(reading.file_bytes - there_then)
+    running = PROCESS_RUNNING_BYTES + max(outside) + factors
+    peak, calls = _peak(reading, on_card, step)
+    return Placed(
+        on_card,
+        calls * (reading.denoiser_bytes - on_card),
+        free - on_card - factors,
+        peak,
+        max(PROCESS_LOADING_BYTES + reading.file_bytes, running),
+        calls,
+        plan.moved_bytes,
+    )
+
+
+def host(reading: Reading) -> Placed:
+    """By Forge's rules: the slider alone decides the placement, a merge keeps a backup of every weight, and a model that has
+    to leave leaves whole."""
+    hard = reading.lora_bytes if reading.online else 0
+    free, denoiser = reading.free_bytes, reading.denoiser_bytes
+    on_card = _on_card(denoiser, free, reading.inference_bytes + hard)
+    left = free - on_card - hard
+    rest = reading.inference_bytes
+    text = forge.request_bytes(Request(reading.text_bytes, slider_rest_bytes=rest))
+    decode = forge.vae_decode_bytes(_latent(reading), _vae_value_bytes(reading))
+    vae = forge.request_bytes(Request(reading.vae_bytes, slider_rest_bytes=rest, estimate_bytes=decode))
+    leaves = max(text, vae) > left
+    merges = reading.loras > 0 and not reading.online
+    backup = forge.backup_ram_bytes(on_card, denoiser - on_card) if merges else forge.BackupRam(0, on_card)
+    weights = denoiser - on_card + (backup.offloaded_bytes if leaves else backup.placed_bytes)
+    running = PROCESS_RUNNING_BYTES + weights + reading.text_bytes + reading.vae_bytes + reading.lora_bytes
+    peak, calls = _peak(reading, on_card, _step(reading), hard)
+    ram = max(PROCESS_LOADING_BYTES + reading.file_bytes, int(running))
+    return Placed(on_card, calls * (denoiser - on_card), left, peak, ram, calls)
+
+
+def _on_card(size: int, free: int, need: int) -> int:
+    budget = forge.place(free, size, 0, need).swap_budget_bytes
+    return size if budget is None else min(size, budget)
+
+
+def _peak(reading: Reading, on_card: int, step: Activations, factors: int | None = None) -> tuple[int, int]:
+    """`(bytes, calls)`: prompt and negative prompt run one after the other where both at once do not fit."""
+    factors = reading.lora_bytes if factors is None else factors
+    is_cast = on_card < reading.denoiser_bytes or not reading.is_wide
+    beside = on_card + factors + (reading.largest_values * reading.compute_bytes if is_cast else 0)
+    rows = tokens_for(reading.architecture, reading.picture).rows
+    if beside + step.used_bytes <= reading.free_bytes or rows == 1:
+        return beside + step.used_bytes, 1
+    return beside + -(-step.used_bytes // rows), rows
+
+
+def _step(reading: Reading) -> Activations:
+    return activations.step(
+        tokens_for(reading.architecture, reading.picture), reading.picture, {}, reading.compute_bytes
+    )
+
+
+def _more_products(reading: Reading) -> float:
+    """Multiplications of the factors in 16 bit, of those of the weights: both see the same tokens."""
+    return reading.lora_bytes / 2 / reading.values
+
+
+def _latent(reading: Reading) -> Latent:
+    return Latent.of(reading.picture.width, reading.picture.height, reading.picture.batch)
+
+
+def _vae_value_bytes(reading: Reading) -> int:
+    return forge.FP32_BYTES if reading.architecture == "SDXL" else 2
+
+
+def _fast_ram_bytes(ram_bytes: int) -> int:
+    return max(0, ram_bytes - RAM_FLOOR_BYTES)
+
+
+def _died_of_ram(outcome: Outcome) -> bool:
+    return outcome in (Outcome.RAM_DEATH, Outcome.CRASH)
+
+
+def _why(reading: Reading, cause: str, outcome: Outcome, placed: Placed) -> str:
+    """One sentence."""
+    fast = None if reading.ram_bytes is None else _fast_ram_bytes(reading.ram_bytes)
+    if outcome is Outcome.REFUSED:
+        return (
+            f'{cause}; unless the page file is larger the guard says instead "{_refusal(reading, placed, fast or 0)}"'
+        )
+    said = []
+    if reading.loras:
+        said.append(f"{reading.lora_bytes / MB:.0f} MB of factors run beside the weights")
+    if reading.online:
+        said.append(f"with {_more_products(reading):.1%} more multiplications a step")
+    held = _step(reading).held_bytes
+    if held > reading.inference_bytes:
+        said.append(f"{min(held, reading.free_bytes) / MB:.0f} MB are kept free for a step")
+    if outcome is Outcome.OOM:
+        short = (placed.peak_bytes - reading.free_bytes) / MB
+        said.append(f"{short:.0f} MB of VRAM are still missing, so draw a smaller picture")
+    elif placed.copied_bytes:
+        calls = f" in {placed.calls} calls" if placed.calls > 1 else ""
+        said.append(f"{placed.copied_bytes / MB:.0f} MB of weights are copied a step{calls}")
+    else:
+        said.append("the whole model is on the card in every step")
+    ram = placed.ram_bytes / MB
+    if fast is None:
+        said.append(
+            f"{ram:.0f} MB of RAM are needed (Forge: {host(reading).ram_bytes / MB:.0f}), how many there are is not known"
+        )
+    elif placed.ram_bytes > fast:
+        said.append(f"{ram:.0f} MB of RAM are needed, {ram - fast / MB:.0f} MB of them from the page file")
+    else:
+        said.append(f"{ram:.0f} MB of RAM are enough")
+    return f"{cause}; with the guard {', '.join(said)}"
+
+
+def _refusal(reading: Reading, placed: Placed, fast_bytes: int) -> Message:
+    """What rule LG-R08 says before files are read, or where these fit before a model is moved, without a page file. What the
+    process has already is not asked for again."""
+    loading = PROCESS_LOADING_BYTES + reading.file_bytes
+    if loading > fast_bytes:
+        what = Message("preflight.reading", {"files": "the model's files"})
+        needed, there = reading.file_bytes, fast_bytes - PROCESS_LOADING_BYTES
+    else:
+        what = Message("preflight.moving", {"model": "the denoiser"})
+        needed, there = placed.ram_bytes - PROCESS_RUNNING_BYTES, fast_bytes - PROCESS_RUNNING_BYTES
+    facts = {
+        "what": what,
+        "needed_mb": needed / MB,
+        "fast_mb": there / MB,
+        "alive_mb": there / MB,
+        "more_gb": -(-(needed - there) // GB),
+    }
+    return Message("rule.line", {"rule": "LG-R08", "says": Message("rule.ram_refused", facts)})
+
+
+def _numbers(reading: Reading, placed: Placed) -> dict[str, float]:
+    stock = host(reading)
+    found: dict[str, float | None] = {
+        "VRAM free": reading.free_bytes,
+        "model": reading.denoiser_bytes,
+        "LoRA factors": reading.lora_bytes,
+        "a step uses": _step(reading).used_bytes,
+        "a step holds": _step(reading).held_bytes,
+        "on the card": placed.on_card_bytes,
+        "copied a step": placed.copied_bytes,
+        "VRAM peak": placed.peak_bytes,
+        "moved for a prompt": placed.moved_bytes,
+        "RAM needed": placed.ram_bytes,
+        "RAM there": None if reading.ram_bytes is None else _fast_ram_bytes(reading.ram_bytes),
+        "Forge: copied a step": stock.copied_bytes,
+        "Forge: RAM needed": stock.ram_bytes,
+    }
+    return {name: round(value / MB, 2) for name, value in found.items() if value is not None}
