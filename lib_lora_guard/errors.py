@@ -7,6 +7,7 @@
     |-- ModeError          the wished mode cannot be had for a weight        (also a ValueError)
     |-- RestoreError       an original value could not be put back            (also a RuntimeError)
     |-- LayerError         a patched layer could not finish its forward pass (also a RuntimeError)
+    |-- MemoryShortError   RAM would not survive what was to be done          (also a RuntimeError)
     `-- HostError          the host does not look as expected                (also a RuntimeError)
 
 Messages name the object, what was wanted, what was found and what to do, in this order. What a user of the panel can
@@ -62,6 +63,10 @@ class RestoreError(LoraGuardError, RuntimeError):
 
 class LayerError(LoraGuardError, RuntimeError):
     """A patched layer could not finish its forward pass; the image must stop, not go on with part of a LoRA."""
+
+
+class MemoryShortError(LoraGuardError, RuntimeError):
+    """Something was refused before it was begun, because the system would have ended the process for it."""
 
 
 class HostError(LoraGuardError, RuntimeError):

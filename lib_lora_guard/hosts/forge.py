@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import inspect
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adapters.patch_tuples import OWN_KIND, calculate_own_kind
 from ..errors import HostError
+from ..memory import HostMemory, MemorySnapshot, take_snapshot
+from ..reporting.crash import last_crash
+from ..reporting.crash_report import crash_report
+from ..reporting.flight_recorder import FlightRecorder, Phase
+from ..reporting.messages import say
 from ..weights.storage import WIDE_DTYPES
 from . import forge_saving, forge_schedules
 from .forge_conds import Conditioning
 from .forge_files import LoraFiles
+from .forge_journal import Journal
 from .forge_loader import LoaderControl
 from .forge_memory import ForgeMemory
 from .forge_networks import LoraStack
 from .forge_patches import device_elements
 from .forge_placement import Placement
+from .forge_preflight import Preflight
 from .forge_probe import ForgeApi, check_networks, check_processing, probe
 from .forge_residency import Residency
 from .forge_unload import UnloadRequests
@@ -36,9 +45,14 @@ class ForgeTakeover:
         self.api = api
         self.control = LoaderControl(api)
         self.files = LoraFiles()
+        self._host_memory = HostMemory()
         residency = Residency(self.control.merged_layers)
         self.placement = Placement(api, residency.away_bytes)
+        self.journal = _journal or Journal(self.snapshot)
         self.memory = ForgeMemory(api.memory, residency)
+        self.preflight = Preflight(self.snapshot, self.drop_caches, self.memory.tell)
+        self.memory.ram_room_bytes = self.preflight.room_bytes
+        self.control.precautions = lambda model: self.journal.precautions(model)
         self.conditioning: Conditioning | None = None
         self.schedules = forge_schedules.Schedules(self.control)
         self.hooks = HookSet()
@@ -48,7 +62,7 @@ class ForgeTakeover:
         """Replaces the host's functions: all, or none where one fails."""
         api = self.api
         with self.hooks as hooks:
-            hooks.add(api.lora.LoraLoader, "refresh", self.control.refresh)
+            hooks.add(api.lora.LoraLoader, "refresh", self._refresh)
             hooks.add(api.operations, "merge_lora_to_weight", self.control.merge_lora_to_weight)
             hooks.add(api.base.ModelPatcher, "has_online_lora", self._has_online_lora)
             hooks.add(api.memory.LoadedModel, "model_load", self._model_load)
@@ -56,6 +70,7 @@ class ForgeTakeover:
             hooks.add(api.memory, "unload_model_clones", self._unload_model_clones)
             hooks.add(api.memory, "load_models_gpu", self._load_models_gpu)
             hooks.add(api.memory, "free_memory", self.memory.free_memory)
+            hooks.add(api.memory, "get_free_memory", self.memory.get_free_memory)
             if hasattr(api.base.ModelPatcher, "memory_required"):
                 hooks.add(api.base.ModelPatcher, "memory_required", self.memory.patcher_memory_required)
             # Stays when the guard goes: patches of this kind may still lie on a patcher then.
@@ -81,7 +96,10 @@ class ForgeTakeover:
         if _is_hooked(owner.get_conds_with_caching):
             return
         self.conditioning = Conditioning(
-            shared, lambda: (self.control.mode(), self.control.as_trained), self.control.has_applied
+            shared,
+            lambda: (self.control.mode(), self.control.as_trained),
+            self.control.has_applied,
+            lambda: self.journal.phase(Phase.ENCODE_PROMPT),
         )
         with_conditioning = HookSet()
         with with_conditioning:
@@ -90,11 +108,38 @@ class ForgeTakeover:
         self.hooks.hooks += with_conditioning.hooks
 
     def install_estimates(self, k_model: Any) -> None:
-        """Takes over what a model says it needs for a step."""
+        """Takes over what a model says it needs for a step, and notes each step."""
         if not _is_hooked(k_model.KModel.memory_required):
             with HookSet() as hooks:
                 hooks.add(k_model.KModel, "memory_required", self.memory.memory_required)
+                if hasattr(k_model.KModel, "apply_model"):
+                    self.journal.lay_around(hooks, k_model.KModel, "apply_model", Phase.SAMPLING_STEP)
             self.hooks.hooks += hooks.hooks
+
+    def install_vae_phases(self, vae: Any) -> None:
+        """Notes when a picture is decoded or encoded: where most images die."""
+        if not _is_hooked(vae.VAE.decode_inner):
+            with HookSet() as hooks:
+                self.journal.lay_around(hooks, vae.VAE, "decode_inner", Phase.VAE_DECODE)
+                self.journal.lay_around(hooks, vae.VAE, "encode_inner", Phase.VAE_ENCODE)
+            self.hooks.hooks += hooks.hooks
+
+    def install_reading(self, sd_models: Any) -> None:
+        """Looks at RAM before a checkpoint is read."""
+        if not _is_hooked(sd_models.forge_loader):
+            with HookSet() as hooks:
+                hooks.add(sd_models, "forge_loader", self.preflight.before_reading)
+                self.journal.lay_around(hooks, sd_models, "forge_loader", Phase.LOAD_CHECKPOINT)
+            self.hooks.hooks += hooks.hooks
+
+    def snapshot(self) -> MemorySnapshot:
+        """The memory of the host's device and of this machine now."""
+        return take_snapshot(self.api.memory.get_torch_device(), host=self._host_memory)
+
+    def drop_caches(self) -> int:
+        """Gives back what is kept in RAM for speed alone; returns the bytes."""
+        prompts = 0 if self.conditioning is None else self.conditioning.forget()
+        return prompts + self.files.drop_unused()
 
     def install_unload_requests(self, processing: Any, sd_models: Any) -> None:
         """Takes over when Forge unloads all models before an image."""
@@ -123,6 +168,10 @@ class ForgeTakeover:
         live = [loaded.model for loaded in self.api.memory.current_loaded_models]
         self.control.release_all(refresh, {id(p.lora_loader): p for p in live if hasattr(p, "lora_loader")})
 
+    def _refresh(self, original: Any, loader: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.journal.phase(Phase.APPLY_LORA):
+            return self.control.refresh(original, loader, *args, **kwargs)
+
     def _has_online_lora(self, original: Any, patcher: Any) -> bool:
         # True makes Forge reserve and move the factors itself; the guard does both for the stacks it applies.
         return bool(patcher.lora_patches) and self.control.is_left_to_host(patcher)
@@ -136,7 +185,10 @@ class ForgeTakeover:
         if not stays:
             self.control.before_move(loader)
         try:
-            return original(loaded, *args, **kwargs)
+            if stays:
+                return original(loaded, *args, **kwargs)
+            with self.journal.phase(Phase.UNLOAD, loaded.model):
+                return original(loaded, *args, **kwargs)
         finally:
             if not stays:
                 self.control.drop_device_copies(loader)
@@ -173,11 +225,12 @@ class ForgeTakeover:
         handed_over = [p for p in others if self.placement.hand_over(p, needed, staying=patchers)]
         for patcher in handed_over:
             self.control.expect(patcher)
-        if plans:
-            self.memory.prepare(patchers, device, needs)
         # First the host makes room, then merges may take some.
-        with self.memory.planned() if plans else contextlib.nullcontext():
-            result = original(*bound.args, **bound.kwargs)
+        with self.journal.phase(Phase.MOVE_TO_GPU, patchers[0] if patchers else None):
+            if plans:
+                self.memory.prepare(patchers, device, needs)
+            with self.memory.planned() if plans else contextlib.nullcontext():
+                result = original(*bound.args, **bound.kwargs)
         # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
         for patcher in [*handed_over, *already_loaded]:
             if hasattr(patcher, "lora_loader"):
@@ -217,6 +270,23 @@ def _is_hooked(function: Any) -> bool:
 
 
 _takeover: ForgeTakeover | None = None
+_journal: Journal | None = None
+"""Of the process, not of one takeover: switching the guard off and on is no clean end."""
+
+
+def keep_journal(folder: Path) -> None:
+    """Begins to write down what happens, in a file below `folder`; says how the last process died, if it did."""
+    global _journal
+    if _journal is not None:
+        return
+    crash = last_crash(folder)
+    takeover = install()
+    _journal = Journal(takeover.snapshot, FlightRecorder.open(folder), crash)
+    takeover.journal = _journal
+    atexit.register(_journal.recorder.close)
+    if crash is not None:
+        for line in crash_report(crash):
+            say(log, logging.WARNING, "flight.line", line=line)
 
 
 def install() -> ForgeTakeover:
@@ -263,6 +333,11 @@ def install_in_webui() -> list[HostError]:
         _takeover.install_estimates(k_model)
     if sd_models is not None and hasattr(processing, "manage_model_and_prompt_cache"):
         _takeover.install_unload_requests(processing, sd_models)
+    if sd_models is not None and hasattr(sd_models, "forge_loader"):
+        _takeover.install_reading(sd_models)
+    vae = sys.modules.get("backend.patcher.vae")
+    if vae is not None and hasattr(getattr(vae, "VAE", None), "decode_inner"):
+        _takeover.install_vae_phases(vae)
     forge_saving.install(_takeover.hooks, _takeover.control.engines)
     return misfits
 

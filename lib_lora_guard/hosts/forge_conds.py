@@ -11,6 +11,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -129,12 +130,22 @@ class Conditioning:
         shared: ModuleType,
         meaning: Callable[[], object],
         has_applied: Callable[[Any], bool] = lambda patcher: True,
+        encoding: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """`meaning`: what else decides how LoRAs act on the text encoder (the guard's mode). `has_applied` says of a patcher
-        whether its LoRAs lie on the model."""
+        whether its LoRAs lie on the model. `encoding` is entered while a prompt is encoded."""
         self._shared, self._meaning, self._has_applied = shared, meaning, has_applied
+        self._encoding = encoding
         self._memories: weakref.WeakKeyDictionary[Any, PromptMemory] = weakref.WeakKeyDictionary()
         self._numbers = _Numbers()
+
+    def forget(self) -> int:
+        """Gives back what is remembered; returns the bytes."""
+        memories = list(self._memories.values())
+        size = sum(memory.bytes for memory in memories)
+        for memory in memories:
+            memory.clear()
+        return size
 
     def cached_params(
         self, original: Callable[..., Any], processing: Any, required_prompts: Any, steps: Any, extra_network_data: Any,
@@ -183,7 +194,8 @@ class Conditioning:
                 if len(caches[0]) > 2:
                     caches[0][2] = known[1] or {}
                 return original(processing, *everything)
-        conds = original(processing, *everything)
+        with self._encoding():
+            conds = original(processing, *everything)
         made = caches[0]
         if not self._is_encoded_as_asked():
             # The next image tries again, and must not find this one's.

@@ -197,6 +197,14 @@ class LoraFiles:
                 if is_too_much or 0 < self.kept_files() < len(self._kept):
                     del self._kept[old]
 
+    def drop_unused(self) -> int:
+        """Gives back every file that is not of the present stack; returns the bytes."""
+        with self._lock:
+            unused = [key for key in self._kept if key not in self._in_stack]
+            for key in unused:
+                del self._kept[key]
+        return sum(size for _, _, size in unused)
+
     @property
     def bytes(self) -> int:
         """Bytes on disk of the files that are kept in RAM."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,12 @@ import psutil
 import torch
 
 from ..errors import RestoreError, named
+from ..memory.out_of_memory import is_out_of_memory
 from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
 from ..patching.merge_loss import merge_loss
 from ..planning.mode import Mode, Wish
+from ..reporting.crash_report import Precaution
 from ..reporting.messages import Joined, Message, say
 from ..reporting.report import ApplyReport, clean_text
 from ..settings import LoraMode
@@ -60,6 +62,8 @@ class LoaderControl:
         self.mode = mode
         self.as_trained = False
         """DoRA in the meaning of its trainer instead of Forge's."""
+        self.precautions: Callable[[Any], Collection[Precaution]] = lambda model: ()
+        """What is planned around after a crash, for a model."""
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._reports: tuple[tuple[weakref.ref[Any], ApplyReport], ...] = ()
 
@@ -94,7 +98,7 @@ class LoaderControl:
                 if state.left_to_host or self._someone_else_patched(loader, state):
                     self._take_from_host(original, loader, state, offload)
                 requests = self._requests(lora_patches, state)
-                state.report = state.engine.change(access, requests, WISHES[mode])
+                state.report = state.engine.change(access, requests, self._wish(mode, loader.model))
             except Exception as error:
                 say(log, logging.ERROR, "host.apply_failed", exc_info=True, model=access.name)
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
@@ -104,6 +108,13 @@ class LoaderControl:
             if mode is LoraMode.MERGE and not state.told_merge_loss:
                 self._say_what_merging_would_lose(access.name, state)
         log.log(logging.WARNING if state.report.is_worrying else logging.INFO, "%s", state.report.line())
+
+    def _wish(self, mode: LoraMode, model: Any) -> Wish:
+        """The mode's, without merging where that ended the last process."""
+        if mode is LoraMode.MERGE and Precaution.NO_MERGE in self.precautions(model):
+            say(log, logging.WARNING, "flight.line", line=Precaution.NO_MERGE.message)
+            return Wish.AUTO
+        return WISHES[mode]
 
     def remind(self, patcher: Any) -> None:
         """For a patcher that is loaded already: tries a failed change again, and says again what is left out."""
@@ -348,27 +359,44 @@ class LoaderControl:
         error: Exception,
     ) -> None:
         """docs/architecture.md, "When something fails": the host's fp16-LoRA path, then its merge where that loses nothing, then no LoRA."""
-        if not state.engine.detach_all():
-            say(log, logging.ERROR, "host.not_restored_next_image", model=access.name)
+        restored = state.engine.detach_all()
         loader.backup, loader.online_backup = {}, []
         state.published, state.report = None, None
         self._note_reports()
+        if not restored:
+            # A picture made now would have a part of a LoRA; the next load tries again.
+            say(log, logging.ERROR, "host.not_restored_next_image", model=access.name)
+            raise RestoreError.of("memory.not_restored_at_all") from error
         fitting = state.engine.fitting(access, requests)
         wanted = [(identifier, patches) for i, (identifier, patches) in enumerate(lora_patches.items()) if i in fitting]
         names = Joined(clean_text(describe(identifier)[0]) for identifier, _ in wanted)
         why = clean_text(named(error))
         for online, way in ((True, Message("host.fp16_path")), (False, Message("host.merge_path"))):
-            if not wanted or (not online and not self._merge_is_safe(access, [p for _, p in wanted])):
+            is_whole = self._online_reaches if online else self._merge_is_safe
+            if not wanted or not is_whole(access, [p for _, p in wanted]):
                 continue
             patches = {_with_mode(identifier, online): patches for identifier, patches in wanted}
             if self._host_refresh(original, loader, patches, offload):
                 state.left_to_host = True
-                loader.loaded_hash = stack_hash
+                # Memory may be there again at the next load; another error would be the same one.
+                loader.loaded_hash = RETRY if is_out_of_memory(error) else stack_hash
                 say(log, logging.WARNING, "host.fell_back", model=access.name, why=why, way=way, loras=names)
                 return
         loader.loaded_hash = RETRY
         everything = Joined(clean_text(describe(identifier)[0]) for identifier in lora_patches)
         say(log, logging.ERROR, "host.without", model=access.name, loras=everything, why=why)
+
+    def _online_reaches(self, access: ForgeAccess, patches: Sequence[Mapping[str, Any]]) -> bool:
+        """True where Forge's layers ask its online path for every one of these parameters; it leaves out others unsaid."""
+        sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]
+        return all(
+            site.name in ("weight", "bias")
+            and (
+                isinstance(site.layer, self._api.weight_classes)
+                or getattr(site.layer, "parameters_manual_cast", False) is True
+            )
+            for site in sites
+        )
 
     def _merge_is_safe(self, access: ForgeAccess, patches: Sequence[Mapping[str, Any]]) -> bool:
         sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]

@@ -11,8 +11,10 @@ import contextlib
 import inspect
 import logging
 import math
+import platform
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,19 +22,20 @@ from typing import Any
 
 import torch
 
-from ..memory import rules
+from ..memory import Nvml, rules
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.rules import Finding
 from ..models.architecture import Architecture, detect_model
 from ..planning import activations
 from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
 from ..planning.tokens import ONE_PASS, Picture, tokens_for
-from ..reporting.messages import say
+from ..reporting.messages import Message, say
 from ..weights.storage import MB, storage_of
 from .forge_residency import Residency
 
 log = logging.getLogger(__name__)
 
+BETWEEN_DRIVER_SECONDS = 1.0
 TEXT_ENCODER_PASSES = 2
 """The prompt and the negative one."""
 VAE_PASSES = 1
@@ -60,6 +63,11 @@ class ForgeMemory:
         self._planned = threading.local()
         """`.depth` above 0 on a thread for which room has been made already."""
         self._said: dict[str, str] = {}
+        self._nvml = Nvml() if _driver_may_overstate() else None
+        self._overstated: dict[Any, tuple[float, int]] = {}
+        """By device: when it was asked, and how much more than NVML torch called free."""
+        self.ram_room_bytes: Callable[[], int | None] = lambda: None
+        """How much may be moved into RAM; None where nobody knows."""
         self._architectures: weakref.WeakKeyDictionary[torch.nn.Module, Architecture | None] = (
             weakref.WeakKeyDictionary()
         )
@@ -87,10 +95,23 @@ class ForgeMemory:
                 found = self._step_bytes(model, rows, height, width)
                 known[rows, height, width] = int(forges) if found is None else found
             return known[rows, height, width]
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError, IndexError, OverflowError):
             # Another extension's model, or another shape than pictures have.
             log.debug("no estimate of ours for %s", input_shape, exc_info=True)
             return forges
+
+    def get_free_memory(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of `get_free_memory`: without what other programs hold and Windows calls free all the same."""
+        found = original(*args, **kwargs)
+        if self._nvml is None:
+            return found
+        device = (args[0] if args else kwargs.get("dev")) or self._memory.get_torch_device()
+        if getattr(device, "type", "") != "cuda":
+            return found
+        is_pair = isinstance(found, tuple)
+        total = int(found[0] if is_pair else found)
+        total = max(0, total - self._overstated_bytes(device, total))
+        return (total, *found[1:]) if is_pair else total
 
     def free_memory(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of `free_memory`: as much as was asked for, out of as little as possible."""
@@ -150,11 +171,16 @@ class ForgeMemory:
         if plan.swapped_bytes and coming.passes is not None:
             names = " + ".join(type(patcher.model).__name__ for patcher in patchers)
             say(log, logging.INFO, "memory.swapped", model=names, size_mb=plan.swapped_bytes / MB, passes=coming.passes)
-            return
         for patcher in patchers:
             loaded = self.loaded(patcher)
-            if loaded is not None:
-                self.residency.grow(loaded, int(self._memory.get_free_memory(device)) - needs.free_bytes)
+            if loaded is None:
+                continue
+            room = int(self._memory.get_free_memory(device)) - needs.free_bytes
+            if room < 0 and loaded.model is patcher:
+                # Placed for a smaller picture, and nobody else is left to make room.
+                self._shrink(loaded, min(-room, self.residency.swappable_bytes(loaded)))
+            else:
+                self.residency.grow(loaded, room)
 
     @contextlib.contextmanager
     def planned(self) -> Iterator[None]:
@@ -202,19 +228,57 @@ class ForgeMemory:
 
     # -- inside
 
+    def _overstated_bytes(self, device: Any, torch_bytes: int) -> int:
+        """Asked once in a while: attention asks for free memory in every layer."""
+        asked, excess = self._overstated.get(device, (-math.inf, 0))
+        now = time.monotonic()
+        if now - asked > BETWEEN_DRIVER_SECONDS and self._nvml is not None:
+            driver = self._nvml.memory(device).free.bytes
+            held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            usable, finding = rules.free_vram_bytes(torch_bytes, None if driver is None else driver + held)
+            excess = max(0, torch_bytes - usable)
+            self.tell(finding)
+            self._overstated[device] = (now, excess)
+        return excess
+
     def _send_away(self, loaded: Any, resident: Resident, wanted_bytes: int) -> bool:
+        if wanted_bytes < resident.on_device_bytes:
+            return self._shrink(loaded, wanted_bytes)
         name = type(loaded.model.model).__name__
+        if not self._fits_in_ram(name, wanted_bytes):
+            return False
         try:
-            if wanted_bytes < resident.on_device_bytes:
-                return self.residency.shrink(loaded, wanted_bytes) > 0
-            say(log, logging.INFO, "memory.left", model=name, size_mb=resident.on_device_bytes / MB)
+            # Layer by layer first: where RAM runs out on the way, the model can still run.
+            self.residency.shrink(loaded, wanted_bytes)
             self._memory.current_loaded_models.remove(loaded)
             loaded.model_unload()
+            say(log, logging.INFO, "memory.left", model=name, size_mb=resident.on_device_bytes / MB)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            say(log, logging.WARNING, "memory.not_moved", model=name, error=str(error).splitlines()[0])
+            _tell_or_raise(error, name)
         return True
+
+    def _shrink(self, loaded: Any, wanted_bytes: int) -> bool:
+        """True where something may have left."""
+        name = type(loaded.model.model).__name__
+        if not self._fits_in_ram(name, wanted_bytes):
+            return False
+        try:
+            moved = self.residency.shrink(loaded, wanted_bytes)
+        except Exception as error:
+            _tell_or_raise(error, name)
+            return True
+        if moved:
+            say(log, logging.INFO, "memory.shrunk", model=name, size_mb=moved / MB)
+        return moved > 0
+
+    def _fits_in_ram(self, name: str, size_bytes: int) -> bool:
+        """False where it would be carried into a page file that has no room for it, and the process ended for that."""
+        room = self.ram_room_bytes()
+        if room is None or size_bytes <= room:
+            return True
+        error = Message("memory.ram_room", {"room_mb": room / MB, "size_mb": size_bytes / MB})
+        say(log, logging.WARNING, "memory.not_moved", model=name, error=error)
+        return False
 
     def _resident(self, loaded: Any, device: Any) -> Resident:
         on_device = int(self._memory.module_size(loaded.model.model, include_device=device))
@@ -249,6 +313,11 @@ class ForgeMemory:
         return activations.step(tokens, picture, _shapes(model), compute_bytes).held_bytes
 
 
+def _driver_may_overstate() -> bool:
+    """Windows tells each program what it could have if the others made room; so does Linux inside Windows."""
+    return platform.system() == "Windows" or "microsoft" in platform.release().lower()
+
+
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
 
@@ -268,6 +337,15 @@ def _share_of_forges_estimate(patcher: Any) -> float | None:
     if not _is_a(patcher.model, "backend.nn.vae", "IntegratedAutoencoderKL"):
         return None
     return activations.VAE_HOLDS_WHERE_FORGE_HAS
+
+
+def _tell_or_raise(error: Exception, name: str) -> None:
+    """A model that cannot leave for lack of RAM stays; every other error goes on."""
+    if not is_out_of_memory(error):
+        raise error
+    # Python's own MemoryError has no text.
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    say(log, logging.WARNING, "memory.not_moved", model=name, error=why)
 
 
 def _is_a(model: object, module: str, name: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..memory.out_of_memory import is_out_of_memory
 from ..reporting.messages import say
 from ..weights.storage import MB
 
@@ -48,13 +49,10 @@ class Residency:
         for size, layer in self._fewest(self._candidates(loaded), wanted_bytes):
             self._move_away(loaded, layer)
             moved += size
-        if moved:
-            name = type(loaded.model.model).__name__
-            say(log, logging.INFO, "memory.shrunk", model=name, size_mb=moved / MB)
         return moved
 
     def grow(self, loaded: Any, room_bytes: int) -> int:
-        """Brings back what `shrink` took, as far as `room_bytes` go. Returns the bytes moved."""
+        """Brings back what `shrink` took, as far as `room_bytes` and the device itself go. Returns the bytes moved."""
         model = loaded.real_model
         away = self._away.get(model)
         if not away:
@@ -64,7 +62,14 @@ class Residency:
             size = _bytes_of(layer)
             if moved + size > room_bytes:
                 break
-            layer.to(loaded.device)
+            try:
+                layer.to(loaded.device)
+            except BaseException as error:
+                layer.to(loaded.model.offload_device)
+                if not is_out_of_memory(error):
+                    raise
+                # Less is free than the driver said: the rest goes on running swapped.
+                break
             _restore_cast(layer)
             away.discard(layer)
             moved += size

@@ -18,6 +18,9 @@ from .recognise import explain
 
 log = logging.getLogger(__name__)
 
+JOURNAL_FOLDER = Path(__file__).resolve().parent.parent.parent / "data"
+"""In the extension's own folder: an update leaves it alone, and removing the extension removes it."""
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the guard's flags to Forge's own parser (or to any other)."""
@@ -59,6 +62,7 @@ def start(arguments: Sequence[str]) -> bool:
         return False
     try:
         forge.install().control.as_trained = as_trained
+        forge.keep_journal(JOURNAL_FOLDER)
     except HostError as error:
         say(log, logging.WARNING, "host.does_not_fit", version=version.__version__, why=explain(error))
         return False

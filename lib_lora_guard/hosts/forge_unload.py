@@ -28,12 +28,19 @@ class UnloadRequests:
 
     def before_image(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of `manage_model_and_prompt_cache`."""
-        if self._processing.need_global_unload:
-            finding = rules.unload_request(has_changed=self._settings() != self._of_last_image)
+        last, self._of_last_image = self._of_last_image, None
+        is_wished = self._processing.need_global_unload
+        if is_wished:
+            finding = rules.unload_request(has_changed=self._settings() != last)
             if finding is not None:
                 self._processing.need_global_unload = False
                 self._tell(finding)
-        result = original(*args, **kwargs)
-        # After the image's own overrides have been taken over, and where loading has not failed.
+        try:
+            result = original(*args, **kwargs)
+        except BaseException:
+            # What is loaded now is not known: the next image is the host's.
+            self._processing.need_global_unload = is_wished
+            raise
+        # After the image's own overrides have been taken over.
         self._of_last_image = self._settings()
         return result

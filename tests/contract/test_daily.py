@@ -389,11 +389,11 @@ def test_what_cannot_be_lifted_stays_merged_and_the_next_change_is_right(guarded
         original(self)
 
     monkeypatch.setattr(MergeAttachment, "lift", failing)
-    # Another test may have set up the console, which ends what reaches caplog.
+    # Another test may have set up the console, which ends what reaches caplog, or have left caplog on the logger.
     monkeypatch.setattr(logging.getLogger("lib_lora_guard"), "propagate", True)
     caplog.set_level(logging.ERROR)
     guarded.memory.unload_all_models()
-    assert len(caplog.records) == 1
+    assert len({id(r) for r in caplog.records if r.levelno >= logging.ERROR}) == 1
     monkeypatch.setattr(MergeAttachment, "lift", original)
     guarded.load(changed)
     assert same_bits(run(changed), with_lora)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
+    "flight.line": ("{line}", "{line}"),
     "flight.not_kept": (
         "no flight record can be kept in {folder} ({error}); if this program is killed, the next start cannot say why",
         "无法在 {folder} 中保存运行记录（{error}）；如果程序被强行终止，下次启动时将无法说明原因",
