@@ -1,6 +1,6 @@
-"""Writes the tables "From Generate to the first step", "Fifty changes" and "The allocator" of docs/gpu.md.
+"""Writes the tables "From Generate to the first step", "Fifty changes", "Ten prompts" and "The allocator" of docs/gpu.md.
 
-    python benchmarks/daily_table.py --first-step s.jsonl --changes c.jsonl --allocator allocator.jsonl ... [--write]
+    python benchmarks/daily_table.py --first-step s.jsonl --changes c.jsonl --alternating a.jsonl --allocator allocator.jsonl ... [--write]
 
 The files are what first_step.py and allocator_gpu.py wrote; of an allocator case the last row counts.
 """
@@ -57,6 +57,25 @@ def changes(results):
     return f"{table(rows)}\n\n" + measured_on(header, f"; {header['free_gb']:g} GB free, {header['storage']}")
 
 
+def alternating(results):
+    """Ten images with a prompt of their own, one column for each way."""
+    found = [result["result"] for result in results]
+    rows = [["", *(result["way"] for result in results)]]
+    rows.append(["images", *(str(one["images"]) for one in found)])
+    rows.append(["GB over the bus", *(f"{one['moved_gb']:.1f}" for one in found)])
+    rows.append(["seconds, counting included", *(f"{one['seconds']:.1f}" for one in found)])
+    rows.append(["the first image, which loads all: GB, s", *(first(one["first_image"]) for one in found)])
+    rows.append(
+        ["GB of the model on the GPU after the last decode", *(f"{one['rows'][-1]['on_gpu_gb']:.2f}" for one in found)]
+    )
+    header = results[0]
+    return f"{table(rows)}\n\n" + measured_on(header, f"; {header['free_gb']:g} GB free, {header['storage']}")
+
+
+def first(image):
+    return f"{image['moved_gb']:.1f}, {image['seconds']:.1f}"
+
+
 def allocator(files):
     cases, headers = {}, []
     for rows in files:
@@ -88,11 +107,13 @@ def main():
     parser.add_argument("--first-step", type=Path, required=True)
     parser.add_argument("--changes", type=Path, required=True)
     parser.add_argument("--allocator", type=Path, nargs="+", required=True)
+    parser.add_argument("--alternating", type=Path, required=True)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/gpu.md")
     options = parser.parse_args()
     texts = {
         "first step": first_step(lines(options.first_step)),
         "changes": changes(lines(options.changes)),
+        "alternating": alternating(lines(options.alternating)),
         "allocator": allocator([lines(file) for file in options.allocator]),
     }
     page = PAGE.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 
 from ..adapters.patch_tuples import OWN_KIND, calculate_own_kind
 from ..errors import HostError
-from ..memory import HostMemory, MemorySnapshot, take_snapshot
+from ..memory import HostMemory, MemorySnapshot, rules, take_snapshot
 from ..reporting.crash import last_crash
 from ..reporting.crash_report import crash_report
 from ..reporting.flight_recorder import FlightRecorder, Phase
@@ -182,6 +182,7 @@ class ForgeTakeover:
         if stays and self.placement.give_up(loaded):
             return None
         self.memory.residency.forget(loaded)
+        self.memory.forget_share(getattr(loaded, "real_model", None))
         if not stays:
             self.control.before_move(loader)
         try:
@@ -212,8 +213,10 @@ class ForgeTakeover:
             self.memory.drop_abandoned()
         already_loaded = [p for p in patchers if self._is_loaded(p)]
         others = [p for p in patchers if p not in already_loaded]
-        given["hard_memory_preservation"] += sum(self._factor_bytes(p) for p in others)
+        factors = sum(self._factor_bytes(p) for p in others)
+        given["hard_memory_preservation"] += factors
         if plans:
+            self.memory.tell(rules.with_factors(0, factors)[1])
             needs = self.memory.needs(
                 patchers, device, given.get("memory_required", 0), given["hard_memory_preservation"]
             )
@@ -231,6 +234,8 @@ class ForgeTakeover:
                 self.memory.prepare(patchers, device, needs)
             with self.memory.planned() if plans else contextlib.nullcontext():
                 result = original(*bound.args, **bound.kwargs)
+            if plans:
+                self.memory.watch_share(patchers, device)
         # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
         for patcher in [*handed_over, *already_loaded]:
             if hasattr(patcher, "lora_loader"):

@@ -63,6 +63,8 @@ class ForgeMemory:
         self._planned = threading.local()
         """`.depth` above 0 on a thread for which room has been made already."""
         self._said: dict[str, str] = {}
+        self._shares: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+        """Bytes on the device after the last load."""
         self._nvml = Nvml() if _driver_may_overstate() else None
         self._overstated: dict[Any, tuple[float, int]] = {}
         """By device: when it was asked, and how much more than NVML torch called free."""
@@ -217,6 +219,20 @@ class ForgeMemory:
             self._memory.soft_empty_cache()
         return plan
 
+    def watch_share(self, patchers: Sequence[Any], device: Any) -> None:
+        """Notes how much of each model is on the device after a load, and says where that shrinks for no reason."""
+        for patcher in patchers:
+            now = int(self._memory.module_size(patcher.model, include_device=device))
+            before = self._shares.get(patcher.model)
+            if before is not None:
+                self.tell(rules.share_on_device(before, now, was_needed=False, model=type(patcher.model).__name__))
+            self._shares[patcher.model] = now
+
+    def forget_share(self, model: torch.nn.Module | None) -> None:
+        """There is a reason: somebody needed the room."""
+        if model is not None:
+            self._shares.pop(model, None)
+
     def tell(self, finding: Finding | None) -> None:
         """Once while it stays the same: the same settings meet the same rule with every image."""
         if finding is None or self._said.get(finding.rule) == finding.says:
@@ -242,6 +258,7 @@ class ForgeMemory:
         return excess
 
     def _send_away(self, loaded: Any, resident: Resident, wanted_bytes: int) -> bool:
+        self.forget_share(loaded.model.model)
         if wanted_bytes < resident.on_device_bytes:
             return self._shrink(loaded, wanted_bytes)
         name = type(loaded.model.model).__name__
