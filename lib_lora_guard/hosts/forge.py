@@ -51,6 +51,7 @@ class ForgeTakeover:
         self.journal = _journal or Journal(self.snapshot)
         self.memory = ForgeMemory(api.memory, residency)
         self.preflight = Preflight(self.snapshot, self.drop_caches, self.memory.tell)
+        self.memory.take_back = self.placement.take_back
         self.memory.ram_room_bytes = self.preflight.room_bytes
         self.control.precautions = lambda model: self.journal.precautions(model)
         self.conditioning: Conditioning | None = None

@@ -8,6 +8,7 @@ asks for itself then is there already. Sources: Forge's `backend/memory_manageme
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import math
@@ -68,6 +69,8 @@ class ForgeMemory:
         self._nvml = Nvml() if _driver_may_overstate() else None
         self._overstated: dict[Any, tuple[float, int]] = {}
         """By device: when it was asked, and how much more than NVML torch called free."""
+        self.take_back: Callable[[Any], list[Any]] = lambda device: []
+        """Loaded models that the host has forgotten though they lie on a device."""
         self.ram_room_bytes: Callable[[], int | None] = lambda: None
         """How much may be moved into RAM; None where nobody knows."""
         self._architectures: weakref.WeakKeyDictionary[torch.nn.Module, Architecture | None] = (
@@ -122,12 +125,14 @@ class ForgeMemory:
         asked, device = bound.arguments["memory_required"], bound.arguments["device"]
         if getattr(self._planned, "depth", 0):
             return None
-        if bound.arguments.get("free_all") or not self.plans_for(device):
+        if not self.plans_for(device):
             return original(*bound.args, **bound.kwargs)
+        if bound.arguments.get("free_all"):
+            return self._free_all(original, bound, device)
         wanted, finding = rules.request_bytes(float(asked), self._total_bytes(device))
         self.tell(finding)
         if math.isinf(wanted):
-            return original(*bound.args, **bound.kwargs)
+            return self._free_all(original, bound, device)
         self.drop_abandoned()
         keep = [one.model for one in bound.arguments["keep_loaded"]]
         self.make_room(device, Coming(0, 0, None), int(wanted), keep)
@@ -202,13 +207,15 @@ class ForgeMemory:
 
     def make_room(self, device: Any, coming: Coming, need_bytes: int, staying: Sequence[Any]) -> Eviction:
         """Carries out `plan_eviction` with everything loaded on `device` but `staying` and its clones."""
+        free = int(self._memory.get_free_memory(device))
+        if coming.outside_bytes + need_bytes > free:
+            self._memory.current_loaded_models.extend(self.take_back(device))
         # Who was used longest ago first, as in the host.
         leaving = [
             one
             for one in reversed(self._memory.current_loaded_models)
             if one.device == device and not any(p is one.model or p.is_clone(one.model) for p in staying)
         ]
-        free = int(self._memory.get_free_memory(device))
         residents = [self._resident(one, device) for one in leaving]
         plan = plan_eviction(coming, need_bytes, free, residents)
         has_moved = False
@@ -217,6 +224,7 @@ class ForgeMemory:
                 has_moved |= self._send_away(one, resident, wanted)
         if has_moved:
             self._memory.soft_empty_cache()
+        self.drop_abandoned()
         return plan
 
     def watch_share(self, patchers: Sequence[Any], device: Any) -> None:
@@ -258,12 +266,12 @@ class ForgeMemory:
         return excess
 
     def _send_away(self, loaded: Any, resident: Resident, wanted_bytes: int) -> bool:
-        self.forget_share(loaded.model.model)
         if wanted_bytes < resident.on_device_bytes:
             return self._shrink(loaded, wanted_bytes)
         name = type(loaded.model.model).__name__
         if not self._fits_in_ram(name, wanted_bytes):
             return False
+        self.forget_share(loaded.model.model)
         try:
             # Layer by layer first: where RAM runs out on the way, the model can still run.
             self.residency.shrink(loaded, wanted_bytes)
@@ -274,11 +282,24 @@ class ForgeMemory:
             _tell_or_raise(error, name)
         return True
 
+    def _free_all(self, original: Callable[..., Any], bound: inspect.BoundArguments, device: Any) -> Any:
+        # What is no one's any more, as after another checkpoint was chosen, is freed where it lies instead of being moved.
+        gc.collect()
+        forgotten = self.take_back(device)
+        self._memory.current_loaded_models.extend(forgotten)
+        # Held meanwhile, or the host would forget them again.
+        held = [one.model for one in forgotten]
+        try:
+            return original(*bound.args, **bound.kwargs)
+        finally:
+            del held
+
     def _shrink(self, loaded: Any, wanted_bytes: int) -> bool:
         """True where something may have left."""
         name = type(loaded.model.model).__name__
         if not self._fits_in_ram(name, wanted_bytes):
             return False
+        self.forget_share(loaded.model.model)
         try:
             moved = self.residency.shrink(loaded, wanted_bytes)
         except Exception as error:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Placement:
     def __init__(self, api: ForgeApi, away_bytes: Callable[[torch.nn.Module], int] = lambda model: 0) -> None:
         """`away_bytes`: what has left the device of a model for a while, and comes back without a new placement."""
-        self._memory, self._away_bytes = api.memory, away_bytes
+        self._memory, self._away_bytes, self._patcher_class = api.memory, away_bytes, api.base.ModelPatcher
         self._given_up: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
         """What Forge had noted of a model when it gave its patcher up; without references to either."""
         self._is_replacing = False
@@ -70,9 +70,18 @@ class Placement:
         if self._is_replacing or getattr(loaded, "real_model", None) is None:
             return False
         loaded.model.forge_unpatch_model()
+        loaded.offload_device = loaded.model.offload_device
         self._given_up[loaded.real_model] = loaded
         loaded.model = loaded.real_model = None
         return True
+
+    def take_back(self, device: Any) -> list[Any]:
+        """What Forge has forgotten and still lies on `device`, as loaded models again, so that it can leave."""
+        found = [(model, one) for model, one in self._given_up.items() if one.device == device]
+        for model, one in found:
+            del self._given_up[model]
+            one.model, one.real_model = self._patcher_class(model, one.device, one.offload_device), model
+        return [one for _, one in found]
 
     @contextmanager
     def replacing(self) -> Iterator[None]:

@@ -41,6 +41,9 @@ class ModelPatcher:
     def refresh_loras(self):
         self.lora_loader.refresh(lora_patches=self.lora_patches, offload_device=self.offload_device)
 
+    def memory_required(self, input_shape):
+        return self.model.memory_required(input_shape=input_shape)
+
     def model_dtype(self):
         return None
 
