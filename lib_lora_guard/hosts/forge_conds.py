@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -162,6 +162,7 @@ class Conditioning:
                 # What SDXL's conditioning holds beside the text, and the host's key does not.
                 [getattr(required_prompts, name, None) for name in ("width", "height")],
                 [getattr(self._shared.opts, name, None) for name in _AESTHETIC_SCORES],
+                self._foreign_hooks(),
             )
         except Exception:
             log.debug("the host's own key for the conditioning is used", exc_info=True)
@@ -214,11 +215,22 @@ class Conditioning:
         ]
 
     def _is_someone_at_work(self) -> bool:
-        """True where another extension has replaced the forward pass of a layer in the text encoder, or hooked it:
-        regional-prompter does its work there, by settings that no key of ours knows. Then all is as in the host."""
-        clip = getattr(self._shared.sd_model.forge_objects, "clip", None)
-        model = getattr(clip, "cond_stage_model", None)
-        return model is not None and any("forward" in vars(m) or _has_foreign_hook(m) for m in model.modules())
+        """True where another extension has replaced the forward pass of a layer in the text encoder: regional-prompter does
+        its work there, by settings that no key of ours knows. Then all is as in the host."""
+        return any("forward" in vars(module) for module in self._encoder_modules())
+
+    def _foreign_hooks(self) -> list[int]:
+        """Who else listens in the text encoder, or changes what goes through it: one more or one less encodes anew."""
+        return [
+            id(hook)
+            for module in self._encoder_modules()
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if type(getattr(hook, "__self__", hook)).__module__.partition(".")[0] != _OWN_PACKAGE
+        ]
+
+    def _encoder_modules(self) -> Iterator[torch.nn.Module]:
+        model = getattr(getattr(self._shared.sd_model.forge_objects, "clip", None), "cond_stage_model", None)
+        return iter(()) if model is None else model.modules()
 
     def _is_encoded_as_asked(self) -> bool:
         """False where the LoRAs could not be put on the text encoder just now."""
@@ -248,11 +260,6 @@ class Conditioning:
 def _name_of(function: Any) -> str:
     """Another extension may hand over something callable that has no name."""
     return getattr(function, "__name__", None) or repr(function)
-
-
-def _has_foreign_hook(module: torch.nn.Module) -> bool:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(type(getattr(h, "__self__", h)).__module__.partition(".")[0] != _OWN_PACKAGE for h in hooks)
 
 
 def _is_number(text: Any) -> bool:
