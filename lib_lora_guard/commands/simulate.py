@@ -8,7 +8,7 @@ from typing import Any
 from ..planning.guard_case import missing
 from ..planning.host_memory import MB
 from ..planning.replay import Guard, GuardOutcome, Replay, replay, replay_all
-from ..planning.replay_elsewhere import elsewhere, sentinel
+from ..planning.replay_elsewhere import elsewhere, everything_line
 from ..planning.replay_lines import Implied, Line, Seen
 from ..version import __version__
 
@@ -30,7 +30,7 @@ def simulate(row: int | None = None, guard: Guard | None = None) -> tuple[Replay
 
 def sentinel_line() -> str:
     """The line as old versions of Forge printed it, from the formula."""
-    line = sentinel()
+    line = everything_line()
     return f"{line.name} {line.computed:.2f} MB"
 
 
@@ -73,7 +73,7 @@ def simulate_document(replays: tuple[Replay, ...]) -> dict[str, Any]:
         "reproduced_numbers": sum(one.reproduced for one in replays),
         "numbers": sum(len(one.seen) for one in replays),
         "elsewhere": [{"thread": thread, **_line(line)} for thread, line in elsewhere()],
-        "sentinel": {"line": sentinel_line(), "bytes": sentinel().computed * MB, "meaning": "unload everything"},
+        "sentinel": {"line": sentinel_line(), "bytes": everything_line().computed * MB, "meaning": "unload everything"},
     }
 
 

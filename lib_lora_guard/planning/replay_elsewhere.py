@@ -68,7 +68,7 @@ def elsewhere() -> list[tuple[str, Line]]:
     ]
 
 
-def sentinel() -> Seen:
+def everything_line() -> Seen:
     """What old versions printed for "unload everything"."""
     seen = 953674316406250018963456.00
     return Seen("Trying to free", seen, forge.SENTINEL_BYTES / MB, "1e30 bytes", rounding=SEVERAL_NUMBERS)

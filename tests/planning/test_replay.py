@@ -7,7 +7,7 @@ import pytest
 from lib_lora_guard.planning import host_memory, known_models
 from lib_lora_guard.planning.field_cases import CASES, FieldCase, Outcome, thread_url
 from lib_lora_guard.planning.replay import GuardOutcome, replay, replay_all
-from lib_lora_guard.planning.replay_elsewhere import elsewhere, sentinel
+from lib_lora_guard.planning.replay_elsewhere import elsewhere, everything_line
 from lib_lora_guard.planning.replay_lines import Implied, Seen, lines
 
 REPRODUCED = [2, 3, 4, 5, 11, 12, 18, 22, 24, 25, 29, 34, 36, 38, 39, 47, 49]
@@ -137,8 +137,8 @@ def test_lines_of_other_threads_come_out_too():
 
 
 def test_the_sentinel_is_1e30_bytes():
-    assert f"{sentinel().computed:.2f}" == "953674316406250018963456.00"
-    assert sentinel().is_reproduced
+    assert f"{everything_line().computed:.2f}" == "953674316406250018963456.00"
+    assert everything_line().is_reproduced
 
 
 def test_off_is_said_with_its_sign():
