@@ -32,6 +32,7 @@ from support.fake_card import (
 from lib_lora_guard.hosts.forge import ForgeTakeover
 from lib_lora_guard.hosts.forge_probe import probe
 from lib_lora_guard.memory import rules
+from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.planning import activations
 
 TOTAL, REST = 24_000, 1_000
@@ -546,7 +547,7 @@ def test_everything_is_given_back(parts):
 
 # -- RAM runs out on the way
 
-ERRORS = [lambda: RuntimeError(NO_RAM), lambda: torch.OutOfMemoryError("CUDA out of memory."), MemoryError]
+ERRORS = [lambda: RuntimeError(NO_RAM), lambda: OutOfMemory[0]("CUDA out of memory."), MemoryError]
 
 
 @pytest.mark.parametrize("permanent", [False, True])

@@ -541,6 +541,8 @@ def test_only_fresh_memory_proves_anything(memory):
 
 def test_cudas_own_setter_goes_first(monkeypatch):
     told = []
+    for name in allocator_torch._SETTERS:
+        monkeypatch.delattr(torch._C, name, raising=False)
     for name in reversed(allocator_torch._SETTERS):
         monkeypatch.setattr(torch._C, name, lambda text, name=name: told.append((name, text)), raising=False)
         allocator_torch.TorchAllocator().write("a:1")

@@ -10,6 +10,8 @@ import weakref
 
 import torch
 
+from lib_lora_guard.memory.out_of_memory import OutOfMemory
+
 CARD, RAM = torch.device("cuda", 0), torch.device("cpu")
 NO_RAM = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
 
@@ -66,7 +68,7 @@ class Machine:
             if error is not None:
                 raise error
         elif size > self.free():
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes")
+            raise OutOfMemory[0](f"CUDA out of memory. Tried to allocate {size} bytes")
         else:
             self.peak = max(self.peak, self.total - self.ballast - self.free() + size)
         self.moved += size
