@@ -45,7 +45,7 @@ def add_to_linear(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) ->
     def add_on_cpu(start: int, length: int, first_output: int = 0) -> None:
         on_cpu.add_to_linear(call, *in_ram(), start, length, first_output)
 
-    call.in_chunks(flat_in.shape[0], add, add_on_cpu if call.has_other_memory else None)
+    call.in_chunks(flat_in.shape[0], add, add_on_cpu)
 
 
 def add_to_convolution(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) -> None:

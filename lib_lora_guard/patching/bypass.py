@@ -84,8 +84,10 @@ class Bypass:
         without_batch = x.dim() == len(self.shape) - 1 and len(self.shape) > 2
         if without_batch:
             x, output = x.unsqueeze(0), output.unsqueeze(0)
-        with naming_the_layer(self.key):
-            call = LayerCall(self.key, layer, x.to(output.dtype), output, self.shape, self._said)
+        if x.dtype != output.dtype:
+            with naming_the_layer(self.key):
+                x = x.to(output.dtype)
+        call = LayerCall(self.key, layer, x, output, self.shape, self._said)
         for step in self.program.steps:
             step.run(call)
         return call.output.squeeze(0) if without_batch else call.output

@@ -95,7 +95,7 @@ class ProductStep(Step):
     def _parts_on_device(self, call: LayerCall) -> Parts | None:
         """None where the device has no room for them and RAM may have."""
         try:
-            return _again_without_cache(lambda: self.parts(call), call, self.device_bytes(call.output.dtype))
+            return _again_without_cache(lambda: self.parts(call), call, lambda: self.device_bytes(call.output.dtype))
         except LayerError:
             if not call.has_other_memory:
                 raise
@@ -229,7 +229,9 @@ class KroneckerStep(Step):
                 rights[0] = rights[0].reshape(rights[0].shape[0], -1, *call.shape[2:])
             return left.to(dtype), tuple(right.to(dtype) for right in rights), scale
 
-        return _again_without_cache(lambda: self._copies.get(device, dtype, make), call, self.device_bytes(dtype))
+        return _again_without_cache(
+            lambda: self._copies.get(device, dtype, make), call, lambda: self.device_bytes(dtype)
+        )
 
     def on_linear(self, call: LayerCall) -> None:
         left, rights, scale = self._sides(call)
@@ -319,7 +321,7 @@ def _shift_to_one(matrix: torch.Tensor) -> torch.Tensor:
     return torch.exp2(-matrix.abs().sum(1).clamp_min(1.0).log2().ceil())
 
 
-def _again_without_cache(make: Callable[[], _T], call: LayerCall, size_bytes: int) -> _T:
+def _again_without_cache(make: Callable[[], _T], call: LayerCall, size_bytes: Callable[[], int]) -> _T:
     try:
         return make()
     except Exception as error:
@@ -331,5 +333,5 @@ def _again_without_cache(make: Callable[[], _T], call: LayerCall, size_bytes: in
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        why = Message("memory.factors", {"size_mb": size_bytes / MB})
+        why = Message("memory.factors", {"size_mb": size_bytes() / MB})
         raise LayerError(about(call.key, why)) from error

@@ -66,7 +66,8 @@ class LayerCall:
         self, total: int, add: Callable[[int, int], None], otherwise: Callable[[int, int], None] | None = None
     ) -> None:
         """Runs `add(start, length)` over all tokens, in halves of halves where memory ends. `add` allocates before it
-        writes, so that it can be run again. Where the smallest chunk is too much, `otherwise` gets all that is left."""
+        writes, so that it can be run again. Where the smallest chunk is too much and RAM is another memory, `otherwise` gets
+        all that is left."""
         start, length = 0, total
         while start < total:
             try:
@@ -74,6 +75,8 @@ class LayerCall:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                if otherwise is not None and not self.has_other_memory:
+                    otherwise = None
                 if length // 2 < SMALLEST_CHUNK_TOKENS and otherwise is None:
                     why = Message("memory.slices", {"tokens": SMALLEST_CHUNK_TOKENS})
                     raise LayerError(about(self.key, why)) from error
