@@ -59,7 +59,6 @@ class ForgeMemory:
     def __init__(self, memory: Any, residency: Residency) -> None:
         """`memory`: Forge's `backend.memory_management`."""
         self._memory, self.residency = memory, residency
-        self._load_signature = inspect.signature(memory.load_models_gpu)
         self._free_signature = inspect.signature(memory.free_memory)
         self._planned = threading.local()
         """`.depth` above 0 on a thread for which room has been made already."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import version
-from ..errors import HostError
+from ..errors import HostError, named
 from ..reporting import log as reporting_log
 from ..reporting.messages import say
 from . import forge
@@ -62,13 +62,17 @@ def start(arguments: Sequence[str]) -> bool:
         return False
     try:
         forge.install().control.as_trained = as_trained
-        forge.keep_journal(JOURNAL_FOLDER)
     except HostError as error:
         say(log, logging.WARNING, "host.does_not_fit", version=version.__version__, why=explain(error))
         return False
     except Exception:
         say(log, logging.ERROR, "host.could_not_start", exc_info=True, version=version.__version__)
         return False
+    try:
+        forge.keep_journal(JOURNAL_FOLDER)
+    except Exception as error:
+        # Everything else works without it.
+        say(log, logging.WARNING, "flight.not_kept", exc_info=True, folder=str(JOURNAL_FOLDER), error=named(error))
     say(log, logging.INFO, "host.in_place", version=version.__version__)
     return True
 

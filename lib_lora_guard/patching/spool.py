@@ -23,14 +23,13 @@ import torch
 
 from ..errors import Message, ModeError, RestoreError, about, reason
 from ..memory.probe import disk_spare_bytes
+from ..reporting.processes import is_running
 from ..weights.storage import MB
 
 CHUNK_BYTES = 16 * MB
 """What passes through RAM at a time on the way between a GPU and the disk."""
 
 _NAME = re.compile(r"lora-guard-(\d{1,9})-(\d{1,15})-[0-9a-f]+\.spool")
-_SAME_START_SECONDS = 5.0
-"""Start times of one process may be read a little apart: some systems count them from a boot time that the clock corrects."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,23 +144,9 @@ def remove_stale_files(folder: Path) -> None:
         return
     for path in found:
         name = _NAME.fullmatch(path.name)
-        if name is not None and not _is_running(int(name[1]), int(name[2]) / 1000):
+        if name is not None and not is_running(int(name[1]), int(name[2])):
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-def _is_running(pid: int, started: float) -> bool:
-    """True unless no process, or a later one, has this number. A killed child nobody asked after is not running."""
-    if not psutil.pid_exists(pid):
-        return False
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started) <= _SAME_START_SECONDS
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
 
 
 def _close_and_delete(file: FileIO, path: Path) -> None:
