@@ -5,11 +5,10 @@ import gc
 import logging
 import weakref
 
-import psutil
 import pytest
 import torch
 from support.make import Net, host_value, rand
-from support.measure import assert_same, contribution_error, fp32_limit, same_bits
+from support.measure import assert_same, contribution_error, fp32_limit, live_tensors, same_bits
 from support.reference import merge_reference
 
 from contract.host import LOW_BIT, REAL, STORAGES
@@ -320,13 +319,13 @@ def test_factors_are_copied_once_per_stack_and_go_when_no_stack_uses_them(guarde
     assert first() is None, "the host keeps the file mapped, we do not keep its factors"
 
 
-def test_three_hundred_random_changes_leave_values_memory_and_models_as_they_were(guarded):
+def test_three_hundred_random_changes_leave_values_tensors_and_models_as_they_were(guarded):
     patcher, dense = guarded.build("fp8")
-    base, process = run(patcher), psutil.Process()
+    base = run(patcher)
     bits = {k: p.data.clone() for k, p in patcher.model.named_parameters()}
     pool = [lora_on_everything(dense, 1), other_kinds(dense, 20), slices_of_qkv(dense, 40), dora(dense, 60)]
     generator = torch.Generator().manual_seed(3)
-    rss, alive = [], []
+    tensors, alive = set(), []
     for n in range(300):
         count = int(torch.randint(0, 4, (1,), generator=generator))
         picks = torch.randperm(4, generator=generator)[:count].tolist()
@@ -337,7 +336,8 @@ def test_three_hundred_random_changes_leave_values_memory_and_models_as_they_wer
             wanted = reference(patcher, dense, loras)
             assert_same(run(changed), wanted, base) if loras else same_bits(run(changed), base)
         del changed
-        rss.append(process.memory_info().rss)
+        if not loras and n >= 50 and n % 4 == 0:
+            tensors.add(live_tensors())
         if n % 20 == 0:
             gc.collect()
             kinds = (torch.nn.Module, guarded.base.ModelPatcher)
@@ -345,10 +345,10 @@ def test_three_hundred_random_changes_leave_values_memory_and_models_as_they_wer
     guarded.load(patcher)
     assert same_bits(run(patcher), base)
     assert all(same_bits(p.data, bits[k]) for k, p in patcher.model.named_parameters())
-    # One patcher more or less is the current stack's; RSS: the last 100 against the 100 before, 2 MB for the
-    # allocators' own noise, where one leaked stack a change would be 30 MB.
+    # One patcher more or less is the current stack's. Held without a LoRA: the same tensors and bytes each time. (What
+    # stays resident is measured in a process of its own: tests/patching/test_engine.py.)
     assert max(alive[2:]) - min(alive[2:]) <= 1
-    assert sum(rss[200:]) / 100 - sum(rss[100:200]) / 100 < 2 << 20
+    assert len(tensors) == 1, f"tensors (count, bytes) without a LoRA: {sorted(tensors)}"
 
 
 def test_key_maps_do_not_remember_earlier_models(guarded):
