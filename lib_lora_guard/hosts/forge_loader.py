@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 
 from ..errors import RestoreError, named
@@ -17,39 +15,19 @@ from ..memory.out_of_memory import is_out_of_memory
 from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
 from ..patching.merge_loss import merge_loss
-from ..planning.mode import Mode, Wish
+from ..planning.mode import Wish
 from ..reporting.crash_report import Precaution
-from ..reporting.messages import Joined, Message, say
+from ..reporting.messages import Joined, say
 from ..reporting.report import ApplyReport, clean_text
 from ..settings import LoraMode
 from ..weights.storage import WIDE_DTYPES
-from .forge_access import RAM_FLOOR_BYTES, STATE, ForgeAccess, GuardPatches
-from .forge_patches import FactorCopies, Patches, describe, requests_from
+from .forge_access import STATE, ForgeAccess, GuardPatches
+from .forge_loader_state import RETRY, LoaderState, hash_of, state_of
+from .forge_own_ways import OwnWays, run
+from .forge_patches import Patches, describe, requests_from
 from .forge_probe import ForgeApi
 
 log = logging.getLogger(__name__)
-
-RETRY = "lora guard: apply again"
-"""A `loaded_hash` that no stack has, so that the next refresh really works."""
-
-
-@dataclass(eq=False)
-class LoaderState:
-    """What the guard knows of one LoraLoader; lives on the loader and dies with it."""
-
-    engine: Engine = field(default_factory=Engine)
-    copies: FactorCopies = field(default_factory=FactorCopies)
-    left_to_host: bool = False
-    report: ApplyReport | None = None
-    reported: str = ""
-    """The stack that `report` is of, as the host names stacks."""
-    mode: LoraMode | None = None
-    """The mode of the last refresh."""
-    told_merge_loss: bool = False
-    """True once the user has been told why low-bit weights of this model are not merged."""
-    published: tuple[object, object] | None = None
-    """The `backup` and `online_backup` objects left on the loader: others there mean that someone else was at work."""
-
 
 WISHES = {LoraMode.AUTOMATIC: Wish.AUTO, LoraMode.FP16: Wish.NEVER_MERGE, LoraMode.MERGE: Wish.PREFER_MERGE}
 
@@ -58,7 +36,7 @@ class LoaderControl:
     """`mode` is asked at every refresh: a request over the API may bring a mode of its own for one image."""
 
     def __init__(self, api: ForgeApi, mode: Callable[[], LoraMode] = lambda: LoraMode.AUTOMATIC) -> None:
-        self._api = api
+        self._api, self._own_ways = api, OwnWays(api)
         self.mode = mode
         self.as_trained = False
         """DoRA in the meaning of its trainer instead of Forge's."""
@@ -76,9 +54,9 @@ class LoaderControl:
         force_refresh: bool = False,
     ) -> None:
         """Same meaning as the host's: brings the model to `lora_patches`, at once where nothing changed."""
-        stack_hash = _hash_of(lora_patches)
+        stack_hash = hash_of(lora_patches)
         mode = self.mode()
-        state: LoaderState | None = getattr(loader, STATE, None)
+        state = state_of(loader)
         # Without a state the host has applied this stack itself, before the guard was switched on.
         is_as_before = not lora_patches if state is None else state.mode is mode
         if stack_hash == loader.loaded_hash and not force_refresh and is_as_before:
@@ -95,7 +73,7 @@ class LoaderControl:
         with torch.inference_mode(False), torch.no_grad():
             requests: Sequence[LoraRequest] = []
             try:
-                if state.left_to_host or self._someone_else_patched(loader, state):
+                if state.left_to_host or state.someone_else_patched(loader):
                     self._take_from_host(original, loader, state, offload)
                 requests = self._requests(lora_patches, state)
                 state.report = state.engine.change(access, requests, self._wish(mode, loader.model))
@@ -103,7 +81,7 @@ class LoaderControl:
                 say(log, logging.ERROR, "host.apply_failed", exc_info=True, model=access.name)
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
                 return
-            self._publish(loader, state, stack_hash)
+            state.publish(loader, stack_hash)
             self._note_reports()
             if mode is LoraMode.MERGE and not state.told_merge_loss:
                 self._say_what_merging_would_lose(access.name, state)
@@ -119,7 +97,7 @@ class LoaderControl:
     def remind(self, patcher: Any) -> None:
         """For a patcher that is loaded already: tries a failed change again, and says again what is left out."""
         loader = patcher.lora_loader
-        state = getattr(loader, STATE, None)
+        state = state_of(loader)
         is_hosts_work = state is None and bool(patcher.lora_patches)
         if loader.loaded_hash == RETRY or is_hosts_work or (state is not None and state.mode is not self.mode()):
             patcher.refresh_loras()
@@ -144,12 +122,12 @@ class LoaderControl:
         return self.was_left_to_host(patcher.lora_loader)
 
     def was_left_to_host(self, loader: Any) -> bool:
-        state = getattr(loader, STATE, None)
+        state = state_of(loader)
         return state is not None and state.left_to_host
 
     def expect(self, patcher: Any) -> None:
         """The model belongs to `patcher` now: until it is refreshed, the LoRAs of the one before must not pass for its own."""
-        if patcher.lora_loader.loaded_hash != _hash_of(patcher.lora_patches):
+        if patcher.lora_loader.loaded_hash != hash_of(patcher.lora_patches):
             patcher.lora_loader.loaded_hash = RETRY
 
     def require_all_refreshes(self) -> None:
@@ -159,7 +137,7 @@ class LoaderControl:
 
     def engines(self) -> list[Engine]:
         """Of every model that the guard has worked on and that lives."""
-        states = [getattr(loader, STATE, None) for loader in list(self._loaders)]
+        states = [state_of(loader) for loader in list(self._loaders)]
         return [state.engine for state in states if state is not None]
 
     def reports(self) -> tuple[ApplyReport, ...]:
@@ -172,7 +150,7 @@ class LoaderControl:
 
     def before_move(self, loader: Any) -> None:
         """The host is about to move the model: what it moves are the originals, and it merges again afterwards."""
-        state = getattr(loader, STATE, None)
+        state = state_of(loader)
         if state is None or state.left_to_host:
             return
         try:
@@ -204,31 +182,31 @@ class LoaderControl:
     def has_applied(self, patcher: Any) -> bool:
         """True where what lies on the model is what `patcher` asks for: not after a change that failed, and not while its
         merges are lifted for a move."""
-        applied: bool = patcher.lora_loader.loaded_hash == _hash_of(patcher.lora_patches)
+        applied: bool = patcher.lora_loader.loaded_hash == hash_of(patcher.lora_patches)
         return applied
 
     def is_last_stack(self, patcher: Any) -> bool:
         """True where the last report of this model is of the stack that `patcher` asks for."""
-        state = getattr(patcher.lora_loader, STATE, None)
-        return state is not None and state.reported == _hash_of(patcher.lora_patches)
+        state = state_of(patcher.lora_loader)
+        return state is not None and state.reported == hash_of(patcher.lora_patches)
 
     def drop_device_copies(self, loader: Any) -> None:
-        state = getattr(loader, STATE, None)
+        state = state_of(loader)
         if state is not None:
             state.engine.drop_device_copies()
 
     def merged_layers(self, model: torch.nn.Module) -> set[torch.nn.Module]:
         """The layers of a loaded model that have a LoRA merged into them."""
-        state = getattr(getattr(model, "lora_loader", None), STATE, None)
+        state = state_of(getattr(model, "lora_loader", None))
         return set() if state is None else state.engine.merged_layers()
 
     def resident_bytes(self, loader: Any) -> int:
-        state = getattr(loader, STATE, None)
+        state = state_of(loader)
         return 0 if state is None else state.engine.resident_bytes()
 
     def report(self, loader: Any) -> ApplyReport | None:
         """What the last refresh of this loader did."""
-        state = getattr(loader, STATE, None)
+        state = state_of(loader)
         return None if state is None else state.report
 
     def release_all(self, original: Callable[..., None], live: Mapping[int, Any]) -> None:
@@ -253,7 +231,7 @@ class LoaderControl:
         self._reports = ()
         for loader in loaders:
             if id(loader) in fitting:
-                self._host_refresh(original, loader, fitting[id(loader)], live[id(loader)].offload_device)
+                self._own_ways.refresh(original, loader, fitting[id(loader)], live[id(loader)].offload_device)
 
     def _leave_to_host(
         self,
@@ -270,7 +248,7 @@ class LoaderControl:
             loader.backup, loader.online_backup = {}, []
         state.left_to_host, state.published, state.report = True, None, None
         self._note_reports()
-        _run(original, loader, lora_patches, offload)
+        run(original, loader, lora_patches, offload)
 
     def _say_what_merging_would_lose(self, model: str, state: LoaderState) -> None:
         try:
@@ -294,54 +272,22 @@ class LoaderControl:
             weight=loss.key,
         )
 
-    def _host_refresh(self, original: Callable[..., None], loader: Any, patches: Any, offload: torch.device) -> bool:
-        """The host's own refresh; where it fails, its traces are removed and the parameters go back to their devices
-        (after a failed merge the host leaves the whole model on the CPU)."""
-        devices = {key: parameter.device for key, parameter in loader.model.named_parameters()}
-        try:
-            _run(original, loader, patches, offload)
-            return True
-        except Exception:
-            say(log, logging.ERROR, "host.own_patcher_failed", exc_info=True, model=type(loader.model).__name__)
-        _run(original, loader, {}, offload)
-        for key, device in devices.items():
-            owner = find_owner(loader.model, key)
-            if owner is not None and getattr(*owner).device != device:
-                moved = getattr(*owner).to(device)
-                setattr(*owner, moved if isinstance(moved, torch.nn.Parameter) else torch.nn.Parameter(moved, False))
-        return False
-
     def _requests(self, patches: Patches, state: LoaderState) -> list[LoraRequest]:
         return requests_from(patches, self._api.lora.extra_weight_calculators, state.copies, self.as_trained)
 
     def _state(self, loader: Any) -> LoaderState:
-        state: LoaderState | None = getattr(loader, STATE, None)
+        state = state_of(loader)
         if state is None:
             state = LoaderState()
             setattr(loader, STATE, state)
             self._loaders.add(loader)
         return state
 
-    def _publish(self, loader: Any, state: LoaderState, stack_hash: str) -> None:
-        """The attributes other extensions read mean what they mean in the host."""
-        attached = state.engine.attached.values()
-        loader.backup = state.engine.originals()
-        loader.online_backup = [a.site.layer for a in attached if a.mode is Mode.ON_THE_FLY]
-        loader.loaded_hash = state.reported = stack_hash
-        state.published = (loader.backup, loader.online_backup)
-
-    def _someone_else_patched(self, loader: Any, state: LoaderState) -> bool:
-        """True when `backup` or `online_backup` hold what the guard did not put there: Forge's own refresh ran before
-        the guard came, or another extension brought a copy of it."""
-        if state.published is None:
-            return bool(loader.backup or loader.online_backup)
-        return loader.backup is not state.published[0] or loader.online_backup is not state.published[1]
-
     def _take_from_host(
         self, original: Callable[..., None], loader: Any, state: LoaderState, offload: torch.device
     ) -> None:
         """Lets the host's own code undo what it (or a copy of it) did; then nothing of ours may be left either."""
-        _run(original, loader, {}, offload)
+        run(original, loader, {}, offload)
         if not state.engine.detach_all():
             raise RestoreError.of("memory.not_restored_at_all")
         state.left_to_host, state.published = False, None
@@ -358,7 +304,7 @@ class LoaderControl:
         stack_hash: str,
         error: Exception,
     ) -> None:
-        """docs/architecture.md, "When something fails": the host's fp16-LoRA path, then its merge where that loses nothing, then no LoRA."""
+        """docs/architecture.md, "When something fails": the host's own ways, then no LoRA, said in words."""
         restored = state.engine.detach_all()
         loader.backup, loader.online_backup = {}, []
         state.published, state.report = None, None
@@ -369,39 +315,18 @@ class LoaderControl:
             raise RestoreError.of("memory.not_restored_at_all") from error
         fitting = state.engine.fitting(access, requests)
         wanted = [(identifier, patches) for i, (identifier, patches) in enumerate(lora_patches.items()) if i in fitting]
-        names = Joined(clean_text(describe(identifier)[0]) for identifier, _ in wanted)
         why = clean_text(named(error))
-        for online, way in ((True, Message("host.fp16_path")), (False, Message("host.merge_path"))):
-            is_whole = self._online_reaches if online else self._merge_is_safe
-            if not wanted or not is_whole(access, [p for _, p in wanted]):
-                continue
-            patches = {_with_mode(identifier, online): patches for identifier, patches in wanted}
-            if self._host_refresh(original, loader, patches, offload):
-                state.left_to_host = True
-                # Memory may be there again at the next load; another error would be the same one.
-                loader.loaded_hash = RETRY if is_out_of_memory(error) else stack_hash
-                say(log, logging.WARNING, "host.fell_back", model=access.name, why=why, way=way, loras=names)
-                return
-        loader.loaded_hash = RETRY
-        everything = Joined(clean_text(describe(identifier)[0]) for identifier in lora_patches)
-        say(log, logging.ERROR, "host.without", model=access.name, loras=everything, why=why)
-
-    def _online_reaches(self, access: ForgeAccess, patches: Sequence[Mapping[str, Any]]) -> bool:
-        """True where Forge's layers ask its online path for every one of these parameters; it leaves out others unsaid."""
-        sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]
-        return all(
-            site.name in ("weight", "bias")
-            and (
-                isinstance(site.layer, self._api.weight_classes)
-                or getattr(site.layer, "parameters_manual_cast", False) is True
-            )
-            for site in sites
-        )
-
-    def _merge_is_safe(self, access: ForgeAccess, patches: Sequence[Mapping[str, Any]]) -> bool:
-        sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]
-        needed = sum(site.storage.bytes for site in sites)
-        return all(site.storage.wide for site in sites) and needed + RAM_FLOOR_BYTES < psutil.virtual_memory().available
+        way = self._own_ways.apply_whole(original, loader, access, wanted, offload)
+        if way is None:
+            loader.loaded_hash = RETRY
+            if lora_patches:
+                say(log, logging.ERROR, "host.without", model=access.name, loras=_names(lora_patches), why=why)
+            return
+        state.left_to_host = True
+        # Memory may be there again at the next load; another error would be the same one.
+        loader.loaded_hash = RETRY if is_out_of_memory(error) else stack_hash
+        names = _names(identifier for identifier, _ in wanted)
+        say(log, logging.WARNING, "host.fell_back", model=access.name, why=why, way=way, loras=names)
 
 
 def _wants_hosts_layers(model: Any, lora_patches: Patches) -> bool:
@@ -412,20 +337,5 @@ def _wants_hosts_layers(model: Any, lora_patches: Patches) -> bool:
     return any(isinstance(one, tuple) and len(one) == 4 and one[3] is True for one in lora_patches)
 
 
-def _hash_of(lora_patches: Patches) -> str:
-    """The host's name for a stack, which other extensions compare."""
-    return str(list(lora_patches.keys()))
-
-
-def _run(original: Callable[..., None], loader: Any, patches: Any, offload: torch.device) -> None:
-    # A state that no stack has makes every version of the host work; `force_refresh` is younger than some of them.
-    loader.loaded_hash = RETRY
-    original(loader, patches, offload)
-
-
-def _with_mode(identifier: Any, online: bool) -> Any:
-    return (
-        (*identifier[:3], online)
-        if isinstance(identifier, tuple) and len(identifier) == 4
-        else (str(identifier), 1.0, 1.0, online)
-    )
+def _names(identifiers: Iterable[Any]) -> Joined:
+    return Joined(clean_text(describe(identifier)[0]) for identifier in identifiers)

@@ -21,7 +21,8 @@ from ..planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, rea
 from ..reporting.messages import Joined, say
 from ..reporting.report import clean_text
 from .forge_access import STATE
-from .forge_loader import RETRY, LoaderControl
+from .forge_loader import LoaderControl
+from .forge_loader_state import RETRY
 from .hooks import HookSet
 
 log = logging.getLogger(__name__)

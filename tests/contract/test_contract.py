@@ -14,6 +14,8 @@ from support.reference import merge_reference
 from contract.host import LOW_BIT, REAL, STORAGES
 from lib_lora_guard.adapters import DiffAdapter
 from lib_lora_guard.hosts import forge
+from lib_lora_guard.hosts.forge_loader_state import LoaderState
+from lib_lora_guard.hosts.forge_own_ways import OwnWays
 from lib_lora_guard.patching.engine import Engine
 
 FILE = "C:\\loras\\style.safetensors"
@@ -422,12 +424,24 @@ def test_when_everything_fails_the_image_has_no_lora_and_the_next_refresh_tries_
     assert_same(run(changed), reference(patcher, dense, loras), base)
 
 
+def test_a_failed_removal_ends_without_loras_and_misses_none(guarded, monkeypatch, caplog):
+    logging.getLogger("lib_lora_guard").propagate = True
+    patcher, dense = guarded.build("fp8")
+    base = run(patcher)
+    with_loras(guarded, patcher, (FILE, lora_on_everything(dense), 0.8))
+    monkeypatch.setattr(Engine, "commit", lambda *a: (_ for _ in ()).throw(RuntimeError("planted")))
+    guarded.load(patcher)
+    assert same_bits(run(patcher), base)
+    assert "planted" in caplog.text
+    assert "WITHOUT" not in caplog.text
+
+
 def test_a_failed_change_is_tried_again_for_a_patcher_that_stays_loaded(guarded, monkeypatch, caplog):
     # Forge calls refresh only when a patcher is loaded: without this the LoRA would be missing from every later image.
     patcher, dense = guarded.build("fp8")
     base, loras = run(patcher), [(FILE, {"blocks.0.norm.weight": (rand(32, seed=3),)}, 0.8)]
     monkeypatch.setattr(Engine, "commit", lambda *a: (_ for _ in ()).throw(RuntimeError("planted")))
-    monkeypatch.setattr(type(guarded.guard.control), "_host_refresh", lambda *a: False)
+    monkeypatch.setattr(OwnWays, "refresh", lambda *a: False)
     changed = with_loras(guarded, patcher, *loras)
     assert same_bits(run(changed), base)
     monkeypatch.undo()
@@ -451,16 +465,15 @@ def test_an_interrupt_between_change_and_record_is_healed_by_the_next_load(guard
     patcher, dense = guarded.build("fp8")
     base, patches = run(patcher), lora_on_everything(dense)
     first = with_loras(guarded, patcher, (FILE, patches, 0.3))
-    control = type(guarded.guard.control)
-    publish = control._publish
+    publish = LoaderState.publish
 
     def stop(*args):
         raise error
 
-    monkeypatch.setattr(control, "_publish", stop)
+    monkeypatch.setattr(LoaderState, "publish", stop)
     with pytest.raises(error):
         with_loras(guarded, patcher, (FILE, patches, 0.8))
-    monkeypatch.setattr(control, "_publish", publish)
+    monkeypatch.setattr(LoaderState, "publish", publish)
     guarded.memory.current_loaded_models.clear()
     guarded.load(first)
     assert_same(run(first), reference(patcher, dense, [(FILE, patches, 0.3)]), base)

@@ -13,7 +13,8 @@ from faults.models import DEVICE, STORAGES
 from faults.planting import Faults, every, is_planted, passed_the_guard
 from faults.scene import Scene, listening
 from lib_lora_guard.hosts.forge_access import ForgeAccess
-from lib_lora_guard.hosts.forge_loader import RETRY, LoaderControl
+from lib_lora_guard.hosts.forge_loader_state import RETRY
+from lib_lora_guard.hosts.forge_own_ways import OwnWays
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup
 from lib_lora_guard.settings import LoraMode
@@ -178,7 +179,7 @@ def test_memory_that_ends_at_any_operation(guarded, storage, operation, record_p
 def test_where_the_hosts_way_fails_too_there_is_no_lora_and_that_is_recorded(
     guarded, operation, monkeypatch, record_property
 ):
-    monkeypatch.setattr(LoaderControl, "_host_refresh", lambda *args: False)
+    monkeypatch.setattr(OwnWays, "refresh", lambda *args: False)
     sweep_all(Scene(guarded, "Q8_0"), operation, record_property, PLANS)
 
 

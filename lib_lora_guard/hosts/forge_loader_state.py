@@ -1,0 +1,60 @@
+"""What the guard knows of one `LoraLoader` of Forge, and how the host names stacks of LoRAs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..patching.engine import Engine
+from ..planning.mode import Mode
+from ..reporting.report import ApplyReport
+from ..settings import LoraMode
+from .forge_access import STATE
+from .forge_patches import FactorCopies, Patches
+
+RETRY = "lora guard: apply again"
+"""A `loaded_hash` that no stack has, so that the next refresh really works."""
+
+
+@dataclass(eq=False)
+class LoaderState:
+    """Lives on the loader and dies with it."""
+
+    engine: Engine = field(default_factory=Engine)
+    copies: FactorCopies = field(default_factory=FactorCopies)
+    left_to_host: bool = False
+    report: ApplyReport | None = None
+    reported: str = ""
+    """The stack that `report` is of, as the host names stacks."""
+    mode: LoraMode | None = None
+    """The mode of the last refresh."""
+    told_merge_loss: bool = False
+    """True once the user has been told why low-bit weights of this model are not merged."""
+    published: tuple[object, object] | None = None
+    """The `backup` and `online_backup` objects left on the loader: others there mean that someone else was at work."""
+
+    def publish(self, loader: Any, stack_hash: str) -> None:
+        """The attributes other extensions read mean what they mean in the host."""
+        attached = self.engine.attached.values()
+        loader.backup = self.engine.originals()
+        loader.online_backup = [a.site.layer for a in attached if a.mode is Mode.ON_THE_FLY]
+        loader.loaded_hash = self.reported = stack_hash
+        self.published = (loader.backup, loader.online_backup)
+
+    def someone_else_patched(self, loader: Any) -> bool:
+        """True when `backup` or `online_backup` hold what the guard did not put there: Forge's own refresh ran before
+        the guard came, or another extension brought a copy of it."""
+        if self.published is None:
+            return bool(loader.backup or loader.online_backup)
+        return loader.backup is not self.published[0] or loader.online_backup is not self.published[1]
+
+
+def state_of(loader: Any) -> LoaderState | None:
+    """None where the guard has not worked on this loader's model."""
+    state: LoaderState | None = getattr(loader, STATE, None)
+    return state
+
+
+def hash_of(lora_patches: Patches) -> str:
+    """The host's name for a stack, which other extensions compare."""
+    return str(list(lora_patches.keys()))
