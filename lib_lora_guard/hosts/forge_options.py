@@ -114,7 +114,8 @@ class GuardOptions:
             return
         if self.settings.enable:
             forge.install()
-            forge.install_in_webui()
+            for misfit in forge.install_in_webui():
+                say(log, logging.WARNING, "everyday.partly_fits", reason=misfit)
             self._connect()
         else:
             forge.uninstall()

@@ -83,6 +83,12 @@ class Placement:
             one.model, one.real_model = self._patcher_class(model, one.device, one.offload_device), model
         return [one for _, one in found]
 
+    def forget_all(self) -> None:
+        """For when the guard goes: each model that was given up gets from the host what it would have got then."""
+        while self._given_up:
+            model, one = self._given_up.popitem()
+            self._forget(one, self._patcher_class(model, one.device, one.offload_device))
+
     @contextmanager
     def replacing(self) -> Iterator[None]:
         """While the host unloads one patcher of a model in order to load another."""

@@ -96,6 +96,8 @@ class Schedules:
             hooks.add(host.samplers.Sampler, "launch_sampling", self.launch_sampling)
         host.callbacks.on_cfg_denoiser(self.before_step)
         host.callbacks.on_app_started(lambda *_: _add_alias(host.extra_networks))
+        # Switched on in a WebUI that runs, the guard sees no start any more.
+        _add_alias(host.extra_networks)
 
     def forget(self) -> None:
         """For when the guard goes."""

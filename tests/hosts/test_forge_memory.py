@@ -545,6 +545,22 @@ def test_everything_is_given_back(parts):
         assert [getattr(scene.memory, name) for name in names] == before
 
 
+def test_a_model_that_forge_gave_up_gets_its_layers_back_when_the_guard_goes(parts):
+    """Too large for the card it has swapped layers; once Forge has forgotten it, nobody but the guard knows which."""
+    with scene_of(parts) as scene:
+        denoiser = flux(scene, gigabytes=40)
+        scene.load(denoiser)
+        model = denoiser.model
+        assert any(is_swapped(layer) for layer in model.layers())
+        del denoiser
+        gc.collect()
+        scene.guard.memory.drop_abandoned()
+        assert model in scene.guard.placement._given_up
+        scene.guard.uninstall()
+        scene.guard = None
+        assert_as_built(model)
+
+
 # -- RAM runs out on the way
 
 ERRORS = [lambda: RuntimeError(NO_RAM), lambda: OutOfMemory[0]("CUDA out of memory."), MemoryError]

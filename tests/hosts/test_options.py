@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from lib_lora_guard import settings
+from lib_lora_guard.errors import HostError
 from lib_lora_guard.hosts import forge
 from lib_lora_guard.hosts.forge_options import GuardOptions, mode_of
 from lib_lora_guard.reporting import log as reporting_log
@@ -139,6 +140,16 @@ def test_switched_off_and_on_while_nothing_runs(guard):
     assert guard.calls == ["uninstall", "install", "in webui"]
     assert guard.takeover.control.mode() is LoraMode.AUTOMATIC
     assert not lock.locked()
+
+
+def test_what_does_not_fit_is_said_when_it_is_switched_on_late_too(guard, monkeypatch, caplog):
+    options = {"lora_guard_enable": False}
+    guard_options = GuardOptions(options, threading.Lock())
+    guard_options.apply()
+    monkeypatch.setattr(forge, "install_in_webui", lambda: [HostError("networks.foo is missing")])
+    options["lora_guard_enable"] = True
+    guard_options.apply()
+    assert any("networks.foo is missing" in r.getMessage() for r in caplog.records if r.levelname == "WARNING")
 
 
 def test_while_an_image_is_made_it_waits_and_switching_back_meanwhile_changes_nothing(guard):
