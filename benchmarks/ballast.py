@@ -1,0 +1,83 @@
+"""A second process that holds VRAM, as other programs do, and as much of it as it is told."""
+
+import gc
+import subprocess
+import sys
+
+MB = 1 << 20
+
+BALLAST = """
+import sys, torch
+torch.cuda.mem_get_info()
+held = None
+print("ready", flush=True)
+for line in sys.stdin:
+    held = None
+    torch.cuda.empty_cache()
+    # What the driver calls free cannot always be had to the last megabyte.
+    for size in range(int(line), max(0, int(line) - (256 << 20)), -(2 << 20)):
+        try:
+            held = torch.empty(size, dtype=torch.uint8, device="cuda")
+            break
+        except torch.OutOfMemoryError:
+            pass
+    print("held", 0 if held is None else held.numel(), flush=True)
+"""
+
+
+class Ballast:
+    """Without CUDA it holds nothing, and says that what was wanted is free."""
+
+    SLACK_BYTES = 4 * MB
+    """The driver hands out pieces of 2 MB."""
+
+    def __init__(self, torch):
+        self.torch, self.held_bytes, self.process = torch, 0, None
+        if torch.cuda.is_available():
+            torch.cuda.mem_get_info()  # this process's own context first
+            command = [sys.executable, "-c", BALLAST]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._expect("ready")
+
+    def leave(self, wanted_bytes):
+        """Lets this process have `wanted_bytes` beside what it holds; returns what is free then."""
+        self.release_cache()
+        if self.process is None:
+            return int(wanted_bytes)
+        for _ in range(4):
+            free = self.free_bytes()
+            if abs(free - wanted_bytes) <= self.SLACK_BYTES:
+                break
+            self._hold(max(0, self.held_bytes + free - int(wanted_bytes)))
+        return self.free_bytes()
+
+    def free_bytes(self):
+        return self.torch.cuda.mem_get_info()[0] if self.process is not None else 0
+
+    def release_cache(self):
+        gc.collect()
+        if self.torch.cuda.is_available():
+            self.torch.cuda.synchronize()
+            self.torch.cuda.empty_cache()
+
+    def close(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def _hold(self, size):
+        # Given back before it is taken anew, so that the whole of it is one piece.
+        self.process.stdin.write(f"{size}\n")
+        self.process.stdin.flush()
+        self.held_bytes = int(self._expect("held"))
+
+    def _expect(self, word):
+        line = self.process.stdout.readline().split() or ["nothing"]
+        assert line[0] == word, f"the ballast process says {line[0]!r} where {word!r} was expected"
+        return line[-1]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()

@@ -1,0 +1,89 @@
+"""tests/faults with its models on the card, where moving a weight is an allocation too.
+
+    python benchmarks/faults_gpu.py --out faults.jsonl [--seconds 200]
+
+By pytest alone, without plugins and the project's configuration: such machines have neither hypothesis nor pytest-timeout, and
+these tests need none. The WebUI's double is what they run in, so that no Forge is needed.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_rig
+
+FILES = "test_single.py,test_forward.py,test_cpu_rung.py,test_engine.py,test_host.py"
+
+
+def run(options):
+    """tests/faults with the models on the card, by pytest alone: no plugins, no configuration of the project."""
+    import torch
+
+    root = gpu_rig.HERE.parent
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = [str(root / "tests"), str(root), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "LORA_GUARD_FAULTS_DEVICE": device,
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment.pop("FORGE_ROOT", None)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        os.devnull,
+        f"--rootdir={root / 'tests'}",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["-q", "-rf", "--tb=short", "--show-capture=no", "--maxfail=40"]
+    files = [str(root / "tests" / "faults" / name) for name in options.files.split(",")]
+    text = ""
+    try:
+        done = subprocess.run(
+            [*command, *files],
+            env=environment,
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=options.seconds,
+            check=False,
+        )
+        text, ended = done.stdout + done.stderr, done.returncode
+    except subprocess.TimeoutExpired as error:
+        # Bytes on some systems, although text was asked for.
+        found = error.stdout or ""
+        text, ended = found if isinstance(found, str) else found.decode("utf-8", "replace"), "out of time"
+    print(text[-6000:], flush=True)
+    row = gpu_rig.header(torch) | {"faults": options.files, "device": device, "ended": ended, **outcomes(text)}
+    gpu_rig.write_line(options.out, row)
+    return ended != 0
+
+
+def outcomes(text):
+    """Passed and failed of pytest's output; by its dots where it was stopped before its last line."""
+    last = next((line for line in reversed(text.splitlines()) if re.search(r"\b(passed|failed|error)", line)), "")
+    found = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last)}
+    if not found:
+        dots = "".join(re.findall(r"^([.FEsx]+)(?: +\[ *\d+%\])?$", text, flags=re.MULTILINE))
+        found = {"passed": dots.count("."), "failed": dots.count("F") + dots.count("E")}
+    failures = [line[:200] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return {"passed": found.get("passed", 0), "failed": found.get("failed", 0), "failures": failures[:40]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--files", default=FILES)
+    parser.add_argument("--seconds", type=float, default=300.0, help="what has passed until then is counted")
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
