@@ -21,6 +21,7 @@ from ..files.safetensors_file import FORMATS
 from ..models.architecture import Architecture, detect_model
 from ..models.names import DENOISER_PREFIXES, NameMap
 from ..models.text import find_encoders
+from ..planning.gguf_baked import FORGE_BLOCKS, baked_bytes
 from ..weights.bnb4 import LEVELS, from_file_parts
 from ..weights.storage import WIDE_DTYPES, dtype_name
 
@@ -31,8 +32,6 @@ _OTHER = ("control_model.", "model_ema.")
 
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 _SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale")
-_BAKED = {"Q4_K": 0.625 / 0.5625}
-"""Forge lays some GGUF blocks out anew when it loads them, larger than in the file."""
 _WIDE_GGUF = ("F64", "F32", "F16", "BF16")
 _NOT_CALLED = ("embedding", "shared.weight", "relative_attention_bias", "pos_embed", "position_ids", "logit_scale")
 """Parameters that are looked up or added: no layer multiplies by them."""
@@ -62,7 +61,11 @@ class Parameter:
         """Bytes as Forge holds it: 16, 32 and 64-bit weights all in the compute dtype, the others as they are."""
         if self.wide and self.part == DENOISER and self.format not in _WIDE_GGUF:
             return self.values * compute_bytes
-        return int(self.bytes * _BAKED.get(self.format, 1))
+        return baked_bytes(self.format, self.bytes)
+
+    def placed_bytes(self, compute_bytes: int) -> int:
+        """What Forge places it by: GGUF by its bytes in the file, which are not baked yet."""
+        return self.bytes if self.format in FORGE_BLOCKS else self.memory_bytes(compute_bytes)
 
 
 @dataclass(frozen=True)

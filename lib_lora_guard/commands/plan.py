@@ -82,8 +82,10 @@ def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, comput
     most = formats.most_common(1)[0][0] if formats else ""
     step = activations.step(tokens, picture, shapes, compute_bytes)
     return ModelFacts(
-        weights=[Weight(p.name, p.values, p.memory_bytes(compute_bytes)) for p in denoiser],
-        other_bytes=sum(p.bytes for p in checkpoint.parameters.values() if p.part != DENOISER),
+        weights=[
+            Weight(p.name, p.values, p.memory_bytes(compute_bytes), p.placed_bytes(compute_bytes)) for p in denoiser
+        ],
+        other_bytes=sum(p.memory_bytes(compute_bytes) for p in checkpoint.parameters.values() if p.part != DENOISER),
         wide=any(p.wide for p in denoiser if p.is_layer and p.format == most),
         activation_bytes=step.used_bytes,
         compute_bytes=compute_bytes,

@@ -81,7 +81,11 @@ def _print_model(console: Console, result: PlanResult) -> None:
     formats = checkpoint.formats()
     whole = sum(formats.values())
     shares = ", ".join(f"{form} {100 * values / whole:.0f} %" for form, values in formats.most_common(4))
-    say(console, f"  stored as {shares}" + (" (scaled)" if checkpoint.is_scaled_fp8 else ""))
+    grown = sum(
+        weight.bytes - weight.placed_bytes for weight in result.model.weights if weight.placed_bytes is not None
+    )
+    growth = f", {_mb(grown)} larger once Forge has loaded it" if grown else ""
+    say(console, f"  stored as {shares}" + (" (scaled)" if checkpoint.is_scaled_fp8 else "") + growth)
     say(
         console,
         f"  a step needs {_gb(result.model.activation_bytes)} beside weights (Forge's own estimate: "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from . import known_models as models
 from .field_cases import FieldCase
+from .gguf_baked import value_bytes
 from .host_memory import DEFAULT_SLIDER_REST_BYTES, FLUX_PRESET_HEIGHT, FLUX_PRESET_WIDTH, FP32_BYTES, MB
 from .rates import RATES
 from .tokens import Picture
@@ -100,7 +101,7 @@ _ROWS: dict[int, _Row] = {
     19: _Row((SDXL,), 2, Picture(1024, 1024)),
     20: _Row((SDXL,), 1, Picture(1024, 1024)),
     22: _Row(STORAGES, 1, t5_bytes=1),
-    23: _Row(("Q8_0",), 1, Picture(1920, 1080), lora_mb=200, t5_bytes=34 / 32),
+    23: _Row(("Q8_0",), 1, Picture(1920, 1080), lora_mb=200, t5_bytes=value_bytes("Q8_0")),
     24: _Row(("Q8_0",), 1, Picture(768, 768), lora_mb=_HYPER_MB, t5_bytes=2, online=True),
     25: _Row(("bf16",), 0, Picture(1080, 1440), t5_bytes=2),
     27: _Row(STORAGES, 0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .gguf_baked import value_bytes
 from .host_memory import FP32_BYTES, Layer
 
 SDXL_UNET_PARAMETERS = 2_567_463_684
@@ -76,8 +77,9 @@ FLUX_STORAGES = {
     "fp8": Storage(1, 1, 1, 1),
     # A low-bit model is not cast as a whole, so that the norms stay as they were made.
     "nf4": Storage(0.55, 0.55, 2, FP32_BYTES),
-    "Q8_0": Storage(34 / 32, 2, 2, FP32_BYTES),
+    "Q8_0": Storage(value_bytes("Q8_0"), 2, 2, FP32_BYTES),
 }
+"""GGUF once it is baked; Q8_0 takes the same in the file."""
 
 
 def flux_matrices(with_guidance: bool = True) -> list[tuple[tuple[int, int], bool]]:

@@ -7,6 +7,7 @@ for what happens; measurements on an H100 and an H200 with Flux-dev's shapes (do
 - Placement is Forge's: everything if weights + 1 GiB for inference (the guard: what a step holds, where that is more) +
   reserved factors fit into the free VRAM; else small weights first, until max(rest / 1.3, rest - 1.25 GiB) is full. The others are swapped: they lie in RAM and are copied, not
   pinned, in every step. The denoiser alone is on the GPU then; text encoders and VAE are in RAM.
+- GGUF weights take what baking makes of them (`gguf_baked`); Forge places them by their size in the file, the guard by that.
 - VRAM peak of sampling = weights there + activations + the copy that casting or dequantising the largest layer makes
   + factors + workspace of the way. Merging needs three fp32 copies of the largest layer that it patches on the GPU.
 - RAM peak = the larger of loading (the file and PROCESS_LOADING_BYTES) and running (PROCESS_RUNNING_BYTES, what is not on
@@ -24,7 +25,7 @@ minutes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from . import host_memory
@@ -70,11 +71,13 @@ class Effect(str, Enum):
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of the denoiser as it lies in memory, its scales included."""
+    """One parameter of the denoiser as it lies in memory, its scales included. `placed_bytes`: what Forge counts when it places
+    the model for the first time, None where that is the same (`gguf_baked` says when it is not)."""
 
     key: str
     values: int
     bytes: int
+    placed_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,13 +177,15 @@ class _Room:
         self.file_bytes = sum(patch.file_bytes for patch in patches)
         self.guards_inference_bytes = max(INFERENCE_BYTES, model.held_bytes)
         """The guard places by what a step holds where the slider leaves less (LG-R05), with a LoRA and without."""
+        self.as_stored = [w if w.placed_bytes is None else replace(w, bytes=w.placed_bytes) for w in model.weights]
+        """What Forge places by; the guard counts what the weights will take."""
 
     def guard(self) -> Prediction:
         unread = self._unread()
         carried = [patch for patch in self.patches if patch.mode is not Mode.MERGE]
         merged = [patch for patch in self.patches if patch.mode is Mode.MERGE]
         factors = sum(patch.guard.resident_bytes for patch in carried if patch.in_denoiser)
-        swapped = self._swapped(factors, self.guards_inference_bytes)
+        swapped = self._swapped(self.model.weights, factors, self.guards_inference_bytes)
         backup = sum(patch.bytes for patch in merged)
         workspace = max((patch.guard.workspace_bytes for patch in carried if patch.in_denoiser), default=0)
         # Merging goes over the GPU also for swapped weights: there and back.
@@ -205,7 +210,7 @@ class _Room:
             apply_seconds=factors / self.rates.pageable_to_gpu + merging + norms,
             change_seconds=merging + backup / self.rates.pageable_to_gpu,
             step_seconds=sum(self._step_seconds(patch.guard) for patch in carried),
-            inference_bytes=self.guards_inference_bytes,
+            without=self._swapped(self.model.weights, 0, self.guards_inference_bytes),
         )
 
     def forge_on_the_fly(self) -> Prediction:
@@ -216,7 +221,7 @@ class _Room:
             Way.FORGE_ON_THE_FLY,
             Effect.NONE if unread else Effect.WHOLE,
             unread,
-            self._swapped(factors),
+            self._swapped(self.as_stored, factors),
             factors,
             during_step=max((patch.forge.workspace_bytes for patch in self.patches if patch.in_denoiser), default=0),
             backup=0,
@@ -227,7 +232,7 @@ class _Room:
         )
 
     def forge_merge(self, way: Way) -> Prediction:
-        swapped = self._swapped(0)
+        swapped = self._swapped(self.as_stored, 0)
         on_gpu = [patch for patch in self.patches if patch.key not in swapped]
         on_cpu = [patch for patch in self.patches if patch.key in swapped]
         backup = sum(patch.bytes for patch in self.patches)
@@ -278,8 +283,9 @@ class _Room:
         change_seconds: float,
         step_seconds: float,
         during_merge: int = 0,
-        inference_bytes: int = INFERENCE_BYTES,
+        without: frozenset[str] | None = None,
     ) -> Prediction:
+        """`without`: what would be swapped if there were no LoRA, by Forge's rule where it is None."""
         model = self.model
         swapped_bytes = self._swapped_bytes(swapped)
         on_gpu = model.denoiser_bytes - swapped_bytes
@@ -288,8 +294,9 @@ class _Room:
         vram = on_gpu + max(model.activation_bytes + cast + factors + during_step, during_merge)
         running = PROCESS_RUNNING_BYTES + model.other_bytes + swapped_bytes + self.file_bytes + ram
         ram_peak = max(PROCESS_LOADING_BYTES + model.other_bytes + model.denoiser_bytes, running)
-        without = self._swapped_bytes(self._swapped(0, inference_bytes))
-        more_swapped = max(0, swapped_bytes - without)
+        if without is None:
+            without = self._swapped(self.as_stored, 0)
+        more_swapped = max(0, swapped_bytes - self._swapped_bytes(without))
         return Prediction(
             way=way,
             effect=effect,
@@ -307,8 +314,10 @@ class _Room:
             extra_step_seconds=step_seconds + more_swapped / self.rates.pageable_to_gpu,
         )
 
-    def _swapped(self, reserved_bytes: int, inference_bytes: int = INFERENCE_BYTES) -> frozenset[str]:
-        return swapped_keys(self.model.weights, self.vram_bytes, inference_bytes + reserved_bytes)
+    def _swapped(
+        self, weights: Sequence[Weight], reserved_bytes: int, inference_bytes: int = INFERENCE_BYTES
+    ) -> frozenset[str]:
+        return swapped_keys(weights, self.vram_bytes, inference_bytes + reserved_bytes)
 
     def _swapped_bytes(self, keys: frozenset[str]) -> int:
         return sum(weight.bytes for weight in self.model.weights if weight.key in keys)

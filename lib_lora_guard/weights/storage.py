@@ -27,7 +27,8 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Storage:
-    """`format` is a short name for people ("bf16", "fp8", "nf4", "Q4_K"); `bytes` what it takes as it lies there."""
+    """`format` is a short name for people ("bf16", "fp8", "nf4", "Q4_K"); `bytes` what it takes as it lies there, with the
+    scales that bitsandbytes keeps beside it."""
 
     format: str
     shape: tuple[int, ...]
@@ -49,8 +50,18 @@ def storage_of(parameter: torch.Tensor) -> Storage:
     if hasattr(parameter, "bnb_quantized"):
         state = getattr(parameter, "quant_state", None)
         shape = tuple(parameter.shape) if state is None else tuple(state.shape)
-        return Storage(str(getattr(parameter, "quant_type", "4bit")), shape, size, wide=False)
+        form = str(getattr(parameter, "quant_type", "4bit"))
+        return Storage(form, shape, size + scales_bytes(parameter), wide=False)
     return Storage(dtype_name(parameter.dtype), tuple(parameter.shape), size, wide=parameter.dtype in WIDE_DTYPES)
+
+
+def scales_bytes(parameter: torch.Tensor) -> int:
+    """What bitsandbytes keeps beside a quantised weight, and moves with it; 0 for every other."""
+    state = getattr(parameter, "quant_state", None)
+    nested = getattr(state, "state2", None)
+    kept = [getattr(one, name, None) for one in (state, nested) for name in ("absmax", "code")]
+    tensors = [one for one in (*kept, getattr(state, "offset", None)) if isinstance(one, torch.Tensor)]
+    return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,0 +1,99 @@
+"""What would make room for a model, in numbers: formats that fit, a smaller picture, LoRAs left out. Pure.
+
+Bytes per value are those that a model has in Forge: GGUF as it is once baked (`planning.gguf_baked`), NF4 with one fp32 scale
+for 64 values (bitsandbytes' block size). Matrices alone are stored in blocks; convolutions, norms and biases stay in 16 bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .gguf_baked import value_bytes
+
+if TYPE_CHECKING:  # adapters need torch, and the replay does without
+    from ..adapters.base import Shape
+
+WIDE_BYTES = 2
+NF4_BLOCK = 64
+MATRIX_BYTES: Mapping[str, float] = {
+    "GGUF Q8_0": value_bytes("Q8_0"),
+    "fp8": 1.0,
+    "GGUF Q6_K": value_bytes("Q6_K"),
+    "GGUF Q5_K": value_bytes("Q5_K"),
+    "GGUF Q4_K": value_bytes("Q4_K"),
+    "NF4": 1 / 2 + 4 / NF4_BLOCK,
+}
+"""The formats that users find models in, the closest to 16 bit first."""
+
+LEAST_PICTURE = 512
+"""No smaller side is advised: the models draw badly below it."""
+STEP_PIXELS = 64
+SHRINKS = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A format, and what the model takes in it together with what lies beside it."""
+
+    format: str
+    need_bytes: int
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A picture's size, and by how much less a step of it takes."""
+
+    width: int
+    height: int
+    saved_bytes: int
+
+
+def model_bytes(shapes: Mapping[str, Shape], form: str) -> int:
+    """Of a model's parameters in one of MATRIX_BYTES. fp8 holds all of them in 8 bit. Raises KeyError for another format."""
+    per_value = MATRIX_BYTES[form]
+    total = 0.0
+    for shape in shapes.values():
+        values = 1
+        for size in shape:
+            values *= size
+        total += values * (per_value if len(shape) == 2 or form == "fp8" else WIDE_BYTES)
+    return int(total)
+
+
+def that_fit(shapes: Mapping[str, Shape], now_bytes: int, beside_bytes: int, total_bytes: int) -> list[Fit]:
+    """The formats in which the model, which takes `now_bytes`, is smaller and fits into `total_bytes` beside
+    `beside_bytes`; the closest to 16 bit first."""
+    sizes = {form: model_bytes(shapes, form) for form in MATRIX_BYTES}
+    return [
+        Fit(form, size + beside_bytes)
+        for form, size in sizes.items()
+        if size < now_bytes and size + beside_bytes <= total_bytes
+    ]
+
+
+def smaller_picture(
+    width: int, height: int, step_bytes: Callable[[int, int], int], missing_bytes: int
+) -> Smaller | None:
+    """The largest picture of about these proportions whose step takes `missing_bytes` less; None where there is none."""
+    now = step_bytes(width, height)
+    for shrink in SHRINKS:
+        wide, high = (int(side * shrink) // STEP_PIXELS * STEP_PIXELS for side in (width, height))
+        if min(wide, high) < LEAST_PICTURE:
+            return None
+        saved = now - step_bytes(wide, high)
+        if saved >= missing_bytes:
+            return Smaller(wide, high, saved)
+    return None
+
+
+def to_leave_out(sizes: Mapping[str, int], missing_bytes: int) -> tuple[Sequence[str], int]:
+    """The fewest LoRAs that make up `missing_bytes`, and what they take; all of them where they do not suffice."""
+    names, saved = [], 0
+    for name, size in sorted(sizes.items(), key=lambda one: -one[1]):
+        if saved >= missing_bytes or size <= 0:
+            break
+        names.append(name)
+        saved += size
+    return names, saved

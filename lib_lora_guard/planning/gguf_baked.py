@@ -1,0 +1,54 @@
+"""What Forge makes of GGUF weights when a model is loaded for the first time ("baking"). Pure, without torch.
+
+Forge places a model by the sizes of the file, moves it, and only then bakes every weight where it lies, on the card or in RAM
+(`backend/memory_management.py`: `model_load`, `bake_gguf_model`). Most types are only put in another order. Q4_K alone grows,
+by a ninth: its eight scales and eight minima of 6 bits become two fp16 numbers each (`packages_3rdparty/gguf/quants.py`). It
+stays so: a baked weight moves and is offloaded as it is, and is never baked again. Held to Forge's own functions by
+tests/contract/test_baking.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Blocks(NamedTuple):
+    """`values` in one block, its bytes in the file and once baked."""
+
+    values: int
+    stored_bytes: int
+    baked_bytes: int
+
+
+FORGE_BLOCKS: Mapping[str, Blocks] = MappingProxyType({
+    "Q4_0": Blocks(32, 18, 18), "Q4_1": Blocks(32, 20, 20), "Q5_0": Blocks(32, 22, 22), "Q5_1": Blocks(32, 24, 24),
+    "Q8_0": Blocks(32, 34, 34),
+    "Q2_K": Blocks(256, 84, 84), "Q3_K": Blocks(256, 110, 110), "Q4_K": Blocks(256, 144, 160),
+    "Q5_K": Blocks(256, 176, 176), "Q6_K": Blocks(256, 210, 210),
+    "BF16": Blocks(1, 2, 2),
+})  # fmt: skip
+"""By name: every type that Forge bakes (`quants_mapping` in `backend/operations_gguf.py`). F32 and F16 are tensors as they are;
+other types Forge takes for plain bytes."""
+
+BAKING_TEMPORARY = 3.9
+"""Times a tensor's bytes in the file: what baking it takes beside it for a moment, the new tensor included. 145 MB for the
+largest of Flux, which is less than any step takes."""
+
+
+def baked_bytes(form: str, stored_bytes: int) -> int:
+    """What `stored_bytes` of the GGUF type `form` take once they are baked."""
+    blocks = FORGE_BLOCKS.get(form)
+    return stored_bytes if blocks is None else stored_bytes * blocks.baked_bytes // blocks.stored_bytes
+
+
+def growth_bytes(form: str, stored_bytes: int) -> int:
+    """By how much they grow."""
+    return baked_bytes(form, stored_bytes) - stored_bytes
+
+
+def value_bytes(form: str) -> float:
+    """Bytes per value once it is baked. Raises KeyError for what Forge does not bake."""
+    blocks = FORGE_BLOCKS[form]
+    return blocks.baked_bytes / blocks.values
