@@ -123,20 +123,41 @@
         }
     }
 
-    /** What is loaded, what memory is left, what is in force. Drawn again only when something changed. */
+    /** What is loaded, what memory is left, what is in force. Each part is drawn again only when it has changed: memory does
+     * so all the time, and what the reader has opened, marked or scrolled elsewhere stays. */
     class Status {
         constructor(label) {
             this.label = label;
-            this.drawn = "";
-            this.element = make("div", { class: "lg-status" });
+            this.drawn = {};
+            this.problem = make("div", { class: "lg-slot" });
+            this.inForce = make("dl", { class: "lg-facts" });
+            this.figures = make("div", { class: "lg-memory" });
+            this.numbers = make("tbody", {});
+            this.models = make("div", {});
+            const numbers = make("details", { class: "lg-numbers" }, make("summary", {}, label("numbers")),
+                make("div", { class: "lg-scroll", tabindex: "0", role: "region", "aria-label": label("numbers") },
+                    make("table", { class: "lg-table", "aria-label": label("numbers") }, this.numbers)));
+            this.element = make("div", { class: "lg-status" }, this.problem,
+                this.section(label("in_force"), this.inForce),
+                this.section(label("memory"), this.figures, numbers),
+                this.section(label("loaded"), this.models));
         }
 
         show(status) {
-            const text = JSON.stringify(status);
-            if (text === this.drawn) return;
-            this.drawn = text;
-            const problem = status.problem ? [make("p", { class: "lg-problem", role: "alert" }, status.problem)] : [];
-            this.element.replaceChildren(...problem, this.force(status), this.memory(status.memory), this.loaded(status));
+            this.draw("problem", this.problem, status.problem, (problem) =>
+                problem ? [make("p", { class: "lg-problem", role: "alert" }, problem)] : []);
+            this.draw("force", this.inForce, [status.mode, status.allocator], () => this.force(status));
+            this.draw("memory", this.figures, [status.memory, status.step, status.programs], () => this.memory(status));
+            this.draw("numbers", this.numbers, status.memory.map((figure) => figure.numbers), (all) =>
+                all.flat().map((amount) => this.number(amount)));
+            this.draw("loaded", this.models, [status.models, status.left_out], () => this.loaded(status));
+        }
+
+        draw(name, place, told, children) {
+            const text = JSON.stringify(told);
+            if (text === this.drawn[name]) return;
+            this.drawn[name] = text;
+            place.replaceChildren(...children(told));
         }
 
         section(title, ...children) {
@@ -144,43 +165,76 @@
         }
 
         force(status) {
-            const facts = make("dl", { class: "lg-facts" });
-            const add = (name, values) => {
-                facts.append(make("dt", {}, name), ...values.map((value) => make("dd", {}, value)));
-            };
-            add(this.label("mode"), [status.mode]);
-            if (status.allocator.length) add(this.label("allocator"), status.allocator);
-            return this.section(this.label("in_force"), facts);
+            const of = (name, values) => [make("dt", {}, this.label(name)), ...values.map((value) => make("dd", {}, value))];
+            return [...of("mode", [status.mode]), ...(status.allocator.length ? of("allocator", status.allocator) : [])];
         }
 
-        memory(figures) {
-            return this.section(this.label("memory"), make("div", { class: "lg-memory" }, ...figures.map((f) => this.figure(f))));
+        memory(status) {
+            const shown = status.memory.map((figure) => this.figure(figure));
+            if (status.step) shown.push(this.step(status.step));
+            if (status.programs) shown.push(this.programs(status.programs));
+            return shown;
         }
 
         figure(figure) {
             const name = make("span", { class: "lg-figure-name" }, figure.name);
-            const source = make("span", { class: "lg-source" }, figure.source);
-            if (!figure.total_mb) {
-                return make("div", { class: "lg-figure" }, name, make("span", {}, this.label("none")), source);
+            if (figure.total_mb === null || figure.missing !== null) {
+                return make("div", { class: "lg-figure" }, name, make("span", { class: "lg-none" }, this.label("none")),
+                    make("span", { class: "lg-source" }, figure.missing));
             }
-            const total = size(figure.total_mb);
-            const used = fill(this.label("used_of"), { used: size(figure.used_mb), total });
+            const used_mb = figure.total_mb - figure.free_mb, total = size(figure.total_mb);
+            const used = fill(this.label("used_of"), { used: size(used_mb), total });
             const free = fill(this.label("free"), { free: size(figure.free_mb), total });
-            const share = Math.max(0, Math.min(100, (100 * figure.used_mb) / figure.total_mb));
-            const bar = make("span", { class: "lg-bar-used" });
-            bar.style.width = share.toFixed(1) + "%";
-            const meter = make("span", {
+            const share = (mb) => (figure.total_mb ? Math.max(0, Math.min(100, (100 * mb) / figure.total_mb)) : 0).toFixed(1) + "%";
+            const bar = make("span", {
                 class: "lg-bar", role: "meter", "aria-label": figure.name, "aria-valuemin": "0",
-                "aria-valuemax": String(figure.total_mb), "aria-valuenow": String(figure.used_mb), "aria-valuetext": used,
-            }, bar);
-            return make("div", { class: "lg-figure" }, name, meter, make("span", { class: "lg-free", title: used }, free), source);
+                "aria-valuemax": String(figure.total_mb), "aria-valuenow": String(used_mb), "aria-valuetext": used,
+            }, ...figure.used.map((amount, place) => {
+                const part = make("span", { class: "lg-bar-used lg-part-" + place, title: amount.name + " " + size(amount.mb) });
+                part.style.width = share(amount.mb);
+                return part;
+            }));
+            const legend = make("span", { class: "lg-legend" },
+                ...figure.used.map((amount, place) => this.amount(amount, "lg-key lg-part-" + place)),
+                ...figure.beside.map((amount) => this.amount(amount, null)));
+            return make("div", { class: "lg-figure" }, name, bar, make("span", { class: "lg-free", title: used }, free),
+                legend, make("span", { class: "lg-source" }, figure.source));
+        }
+
+        /** A name with its size; where that is not known, the reason is said to who asks. */
+        amount(amount, key) {
+            const mark = key ? make("span", { class: key, "aria-hidden": "true" }) : null;
+            return make("span", { class: "lg-amount", title: amount.missing || amount.source || null }, mark,
+                amount.name + " ", make("span", { class: "lg-number" }, amount.mb === 0 ? this.label("none") : size(amount.mb)));
+        }
+
+        step(step) {
+            const title = fill(this.label("step"), { model: step.model, size: size(step.mb) });
+            const parts = step.parts.flatMap((amount, place) => [place ? " + " : "", this.amount(amount, null)]);
+            const copied = fill(this.label("swapped"), { size: size(step.copied_mb) });
+            return make("p", { class: "lg-step" }, title + " ", ...parts,
+                step.copied_mb >= 1 ? make("span", { class: "lg-copied" }, copied) : null);
+        }
+
+        programs(programs) {
+            const names = programs.largest.map((one) => (one.mb === null ? one.name : one.name + " " + size(one.mb)));
+            const list = names.join(this.label("between")) + (programs.more ? this.label("and_others") : "");
+            return make("p", { class: "lg-programs" }, fill(this.label("programs"), { size: size(programs.mb), programs: list }));
+        }
+
+        number(amount) {
+            const known = amount.mb !== null;
+            const value = known ? size(amount.mb) : fill(this.label("not_known"), { reason: amount.missing });
+            return make("tr", {}, make("th", { scope: "row" }, amount.name),
+                make("td", known ? { class: "lg-number" } : { class: "lg-quiet", colspan: "2" }, value),
+                known ? make("td", { class: "lg-quiet" }, amount.source) : null);
         }
 
         loaded(status) {
             const shown = status.models.map((model) => this.model(model));
             if (status.left_out.length) shown.push(make("ul", { class: "lg-left-out" }, ...status.left_out.map((lora) => this.leftOut(lora))));
             if (!shown.length) shown.push(make("p", { class: "lg-quiet" }, this.label("nothing")));
-            return this.section(this.label("loaded"), ...shown);
+            return shown;
         }
 
         leftOut(lora) {

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
-import psutil
 import torch
 
+from ..memory import HostMemory, MemorySnapshot, Nvml, take_snapshot
 from ..memory.allocator import AllocatorState
-from ..memory.probe import measure_budget
+from ..memory.nvml import GpuProcesses
+from ..memory.paced_nvml import PacedNvml
 from ..reporting.messages import Message
-from ..reporting.status import MemoryFigure, ModelStatus, PanelStatus, model_status
+from ..reporting.status import MemoryFigure, ModelStatus, OtherPrograms, PanelStatus, model_status
 from ..settings import LoraMode, Settings
+from ..ui.memory_figures import memory_figures, other_programs, step_need
 from ..ui.settings_section import MODE_KEYS
 from ..version import __version__
-from ..weights.storage import MB
 from .forge import ForgeTakeover
+
+log = logging.getLogger(__name__)
 
 
 class InForce(Protocol):
@@ -28,16 +32,38 @@ class InForce(Protocol):
     def apply(self) -> object: ...
 
 
-def collect(takeover: ForgeTakeover | None, options: InForce | None) -> PanelStatus:
+class Machine:
+    """Asked for its memory about once a second. Made once: what does not change is looked up once, NVML keeps its session."""
+
+    def __init__(self, nvml: Nvml | None = None) -> None:
+        """`nvml` is for tests."""
+        self._nvml, self._host = nvml or PacedNvml(), HostMemory()
+
+    def look(self, takeover: ForgeTakeover | None) -> tuple[MemorySnapshot, GpuProcesses]:
+        """The memory now, and who else uses the card. Never what starts CUDA: that alone takes hundreds of MB of the card."""
+        may_start = torch.cuda.is_available() and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
+        if takeover is None or may_start:
+            # The host's own answer to which device it is would start it.
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            snapshot = take_snapshot(device, self._nvml, self._host)
+        else:
+            device, snapshot = takeover.api.memory.get_torch_device(), takeover.snapshot(self._nvml)
+        return snapshot, self._nvml.other_processes(device)
+
+
+def collect(takeover: ForgeTakeover | None, options: InForce | None, machine: Machine | None = None) -> PanelStatus:
     """The state of the guard, of the models it works on and of the machine. `takeover` is None where none is in place,
     `options` where the host does not fit or its flags say so."""
+    figures, programs = _memory(machine or Machine(), takeover)
     return PanelStatus(
         mode=_mode(takeover, options),
         enabled=takeover is not None,
         version=__version__,
         models=_models(takeover),
         left_out=() if takeover is None else tuple({**takeover.files.left_out, **takeover.files.missing}.items()),
-        memory=(_vram(), _ram()),
+        memory=figures,
+        step=None if takeover is None else step_need(takeover.loading.plans.last),
+        programs=programs,
         allocator=() if options is None or options.allocator is None else allocator_lines(options.allocator),
         problem=Message("panel.not_in_place") if options is None else None,
     )
@@ -70,18 +96,12 @@ def _models(takeover: ForgeTakeover | None) -> tuple[ModelStatus, ...]:
     return tuple(sorted((model_status(report) for report in reports), key=lambda model: model.name))
 
 
-def _vram() -> MemoryFigure:
-    """Of the device that torch uses. Asking must not be what starts CUDA: that alone takes hundreds of MB of it."""
-    if not torch.cuda.is_available():
-        return MemoryFigure("VRAM", 0, 0, 0, Message("panel.source.no_vram"))
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
-        return MemoryFigure("VRAM", 0, 0, 0, Message("panel.source.not_yet"))
-    free, total = torch.cuda.mem_get_info()
-    source = Message("panel.source.cuda", {"device": torch.cuda.get_device_name()})
-    return MemoryFigure("VRAM", free / MB, (total - free) / MB, total / MB, source)
-
-
-def _ram() -> MemoryFigure:
-    total = psutil.virtual_memory().total
-    free = measure_budget(torch.device("cpu"), 0).ram_spare_bytes
-    return MemoryFigure("RAM", free / MB, (total - free) / MB, total / MB, Message("panel.source.system"))
+def _memory(machine: Machine, takeover: ForgeTakeover | None) -> tuple[tuple[MemoryFigure, ...], OtherPrograms | None]:
+    try:
+        snapshot, others = machine.look(takeover)
+    # The panel shows the log, too: a driver that fails in a new way must not take it away.
+    except Exception as error:
+        log.debug("memory could not be read", exc_info=True)
+        missing = Message("panel.unknown", {"error": str(error).strip().split("\n")[0] or type(error).__name__})
+        return (MemoryFigure("VRAM", missing=missing), MemoryFigure("RAM", missing=missing)), None
+    return memory_figures(snapshot), other_programs(snapshot, others)

@@ -10,7 +10,7 @@ from ..ui.language import reader_language
 from ..ui.panel import Panel
 from ..ui.route import add_route
 from . import forge
-from .forge_status import InForce, collect
+from .forge_status import InForce, Machine, collect
 
 
 class Face:
@@ -19,7 +19,8 @@ class Face:
 
     def __init__(self, options: InForce | None) -> None:
         self._options = options
-        self._panel = Panel(lambda: collect(forge.installed(), options), _language)
+        machine = Machine()
+        self._panel = Panel(lambda: collect(forge.installed(), options, machine), _language)
 
     def add_settings(self) -> None:
         from modules import shared

@@ -28,7 +28,9 @@ LARGEST_ENTRIES = 200
 """About 60 KB in the file. The ones that were not measured for longest go first."""
 
 LARGEST_BYTES = 1 << 50
-_BUCKET_PIXELS = 512 * 512
+FILE_NAME = "calibration.json"
+MOST_UNWRITTEN = 100
+PIXELS_OF_BUCKET = 512 * 512
 
 
 class Kind(str, Enum):
@@ -59,7 +61,8 @@ class Calibration:
     def __init__(self, path: Path, card: str, torch_version: str) -> None:
         """`card` as the driver names it: other cards and other versions of torch share the file, not the corrections."""
         self._file = CalibrationFile(path)
-        self._owner = (card, torch_version)
+        # torch's own version is a string that is slow to compare, and equal to others.
+        self._owner = (str(card), str(torch_version))
         self._lock = threading.Lock()
         self._entries = self._file.read()
         self._unwritten: list[tuple[tuple[str, ...], int, int]] = []
@@ -67,12 +70,21 @@ class Calibration:
 
     def record(self, key: Key, predicted_bytes: int, measured_bytes: int) -> None:
         """A measured peak and what was predicted for it, before any correction. Numbers that no memory has are left out."""
-        if not (0 < predicted_bytes <= LARGEST_BYTES and 0 < measured_bytes <= LARGEST_BYTES):
+        self.record_all([(key, predicted_bytes, measured_bytes)])
+
+    def record_all(self, measured: Iterable[tuple[Key, int, int]]) -> None:
+        """Several of `(key, predicted, measured)`, written at once."""
+        records = [
+            (self._name(key), int(predicted_bytes), int(measured_bytes))
+            for key, predicted_bytes, measured_bytes in measured
+            if 0 < predicted_bytes <= LARGEST_BYTES and 0 < measured_bytes <= LARGEST_BYTES
+        ]
+        if not records:
             return
         with self._lock:
             # Those that could not be written are written with the next; what is too old would change nothing any more.
-            self._unwritten = [*self._unwritten[-99:], (self._name(key), int(predicted_bytes), int(measured_bytes))]
-            _take(self._entries, self._unwritten[-1:])
+            self._unwritten = [*self._unwritten, *records][-MOST_UNWRITTEN:]
+            _take(self._entries, records)
             try:
                 self._entries = self._file.change(lambda entries: _take(entries, self._unwritten))
                 self._unwritten = []
@@ -86,11 +98,7 @@ class Calibration:
             entry = self._entries.get(self._name(key))
         if entry is None:
             return 0
-        predicted = max(0, entry.predicted_bytes if predicted_bytes is None else predicted_bytes)
-        # What was not measured yet counts as right: one measurement alone lowers nothing.
-        missing = [0] * (REMEMBERED - len(entry.errors_bytes))
-        worst = max([*entry.errors_bytes[-REMEMBERED:], *missing])
-        return min(max(worst, math.ceil(LOWEST * predicted)), math.floor(HIGHEST * predicted))
+        return correction_of(entry, predicted_bytes)
 
     def measurements(self, key: Key) -> int:
         """How often `key` was measured, by every process."""
@@ -116,9 +124,18 @@ class Calibration:
         self._said = True
 
 
+def correction_of(entry: Entry, predicted_bytes: int | None = None) -> int:
+    """See `Calibration.correction_bytes`."""
+    predicted = max(0, entry.predicted_bytes if predicted_bytes is None else predicted_bytes)
+    # What was not measured yet counts as right: one measurement alone lowers nothing.
+    missing = [0] * (REMEMBERED - len(entry.errors_bytes))
+    worst = max([*entry.errors_bytes[-REMEMBERED:], *missing])
+    return min(max(worst, math.ceil(LOWEST * predicted)), math.floor(HIGHEST * predicted))
+
+
 def resolution_bucket(width: int, height: int) -> int:
     """Pixels in units of 512 x 512, rounded up: what SDXL and Flux call one megapixel, in any format, is 4."""
-    return math.ceil(width * height / _BUCKET_PIXELS)
+    return math.ceil(width * height / PIXELS_OF_BUCKET)
 
 
 def stack_signature(loras: Iterable[str]) -> str:

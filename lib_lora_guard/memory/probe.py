@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .control_groups import ControlGroups
-from .readings import fast_ram_bytes, usable_vram_bytes
+from .readings import MemorySnapshot, fast_ram_bytes, usable_vram_bytes
 from .snapshot import group_room, read_ram, read_vram
 
 DISK_RESERVE_BYTES = 2 << 30
@@ -36,11 +36,22 @@ def default_spool_dir() -> Path:
     return Path(tempfile.gettempdir()) / "lora-guard-spool"
 
 
-def measure_budget(device: torch.device, ram_floor_bytes: int, spool_dir: Path | None = None) -> BackupBudget:
-    """What is free: VRAM of `device`, RAM above `ram_floor_bytes`, disk below `spool_dir` above DISK_RESERVE_BYTES."""
+def measure_budget(
+    device: torch.device,
+    ram_floor_bytes: int,
+    spool_dir: Path | None = None,
+    snapshot: MemorySnapshot | None = None,
+) -> BackupBudget:
+    """What is free: VRAM of `device`, RAM above `ram_floor_bytes`, disk below `spool_dir` above DISK_RESERVE_BYTES.
+
+    `snapshot`: whose numbers of memory these are, NVML's with them; None asks the driver and the system alone."""
+    if snapshot is None:
+        vram, ram = _usable_vram_bytes(device), _fast_ram_bytes(ram_floor_bytes)
+    else:
+        vram, ram = snapshot.usable_vram_bytes, snapshot.fast_ram_bytes(ram_floor_bytes)
     return BackupBudget(
-        vram_spare_bytes=_free_vram_bytes(device),
-        ram_spare_bytes=_spare_ram_bytes(ram_floor_bytes),
+        vram_spare_bytes=vram or 0,
+        ram_spare_bytes=ram or 0,
         disk_spare_bytes=disk_spare_bytes(spool_dir or default_spool_dir()),
     )
 
@@ -54,17 +65,16 @@ def disk_spare_bytes(folder: Path) -> int:
     return max(0, min(usage.free - DISK_RESERVE_BYTES, usage.total))
 
 
-def _free_vram_bytes(device: torch.device) -> int:
-    """What the driver has free and what torch holds without using it; 0 for anything but CUDA and ROCm."""
+def _usable_vram_bytes(device: torch.device) -> int | None:
     if device.type != "cuda" or not torch.cuda.is_available():
-        return 0
+        return None
     vram = read_vram(device)
-    return usable_vram_bytes(vram.free, vram.reserved, vram.active, vram.total) or 0
+    return usable_vram_bytes(vram.free, vram.reserved, vram.active, vram.total)
 
 
-def _spare_ram_bytes(floor_bytes: int) -> int:
+def _fast_ram_bytes(floor_bytes: int) -> int | None:
     total, available = read_ram()
-    return fast_ram_bytes(available, group_room(ControlGroups().rooms().ram), total, floor_bytes) or 0
+    return fast_ram_bytes(available, group_room(ControlGroups().rooms().ram), total, floor_bytes)
 
 
 def _lies_in_ram(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:

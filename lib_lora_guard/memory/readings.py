@@ -113,15 +113,20 @@ class MemorySnapshot:
 def usable_vram_bytes(
     free: Reading, reserved: Reading, active: Reading, total: Reading, nvml_free: Reading | None = None
 ) -> int | None:
-    """See MemorySnapshot. NVML counts where it says clearly less than the driver: Windows tells each program how much it
-    could have if the others made room, which they do by paging."""
-    driver, nvml = free.bytes, None if nvml_free is None else nvml_free.bytes
-    if driver is None or (nvml is not None and driver - nvml > DISAGREEMENT_BYTES):
-        driver = nvml
-    if driver is None:
+    """See MemorySnapshot."""
+    trusted = trusted_free_bytes(free.bytes, None if nvml_free is None else nvml_free.bytes)
+    if trusted is None:
         return None
     unused = _difference(reserved.bytes, active.bytes) or 0
-    return _least([driver + max(0, unused)], total.bytes)
+    return _least([trusted + max(0, unused)], total.bytes)
+
+
+def trusted_free_bytes(driver: int | None, nvml: int | None) -> int | None:
+    """Of two numbers for the same free VRAM the one that counts: NVML's where it says clearly less than the driver, or alone.
+    Windows tells each program how much it could have if the others made room, which they do by paging."""
+    if driver is None or (nvml is not None and driver - nvml > DISAGREEMENT_BYTES):
+        return nvml
+    return driver
 
 
 def fast_ram_bytes(available: Reading, cgroup_room: Reading, total: Reading, floor_bytes: int) -> int | None:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ..reporting.messages import Message
-from .readings import DISAGREEMENT_BYTES
+from .readings import trusted_free_bytes
 
 MB = 1 << 20
 GB = 1 << 30
@@ -79,10 +79,11 @@ def with_factors(need_bytes: int, factor_bytes: int) -> tuple[int, Finding | Non
 def free_vram_bytes(torch_bytes: int, nvml_bytes: int | None) -> tuple[int, Finding | None]:
     """LG-R07: on Windows torch may call memory free that other programs hold; beyond it the driver goes on in system RAM,
     5 to 30 times slower. Both numbers with what torch holds unused."""
-    if nvml_bytes is None or torch_bytes - nvml_bytes < DISAGREEMENT_BYTES:
+    usable = trusted_free_bytes(torch_bytes, nvml_bytes)
+    if nvml_bytes is None or usable is None or usable == torch_bytes:
         return max(0, torch_bytes), None
     facts = {"torch_mb": torch_bytes / MB, "nvml_mb": nvml_bytes / MB}
-    return max(0, nvml_bytes), Finding("LG-R07", Message("rule.disagreement", facts))
+    return max(0, usable), Finding("LG-R07", Message("rule.disagreement", facts))
 
 
 def ram_for(needed_bytes: int, fast_bytes: int, alive_bytes: int, what: str) -> Finding | None:

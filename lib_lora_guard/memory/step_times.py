@@ -28,6 +28,9 @@ LEAST_EXCESS_SECONDS = 0.5
 LEAST_GROWTH_BYTES = 256 * MB
 """Shared GPU memory also has the pinned memory of this process, which comes and goes in smaller parts."""
 
+_SLIDER_STEP_MB = 128
+"""What is told to be set on the slider "GPU Weights" goes up to whole steps of this."""
+
 _REMEMBERED_STEPS, _REMEMBERED_CONFIGURATIONS = 64, 64
 
 
@@ -54,6 +57,13 @@ class Slowdown:
     @property
     def factor(self) -> float:
         return self.seconds / self.median_seconds
+
+    @property
+    def over_mb(self) -> int:
+        """How much more than VRAM holds was in use, as 'GPU Weights' is set; 0 where nobody knows."""
+        if self.verdict is not Verdict.SPILLED or self.shared_before_bytes is None or self.shared_bytes is None:
+            return 0
+        return math.ceil((self.shared_bytes - self.shared_before_bytes) / MB / _SLIDER_STEP_MB) * _SLIDER_STEP_MB
 
     def messages(self, lower_mb: int = 0, nvidia: bool = True) -> list[Message]:
         """What happened, what it means, and what cures it. `lower_mb`: by how much 'GPU Weights' is to go down, 0 where
@@ -103,7 +113,9 @@ class StepTimes:
         if first or not (0 < seconds < math.inf):
             return None
         known = self._of(configuration)
-        median = statistics.median(known.seconds) if len(known.seconds) >= LEAST_STEPS else math.inf
+        # A step that is shorter than the excess alone is no slow one, whatever the usual ones are.
+        is_judged = seconds >= LEAST_EXCESS_SECONDS and len(known.seconds) >= LEAST_STEPS
+        median = statistics.median(known.seconds) if is_judged else math.inf
         if seconds < max(SLOW * median, median + LEAST_EXCESS_SECONDS):
             known.seconds.append(seconds)
             if shared_bytes is not None:

@@ -83,6 +83,7 @@ class FlightRecorder:
     def __init__(self, ring: mmap.mmap | None = None, path: Path | None = None) -> None:
         """With no ring it takes everything and writes nothing: `FlightRecorder.open(folder) or FlightRecorder()`."""
         self._ring, self._path = ring, path
+        self._pid = os.getpid()
         # A handler of Ctrl+C may call close() in the middle of a write of the same thread.
         self._lock = threading.RLock()
         self._number = 0
@@ -170,6 +171,9 @@ class FlightRecorder:
 
     def close(self) -> None:
         """The clean end: the process ends because it was asked to, so there is nothing to tell."""
+        if os.getpid() != self._pid:
+            # A forked child ends: the file is its parent's, and a lock that was held at the fork is held for ever.
+            return
         with self._lock:
             ring, self._ring = self._ring, None
             if ring is None:
@@ -191,7 +195,7 @@ class FlightRecorder:
             self._names_json = _encode(self._names)
 
     def _write(self) -> None:
-        if self._ring is None:
+        if self._ring is None or os.getpid() != self._pid:
             return
         phases = self._open[-_DEPTH:]
         numbers = {

@@ -47,20 +47,54 @@ class ModelStatus:
 
 
 @dataclass(frozen=True)
-class MemoryFigure:
-    """One kind of memory; `source` says whose numbers these are. `total_mb` is 0 where there is none of it."""
+class Amount:
+    """A number of MB with its name; `mb` is None where it is `missing`, which then says why. `source`: who says so."""
 
     name: str
-    free_mb: float
-    used_mb: float
-    total_mb: float
-    source: str
+    mb: float | None
+    source: str = ""
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class MemoryFigure:
+    """One kind of memory. `used`: what fills it, in the order of the bar; with `free_mb` that makes `total_mb`. `beside`:
+    what belongs to it and is not part of it. `numbers`: what was read, each with its source. `missing`: why there is none."""
+
+    name: str
+    free_mb: float | None = None
+    total_mb: float | None = None
+    used: tuple[Amount, ...] = ()
+    beside: tuple[Amount, ...] = ()
+    numbers: tuple[Amount, ...] = ()
+    source: str = ""
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class StepNeed:
+    """What the next step of a model needs on the device, part by part; `copied_mb` of its weights have no room there."""
+
+    model: str
+    mb: float
+    parts: tuple[Amount, ...]
+    copied_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class OtherPrograms:
+    """Who else holds VRAM. `mb`: all of them together; `largest` have no size where the system does not say it, and `more`
+    is whether there are others."""
+
+    mb: float
+    largest: tuple[Amount, ...]
+    more: bool = False
 
 
 @dataclass(frozen=True)
 class PanelStatus:
-    """One look at everything. `left_out` has the LoRAs that reached no model, with the reason; `problem` says why the guard
-    is not at work, where it is not."""
+    """One look at everything. `left_out` has the LoRAs that reached no model, with the reason; `programs` says who else holds
+    VRAM, where that is worth saying; `problem` why the guard is not at work, where it is not."""
 
     mode: str
     enabled: bool
@@ -68,6 +102,8 @@ class PanelStatus:
     models: tuple[ModelStatus, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
     memory: tuple[MemoryFigure, ...] = ()
+    step: StepNeed | None = None
+    programs: OtherPrograms | None = None
     allocator: tuple[str, ...] = ()
     problem: str | None = None
 
@@ -99,6 +135,8 @@ def as_json(status: PanelStatus, language: str = ENGLISH) -> dict[str, Any]:
             {"name": shown(name, _NAME_CHARACTERS), "why": _text(why, language)} for name, why in status.left_out
         ],
         "memory": [_figure(figure, language) for figure in status.memory],
+        "step": None if status.step is None else _step(status.step, language),
+        "programs": None if status.programs is None else _programs(status.programs, language),
         "allocator": [_text(line, language) for line in status.allocator],
     }
 
@@ -143,12 +181,45 @@ def _lora(lora: LoraStatus, language: str) -> dict[str, Any]:
 
 def _figure(figure: MemoryFigure, language: str) -> dict[str, Any]:
     return {
-        "name": figure.name,
-        "free_mb": _number(figure.free_mb),
-        "used_mb": _number(figure.used_mb),
-        "total_mb": _number(figure.total_mb),
+        "name": _text(figure.name, language),
+        "free_mb": _mb(figure.free_mb),
+        "total_mb": _mb(figure.total_mb),
+        "used": [_amount(amount, language) for amount in figure.used],
+        "beside": [_amount(amount, language) for amount in figure.beside],
+        "numbers": [_amount(amount, language) for amount in figure.numbers],
         "source": _text(figure.source, language),
+        "missing": _text(figure.missing, language),
     }
+
+
+def _step(step: StepNeed, language: str) -> dict[str, Any]:
+    return {
+        "model": shown(step.model, _NAME_CHARACTERS),
+        "mb": _mb(step.mb),
+        "parts": [_amount(amount, language) for amount in step.parts],
+        "copied_mb": _mb(step.copied_mb),
+    }
+
+
+def _programs(programs: OtherPrograms, language: str) -> dict[str, Any]:
+    return {
+        "mb": _mb(programs.mb),
+        "largest": [_amount(amount, language) for amount in programs.largest],
+        "more": programs.more,
+    }
+
+
+def _amount(amount: Amount, language: str) -> dict[str, Any]:
+    return {
+        "name": _text(amount.name, language),
+        "mb": _mb(amount.mb),
+        "source": _text(amount.source, language),
+        "missing": _text(amount.missing, language),
+    }
+
+
+def _mb(value: float | None) -> float | None:
+    return None if value is None else _number(value)
 
 
 def _weights(lora: LoraStatus, mode: str, language: str) -> dict[str, str | None]:

@@ -11,20 +11,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
+import torch
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
+from ..memory import HostMemory, MemorySnapshot, Reading, take_snapshot
+from ..memory.nvml import GpuProcess, GpuProcesses
+from ..planning.last_plan import LastPlan
 from ..reporting.messages import Message
 from ..reporting.report import ApplyReport, LoraReport
 from ..reporting.ring import LogRing
-from ..reporting.status import MemoryFigure, PanelStatus, model_status
+from ..reporting.status import PanelStatus, model_status
 from ..settings import Language
 from ..version import __version__
 from ..weights.storage import MB
+from .memory_figures import memory_figures, other_programs, step_need
 from .panel import Panel
 from .route import PATH, add_route
 from .tab import PLACE, TITLE
@@ -71,7 +76,8 @@ PAGE = f"""<!doctype html>
 
 
 class Standalone:
-    """A host for the tab that owns no model. `asked` counts the tab's requests; `reports`, `left_out` and `language` may be set."""
+    """A host for the tab that owns no model. `asked` counts the tab's requests; `reports`, `left_out`, `vram_free_mb`
+    and `language` may be set."""
 
     def __init__(self, language: Language = Language.AUTO) -> None:
         self.language = language
@@ -79,6 +85,8 @@ class Standalone:
         self.left_out: dict[str, str] = {}
         self.asked = 0
         self.step_seconds = 0.25
+        self.vram_free_mb = 3900
+        self._machine = HostMemory()
         self.log = logging.Logger(f"{__name__}.made_up", logging.DEBUG)
         self.ring = LogRing()
         self.log.addHandler(self.ring)
@@ -101,23 +109,16 @@ class Standalone:
             )
 
     def status(self) -> PanelStatus:
-        memory = psutil.virtual_memory()
+        snapshot = made_up_card(take_snapshot(torch.device("cpu"), host=self._machine), self.vram_free_mb)
         return PanelStatus(
             mode=Message("settings.mode.automatic"),
             enabled=True,
             version=__version__,
             models=tuple(model_status(report) for report in self.reports),
             left_out=tuple(self.left_out.items()),
-            memory=(
-                MemoryFigure("VRAM", 5.5 * 1024, 6.5 * 1024, 12 * 1024, Message("panel.source.cuda", {"device": "?"})),
-                MemoryFigure(
-                    "RAM",
-                    memory.available / MB,
-                    (memory.total - memory.available) / MB,
-                    memory.total / MB,
-                    Message("panel.source.system"),
-                ),
-            ),
+            memory=memory_figures(snapshot),
+            step=step_need(MADE_UP_PLAN if self.reports else None),
+            programs=other_programs(snapshot, MADE_UP_PROGRAMS),
         )
 
     def _add_routes(self) -> None:
@@ -137,6 +138,25 @@ class Standalone:
             return Response(status_code=204)
 
         self.app.add_api_route("/generate", generate, methods=["POST"], response_model=None)
+
+
+MADE_UP_PLAN = LastPlan("KModel", 6480 * MB, 5750 * MB, 331 * MB, 1530 * MB)
+MADE_UP_PROGRAMS = GpuProcesses((GpuProcess(1, "browser", 640 * MB), GpuProcess(2, "game launcher", 210 * MB)))
+
+
+def made_up_card(snapshot: MemorySnapshot, free_mb: int) -> MemorySnapshot:
+    """A card of 12 GB in place of the machine's own; RAM is the real one."""
+    driver, nvml, torchs = Message("readings.driver"), Message("readings.nvml"), Message("readings.torch")
+    return replace(
+        snapshot,
+        vram_total=Reading(12288 * MB, driver),
+        vram_free=Reading(4660 * MB, driver),
+        vram_free_nvml=Reading(free_mb * MB, nvml),
+        vram_reserved=Reading(6900 * MB, torchs),
+        vram_active=Reading(6110 * MB, torchs),
+        vram_ours=Reading(7220 * MB, nvml),
+        vram_others=Reading(850 * MB, Message("readings.computed")),
+    )
 
 
 def made_up_report() -> ApplyReport:

@@ -1,5 +1,6 @@
 """What is measured is never negative and never more than there is; the tightest of several limits counts."""
 
+import dataclasses
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -8,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from lib_lora_guard.memory import give_back_cached_memory, is_out_of_memory, probe
+from lib_lora_guard.memory import Reading, give_back_cached_memory, is_out_of_memory, probe, take_snapshot
 from lib_lora_guard.memory.control_groups import ControlGroups, Rooms
 from lib_lora_guard.memory.probe import DISK_RESERVE_BYTES, BackupBudget, disk_spare_bytes, measure_budget
 
@@ -24,7 +25,7 @@ def host(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Ram(16 * GB, 32 * GB))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Disk(200 * GB, 100 * GB, 100 * GB))
     monkeypatch.setattr(probe, "_lies_in_ram", lambda folder: False)
-    monkeypatch.setattr(ControlGroups, "rooms", lambda self: Rooms(None, None))
+    monkeypatch.setattr(ControlGroups, "rooms", lambda self, *_: Rooms(None, None))
     return monkeypatch
 
 
@@ -44,9 +45,9 @@ def test_available_ram_above_the_total_is_not_believed(host):
 
 
 def test_a_control_group_that_leaves_less_than_the_machine_counts(host):
-    host.setattr(ControlGroups, "rooms", lambda self: Rooms(3 * GB, 9 * GB))
+    host.setattr(ControlGroups, "rooms", lambda self, *_: Rooms(3 * GB, 9 * GB))
     assert measure_budget(CPU, GB).ram_spare_bytes == 2 * GB
-    host.setattr(ControlGroups, "rooms", lambda self: Rooms(1 << 62, 1 << 62))
+    host.setattr(ControlGroups, "rooms", lambda self, *_: Rooms(1 << 62, 1 << 62))
     assert measure_budget(CPU, GB).ram_spare_bytes == 15 * GB
 
 
@@ -69,6 +70,22 @@ def test_statistics_of_a_device_that_was_never_used_are_empty(host):
     host.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 24 * GB))
     host.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: {})
     assert measure_budget(torch.device("cuda"), 0).vram_spare_bytes == 5 * GB
+
+
+def test_a_snapshot_that_is_there_is_taken_with_nvmls_number(host):
+    """What Windows calls free and other programs hold is nobody's to spare."""
+    taken = take_snapshot(CPU)
+    seen = {
+        "vram_total": 24,
+        "vram_free": 20,
+        "vram_free_nvml": 3,
+        "vram_reserved": 5,
+        "vram_active": 4,
+        "ram_available": 9,
+    }
+    found = dataclasses.replace(taken, **{name: Reading(size * GB, "test") for name, size in seen.items()})
+    assert measure_budget(CPU, GB, snapshot=found) == BackupBudget(4 * GB, 8 * GB, 98 * GB)
+    assert measure_budget(CPU, 0).vram_spare_bytes == 0
 
 
 def test_devices_that_share_the_ram_have_no_vram_to_spare(host):

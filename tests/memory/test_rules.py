@@ -10,9 +10,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lib_lora_guard.memory import rules
-from lib_lora_guard.memory.readings import DISAGREEMENT_BYTES
+from lib_lora_guard.memory.readings import DISAGREEMENT_BYTES, Reading, usable_vram_bytes
 from lib_lora_guard.memory.rules import GB, MB, SHRINKING_BYTES
 from lib_lora_guard.reporting.catalogue import TEXTS
+from lib_lora_guard.reporting.messages import Message
 
 TOTAL = 12 * GB
 NAN, INF = math.nan, math.inf
@@ -136,9 +137,9 @@ def test_r07_the_lower_of_two_numbers_where_they_disagree():
     assert rules.free_vram_bytes(-1, None) == (0, None)
     assert rules.free_vram_bytes(3 * GB, 3 * GB) == (3 * GB, None)
     assert rules.free_vram_bytes(3 * GB, 9 * GB) == (3 * GB, None)
-    assert rules.free_vram_bytes(3 * GB, 3 * GB - DISAGREEMENT_BYTES + 1) == (3 * GB, None)
-    found, finding = rules.free_vram_bytes(3 * GB, 3 * GB - DISAGREEMENT_BYTES)
-    assert found == 3 * GB - DISAGREEMENT_BYTES
+    assert rules.free_vram_bytes(3 * GB, 3 * GB - DISAGREEMENT_BYTES) == (3 * GB, None)
+    found, finding = rules.free_vram_bytes(3 * GB, 3 * GB - DISAGREEMENT_BYTES - 1)
+    assert found == 3 * GB - DISAGREEMENT_BYTES - 1
     check(finding, "LG-R07", "rule.disagreement", 3072, 3072 - 256)
     assert rules.free_vram_bytes(GB, 0)[0] == 0
     assert rules.free_vram_bytes(GB, -1)[0] == 0
@@ -228,6 +229,17 @@ def test_what_is_left_for_computing_is_on_the_card(left, total):
     if finding is not None:
         check(finding, "LG-R04", finding.says.key)
     assert rules.inference_bytes(found, total) == (found, None)
+
+
+@example(GB, GB - DISAGREEMENT_BYTES - 1)
+@example(GB, GB - DISAGREEMENT_BYTES)
+@example(GB, GB - DISAGREEMENT_BYTES + 1)
+@given(totals, st.one_of(st.none(), totals))
+def test_the_rule_and_the_snapshot_trust_the_same_number(by_torch, by_nvml):
+    readings = [None if n is None else Reading(n, "test") for n in (by_torch, by_nvml)]
+    missing = Reading(None, "test", Message("readings.not_counted"))
+    usable = usable_vram_bytes(readings[0], missing, missing, missing, readings[1])
+    assert rules.free_vram_bytes(by_torch, by_nvml)[0] == usable
 
 
 @given(totals, st.one_of(st.none(), st.integers(-GB, 192 * GB)))

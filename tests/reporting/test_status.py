@@ -1,11 +1,20 @@
 """What the panel is told: numbers that any JSON reader takes, texts in the reader's language, nothing but text."""
 
+import dataclasses
 import json
 from collections import Counter
 
 from lib_lora_guard.reporting.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
-from lib_lora_guard.reporting.status import MemoryFigure, PanelStatus, as_json, model_status
+from lib_lora_guard.reporting.status import (
+    Amount,
+    MemoryFigure,
+    OtherPrograms,
+    PanelStatus,
+    StepNeed,
+    as_json,
+    model_status,
+)
 from lib_lora_guard.weights.storage import MB
 
 
@@ -55,7 +64,11 @@ def test_a_report_becomes_the_panels_numbers():
 
 
 def test_every_text_comes_in_the_readers_language():
-    figure = MemoryFigure("VRAM", 1, 2, 3, Message("panel.source.cuda", {"device": "A100"}))
+    nvml = Message("readings.nvml")
+    amount = Amount(Message("panel.part.ours"), 2, nvml)
+    unknown = Amount(Message("panel.beside.swap"), None, nvml, Message("readings.not_counted"))
+    source = Message("panel.source", {"sources": nvml})
+    figure = MemoryFigure("VRAM", 1, 3, (amount,), (unknown,), (amount, unknown), source)
     problem = Message("panel.not_in_place")
     status = PanelStatus(
         mode=Message("panel.mode.off"),
@@ -64,6 +77,8 @@ def test_every_text_comes_in_the_readers_language():
         models=(model_status(report()),),
         left_out=(("xl", problem),),
         memory=(figure,),
+        step=StepNeed("KModel", 5, (amount,), 1),
+        programs=OtherPrograms(300, (unknown,), more=True),
         allocator=(problem,),
         problem=problem,
     )
@@ -71,7 +86,18 @@ def test_every_text_comes_in_the_readers_language():
     lora = told["models"][0]["loras"][0]
     assert lora["modes"][0] == {"text": "旁路 290", "why": "经层调用开销小，低秩"}
     assert "更新" in told["models"][0]["loras"][1]["refused"]
-    assert told["memory"][0]["source"] == "A100，由驱动程序报告"
+    (memory,) = told["memory"]
+    assert memory["source"] == "数据来源：NVIDIA 管理库（NVML）"
+    ours = {"name": "本 Forge", "mb": 2.0, "source": "NVIDIA 管理库（NVML）", "missing": None}
+    assert memory["used"] == told["step"]["parts"] == [ours]
+    assert (
+        memory["beside"]
+        == told["programs"]["largest"]
+        == [{"name": "交换空间剩余", "mb": None, "source": "NVIDIA 管理库（NVML）", "missing": "此处没有对其进行统计"}]
+    )
+    assert memory["numbers"] == memory["used"] + memory["beside"]
+    assert (told["step"]["model"], told["step"]["mb"], told["step"]["copied_mb"]) == ("KModel", 5.0, 1.0)
+    assert (told["programs"]["mb"], told["programs"]["more"]) == (300.0, True)
     for text in (told["mode"], told["problem"], told["left_out"][0]["why"], *told["allocator"]):
         assert any("\u4e00" <= c <= "\u9fff" for c in text)
 
@@ -99,7 +125,23 @@ def test_hostile_names_and_numbers_come_as_harmless_text():
 
 
 def test_a_machine_without_a_gpu():
-    none = MemoryFigure("VRAM", 0, 0, 0, Message("panel.source.no_vram"))
-    assert as_json(PanelStatus("m", True, "1", memory=(none,)))["memory"] == [
-        {"name": "VRAM", "free_mb": 0, "used_mb": 0, "total_mb": 0, "source": "no CUDA device is in use here"}
-    ]
+    none = MemoryFigure("VRAM", missing=Message("readings.not_cuda", {"device": "cpu"}))
+    told = as_json(PanelStatus("m", True, "1", memory=(none,)))
+    assert (told["step"], told["programs"]) == (None, None)
+    (vram,) = told["memory"]
+    assert vram["missing"].startswith("images are made on cpu; only CUDA")
+    assert {name: vram[name] for name in ("free_mb", "total_mb", "used", "beside", "numbers", "source")} == {
+        "free_mb": None, "total_mb": None, "used": [], "beside": [], "numbers": [], "source": "",
+    }  # fmt: skip
+
+
+def test_hostile_names_of_programs_and_models_are_text_too():
+    name = "\u202e<b>\x1b[31m\n" + "x" * 5000
+    amount = Amount(name, float("inf"), name, name)
+    figure = MemoryFigure(name, 1, 2, (amount,), (amount,), (amount,), name, name)
+    status = PanelStatus("m", True, "1", memory=(figure,), step=StepNeed(name, 1, (amount,)))
+    told = as_json(dataclasses.replace(status, programs=OtherPrograms(1, (amount,))))
+    text = json.dumps(told, allow_nan=False, ensure_ascii=False)
+    assert text.isprintable()
+    assert len(text) < 16000
+    assert told["programs"]["largest"][0]["mb"] is None

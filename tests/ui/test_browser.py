@@ -6,9 +6,11 @@ import time
 import pytest
 from face_server import Served, chromium, playwright, wait_until
 
+from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.reporting.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.settings import Language
+from lib_lora_guard.ui import standalone
 from lib_lora_guard.ui.standalone import Standalone, made_up_report
 
 ROWS = "#lora_guard_panel .lg-line"
@@ -85,7 +87,7 @@ def test_the_log_grows_while_an_image_is_made(open_page, host):
     lines = texts(page)
     assert [re.sub(r"^step (\d+) of 20$", r"\1", line) for line in lines[1:]] == [str(n) for n in range(1, 21)]
     assert "style.safetensors" in lines[0]
-    table = page.locator("#lora_guard_panel table")
+    table = page.locator("#lora_guard_panel .lg-one table")
     assert table.locator("thead th[scope=col]").all_inner_texts() == [
         "LoRA", "Strength", "Keys used", "Skipped", "How", "Size"
     ]  # fmt: skip
@@ -95,7 +97,50 @@ def test_the_log_grows_while_an_image_is_made(open_page, host):
     assert cells[5] == "38.0 MB"
     assert "not applied: made for SDXL" in table.locator("tbody tr.lg-refused").inner_text()
     assert page.locator("[role=meter]").count() == 2
-    assert page.locator("[role=meter]").first.get_attribute("aria-valuetext") == "6.50 GB of 12.0 GB in use"
+    assert page.locator("[role=meter]").first.get_attribute("aria-valuetext") == "7.42 GB of 12.0 GB in use"
+
+
+def test_memory_is_split_explained_and_sourced(open_page, host):
+    host.reports = [made_up_report()]
+    page = open_page()
+    vram = page.locator(".lg-figure").first
+    assert vram.locator(".lg-free").inner_text() == "4.58 GB free of 12.0 GB"
+    assert vram.locator(".lg-amount").all_inner_texts() == [
+        "this Forge 6.28 GB", "other programs and the driver 1.14 GB"
+    ]  # fmt: skip
+    assert "NVML" in vram.locator(".lg-source").inner_text()
+    widths = [
+        float(part.get_attribute("style").removeprefix("width: ").rstrip("%;"))
+        for part in vram.locator(".lg-bar-used").all()
+    ]
+    assert widths == [52.3, 9.5]
+    step = page.locator(".lg-step").inner_text()
+    assert step.startswith(
+        "One step of KModel takes about 7.43 GB of VRAM: the model 5.62 GB + LoRAs beside it 331 MB + kept free for computing 1.49 GB"
+    )
+    assert "The other 730 MB of the model have no room there" in step
+    programs = page.locator(".lg-programs").inner_text()
+    assert (
+        programs == "Other programs hold 850 MB of VRAM; closing them makes room: browser 640 MB, game launcher 210 MB"
+    )
+
+
+def test_all_numbers_stay_open_while_memory_changes(open_page, host):
+    page = open_page()
+    table = page.locator(".lg-numbers table")
+    assert not table.is_visible()
+    page.locator(".lg-numbers summary").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".lg-numbers table:visible")
+    rows = table.locator("tr").all_inner_texts()
+    assert any(re.match(r"VRAM held by torch\s+6\.74 GB\s+torch's CUDA allocator", row) for row in rows)
+    assert any(re.match(r"pinned RAM\s+not known: CUDA has not been started yet", row) for row in rows)
+    told = page.locator(".lg-figure").first.locator(".lg-free").inner_text()
+    host.vram_free_mb = 1900
+    page.wait_for_function("(told) => document.querySelector('.lg-free').innerText !== told", arg=told)
+    assert page.locator(".lg-free").first.inner_text() == "2.63 GB free of 12.0 GB"
+    assert table.is_visible()
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
 
 
 def test_a_hidden_tab_asks_nothing_and_catches_up_when_shown(open_page, host):
@@ -154,7 +199,8 @@ def test_after_a_restart_of_the_server_it_goes_on(browser):
         context.close()
 
 
-def test_hostile_names_are_text(open_page, host):
+def test_hostile_names_are_text(open_page, host, monkeypatch):
+    monkeypatch.setattr(standalone, "MADE_UP_PROGRAMS", GpuProcesses((GpuProcess(1, HOSTILE + "{size}", 900 << 20),)))
     name = HOSTILE + "\u202egnp.exe\x07\n\u2028"
     good = LoraReport(name, 1.0, used=1, modes={HOSTILE: 1}, reasons={HOSTILE: {HOSTILE}})
     bad = LoraReport(HOSTILE, float("nan"), refused=HOSTILE)
@@ -167,10 +213,11 @@ def test_hostile_names_are_text(open_page, host):
     assert page.evaluate("window.hacked") is None
     assert page.locator("#lora_guard_panel :is(img, script)").count() == 0
     shown = HOSTILE + "?gnp.exe???"
-    assert page.locator("#lora_guard_panel tbody th").all_inner_texts() == [shown, HOSTILE]
+    assert page.locator("#lora_guard_panel .lg-one tbody th").all_inner_texts() == [shown, HOSTILE]
     assert texts(page) == [shown]
     assert page.inner_text(".lg-left-out li") == f"{shown} not applied: {HOSTILE}"
     assert page.locator("#lora_guard_panel .lg-refused td").first.inner_text() == "?"
+    assert page.inner_text(".lg-programs").endswith(f"makes room: {HOSTILE}{{size}} 900 MB")
 
 
 def test_chinese_by_the_browser_and_by_the_setting(open_page, host):
@@ -281,6 +328,7 @@ def test_narrow_and_wide_windows(open_page, host, width, theme):
     host.log.info("word " * 100)
     page = open_page(path=f"/?__theme={theme}", viewport={"width": width, "height": 700})
     wait_for_line(page, "word")
+    page.locator(".lg-numbers summary").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for name in ("Pause", "Copy", "Download"):
         button = page.get_by_role("button", name=name).bounding_box()

@@ -1,17 +1,23 @@
 """How Forge is told of the face: with its callbacks played by hand."""
 
 import sys
+import time
 import types
 
 import pytest
+import torch
 
 pytest.importorskip("fastapi", reason="needs fastapi (in the extra `test`)")
 from face_server import Served
 from test_settings_section import HOST
 
 from lib_lora_guard.hosts import forge_status, forge_ui
+from lib_lora_guard.memory import HostMemory, take_snapshot
 from lib_lora_guard.memory.allocator import AllocatorState, OptionState, Standing
 from lib_lora_guard.memory.allocator_text import AllocatorWish
+from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
+from lib_lora_guard.memory.paced_nvml import PacedNvml
+from lib_lora_guard.planning.last_plan import LastPlan
 from lib_lora_guard.reporting.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.reporting.status import as_json
@@ -146,10 +152,14 @@ def test_where_the_guard_is_not_at_work_there_are_no_settings_and_the_tab_says_s
     assert status["enabled"] is False
 
 
-def takeover(*reports, **left_out):
+def takeover(*reports, plan=None, **left_out):
+    memory = types.SimpleNamespace(get_torch_device=lambda: torch.device("cpu"))
     return types.SimpleNamespace(
         control=types.SimpleNamespace(reports=lambda: reports),
         files=types.SimpleNamespace(left_out=left_out, missing={}),
+        api=types.SimpleNamespace(memory=memory),
+        loading=types.SimpleNamespace(plans=types.SimpleNamespace(last=plan)),
+        snapshot=lambda nvml: take_snapshot(memory.get_torch_device(), nvml),
     )
 
 
@@ -176,9 +186,77 @@ def test_the_status_names_models_mode_memory_and_allocator():
     ]
     assert told["allocator"][3].startswith("applies to memory taken from now on")
     vram, ram = told["memory"]
-    assert vram["total_mb"] == 0
+    assert vram["total_mb"] is None
+    assert vram["missing"].startswith("images are made on cpu; only CUDA and ROCm cards tell")
     assert 0 < ram["free_mb"] <= ram["total_mb"]
-    assert ram["free_mb"] + ram["used_mb"] == pytest.approx(ram["total_mb"], abs=0.2)
+    assert ram["free_mb"] + sum(part["mb"] for part in ram["used"]) == pytest.approx(ram["total_mb"], abs=0.2)
+    assert (ram["source"], told["step"], told["programs"]) == ("as told by: operating system", None, None)
+
+
+def test_the_last_plan_is_what_a_step_takes():
+    plan = LastPlan("KModel", 300 << 20, 200 << 20, 10 << 20, 50 << 20)
+    told = as_json(forge_status.collect(takeover(plan=plan), InForce()))["step"]
+    assert (told["model"], told["mb"], told["copied_mb"]) == ("KModel", 260.0, 100.0)
+    assert as_json(forge_status.collect(None, InForce()))["step"] is None
+
+
+def test_the_numbers_are_those_of_the_takeovers_snapshot(monkeypatch):
+    """One probe for all; NVML is asked with it and for the other programs."""
+    asked = []
+
+    class Library(PacedNvml):
+        def memory(self, device):
+            asked.append(device)
+            return super().memory(device)
+
+        def other_processes(self, device):
+            asked.append(device)
+            return GpuProcesses((GpuProcess(7, "game", 900 << 20),))
+
+    told = as_json(forge_status.collect(takeover(), InForce(), forge_status.Machine(Library())))
+    assert asked == [torch.device("cpu")] * 2
+    assert told["programs"] == {
+        "mb": 900.0,
+        "largest": [{"name": "game", "mb": 900.0, "source": "NVIDIA's management library (NVML)", "missing": None}],
+        "more": False,
+    }
+
+
+def test_looking_is_not_what_starts_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for name in ("mem_get_info", "current_device", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("this starts CUDA"))
+    there = takeover()
+    there.api.memory.get_torch_device = torch.cuda.current_device
+    for found in (there, None):
+        vram = as_json(forge_status.collect(found, InForce()))["memory"][0]
+        assert vram["missing"] == "CUDA has not been started yet, and asking would start it"
+
+
+def test_a_machine_that_cannot_be_read_takes_nothing_else_away():
+    there = takeover()
+
+    def fails(nvml):
+        raise RuntimeError("CUDA error: unspecified launch failure\nsecond line")
+
+    there.snapshot = fails
+    told = as_json(forge_status.collect(there, InForce()))
+    missing = "memory could not be read (CUDA error: unspecified launch failure)"
+    assert [figure["missing"] for figure in told["memory"]] == [missing] * 2
+    assert told["enabled"] is True
+
+
+def test_a_look_takes_less_than_a_millisecond():
+    """Without NVML. The least of many: others work on this machine too."""
+    machine, there, times = forge_status.Machine(), takeover(), []
+    host = HostMemory()
+    there.snapshot = lambda nvml: take_snapshot(torch.device("cpu"), nvml, host)
+    for _ in range(60):
+        start = time.perf_counter()
+        machine.look(there)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.001
 
 
 def test_what_is_true_of_all_allocator_options_is_said_once():

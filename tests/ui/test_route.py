@@ -58,6 +58,8 @@ def test_the_first_answer_has_everything_and_the_next_only_what_is_new(host, ask
         "models",
         "left_out",
         "memory",
+        "step",
+        "programs",
         "allocator",
     }
 

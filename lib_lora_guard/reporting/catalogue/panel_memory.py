@@ -1,0 +1,55 @@
+"""The tab "LoRA Guard": memory, what a step needs, and who else holds VRAM."""
+
+from __future__ import annotations
+
+# English, Simplified Chinese.
+TEXTS: dict[str, tuple[str, str]] = {
+    "panel.label.memory": ("Memory", "内存与显存"),
+    "panel.label.free": ("{free} free of {total}", "剩余 {free}，共 {total}"),
+    "panel.label.used_of": ("{used} of {total} in use", "已用 {used}，共 {total}"),
+    "panel.label.none": ("none", "无"),
+    "panel.label.numbers": ("Every number and where it comes from", "所有数值及其来源"),
+    "panel.label.not_known": ("not known: {reason}", "未知：{reason}"),
+    "panel.source": ("as told by: {sources}", "数据来源：{sources}"),
+    "panel.part.ours": ("this Forge", "本 Forge"),
+    "panel.part.others": ("other programs and the driver", "其他程序和驱动"),
+    "panel.part.rest": ("everything else", "其余程序和系统"),
+    "panel.beside.swap": ("page file (swap) left", "交换空间剩余"),
+    "panel.beside.commit": ("left with the page file, before Windows refuses", "连同页面文件，Windows 还允许分配"),
+    "panel.unknown": ("memory could not be read ({error})", "无法读取内存信息（{error}）"),
+    "panel.label.step": ("One step of {model} takes about {size} of VRAM:", "{model} 的一步约需 {size} 显存："),
+    "panel.label.swapped": (
+        "The other {size} of the model have no room there: they lie in RAM and are copied in every step, which takes time.",
+        "模型其余 {size} 放不下：它们位于内存中，每一步都要复制，因此会变慢。",
+    ),
+    "panel.label.programs": (
+        "Other programs hold {size} of VRAM; closing them makes room: {programs}",
+        "其他程序占用 {size} 显存，关闭它们可以腾出空间：{programs}",
+    ),
+    "panel.label.between": (", ", "、"),
+    "panel.label.and_others": (", …", "……"),
+    "panel.step.weights": ("the model", "模型"),
+    "panel.step.factors": ("LoRAs beside it", "旁路 LoRA"),
+    "panel.step.other": ("ControlNets and the like", "ControlNet 等"),
+    "panel.step.compute": ("kept free for computing", "为计算预留"),
+    # The fields of a snapshot.
+    "panel.number.vram_total": ("VRAM", "显存总量"),
+    "panel.number.vram_free": ("VRAM free, by the driver", "显存剩余（驱动）"),
+    "panel.number.vram_free_nvml": ("VRAM free, by NVML", "显存剩余（NVML）"),
+    "panel.number.vram_reserved": ("VRAM held by torch", "torch 持有的显存"),
+    "panel.number.vram_active": ("of it in use", "其中正在使用"),
+    "panel.number.vram_ours": ("VRAM of this Forge", "本 Forge 的显存"),
+    "panel.number.vram_others": ("VRAM of other programs", "其他程序的显存"),
+    "panel.number.ram_total": ("RAM", "内存总量"),
+    "panel.number.ram_available": ("RAM available", "可用内存"),
+    "panel.number.ram_cgroup_room": ("RAM left by control groups", "控制组剩余内存"),
+    "panel.number.ram_and_swap_cgroup_room": ("RAM and swap left by control groups", "控制组剩余内存和交换空间"),
+    "panel.number.swap_total": ("page file (swap)", "页面文件（交换空间）"),
+    "panel.number.swap_free": ("page file (swap) left", "页面文件（交换空间）剩余"),
+    "panel.number.commit_limit": ("Windows' commit limit", "Windows 提交上限"),
+    "panel.number.commit_charge": ("committed", "已提交"),
+    "panel.number.commit_room": ("this Forge may still commit", "本 Forge 还可提交"),
+    "panel.number.pinned": ("pinned RAM", "锁页内存"),
+    "panel.number.rss": ("RAM of this Forge", "本 Forge 的内存"),
+    "panel.number.rss_peak": ("the most it had", "其最高值"),
+}
