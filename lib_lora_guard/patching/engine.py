@@ -17,15 +17,17 @@ from ..adapters import Term
 from ..adapters.fitting import misfit
 from ..errors import LoraMismatchError, Message, ModeError, RestoreError, about, named, reason
 from ..memory.probe import BackupBudget
-from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
-from ..planning.tokens import sees_one_token
+from ..planning.mode import Choice, Mode, Wish, choose_mode, is_input_projection
+from ..reporting.flight_recorder import Phase
 from ..reporting.messages import say
 from ..reporting.report import ApplyReport, LoraReport
 from ..weights.storage import MB
 from .access import ModelAccess, Site
 from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment, UnusableTermsError
 from .backup import Backup, BackupStore
+from .merge_room import facts_of, with_room
 from .transaction import Transaction
+from .watching import Watch, merges_in, ram_for_backups, ram_for_merges, unwatched
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,9 @@ class LoraRequest:
 class Engine:
     """The patches on one model. Holds the layers it patched through the attachments and nothing else of the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch = unwatched) -> None:
+        """`watch` goes around what a process can die of: backing up, merging, putting back."""
+        self.watch = watch
         self._attached: dict[str, Attachment] = {}
         self._lifted: dict[str, Attachment] = {}
         self._unfinished: list[Callable[[], object]] = []
@@ -108,8 +112,13 @@ class Engine:
                 raise LoraMismatchError(about(report.label, report.refused))
         while True:
             planned = self._plan(access, accepted, reports, wish)
+            if wish is not Wish.MERGE:
+                planned = with_room(planned, self._attached, self._offloaded, self._budget, device, access.name)
             try:
-                self.commit(self._prepare(access, planned, device))
+                to_back_up = ram_for_backups(planned.values(), self._attached, self._offloaded)
+                with self.watch(Phase.BACKUP, to_back_up) if to_back_up else contextlib.nullcontext():
+                    prepared = self._prepare(access, planned, device)
+                self.commit(prepared)
                 break
             except UnusableTermsError as error:
                 if not leave_out:
@@ -136,12 +145,14 @@ class Engine:
         moves originals, and no second copy of them lies beside the merged ones. True where there were any; the next
         `change` merges again. What cannot be lifted stays merged."""
         merges = {key: a for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
-        for key, attachment in merges.items():
-            attachment.lift()
-            self._lifted[key] = self._attached.pop(key)
-        if merges:
-            self._release_backups()
-        return bool(merges)
+        if not merges:
+            return False
+        with self.watch(Phase.RESTORE, 0):
+            for key, attachment in merges.items():
+                attachment.lift()
+                self._lifted[key] = self._attached.pop(key)
+        self._release_backups()
+        return True
 
     @contextlib.contextmanager
     def offloaded(self, copies: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -179,12 +190,14 @@ class Engine:
         # What an undo was still to put back goes as well: done later, it would lie on the model unknown to everyone.
         waiting, self._unfinished = self._unfinished, []
         owners = [owner for undo in waiting if isinstance(owner := getattr(undo, "__self__", None), Attachment)]
-        for attachment in dict.fromkeys((*attached.values(), *owners)):
-            try:
-                attachment.detach()
-            except Exception:
-                self._unfinished.append(attachment.detach)
-                say(log, logging.ERROR, "memory.key_not_restored", exc_info=True, key=attachment.site.key)
+        leaving = dict.fromkeys((*attached.values(), *owners))
+        with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
+            for attachment in leaving:
+                try:
+                    attachment.detach()
+                except Exception:
+                    self._unfinished.append(attachment.detach)
+                    say(log, logging.ERROR, "memory.key_not_restored", exc_info=True, key=attachment.site.key)
         self._release_backups()
         return not self._unfinished
 
@@ -251,17 +264,8 @@ class Engine:
                 merged.setdefault(key, (site, []))[1].extend(terms)
         planned = {}
         for key, (site, terms) in merged.items():
-            facts = WeightFacts(
-                key,
-                site.shape,
-                site.storage.format,
-                site.storage.wide,
-                site.can_bypass,
-                site.can_on_the_fly,
-                sees_one_token(key),
-            )
             try:
-                planned[key] = (site, tuple(terms), choose_mode(facts, terms, wish))
+                planned[key] = (site, tuple(terms), choose_mode(facts_of(site), terms, wish))
             except ModeError as error:
                 if wish is Wish.MERGE:
                     raise
@@ -307,11 +311,14 @@ class Engine:
         transaction = Transaction()
         try:
             with transaction:
-                for key, old in before.items():
-                    if target.get(key) is not old:
+                leaving = [old for key, old in before.items() if target.get(key) is not old]
+                with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
+                    for old in leaving:
                         transaction.do(old.detach, old.attach)
-                for key, new in target.items():
-                    if before.get(key) is not new:
+                coming = [new for key, new in target.items() if before.get(key) is not new]
+                merges = merges_in(coming)
+                with self.watch(Phase.MERGE, ram_for_merges(merges)) if merges else contextlib.nullcontext():
+                    for new in coming:
                         transaction.do(new.attach, new.detach)
                 self._attached, self._lifted = target, {}
         finally:

@@ -36,7 +36,7 @@ class Scene:
             "other": (("c", third, 0.7),),
         }
         self.modes, self.hashes = {}, {}
-        self.pictures, self.hosts_pictures = {}, {}
+        self.pictures, self.hosts_pictures, self.unmerged_pictures = {}, {}, {}
 
     def picture(self):
         with torch.inference_mode():
@@ -73,6 +73,16 @@ class Scene:
                 self.load(name)
             self.hosts_pictures[name] = self.picture()
         return self.hosts_pictures[name]
+
+    def unmerged_picture(self, name):
+        """What comes out where the guard does not merge."""
+        if name not in self.unmerged_pictures:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(self.modes, name, LoraMode.FP16)
+                self.load("none")
+                self.load(name)
+            self.unmerged_pictures[name] = self.picture()
+        return self.unmerged_pictures[name]
 
     def restored(self):
         """Takes everything off; returns what did not come back."""

@@ -83,6 +83,7 @@ MERGING = {
 }
 
 
+MERGE_ENDED = "memory ended while LoRAs were merged"
 NO_MEMORY = re.compile("no memory left|no room|OutOfMemory|MemoryError")
 
 
@@ -100,6 +101,9 @@ def after_failure(scene, old, new, faults, lines, raised):
     elif fell_back and same_bits(picture, scene.hosts_pictures[new]):
         if raised is not None:
             yield "the whole stack the host's way, and an error"
+    elif any(MERGE_ENDED in line for line in lines) and same_bits(picture, scene.unmerged_pictures[new]):
+        if raised is not None or recorded != RETRY:
+            yield f"the whole stack without merging, recorded {recorded}, raised {raised!r}"
     elif same_bits(picture, scene.pictures[old]) or same_bits(picture, scene.base):
         if recorded == scene.hashes[new]:
             yield "old stack or none, recorded as the new one"
@@ -160,6 +164,7 @@ def prepare(scene, old, new):
     for name in {old, new}:
         scene.settle(name)
         scene.hosts_picture(name)
+        scene.unmerged_picture(name)
     scene.settle("none")
     scene.settle(old)
 

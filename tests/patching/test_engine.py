@@ -183,7 +183,7 @@ def random_changes(model, engine, count=300):
         yield loras
 
 
-def test_three_hundred_random_changes_leave_values_tensors_and_models_as_they_were():
+def test_three_hundred_random_changes_leave_values_tensors_and_models_as_they_were(nothing_of_others):
     model, engine = build("fp8"), Engine()
     weights, before, base = dense(model), [p.data.clone() for p in model.parameters()], output(model)
     tensors, alive = set(), []
