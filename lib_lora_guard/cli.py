@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bake(commands)
     _add_simulate(commands)
     _add_demo(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -169,6 +170,20 @@ def _add_demo(commands: Any) -> None:
     demo.set_defaults(run=_demo)
 
 
+def _add_doctor(commands: Any) -> None:
+    about = (
+        "Says what this machine looks like to the guard: versions, memory with the source of each number, what the CUDA "
+        "allocator can be told, which memory estimates were corrected by measured peaks, and how the last process died, if "
+        "it did. With --reset it forgets the corrections and does nothing else."
+    )
+    doctor = commands.add_parser("doctor", help="what the guard knows of this machine", description=about)
+    doctor.add_argument("--reset", action="store_true", help="forget what was measured on this machine")
+    doctor.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="where the guard keeps its files (default: data beside the package)"
+    )
+    _add_common(doctor, _doctor)
+
+
 def _add_common(command: argparse.ArgumentParser, run: Callable[[Any], None]) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON document")
     _add_debug(command)
@@ -260,6 +275,26 @@ def _demo(options: Any) -> None:
     from .demo.run import run_demo
 
     run_demo(_console(), options.markdown)
+
+
+def _doctor(options: Any) -> None:
+    from .commands import doctor
+    from .reporting.languages import AUTO, language_of, system_locale
+
+    data = options.data or doctor.DATA
+    language = language_of(AUTO, system=system_locale())
+    if options.reset:
+        count = doctor.forget(data)
+        if options.json:
+            _print_json(doctor.forgotten_document(data, count))
+        else:
+            doctor.print_forgotten(_console(), data, count, language)
+        return
+    found = doctor.examine(data)
+    if options.json:
+        _print_json(doctor.examination_document(found))
+    else:
+        doctor.print_examination(_console(), found, language)
 
 
 def _console() -> Any:

@@ -1,0 +1,255 @@
+"""`lora-guard doctor`: what this machine looks like to the guard, and what it has learned about it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..files import shown
+from ..memory import MemorySnapshot, Nvml, take_snapshot
+from ..memory.allocator_machine import availability, look
+from ..memory.allocator_text import CUDA_VARIABLE, variable_in_force
+from ..memory.calibration import FILE_NAME
+from ..memory.calibration_file import CalibrationFile
+from ..memory.calibration_report import Kept, kept_in
+from ..reporting.crash import Crash, last_crash
+from ..reporting.crash_report import crash_report
+from ..reporting.messages import Joined, Message
+from ..version import __version__
+from .plan_text import say
+
+SCHEMA = "lora-guard/doctor/1"
+DATA = Path(__file__).resolve().parents[2] / "data"
+"""Where Forge's guard keeps its files: in the extension's folder, beside the package."""
+
+LARGEST = 5
+"""Corrections that are shown."""
+
+_GB = 1 << 30
+_FLIGHTS = ("flight-*.ring", "flight-*.told")
+
+
+@dataclass(frozen=True)
+class Examination:
+    """`card`: "" where there is none that torch can use, and `card_line` says so. `allocator`: by option, why it cannot be
+    set (None: it can)."""
+
+    data: Path
+    card: str
+    card_line: Message
+    snapshot: MemorySnapshot
+    backend: str
+    variable: str
+    variable_text: str | None
+    allocator: dict[str, Message | None]
+    corrections: list[Kept]
+    crash: Crash | None
+
+
+def examine(data: Path) -> Examination:
+    """Starts CUDA where there is a card: Forge's guard sees it started, and this process ends in a moment."""
+    device, card, card_line = _card()
+    nvml = Nvml() if device.type == "cuda" else None
+    try:
+        snapshot = take_snapshot(device, nvml)
+    finally:
+        if nvml is not None:
+            nvml.close()
+    machine = look(device)
+    variable = variable_in_force(os.environ, machine.torch_version, machine.rocm)
+    return Examination(
+        data=data,
+        card=card,
+        card_line=card_line,
+        snapshot=snapshot,
+        backend=machine.backend or machine.device,
+        variable=variable or CUDA_VARIABLE,
+        variable_text=None if variable is None else os.environ[variable],
+        allocator=availability(machine),
+        corrections=kept_in(data / FILE_NAME),
+        crash=known_crash(data),
+    )
+
+
+def forget(data: Path) -> int:
+    """Forgets every correction, and says how many that were. Raises OSError where the file cannot be deleted."""
+    return CalibrationFile(data / FILE_NAME).delete()
+
+
+def known_crash(data: Path) -> Crash | None:
+    """The newest crash in the flight recorder's files, told or not. `last_crash` takes what it tells of, and Forge's next
+    start has yet to hear it and to plan around it: so it gets copies."""
+    with tempfile.TemporaryDirectory(prefix="lora-guard-") as place:
+        for file in (found for pattern in _FLIGHTS for found in data.glob(pattern)):
+            with contextlib.suppress(OSError):
+                shutil.copyfile(file, Path(place) / f"{file.stem}.ring")
+        return last_crash(Path(place))
+
+
+def print_examination(console: Console, found: Examination, language: str) -> None:
+    """As a page of text."""
+
+    def tell(key: str, facts: dict[str, Any] | None = None, style: str = "", indent: str = "") -> None:
+        say(console, indent + Message(key, facts).text(language), style)
+
+    tell("doctor.versions", _versions(), "bold")
+    say(console, found.card_line.text(language))
+    tell("doctor.memory", style="bold")
+    for line in (*_known(found.snapshot), *_missing(found.snapshot)):
+        say(console, "  " + line.text(language))
+    for key, number in _sums(found.snapshot).items():
+        if number is not None:
+            tell(f"doctor.{key}", {"gb": number / _GB}, indent="  ")
+    text = Message("doctor.unset") if found.variable_text is None else shown(found.variable_text)
+    tell("doctor.allocator", {"backend": found.backend, "variable": found.variable, "text": text}, "bold")
+    for why, names in _by_reason(found.allocator.items()):
+        if why is None:
+            tell("doctor.option", {"names": names}, indent="  ")
+        else:
+            tell("doctor.option_missing", {"names": names, "why": why}, indent="  ")
+    tell("doctor.data" if found.data.is_dir() else "doctor.no_data", {"folder": shown(str(found.data), 300)}, "bold")
+    _print_corrections(console, found, language)
+    if found.crash is None:
+        tell("doctor.no_crash")
+    else:
+        tell("doctor.crash", style="bold")
+        for line in crash_report(found.crash):
+            say(console, "  " + line.text(language))
+
+
+def _print_corrections(console: Console, found: Examination, language: str) -> None:
+    wrong = [one for one in found.corrections if one.correction_bytes]
+    if not found.corrections:
+        say(console, Message("doctor.no_corrections").text(language))
+        return
+    key = "doctor.corrections" if wrong else "doctor.all_right"
+    say(console, Message(key, {"count": len(found.corrections)}).text(language))
+    for one in wrong[:LARGEST]:
+        say(console, "  " + one.line.text(language))
+
+
+def print_forgotten(console: Console, data: Path, count: int, language: str) -> None:
+    facts = {"count": count, "file": shown(str(data / FILE_NAME), 300)}
+    say(console, Message("doctor.forgotten", facts).text(language))
+
+
+def examination_document(found: Examination) -> dict[str, Any]:
+    """As one JSON document, in English."""
+    memory = {
+        name: {
+            "bytes": reading.bytes,
+            "source": str(reading.source),
+            "missing": None if reading.missing is None else str(reading.missing),
+        }
+        for name, reading in found.snapshot.readings()
+    }
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        **{name: text for name, text in _versions().items() if name != "guard"},
+        "card": found.card or None,
+        "memory": memory,
+        "usable_vram_bytes": found.snapshot.usable_vram_bytes,
+        "alive_ram_bytes": found.snapshot.alive_ram_bytes,
+        "allocator": {
+            "backend": found.backend,
+            "variable": found.variable,
+            "text": found.variable_text,
+            "missing": {name: None if why is None else str(why) for name, why in found.allocator.items()},
+        },
+        "data": str(found.data),
+        "corrections": len(found.corrections),
+        "largest_corrections": [_correction(one) for one in found.corrections[:LARGEST]],
+        "crash": None if found.crash is None else _crash(found.crash),
+    }
+
+
+def forgotten_document(data: Path, count: int) -> dict[str, Any]:
+    """As one JSON document."""
+    return {"schema": SCHEMA, "version": __version__, "data": str(data), "corrections_forgotten": count}
+
+
+def _card() -> tuple[torch.device, str, Message]:
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "", Message("doctor.no_card")
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # torch's own
+        device = torch.device("cuda", torch.cuda.current_device())
+        name = shown(torch.cuda.get_device_name(device))
+        return device, name, Message("doctor.card", {"name": name})
+    except (RuntimeError, AssertionError) as error:
+        why = shown(str(error).strip().split("\n")[0])
+        return torch.device("cpu"), "", Message("doctor.not_started", {"error": why})
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "guard": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+    }
+
+
+def _known(snapshot: MemorySnapshot) -> list[Message]:
+    known = [(name, reading) for name, reading in snapshot.readings() if reading.bytes is not None]
+    return [
+        Message("doctor.reading", {"name": _title(name), "gb": (reading.bytes or 0) / _GB, "source": reading.source})
+        for name, reading in known
+    ]
+
+
+def _missing(snapshot: MemorySnapshot) -> list[Message]:
+    """A line for each reason: on a machine without a card, one for all that a card would tell."""
+    missing = [(_title(name), reading.missing) for name, reading in snapshot.readings() if reading.bytes is None]
+    return [Message("doctor.missing", {"names": names, "why": why}) for why, names in _by_reason(missing)]
+
+
+def _by_reason(reasons: Iterable[tuple[str, Message | None]]) -> list[tuple[Message | None, Joined]]:
+    """`(reason, names)`, in the order in which the reasons come."""
+    names: dict[Message | None, list[str]] = {}
+    for name, why in reasons:
+        names.setdefault(why, []).append(name)
+    return [(why, Joined(found)) for why, found in names.items()]
+
+
+def _title(name: str) -> Message:
+    return Message(f"doctor.reading_{name}")
+
+
+def _sums(snapshot: MemorySnapshot) -> dict[str, int | None]:
+    return {"usable_vram": snapshot.usable_vram_bytes, "alive_ram": snapshot.alive_ram_bytes}
+
+
+def _correction(one: Kept) -> dict[str, Any]:
+    key = None if one.key is None else {**asdict(one.key), "kind": one.key.kind.value}
+    return {
+        "key": key,
+        "card": shown(one.card),
+        "torch": shown(one.torch_version),
+        "measurements": one.measurements,
+        "predicted_bytes": one.predicted_bytes,
+        "measured_bytes": one.measured_bytes,
+        "correction_bytes": one.correction_bytes,
+    }
+
+
+def _crash(crash: Crash) -> dict[str, Any]:
+    return {
+        "phase": crash.phase.value,
+        "time": crash.time,
+        "model": crash.model,
+        "storage": crash.storage,
+        "loras": crash.lora_count,
+        "lines": [str(line) for line in crash_report(crash)],
+    }
