@@ -149,6 +149,20 @@ def test_bytes_of_nf4_count_its_scales(files, capsys):
     assert found["model"]["denoiser_memory_bytes"] == expected
 
 
+def test_bytes_of_gguf_are_those_once_baked(files, capsys):
+    model = document(capsys, files / "q4.gguf", files / "small.safetensors")["model"]
+    values, others = model["formats"]["Q4_K"], sum(math.prod(s) for s in SMALL.values() if len(s) == 1) + 64 * 256
+    assert model["part_bytes"]["denoiser"] == values * 144 // 256 + 4 * others
+    assert model["denoiser_memory_bytes"] == values * 160 // 256 + 4 * others
+    for name, says in (
+        ("q4.gguf", f", {values * 16 / 256 / 2**20:.1f} MB larger once Forge has loaded it"),
+        ("iq4.gguf", ""),
+    ):
+        plan(files / name, files / "small.safetensors")
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "stored as" in line]
+        assert line.endswith(" %" + says)
+
+
 def test_sdxl_with_text_encoder_and_convolutions(files, tmp_path, capsys):
     model, lora = tmp_path / "sdxl.safetensors", tmp_path / "locon.safetensors"
     if os.name == "nt":

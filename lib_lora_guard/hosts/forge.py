@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import inspect
+import functools
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..adapters.patch_tuples import OWN_KIND, calculate_own_kind
 from ..errors import HostError
-from ..memory import HostMemory, MemorySnapshot, rules, take_snapshot
+from ..memory import HostMemory, MemorySnapshot, Nvml, take_snapshot
 from ..reporting.crash import last_crash
 from ..reporting.crash_report import crash_report
 from ..reporting.flight_recorder import FlightRecorder, Phase
 from ..reporting.messages import say
-from ..weights.storage import WIDE_DTYPES
 from . import forge_saving, forge_schedules
+from .forge_advice import Advice
+from .forge_calibration import ForgeCalibration, around
+from .forge_cautions import Cautions
 from .forge_conds import Conditioning
 from .forge_files import LoraFiles
-from .forge_journal import Journal
+from .forge_journal import (
+    Journal,
+    decoding_plan,
+    encoding_plan,
+    reading_plan,
+    text_encoder_plan,
+)
 from .forge_loader import LoaderControl
+from .forge_loading import Loading
 from .forge_memory import ForgeMemory
 from .forge_networks import LoraStack
-from .forge_patches import device_elements
 from .forge_placement import Placement
 from .forge_preflight import Preflight
 from .forge_probe import ForgeApi, check_networks, check_processing, probe
 from .forge_residency import Residency
+from .forge_sizes import module_size
+from .forge_steps import StepTimer
 from .forge_unload import UnloadRequests
+from .forge_vae import VaeRoom
 from .hooks import HookSet
 
 log = logging.getLogger(__name__)
@@ -49,31 +56,52 @@ class ForgeTakeover:
         residency = Residency(self.control.merged_layers)
         self.placement = Placement(api, residency.away_bytes)
         self.journal = _journal or Journal(self.snapshot)
-        self.memory = ForgeMemory(api.memory, residency)
-        self.preflight = Preflight(self.snapshot, self.drop_caches, self.memory.tell)
+        self.steps = StepTimer(api.memory, lambda: self.journal)
+        self.calibration = ForgeCalibration(api.memory)
+        self.memory = ForgeMemory(api.memory, residency, self.calibration)
+        self.cautions = Cautions(lambda model: self.journal.precautions(model))
+        self.advice = Advice(api.memory, self.control.reports)
+        self.preflight = Preflight(self.snapshot, self.drop_caches, self.memory.tell, self.cautions)
+        self.preflight.advise = self.advice.for_files
         self.memory.take_back = self.placement.take_back
         self.memory.ram_room_bytes = self.preflight.room_bytes
+        self.memory.leaving = self.preflight.leaving
         self.control.precautions = lambda model: self.journal.precautions(model)
+        self.control.watch = lambda phase, ram_bytes: self.journal.work(phase, ram_bytes)
+        self.loading = Loading(
+            api,
+            self.control,
+            self.files,
+            self.memory,
+            self.placement,
+            self.preflight,
+            self.calibration,
+            lambda: self.journal,
+        )
         self.conditioning: Conditioning | None = None
         self.schedules = forge_schedules.Schedules(self.control)
         self.hooks = HookSet()
-        self._load_models_signature = inspect.signature(api.memory.load_models_gpu)
 
     def install(self) -> None:
         """Replaces the host's functions: all, or none where one fails."""
         api = self.api
         with self.hooks as hooks:
-            hooks.add(api.lora.LoraLoader, "refresh", self._refresh)
+            hooks.add(api.lora.LoraLoader, "refresh", around(self.calibration.refresh, self.loading.refresh))
             hooks.add(api.operations, "merge_lora_to_weight", self.control.merge_lora_to_weight)
-            hooks.add(api.base.ModelPatcher, "has_online_lora", self._has_online_lora)
-            hooks.add(api.memory.LoadedModel, "model_load", self._model_load)
-            hooks.add(api.memory.LoadedModel, "model_unload", self._model_unload)
-            hooks.add(api.memory, "unload_model_clones", self._unload_model_clones)
-            hooks.add(api.memory, "load_models_gpu", self._load_models_gpu)
+            hooks.add(api.base.ModelPatcher, "has_online_lora", self.loading.has_online_lora)
+            hooks.add(
+                api.memory.LoadedModel, "model_load", around(self.calibration.model_load, self.loading.model_load)
+            )
+            hooks.add(api.memory.LoadedModel, "model_unload", self.loading.model_unload)
+            hooks.add(api.memory, "unload_model_clones", self.loading.unload_model_clones)
+            hooks.add(
+                api.memory, "load_models_gpu", around(self.calibration.load_models_gpu, self.loading.load_models_gpu)
+            )
+            hooks.add(api.memory, "module_size", module_size)
             hooks.add(api.memory, "free_memory", self.memory.free_memory)
             hooks.add(api.memory, "get_free_memory", self.memory.get_free_memory)
             if hasattr(api.base.ModelPatcher, "memory_required"):
-                hooks.add(api.base.ModelPatcher, "memory_required", self.memory.patcher_memory_required)
+                hooks.add(api.base.ModelPatcher, "memory_required", self.calibration.estimates.patcher_memory_required)
             # Stays when the guard goes: patches of this kind may still lie on a patcher then.
             api.lora.extra_weight_calculators.setdefault(OWN_KIND, calculate_own_kind)
             for name in ("model_lora_keys_unet", "model_lora_keys_clip"):
@@ -109,20 +137,26 @@ class ForgeTakeover:
         self.hooks.hooks += with_conditioning.hooks
 
     def install_estimates(self, k_model: Any) -> None:
-        """Takes over what a model says it needs for a step, and notes each step."""
+        """Takes over what a model says it needs for a step, and notes and times each step."""
         if not _is_hooked(k_model.KModel.memory_required):
             with HookSet() as hooks:
-                hooks.add(k_model.KModel, "memory_required", self.memory.memory_required)
+                hooks.add(k_model.KModel, "memory_required", self.calibration.estimates.memory_required)
                 if hasattr(k_model.KModel, "apply_model"):
-                    self.journal.lay_around(hooks, k_model.KModel, "apply_model", Phase.SAMPLING_STEP)
+                    hooks.add(k_model.KModel, "apply_model", self.steps.apply_model)
             self.hooks.hooks += hooks.hooks
 
     def install_vae_phases(self, vae: Any) -> None:
-        """Notes when a picture is decoded or encoded: where most images die."""
+        """Looks at the memory before a picture is decoded or encoded, where most images die, and notes it."""
         if not _is_hooked(vae.VAE.decode_inner):
+            memory = self.api.memory
             with HookSet() as hooks:
-                self.journal.lay_around(hooks, vae.VAE, "decode_inner", Phase.VAE_DECODE)
-                self.journal.lay_around(hooks, vae.VAE, "encode_inner", Phase.VAE_ENCODE)
+                VaeRoom(memory, self.preflight, self.cautions, self.calibration.decode_bytes).stand_in(hooks, vae.VAE)
+                self.journal.lay_around(
+                    hooks, vae.VAE, "decode_inner", Phase.VAE_DECODE, functools.partial(decoding_plan, memory)
+                )
+                self.journal.lay_around(
+                    hooks, vae.VAE, "encode_inner", Phase.VAE_ENCODE, functools.partial(encoding_plan, memory)
+                )
             self.hooks.hooks += hooks.hooks
 
     def install_reading(self, sd_models: Any) -> None:
@@ -130,12 +164,17 @@ class ForgeTakeover:
         if not _is_hooked(sd_models.forge_loader):
             with HookSet() as hooks:
                 hooks.add(sd_models, "forge_loader", self.preflight.before_reading)
-                self.journal.lay_around(hooks, sd_models, "forge_loader", Phase.LOAD_CHECKPOINT)
+                self.journal.lay_around(hooks, sd_models, "forge_loader", Phase.LOAD_CHECKPOINT, reading_plan)
+                loader = sys.modules.get("backend.loader")
+                if hasattr(loader, "load_huggingface_component"):
+                    self.journal.lay_around(
+                        hooks, loader, "load_huggingface_component", Phase.LOAD_TEXT_ENCODER, text_encoder_plan
+                    )
             self.hooks.hooks += hooks.hooks
 
-    def snapshot(self) -> MemorySnapshot:
-        """The memory of the host's device and of this machine now."""
-        return take_snapshot(self.api.memory.get_torch_device(), host=self._host_memory)
+    def snapshot(self, nvml: Nvml | None = None) -> MemorySnapshot:
+        """The memory of the host's device and of this machine now. `nvml`: ask the driver's library too."""
+        return take_snapshot(self.api.memory.get_torch_device(), nvml, self._host_memory)
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""
@@ -159,6 +198,7 @@ class ForgeTakeover:
         requests = UnloadRequests(processing, settings, self.memory.tell)
         with HookSet() as hooks:
             hooks.add(processing, "manage_model_and_prompt_cache", requests.before_image)
+            self.advice.lay_around(hooks, processing)
         self.hooks.hooks += hooks.hooks
 
     def uninstall(self) -> None:
@@ -169,96 +209,6 @@ class ForgeTakeover:
         self.placement.forget_all()
         live = [loaded.model for loaded in self.api.memory.current_loaded_models]
         self.control.release_all(refresh, {id(p.lora_loader): p for p in live if hasattr(p, "lora_loader")})
-
-    def _refresh(self, original: Any, loader: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.journal.phase(Phase.APPLY_LORA):
-            return self.control.refresh(original, loader, *args, **kwargs)
-
-    def _has_online_lora(self, original: Any, patcher: Any) -> bool:
-        # True makes Forge reserve and move the factors itself; the guard does both for the stacks it applies.
-        return bool(patcher.lora_patches) and self.control.is_left_to_host(patcher)
-
-    def _model_unload(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
-        stays = bool(args[0] if args else kwargs.get("avoid_model_moving", False))
-        loader = getattr(loaded.model, "lora_loader", None)
-        if stays and self.placement.give_up(loaded):
-            return None
-        self.memory.residency.forget(loaded)
-        self.memory.forget_share(getattr(loaded, "real_model", None))
-        if not stays:
-            self.control.before_move(loader)
-        try:
-            if stays:
-                return original(loaded, *args, **kwargs)
-            with self.journal.phase(Phase.UNLOAD, loaded.model):
-                return original(loaded, *args, **kwargs)
-        finally:
-            if not stays:
-                self.control.drop_device_copies(loader)
-
-    def _unload_model_clones(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.placement.replacing():
-            return original(*args, **kwargs)
-
-    def _model_load(self, original: Any, loaded: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.control.loading(loaded.model):
-            return original(loaded, *args, **kwargs)
-
-    def _load_models_gpu(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = self._load_models_signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        patchers = given["models"] = list(given["models"])
-        device = patchers[0].load_device if patchers else None
-        plans = all(p.load_device == device for p in patchers) and self.memory.plans_for(device)
-        if plans:
-            self.memory.drop_abandoned()
-        already_loaded = [p for p in patchers if self._is_loaded(p)]
-        others = [p for p in patchers if p not in already_loaded]
-        factors = sum(self._factor_bytes(p) for p in others)
-        given["hard_memory_preservation"] += factors
-        if plans:
-            self.memory.tell(rules.with_factors(0, factors)[1])
-            needs = self.memory.needs(
-                patchers, device, given.get("memory_required", 0), given["hard_memory_preservation"]
-            )
-            # One number for eviction and for placement.
-            given["hard_memory_preservation"] = needs.free_bytes - needs.inference_bytes
-            if "memory_required" in given:
-                given["memory_required"] = 0
-        needed = self.api.memory.minimum_inference_memory() + given["hard_memory_preservation"]
-        handed_over = [p for p in others if self.placement.hand_over(p, needed, staying=patchers)]
-        for patcher in handed_over:
-            self.control.expect(patcher)
-        # First the host makes room, then merges may take some.
-        with self.journal.phase(Phase.MOVE_TO_GPU, patchers[0] if patchers else None):
-            if plans:
-                self.memory.prepare(patchers, device, needs)
-            with self.memory.planned() if plans else contextlib.nullcontext():
-                result = original(*bound.args, **bound.kwargs)
-            if plans:
-                self.memory.watch_share(patchers, device)
-        # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
-        for patcher in [*handed_over, *already_loaded]:
-            if hasattr(patcher, "lora_loader"):
-                self.control.remind(patcher)
-        if any(hasattr(patcher.model, "diffusion_model") for patcher in already_loaded):
-            self.files.remind()
-        return result
-
-    def _is_loaded(self, patcher: Any) -> bool:
-        return any(loaded.model is patcher for loaded in self.api.memory.current_loaded_models)
-
-    def _factor_bytes(self, patcher: Any) -> int:
-        """Device bytes that the coming refresh of `patcher` will need and that are not there yet."""
-        patches = getattr(patcher, "lora_patches", None)
-        if not patches or patcher.load_device.type == "cpu" or self.control.is_left_to_host(patcher):
-            return 0
-        dtype = getattr(patcher.model, "computation_dtype", None)
-        element_bytes = torch.empty(0, dtype=dtype if isinstance(dtype, torch.dtype) else torch.float16).element_size()
-        merges = getattr(patcher.model, "storage_dtype", torch.float16) in WIDE_DTYPES
-        elements = device_elements(patches, self.api.lora.extra_weight_calculators, merges)
-        return max(0, elements * element_bytes - self.control.resident_bytes(patcher.lora_loader))
 
 
 def _with_fresh_key_map(original: Any, model: Any, key_map: Any = None) -> Any:
@@ -290,7 +240,7 @@ def keep_journal(folder: Path) -> None:
     takeover = install()
     _journal = Journal(takeover.snapshot, FlightRecorder.open(folder), crash)
     takeover.journal = _journal
-    atexit.register(_journal.recorder.close)
+    _journal.close_at_the_end()
     if crash is not None:
         for line in crash_report(crash):
             say(log, logging.WARNING, "flight.line", line=line)
@@ -346,6 +296,7 @@ def install_in_webui() -> list[HostError]:
     if vae is not None and hasattr(getattr(vae, "VAE", None), "decode_inner"):
         _takeover.install_vae_phases(vae)
     forge_saving.install(_takeover.hooks, _takeover.control.engines)
+    _takeover.calibration.install_in_webui(_takeover.hooks)
     return misfits
 
 

@@ -15,6 +15,7 @@ from ..memory.out_of_memory import is_out_of_memory
 from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
 from ..patching.merge_loss import merge_loss
+from ..patching.watching import Watch, unwatched
 from ..planning.mode import Wish
 from ..reporting.crash_report import Precaution
 from ..reporting.messages import Joined, say
@@ -42,6 +43,8 @@ class LoaderControl:
         """DoRA in the meaning of its trainer instead of Forge's."""
         self.precautions: Callable[[Any], Collection[Precaution]] = lambda model: ()
         """What is planned around after a crash, for a model."""
+        self.watch: Watch = unwatched
+        """What goes around the work of every engine."""
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._reports: tuple[tuple[weakref.ref[Any], ApplyReport], ...] = ()
 
@@ -76,12 +79,17 @@ class LoaderControl:
                 if state.left_to_host or state.someone_else_patched(loader):
                     self._take_from_host(original, loader, state, offload)
                 requests = self._requests(lora_patches, state)
-                state.report = state.engine.change(access, requests, self._wish(mode, loader.model))
+                state.report, is_as_wished = self._change(
+                    state.engine, access, requests, self._wish(mode, loader.model)
+                )
             except Exception as error:
                 say(log, logging.ERROR, "host.apply_failed", exc_info=True, model=access.name)
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
                 return
             state.publish(loader, stack_hash)
+            if not is_as_wished:
+                # Memory may be there again at the next load.
+                loader.loaded_hash = RETRY
             self._note_reports()
             if mode is LoraMode.MERGE and not state.told_merge_loss:
                 self._say_what_merging_would_lose(access.name, state)
@@ -93,6 +101,21 @@ class LoaderControl:
             say(log, logging.WARNING, "flight.line", line=Precaution.NO_MERGE.message)
             return Wish.AUTO
         return WISHES[mode]
+
+    def _change(
+        self, engine: Engine, access: ForgeAccess, requests: Sequence[LoraRequest], wish: Wish
+    ) -> tuple[ApplyReport, bool]:
+        """What was done, and whether as wished: without merging where memory ends in it. Less was there than the system said,
+        and nothing has changed yet."""
+        try:
+            return engine.change(access, requests, wish), True
+        except Exception as error:
+            if wish is Wish.NEVER_MERGE or not is_out_of_memory(error):
+                raise
+            why = clean_text(named(error))
+        # Only here is what the error held on to free again.
+        say(log, logging.WARNING, "preflight.merge_ended", model=access.name, why=why)
+        return engine.change(access, requests, Wish.NEVER_MERGE), False
 
     def remind(self, patcher: Any) -> None:
         """For a patcher that is loaded already: tries a failed change again, and says again what is left out."""
@@ -278,7 +301,7 @@ class LoaderControl:
     def _state(self, loader: Any) -> LoaderState:
         state = state_of(loader)
         if state is None:
-            state = LoaderState()
+            state = LoaderState(Engine(self.watch))
             setattr(loader, STATE, state)
             self._loaders.add(loader)
         return state

@@ -12,7 +12,6 @@ import gc
 import inspect
 import logging
 import math
-import platform
 import sys
 import threading
 import time
@@ -26,12 +25,12 @@ import torch
 from ..memory import Nvml, rules
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.rules import Finding
-from ..models.architecture import Architecture, detect_model
+from ..memory.step_times import driver_spills
 from ..planning import activations
 from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
-from ..planning.tokens import ONE_PASS, Picture, tokens_for
 from ..reporting.messages import Message, say
-from ..weights.storage import MB, storage_of
+from ..weights.storage import MB
+from .forge_calibration import ForgeCalibration
 from .forge_residency import Residency
 
 log = logging.getLogger(__name__)
@@ -44,65 +43,45 @@ VAE_PASSES = 1
 
 @dataclass(frozen=True)
 class Needs:
-    """What has to be free beside the weights while models run. `free_bytes` is the sum that counts."""
+    """What has to be free beside the weights while models run, as predicted, and by how much measured peaks correct that.
+    `free_bytes` is the sum that counts."""
 
     inference_bytes: int
     estimate_bytes: int
+    """Of a step as it comes from `Estimates`, which corrects it itself."""
     hard_bytes: int
+    estimate_correction_bytes: int = 0
+    hard_correction_bytes: int = 0
 
     @property
     def free_bytes(self) -> int:
-        return max(self.inference_bytes, self.estimate_bytes) + self.hard_bytes
+        """Not below 0 in any part."""
+        estimate = self.estimate_bytes + self.estimate_correction_bytes
+        return max(self.inference_bytes, estimate) + max(0, self.hard_bytes + self.hard_correction_bytes)
 
 
 class ForgeMemory:
-    def __init__(self, memory: Any, residency: Residency) -> None:
+    def __init__(self, memory: Any, residency: Residency, calibration: ForgeCalibration | None = None) -> None:
         """`memory`: Forge's `backend.memory_management`."""
         self._memory, self.residency = memory, residency
+        self._calibration = calibration or ForgeCalibration(memory)
         self._free_signature = inspect.signature(memory.free_memory)
         self._planned = threading.local()
         """`.depth` above 0 on a thread for which room has been made already."""
         self._said: dict[str, str] = {}
         self._shares: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         """Bytes on the device after the last load."""
-        self._nvml = Nvml() if _driver_may_overstate() else None
+        self._nvml = Nvml() if driver_spills() else None
         self._overstated: dict[Any, tuple[float, int]] = {}
         """By device: when it was asked, and how much more than NVML torch called free."""
         self.take_back: Callable[[Any], list[Any]] = lambda device: []
         """Loaded models that the host has forgotten though they lie on a device."""
         self.ram_room_bytes: Callable[[], int | None] = lambda: None
         """How much may be moved into RAM; None where nobody knows."""
-        self._architectures: weakref.WeakKeyDictionary[torch.nn.Module, Architecture | None] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._estimates: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], int]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self.leaving: Callable[[Any, int], contextlib.AbstractContextManager[int]] = _all_of_it
+        """Around a whole model's way off the card: how much of it may go."""
 
     # -- what the host calls
-
-    def patcher_memory_required(self, original: Callable[..., Any], patcher: Any, input_shape: Sequence[int]) -> Any:
-        """In place of `ModelPatcher.memory_required`, which is asked before sampling, always with two rows a picture."""
-        rows, *rest = input_shape
-        if self._architecture(patcher.model) in ONE_PASS:
-            rows = -(-rows // 2)
-        return original(patcher, [rows, *rest])
-
-    def memory_required(self, original: Callable[..., Any], model: Any, input_shape: Sequence[int]) -> Any:
-        """In place of `KModel.memory_required`: what a step of these rows needs, before sampling for eviction, and in each
-        step for whether prompt and negative prompt run at once."""
-        forges = original(model, input_shape)
-        try:
-            rows, height, width = int(input_shape[0]), int(input_shape[-2]), int(input_shape[-1])
-            known = self._estimates.setdefault(model, {})
-            if (rows, height, width) not in known:
-                found = self._step_bytes(model, rows, height, width)
-                known[rows, height, width] = int(forges) if found is None else found
-            return known[rows, height, width]
-        except (TypeError, ValueError, IndexError, OverflowError):
-            # Another extension's model, or another shape than pictures have.
-            log.debug("no estimate of ours for %s", input_shape, exc_info=True)
-            return forges
 
     def get_free_memory(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of `get_free_memory`: without what other programs hold and Windows calls free all the same."""
@@ -157,9 +136,10 @@ class ForgeMemory:
             self._memory.current_inference_memory = inference
         hard, finding = rules.request_bytes(float(hard_bytes), total)
         self.tell(finding)
-        found = Needs(inference, int(min(estimate, total)), int(min(hard, total)))
+        found = self._corrected(Needs(inference, int(min(estimate, total)), int(min(hard, total))), patchers, device)
         names = " + ".join(type(patcher.model).__name__ for patcher in patchers)
-        self.tell(rules.room_for_a_step(found.inference_bytes, found.estimate_bytes, names)[1])
+        estimate = found.estimate_bytes + found.estimate_correction_bytes
+        self.tell(rules.room_for_a_step(found.inference_bytes, estimate, names)[1])
         return found
 
     def prepare(self, patchers: Sequence[Any], device: Any, needs: Needs) -> None:
@@ -251,6 +231,18 @@ class ForgeMemory:
 
     # -- inside
 
+    def _corrected(self, needs: Needs, patchers: Sequence[Any], device: Any) -> Needs:
+        """With what was measured of such loads and decodes, as far as the card goes."""
+        coming = [patcher for patcher in patchers if self.loaded(patcher) is None]
+        estimate = self._calibration.decode_bytes()
+        hard = self._calibration.load_bytes(coming, device)
+        if estimate or hard:
+            room = max(0, self._total_bytes(device) - needs.free_bytes)
+            estimate = min(estimate, room)
+            hard = min(hard, max(0, room - max(0, estimate)))
+            log.debug("corrected by %d and %d bytes: %s", estimate, hard, needs)
+        return replace(needs, estimate_correction_bytes=estimate, hard_correction_bytes=hard)
+
     def _overstated_bytes(self, device: Any, torch_bytes: int) -> int:
         """Asked once in a while: attention asks for free memory in every layer."""
         asked, excess = self._overstated.get(device, (-math.inf, 0))
@@ -268,18 +260,21 @@ class ForgeMemory:
         if wanted_bytes < resident.on_device_bytes:
             return self._shrink(loaded, wanted_bytes)
         name = type(loaded.model.model).__name__
-        if not self._fits_in_ram(name, wanted_bytes):
-            return False
-        self.forget_share(loaded.model.model)
-        try:
-            # Layer by layer first: where RAM runs out on the way, the model can still run.
-            self.residency.shrink(loaded, wanted_bytes)
-            self._memory.current_loaded_models.remove(loaded)
-            loaded.model_unload()
-            say(log, logging.INFO, "memory.left", model=name, size_mb=resident.on_device_bytes / MB)
-        except Exception as error:
-            _tell_or_raise(error, name)
-        return True
+        with self.leaving(loaded.model.model, wanted_bytes) as may_leave:
+            if may_leave < resident.on_device_bytes:
+                return self._shrink(loaded, min(may_leave, resident.swappable_bytes))
+            if not self._fits_in_ram(name, wanted_bytes):
+                return False
+            self.forget_share(loaded.model.model)
+            try:
+                # Layer by layer first: where RAM runs out on the way, the model can still run.
+                self.residency.shrink(loaded, wanted_bytes)
+                self._memory.current_loaded_models.remove(loaded)
+                loaded.model_unload()
+                say(log, logging.INFO, "memory.left", model=name, size_mb=resident.on_device_bytes / MB)
+            except Exception as error:
+                _tell_or_raise(error, name)
+            return True
 
     def _free_all(self, original: Callable[..., Any], bound: inspect.BoundArguments, device: Any) -> Any:
         # What is no one's any more, as after another checkpoint was chosen, is freed where it lies instead of being moved.
@@ -333,30 +328,9 @@ class ForgeMemory:
     def _total_bytes(self, device: Any) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
 
-    def _architecture(self, model: Any) -> Architecture | None:
-        if model not in self._architectures:
-            self._architectures[model] = detect_model(_shapes(model))
-        return self._architectures[model]
 
-    def _step_bytes(self, model: Any, rows: int, height: int, width: int) -> int | None:
-        """`height` and `width` of the latent. None where the model is none that was measured."""
-        architecture = self._architecture(model)
-        if architecture is None:
-            return None
-        picture = Picture(width * 8, height * 8, rows)
-        tokens = replace(tokens_for(architecture, picture), rows=rows)
-        dtype = getattr(model, "computation_dtype", torch.float16)
-        compute_bytes = torch.empty(0, dtype=dtype).element_size()
-        return activations.step(tokens, picture, _shapes(model), compute_bytes).held_bytes
-
-
-def _driver_may_overstate() -> bool:
-    """Windows tells each program what it could have if the others made room; so does Linux inside Windows."""
-    return platform.system() == "Windows" or "microsoft" in platform.release().lower()
-
-
-def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+def _all_of_it(model: Any, size_bytes: int) -> contextlib.AbstractContextManager[int]:
+    return contextlib.nullcontext(size_bytes)
 
 
 def _passes(patchers: Sequence[Any]) -> int | None:

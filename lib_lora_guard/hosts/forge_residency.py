@@ -15,7 +15,7 @@ import torch
 
 from ..memory.out_of_memory import is_out_of_memory
 from ..reporting.messages import say
-from ..weights.storage import MB
+from ..weights.storage import MB, scales_bytes
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _bytes_of(layer: torch.nn.Module) -> int:
-    return sum(p.data.numel() * p.data.element_size() for p in layer.parameters(recurse=False))
+    own = layer.parameters(recurse=False)
+    return sum(p.data.numel() * p.data.element_size() + scales_bytes(p) for p in own)
 
 
 def _bytes_on(layer: torch.nn.Module, device: torch.device) -> int:

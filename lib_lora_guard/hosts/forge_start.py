@@ -13,6 +13,7 @@ from ..errors import HostError, named
 from ..reporting import log as reporting_log
 from ..reporting.messages import say
 from . import forge
+from .forge_corrections import keep_calibration
 from .forge_options import GuardOptions
 from .recognise import explain
 
@@ -68,6 +69,7 @@ def start(arguments: Sequence[str]) -> bool:
     except Exception:
         say(log, logging.ERROR, "host.could_not_start", exc_info=True, version=version.__version__)
         return False
+    keep_calibration(JOURNAL_FOLDER)
     try:
         forge.keep_journal(JOURNAL_FOLDER)
     except Exception as error:

@@ -321,7 +321,7 @@ def test_factors_are_copied_once_per_stack_and_go_when_no_stack_uses_them(guarde
     assert first() is None, "the host keeps the file mapped, we do not keep its factors"
 
 
-def test_three_hundred_random_changes_leave_values_tensors_and_models_as_they_were(guarded):
+def test_three_hundred_random_changes_leave_values_tensors_and_models_as_they_were(guarded, nothing_of_others):
     patcher, dense = guarded.build("fp8")
     base = run(patcher)
     bits = {k: p.data.clone() for k, p in patcher.model.named_parameters()}

@@ -377,7 +377,7 @@ def test_a_model_that_nobody_holds_is_not_kept_alive(scene):
     scene.load(denoiser, required=1_500)
     scene.load(decoder, required=6_000)
     assert scene.away(denoiser) > 0
-    scene.guard.memory._architecture(denoiser.model)
+    scene.guard.calibration.estimates.architecture(denoiser.model)
     gone = weakref.ref(denoiser.model), weakref.ref(denoiser.model.layers()[3])
     del denoiser
     scene.memory.free_memory(0, CARD)
@@ -700,9 +700,9 @@ def test_nothing_is_moved_into_ram_that_is_not_there(scene, lines):
 @pytest.mark.parametrize("forges", [7, 7.9, math.inf, math.nan, "much", None])
 @pytest.mark.parametrize("shape", [[2, 4, 8, 8], [2, 4], [2, 4, 1, 8, 8], ["b", 4, 8, 8], None])
 def test_an_estimate_that_cannot_be_had_is_the_hosts(scene, forges, shape):
-    memory = scene.guard.memory
+    estimates = scene.guard.calibration.estimates
     model = torch.nn.Linear(2, 2)
-    found = memory.memory_required(lambda model, shape: forges, model, shape)
+    found = estimates.memory_required(lambda model, shape: forges, model, shape)
     assert found == forges or (forges == 7.9 and found == 7) or found is forges
 
 

@@ -62,7 +62,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def live_tensors():
-    """How many tensors Python holds, and the bytes of their storages, each storage counted once.
+    """How many tensors Python holds, and the bytes of their storages, each storage counted once. With `nothing_of_others`.
 
     Exact where resident memory is not: in a process that has run other tests the C library serves from, and returns,
     blocks of theirs, which moves RSS by megabytes either way.
