@@ -54,7 +54,7 @@ class Server:
         self.process = subprocess.Popen(
             command, cwd=FORGE, env={**self.env, **quiet}, stdout=self.log.open("wb"), stderr=subprocess.STDOUT
         )
-        for _ in range(180):
+        for _ in range(600):
             time.sleep(1)
             if self.process.poll() is not None:
                 raise RuntimeError(f"Forge ended at start:\n{self.log.read_text(errors='replace')[-3000:]}")
@@ -63,7 +63,7 @@ class Server:
             except (OSError, ApiError):
                 continue
             return self
-        raise TimeoutError("Forge did not start in 3 minutes")
+        raise TimeoutError("Forge did not start in 10 minutes")
 
     def __exit__(self, *_):
         self.process.terminate()
