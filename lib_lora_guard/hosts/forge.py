@@ -150,7 +150,7 @@ class ForgeTakeover:
         if not _is_hooked(vae.VAE.decode_inner):
             memory = self.api.memory
             with HookSet() as hooks:
-                VaeRoom(memory, self.preflight, self.cautions, self.calibration.decode_bytes).stand_in(hooks, vae.VAE)
+                VaeRoom(memory, self.preflight, self.cautions).stand_in(hooks, vae.VAE)
                 self.journal.lay_around(
                     hooks, vae.VAE, "decode_inner", Phase.VAE_DECODE, functools.partial(decoding_plan, memory)
                 )

@@ -133,10 +133,12 @@ class ForgeCalibration:
         budget = next(iter((*args, *kwargs.values())), -1)
         predicted = int(self._memory.module_size(model, exclude_device=device))
         is_whole = budget < 0 and not self._memory.module_size(model, include_device=device)
+        # Before it is packed or baked on its way, as `load_bytes` asks.
+        key = load_key(model)
         with self.peaks.part(device) as part:
             result = original(loaded, *args, **kwargs)
         if is_whole:
-            self.corrections.note(load_key(model), predicted, part.peak_bytes)
+            self.corrections.note(key, predicted, part.peak_bytes)
         return result
 
     def refresh(self, original: _Original, loader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,11 +157,18 @@ class ForgeCalibration:
         x = args[0] if args else kwargs.get("x")
         if not isinstance(x, torch.Tensor) or not self.corrections.open_for(x.device):
             return original(model, *args, **kwargs)
-        is_alone = kwargs.get("control") is None and not _others(kwargs.get("transformer_options"))
+        has_company = kwargs.get("control") is not None or _others(kwargs.get("transformer_options"))
+        is_alone = not has_company and not self._is_swapped(model)
         with self.peaks.part(x.device) as part:
             result = original(model, *args, **kwargs)
         self._after_call(model, x, result, part, is_alone)
         return result
+
+    def _is_swapped(self, model: Any) -> bool:
+        """Layers outside the card are copied there in each call, which is not the step's own: counted as such it would keep
+        a model swapped that fits again."""
+        loaded = self._memory.current_loaded_models
+        return any(getattr(one, "real_model", None) is model and one.model_accelerated for one in loaded)
 
     def _after_call(self, model: Any, x: torch.Tensor, result: Any, part: Part, is_alone: bool) -> None:
         applied = self._applied.pop(model, None)
@@ -268,7 +277,11 @@ def _name_of(model: Any) -> str:
 def _others(options: Any) -> bool:
     """True where somebody else works in this call. What a patch is made of is their business: it may have no truth."""
     told = (value for name, value in (options or {}).items() if name not in FORGES_OPTIONS)
-    return any(value is not None and value is not False and value not in ({}, [], ()) for value in told)
+    # An array has no truth, and whatever equality it likes.
+    return any(
+        not (value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value))
+        for value in told
+    )
 
 
 def _decode_of(vae: Any, samples: Any) -> _Decode | None:

@@ -64,7 +64,7 @@ class Estimates:
         try:
             found = self.step(model, shape_of(input_shape), forges)
             return forges if found is None else self._corrections.held(*found)
-        except (TypeError, ValueError, IndexError, OverflowError):
+        except Exception:
             # Another extension's model, or another shape than pictures have.
             log.debug("no estimate of ours for %s", input_shape, exc_info=True)
             return forges
@@ -85,7 +85,12 @@ class Estimates:
 
     def architecture(self, model: Any) -> Architecture | None:
         if model not in self._architectures:
-            self._architectures[model] = detect_model(_shapes(model))
+            try:
+                self._architectures[model] = detect_model(_shapes(model))
+            except Exception:
+                # Another extension's model, of parameters that nobody here knows.
+                log.debug("no architecture of %s", type(model).__name__, exc_info=True)
+                self._architectures[model] = None
         return self._architectures[model]
 
     def _predict(self, model: Any, shape: Shape) -> Activations | None:

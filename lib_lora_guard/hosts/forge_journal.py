@@ -114,7 +114,8 @@ class Journal:
         self._last_look = now
         try:
             snapshot = self._snapshot()
-        except (OSError, RuntimeError):
+        except Exception:
+            # A record must not be what stops an image.
             log.debug("no look at the memory", exc_info=True)
             return None
         return {ALIVE: snapshot.alive_ram_bytes, **{name: one.bytes for name, one in snapshot.readings()}}

@@ -38,7 +38,8 @@ class LastPlans:
             type(model).__name__,
             int(self._memory.module_size(model)),
             int(self._memory.module_size(model, include_device=device)),
-            0 if loader is None else self._resident_bytes(loader),
+            # Those that are still to come get there in the model's first call.
+            coming_factor_bytes + (0 if loader is None else self._resident_bytes(loader)),
             max(needs.inference_bytes, needs.estimate_bytes),
             max(0, needs.hard_bytes - coming_factor_bytes),
         )

@@ -43,6 +43,7 @@ class LoaderControl:
         """DoRA in the meaning of its trainer instead of Forge's."""
         self.precautions: Callable[[Any], Collection[Precaution]] = lambda model: ()
         """What is planned around after a crash, for a model."""
+        self._told_no_merge = False
         self.watch: Watch = unwatched
         """What goes around the work of every engine."""
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -98,7 +99,9 @@ class LoaderControl:
     def _wish(self, mode: LoraMode, model: Any) -> Wish:
         """The mode's, without merging where that ended the last process."""
         if mode is LoraMode.MERGE and Precaution.NO_MERGE in self.precautions(model):
-            say(log, logging.WARNING, "flight.line", line=Precaution.NO_MERGE.message)
+            if not self._told_no_merge:
+                self._told_no_merge = True
+                say(log, logging.WARNING, "flight.line", line=Precaution.NO_MERGE.message)
             return Wish.AUTO
         return WISHES[mode]
 

@@ -7,7 +7,6 @@ Source: Forge's `backend/memory_management.py` (`load_models_gpu`, `LoadedModel`
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,11 @@ from .forge_patches import device_elements
 from .forge_placement import Placement
 from .forge_preflight import Preflight
 from .forge_probe import ForgeApi
+from .hooks import signature_of
+
+
+def _forges_load(models: Any, memory_required: float = 0, hard_memory_preservation: float = 0) -> None:
+    """Forge's parameters, where another extension's wrapper hides them."""
 
 
 class Loading:
@@ -45,7 +49,7 @@ class Loading:
         self._api, self._control, self._files, self._memory = api, control, files, memory
         self._placement, self._preflight, self._calibration, self._journal = placement, preflight, calibration, journal
         self.plans = LastPlans(api.memory, control.resident_bytes)
-        self._signature = inspect.signature(api.memory.load_models_gpu)
+        self._signature = signature_of(api.memory.load_models_gpu, _forges_load)
 
     def refresh(self, original: Any, loader: Any, *args: Any, **kwargs: Any) -> Any:
         with self._journal().phase(Phase.APPLY_LORA):

@@ -32,6 +32,7 @@ from ..reporting.messages import Message, say
 from ..weights.storage import MB
 from .forge_calibration import ForgeCalibration
 from .forge_residency import Residency
+from .hooks import signature_of
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class ForgeMemory:
         """`memory`: Forge's `backend.memory_management`."""
         self._memory, self.residency = memory, residency
         self._calibration = calibration or ForgeCalibration(memory)
-        self._free_signature = inspect.signature(memory.free_memory)
+        self._free_signature = signature_of(memory.free_memory, _forges_free)
         self._planned = threading.local()
         """`.depth` above 0 on a thread for which room has been made already."""
         self._said: dict[str, str] = {}
@@ -327,6 +328,10 @@ class ForgeMemory:
 
     def _total_bytes(self, device: Any) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _forges_free(memory_required: float, device: Any, keep_loaded: Any = (), free_all: bool = False) -> None:
+    """Forge's parameters, where another extension's wrapper hides them."""
 
 
 def _all_of_it(model: Any, size_bytes: int) -> contextlib.AbstractContextManager[int]:

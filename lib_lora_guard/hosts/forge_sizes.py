@@ -51,7 +51,7 @@ def _more_bytes(parameter: Any) -> float:
     if kind in _FOUR_BIT:
         return _more_than_packed(parameter)
     gguf_class = getattr(parameter, "gguf_cls", None)
-    if gguf_class is None or parameter.baked:
+    if gguf_class is None or getattr(parameter, "baked", False):
         return 0
     data = parameter.data
     return growth_bytes(gguf_class.__name__, data.numel() * data.element_size())

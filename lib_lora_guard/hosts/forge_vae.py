@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..memory.out_of_memory import is_out_of_memory
 from ..memory.step_times import driver_spills
 from ..planning import activations
 from ..planning.host_memory import Latent
@@ -39,6 +41,9 @@ with tiles of half and twice the side, and takes the mean."""
 WHOLE_COPIES, TILED_COPIES = 3, 6
 """Pictures in fp32 that lie in RAM at once: the result and what it is computed from; in tiles the three passes' too."""
 FP32_BYTES, COLOURS = 4, 3
+LARGE_BYTES = 256 * MB
+"""Less is no reason to give remembered prompts and LoRA files up."""
+PRECAUTIONS = {"decoding": Precaution.TILED_VAE, "encoding": Precaution.TILED_ENCODE}
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,15 @@ class Work:
 
 
 class VaeRoom:
-    def __init__(
-        self, memory: Any, preflight: Preflight, cautions: Cautions, correction_bytes: Callable[[], int] = lambda: 0
-    ) -> None:
-        """`memory`: Forge's `backend.memory_management`; `correction_bytes`: what to add to the estimate of VRAM for what this
-        thread is about to decode, by what was measured of the like."""
+    """What was measured corrects how much room Forge makes for a decode, and never the choice of tiles: what is decoded in
+    tiles is not measured, so one odd peak would keep every later picture in them."""
+
+    def __init__(self, memory: Any, preflight: Preflight, cautions: Cautions) -> None:
+        """`memory`: Forge's `backend.memory_management`."""
         self._memory, self._preflight, self._cautions = memory, preflight, cautions
-        self._correction_bytes = correction_bytes
         self._spills = driver_spills()
         self._said: str = ""
+        self._lock, self._in_tiles = threading.Lock(), 0
 
     def stand_in(self, hooks: HookSet, vae_class: Any) -> None:
         """`vae_class`: Forge's `VAE`."""
@@ -100,7 +105,9 @@ class VaeRoom:
     def _knows(self, vae: Any, given: torch.Tensor) -> bool:
         """False for another extension's VAE, and where tiles were asked for already (Never OOM Integrated)."""
         is_forges = any((kind.__module__, kind.__name__) == FORGES for kind in type(vae.first_stage_model).__mro__)
-        return is_forges and given.ndim == 4 and given.shape[0] > 0 and not self._memory.VAE_ALWAYS_TILED
+        # While another thread works in tiles this one's picture gets them too, and needs no second look.
+        in_tiles = getattr(self._memory, "VAE_ALWAYS_TILED", True)
+        return is_forges and given.ndim == 4 and given.shape[0] > 0 and not in_tiles
 
     def _work(self, phrase: str, vae: Any, pictures: int, height: int, width: int, asked: float) -> Work:
         whole = self._bytes(phrase, vae, height, width)
@@ -123,16 +130,19 @@ class VaeRoom:
         return int(count * (vae.downscale_ratio / USUAL_RATIO) ** 2 * channels / USUAL_CHANNELS)
 
     def _run(self, original: Callable[..., Any], vae: Any, given: torch.Tensor, work: Work) -> Any:
-        with self._cautions.against(Precaution.TILED_VAE, work.phrase, vae.first_stage_model) as cautious:
+        # A picture that tiles are no way out for says nothing of one that they are.
+        careful = self._cautions.against(PRECAUTIONS[work.phrase], work.phrase, vae.first_stage_model)
+        with careful if work.tile_bytes is not None else contextlib.nullcontext(False) as cautious:
             if vae.device.type == "cpu":
                 ways = self._ways_on_the_cpu(vae, work, cautious)
                 way = ways[self._preflight.choose([need for _, need in ways], work.what)][0]
                 if way != ways[0][0]:
                     self._say(f"preflight.{way}_in_ram", work, need=ways[0][1], free=self._preflight.fast_bytes() or 0)
             else:
-                way = "tiles" if work.tile_bytes is not None and cautious else self._way_on_the_card(vae, work)
-                copies = TILED_COPIES if way == "tiles" else WHOLE_COPIES
-                self._preflight.check(work.pictures_bytes(copies), work.what)
+                way = "tiles" if cautious else self._way_on_the_card(vae, work)
+                need = work.pictures_bytes(TILED_COPIES if way == "tiles" else WHOLE_COPIES)
+                if need > LARGE_BYTES:
+                    self._preflight.check(need, work.what)
             if way == "singly":
                 return torch.cat([original(vae, given[place : place + 1]) for place in range(work.pictures)])
             with self._tiled() if way == "tiles" else contextlib.nullcontext():
@@ -153,7 +163,7 @@ class VaeRoom:
         if work.tile_bytes is None or vae.device.type != "cuda":
             return "whole"
         memory, device, model = self._memory, vae.device, vae.first_stage_model
-        whole = work.whole_bytes + self._correction_bytes()
+        whole = work.whole_bytes
         free = int(memory.get_free_memory(device)) - int(memory.module_size(model, exclude_device=device))
         if whole <= free:
             return "whole"
@@ -161,7 +171,13 @@ class VaeRoom:
         if whole + int(memory.module_size(model)) <= total:
             # What Forge would do next: only then is it known what can be had. Of what is asked for a VAE that share is freed.
             asked = max(work.asked_bytes, (whole + MB) / activations.VAE_HOLDS_WHERE_FORGE_HAS)
-            memory.load_models_gpu([vae.patcher], memory_required=asked)
+            try:
+                memory.load_models_gpu([vae.patcher], memory_required=asked)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Forge loads it once more, and has a fallback of its own.
+                return "whole"
             free = int(memory.get_free_memory(device))
             if whole <= free:
                 return "whole"
@@ -171,11 +187,16 @@ class VaeRoom:
     @contextlib.contextmanager
     def _tiled(self) -> Iterator[None]:
         """Forge's own switch, for one call."""
-        before, self._memory.VAE_ALWAYS_TILED = self._memory.VAE_ALWAYS_TILED, True
+        with self._lock:
+            self._in_tiles += 1
+            self._memory.VAE_ALWAYS_TILED = True
         try:
             yield
         finally:
-            self._memory.VAE_ALWAYS_TILED = before
+            with self._lock:
+                self._in_tiles -= 1
+                # It was off when the first one came, or that one would not be here.
+                self._memory.VAE_ALWAYS_TILED = self._in_tiles > 0
 
     def _say(self, key: str, work: Work, need: int, free: int) -> None:
         """Once while the same is done: each image of a row would say it again."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 Function = Callable[..., Any]
+
+
+def signature_of(function: Function, usual: Function) -> inspect.Signature:
+    """Of a function of the host; that of `usual` where another extension has wrapped it as (*args, **kwargs)."""
+    found, wanted = inspect.signature(function), inspect.signature(usual)
+    return found if next(iter(wanted.parameters)) in found.parameters else wanted
 
 
 class Hook:

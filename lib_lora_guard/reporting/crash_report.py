@@ -43,6 +43,8 @@ class Precaution(str, Enum):
     NO_MERGE = "no_merge"
     PARTIAL_UNLOAD = "partial_unload"
     TILED_VAE = "tiled_vae"
+    """In decoding."""
+    TILED_ENCODE = "tiled_encode"
     DROP_CACHES = "drop_caches"
 
     @property
@@ -56,7 +58,7 @@ _AFTER = {
     Phase.BACKUP: Precaution.NO_MERGE,
     Phase.UNLOAD: Precaution.PARTIAL_UNLOAD,
     Phase.VAE_DECODE: Precaution.TILED_VAE,
-    Phase.VAE_ENCODE: Precaution.TILED_VAE,
+    Phase.VAE_ENCODE: Precaution.TILED_ENCODE,
     Phase.LOAD_CHECKPOINT: Precaution.DROP_CACHES,
     Phase.LOAD_TEXT_ENCODER: Precaution.DROP_CACHES,
     Phase.MOVE_TO_GPU: Precaution.DROP_CACHES,

@@ -9,6 +9,7 @@ import threading
 import types
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from contract.host import Host
@@ -17,10 +18,10 @@ from support.fake_models import flux_shapes
 
 from lib_lora_guard.hosts import forge_corrections
 from lib_lora_guard.hosts.forge import ForgeTakeover
-from lib_lora_guard.hosts.forge_calibration import SETTLED_BYTES
+from lib_lora_guard.hosts.forge_calibration import SETTLED_BYTES, load_key
 from lib_lora_guard.hosts.forge_corrections import Corrections, keep_calibration
 from lib_lora_guard.hosts.forge_probe import probe
-from lib_lora_guard.memory.calibration import FILE_NAME, HIGHEST, LOWEST, REMEMBERED, Calibration
+from lib_lora_guard.memory.calibration import FILE_NAME, HIGHEST, LOWEST, REMEMBERED, Calibration, Kind
 from lib_lora_guard.memory.calibration_file import CalibrationFile
 from lib_lora_guard.memory.calibration_peaks import Count, Peaks
 from lib_lora_guard.planning import activations
@@ -749,3 +750,128 @@ def test_a_second_install_keeps_measuring_and_going_gives_all_back(parts, card, 
         scene.model.takes = int(1.2 * flux_step().used_bytes)
         scene.picture()
         assert scene.needs() == pytest.approx(1.2 * flux_step().held_bytes, rel=1e-6)
+
+
+# -- found in a review
+
+
+def unload(scene):
+    """As after a restart: nothing is on the card, every layer as it was built."""
+    scene.memory.current_loaded_models.clear()
+    for model in (scene.model, scene.text.model, scene.vae.first_stage_model):
+        model.to(RAM)
+    for layer in scene.model.modules():
+        if hasattr(layer, "prev_parameters_manual_cast"):
+            layer.parameters_manual_cast = layer.prev_parameters_manual_cast
+            del layer.prev_parameters_manual_cast
+
+
+@pytest.mark.parametrize("copies_bytes", [0, 132 * MB, 300 * MB])
+def test_once_swapped_is_not_always_swapped(scene, copies_bytes):
+    """The copies of swapped layers are no part of the step: counted as one they would keep the model swapped."""
+    step, weights = flux_step(), scene.memory.module_size(scene.model)
+
+    def picture():
+        scene.memory.load_models_gpu([scene.text])
+        scene.sample(steps=0)
+        swapped = scene.memory.module_size(scene.model, include_device=CARD) < weights
+        scene.model.takes = step.used_bytes + (copies_bytes if swapped else 0)
+        scene.sample()
+        scene.decode()
+        return swapped
+
+    scene.machine.ballast = scene.machine.total - (weights + step.held_bytes + 256 * MB)
+    assert picture() is False
+    unload(scene)
+    scene.machine.ballast += GB
+    assert picture() is True
+    scene.machine.ballast -= GB
+    found = []
+    for _ in range(3):
+        unload(scene)
+        found.append(picture())
+    assert found == [False, False, False]
+
+
+def test_the_load_is_noted_as_it_is_asked(scene, monkeypatch):
+    """Weights that are packed on their way to the card are fewer values afterwards."""
+    model, seen = scene.text.model, []
+    before, note = load_key(model), scene.guard.calibration.corrections.note
+    monkeypatch.setattr(
+        scene.guard.calibration.corrections, "note", lambda key, *numbers: seen.append(key) or note(key, *numbers)
+    )
+    patch = scene.text.forge_patch_model
+
+    def packs(device=None):
+        found = patch(device)
+        for layer in model.layers():
+            layer.weight = parameter(scene.machine, (layer.weight.nelement() // 2,), torch.uint8, CARD)
+        return found
+
+    monkeypatch.setattr(scene.text, "forge_patch_model", packs, raising=False)
+    scene.memory.load_models_gpu([scene.text])
+    assert [key for key in seen if key.kind is Kind.LOAD] == [before]
+    assert load_key(model) != before
+
+
+class NoTruth:
+    """An array, as far as asking for its truth or its equal goes."""
+
+    def __bool__(self):
+        raise ValueError("the truth value of an array with more than one element is ambiguous")
+
+    def __eq__(self, other):
+        raise ValueError("no equality either")
+
+    __hash__ = None
+
+
+@pytest.mark.parametrize("told", [NoTruth(), [NoTruth()], {"a": NoTruth()}])
+def test_an_array_in_the_options_is_somebody_at_work(scene, told):
+    scene.sample(steps=2, transformer_options={**FORGES, "mask": told})
+    assert not [key for key in scene.guard.calibration.corrections._waiting if key.kind is Kind.STEP]
+
+
+def test_a_model_of_unknown_parameters_is_forges_to_estimate(scene):
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.diffusion_model = torch.nn.Linear(2, 2)
+            self.diffusion_model.weight.gguf_cls = type("Q4_0", (), {})  # and no real_shape
+
+        def memory_required(self, input_shape):
+            return 1.0
+
+    assert scene.patcher(Odd()).memory_required([2, 4, 8, 8]) == 1.0
+
+
+def test_a_look_at_the_memory_that_fails_costs_no_image(scene, monkeypatch):
+    def refused():
+        raise psutil.AccessDenied(1)
+
+    monkeypatch.setattr(scene.guard.journal, "_snapshot", refused)
+    scene.picture()
+
+
+def test_factors_that_are_still_to_come_are_in_the_panels_plan(scene):
+    scene.factor_bytes, scene.unet = 300 * MB, scene.unet.clone()
+    scene.unet.lora_patches = {("style.safetensors", 1.0, 1.0, False): {}}
+    scene.sample(steps=0)
+    assert scene.guard.loading.plans.last.factor_bytes == 300 * MB
+
+
+@pytest.mark.parametrize("name", ["load_models_gpu", "free_memory"])
+def test_off_and_on_after_another_extension_has_wrapped(scene, name):
+    """Its wrapper has no parameters of the host's names."""
+    ours = getattr(scene.memory, name)
+    setattr(scene.memory, name, lambda *args, **kwargs: ours(*args, **kwargs))
+    scene.guard.uninstall()
+    again = scene.guard = ForgeTakeover(replace(scene.parts_of_host, memory=scene.memory))
+    again.memory._total_bytes = lambda device: scene.machine.total
+    again.memory.ram_room_bytes = lambda: None
+    again.calibration.peaks, again.control.refresh = Peaks(scene.allocator), scene.refresh
+    again.install()
+    scene.memory.load_models_gpu([scene.text], memory_required=GB)
+    assert scene.memory.module_size(scene.text.model, include_device=CARD) == 1000 * MB
+    scene.memory.free_memory(scene.machine.total - 500 * MB, CARD)
+    assert scene.machine.free() >= scene.machine.total - 500 * MB

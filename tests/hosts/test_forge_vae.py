@@ -2,6 +2,8 @@
 
 import logging
 import re
+import threading
+import types
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from lib_lora_guard.hosts.forge_cautions import Cautions
 from lib_lora_guard.hosts.forge_preflight import Preflight
 from lib_lora_guard.hosts.forge_vae import VaeRoom
 from lib_lora_guard.hosts.hooks import HookSet
+from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.planning import activations
 from lib_lora_guard.planning.host_memory import Latent
-from lib_lora_guard.reporting.crash_report import Precaution
+from lib_lora_guard.reporting.crash_report import Precaution, avoid
+from lib_lora_guard.reporting.flight_recorder import Phase
 
 MB, GB = 1 << 20, 1 << 30
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -110,8 +114,7 @@ class Scene:
         self.VAE, self.vae = VAE, VAE()
         self.vae.device = device
         preflight = Preflight(lambda: self.ram, self.drop, self.told.append, cautions)
-        self.correction = 0
-        self.room = VaeRoom(memory, preflight, cautions, lambda: self.correction)
+        self.room = VaeRoom(memory, preflight, cautions)
         self.room._spills = True
         hooks = HookSet()
         self.room.stand_in(hooks, VAE)
@@ -176,11 +179,67 @@ def test_weights_that_are_not_on_the_card_yet_count():
     assert scene.decode() == [("whole", 1)]
 
 
-def test_what_was_measured_of_such_pictures_counts():
-    for correction, way in ((1, "tiles"), (0, "whole"), (-100, "whole")):
-        scene = Scene(Memory(free=held(1024, 1024)))
-        scene.correction = correction
-        assert scene.decode() == [(way, 1)]
+def test_a_decode_on_the_card_drops_no_prompts():
+    """With little free RAM every picture would cost its successor an encoded prompt, for 36 MB."""
+    scene, drops = Scene(fast=0, alive=20 << 30), []
+    scene.room._preflight._drop_caches = lambda: drops.append(1) or (8 << 20)
+    for _ in range(3):
+        scene.decode()
+    assert not drops
+    # 16 pictures of 4 MP are no trifle.
+    scene.decode(2048, 2048, pictures=16)
+    assert drops
+
+
+def test_memory_that_ends_while_room_is_made_is_forges_to_handle():
+    scene = Scene(Memory(free=held(1024, 1024) - 1))
+    scene.memory.load_models_gpu = lambda *a, **k: (_ for _ in ()).throw(OutOfMemory[0]("CUDA out of memory."))
+    assert scene.decode() == [("whole", 1)]
+    scene.memory.load_models_gpu = lambda *a, **k: (_ for _ in ()).throw(ValueError("planted"))
+    with pytest.raises(ValueError, match="planted"):
+        scene.decode()
+
+
+def test_a_small_picture_ends_no_precaution():
+    scene = Scene(Memory(free=64 * GB), planned=(Precaution.TILED_VAE,))
+    assert scene.decode(256, 256) == [("whole", 1)]
+    assert scene.decode(2048, 2048)[-1] == ("tiles", 1)
+    assert scene.decode(2048, 2048)[-1] == ("whole", 1)
+
+
+def test_a_crash_in_encoding_says_nothing_of_decoding():
+    crash = types.SimpleNamespace(phases=[Phase.VAE_ENCODE], model="", storage="")
+    planned = avoid(crash, "IntegratedAutoencoderKL", "")
+    assert planned == {Precaution.TILED_ENCODE}
+    scene = Scene(Memory(free=64 * GB), planned=planned)
+    assert scene.decode(2048, 2048) == [("whole", 1)]
+    assert scene.encode(2048, 2048)[-1] == ("tiles", 1)
+    assert scene.encode(2048, 2048)[-1] == ("whole", 1)
+
+
+def test_two_threads_in_tiles_leave_the_switch_off():
+    room, memory = (scene := Scene(Memory(free=0, after=0))).room, scene.memory
+    one, two, done = threading.Event(), threading.Event(), threading.Event()
+
+    def first():
+        with room._tiled():
+            one.set()
+            two.wait(5)
+        done.set()
+
+    def second():
+        one.wait(5)
+        with room._tiled():
+            two.set()
+            done.wait(5)
+            assert memory.VAE_ALWAYS_TILED is True
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert memory.VAE_ALWAYS_TILED is False
 
 
 def test_tiles_before_the_driver_spills_and_said_once_with_numbers(lines):
@@ -351,7 +410,7 @@ def test_nothing_known_of_ram_changes_nothing():
 
 @pytest.mark.parametrize("device", [CPU, CARD], ids=str)
 def test_after_a_crash_in_the_vae_tiles_until_one_picture_is_done(device, lines):
-    scene = Scene(device=device, planned={Precaution.TILED_VAE})
+    scene = Scene(device=device, planned={Precaution.TILED_VAE, Precaution.TILED_ENCODE})
     scene.VAE.fails = RuntimeError("stopped")
     with pytest.raises(RuntimeError, match="stopped"):
         scene.decode()
@@ -362,7 +421,7 @@ def test_after_a_crash_in_the_vae_tiles_until_one_picture_is_done(device, lines)
     scene.encode()
     scene.encode()
     assert [way for way, _ in scene.calls] == ["tiles", "tiles", "whole", "tiles", "whole"]
-    assert lines() == ["after the last crash: the VAE works in tiles this time"]
+    assert lines() == [f"after the last crash: the VAE {what} in tiles this time" for what in ("decodes", "encodes")]
 
 
 def test_another_precaution_leaves_the_vae_alone():

@@ -95,6 +95,7 @@ def test_a_smaller_format_is_one_that_is_smaller(storage, formats):
         ((Phase.APPLY_LORA, Phase.BACKUP), {Precaution.NO_MERGE, Precaution.DROP_CACHES}),
         ((Phase.MERGE,), {Precaution.NO_MERGE}),
         ((Phase.VAE_DECODE, Phase.UNLOAD), {Precaution.TILED_VAE, Precaution.PARTIAL_UNLOAD}),
+        ((Phase.VAE_ENCODE,), {Precaution.TILED_ENCODE}),
         ((Phase.LOAD_TEXT_ENCODER,), {Precaution.DROP_CACHES}),
         ((Phase.SAMPLING_STEP,), set()),
     ],

@@ -89,8 +89,12 @@ TEXTS: dict[str, tuple[str, str]] = {
         "鉴于上次中断：只把下一步所需的那部分模型移到内存",
     ),
     "flight.avoid_tiled_vae": (
-        "after the last crash: the VAE works in tiles this time",
-        "鉴于上次中断：本次 VAE 以分块方式工作",
+        "after the last crash: the VAE decodes in tiles this time",
+        "鉴于上次中断：本次 VAE 以分块方式解码",
+    ),
+    "flight.avoid_tiled_encode": (
+        "after the last crash: the VAE encodes in tiles this time",
+        "鉴于上次中断：本次 VAE 以分块方式编码",
     ),
     "flight.avoid_drop_caches": (
         "after the last crash: caches of LoRA files are released before something large is loaded",
