@@ -10,7 +10,8 @@ import hashlib
 import logging
 import math
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,8 @@ LARGEST_ENTRIES = 200
 LARGEST_BYTES = 1 << 50
 FILE_NAME = "calibration.json"
 MOST_UNWRITTEN = 100
+BETWEEN_TRIES_SECONDS = 300.0
+"""After the file could not be written: where Windows refuses it, one try takes seconds, and an image waits for it."""
 PIXELS_OF_BUCKET = 512 * 512
 
 
@@ -58,8 +61,9 @@ class Calibration:
     """The corrections of one card, kept in a file that other processes use too. Nothing here raises but `reset`: where the
     file cannot be written the corrections hold for this process, which is said once. Any thread may call."""
 
-    def __init__(self, path: Path, card: str, torch_version: str) -> None:
+    def __init__(self, path: Path, card: str, torch_version: str, clock: Callable[[], float] = time.monotonic) -> None:
         """`card` as the driver names it: other cards and other versions of torch share the file, not the corrections."""
+        self._clock, self._not_before = clock, -math.inf
         self._file = CalibrationFile(path)
         # torch's own version is a string that is slow to compare, and equal to others.
         self._owner = (str(card), str(torch_version))
@@ -85,10 +89,13 @@ class Calibration:
             # Those that could not be written are written with the next; what is too old would change nothing any more.
             self._unwritten = [*self._unwritten, *records][-MOST_UNWRITTEN:]
             _take(self._entries, records)
+            if self._clock() < self._not_before:
+                return
             try:
                 self._entries = self._file.change(lambda entries: _take(entries, self._unwritten))
                 self._unwritten = []
             except OSError as error:
+                self._not_before = self._clock() + BETWEEN_TRIES_SECONDS
                 self._say_once(error)
 
     def correction_bytes(self, key: Key, predicted_bytes: int | None = None) -> int:

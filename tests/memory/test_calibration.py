@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lib_lora_guard.memory import calibration as calibration_module
 from lib_lora_guard.memory import calibration_file, file_lock
 from lib_lora_guard.memory.calibration import (
+    BETWEEN_TRIES_SECONDS,
     LARGEST_ENTRIES,
     REMEMBERED,
     Calibration,
@@ -36,8 +37,8 @@ def path(tmp_path):
     return tmp_path / "kept" / "calibration.json"
 
 
-def made(path, card="RTX 3060", torch_version="2.3.1"):
-    return Calibration(path, card, torch_version)
+def made(path, card="RTX 3060", torch_version="2.3.1", **settings):
+    return Calibration(path, card, torch_version, **settings)
 
 
 def after(path, *errors_mb, predicted_mb=1000):
@@ -228,7 +229,8 @@ with locked(Path(sys.argv[1]), 1.0):
 def test_a_lock_ends_with_its_process_and_what_waited_is_written(path, monkeypatch, caplog):
     path.parent.mkdir()
     monkeypatch.setattr(calibration_file, "WAIT_SECONDS", 0.05)
-    calibration = made(path)
+    now = [1000.0]
+    calibration = made(path, clock=lambda: now[0])
     arguments = [sys.executable, "-c", HOLDER, str(path) + ".lock"]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline().strip() == b"held"
@@ -240,8 +242,14 @@ def test_a_lock_ends_with_its_process_and_what_waited_is_written(path, monkeypat
         holder.kill()
     assert [record.args[0].key for record in caplog.records] == ["calibration.not_kept"], "said once"
     assert "calibration.json.lock is in use" in caplog.text
+    # A try takes seconds where the file cannot be had, and images wait for it.
+    now[0] += BETWEEN_TRIES_SECONDS - 1
+    calibration.record(KEY, 1000, 1250)
+    assert not path.exists()
+    assert calibration.correction_bytes(KEY) == 250
+    now[0] += 1
     calibration.record(KEY, 1000, 1300)
-    assert made(path).measurements(KEY) == 3
+    assert made(path).measurements(KEY) == 4
     assert made(path).correction_bytes(KEY) == 300
 
 
