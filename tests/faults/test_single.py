@@ -3,7 +3,7 @@
 import pytest
 from support.measure import contribution_error, fp32_limit, same_bits
 
-from faults.planting import Faults
+from faults.planting import ERRORS, Faults
 from faults.scene import Scene
 from faults.test_host import sweep
 from lib_lora_guard.patching.engine import Engine
@@ -15,14 +15,29 @@ def test_no_lora_is_left_out_as_unreadable_because_memory_ended(guarded, plan):
     assert not wrong, "\n".join(wrong)
 
 
-def test_after_memory_ended_the_next_load_is_the_guards_again(guarded):
+def test_after_memory_ended_once_it_goes_on_without_merging_and_the_next_load_merges(guarded):
     scene = Scene(guarded, "bf16")
     scene.settle("two")
+    unmerged = scene.unmerged_picture("two")
     scene.load("none")
     with Faults(1):
         scene.load("two")
+    assert not scene.control.was_left_to_host(scene.loader)
+    assert same_bits(scene.picture(), unmerged)
+    scene.host.load(scene.clone)
+    assert same_bits(scene.picture(), scene.pictures["two"])
+
+
+def test_after_memory_ended_without_merging_too_the_next_load_is_the_guards_again(guarded, monkeypatch):
+    scene = Scene(guarded, "bf16")
+    scene.settle("two")
+    scene.load("none")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "commit", lambda *args: (_ for _ in ()).throw(ERRORS["gpu"]()))
+        scene.load("two")
     assert scene.control.was_left_to_host(scene.loader)
     scene.host.load(scene.clone)
+    assert not scene.control.was_left_to_host(scene.loader)
     assert same_bits(scene.picture(), scene.pictures["two"])
 
 
