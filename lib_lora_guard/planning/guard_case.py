@@ -82,12 +82,13 @@ def missing(case: FieldCase) -> str | None:
 def judge(reading: Reading, died_of_ram: bool = False) -> tuple[Outcome, Placed]:
     """`died_of_ram`: the page file was too small for what Forge needed; no other use of it is taken for granted then."""
     placed = guard(reading)
-    if reading.ram_bytes is not None and placed.ram_bytes > _fast_ram_bytes(reading.ram_bytes):
-        # Others have read the same files there, so that there is a page file for them.
-        return (Outcome.REFUSED if died_of_ram else Outcome.SLOW), placed
+    pages = reading.ram_bytes is not None and placed.ram_bytes > _fast_ram_bytes(reading.ram_bytes)
+    if pages and died_of_ram:
+        return Outcome.REFUSED, placed
     if placed.peak_bytes > reading.free_bytes:
         return Outcome.OOM, placed
-    return (Outcome.SLOW if placed.copied_bytes > SLOW_COPY_BYTES else Outcome.OK), placed
+    # Others have read the same files there, so that there is a page file for them.
+    return (Outcome.SLOW if pages or placed.copied_bytes > SLOW_COPY_BYTES else Outcome.OK), placed
 
 
 def explained(outcome: Outcome, reading: Reading) -> str | None:

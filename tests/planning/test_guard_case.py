@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib_lora_guard.planning import activations, eviction, guard_case, host_memory
@@ -260,6 +260,19 @@ def test_more_vram_never_ends_worse(one, more_mb, died):
 
 @settings(max_examples=200)
 @given(machines, st.integers(1, 4096), st.booleans())
+@example(
+    # Neither the card nor RAM have enough: that RAM pages does not hide that a step does not fit.
+    replace(
+        next(one for one in ALL if one.storage == "Q8_0"),
+        free_bytes=256 * MB,
+        ram_bytes=26429 * MB,
+        lora_bytes=0,
+        inference_bytes=1024 * MB,
+        picture=Picture(256, 448),
+    ),
+    1,
+    False,
+)
 def test_more_lora_never_ends_better(one, more_mb, died):
     before, after = judge(one, died), judge(replace(one, lora_bytes=one.lora_bytes + more_mb * MB), died)
     assert BADNESS[after[0]] >= BADNESS[before[0]]
