@@ -34,6 +34,8 @@ from lib_lora_guard.hosts.forge_probe import probe
 from lib_lora_guard.memory import rules
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.planning import activations
+from lib_lora_guard.reporting.crash_report import Precaution
+from lib_lora_guard.reporting.flight_recorder import Phase
 
 TOTAL, REST = 24_000, 1_000
 """Bytes: a card of 24 "GB" of which the slider leaves one."""
@@ -692,6 +694,30 @@ def test_nothing_is_moved_into_ram_that_is_not_there(scene, lines):
     scene.guard.memory.ram_room_bytes = lambda: TOTAL
     scene.memory.free_memory(10_000, CARD)
     assert scene.machine.free() >= 10_000
+
+
+def test_after_a_crash_in_unloading_as_much_leaves_as_ram_is_fast_for(scene):
+    """Once; when that went well the whole model may go again."""
+    denoiser = flux(scene, 20)
+    scene.load(denoiser)
+    whole = bytes_on_card(denoiser.model)
+    scene.guard.cautions._planned = lambda model: {Precaution.PARTIAL_UNLOAD}
+    scene.guard.preflight.fast_bytes = lambda: 5_000
+    scene.memory.free_memory(TOTAL, CARD)
+    assert scene.is_loaded(denoiser)
+    # In whole layers, of which the last one may be cut.
+    assert 5_000 <= whole - bytes_on_card(denoiser.model) < 5_000 + 20_000 // 24 + 1
+    scene.memory.free_memory(TOTAL, CARD)
+    assert not scene.is_loaded(denoiser)
+    assert bytes_on_card(denoiser.model) == 0
+
+
+def test_an_engine_tells_the_journal_what_it_is_about_to_do(scene):
+    told = []
+    scene.guard.journal.work = lambda phase, ram_bytes: told.append((phase, ram_bytes)) or contextlib.nullcontext()
+    denoiser = flux(scene, 5)
+    with scene.guard.control._state(denoiser.lora_loader).engine.watch(Phase.MERGE, 7):
+        assert told == [(Phase.MERGE, 7)]
 
 
 # -- what a model is asked
