@@ -1,7 +1,8 @@
 """The last rung before a layer gives up for want of VRAM: its low-rank product on the CPU, added to the output bit by bit.
 
-What it takes on the device is one buffer of BUFFER_BYTES at a time. In fp32, whatever the activations are: CPUs are slow in
-16 bits, and the result is rounded once more than on the device.
+It takes nothing on the device: a piece of the output comes to RAM, gets its share there and is copied back over itself (where
+the output is not contiguous, torch makes one piece of PIECE_BYTES on the device for that). Everything is summed in fp32,
+whatever the activations are: CPUs are slow in 16 bits, and the result is rounded once.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from ..weights.storage import MB
 from .layer_call import LayerCall
 from .low_rank import Block, Scale
 
-BUFFER_BYTES = 1 * MB
-"""A CUDA allocator hands out no smaller piece of fresh memory than 2 MB, and has one at hand most of the time."""
+PIECE_BYTES = 1 * MB
+"""Of the wider one of input and output, in its own dtype."""
 
 CPU = torch.device("cpu")
 
@@ -25,24 +26,25 @@ def add_to_linear(
     RAM and in fp32."""
     call.say_once("memory.on_the_cpu")
     flat_in, flat_out = call.flat()
-    if block.part is not None:
-        flat_in = flat_in.narrow(1, block.part.start, block.part.length)
     end = flat_in.shape[0] if length is None else start + length
     wider = max(flat_in.shape[1], flat_out.shape[1])
-    step = max(1, BUFFER_BYTES // (wider * flat_out.element_size()))
+    step = max(1, PIECE_BYTES // (wider * flat_out.element_size()))
     for first in range(start, end, step):
         count = min(step, end - first)
-        # First over, then wider: the other way round the device would make the wide copy.
+        # Whole rows: only these are one piece of memory, which is copied without another one beside it.
         x = flat_in.narrow(0, first, count).to(CPU).float()
+        if block.part is not None:
+            x = x.narrow(1, block.part.start, block.part.length)
         activation = torch.nn.functional.linear(x, block.down)
         if scale.per_rank is not None:
             activation.mul_(scale.per_rank)
+        rows = flat_out.narrow(0, first, count)
+        result = rows.to(CPU).float()
         for out in block.outputs[first_output:]:
-            target = flat_out.narrow(0, first, count)
-            if out.part is not None:
-                target = target.narrow(1, out.part.start, out.part.length)
-            added = torch.matmul(activation.narrow(1, out.start, out.up.shape[1]), out.up.t()).mul_(scale.alpha)
-            target.add_(added.to(target.dtype).to(target.device))
+            target = result if out.part is None else result.narrow(1, out.part.start, out.part.length)
+            added = torch.matmul(activation.narrow(1, out.start, out.up.shape[1]), out.up.t())
+            target.add_(added, alpha=scale.alpha)
+        rows.copy_(result.to(rows.dtype))
 
 
 def add_to_convolution(call: LayerCall, block: Block, scale: Scale, first_output: int = 0) -> None:
@@ -57,8 +59,9 @@ def add_to_convolution(call: LayerCall, block: Block, scale: Scale, first_output
         for out in block.outputs[first_output:]:
             target = call.output_of(out.part)[number]
             ranks = activation.narrow(0, out.start, out.up.shape[1])
-            step = max(1, BUFFER_BYTES // (activation.shape[1] * target.element_size()))
+            step = max(1, PIECE_BYTES // (activation.shape[1] * target.element_size()))
             for first in range(0, target.shape[0], step):
                 rows = target.narrow(0, first, min(step, target.shape[0] - first))
-                added = torch.matmul(out.up.narrow(0, first, rows.shape[0]), ranks).mul_(scale.alpha)
-                rows.add_(added.reshape(rows.shape).to(rows.dtype).to(rows.device))
+                added = torch.matmul(out.up.narrow(0, first, rows.shape[0]), ranks)
+                result = rows.to(CPU).float().add_(added.reshape(rows.shape), alpha=scale.alpha)
+                rows.copy_(result.to(rows.dtype))

@@ -16,7 +16,7 @@ from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.reporting.messages import Message
 
 IN_RAM = ("in_ram.py", "parts_in_ram")
-"""Where RAM is used and nothing of the device but the one buffer."""
+"""Where RAM is used and nothing of the device."""
 
 
 def entry(kind, shape, seed, strength=0.8, offset=None, **more):
@@ -128,9 +128,9 @@ def test_an_error_of_another_kind_is_not_taken_to_the_cpu(layer_of):
     assert not lines
 
 
-def test_the_buffer_on_the_device_is_small(layer_of, monkeypatch):
+def test_it_goes_in_pieces(layer_of, monkeypatch):
     """Of whatever size the output is: here some tokens at a time, or a few channels."""
-    monkeypatch.setattr(in_ram, "BUFFER_BYTES", 1500)
+    monkeypatch.setattr(in_ram, "PIECE_BYTES", 1500)
     layer, x, hook, wanted = layer_of
     base = layer(x)
     result, _ = run(layer, x, hook, first=1, for_good=True, spared=IN_RAM)
@@ -138,13 +138,18 @@ def test_the_buffer_on_the_device_is_small(layer_of, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
-def test_on_a_gpu_the_buffer_is_all_that_is_taken():
+@pytest.mark.parametrize("offset", [None, (0, 1024, 2048)], ids=["whole", "slice"])
+def test_on_a_gpu_nothing_is_taken(offset):
     layer, x = torch.nn.Linear(512, 4096).to(DEVICE, torch.bfloat16), rand(8192, 512, seed=1).to(DEVICE, torch.bfloat16)
-    hook = Bypass("block.weight", (parse_term(entry("lora", (4096, 512), 1), {}),), (4096, 512))
-    output = layer(x)
+    shape = (4096 if offset is None else offset[2], 512)
+    hook = Bypass("block.weight", (parse_term(entry("lora", shape, 1, offset=offset), {}),), (4096, 512))
+    wanted = hook(layer, (x,), {}, layer(x))
+    call = layer_call.LayerCall("block.weight", layer, x, layer(x), (4096, 512))
+    (step,) = hook.program.steps
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with Faults(1, for_good=True, only=on_the_device, spared=IN_RAM):
-        hook(layer, (x,), {}, output)
-    assert torch.cuda.max_memory_allocated() - before <= 2 * in_ram.BUFFER_BYTES
+    for block, scale in step.parts_in_ram(call):
+        in_ram.add_to_linear(call, block, scale)
+    assert torch.cuda.max_memory_allocated() == before
+    assert contribution_error(call.output, wanted, layer(x)) <= 6 * torch.finfo(torch.bfloat16).eps
