@@ -8,20 +8,29 @@ MB = 1 << 20
 
 BALLAST = """
 import sys, torch
+PIECE = 32 << 30
 torch.cuda.mem_get_info()
-held = None
+whole, rest = [], None
 print("ready", flush=True)
 for line in sys.stdin:
-    held = None
+    wanted, rest = int(line), None
+    # The large pieces stay where they are: a hundred gigabytes are half a second each time.
+    del whole[wanted // PIECE:]
     torch.cuda.empty_cache()
+    try:
+        while len(whole) < wanted // PIECE:
+            whole.append(torch.empty(PIECE, dtype=torch.uint8, device="cuda"))
+    except torch.OutOfMemoryError:
+        pass
+    left = wanted - len(whole) * PIECE
     # What the driver calls free cannot always be had to the last megabyte.
-    for size in range(int(line), max(0, int(line) - (256 << 20)), -(2 << 20)):
+    for size in range(left, max(0, left - (256 << 20)), -(2 << 20)):
         try:
-            held = torch.empty(size, dtype=torch.uint8, device="cuda")
+            rest = torch.empty(size, dtype=torch.uint8, device="cuda")
             break
         except torch.OutOfMemoryError:
             pass
-    print("held", 0 if held is None else held.numel(), flush=True)
+    print("held", len(whole) * PIECE + (0 if rest is None else rest.numel()), flush=True)
 """
 
 

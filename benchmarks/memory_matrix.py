@@ -81,15 +81,21 @@ class Matrix:
             traceback.print_exc()
             self.built_as = None
         finally:
+            denoiser.unload()
             patcher = None
             denoiser.current = denoiser.patcher
-            denoiser.unload()
             self.forge.uninstall()
         return row
 
     def measure(self, patcher, inputs, takeover, case):
         torch, denoiser = self.torch, self.denoiser
         card = Card(torch)
+
+        def retries():
+            # How often torch had to hand back what it held before an allocation went through.
+            return torch.cuda.memory_stats().get("num_alloc_retries", 0) if card.has_card else 0
+
+        retried = retries()
         started = time.perf_counter()
         denoiser.prepare(patcher, case.size_px)
         card.settle()
@@ -117,6 +123,7 @@ class Matrix:
             "weights_mb": mb(on_card),
             "swapped_mb": mb(swapped),
             "factors_mb": mb(factors),
+            "retries": retries() - retried,
             "load_s": round(loaded_s, 2),
             "steps_s": steps,
             "loras_applied": 0 if report is None else sum(lora.refused is None for lora in report.loras),
@@ -220,12 +227,13 @@ class Prediction:
         return self.takeover.memory.needs([self.patcher], self.denoiser.device, estimate, factors)
 
     def placed(self, needs):
-        """`(on the card, swapped)` by Forge's own functions, given the guard's number."""
+        """`(on the card, swapped)` by Forge's own functions, given the guard's numbers."""
         memory, device, model = self.denoiser.memory, self.denoiser.device, self.patcher.model
         free, size = memory.get_free_memory(device), memory.module_size(model)
         if free - size - needs.free_bytes >= 0:
             return size, 0
-        budget = memory.compute_model_gpu_memory_when_using_cpu_swap(free, needs.free_bytes)
+        with self.takeover.memory.planned():
+            budget = memory.compute_model_gpu_memory_when_using_cpu_swap(free, needs.free_bytes)
         whole, extras, _ = memory.build_module_profile(model, budget)
         placed = sum(layer.total_mem for layer in whole) + sum(layer.extra_mem for layer in extras)
         return placed, size - placed

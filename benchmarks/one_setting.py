@@ -92,9 +92,10 @@ class Studio:
             denoiser.sampling.sampling_cleanup(patcher)
             pixels = self.vae.pixels(latent)
         finally:
+            # Before the patcher is let go: what nobody holds any more is forgotten where it lies, and the next card is not empty.
+            denoiser.unload()
             patcher = None
             denoiser.current = denoiser.patcher
-            denoiser.unload()
             self.forge.uninstall()
         row = {
             "cap_gb": cap_gb,

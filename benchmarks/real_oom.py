@@ -16,6 +16,7 @@ nothing to do with LoRAs. Everything else is wrong.
 
 import argparse
 import contextlib
+import gc
 import logging
 import sys
 import time
@@ -209,7 +210,8 @@ class Scene:
             output = self.act(operation, level_mb)
             away = self.distance(output, AFTER[operation])
         except LoraGuardError as error:
-            return {"end": "words", "error": f"{type(error).__name__}: {error}"[:300]}
+            said = {"end": "words", "error": f"{type(error).__name__}: {error}"[:300]}
+            return said | ({"because": because(error.__cause__)} if error.__cause__ is not None else {})
         except Exception as error:
             why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             if not is_out_of_memory(error):
@@ -228,8 +230,8 @@ class Scene:
         from lib_lora_guard.hosts import forge
 
         self.ballast.leave(COMFORT)
-        self.denoiser.current = self.denoiser.patcher
         self.denoiser.unload()
+        self.denoiser.current = self.denoiser.patcher
         forge.uninstall()
 
 
@@ -256,6 +258,13 @@ def in_guards_layers(error):
 def where(error):
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}: {frames[-1].name}" if frames else "?"
+
+
+def because(error):
+    """What an error of ours stands for, and the way to it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    way = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-6:])
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200]} ({way})"
 
 
 @contextlib.contextmanager
@@ -342,9 +351,13 @@ def run_attempts(options):
             share = (options.seconds - (now - started)) / (len(variants) - number)
             ballast.leave(COMFORT)
             scene = Scene(torch, options, ballast, storage, mode)
+            # What was there before an attempt is not looked through after it.
+            gc.collect()
+            gc.freeze()
             try:
                 rows = sweep(scene, options, header, now + share)
             finally:
+                gc.unfreeze()
                 scene.close()
             every += rows
             gpu_rig.write_line(options.out, header | {"summary": f"{storage}, {mode}", **summary(rows)})

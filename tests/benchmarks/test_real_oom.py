@@ -279,20 +279,30 @@ def test_the_ballast_leaves_what_it_is_told(monkeypatch):
 
 
 def test_the_ballast_process_takes_a_little_less_where_it_must(tmp_path):
-    """The program itself, with a torch of its own that has 10 GB."""
+    """The program itself, with a torch of its own that has 100 GB and says what is asked of it."""
     (tmp_path / "torch.py").write_text(
+        "import sys\n"
+        "held = 0\n"
         "class OutOfMemoryError(Exception): pass\n"
         "class cuda:\n"
         "    mem_get_info = empty_cache = staticmethod(lambda: None)\n"
         "class Held:\n"
-        "    def __init__(self, size): self.numel = lambda: size\n"
+        "    def __init__(self, size):\n"
+        "        global held\n"
+        "        held += size\n"
+        "        self.size, self.numel = size, lambda: size\n"
+        "    def __del__(self):\n"
+        "        global held\n"
+        "        held -= self.size\n"
         "uint8 = None\n"
         "def empty(size, dtype, device):\n"
-        "    if size > 10 << 30: raise OutOfMemoryError\n"
+        "    if held + size > 100 << 30: raise OutOfMemoryError\n"
+        "    print('took', size, file=sys.stderr)\n"
         "    return Held(size)\n",
         encoding="utf-8",
     )
-    orders = [1 << 30, 0, (10 << 30) + (5 << 20), 12 << 30]
+    gb, mb = 1 << 30, 1 << 20
+    orders = [gb, 0, 70 * gb, 66 * gb, 30 * gb, 100 * gb + 5 * mb, 102 * gb]
     done = subprocess.run(
         [sys.executable, "-c", ballast.BALLAST],
         input="".join(f"{size}\n" for size in orders),
@@ -302,5 +312,9 @@ def test_the_ballast_process_takes_a_little_less_where_it_must(tmp_path):
         timeout=60,
         check=True,
     )
-    held = [1 << 30, 0, (10 << 30) - (1 << 20), 0]
+    # The last is too much by more than it looks for: the small piece is left out.
+    held = [gb, 0, 70 * gb, 66 * gb, 30 * gb, 100 * gb - mb, 96 * gb]
     assert done.stdout.splitlines() == ["ready", *(f"held {size}" for size in held)]
+    # Pieces of 32 GB stay where they are.
+    took = [gb, 32 * gb, 32 * gb, 6 * gb, 2 * gb, 30 * gb, *[32 * gb] * 3, 4 * gb - mb]
+    assert done.stderr.split("took ")[1:] == [f"{size}\n" for size in took]

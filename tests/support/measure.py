@@ -58,7 +58,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes (NaN equals itself)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.detach().contiguous().view(torch.uint8).cpu(), b.detach().contiguous().view(torch.uint8).cpu())
+    one, other = (t.detach().contiguous().view(torch.uint8) for t in (a, b))
+    return torch.equal(one, other.to(one.device))
 
 
 def live_tensors():
