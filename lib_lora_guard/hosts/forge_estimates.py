@@ -7,6 +7,7 @@ eviction and in each step for whether prompt and negative prompt run at once.
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -102,7 +103,8 @@ class Estimates:
         tokens = replace(tokens_for(architecture, picture), rows=rows)
         dtype = getattr(model, "computation_dtype", torch.float16)
         compute_bytes = torch.empty(0, dtype=dtype).element_size()
-        return activations.step(tokens, picture, _shapes(model), compute_bytes)
+        found = activations.step(tokens, picture, _shapes(model), compute_bytes)
+        return found.with_copy(_largest_narrow(model) * compute_bytes)
 
     def _key(self, model: Any, shape: Shape) -> Key:
         rows, height, width = shape
@@ -122,6 +124,12 @@ def stored_as(model: Any) -> str:
     """The format of a model's weights as Forge names it: "nf4", "gguf", or a dtype; "" where it says none."""
     kept: Any = getattr(model, "storage_dtype", "")
     return dtype_name(kept) if isinstance(kept, torch.dtype) else str(kept)
+
+
+def _largest_narrow(model: torch.nn.Module) -> int:
+    """Values of the largest weight that is stored in fewer bits than 16; 0 where none is."""
+    stored = (storage_of(parameter) for parameter in model.parameters())
+    return max((math.prod(one.shape) for one in stored if not one.wide), default=0)
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

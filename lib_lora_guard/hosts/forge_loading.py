@@ -120,6 +120,8 @@ class Loading:
                 result = original(*bound.args, **bound.kwargs)
             if plans:
                 self._memory.watch_share(patchers, device)
+                if len(others) > len(handed_over):
+                    self._memory.give_back_unused(device, needs.free_bytes)
         # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
         for patcher in [*handed_over, *already_loaded]:
             if hasattr(patcher, "lora_loader"):

@@ -28,6 +28,7 @@ from ..memory.rules import Finding
 from ..memory.step_times import driver_spills
 from ..planning import activations
 from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
+from ..planning.on_card import weights_on_card_bytes
 from ..reporting.messages import Message, say
 from ..weights.storage import MB
 from .forge_calibration import ForgeCalibration
@@ -116,6 +117,13 @@ class ForgeMemory:
         keep = [one.model for one in bound.arguments["keep_loaded"]]
         self.make_room(device, Coming(0, 0, None), int(wanted), keep)
         return None
+
+    def weights_on_card(self, original: Callable[..., Any], free_bytes: float, need_bytes: float) -> int:
+        """In place of `compute_model_gpu_memory_when_using_cpu_swap`: how much of a model that does not fit is placed."""
+        if not getattr(self._planned, "depth", 0):
+            # A load that the guard does not plan: for another device, or by another rule.
+            return int(original(free_bytes, need_bytes))
+        return weights_on_card_bytes(free_bytes, need_bytes)
 
     # -- what the takeover of loading asks
 
@@ -206,6 +214,14 @@ class ForgeMemory:
             self._memory.soft_empty_cache()
         self.drop_abandoned()
         return plan
+
+    def give_back_unused(self, device: Any, need_bytes: int) -> None:
+        """After a load: what torch holds of the card without using it, where that is more than a step takes of it. Baking
+        GGUF weights leaves gigabytes of old pieces; on Windows they push other programs, or the step itself, into RAM."""
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if unused > need_bytes:
+            log.debug("%d bytes of the card are held and not used after a load", unused)
+            self._memory.soft_empty_cache()
 
     def watch_share(self, patchers: Sequence[Any], device: Any) -> None:
         """Notes how much of each model is on the device after a load, and says where that shrinks for no reason."""

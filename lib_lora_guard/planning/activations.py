@@ -35,6 +35,10 @@ class Activations:
     used_bytes: int
     held_bytes: int
 
+    def with_copy(self, copy_bytes: int) -> Activations:
+        """And the copy of a weight that is cast or dequantised for its layer's product."""
+        return Activations(self.used_bytes + copy_bytes, self.held_bytes + copy_bytes)
+
 
 @dataclass(frozen=True)
 class _Peak:

@@ -2,7 +2,7 @@
 
 One image with a new prompt: the text encoder comes, the denoiser, the VAE's decoder. Room is made by `eviction.plan_eviction`,
 a step needs what `activations.step` says it holds (at least the slider's rest) and the LoRAs' factors, and what does not fit is
-swapped by the host's own rule. Factors lie beside the weights (bypass), so there is no backup and no merge. RAM is counted as
+swapped by the rule of `on_card`. Factors lie beside the weights (bypass), so there is no backup and no merge. RAM is counted as
 in `predict`. For the same image `host` counts what Forge does: only a failure that this arithmetic explains is judged.
 
 Left out: layers are no units here, so that sizes on the card are up to a layer off; the page file's size is in no report.
@@ -10,6 +10,7 @@ Left out: layers are no units here, so that sizes on the card are up to a layer 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..reporting.messages import Message
@@ -20,6 +21,7 @@ from .eviction import Coming, Resident, plan_eviction
 from .field_cases import FieldCase, Outcome
 from .guard_readings import ELSEWHERE, MISSING, NO_VRAM, Reading, readings
 from .host_memory import GB, MB, PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, RAM_FLOOR_BYTES, Latent, Request
+from .on_card import weights_on_card_bytes
 from .rates import PAGEABLE_TO_GPU
 from .replay import GuardOutcome
 from .tokens import tokens_for
@@ -126,14 +128,14 @@ def explained(outcome: Outcome, reading: Reading) -> str | None:
 def guard(reading: Reading) -> Placed:
     """By the guard's own plan."""
     step, factors = _step(reading), reading.lora_bytes
-    need = max(reading.inference_bytes, step.held_bytes) + factors
+    need = max(reading.inference_bytes, step.held_bytes + _cast_bytes(reading)) + factors
     text, vae, free = reading.text_bytes, reading.vae_bytes, reading.free_bytes
     # The first image: the text encoder on an empty card, then the denoiser.
     text_away = plan_eviction(Coming(text, text, TEXT_ENCODER_PASSES), reading.inference_bytes, free, []).swapped_bytes
     there = text - text_away
     plan = plan_eviction(Coming(reading.denoiser_bytes, 0, None), need, free - there, [Resident(there, there, False)])
     there -= plan.leaving_bytes[0]
-    on_card = _on_card(reading.denoiser_bytes, free - there, need)
+    on_card = _on_card(reading.denoiser_bytes, free - there, need, weights_on_card_bytes)
     outside = [text - there + reading.denoiser_bytes - on_card + vae]
     denoiser = Resident(on_card, on_card, returns=True)
     # The decoder, and the next prompt.
@@ -164,7 +166,7 @@ def host(reading: Reading) -> Placed:
     to leave leaves whole."""
     hard = reading.lora_bytes if reading.online else 0
     free, denoiser = reading.free_bytes, reading.denoiser_bytes
-    on_card = _on_card(denoiser, free, reading.inference_bytes + hard)
+    on_card = _on_card(denoiser, free, reading.inference_bytes + hard, forge.swap_budget_bytes)
     left = free - on_card - hard
     rest = reading.inference_bytes
     text = forge.request_bytes(Request(reading.text_bytes, slider_rest_bytes=rest))
@@ -180,16 +182,15 @@ def host(reading: Reading) -> Placed:
     return Placed(on_card, calls * (denoiser - on_card), left, peak, ram, calls)
 
 
-def _on_card(size: int, free: int, need: int) -> int:
-    budget = forge.place(free, size, 0, need).swap_budget_bytes
-    return size if budget is None else min(size, budget)
+def _on_card(size: int, free: int, need: int, budget_bytes: Callable[[float, float], int]) -> int:
+    is_whole = forge.place(free, size, 0, need).swap_budget_bytes is None
+    return size if is_whole else min(size, budget_bytes(free, need))
 
 
 def _peak(reading: Reading, on_card: int, step: Activations, factors: int | None = None) -> tuple[int, int]:
     """`(bytes, calls)`: prompt and negative prompt run one after the other where both at once do not fit."""
     factors = reading.lora_bytes if factors is None else factors
-    is_cast = on_card < reading.denoiser_bytes or not reading.is_wide
-    beside = on_card + factors + (reading.largest_values * reading.compute_bytes if is_cast else 0)
+    beside = on_card + factors + _cast_bytes(reading, is_swapped=on_card < reading.denoiser_bytes)
     rows = tokens_for(reading.architecture, reading.picture).rows
     if beside + step.used_bytes <= reading.free_bytes or rows == 1:
         return beside + step.used_bytes, 1
@@ -200,6 +201,11 @@ def _step(reading: Reading) -> Activations:
     return activations.step(
         tokens_for(reading.architecture, reading.picture), reading.picture, {}, reading.compute_bytes
     )
+
+
+def _cast_bytes(reading: Reading, is_swapped: bool = False) -> int:
+    """The copy that casting, dequantising or swapping makes of the largest layer."""
+    return reading.largest_values * reading.compute_bytes if is_swapped or not reading.is_wide else 0
 
 
 def _more_products(reading: Reading) -> float:

@@ -5,8 +5,9 @@ for what happens; measurements on an H100 and an H200 with Flux-dev's shapes (do
 `rates`.
 
 - Placement is Forge's: everything if weights + 1 GiB for inference (the guard: what a step holds, where that is more) +
-  reserved factors fit into the free VRAM; else small weights first, until max(rest / 1.3, rest - 1.25 GiB) is full. The others are swapped: they lie in RAM and are copied, not
-  pinned, in every step. The denoiser alone is on the GPU then; text encoders and VAE are in RAM.
+  reserved factors fit into the free VRAM; else small weights first, until max(rest / 1.3, rest - 1.25 GiB) is full (the
+  guard: `on_card`). The others are swapped: they lie in RAM and are copied, not pinned, in every step. The denoiser alone is
+  on the GPU then; text encoders and VAE are in RAM.
 - GGUF weights take what baking makes of them (`gguf_baked`); Forge places them by their size in the file, the guard by that.
 - VRAM peak of sampling = weights there + activations + the copy that casting or dequantising the largest layer makes
   + factors + workspace of the way. Merging needs three fp32 copies of the largest layer that it patches on the GPU.
@@ -24,7 +25,7 @@ minutes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -32,6 +33,7 @@ from . import host_memory
 from .costs import FP32_BYTES, Cost
 from .host_memory import PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, swap_budget_bytes
 from .mode import Mode
+from .on_card import weights_on_card_bytes
 from .rates import CPU_MERGE_VALUES, GpuRates
 
 MB = 1 << 20
@@ -150,13 +152,19 @@ def predict(
     return room.guard(), room.forge_merge(Way.FORGE_MERGE), on_the_fly
 
 
-def swapped_keys(weights: Iterable[Weight], vram_bytes: int, inference_bytes: int) -> frozenset[str]:
-    """Weights that Forge leaves in RAM, by its rule (see above). `inference_bytes`: the slider's rest and what is reserved."""
+def swapped_keys(
+    weights: Iterable[Weight],
+    vram_bytes: int,
+    inference_bytes: int,
+    budget_bytes: Callable[[float, float], int] = swap_budget_bytes,
+) -> frozenset[str]:
+    """Weights that stay in RAM. `inference_bytes`: the slider's rest and what is reserved; `budget_bytes`: the rule, Forge's
+    own by default."""
     by_size = sorted(weights, key=lambda weight: weight.bytes)
     rest = vram_bytes - inference_bytes
     if sum(weight.bytes for weight in by_size) <= rest:
         return frozenset()
-    budget = swap_budget_bytes(vram_bytes, inference_bytes)
+    budget = budget_bytes(vram_bytes, inference_bytes)
     placed, swapped = 0, set()
     for weight in by_size:
         if placed + weight.bytes < budget:
@@ -175,7 +183,7 @@ class _Room:
         self.model, self.patches, self.rates = model, patches, rates
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         self.file_bytes = sum(patch.file_bytes for patch in patches)
-        self.guards_inference_bytes = max(INFERENCE_BYTES, model.held_bytes)
+        self.guards_inference_bytes = max(INFERENCE_BYTES, model.held_bytes + (0 if model.wide else self._cast_bytes))
         """The guard places by what a step holds where the slider leaves less (LG-R05), with a LoRA and without."""
         self.as_stored = [w if w.placed_bytes is None else replace(w, bytes=w.placed_bytes) for w in model.weights]
         """What Forge places by; the guard counts what the weights will take."""
@@ -185,7 +193,7 @@ class _Room:
         carried = [patch for patch in self.patches if patch.mode is not Mode.MERGE]
         merged = [patch for patch in self.patches if patch.mode is Mode.MERGE]
         factors = sum(patch.guard.resident_bytes for patch in carried if patch.in_denoiser)
-        swapped = self._swapped(self.model.weights, factors, self.guards_inference_bytes)
+        swapped = self._guards_swapped(factors)
         backup = sum(patch.bytes for patch in merged)
         workspace = max((patch.guard.workspace_bytes for patch in carried if patch.in_denoiser), default=0)
         # Merging goes over the GPU also for swapped weights: there and back.
@@ -210,7 +218,7 @@ class _Room:
             apply_seconds=factors / self.rates.pageable_to_gpu + merging + norms,
             change_seconds=merging + backup / self.rates.pageable_to_gpu,
             step_seconds=sum(self._step_seconds(patch.guard) for patch in carried),
-            without=self._swapped(self.model.weights, 0, self.guards_inference_bytes),
+            without=self._guards_swapped(0),
         )
 
     def forge_on_the_fly(self) -> Prediction:
@@ -221,7 +229,7 @@ class _Room:
             Way.FORGE_ON_THE_FLY,
             Effect.NONE if unread else Effect.WHOLE,
             unread,
-            self._swapped(self.as_stored, factors),
+            self._swapped(factors),
             factors,
             during_step=max((patch.forge.workspace_bytes for patch in self.patches if patch.in_denoiser), default=0),
             backup=0,
@@ -232,7 +240,7 @@ class _Room:
         )
 
     def forge_merge(self, way: Way) -> Prediction:
-        swapped = self._swapped(self.as_stored, 0)
+        swapped = self._swapped(0)
         on_gpu = [patch for patch in self.patches if patch.key not in swapped]
         on_cpu = [patch for patch in self.patches if patch.key in swapped]
         backup = sum(patch.bytes for patch in self.patches)
@@ -289,13 +297,12 @@ class _Room:
         model = self.model
         swapped_bytes = self._swapped_bytes(swapped)
         on_gpu = model.denoiser_bytes - swapped_bytes
-        largest = max((weight.values for weight in model.weights), default=0)
-        cast = 0 if model.wide and not swapped else largest * model.compute_bytes
+        cast = 0 if model.wide and not swapped else self._cast_bytes
         vram = on_gpu + max(model.activation_bytes + cast + factors + during_step, during_merge)
         running = PROCESS_RUNNING_BYTES + model.other_bytes + swapped_bytes + self.file_bytes + ram
         ram_peak = max(PROCESS_LOADING_BYTES + model.other_bytes + model.denoiser_bytes, running)
         if without is None:
-            without = self._swapped(self.as_stored, 0)
+            without = self._swapped(0)
         more_swapped = max(0, swapped_bytes - self._swapped_bytes(without))
         return Prediction(
             way=way,
@@ -314,10 +321,17 @@ class _Room:
             extra_step_seconds=step_seconds + more_swapped / self.rates.pageable_to_gpu,
         )
 
-    def _swapped(
-        self, weights: Sequence[Weight], reserved_bytes: int, inference_bytes: int = INFERENCE_BYTES
-    ) -> frozenset[str]:
-        return swapped_keys(weights, self.vram_bytes, inference_bytes + reserved_bytes)
+    def _swapped(self, reserved_bytes: int) -> frozenset[str]:
+        return swapped_keys(self.as_stored, self.vram_bytes, INFERENCE_BYTES + reserved_bytes)
+
+    def _guards_swapped(self, reserved_bytes: int) -> frozenset[str]:
+        inference = self.guards_inference_bytes + reserved_bytes
+        return swapped_keys(self.model.weights, self.vram_bytes, inference, weights_on_card_bytes)
+
+    @property
+    def _cast_bytes(self) -> int:
+        """The copy that casting or dequantising makes of the largest layer."""
+        return max((weight.values for weight in self.model.weights), default=0) * self.model.compute_bytes
 
     def _swapped_bytes(self, keys: frozenset[str]) -> int:
         return sum(weight.bytes for weight in self.model.weights if weight.key in keys)

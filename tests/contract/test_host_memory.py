@@ -10,7 +10,9 @@ import torch
 from support.live_memory import LiveMemory
 
 from contract.host import REAL
+from lib_lora_guard.hosts import forge as forge_host
 from lib_lora_guard.planning import host_memory as forge
+from lib_lora_guard.planning import on_card
 from lib_lora_guard.planning.host_memory import GB, Latent, Layer, Loaded, Request
 
 only_real = pytest.mark.skipif(not REAL, reason="the double has no arithmetic of its own")
@@ -145,6 +147,41 @@ def test_what_the_host_prints_when_it_places_a_model(host, monkeypatch, capsys, 
         layout = forge.distribute(layers, placed.swap_budget_bytes, norms)
         line = re.search(r"Swap Loaded \(\w+ method\): (.+ MB), GPU Loaded: (.+ MB)", said)
         assert line.groups() == (forge.as_logged(layout.swapped_bytes), forge.as_logged(layout.gpu_bytes))
+
+
+@only_real
+def test_the_host_places_by_the_guards_rule_what_the_guard_plans(host, monkeypatch, capsys):
+    memory, rest, room = host.memory, 700, [0]
+    model = with_norms(host).model
+    size, layers, norms = memory.module_size(model), layers_of(model), sum(n.scale.nbytes for n in model.norms)
+    takeover = forge_host.install()
+    more = []
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(on_card, "SWAPPING_BYTES", 100)
+            patch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
+            patch.setattr(memory, "get_free_memory", lambda *a, **k: (room[0], 0) if k else room[0])
+            patch.setattr(memory, "current_inference_memory", rest)
+            patch.setattr(memory, "bake_gguf_model", lambda model: None)
+            for short in range(1, int(size), 3001):
+                room[0] = size + rest - short
+                patcher = with_norms(host)
+                patcher.load_device = META
+                capsys.readouterr()
+                # The card is none of CUDA's here: nobody but this test plans for it.
+                with takeover.memory.planned():
+                    memory.load_models_gpu([patcher])
+                memory.current_loaded_models.clear()
+                said = capsys.readouterr().out
+                layout = forge.distribute(layers, max((size - short) / 1.3, size - short - 100), norms)
+                line = re.search(r"Swap Loaded \(\w+ method\): (.+ MB), GPU Loaded: (.+ MB)", said)
+                assert line.groups() == (forge.as_logged(layout.swapped_bytes), forge.as_logged(layout.gpu_bytes))
+                by_forge = forge.distribute(layers, forge.swap_budget_bytes(room[0], rest), norms)
+                more.append(layout.gpu_bytes - by_forge.gpu_bytes)
+    finally:
+        forge_host.uninstall()
+    assert min(more) >= 0
+    assert max(more) > 0
 
 
 class Placed:

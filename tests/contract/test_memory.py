@@ -83,7 +83,8 @@ def patcher_of(host, model):
 
 def hooked(host):
     memory, patcher = host.memory, host.base.ModelPatcher
-    return {
+    budget = "compute_model_gpu_memory_when_using_cpu_swap"
+    return ({budget: lambda: getattr(memory, budget)} if hasattr(memory, budget) else {}) | {
         "free_memory": lambda: memory.free_memory,
         "load_models_gpu": lambda: memory.load_models_gpu,
         "get_free_memory": lambda: memory.get_free_memory,
@@ -230,6 +231,16 @@ def test_flux_is_asked_for_one_row_a_picture(host, takeover, k_model):
         tokens_for("Flux", Picture(4096, 4096)), Picture(4096, 4096), {"a": (64, 64)}, torch.bfloat16.itemsize
     )
     assert patcher.memory_required(big) == one.held_bytes
+
+
+def test_what_is_stored_in_fewer_bits_is_copied_for_its_product(host, takeover, k_model):
+    """The largest layer once, in the dtype of the calculation; layers of 16 bits are used as they lie."""
+    takeover.install_estimates(k_model)
+    plain, narrow = flux(), flux()
+    for layer in (narrow.double_blocks[0].img_mod.lin, narrow.single_blocks[1].linear1):
+        layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    asked = {name: built(k_model, one).memory_required(LATENT) for name, one in (("plain", plain), ("narrow", narrow))}
+    assert asked["narrow"] - asked["plain"] == 7 * 64 * 64 * torch.bfloat16.itemsize
 
 
 def test_a_model_of_nobodys_keeps_the_hosts_number(host, takeover, k_model):

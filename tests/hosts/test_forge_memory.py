@@ -33,7 +33,7 @@ from lib_lora_guard.hosts.forge import ForgeTakeover
 from lib_lora_guard.hosts.forge_probe import probe
 from lib_lora_guard.memory import rules
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
-from lib_lora_guard.planning import activations
+from lib_lora_guard.planning import activations, on_card
 from lib_lora_guard.reporting.crash_report import Precaution
 from lib_lora_guard.reporting.flight_recorder import Phase
 
@@ -918,3 +918,44 @@ def test_any_order_with_ram_that_runs_out(parts, drawn, todo, failing):
             scene.free_all()
             assert bytes_on_card(patcher.model) == 0
             assert_as_built(patcher.model)
+
+
+# -- how much of a model that does not fit is placed, and what a load leaves in torch's cache
+
+
+def test_more_of_a_model_that_does_not_fit_lies_on_the_card_than_with_forge(parts, monkeypatch):
+    monkeypatch.setattr(on_card, "SWAPPING_BYTES", 768)
+    placed = {}
+    for guarded in (True, False):
+        with scene_of(parts, guarded=guarded) as scene:
+            denoiser = flux(scene, 30, layers=60)
+            scene.load(denoiser)
+            placed[guarded] = bytes_on_card(denoiser.model)
+    room, layer = TOTAL - REST, 500
+    assert room - 768 - layer < placed[True] <= room - 768
+    assert room / 1.3 - layer < placed[False] <= room / 1.3
+
+
+def test_what_the_guard_does_not_plan_is_placed_by_forges_rule(scene, monkeypatch):
+    monkeypatch.setattr(on_card, "SWAPPING_BYTES", 768)
+    assert scene.memory.compute_model_gpu_memory_when_using_cpu_swap(14_000, 1_000) == 10_000
+    with scene.guard.memory.planned():
+        assert scene.memory.compute_model_gpu_memory_when_using_cpu_swap(14_000, 1_000) == 13_000 - 768
+    scene.guard.uninstall()
+    scene.guard = None
+    assert scene.memory.compute_model_gpu_memory_when_using_cpu_swap(14_000, 1_000) == 10_000
+
+
+@pytest.mark.parametrize(("unused", "times"), [(0, 0), (REST, 0), (REST + 1, 1)])
+def test_a_load_gives_back_what_torch_holds_beyond_a_step(scene, monkeypatch, unused, times):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5_000 + unused)
+    given_back = []
+    monkeypatch.setattr(scene.memory, "soft_empty_cache", lambda: given_back.append(1))
+    denoiser = flux(scene)
+    scene.load(denoiser)
+    assert len(given_back) == times
+    # Not between the images of a loaded model, nor for another stack on it: the next step takes it.
+    scene.load(denoiser)
+    scene.load(denoiser.clone())
+    assert len(given_back) == times

@@ -162,8 +162,10 @@ def test_the_guard_places_by_what_a_step_holds_and_forge_by_the_slider():
     at = {"vram_bytes": 12 * GB, "ram_bytes": 64 * GB, "rates": RATES["RTX 3060"]}
     (guard, merge, fly), before = predict(large, patches, **at), predict(small, patches, **at)
     assert (merge, fly) == before[1:]
-    # 2 GiB less room is as much less on the card, to a layer of 64 MB.
-    assert before[0].weights_on_gpu_bytes - guard.weights_on_gpu_bytes == pytest.approx(2 * GB, abs=64 * MB)
+    # 2 GiB less room and the copy of the largest layer are as much less on the card, to a layer of 64 MB.
+    cast = 21504 * 3072 * 2
+    less = before[0].weights_on_gpu_bytes - guard.weights_on_gpu_bytes
+    assert less == pytest.approx(2 * GB + cast, abs=64 * MB)
     # Without a LoRA the guard leaves as much free: no part of what a LoRA makes a step longer. Two layers are 0.02 s.
     assert guard.extra_step_seconds == pytest.approx(before[0].extra_step_seconds, abs=0.02)
     assert before[0] == predict(dataclasses.replace(model, held_bytes=0), patches, **at)[0]

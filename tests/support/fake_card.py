@@ -201,6 +201,9 @@ class FakeMemory:
                 loaded.remove(one)
                 one.model_unload()
 
+    def compute_model_gpu_memory_when_using_cpu_swap(self, current_free_mem, inference_memory):
+        return int(max(0, (current_free_mem - inference_memory) / 1.3))
+
     def load_models_gpu(self, models, memory_required=0, hard_memory_preservation=0):
         to_free = max(self.minimum_inference_memory(), memory_required) + hard_memory_preservation
         to_leave = self.minimum_inference_memory() + hard_memory_preservation
@@ -229,7 +232,8 @@ class FakeMemory:
             if self.vram_state in (VRAMState.LOW_VRAM, VRAMState.NORMAL_VRAM):
                 room = self.get_free_memory(CARD) - to_leave
                 if room < outside:
-                    budget = inside or int(max(0, room / 1.3))
+                    free = self.get_free_memory(CARD)
+                    budget = inside or self.compute_model_gpu_memory_when_using_cpu_swap(free, to_leave)
             if self.vram_state == VRAMState.NO_VRAM:
                 budget = 0
             one.model_load(budget)
