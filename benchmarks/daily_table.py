@@ -58,9 +58,10 @@ def changes(results):
 
 
 def alternating(results):
-    """Ten images with a prompt of their own, one column for each way."""
+    """Ten images with a prompt of their own, one column for each way: the last that was measured."""
+    results = list({result["way"]: result for result in results}.values())
     found = [result["result"] for result in results]
-    rows = [["", *(result["way"] for result in results)]]
+    rows = [["", *(result["way"] for result in results)], ["commit", *(result["commit"] for result in results)]]
     rows.append(["images", *(str(one["images"]) for one in found)])
     rows.append(["GB over the bus", *(f"{one['moved_gb']:.1f}" for one in found)])
     rows.append(["seconds, counting included", *(f"{one['seconds']:.1f}" for one in found)])
@@ -69,7 +70,8 @@ def alternating(results):
         ["GB of the model on the GPU after the last decode", *(f"{one['rows'][-1]['on_gpu_gb']:.2f}" for one in found)]
     )
     header = results[0]
-    return f"{table(rows)}\n\n" + measured_on(header, f"; {header['free_gb']:g} GB free, {header['storage']}")
+    machine = f"{header['gpu']}, torch {header['torch']}; {header['free_gb']:g} GB free, {header['storage']}."
+    return f"{table(rows)}\n\n{machine}"
 
 
 def first(image):

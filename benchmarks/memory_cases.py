@@ -115,15 +115,16 @@ def idle_mb(cap_mb, peak_mb, swapped_mb):
 def scored(predicted, measured):
     """The scores of a row: of what the guard's placement promises and of `lora-guard plan`, both against the peak of what is
     allocated; `room_mb`: kept free for a step less what torch took from the card beside the weights, negative where a step had
-    to collect or stop; and what lay idle."""
+    more from it, None where the load itself had more than the steps after it; and what lay idle."""
     peak = measured["allocated_mb"]
     known = bool(peak)
     beside = measured["reserved_mb"] - measured["weights_mb"]
+    is_the_steps = known and measured["reserved_mb"] > measured["load_reserved_mb"]
     return {
         "promised": score(predicted["promised_mb"], peak),
         "plan": score(predicted["plan_mb"], peak),
         "weights": score(predicted["weights_mb"], measured["weights_mb"]),
-        "room_mb": round(predicted["kept_free_mb"] - beside, 1) if known else None,
+        "room_mb": round(predicted["kept_free_mb"] - beside, 1) if is_the_steps else None,
         "idle_mb": idle_mb(measured["free_before_mb"], measured["reserved_mb"], measured["swapped_mb"])
         if known
         else None,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from daily_table import table
 from gpu_rig import read_lines
-from memory_cases import GOAL_SHARE, GOAL_UNDER_MB
+from memory_cases import GOAL_SHARE, GOAL_UNDER_MB, scored
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
 BEFORE = "## To repeat it\n"
@@ -22,10 +22,11 @@ SECTIONS = {
     "memory matrix": """## Predicted and measured peaks
 
 `benchmarks/memory_matrix.py`: Flux, SDXL and SD 1.5 in Forge's own classes with random weights, one factor varied at a time: one
-load, apply and two steps with the stated VRAM free. "Promised" is what the running guard plans with (weights where Forge's rule
-puts them, a step of this size, the largest layer's cast, factors), before anything is loaded; "plan" what `lora-guard plan` says;
+load, apply and two steps with the stated VRAM free. "Promised" is what the running guard plans with (weights where they are
+placed, a step of this size, the largest layer's cast, factors), before anything is loaded; "plan" what `lora-guard plan` says;
 "measured" the peak of torch's allocator. "Room" is what the guard keeps free for a step, less what torch took from the card
-beside the weights: below zero it had to collect. "Idle" is VRAM that stayed free even at the peak although weights were swapped.
+beside the weights: below zero it took that much more, "load" where the load itself had more of the card than the steps. "Idle" is
+VRAM that stayed free even at the peak although weights were swapped.
 """,
     "real oom": """## Memory that really ends
 
@@ -71,6 +72,8 @@ def case_cell(row):
 
 def matrix(rows):
     rows = last_of_each(rows, lambda row: (row["case"], row["commit"]))
+    # By the rules of now, whatever they were when the row was written.
+    rows = [row | (scored(row["predicted"], row["measured"]) if row.get("measured") else {}) for row in rows]
     body = [["case", "promised MB", "plan MB", "measured MB", "promised off", "plan off", "room MB", "idle MB", "goal"]]
     for row in rows:
         measured, predicted = row.get("measured"), row.get("predicted")
@@ -88,7 +91,7 @@ def matrix(rows):
                 f"{measured['allocated_mb']:,.0f}",
                 percent(row["promised"]["share"]),
                 percent(row["plan"]["share"]),
-                signed(row["room_mb"]),
+                signed(row["room_mb"]) or ("load" if measured["allocated_mb"] else ""),
                 "" if row["idle_mb"] is None else f"{row['idle_mb']:,.0f}",
                 ends[row["ok"]],
             ]
@@ -106,11 +109,13 @@ def matrix_sum(rows):
     plan = sum(row["plan"]["ok"] for row in known)
     idle = [row["idle_mb"] for row in known if row["measured"]["swapped_mb"]]
     swapped = f" Idle where weights were swapped: {min(idle):,.0f} to {max(idle):,.0f} MB." if idle else ""
-    short = sum(row["room_mb"] < 0 for row in known)
+    short = [row["room_mb"] for row in known if row["room_mb"] is not None and row["room_mb"] < 0]
+    least = f" (least {min(short):+,.0f} MB)" if short else ""
+    collected = sum(row["measured"].get("retries", 0) > 0 for row in known)
     return (
         f"{len(rows)} cases; promised within {GOAL_SHARE:.0%} and not under by more than {GOAL_UNDER_MB:g} MB in {met} of "
         f"{len(known)}, plan in {plan}; promised less measured from {min(over):+,.0f} to {max(over):+,.0f} MB."
-        f" Room below zero in {short}.{swapped}"
+        f" Room below zero in {len(short)}{least}; torch had to collect in {collected}.{swapped}"
     )
 
 

@@ -80,11 +80,13 @@ def test_idle_is_what_could_have_held_weights():
     assert idle_mb(12_000, 12_100, 3_000) == 0
 
 
-def measured_row(case=FLUX, promised=9_900, plan=9_500, allocated=10_000, **more):
+def measured_row(case=FLUX, promised=9_900, plan=9_500, allocated=10_000, load_reserved=9_100, **more):
     predicted = {"promised_mb": promised, "plan_mb": plan, "weights_mb": 9_000, "kept_free_mb": 1_500}
     measured = {
         "allocated_mb": allocated,
         "reserved_mb": 10_600,
+        "load_reserved_mb": load_reserved,
+        "retries": 0,
         "weights_mb": 8_900,
         "swapped_mb": 2_800,
         "free_before_mb": 12_288,
@@ -100,6 +102,8 @@ def test_a_row_is_scored_by_promise_plan_room_and_idle():
     assert row["weights"]["over_mb"] == 100
     assert row["room_mb"] == 1_500 - (10_600 - 8_900)
     assert row["idle_mb"] == 12_288 - 10_600
+    # What the load had of the card says nothing about the step.
+    assert measured_row(load_reserved=10_600)["room_mb"] is None
 
 
 def test_a_case_that_is_there_is_not_run_again(tmp_path):
@@ -143,7 +147,7 @@ def test_the_table_gets_a_section_once_and_is_replaced_then(tmp_path):
     assert "| 8,000 |  | out of memory |" in text
     assert (
         "3 cases; promised within 5% and not under by more than 128 MB in 1 of 2, plan in 0; promised less measured from "
-        "-100 to +1,000 MB. Room below zero in 2. Idle where weights were swapped: 1,688 to 1,688 MB. Measured: NVIDIA H200, "
+        "-100 to +1,000 MB. Room below zero in 2 (least -200 MB); torch had to collect in 0. Idle where weights were swapped: 1,688 to 1,688 MB. Measured: NVIDIA H200, "
         "driver 580.1, torch 2.11.0, CUDA 13.0, LoRA Guard abc1234." in text
     )
     assert (
