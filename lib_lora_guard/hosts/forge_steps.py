@@ -68,6 +68,8 @@ class StepTimer:
         self._models: dict[int, Hashable] = {}
         """What is the same for all calls of a run, by the model's id."""
         self._asked = 0.0
+        self._shared_at_first: int | None = None
+        """What the counters said before the run's first call: the model is loaded, and no step has taken anything."""
         self._said: set[tuple[Hashable, Verdict]] = set()
 
     def apply_model(self, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +104,7 @@ class StepTimer:
         now, before, first = self._clock(), self._begun, run != self._run
         if first:
             self._run, self._models = run, {}
+            self._shared_at_first = None if self._shared_usage is None else self._shared_usage()
         elif before is not None:
             configuration, since, was_first = before
             self._add(configuration, now, now - since, was_first)
@@ -120,7 +123,9 @@ class StepTimer:
             seconds >= LEAST_EXCESS_SECONDS or now - self._asked >= BETWEEN_COUNTERS_SECONDS
         ):
             self._asked, shared = now, self._shared_usage()
-        slowdown = self._times.add(configuration, seconds, first=first, shared_bytes=shared)
+        slowdown = self._times.add(
+            configuration, seconds, first=first, shared_bytes=shared, shared_at_first_bytes=self._shared_at_first
+        )
         if slowdown is not None and (configuration, slowdown.verdict) not in self._said:
             if len(self._said) >= _SAID:
                 self._said.clear()

@@ -45,18 +45,19 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Slowdown:
-    """A step that took `seconds`, where `steps` normal ones of its configuration took `median_seconds`."""
+    """A step that took `seconds`, where `steps` normal ones of its configuration took `median_seconds` (None where there were
+    none to compare it with)."""
 
     verdict: Verdict
     seconds: float
-    median_seconds: float
+    median_seconds: float | None
     steps: int
     shared_before_bytes: int | None = None
     shared_bytes: int | None = None
 
     @property
-    def factor(self) -> float:
-        return self.seconds / self.median_seconds
+    def factor(self) -> float | None:
+        return None if self.median_seconds is None else self.seconds / self.median_seconds
 
     @property
     def over_mb(self) -> int:
@@ -68,8 +69,11 @@ class Slowdown:
     def messages(self, lower_mb: int = 0, nvidia: bool = True) -> list[Message]:
         """What happened, what it means, and what cures it. `lower_mb`: by how much 'GPU Weights' is to go down, 0 where
         nobody knows; `nvidia`: the card's driver has the setting."""
-        facts = {"seconds": self.seconds, "factor": self.factor, "median": self.median_seconds, "steps": self.steps}
-        said = [Message("spill.slow", facts), self._meaning()]
+        if self.median_seconds is None or self.factor is None:
+            said = [Message("spill.at_once", {"seconds": self.seconds}), self._meaning()]
+        else:
+            facts = {"seconds": self.seconds, "factor": self.factor, "median": self.median_seconds, "steps": self.steps}
+            said = [Message("spill.slow", facts), self._meaning()]
         if self.verdict is Verdict.OTHER:
             return said
         if nvidia:
@@ -105,14 +109,26 @@ class StepTimes:
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
 
     def add(
-        self, configuration: Hashable, seconds: float, *, first: bool = False, shared_bytes: int | None = None
+        self,
+        configuration: Hashable,
+        seconds: float,
+        *,
+        first: bool = False,
+        shared_bytes: int | None = None,
+        shared_at_first_bytes: int | None = None,
     ) -> Slowdown | None:
         """One step, measured until the GPU was done; a Slowdown when steps have become slow, once until a normal one comes.
         `first`: the first one of an image, which prepares what the others use and counts for nothing. `shared_bytes`:
-        `shared_usage_bytes()` after it."""
+        `shared_usage_bytes()` after it; `shared_at_first_bytes`: before the image's first step, with the model loaded."""
         if first or not (0 < seconds < math.inf):
             return None
         known = self._of(configuration)
+        if seconds >= LEAST_EXCESS_SECONDS and len(known.seconds) < LEAST_STEPS:
+            grown = self._verdict(shared_at_first_bytes, shared_bytes)
+            if grown is Verdict.SPILLED:
+                # There is no usual time yet, and none of these steps makes one.
+                was_slow, known.slow = known.slow, True
+                return None if was_slow else Slowdown(grown, seconds, None, 0, shared_at_first_bytes, shared_bytes)
         # A step that is shorter than the excess alone is no slow one, whatever the usual ones are.
         is_judged = seconds >= LEAST_EXCESS_SECONDS and len(known.seconds) >= LEAST_STEPS
         median = statistics.median(known.seconds) if is_judged else math.inf

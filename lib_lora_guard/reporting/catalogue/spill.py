@@ -8,6 +8,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "a step took {seconds:.1f} s, {factor:.1f} times the usual {median:.2f} s (median of {steps} steps of the same kind)",
         "一个采样步用了 {seconds:.1f} 秒，是平常 {median:.2f} 秒（{steps} 个同类步的中位数）的 {factor:.1f} 倍",
     ),
+    "spill.at_once": (
+        "VRAM did not last for this picture from its first steps on: a step takes {seconds:.1f} s",
+        "从最初几步起显存就不够用：一个采样步用了 {seconds:.1f} 秒",
+    ),
     "spill.spilled": (
         "VRAM is too full: the graphics driver moved a part of it into system memory (shared GPU memory went from {before_mb:.0f} to {now_mb:.0f} MB)",
         "显存已满：显卡驱动把一部分显存内容移到了系统内存（共享 GPU 内存从 {before_mb:.0f} MB 变为 {now_mb:.0f} MB）",
