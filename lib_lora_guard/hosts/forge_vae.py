@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from ..errors import MemoryShortError
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.step_times import driver_spills
 from ..planning import activations
-from ..planning.host_memory import Latent
+from ..planning.formats import smaller_picture
+from ..planning.host_memory import GB, Latent
 from ..reporting.crash_report import Precaution
-from ..reporting.messages import Message, say
+from ..reporting.messages import Joined, Message, say
 from ..weights.storage import MB
 from .forge_cautions import Cautions
 from .forge_preflight import Preflight
@@ -135,18 +137,29 @@ class VaeRoom:
         with careful if work.tile_bytes is not None else contextlib.nullcontext(False) as cautious:
             if vae.device.type == "cpu":
                 ways = self._ways_on_the_cpu(vae, work, cautious)
-                way = ways[self._preflight.choose([need for _, need in ways], work.what)][0]
+                way = ways[self._chosen([need for _, need in ways], work)][0]
                 if way != ways[0][0]:
                     self._say(f"preflight.{way}_in_ram", work, need=ways[0][1], free=self._preflight.fast_bytes() or 0)
             else:
                 way = "tiles" if cautious else self._way_on_the_card(vae, work)
                 need = work.pictures_bytes(TILED_COPIES if way == "tiles" else WHOLE_COPIES)
                 if need > LARGE_BYTES:
-                    self._preflight.check(need, work.what)
+                    self._chosen([need], work)
             if way == "singly":
                 return torch.cat([original(vae, given[place : place + 1]) for place in range(work.pictures)])
             with self._tiled() if way == "tiles" else contextlib.nullcontext():
                 return original(vae, given)
+
+    def _chosen(self, needs: Sequence[int], work: Work) -> int:
+        """Which of the ways. Raises MemoryShortError, with what would help, where RAM would survive none."""
+        try:
+            return self._preflight.choose(needs, work.what)
+        except MemoryShortError as error:
+            advice = _what_helps(work, min(needs), self._preflight.room_bytes() or 0)
+            if not advice:
+                raise
+            refused = {"why": error, "advice": Joined(advice, "list.semicolon")}
+            raise MemoryShortError(Message("preflight.refused", refused)) from None
 
     def _ways_on_the_cpu(self, vae: Any, work: Work, cautious: bool) -> Sequence[tuple[str, int]]:
         """Each way with the RAM that it needs, the best first."""
@@ -205,3 +218,21 @@ class VaeRoom:
         self._said = f"{key} {work.what}"
         facts: dict[str, Any] = {"what": work.what, "need_mb": need / MB, "tile_mb": (work.tile_bytes or 0) / MB}
         say(log, logging.WARNING, key, **facts, free_mb=free / MB)
+
+
+def _what_helps(work: Work, need_bytes: int, room_bytes: int) -> list[Message]:
+    """`need_bytes`: RAM of the way that takes least, of which all but a tile is of the pictures' size."""
+    said = []
+    tile = min(need_bytes, work.tile_bytes or 0) if need_bytes > work.pictures_bytes(TILED_COPIES) else 0
+    one = tile + (need_bytes - tile) // work.pictures
+    if one <= room_bytes:
+        said.append(Message("preflight.one_picture", {"need_gb": one / GB}))
+
+    def need(width: int, height: int) -> int:
+        return tile + int((need_bytes - tile) * width * height / (work.width * work.height))
+
+    smaller = smaller_picture(work.width, work.height, need, need_bytes - room_bytes)
+    if smaller is not None:
+        facts = {"width": smaller.width, "height": smaller.height, "saved_gb": smaller.saved_bytes / GB}
+        said.append(Message("preflight.smaller_picture", facts))
+    return said

@@ -331,6 +331,39 @@ def test_pictures_that_ram_cannot_take_are_refused_on_a_card_too():
     assert scene.calls == []
 
 
+@pytest.mark.parametrize(
+    ("alive_gb", "advice"),
+    [
+        # 36 GB for all of them, 0.6 for one; a quarter of the floor, 0.5 GB, is left alone.
+        (30, "one picture at a time needs 0.6 GB; a picture of 3584x3584 needs 8.4 GB less"),
+        (10, "one picture at a time needs 0.6 GB; a picture of 2048x2048 needs 27.0 GB less"),
+        (1.5, "one picture at a time needs 0.6 GB"),
+    ],
+)
+def test_a_refusal_says_what_would_help(alive_gb, advice):
+    alive = int(alive_gb * GB)
+    with pytest.raises(MemoryShortError) as refused:
+        Scene(fast=alive, alive=alive).decode(4096, 4096, pictures=64)
+    assert str(refused.value).endswith(f". What would help: {advice}")
+    assert "可行的办法：" in refused.value.message.text("zh")
+
+
+def test_what_no_smaller_picture_helps_is_refused_as_it_is():
+    with pytest.raises(MemoryShortError) as refused:
+        on_the_cpu(0, alive=GB // 2).decode(512, 512)
+    assert "What would help" not in str(refused.value)
+
+
+def test_on_the_cpu_a_tile_stays_as_large_as_it_is():
+    """Tiles take 1098 MB there whatever the picture is; only the copies of the picture shrink."""
+    four = used(512, 512) + pictures(4096, 4096, 6)
+    alive = used(512, 512) + pictures(2048, 2048, 6) + GB // 2
+    with pytest.raises(MemoryShortError) as refused:
+        on_the_cpu(0, alive=alive).decode(4096, 4096)
+    saved = (four - (alive - GB // 2)) / GB
+    assert str(refused.value).endswith(f"What would help: a picture of 2048x2048 needs {saved:.1f} GB less")
+
+
 # -- on the CPU, where what the VAE computes lies in RAM
 
 

@@ -56,6 +56,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "a picture of {width}x{height} needs {saved_gb:.1f} GB less",
         "{width}x{height} 的图像可少用 {saved_gb:.1f} GB",
     ),
+    "preflight.one_picture": ("one picture at a time needs {need_gb:.1f} GB", "每次只生成一张需要 {need_gb:.1f} GB"),
     "preflight.leave_out": ("leaving out {names} saves {saved_gb:.1f} GB", "去掉 {names} 可节省 {saved_gb:.1f} GB"),
     "preflight.others_hold": (
         "closing other programs, which hold {size_mb:.0f} MB of VRAM: {names}",
