@@ -88,7 +88,7 @@ class LoaderControl:
                 self._fall_back(original, loader, state, access, lora_patches, requests, offload, stack_hash, error)
                 return
             state.publish(loader, stack_hash)
-            if not is_as_wished:
+            if state.merges_again(stack_hash, is_as_wished):
                 # Memory may be there again at the next load.
                 loader.loaded_hash = RETRY
             self._note_reports()

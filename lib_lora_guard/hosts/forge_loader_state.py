@@ -15,6 +15,9 @@ from .forge_patches import FactorCopies, Patches
 RETRY = "lora guard: apply again"
 """A `loaded_hash` that no stack has, so that the next refresh really works."""
 
+MERGE_ATTEMPTS = 2
+"""How often one stack is merged in vain: copying the originals of a large model takes seconds each time."""
+
 
 @dataclass(eq=False)
 class LoaderState:
@@ -30,6 +33,8 @@ class LoaderState:
     """The mode of the last refresh."""
     told_merge_loss: bool = False
     """True once the user has been told why low-bit weights of this model are not merged."""
+    merged_in_vain: tuple[str, int] = ("", 0)
+    """The stack whose merge ended for lack of memory, and how often in a row."""
     published: tuple[object, object] | None = None
     """The `backup` and `online_backup` objects left on the loader: others there mean that someone else was at work."""
 
@@ -40,6 +45,12 @@ class LoaderState:
         loader.online_backup = [a.site.layer for a in attached if a.mode is Mode.ON_THE_FLY]
         loader.loaded_hash = self.reported = stack_hash
         self.published = (loader.backup, loader.online_backup)
+
+    def merges_again(self, stack_hash: str, is_as_wished: bool) -> bool:
+        """After a refresh: whether the next one is to try to merge the same stack again."""
+        before, times = self.merged_in_vain
+        self.merged_in_vain = ("", 0) if is_as_wished else (stack_hash, times + 1 if before == stack_hash else 1)
+        return 0 < self.merged_in_vain[1] < MERGE_ATTEMPTS
 
     def someone_else_patched(self, loader: Any) -> bool:
         """True when `backup` or `online_backup` hold what the guard did not put there: Forge's own refresh ran before

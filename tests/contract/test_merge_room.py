@@ -101,6 +101,35 @@ def test_memory_that_ends_in_a_merge_all_the_same(merging, monkeypatch, lines):
     assert torch.equal(run(patcher), plain)
 
 
+def test_a_merge_that_ends_twice_is_not_tried_with_every_image(merging, monkeypatch, lines):
+    patcher, dense = merging.build("fp32")
+    plain, whole = pictures(merging, monkeypatch, dense, patcher)
+    merge, count, ends = attachments.merge, [], [True]
+
+    def ending(*args, **kwargs):
+        count.append(1)
+        if ends[0]:
+            raise RuntimeError(NO_RAM)
+        return merge(*args, **kwargs)
+
+    monkeypatch.setattr(attachments, "merge", ending)
+    part = with_loras(merging, patcher, ("b", loras(dense), 1.0))
+    for _ in range(3):
+        merging.load(part)
+    assert len(count) == 2
+    assert modes(part) == {Mode.BYPASS: len(loras(dense))}
+    assert_same(run(part), whole, plain)
+    assert len([line for line in lines() if "memory ended while LoRAs were merged" in line]) == 2
+    # Another stack is another matter, and so is this one after it.
+    ends[0] = False
+    weaker = with_loras(merging, patcher, ("b", loras(dense), 0.5))
+    assert set(modes(weaker)) == {Mode.MERGE}
+    merging.load(part)
+    assert set(modes(part)) == {Mode.MERGE}
+    merging.load(patcher)
+    assert torch.equal(run(patcher), plain)
+
+
 def test_another_error_in_a_merge_is_not_tried_again(merging, monkeypatch, lines):
     patcher, dense = merging.build("fp32")
     monkeypatch.setattr(attachments, "merge", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("something else")))
