@@ -75,7 +75,7 @@ class Ballast:
             self.process.wait()
 
     def _hold(self, size):
-        # Given back before it is taken anew, so that the whole of it is one piece.
+        # What changes is given back before it is taken anew: large pieces first, and the rest in one.
         self.process.stdin.write(f"{size}\n")
         self.process.stdin.flush()
         self.held_bytes = int(self._expect("held"))

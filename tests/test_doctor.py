@@ -15,6 +15,7 @@ from lib_lora_guard import cli
 from lib_lora_guard.commands import doctor
 from lib_lora_guard.memory import calibration_report, snapshot
 from lib_lora_guard.memory.calibration import FILE_NAME, Calibration, Key, Kind, stack_signature
+from lib_lora_guard.memory.calibration_file import VERSION
 from lib_lora_guard.memory.file_lock import locked
 from lib_lora_guard.reporting.crash import last_crash
 from lib_lora_guard.reporting.flight_recorder import RAM_AVAILABLE, FlightRecorder, Phase
@@ -164,7 +165,7 @@ def test_what_was_measured(tmp_path, key, what):
 
 def test_what_another_version_wrote_is_counted(tmp_path, capsys):
     entry = {"key": ["card", "2", "encode", "x", "y", "?", "1", ""], "count": 1, "predicted": 10 * MB, "errors": [MB]}
-    (tmp_path / FILE_NAME).write_text(json.dumps({"version": 1, "entries": [entry]}), encoding="utf-8")
+    (tmp_path / FILE_NAME).write_text(json.dumps({"version": VERSION, "entries": [entry]}), encoding="utf-8")
     assert "  something of another version, on card: predicted 10 MB, measured 11 MB" in run(capsys, "--data", tmp_path)
     assert document(capsys, "--data", tmp_path)["largest_corrections"][0]["key"] is None
 

@@ -99,7 +99,7 @@ class ForgeTakeover:
             )
             hooks.add(api.memory, "module_size", module_size)
             hooks.add(api.memory, "free_memory", self.memory.free_memory)
-            hooks.add(api.memory, "get_free_memory", self.memory.get_free_memory)
+            hooks.add(api.memory, "get_free_memory", self.memory.free.get_free_memory)
             if hasattr(api.memory, "compute_model_gpu_memory_when_using_cpu_swap"):
                 hooks.add(api.memory, "compute_model_gpu_memory_when_using_cpu_swap", self.memory.weights_on_card)
             if hasattr(api.base.ModelPatcher, "memory_required"):

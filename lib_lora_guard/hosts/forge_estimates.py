@@ -104,7 +104,7 @@ class Estimates:
         dtype = getattr(model, "computation_dtype", torch.float16)
         compute_bytes = torch.empty(0, dtype=dtype).element_size()
         found = activations.step(tokens, picture, _shapes(model), compute_bytes)
-        return found.with_copy(_largest_narrow(model) * compute_bytes)
+        return found.with_copy(_largest_cast(model, dtype) * compute_bytes)
 
     def _key(self, model: Any, shape: Shape) -> Key:
         rows, height, width = shape
@@ -126,10 +126,16 @@ def stored_as(model: Any) -> str:
     return dtype_name(kept) if isinstance(kept, torch.dtype) else str(kept)
 
 
-def _largest_narrow(model: torch.nn.Module) -> int:
-    """Values of the largest weight that is stored in fewer bits than 16; 0 where none is."""
-    stored = (storage_of(parameter) for parameter in model.parameters())
-    return max((math.prod(one.shape) for one in stored if not one.wide), default=0)
+def _largest_cast(model: torch.nn.Module, computed: torch.dtype) -> int:
+    """Values of the largest weight that is not used as it lies: quantised, or in another dtype; 0 where none is."""
+    return max((math.prod(storage_of(p).shape) for p in model.parameters() if _is_cast(p, computed)), default=0)
+
+
+def _is_cast(parameter: torch.nn.Parameter, computed: torch.dtype) -> bool:
+    if getattr(parameter, "gguf_cls", None) is not None or hasattr(parameter, "bnb_quantized"):
+        return True
+    # Whole numbers are somebody's own, and no weights.
+    return parameter.is_floating_point() and parameter.dtype != computed
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

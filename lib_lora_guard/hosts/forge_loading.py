@@ -116,11 +116,12 @@ class Loading:
         with self._journal().phase(Phase.MOVE_TO_GPU, patchers[0] if patchers else None, planned):
             if plans:
                 self._memory.prepare(patchers, device, needs)
-            with self._memory.planned() if plans else contextlib.nullcontext(), self._preflight.careful("moving"):
+            places = len(others) - len(handed_over)
+            with self._memory.planned(places) if plans else contextlib.nullcontext(), self._preflight.careful("moving"):
                 result = original(*bound.args, **bound.kwargs)
             if plans:
                 self._memory.watch_share(patchers, device)
-                if len(others) > len(handed_over):
+                if places:
                     self._memory.give_back_unused(device, needs.free_bytes)
         # Forge refreshes a patcher when it is loaded and never again; what failed then is tried again here.
         for patcher in [*handed_over, *already_loaded]:

@@ -14,7 +14,6 @@ import logging
 import math
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,22 +21,22 @@ from typing import Any
 
 import torch
 
-from ..memory import Nvml, rules
+from ..memory import rules
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.rules import Finding
-from ..memory.step_times import driver_spills
 from ..planning import activations
 from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
-from ..planning.on_card import weights_on_card_bytes
+from ..planning.host_memory import swap_budget_bytes
+from ..planning.on_card import change_bytes, weights_on_card_bytes
 from ..reporting.messages import Message, say
 from ..weights.storage import MB
 from .forge_calibration import ForgeCalibration
+from .forge_free import ForgeFree
 from .forge_residency import Residency
 from .hooks import signature_of
 
 log = logging.getLogger(__name__)
 
-BETWEEN_DRIVER_SECONDS = 1.0
 TEXT_ENCODER_PASSES = 2
 """The prompt and the negative one."""
 VAE_PASSES = 1
@@ -68,14 +67,14 @@ class ForgeMemory:
         self._memory, self.residency = memory, residency
         self._calibration = calibration or ForgeCalibration(memory)
         self._free_signature = signature_of(memory.free_memory, _forges_free)
+        budget = getattr(memory, "compute_model_gpu_memory_when_using_cpu_swap", _forges_budget)
+        self._budget_signature = signature_of(budget, _forges_budget)
         self._planned = threading.local()
         """`.depth` above 0 on a thread for which room has been made already."""
         self._said: dict[str, str] = {}
         self._shares: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         """Bytes on the device after the last load."""
-        self._nvml = Nvml() if driver_spills() else None
-        self._overstated: dict[Any, tuple[float, int]] = {}
-        """By device: when it was asked, and how much more than NVML torch called free."""
+        self.free = ForgeFree(memory, self.tell)
         self.take_back: Callable[[Any], list[Any]] = lambda device: []
         """Loaded models that the host has forgotten though they lie on a device."""
         self.ram_room_bytes: Callable[[], int | None] = lambda: None
@@ -84,19 +83,6 @@ class ForgeMemory:
         """Around a whole model's way off the card: how much of it may go."""
 
     # -- what the host calls
-
-    def get_free_memory(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of `get_free_memory`: without what other programs hold and Windows calls free all the same."""
-        found = original(*args, **kwargs)
-        if self._nvml is None:
-            return found
-        device = (args[0] if args else kwargs.get("dev")) or self._memory.get_torch_device()
-        if getattr(device, "type", "") != "cuda":
-            return found
-        is_pair = isinstance(found, tuple)
-        total = int(found[0] if is_pair else found)
-        total = max(0, total - self._overstated_bytes(device, total))
-        return (total, *found[1:]) if is_pair else total
 
     def free_memory(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of `free_memory`: as much as was asked for, out of as little as possible."""
@@ -118,12 +104,18 @@ class ForgeMemory:
         self.make_room(device, Coming(0, 0, None), int(wanted), keep)
         return None
 
-    def weights_on_card(self, original: Callable[..., Any], free_bytes: float, need_bytes: float) -> int:
+    def weights_on_card(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
         """In place of `compute_model_gpu_memory_when_using_cpu_swap`: how much of a model that does not fit is placed."""
-        if not getattr(self._planned, "depth", 0):
-            # A load that the guard does not plan: for another device, or by another rule.
-            return int(original(free_bytes, need_bytes))
-        return weights_on_card_bytes(free_bytes, need_bytes)
+        by_host = int(original(*args, **kwargs))
+        if getattr(self._planned, "places", 0) != 1 or not self._knows_swapping():
+            # A load that the guard does not plan, or several models, each of which is placed into what the others left.
+            return by_host
+        bound = self._budget_signature.bind(*args, **kwargs)
+        free, need = list(bound.arguments.values())[:2]
+        if by_host != swap_budget_bytes(free, need):
+            # Another extension's rule, or a fork's.
+            return by_host
+        return weights_on_card_bytes(free, need)
 
     # -- what the takeover of loading asks
 
@@ -168,23 +160,41 @@ class ForgeMemory:
             say(log, logging.INFO, "memory.swapped", model=names, size_mb=plan.swapped_bytes / MB, passes=coming.passes)
         for patcher in patchers:
             loaded = self.loaded(patcher)
-            if loaded is None:
-                continue
-            room = int(self._memory.get_free_memory(device)) - needs.free_bytes
-            if room < 0 and loaded.model is patcher:
-                # Placed for a smaller picture, and nobody else is left to make room.
-                self._shrink(loaded, min(-room, self.residency.swappable_bytes(loaded)))
-            else:
-                self.residency.grow(loaded, room)
+            if loaded is not None:
+                self._fit(loaded, device, needs.free_bytes, may_leave=loaded.model is patcher)
+
+    def _fit(self, loaded: Any, device: Any, need_bytes: int, may_leave: bool) -> None:
+        """More or less of what is placed: it was for a smaller picture or fewer LoRAs, and nobody else is left to make room; or
+        it had to leave, and there is room again."""
+        model = loaded.model.model
+        on_card, outside = (
+            int(self._memory.module_size(model, **side))
+            for side in ({"include_device": device}, {"exclude_device": device})
+        )
+        room = int(self._memory.get_free_memory(device)) - need_bytes
+        away = self.residency.away_bytes(model)
+        change = change_bytes(on_card, outside, away, room) if self._knows_swapping() else room
+        if change < 0 and may_leave:
+            self._shrink(loaded, min(-change, self.residency.swappable_bytes(loaded)))
+        else:
+            self.residency.grow(loaded, change)
 
     @contextlib.contextmanager
-    def planned(self) -> Iterator[None]:
-        """While the host loads what room has been made for."""
-        self._planned.depth = getattr(self._planned, "depth", 0) + 1
+    def planned(self, places: int = 1) -> Iterator[None]:
+        """While the host loads what room has been made for. `places`: how many models it has to place."""
+        depth, before = getattr(self._planned, "depth", 0), getattr(self._planned, "places", 0)
+        self._planned.depth, self._planned.places = depth + 1, places
         try:
             yield
         finally:
-            self._planned.depth -= 1
+            self._planned.depth, self._planned.places = depth, before
+
+    def _knows_swapping(self) -> bool:
+        """True where what swapping takes was measured, and free memory is believed. Copies on a stream of their own ("Async") pile
+        up where the card is slower than the bus, and a driver that spills says no number of its own to torch."""
+        stream = sys.modules.get("backend.stream")
+        is_async = bool(getattr(stream, "should_use_stream", lambda: False)())
+        return not is_async and self.free.is_believed
 
     def loaded(self, patcher: Any) -> Any:
         """What is loaded of the patcher's model, for it or for another patcher; None where that is nothing."""
@@ -259,19 +269,6 @@ class ForgeMemory:
             hard = min(hard, max(0, room - max(0, estimate)))
             log.debug("corrected by %d and %d bytes: %s", estimate, hard, needs)
         return replace(needs, estimate_correction_bytes=estimate, hard_correction_bytes=hard)
-
-    def _overstated_bytes(self, device: Any, torch_bytes: int) -> int:
-        """Asked once in a while: attention asks for free memory in every layer."""
-        asked, excess = self._overstated.get(device, (-math.inf, 0))
-        now = time.monotonic()
-        if now - asked > BETWEEN_DRIVER_SECONDS and self._nvml is not None:
-            driver = self._nvml.memory(device).free.bytes
-            held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            usable, finding = rules.free_vram_bytes(torch_bytes, None if driver is None else driver + held)
-            excess = max(0, torch_bytes - usable)
-            self.tell(finding)
-            self._overstated[device] = (now, excess)
-        return excess
 
     def _send_away(self, loaded: Any, resident: Resident, wanted_bytes: int) -> bool:
         if wanted_bytes < resident.on_device_bytes:
@@ -348,6 +345,10 @@ class ForgeMemory:
 
 def _forges_free(memory_required: float, device: Any, keep_loaded: Any = (), free_all: bool = False) -> None:
     """Forge's parameters, where another extension's wrapper hides them."""
+
+
+def _forges_budget(current_free_mem: float, inference_memory: float) -> None:
+    """As above."""
 
 
 def _all_of_it(model: Any, size_bytes: int) -> contextlib.AbstractContextManager[int]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from .file_lock import locked
 
-VERSION = 1
+VERSION = 2
+"""2: a step counts the copy of the largest low-bit layer. Corrections of another version do not fit."""
 WAIT_SECONDS = 2.0
 """For another process, which holds the lock for some milliseconds."""
 

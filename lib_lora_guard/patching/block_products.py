@@ -17,9 +17,15 @@ InRam = Callable[[], tuple[Block, Scale]]
 
 def add_to_linear(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) -> None:
     """Tokens in ever smaller slices where memory ends, and then on the CPU."""
-    flat_in, flat_out = call.flat()
-    if block.part is not None:
-        flat_in = flat_in.narrow(1, block.part.start, block.part.length)
+    for flat_in, flat_out in call.flat():
+        _add_to_rows(call, block, scale, in_ram, flat_in, flat_out)
+
+
+def _add_to_rows(
+    call: LayerCall, block: Block, scale: Scale, in_ram: InRam, all_in: torch.Tensor, flat_out: torch.Tensor
+) -> None:
+    """`all_in`: every column of the input."""
+    flat_in = all_in if block.part is None else all_in.narrow(1, block.part.start, block.part.length)
     down = block.down
 
     def add(start: int, length: int) -> None:
@@ -38,12 +44,18 @@ def add_to_linear(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) ->
                     raise
                 if not call.has_other_memory:
                     raise call.out_of_memory() from error
-            # The first output has its part already: another run would add it twice.
-            add_on_cpu(start, length, number)
+            # The first output has its part already: another run would add it twice, so that want of RAM ends it here.
+            try:
+                add_on_cpu(start, length, number)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise call.out_of_memory() from error
             return
 
     def add_on_cpu(start: int, length: int, first_output: int = 0) -> None:
-        on_cpu.add_to_linear(call, *in_ram(), start, length, first_output)
+        rows = all_in.narrow(0, start, length), flat_out.narrow(0, start, length)
+        on_cpu.add_to_rows(call, *in_ram(), *rows, first_output)
 
     call.in_chunks(flat_in.shape[0], add, add_on_cpu)
 

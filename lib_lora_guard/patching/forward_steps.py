@@ -235,17 +235,27 @@ class KroneckerStep(Step):
 
     def on_linear(self, call: LayerCall) -> None:
         left, rights, scale = self._sides(call)
-        flat_in, flat_out = call.flat()
-        if self.part is not None and self.part.dim == 1:
-            flat_in = flat_in.narrow(1, self.part.start, self.part.length)
-        elif self.part is not None:
-            flat_out = flat_out.narrow(1, self.part.start, self.part.length)
+        for flat_in, flat_out in call.flat():
+            if self.part is not None and self.part.dim == 1:
+                flat_in = flat_in.narrow(1, self.part.start, self.part.length)
+            elif self.part is not None:
+                flat_out = flat_out.narrow(1, self.part.start, self.part.length)
+            self._add_to_rows(call, left, rights, self.strength * scale, flat_in, flat_out)
 
+    def _add_to_rows(
+        self,
+        call: LayerCall,
+        left: torch.Tensor,
+        rights: Sequence[torch.Tensor],
+        scale: float,
+        flat_in: torch.Tensor,
+        flat_out: torch.Tensor,
+    ) -> None:
         def add(start: int, length: int) -> None:
             x = flat_in.narrow(0, start, length).reshape(length, left.shape[1], -1)
             for right in rights:
                 x = torch.nn.functional.linear(x, right)
-            flat_out.narrow(0, start, length).add_(torch.matmul(left, x).flatten(1), alpha=self.strength * scale)
+            flat_out.narrow(0, start, length).add_(torch.matmul(left, x).flatten(1), alpha=scale)
 
         call.in_chunks(flat_in.shape[0], add)
 

@@ -19,18 +19,22 @@ PIECE_BYTES = 1 * MB
 CPU = torch.device("cpu")
 
 
-def add_to_linear(
-    call: LayerCall, block: Block, scale: Scale, start: int = 0, length: int | None = None, first_output: int = 0
+def add_to_linear(call: LayerCall, block: Block, scale: Scale) -> None:
+    """Adds what `block`, in RAM and in fp32, gives for all tokens."""
+    for flat_in, flat_out in call.flat():
+        add_to_rows(call, block, scale, flat_in, flat_out)
+
+
+def add_to_rows(
+    call: LayerCall, block: Block, scale: Scale, flat_in: torch.Tensor, flat_out: torch.Tensor, first_output: int = 0
 ) -> None:
-    """Adds what the outputs of `block` from `first_output` on give for `length` tokens from `start` (all). `block` is in
-    RAM and in fp32."""
+    """What the outputs of `block` from `first_output` on give for these tokens: `flat_in` (tokens, in) has all columns,
+    whatever part of them the block reads; `flat_out` is `(tokens, out)`."""
     call.say_once("memory.on_the_cpu")
-    flat_in, flat_out = call.flat()
-    end = flat_in.shape[0] if length is None else start + length
     wider = max(flat_in.shape[1], flat_out.shape[1])
     step = max(1, PIECE_BYTES // (wider * flat_out.element_size()))
-    for first in range(start, end, step):
-        count = min(step, end - first)
+    for first in range(0, flat_in.shape[0], step):
+        count = min(step, flat_in.shape[0] - first)
         # Whole rows: only these are one piece of memory, which is copied without another one beside it.
         x = flat_in.narrow(0, first, count).to(CPU).float()
         if block.part is not None:

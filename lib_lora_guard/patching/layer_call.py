@@ -57,10 +57,12 @@ class LayerCall:
             return self.output
         return self.output.narrow(self.channel_dim, part.start, part.length)
 
-    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input and output of a linear layer as `(tokens, features)`; the output is made contiguous for it."""
+    def flat(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Input and output of a linear layer as `(tokens, features)`, without a copy of the input: what is no such view as a
+        whole (Flux passes a part of the tokens of each picture) comes picture by picture. The output is made contiguous for
+        it."""
         self.output = self.output.contiguous()
-        return self.x.reshape(-1, self.x.shape[-1]), self.output.view(-1, self.output.shape[-1])
+        yield from _flattened(self.x, self.output)
 
     def in_chunks(
         self, total: int, add: Callable[[int, int], None], otherwise: Callable[[int, int], None] | None = None
@@ -109,3 +111,14 @@ def naming_the_layer(key: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise LayerError(about(key, Message("memory.layer"))) from error
+
+
+def _flattened(x: torch.Tensor, output: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    try:
+        rows = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        # Two dimensions always are such a view.
+        for part, result in zip(x, output, strict=True):
+            yield from _flattened(part, result)
+    else:
+        yield rows, output.view(-1, output.shape[-1])

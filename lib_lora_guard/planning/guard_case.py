@@ -30,6 +30,7 @@ SLOW_COPY_BYTES = int(PAGEABLE_TO_GPU)
 """Weights copied in a step above which it is called slow: a second of copying."""
 TEXT_ENCODER_PASSES, VAE_PASSES = 2, 1
 """As in `hosts.forge_memory`."""
+WIDE_BYTES = 2
 BADNESS = {Outcome.OK: 0, Outcome.SLOW: 1, Outcome.REFUSED: 2, Outcome.OOM: 2}
 
 
@@ -205,7 +206,8 @@ def _step(reading: Reading) -> Activations:
 
 def _cast_bytes(reading: Reading, is_swapped: bool = False) -> int:
     """The copy that casting, dequantising or swapping makes of the largest layer."""
-    return reading.largest_values * reading.compute_bytes if is_swapped or not reading.is_wide else 0
+    is_cast = not reading.is_wide or reading.compute_bytes != WIDE_BYTES
+    return reading.largest_values * reading.compute_bytes if is_swapped or is_cast else 0
 
 
 def _more_products(reading: Reading) -> float:

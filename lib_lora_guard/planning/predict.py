@@ -183,7 +183,7 @@ class _Room:
         self.model, self.patches, self.rates = model, patches, rates
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         self.file_bytes = sum(patch.file_bytes for patch in patches)
-        self.guards_inference_bytes = max(INFERENCE_BYTES, model.held_bytes + (0 if model.wide else self._cast_bytes))
+        self.guards_inference_bytes = max(INFERENCE_BYTES, model.held_bytes + self._cast_bytes(is_swapped=False))
         """The guard places by what a step holds where the slider leaves less (LG-R05), with a LoRA and without."""
         self.as_stored = [w if w.placed_bytes is None else replace(w, bytes=w.placed_bytes) for w in model.weights]
         """What Forge places by; the guard counts what the weights will take."""
@@ -297,7 +297,7 @@ class _Room:
         model = self.model
         swapped_bytes = self._swapped_bytes(swapped)
         on_gpu = model.denoiser_bytes - swapped_bytes
-        cast = 0 if model.wide and not swapped else self._cast_bytes
+        cast = self._cast_bytes(is_swapped=bool(swapped))
         vram = on_gpu + max(model.activation_bytes + cast + factors + during_step, during_merge)
         running = PROCESS_RUNNING_BYTES + model.other_bytes + swapped_bytes + self.file_bytes + ram
         ram_peak = max(PROCESS_LOADING_BYTES + model.other_bytes + model.denoiser_bytes, running)
@@ -328,10 +328,11 @@ class _Room:
         inference = self.guards_inference_bytes + reserved_bytes
         return swapped_keys(self.model.weights, self.vram_bytes, inference, weights_on_card_bytes)
 
-    @property
-    def _cast_bytes(self) -> int:
-        """The copy that casting or dequantising makes of the largest layer."""
-        return max((weight.values for weight in self.model.weights), default=0) * self.model.compute_bytes
+    def _cast_bytes(self, is_swapped: bool) -> int:
+        """The copy of the largest layer that casting, dequantising or swapping makes."""
+        value_bytes = self.model.compute_bytes
+        cast = (w.values for w in self.model.weights if is_swapped or w.bytes != w.values * value_bytes)
+        return max(cast, default=0) * value_bytes
 
     def _swapped_bytes(self, keys: frozenset[str]) -> int:
         return sum(weight.bytes for weight in self.model.weights if weight.key in keys)

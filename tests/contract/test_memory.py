@@ -74,6 +74,9 @@ def unknown():
 
 def built(k_model, model, dtype=torch.bfloat16):
     model.storage_dtype = model.computation_dtype = dtype
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
     return k_model.KModel(model, None, k_predictor=torch.nn.Identity())
 
 
@@ -233,14 +236,25 @@ def test_flux_is_asked_for_one_row_a_picture(host, takeover, k_model):
     assert patcher.memory_required(big) == one.held_bytes
 
 
-def test_what_is_stored_in_fewer_bits_is_copied_for_its_product(host, takeover, k_model):
-    """The largest layer once, in the dtype of the calculation; layers of 16 bits are used as they lie."""
+def test_what_is_stored_otherwise_is_copied_for_its_product(host, takeover, k_model):
+    """The largest layer once, in the dtype of the calculation; layers that are in it already are used as they lie."""
     takeover.install_estimates(k_model)
-    plain, narrow = flux(), flux()
-    for layer in (narrow.double_blocks[0].img_mod.lin, narrow.single_blocks[1].linear1):
-        layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
-    asked = {name: built(k_model, one).memory_required(LATENT) for name, one in (("plain", plain), ("narrow", narrow))}
-    assert asked["narrow"] - asked["plain"] == 7 * 64 * 64 * torch.bfloat16.itemsize
+    largest = 7 * 64 * 64
+
+    def asked(computed, stored=None, extra=None):
+        model = flux()
+        for layer in (model.double_blocks[0].img_mod.lin, model.single_blocks[1].linear1):
+            layer.weight.data = layer.weight.data.to(stored or computed)
+        if extra is not None:
+            model.table = torch.nn.Parameter(extra, requires_grad=False)
+        return built(k_model, model, computed).memory_required(LATENT)
+
+    for computed in (torch.bfloat16, torch.float32):
+        plain = asked(computed)
+        assert asked(computed, torch.float8_e4m3fn) - plain == largest * computed.itemsize
+        # A GTX 16xx computes 16-bit weights in fp32.
+        assert asked(computed, torch.float16) - plain == largest * computed.itemsize
+        assert asked(computed, extra=torch.zeros(10 * largest, dtype=torch.int64)) == plain
 
 
 def test_a_model_of_nobodys_keeps_the_hosts_number(host, takeover, k_model):

@@ -90,6 +90,85 @@ def test_the_values_are_right_wherever_the_device_is_full(layer_of, for_good):
         assert contribution_error(result, wanted, base) <= fp32_limit(wanted, base), f"k={k}"
 
 
+RAM = "[enforce fail] planned: DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize("what", ["the blocks", "a piece"])
+def test_ram_that_ends_in_the_middle_adds_nothing_twice(layer_of, monkeypatch, what):
+    """Output 0 has its share, output 1 finds no VRAM, and the CPU that was to help finds no RAM, once: then the image stops."""
+    layer, x, hook, _ = layer_of
+    if not isinstance(layer, torch.nn.Linear) or len(hook.program.steps[0].parts(call_of(layer, x))[0][0].outputs) < 2:
+        pytest.skip("one output alone")
+    addmm, products, failed = torch.Tensor.addmm_, [], []
+
+    def full(self, *args, **kwargs):
+        products.append(1)
+        if len(products) == 2:
+            raise torch.OutOfMemoryError("planned: CUDA out of memory")
+        return addmm(self, *args, **kwargs)
+
+    def once(function):
+        def failing(*args, **kwargs):
+            if not failed:
+                failed.append(1)
+                raise RuntimeError(RAM)
+            return function(*args, **kwargs)
+
+        return failing
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", full)
+    if what == "the blocks":
+        monkeypatch.setattr(low_rank.JoinedLowRank, "parts_in_ram", once(low_rank.JoinedLowRank.parts_in_ram))
+    else:
+        monkeypatch.setattr(torch.Tensor, "copy_", once(torch.Tensor.copy_))
+    output = layer(x)
+    with pytest.raises(LayerError, match=r"block\.weight: no memory left for the LoRA of this layer"):
+        hook(layer, (x,), {}, output)
+    assert failed
+
+
+def call_of(layer, x):
+    return layer_call.LayerCall("block.weight", layer, x, layer(x), tuple(layer.weight.shape))
+
+
+def parts_of_pictures(pictures, tokens, width):
+    """As Flux passes the picture's part of all tokens on: no view of all rows at once."""
+    return rand(pictures, tokens + 7, width, seed=8)[:, 7:]
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("full", [False, True], ids=["room", "no room"])
+def test_an_input_that_is_no_view_is_not_copied(kind, full, monkeypatch):
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(layer_call, "lies_in_ram", lambda tensor: False)
+    layer, x = torch.nn.Linear(16, 24).to(DEVICE), parts_of_pictures(3, 40, 16).to(DEVICE)
+    e = entry(kind, (24, 16), 2)
+    hook = Bypass("block.weight", (parse_term(e, {}),), (24, 16))
+    base = layer(x)
+    values = {"weight": merge_reference([e], layer.weight.double().cpu()), "bias": layer.bias.double().cpu()}
+    wanted = (
+        torch.func.functional_call(torch.nn.Linear(16, 24).double(), values, (x.double().cpu(),)).float().to(DEVICE)
+    )
+    clones = []
+    monkeypatch.setattr(torch.Tensor, "reshape", copying(torch.Tensor.reshape, x, clones))
+    if full and kind != "lokr":
+        result, _ = run(layer, x, hook, first=1, for_good=True, spared=IN_RAM)
+    else:
+        result = hook(layer, (x,), {}, layer(x))
+    assert contribution_error(result, wanted, base) <= fp32_limit(wanted, base)
+    assert not clones
+
+
+def copying(reshape, whole, clones):
+    def watched(self, *shape):
+        result = reshape(self, *shape)
+        if self.numel() == whole.numel() and result.untyped_storage().data_ptr() != self.untyped_storage().data_ptr():
+            clones.append(shape)
+        return result
+
+    return watched
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_activations_are_as_near_as_on_the_device(layer_of, dtype):
     layer, x, hook, _ = layer_of

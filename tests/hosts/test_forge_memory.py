@@ -4,6 +4,8 @@ import contextlib
 import gc
 import logging
 import math
+import sys
+import types
 import weakref
 from dataclasses import replace
 
@@ -39,6 +41,14 @@ from lib_lora_guard.reporting.flight_recorder import Phase
 
 TOTAL, REST = 24_000, 1_000
 """Bytes: a card of 24 "GB" of which the slider leaves one."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _swapping():
+    """Bytes again: of the real 768 MB a quarter of the room would always be less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_card, "SWAPPING_BYTES", 768)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +292,8 @@ def test_a_share_that_shrinks_for_a_reason_is_no_alarm(parts, lines, monkeypatch
         layer.to(CARD)
 
 
-def test_a_swapped_text_encoder_gets_the_room_there_is(scene):
+def test_a_swapped_text_encoder_gets_the_room_there_is(scene, monkeypatch):
+    monkeypatch.setattr(on_card, "SWAPPING_BYTES", 300)
     text, denoiser = t5(scene, 10), flux(scene, 18)
     scene.load(text)
     scene.load(denoiser)
@@ -290,7 +301,7 @@ def test_a_swapped_text_encoder_gets_the_room_there_is(scene):
     assert away > 0
     scene.machine.total += 3_000
     scene.load(text)
-    assert scene.away(text) <= max(0, away - 3_000 + 500)
+    assert scene.away(text) <= max(0, away - 3_000 + 500 + 300)
     assert scene.machine.free() >= REST
     assert bytes_on_card(denoiser.model) == size_of(denoiser.model)
 
@@ -923,8 +934,7 @@ def test_any_order_with_ram_that_runs_out(parts, drawn, todo, failing):
 # -- how much of a model that does not fit is placed, and what a load leaves in torch's cache
 
 
-def test_more_of_a_model_that_does_not_fit_lies_on_the_card_than_with_forge(parts, monkeypatch):
-    monkeypatch.setattr(on_card, "SWAPPING_BYTES", 768)
+def test_more_of_a_model_that_does_not_fit_lies_on_the_card_than_with_forge(parts):
     placed = {}
     for guarded in (True, False):
         with scene_of(parts, guarded=guarded) as scene:
@@ -936,14 +946,67 @@ def test_more_of_a_model_that_does_not_fit_lies_on_the_card_than_with_forge(part
     assert room / 1.3 - layer < placed[False] <= room / 1.3
 
 
-def test_what_the_guard_does_not_plan_is_placed_by_forges_rule(scene, monkeypatch):
-    monkeypatch.setattr(on_card, "SWAPPING_BYTES", 768)
-    assert scene.memory.compute_model_gpu_memory_when_using_cpu_swap(14_000, 1_000) == 10_000
-    with scene.guard.memory.planned():
-        assert scene.memory.compute_model_gpu_memory_when_using_cpu_swap(14_000, 1_000) == 13_000 - 768
+BUDGET = "compute_model_gpu_memory_when_using_cpu_swap"
+"""14,000 free, 1,000 of it needed: Forge places 10,000, the guard 13,000 less 768."""
+
+
+def budgets(scene, places=1):
+    """Not planned, and planned; by position and by Forge's names."""
+    budget = getattr(scene.memory, BUDGET)
+    with scene.guard.memory.planned(places):
+        planned = budget(14_000, 1_000)
+        assert budget(current_free_mem=14_000, inference_memory=1_000) == planned
+    assert budget(inference_memory=1_000, current_free_mem=14_000) == budget(14_000, 1_000)
+    return budget(14_000, 1_000), planned
+
+
+def test_what_the_guard_does_not_plan_is_placed_by_forges_rule(scene):
+    assert budgets(scene) == (10_000, 13_000 - 768)
+    # Each of several models is placed into what the ones before it have left.
+    assert budgets(scene, places=2) == (10_000, 10_000)
     scene.guard.uninstall()
     scene.guard = None
-    assert scene.memory.compute_model_gpu_memory_when_using_cpu_swap(14_000, 1_000) == 10_000
+    assert getattr(scene.memory, BUDGET)(14_000, 1_000) == 10_000
+
+
+def test_where_swapping_was_not_measured_forges_rule_stays(scene, monkeypatch):
+    stream = types.SimpleNamespace(should_use_stream=lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "backend.stream", stream)
+        assert budgets(scene) == (10_000, 10_000)
+        stream.should_use_stream = lambda: False
+        assert budgets(scene) == (10_000, 13_000 - 768)
+    # Windows, where torch may call free what others hold: only with the driver's own number.
+    asked = types.SimpleNamespace(free=types.SimpleNamespace(bytes=None))
+    scene.guard.memory.free.nvml = types.SimpleNamespace(memory=lambda device: asked)
+    assert budgets(scene) == (10_000, 10_000)
+    asked.free.bytes = 14_000
+    scene.memory.get_free_memory(CARD)
+    assert budgets(scene) == (10_000, 13_000 - 768)
+
+
+def test_another_rule_than_forges_stays(parts, monkeypatch):
+    """A fork's, or that of an extension that has wrapped the function."""
+    monkeypatch.setattr(FakeMemory, BUDGET, lambda self, current_free_mem, inference_memory: 4_321)
+    with scene_of(parts) as scene:
+        assert budgets(scene) == (4_321, 4_321)
+
+
+@pytest.mark.parametrize("more", [100, 400, 700, 2_000, 5_000])
+def test_what_is_left_for_swapping_stays_when_more_is_needed(scene, more):
+    """A larger picture, or another LoRA: at most half of it is used up before layers leave."""
+    denoiser = flux(scene, 30, layers=300)
+    scene.load(denoiser)
+    assert 768 <= scene.machine.free() - REST <= 768 + 100
+    scene.load(denoiser, hard=more)
+    left = scene.machine.free() - REST - more
+    assert 768 / 2 <= left <= 768 + 100
+    before = bytes_on_card(denoiser.model)
+    scene.load(denoiser, hard=more)
+    assert bytes_on_card(denoiser.model) == before, "nothing moves where nothing changed"
+    scene.load(denoiser)
+    assert 768 <= scene.machine.free() - REST <= 768 + 100
+    assert_sound(denoiser.model, True)
 
 
 @pytest.mark.parametrize(("unused", "times"), [(0, 0), (REST, 0), (REST + 1, 1)])

@@ -148,7 +148,7 @@ def test_the_number_of_entries_is_bounded_and_the_oldest_go(path):
     path.parent.mkdir()
     fresh = {("RTX 3060", "2.3.1", "load", "SDXL", f"s{n}", "0", "1", ""): n for n in range(LARGEST_ENTRIES - 1)}
     entries = [{"key": name, "count": 1, "predicted": 1000, "errors": [n]} for name, n in fresh.items()]
-    path.write_text(json.dumps({"version": 1, "entries": entries}), encoding="utf-8")
+    path.write_text(json.dumps({"version": calibration_file.VERSION, "entries": entries}), encoding="utf-8")
     calibration.record(keys[-2], 1000, 1001)
     calibration.record(keys[0], 1000, 1001)
     calibration.record(keys[-1], 1000, 1001)
@@ -275,7 +275,14 @@ ENTRY = {
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff\x00garbage", b"[" * 100_000, b"[]", b"3", json.dumps({"version": 2, "entries": [ENTRY]}).encode()],
+    [
+        b"",
+        b"\xff\x00garbage",
+        b"[" * 100_000,
+        b"[]",
+        b"3",
+        json.dumps({"version": calibration_file.VERSION - 1, "entries": [ENTRY]}).encode(),
+    ],
 )
 def test_a_file_of_something_else_is_kept_aside_once(path, content):
     path.parent.mkdir()
@@ -312,7 +319,7 @@ def test_one_broken_entry_costs_itself(path, broken):
     path.parent.mkdir()
     right = {**ENTRY, "key": [*ENTRY["key"][:-1], "right"]}
     listed = [{**ENTRY, **broken}, 7, right]
-    path.write_text(json.dumps({"version": 1, "entries": listed}), encoding="utf-8")
+    path.write_text(json.dumps({"version": calibration_file.VERSION, "entries": listed}), encoding="utf-8")
     calibration = made(path)
     assert calibration.correction_bytes(KEY, 1000) == 0
     assert calibration.correction_bytes(Key(Kind.STEP, "Flux", "nf4", 4, 1, "right")) == 70

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_lora_guard.planning.host_memory import MB, swap_budget_bytes
-from lib_lora_guard.planning.on_card import weights_on_card_bytes
+from lib_lora_guard.planning.on_card import LEAST_SWAPPING_SHARE, change_bytes, weights_on_card_bytes
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,36 @@ def test_never_less_than_forge_and_never_into_what_has_to_be_free(free, need, mo
     assert swap_budget_bytes(free, need) <= placed <= max(0, free - need)
     assert weights_on_card_bytes(free + more, need) >= placed
     assert weights_on_card_bytes(free, need + more) <= placed
+
+
+@pytest.mark.parametrize(
+    ("on_card", "outside", "away", "room", "change"),
+    [
+        (10_000, 0, 0, 500, 0),  # whole, and there is room
+        (10_000, 0, 0, -1, -769),  # whole, and a byte is missing: what is swapped then needs its own
+        (10_000, 2_000, 2_000, 2_000, 2_000),  # all of it can return
+        (10_000, 2_000, 2_000, 1_999, 1_999 - 768),  # not all of it: what is swapped needs its own
+        (10_000, 2_000, 500, 1_999, 500),  # the rest was placed so by the host
+        (10_000, 2_000, 0, 768, 0),
+        (10_000, 2_000, 0, 384, 0),  # free memory is never twice the same
+        (10_000, 2_000, 0, 383, 383 - 768),
+        (10_000, 2_000, 2_000, -400, -1_168),
+        (100, 2_000, 0, -400, -100),  # no more than there is
+    ],
+)
+def test_a_placed_model_changes_by_the_same_rule(on_card, outside, away, room, change):
+    assert change_bytes(on_card * MB, outside * MB, away * MB, room * MB) == pytest.approx(change * MB, abs=2)
+
+
+@given(st.integers(0, 48 << 30), st.integers(0, 48 << 30), st.integers(0, 48 << 30), st.integers(-(24 << 30), 48 << 30))
+def test_a_change_is_enough_and_the_last_one(on_card, outside, away, room):
+    away = min(away, outside)
+    change = change_bytes(on_card, outside, away, room)
+    assert -on_card <= change <= away
+    after = on_card + change, outside - change, away - max(0, change) - min(0, change), room - change
+    if change < 0 and after[0]:
+        left = after[3] + after[0] - weights_on_card_bytes(after[3] + after[0], 0)
+        assert after[3] >= left - 1 >= LEAST_SWAPPING_SHARE * left - 1
+    if after[0]:
+        # Byte by byte, as no layer is: the second time nothing is to be done.
+        assert abs(change_bytes(*after)) <= 1

@@ -171,6 +171,14 @@ def test_the_guard_places_by_what_a_step_holds_and_forge_by_the_slider():
     assert before[0] == predict(dataclasses.replace(model, held_bytes=0), patches, **at)[0]
 
 
+def test_16_bit_weights_that_are_computed_in_fp32_are_cast():
+    model, patches = flux("bf16")
+    at = {"vram_bytes": 48 * GB, "ram_bytes": 64 * GB, "rates": RATES["RTX 3060"]}
+    usual = predict(model, patches, **at)[0]
+    slow = predict(dataclasses.replace(model, compute_bytes=4), patches, **at)[0]
+    assert slow.vram_peak_bytes - usual.vram_peak_bytes == 21504 * 3072 * 4
+
+
 def test_the_numbers_follow_from_the_files_exactly():
     predicted = ways("nf4", 12)
     guard, merge = predicted[GUARD], predicted[MERGE]
