@@ -15,6 +15,12 @@ from pathlib import Path
 
 import gpu_rig
 
+LINES = 3
+"""Of an error, in the row: a sweep says all that went wrong, and most of it in the same words."""
+
+SHOWN = ("-p", "no:cacheprovider", "-q", "-rf", "--tb=short", "--show-capture=no")
+"""What `outcomes` reads."""
+
 FILES = "test_single.py,test_forward.py,test_cpu_rung.py,test_engine.py,test_host.py"
 
 
@@ -39,10 +45,9 @@ def run(options):
         "-c",
         os.devnull,
         f"--rootdir={root / 'tests'}",
-        "-p",
-        "no:cacheprovider",
+        *SHOWN,
+        "--maxfail=40",
     ]
-    command += ["-q", "-rf", "--tb=short", "--show-capture=no", "--maxfail=40"]
     files = [str(root / "tests" / "faults" / name) for name in options.files.split(",")]
     text = ""
     try:
@@ -74,7 +79,24 @@ def outcomes(text):
         dots = "".join(re.findall(r"^([.FEsx]+)(?: +\[ *\d+%\])?$", text, flags=re.MULTILINE))
         found = {"passed": dots.count("."), "failed": dots.count("F") + dots.count("E")}
     failures = [line[:200] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return {"passed": found.get("passed", 0), "failed": found.get("failed", 0), "failures": failures[:40]}
+    counts = {"passed": found.get("passed", 0), "failed": found.get("failed", 0)}
+    return {**counts, "failures": failures[:40], "errors": errors(text)}
+
+
+def errors(text):
+    """By test, of pytest's tracebacks (`--tb=short`): where it ended, and the first lines of what was said."""
+    found, name = {}, None
+    for line in text.partition("= short test summary")[0].splitlines():
+        heading = re.fullmatch(r"_{3,} (.+?) _{3,}", line)
+        if heading:
+            name, place = heading[1], ""
+        elif name is not None and re.match(r"\S.*:\d+: ", line):
+            place = line
+        elif name is not None and line.startswith("E  "):
+            lines = found.setdefault(name, [place[:200]])
+            if len(lines) <= LINES:
+                lines.append(line[1:].strip()[:300])
+    return dict(list(found.items())[:40])
 
 
 def main():

@@ -157,12 +157,17 @@ class MergeAttachment(Attachment):
         self._compute_device = device
         self._strayed_from: torch.device | None = None
         self._was_attached = False
+        self._is_in_place: bool | None = False
+        """None where a change ended half way: then either way has to be gone again."""
         self._merged: torch.nn.Parameter | None = None
         if parameter_bytes(site.parameter) <= KEPT_BYTES:
             # An earlier merge may lie there: the original is in its backup.
             self._merged = self._merge(self._from_backup())
 
     def attach(self) -> None:
+        if self._is_in_place:
+            # A rollback of a detach that has changed nothing.
+            return
         # At first the original itself lies there, since a change takes everything off before it puts anything on. A
         # rollback comes again, and then anything may lie there.
         source = self._from_backup if self._was_attached else lambda: self.site.parameter
@@ -170,25 +175,35 @@ class MergeAttachment(Attachment):
         merged = self._merged if self._merged is not None else self._merge(source())
         # The model may have moved since the value was made, and the value may lie in RAM for want of room: put in place,
         # it frees what it replaces.
-        device = self.site.parameter.device
+        device = self._strayed_from or self.site.parameter.device
+        if self._merged is not None:
+            # What it would free is small: better a failure that has changed nothing.
+            merged = moved(merged, device)
+        self._is_in_place = None
         if merged.device != device:
             self._strayed_from = device
             self.access.set_parameter(self.site, merged)
             merged = moved(merged, device)
         self.access.set_parameter(self.site, merged)
-        self._strayed_from = None
+        self._strayed_from, self._is_in_place = None, True
 
     def detach(self) -> None:
+        if self._is_in_place is False:
+            # The original lies there still: to put it there takes memory that there may not be.
+            return
         # Where an attach ended half way, the parameter lies in RAM and belongs elsewhere.
-        device = self._strayed_from or self.site.parameter.device
-        self.access.set_parameter(self.site, self.backup.parameter(device))
-        self._strayed_from = None
+        self._put_original(self._strayed_from or self.site.parameter.device)
 
     def lift(self) -> None:
         """Puts the original back where it is kept, not where the weight lies: for when the host is about to move it."""
         device = self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU
-        self.access.set_parameter(self.site, self.backup.parameter(device))
-        self._strayed_from = None
+        self._put_original(device)
+
+    def _put_original(self, device: torch.device) -> None:
+        original = self.backup.parameter(device)
+        self._is_in_place = None
+        self.access.set_parameter(self.site, original)
+        self._strayed_from, self._is_in_place = None, False
 
     def _from_backup(self) -> torch.nn.Parameter:
         """The original; out of VRAM where it is kept there, else in RAM."""

@@ -84,24 +84,26 @@ class Spool:
     def read(self, key: str, region: Region, device: torch.device) -> torch.Tensor:
         """A new tensor with the bits that were written. Raises RestoreError where the file no longer has them."""
         flat = torch.empty(region.bytes, dtype=torch.uint8, device=device)
-        checksum, problem = 0, ""
-        try:
-            if self._file is None or region not in self._live:
-                raise OSError("it was released")
-            self._file.seek(region.start)
-            for chunk in _chunks(flat):
-                staged = chunk if device.type == "cpu" else torch.empty_like(chunk, device="cpu")
+        if self._file is None or region not in self._live:
+            raise self._lost(key, "it was released")
+        start, checksum = region.start, 0
+        for chunk in _chunks(flat):
+            # What goes wrong on the device's side is said as what it is: the file still has the bits.
+            staged = chunk if device.type == "cpu" else torch.empty_like(chunk, device="cpu")
+            try:
+                self._file.seek(start)
                 checksum = _read(self._file, staged, checksum)
-                if staged is not chunk:
-                    chunk.copy_(staged)
-            if checksum != region.checksum:
-                problem = f"checksum {checksum:08x}, expected {region.checksum:08x}"
-        except (OSError, ValueError) as error:
-            problem = str(error)
-        if problem:
-            why = Message("memory.spool_lost", {"path": str(self.path), "error": problem})
-            raise RestoreError(about(key, why))
+            except (OSError, ValueError) as error:
+                raise self._lost(key, str(error)) from error
+            start += staged.numel()
+            if staged is not chunk:
+                chunk.copy_(staged)
+        if checksum != region.checksum:
+            raise self._lost(key, f"checksum {checksum:08x}, expected {region.checksum:08x}")
         return flat.view(region.dtype).as_strided(region.shape, region.stride)
+
+    def _lost(self, key: str, problem: str) -> RestoreError:
+        return RestoreError(about(key, Message("memory.spool_lost", {"path": str(self.path), "error": problem})))
 
     def free(self, region: Region) -> None:
         self._live.discard(region)

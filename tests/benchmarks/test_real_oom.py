@@ -180,6 +180,74 @@ def test_what_pytest_said_is_read(text, passed, failed):
     found = faults_gpu.outcomes(text)
     assert (found["passed"], found["failed"]) == (passed, failed)
     assert len(found["failures"]) == text.count("FAILED")
+    assert found["errors"] == {}
+
+
+SAID = """.F.F
+=================================== FAILURES ===================================
+______________ test_in_a_forward_pass[nf4-two] ______________
+tests/faults/scene.py:43: in picture
+    return self.patcher.model(TOKENS).clone()
+           ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+.../torch/nn/modules/module.py:1778: in _wrapped_call_impl
+    return self._call_impl(*args, **kwargs)
+E   RuntimeError: Expected all tensors to be on the same device, but found at least two devices
+___ test_in_a_change[other stack-prefer_merge] ___
+tests/faults/test_engine.py:148: in test_in_a_change
+    assert not wrong, "\\n".join(wrong)
+E   AssertionError: once, k=5 gpu: the next change gives another picture
+E     once, k=6 ram: the next change gives another picture
+E     once, k=7 gpu: the next change gives another picture
+E     once, k=8 ram: the next change gives another picture
+E   assert not ['once, k=5 gpu: the next change gives another picture']
+=========================== short test summary info ============================
+FAILED tests/faults/test_forward.py::test_in_a_forward_pass[nf4-two]
+FAILED tests/faults/test_engine.py::test_in_a_change[other stack-prefer_merge]
+2 failed, 2 passed in 3.10s
+"""
+
+
+def test_the_first_lines_of_an_error_are_in_the_row():
+    found = faults_gpu.outcomes(SAID)
+    assert (found["passed"], found["failed"], len(found["failures"])) == (2, 2, 2)
+    assert found["errors"] == {
+        "test_in_a_forward_pass[nf4-two]": [
+            ".../torch/nn/modules/module.py:1778: in _wrapped_call_impl",
+            "RuntimeError: Expected all tensors to be on the same device, but found at least two devices",
+        ],
+        "test_in_a_change[other stack-prefer_merge]": [
+            "tests/faults/test_engine.py:148: in test_in_a_change",
+            "AssertionError: once, k=5 gpu: the next change gives another picture",
+            "once, k=6 ram: the next change gives another picture",
+            "once, k=7 gpu: the next change gives another picture",
+        ],
+    }
+
+
+def test_pytests_own_words_are_read_so(tmp_path):
+    failing = tmp_path / "test_it.py"
+    failing.write_text("def test_it():\n    assert not ['a'], 'one' + chr(10) + 'two'\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        os.devnull,
+        f"--rootdir={tmp_path}",
+        *faults_gpu.SHOWN,
+        str(failing),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )
+    where, *said = faults_gpu.outcomes(done.stdout)["errors"]["test_it"]
+    assert where.endswith("test_it.py:2: in test_it")
+    assert said == ["AssertionError: one", "two", "assert not ['a']"]
 
 
 def row(end, **more):

@@ -1,6 +1,14 @@
 import pytest
+import torch
 
-from faults.models import FaultHost
+from faults.models import DEVICE, FaultHost
+
+
+@pytest.fixture(autouse=True)
+def _whole_fp32(monkeypatch):
+    """A card's convolutions take 10 of the 23 bits of a number if they may (TF32); these tests look at all of them."""
+    if DEVICE.type == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture

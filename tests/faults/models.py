@@ -62,13 +62,19 @@ class FaultHost(Host):
 
     def __init__(self):
         super().__init__()
-        operations, gguf = self.operations, self.gguf
+        operations, gguf, utils = self.operations, self.gguf, self.operations.utils
 
         class BnbLinear(operations.ForgeOperations.Linear):
             def _load_from_state_dict(self, state_dict, prefix, *args):
                 self.weight = state_dict[prefix + "weight"]
                 self.bias = torch.nn.Parameter(state_dict[prefix + "bias"], requires_grad=False)
                 del self.dummy
+
+            def _apply(self, fn, recurse=True):
+                # As the host's: the state moves with the bytes, where Module's own moves `data` alone.
+                for name, parameter in list(self.named_parameters(recurse=False)):
+                    setattr(self, name, utils.tensor2parameter(fn(parameter)))
+                return self
 
             def forward(self, x):
                 weight, bias = operations.weights_manual_cast(self, x, weight_fn=decoded_bnb)

@@ -113,6 +113,16 @@ def passed_the_guard(error):
     return any(Path(frame.filename).parent.name == "patching" for frame in traceback.extract_tb(error.__traceback__))
 
 
+def is_the_hosts_move(error):
+    """True where the host was moving a model and had not come to its LoRAs, and nothing of the guard's own work was in it."""
+    names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    return bool(names & HOSTS_MOVES) and "refresh_loras" not in names and not passed_the_guard(error)
+
+
+HOSTS_MOVES = {"forge_patch_model", "forge_unpatch_model", "place_in_part"}
+"""Functions of the double, and the one that stands in for `forge_patch_model`."""
+
+
 def every(count, step=1, most=150):
     """Every k up to `count`, or every `step`-th; above `most` a stride that keeps their number below it."""
     return range(1, count + 1, max(step, -(-count // most)))

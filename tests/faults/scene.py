@@ -42,6 +42,10 @@ class Scene:
         with torch.inference_mode():
             return self.patcher.model(TOKENS).clone()
 
+    def lies_elsewhere(self):
+        """True where a part of the model, or all of it, is not where it is to run."""
+        return any(p.device != TOKENS.device for p in self.patcher.model.parameters())
+
     def clone_of(self, name):
         clone = self.patcher.clone()
         for filename, patches, strength in self.stacks[name]:

@@ -10,8 +10,9 @@ import pytest
 from support.measure import contribution_error, fp32_limit, same_bits
 
 from faults.models import DEVICE, STORAGES
-from faults.planting import Faults, every, is_planted, passed_the_guard
+from faults.planting import Faults, every, is_planted, is_the_hosts_move
 from faults.scene import Scene, listening
+from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.forge_access import ForgeAccess
 from lib_lora_guard.hosts.forge_loader_state import RETRY
 from lib_lora_guard.hosts.forge_own_ways import OwnWays
@@ -49,7 +50,7 @@ def moving(patcher, *layers):
     """`forge_patch_model` of a host that leaves `layers` in RAM (on a GPU) or copies them (without one)."""
     original = patcher.forge_patch_model
 
-    def place(target_device=None):
+    def place_in_part(target_device=None):
         if target_device is None:
             return original(None)
         for layer in patcher.model.modules():
@@ -60,7 +61,7 @@ def moving(patcher, *layers):
                     layer._apply(lambda value: value.to(target_device), recurse=False)
         return patcher.model
 
-    return place
+    return place_in_part
 
 
 OPERATIONS = {
@@ -89,16 +90,34 @@ NO_MEMORY = re.compile("no memory left|no room|OutOfMemory|MemoryError")
 
 def after_failure(scene, old, new, faults, lines, raised):
     """What is wrong after an operation in which `faults` were planted; nothing if all is as it should be."""
-    picture, recorded = scene.picture(), scene.loader.loaded_hash
-    wanted, fell_back = scene.pictures[new], any(" instead: " in line for line in lines)
-    close = same_bits(picture, wanted)
-    if not close and new != "none":
-        close = contribution_error(picture, wanted, scene.base) <= fp32_limit(wanted, scene.base)
+    recorded = scene.loader.loaded_hash
+    in_the_hosts_move = raised is not None and recorded == RETRY and is_the_hosts_move(raised)
+    close = False
+    # Where the host's own moving failed half way, before it has asked for LoRAs again, no picture can be made.
+    if not (in_the_hosts_move and scene.lies_elsewhere()):
+        picture, wanted = scene.picture(), scene.pictures[new]
+        close = same_bits(picture, wanted)
+        if not close and new != "none":
+            close = contribution_error(picture, wanted, scene.base) <= fp32_limit(wanted, scene.base)
+        if close:
+            if raised is None and recorded not in (scene.hashes[new], RETRY):
+                yield f"new stack, recorded {recorded}"
+        elif not in_the_hosts_move:
+            yield from what_another_picture_is(scene, old, new, picture, lines, raised)
     text = "\n".join([*lines, repr(raised)])
-    if close:
-        if raised is None and recorded not in (scene.hashes[new], RETRY):
-            yield f"new stack, recorded {recorded}"
-    elif fell_back and same_bits(picture, scene.hosts_pictures[new]):
+    if faults.error == "other":
+        if "not out of memory" not in text and not close:
+            yield "the error that was planted is not named"
+        if NO_MEMORY.search(text):
+            yield "an error of another kind was taken for want of memory"
+    if raised is not None and not is_planted(raised):
+        yield f"another error: {raised!r}"
+
+
+def what_another_picture_is(scene, old, new, picture, lines, raised):
+    """What is wrong where the picture is not that of the new stack."""
+    recorded, fell_back = scene.loader.loaded_hash, any(" instead: " in line for line in lines)
+    if fell_back and same_bits(picture, scene.hosts_pictures[new]):
         if raised is not None:
             yield "the whole stack the host's way, and an error"
     elif any(MERGE_ENDED in line for line in lines) and same_bits(picture, scene.unmerged_pictures[new]):
@@ -109,18 +128,9 @@ def after_failure(scene, old, new, faults, lines, raised):
             yield "old stack or none, recorded as the new one"
         if raised is None and not any(line.startswith(("ERROR", "WARNING")) for line in lines):
             yield "the new stack is missing, and nobody was told"
-    elif raised is not None and recorded == RETRY and not passed_the_guard(raised):
-        # The host's own moving failed, before it has asked for LoRAs again: no picture can be made of this.
-        pass
-    else:
+    elif not (isinstance(raised, RestoreError) and recorded == RETRY):
+        # A RestoreError: an undo has failed too, so that the image stops, and the next change has it done first.
         yield f"a part of a stack lies on the model, recorded {recorded}, raised {raised!r}"
-    if faults.error == "other":
-        if "not out of memory" not in text and not close:
-            yield "the error that was planted is not named"
-        if NO_MEMORY.search(text):
-            yield "an error of another kind was taken for want of memory"
-    if raised is not None and not is_planted(raised):
-        yield f"another error: {raised!r}"
 
 
 PLANS = {

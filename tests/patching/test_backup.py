@@ -172,6 +172,21 @@ def test_other_failures_of_a_move_are_not_hidden(on_gpu, tmp_path, monkeypatch):
         BackupStore(lambda: BackupBudget(0, GB, GB), tmp_path / "spool").keep("a", parameter())
 
 
+def test_a_failure_of_the_device_is_not_taken_for_a_lost_file(spooling, monkeypatch):
+    """The meta device stands for a card: its chunks pass through RAM."""
+    kept = spooling.keep("a", parameter())
+
+    def broken(*args, **kwargs):
+        raise ValueError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", broken)
+        with pytest.raises(ValueError, match=r"^planted$"):
+            kept.parameter(torch.device("meta"))
+    assert kept.parameter(torch.device("meta")).device.type == "meta"
+    assert_same(kept.parameter(CPU), parameter())
+
+
 # Bit for bit through the disk
 
 

@@ -45,12 +45,14 @@ class LoraLoader:
             for key, entries in patches.items():
                 stack.setdefault((key, online), []).extend(entries)
         memory_management.signal_empty_cache = True
+        devices = {key: parameter.device for key, parameter in self.model.named_parameters()}
         for layer in set(self.online_backup):
             del layer.forge_online_loras
         self.online_backup = []
         for key, weight in self.backup.items():
             utils.set_attr_raw(self.model, key, utils.tensor2parameter(weight))
         self.backup = {}
+        self._bring_back(devices)
         for (key, online), entries in stack.items():
             try:
                 layer, name, weight = utils.get_attr_with_parent(self.model, key)
@@ -70,4 +72,11 @@ class LoraLoader:
                 gguf_parameter.gguf_cls.quantize_pytorch(merged, gguf_parameter)
             else:
                 utils.set_attr_raw(self.model, key, torch.nn.Parameter(merged, requires_grad=False))
+        self._bring_back(devices)
         self.loaded_hash = hashes
+
+    def _bring_back(self, devices):
+        for key, device in devices.items():
+            parameter = utils.get_attr_with_parent(self.model, key)[2]
+            if parameter.device != device:
+                utils.set_attr_raw(self.model, key, utils.tensor2parameter(parameter.to(device=device)))

@@ -1,0 +1,118 @@
+"""A merged parameter that lies on a device which is full: what has failed half way is put right, what has changed nothing stays.
+
+The meta device stands for the card; what is looked at is which object lies where.
+"""
+
+import pytest
+import torch
+from support.make import Net, host_value
+
+from lib_lora_guard.adapters import parse_term
+from lib_lora_guard.hosts.plain import PlainAccess
+from lib_lora_guard.memory.out_of_memory import OutOfMemory
+from lib_lora_guard.patching import attachments, backup
+from lib_lora_guard.patching.attachments import MergeAttachment
+from lib_lora_guard.patching.backup import HeldBackup, Place, Where
+from lib_lora_guard.planning.mode import Choice, Mode
+
+CPU, CARD = torch.device("cpu"), torch.device("meta")
+KEY = "blocks.0.proj.weight"
+
+
+class Case:
+    """One weight on the card with its original in RAM; `full` refuses what is moved there."""
+
+    def __init__(self, monkeypatch):
+        self.model, self.full = Net(16, depth=1), False
+        self.access = PlainAccess(self.model)
+        original = self.here()
+        terms = (parse_term([1.0, host_value("lora", tuple(original.shape), 1), 1.0, None, None], {}, 0),)
+        kept = HeldBackup(KEY, original, Place(Where.RAM, "no spare VRAM"))
+        choice = Choice(Mode.MERGE, "wished")
+        self.merge = MergeAttachment(self.access, self.access.site(KEY), terms, choice, CARD, kept)
+        self.merge._merge = lambda source: torch.nn.Parameter(torch.ones_like(source, device=CPU), requires_grad=False)
+        self.access.set_parameter(self.merge.site, torch.nn.Parameter(original.to(CARD), requires_grad=False))
+        moved = backup.moved
+
+        def refusing(parameter, device):
+            if self.full and device == CARD and parameter.device != CARD:
+                raise OutOfMemory[0]("CUDA out of memory. Tried to allocate 2.00 MiB")
+            return moved(parameter, device)
+
+        for module in (attachments, backup):
+            monkeypatch.setattr(module, "moved", refusing)
+
+    def here(self):
+        return self.model.get_parameter(KEY)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Its merged value is made before anything is changed."""
+    return Case(monkeypatch)
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Its merged value is made when it is put in place, in RAM here for want of room."""
+    monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
+    return Case(monkeypatch)
+
+
+def test_a_small_one_that_finds_no_room_changes_nothing(small):
+    before, small.full = small.here(), True
+    with pytest.raises(OutOfMemory):
+        small.merge.attach()
+    assert small.here() is before
+    small.merge.detach()
+    assert small.here() is before, "the original was put where it lies already"
+
+
+def test_taking_off_what_finds_no_room_leaves_it_merged_and_the_rollback_needs_none(small):
+    small.merge.attach()
+    merged, small.full = small.here(), True
+    with pytest.raises(OutOfMemory):
+        small.merge.detach()
+    assert small.here() is merged
+    small.merge.attach()
+    assert small.here() is merged
+    small.full = False
+    small.merge.detach()
+    assert small.here() is not merged
+    assert small.here().device == CARD
+
+
+@pytest.mark.parametrize("again", ["attach", "detach"])
+def test_a_large_one_that_strayed_to_ram_goes_back_to_its_device(large, again):
+    large.full = True
+    with pytest.raises(OutOfMemory):
+        large.merge.attach()
+    assert large.here().device == CPU
+    large.full = False
+    getattr(large.merge, again)()
+    assert large.here().device == CARD
+    large.merge.detach()
+    assert large.here().device == CARD
+
+
+def test_a_detach_that_ended_while_the_parameter_was_set_is_done_again(small, monkeypatch):
+    small.merge.attach()
+
+    def broken(site, parameter):
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(small.access, "set_parameter", broken)
+        with pytest.raises(RuntimeError, match="planted"):
+            small.merge.detach()
+    merged = small.here()
+    small.merge.detach()
+    assert small.here() is not merged
+
+
+def test_what_was_lifted_is_put_on_again(small):
+    small.merge.attach()
+    small.merge.lift()
+    assert small.here() is small.merge.backup.parameter(CPU)
+    small.merge.attach()
+    assert small.here() is small.merge._merged
