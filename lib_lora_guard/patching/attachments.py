@@ -10,6 +10,7 @@ import torch
 
 from ..adapters import Term, apply_terms
 from ..errors import LoraMismatchError, Message, about
+from ..memory.out_of_memory import is_out_of_memory
 from ..planning.mode import Choice, Mode
 from ..weights.storage import MB, dtype_name, storage_of, widest_float
 from .access import ModelAccess, Site
@@ -200,8 +201,18 @@ class MergeAttachment(Attachment):
         self._put_original(device)
 
     def _put_original(self, device: torch.device) -> None:
-        original = self.backup.parameter(device)
+        try:
+            original: torch.nn.Parameter | None = self.backup.parameter(device)
+        except Exception as error:
+            if self._merged is not None or device == CPU or not is_out_of_memory(error):
+                raise
+            original = None
         self._is_in_place = None
+        if original is None:
+            # What takes the place of the merged weight first needs no room beside it: that is free then.
+            self._strayed_from = device
+            self.access.set_parameter(self.site, self.backup.parameter(CPU))
+            original = moved(self.site.parameter, device)
         self.access.set_parameter(self.site, original)
         self._strayed_from, self._is_in_place = None, False
 

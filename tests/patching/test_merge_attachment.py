@@ -35,7 +35,8 @@ class Case:
         moved = backup.moved
 
         def refusing(parameter, device):
-            if self.full and device == CARD and parameter.device != CARD:
+            is_full = self.full is True or (self.full == "while merged" and self.here().device == CARD)
+            if is_full and device == CARD and parameter.device != CARD:
                 raise OutOfMemory[0]("CUDA out of memory. Tried to allocate 2.00 MiB")
             return moved(parameter, device)
 
@@ -80,6 +81,28 @@ def test_taking_off_what_finds_no_room_leaves_it_merged_and_the_rollback_needs_n
     small.merge.detach()
     assert small.here() is not merged
     assert small.here().device == CARD
+
+
+def test_a_large_one_makes_room_for_its_original(large):
+    """The card has no place for a second copy, and the merged weight's own place is enough."""
+    large.merge.attach()
+    merged = large.here()
+    large.full = "while merged"
+    large.merge.detach()
+    assert large.here() is not merged
+    assert large.here().device == CARD
+    assert large.merge._strayed_from is None
+
+
+def test_a_large_one_whose_place_was_taken_meanwhile_strays_and_comes_back(large):
+    large.merge.attach()
+    large.full = True
+    with pytest.raises(OutOfMemory):
+        large.merge.detach()
+    assert large.here() is large.merge.backup.parameter(CPU)
+    large.full = False
+    large.merge.detach()
+    assert large.here().device == CARD
 
 
 @pytest.mark.parametrize("again", ["attach", "detach"])
