@@ -18,9 +18,6 @@ import gpu_rig
 LINES = 3
 """Of an error, in the row: a sweep says all that went wrong, and most of it in the same words."""
 
-SHOWN = ("-p", "no:cacheprovider", "-q", "-rf", "--tb=short", "--show-capture=no")
-"""What `outcomes` reads."""
-
 FILES = "test_single.py,test_forward.py,test_cpu_rung.py,test_engine.py,test_host.py"
 
 
@@ -38,16 +35,7 @@ def run(options):
         "PYTHONUNBUFFERED": "1",
     }
     environment.pop("FORGE_ROOT", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        os.devnull,
-        f"--rootdir={root / 'tests'}",
-        *SHOWN,
-        "--maxfail=40",
-    ]
+    command = [*bare_pytest(root / "tests"), "--maxfail=40"]
     files = [str(root / "tests" / "faults" / name) for name in options.files.split(",")]
     text = ""
     try:
@@ -69,6 +57,12 @@ def run(options):
     row = gpu_rig.header(torch) | {"faults": options.files, "device": device, "ended": ended, **outcomes(text)}
     gpu_rig.write_line(options.out, row)
     return ended != 0
+
+
+def bare_pytest(root):
+    """Its command without the project's configuration, saying what `outcomes` reads."""
+    shown = ("-p", "no:cacheprovider", "-q", "-rf", "--tb=short", "--show-capture=no")
+    return [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={root}", *shown]
 
 
 def outcomes(text):

@@ -2,7 +2,7 @@
 
 It takes nothing on the device: a piece of the output comes to RAM, gets its share there and is copied back over itself (where
 the output is not contiguous, torch makes one piece of PIECE_BYTES on the device for that). Everything is summed in fp32,
-whatever the activations are: CPUs are slow in 16 bits, and the result is rounded once.
+whatever the activations are: CPUs are slow in 16 bits, and the result is rounded once, in a convolution once for each output.
 """
 
 from __future__ import annotations

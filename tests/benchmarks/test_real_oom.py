@@ -227,18 +227,8 @@ def test_the_first_lines_of_an_error_are_in_the_row():
 def test_pytests_own_words_are_read_so(tmp_path):
     failing = tmp_path / "test_it.py"
     failing.write_text("def test_it():\n    assert not ['a'], 'one' + chr(10) + 'two'\n", encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        os.devnull,
-        f"--rootdir={tmp_path}",
-        *faults_gpu.SHOWN,
-        str(failing),
-    ]
     done = subprocess.run(
-        command,
+        [*faults_gpu.bare_pytest(tmp_path), str(failing)],
         capture_output=True,
         text=True,
         check=False,
