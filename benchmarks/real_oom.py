@@ -61,7 +61,7 @@ class Said(logging.Handler):
         self.keys = []
 
     def emit(self, record):
-        from lib_lora_guard.reporting.messages import message_of
+        from lib_lora_guard.messages import message_of
 
         self.keys.append(getattr(message_of(record), "key", ""))
 

@@ -1,5 +1,5 @@
 // The tab "LoRA Guard". It asks the server while somebody looks at it and never else, and puts everything it is told into
-// place as text: names come from files that strangers made. Texts come from the server too (reporting/catalogue/panel.py).
+// place as text: names come from files that strangers made. Texts come from the server too (messages/catalogue/panel.py).
 (function () {
     "use strict";
 

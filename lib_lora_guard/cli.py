@@ -279,7 +279,7 @@ def _demo(options: Any) -> None:
 
 def _doctor(options: Any) -> None:
     from .commands import doctor
-    from .reporting.languages import AUTO, language_of, system_locale
+    from .messages.languages import AUTO, language_of, system_locale
 
     data = options.data or doctor.DATA
     language = language_of(AUTO, system=system_locale())

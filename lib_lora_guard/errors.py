@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .reporting.messages import Joined as Joined
-from .reporting.messages import Message as Message
-from .reporting.messages import about as about
-from .reporting.messages import reason as reason
+from .messages import Joined as Joined
+from .messages import Message as Message
+from .messages import about as about
+from .messages import reason as reason
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,8 +17,8 @@ from lib_lora_guard.memory import calibration_report, snapshot
 from lib_lora_guard.memory.calibration import FILE_NAME, Calibration, Key, Kind, stack_signature
 from lib_lora_guard.memory.calibration_file import VERSION
 from lib_lora_guard.memory.file_lock import locked
-from lib_lora_guard.reporting.crash import last_crash
-from lib_lora_guard.reporting.flight_recorder import RAM_AVAILABLE, FlightRecorder, Phase
+from lib_lora_guard.recorder.crash import last_crash
+from lib_lora_guard.recorder.flight_recorder import RAM_AVAILABLE, FlightRecorder, Phase
 from lib_lora_guard.version import __version__
 
 MB, GB = 1 << 20, 1 << 30
@@ -210,7 +210,7 @@ def test_reset_that_cannot_be_says_why(tmp_path, capsys, monkeypatch):
 DIES = """
 import os, sys
 from pathlib import Path
-from lib_lora_guard.reporting.flight_recorder import RAM_AVAILABLE, FlightRecorder, Phase
+from lib_lora_guard.recorder.flight_recorder import RAM_AVAILABLE, FlightRecorder, Phase
 recorder = FlightRecorder.open(Path(sys.argv[1]))
 with recorder.enter(Phase.MERGE, model="flux1-dev", storage="bf16", loras=["style"], memory={RAM_AVAILABLE: 300 << 20}):
     os._exit(9)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import LoraMismatchError
 from ..files import shown
-from ..reporting.messages import say
+from ..messages import say
 from .base import LARGEST_NUMBER
 
 log = logging.getLogger(__name__)

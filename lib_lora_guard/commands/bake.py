@@ -17,8 +17,8 @@ from ..baking.output import metadata_for
 from ..demo.measure import Measured, measured
 from ..errors import LoraFileError
 from ..files import shown
+from ..messages import Message
 from ..planning.predict import GB, MB
-from ..reporting.messages import Message
 from ..version import __version__
 from .checkpoint import read_checkpoint
 from .plan_text import MESSAGE_CHARACTERS, say

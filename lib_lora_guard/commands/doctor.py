@@ -22,9 +22,9 @@ from ..memory.allocator_text import CUDA_VARIABLE, variable_in_force
 from ..memory.calibration import FILE_NAME
 from ..memory.calibration_file import CalibrationFile
 from ..memory.calibration_report import Kept, kept_in
-from ..reporting.crash import Crash, last_crash
-from ..reporting.crash_report import crash_report
-from ..reporting.messages import Joined, Message
+from ..messages import Joined, Message
+from ..recorder.crash import Crash, last_crash
+from ..recorder.crash_report import crash_report
 from ..version import __version__
 from .plan_text import say
 

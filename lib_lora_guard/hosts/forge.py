@@ -11,10 +11,10 @@ from typing import Any
 from ..adapters.patch_tuples import OWN_KIND, calculate_own_kind
 from ..errors import HostError
 from ..memory import HostMemory, MemorySnapshot, Nvml, take_snapshot
-from ..reporting.crash import last_crash
-from ..reporting.crash_report import crash_report
-from ..reporting.flight_recorder import FlightRecorder, Phase
-from ..reporting.messages import say
+from ..messages import say
+from ..recorder.crash import last_crash
+from ..recorder.crash_report import crash_report
+from ..recorder.flight_recorder import FlightRecorder, Phase
 from . import forge_saving, forge_schedules
 from .forge_advice import Advice
 from .forge_calibration import ForgeCalibration, around

@@ -17,8 +17,8 @@ from ..errors import FileFormatError, LayerError
 from ..files import open_header
 from ..memory import Nvml
 from ..memory.out_of_memory import is_out_of_memory
+from ..messages import Joined, Message, say
 from ..planning.formats import smaller_picture, that_fit, to_leave_out
-from ..reporting.messages import Joined, Message, say
 from ..reporting.report import ApplyReport
 from ..weights.storage import MB, storage_of
 from .hooks import HookSet

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from ..reporting.crash_report import Precaution
-from ..reporting.messages import say
+from ..messages import say
+from ..recorder.crash_report import Precaution
 
 log = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ from ..adapters.fitting import misfit
 from ..adapters.patch_tuples import value_of
 from ..errors import LoraFileError, LoraMismatchError, Message, about, reason
 from ..files import shown
+from ..messages import Joined, say, without
 from ..models.architecture import detect_model
 from ..models.matching import Match, foreign_to, match_file
 from ..models.names import NameMap
 from ..planning.mode import is_input_projection
-from ..reporting.messages import Joined, say, without
 from ..reporting.report import clean_text
 from ..weights.storage import MB, storage_of
 from .forge_patches import OWN_TENSORS

@@ -1,6 +1,6 @@
 """What Forge is doing, written down as it happens: so that the next start can say what a killed process died of.
 
-The phases are those of `reporting.flight_recorder`; here they are laid around Forge's own functions, with the bytes that they
+The phases are those of `recorder.flight_recorder`; here they are laid around Forge's own functions, with the bytes that they
 are about to take where these are known before. Sources: Forge's `backend/loader.py`, `backend/patcher/vae.py`,
 `modules/sd_models.py`, `modules/restart.py`, `modules/initialize_util.py`.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.readings import MemorySnapshot
-from ..reporting.crash import Crash
-from ..reporting.crash_report import Precaution, avoid
-from ..reporting.flight_recorder import ALIVE, RAM_NEED, VRAM_NEED, FlightRecorder, Phase
+from ..recorder.crash import Crash
+from ..recorder.crash_report import Precaution, avoid
+from ..recorder.flight_recorder import ALIVE, RAM_NEED, VRAM_NEED, FlightRecorder, Phase
 from ..weights.storage import dtype_name
 from .forge_patches import describe
 from .hooks import HookSet

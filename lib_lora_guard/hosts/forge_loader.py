@@ -12,13 +12,13 @@ import torch
 
 from ..errors import RestoreError, named
 from ..memory.out_of_memory import is_out_of_memory
+from ..messages import Joined, say
 from ..patching.access import find_owner
 from ..patching.engine import Engine, LoraRequest
 from ..patching.merge_loss import merge_loss
 from ..patching.watching import Watch, unwatched
 from ..planning.mode import Wish
-from ..reporting.crash_report import Precaution
-from ..reporting.messages import Joined, say
+from ..recorder.crash_report import Precaution
 from ..reporting.report import ApplyReport, clean_text
 from ..settings import LoraMode
 from ..weights.storage import WIDE_DTYPES

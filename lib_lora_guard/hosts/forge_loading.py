@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..memory import rules
-from ..reporting.flight_recorder import Phase
+from ..recorder.flight_recorder import Phase
 from ..weights.storage import WIDE_DTYPES
 from .forge_calibration import ForgeCalibration
 from .forge_files import LoraFiles

@@ -24,11 +24,11 @@ import torch
 from ..memory import rules
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.rules import Finding
+from ..messages import Message, say
 from ..planning import activations
 from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
 from ..planning.host_memory import swap_budget_bytes
 from ..planning.on_card import change_bytes, weights_on_card_bytes
-from ..reporting.messages import Message, say
 from ..weights.storage import MB
 from .forge_calibration import ForgeCalibration
 from .forge_free import ForgeFree

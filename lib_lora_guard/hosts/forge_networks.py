@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from ..files import shown
-from ..reporting.messages import Message, say
+from ..messages import Message, say
 from .forge_files import LoraFiles
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ import torch
 from ..memory.allocator import AllocatorState
 from ..memory.allocator import apply as apply_allocator
 from ..memory.allocator_text import AllocatorWish
+from ..messages import say
+from ..messages.languages import language_of, system_locale
 from ..reporting import log as reporting_log
-from ..reporting.languages import language_of, system_locale
-from ..reporting.messages import say
 from ..settings import PREFIX, LoraMode, Settings, read
 from ..weights.storage import MB
 from . import forge

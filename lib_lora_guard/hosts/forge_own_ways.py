@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
+from ..messages import Message, say
 from ..patching.access import find_owner
-from ..reporting.messages import Message, say
 from .forge_access import RAM_FLOOR_BYTES, ForgeAccess
 from .forge_loader_state import RETRY
 from .forge_patches import Patches

@@ -17,8 +17,8 @@ from ..files import shown
 from ..memory import rules
 from ..memory.readings import MemorySnapshot
 from ..memory.rules import Finding
-from ..reporting.crash_report import Precaution
-from ..reporting.messages import Joined, Message, say
+from ..messages import Joined, Message, say
+from ..recorder.crash_report import Precaution
 from .forge_access import RAM_FLOOR_BYTES
 from .forge_cautions import Cautions
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..memory.out_of_memory import is_out_of_memory
-from ..reporting.messages import say
+from ..messages import say
 from ..weights.storage import MB, scales_bytes
 
 log = logging.getLogger(__name__)

@@ -23,11 +23,11 @@ import torch
 
 from ..errors import HostError, LoraGuardError, named
 from ..files import Entry, shown, write_safetensors
+from ..messages import say
 from ..patching.access import find_owner
 from ..patching.deferred import DeferredTensor
 from ..patching.engine import Engine
 from ..patching.merged_state import Kept, MergedState, MergedWeight
-from ..reporting.messages import say
 from ..weights.storage import shares_storage
 from .hooks import HookSet
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..errors import HostError
+from ..messages import Joined, say
 from ..patching.strengths import set_strengths
 from ..planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, read_strengths
-from ..reporting.messages import Joined, say
 from ..reporting.report import clean_text
 from .forge_access import STATE
 from .forge_loader import LoaderControl

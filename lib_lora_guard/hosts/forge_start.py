@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .. import version
 from ..errors import HostError, named
+from ..messages import say
 from ..reporting import log as reporting_log
-from ..reporting.messages import say
 from . import forge
 from .forge_corrections import keep_calibration
 from .forge_options import GuardOptions

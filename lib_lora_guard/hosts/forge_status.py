@@ -11,7 +11,7 @@ from ..memory import HostMemory, MemorySnapshot, Nvml, take_snapshot
 from ..memory.allocator import AllocatorState
 from ..memory.nvml import GpuProcesses
 from ..memory.paced_nvml import PacedNvml
-from ..reporting.messages import Message
+from ..messages import Message
 from ..reporting.status import MemoryFigure, ModelStatus, OtherPrograms, PanelStatus, model_status
 from ..settings import LoraMode, Settings
 from ..ui.memory_figures import memory_figures, other_programs, step_need

@@ -28,8 +28,8 @@ import torch
 
 from ..memory.shared_usage import shared_usage_bytes
 from ..memory.step_times import LEAST_EXCESS_SECONDS, Slowdown, StepTimes, Verdict, driver_spills
-from ..reporting.flight_recorder import Phase
-from ..reporting.messages import say
+from ..messages import say
+from ..recorder.flight_recorder import Phase
 from .forge_journal import Journal
 from .forge_loader_state import state_of
 

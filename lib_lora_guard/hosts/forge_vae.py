@@ -22,11 +22,11 @@ import torch
 from ..errors import MemoryShortError
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.step_times import driver_spills
+from ..messages import Joined, Message, say
 from ..planning import activations
 from ..planning.formats import smaller_picture
 from ..planning.host_memory import GB, Latent
-from ..reporting.crash_report import Precaution
-from ..reporting.messages import Joined, Message, say
+from ..recorder.crash_report import Precaution
 from ..weights.storage import MB
 from .forge_cautions import Cautions
 from .forge_preflight import Preflight

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from ..errors import HostError
-from ..reporting.messages import Message, reason
+from ..messages import Message, reason
 from ..reporting.report import clean_text
 
 

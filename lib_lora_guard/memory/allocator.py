@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..reporting.messages import Message, say
+from ..messages import Message, say
 from .allocator_machine import Machine, availability, look
 from .allocator_text import (
     COLLECT,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..reporting.messages import Message
+from ..messages import Message
 from .allocator_text import COLLECT, EXPANDABLE, SPLIT
 from .allocator_torch import setter
 

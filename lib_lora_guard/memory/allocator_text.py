@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import LoraGuardError
-from ..reporting.messages import Message
+from ..messages import Message
 
 EXPANDABLE = "expandable_segments"
 SPLIT = "max_split_size_mb"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ..reporting.messages import say
+from ..messages import say
 from .calibration_file import CalibrationFile, Entries, Entry
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..reporting.messages import Message
+from ..messages import Message
 from .calibration import PIXELS_OF_BUCKET, Key, Kind, correction_of
 from .calibration_file import CalibrationFile, Entry
 

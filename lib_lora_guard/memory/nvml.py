@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from ..errors import LoraGuardError
-from ..reporting.messages import Message
+from ..messages import Message
 from .cuda_card import Card, which_card
 from .readings import Reading
 

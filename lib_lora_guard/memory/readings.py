@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from ..reporting.messages import Message
+from ..messages import Message
 
 DISAGREEMENT_BYTES = 256 << 20
 """Above this, torch's and NVML's free memory do not merely differ by the moment they were read at."""

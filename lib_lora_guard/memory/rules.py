@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..reporting.messages import Message
+from ..messages import Message
 from .readings import trusted_free_bytes
 
 MB = 1 << 20

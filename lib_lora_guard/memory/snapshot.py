@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from ..reporting.messages import Message
+from ..messages import Message
 from . import windows
 from .control_groups import ControlGroups
 from .nvml import SOURCE as NVML

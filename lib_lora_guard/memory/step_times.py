@@ -14,7 +14,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ..reporting.messages import Message
+from ..messages import Message
 
 MB = 1 << 20
 

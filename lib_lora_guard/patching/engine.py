@@ -17,9 +17,9 @@ from ..adapters import Term
 from ..adapters.fitting import misfit
 from ..errors import LoraMismatchError, Message, ModeError, RestoreError, about, named, reason
 from ..memory.probe import BackupBudget
+from ..messages import say
 from ..planning.mode import Choice, Mode, Wish, choose_mode, is_input_projection
-from ..reporting.flight_recorder import Phase
-from ..reporting.messages import say
+from ..recorder.flight_recorder import Phase
 from ..reporting.report import ApplyReport, LoraReport
 from ..weights.storage import MB
 from .access import ModelAccess, Site

@@ -13,7 +13,7 @@ import torch
 from ..adapters import Slice
 from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
-from ..reporting.messages import say
+from ..messages import say
 from .backup import lies_in_ram
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import torch
 from ..adapters import Term
 from ..errors import ModeError
 from ..memory.probe import BackupBudget
+from ..messages import say
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode
 from ..planning.tokens import sees_one_token
-from ..reporting.messages import say
 from ..weights.storage import MB
 from .access import Site
 from .attachments import Attachment, MergeAttachment

@@ -12,8 +12,8 @@ from enum import Enum
 import torch
 
 from ..errors import LoraMismatchError
+from ..messages import Message
 from ..planning.mode import Mode
-from ..reporting.messages import Message
 from ..weights.storage import FP8_DTYPES, dtype_name, widest_float
 from .attachments import Attachment, UnusableTermsError
 from .merging import merge

@@ -23,7 +23,7 @@ import torch
 
 from ..errors import Message, ModeError, RestoreError, about, reason
 from ..memory.probe import disk_spare_bytes
-from ..reporting.processes import is_running
+from ..recorder.processes import is_running
 from ..weights.storage import MB
 
 CHUNK_BYTES = 16 * MB

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from types import TracebackType
 
-from ..reporting.messages import say
+from ..messages import say
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..planning.mode import Choice, Mode
-from ..reporting.flight_recorder import Phase
+from ..recorder.flight_recorder import Phase
 from .access import Site
 from .attachments import Attachment, MergeAttachment
 from .backup import lies_in_ram, parameter_bytes

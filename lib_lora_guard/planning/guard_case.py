@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..reporting.messages import Message
+from ..messages import Message
 from . import activations
 from . import host_memory as forge
 from .activations import Activations

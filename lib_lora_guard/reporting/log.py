@@ -6,8 +6,8 @@ import logging
 import sys
 
 from ..errors import named
-from .catalogue import ENGLISH
-from .messages import in_language, message_of, with_error
+from ..messages import in_language, message_of, with_error
+from ..messages.catalogue import ENGLISH
 from .ring import LogRing
 
 LEVELS = ("debug", "info", "warning", "error")

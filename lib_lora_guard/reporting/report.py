@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..files import shown
+from ..messages import Joined, Message
 from ..planning.mode import Choice, Mode
 from ..weights.storage import MB
-from .messages import Joined, Message
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import named
 from ..files.header import shown
-from .catalogue import ENGLISH
-from .messages import Joined, Message, in_language, message_of, with_error
+from ..messages import Joined, Message, in_language, message_of, with_error
+from ..messages.catalogue import ENGLISH
 
 CAPACITY_LINES = 2000
 CAPACITY_BYTES = 2 << 20

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..files import shown
+from ..messages import Joined, Message, in_language
+from ..messages.catalogue import ENGLISH, TEXTS
 from ..weights.storage import MB
-from .catalogue import ENGLISH, TEXTS
-from .messages import Joined, Message, in_language
 from .report import ApplyReport, LoraReport
 
 _NAME_CHARACTERS = 200

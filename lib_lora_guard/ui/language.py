@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..reporting.catalogue import ENGLISH
-from ..reporting.languages import language_of
+from ..messages.catalogue import ENGLISH
+from ..messages.languages import language_of
 from ..settings import Language
 
 

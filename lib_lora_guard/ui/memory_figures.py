@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from ..memory.nvml import SOURCE, GpuProcess, GpuProcesses
 from ..memory.readings import MemorySnapshot, Reading, trusted_free_bytes
+from ..messages import Joined, Message
 from ..planning.last_plan import LastPlan
-from ..reporting.messages import Joined, Message
 from ..reporting.status import Amount, MemoryFigure, OtherPrograms, StepNeed
 from ..weights.storage import MB
 

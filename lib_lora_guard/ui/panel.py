@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..reporting.catalogue import TEXTS
-from ..reporting.catalogue.panel import LABELS
+from ..messages.catalogue import TEXTS
+from ..messages.catalogue.panel import LABELS
 from ..reporting.log import current_ring
 from ..reporting.ring import Line, LogRing
 from ..reporting.status import PanelStatus, as_json

@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..reporting.messages import Message
+from ..messages import Message
 from ..settings import LOG_LEVELS, PREFIX, Language, LoraMode, Settings
 
 SECTION = ("lora_guard", "LoRA Guard")

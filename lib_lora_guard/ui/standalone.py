@@ -21,8 +21,8 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from ..memory import HostMemory, MemorySnapshot, Reading, take_snapshot
 from ..memory.nvml import GpuProcess, GpuProcesses
+from ..messages import Message
 from ..planning.last_plan import LastPlan
-from ..reporting.messages import Message
 from ..reporting.report import ApplyReport, LoraReport
 from ..reporting.ring import LogRing
 from ..reporting.status import PanelStatus, model_status

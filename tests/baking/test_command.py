@@ -15,7 +15,7 @@ from baking.checkpoints import MODELS, TARGETS, flux, merged, write_lora
 from lib_lora_guard import baking, cli
 from lib_lora_guard.commands import bake as command
 from lib_lora_guard.files import open_header
-from lib_lora_guard.reporting.catalogue import baking as sentences
+from lib_lora_guard.messages.catalogue import baking as sentences
 from lib_lora_guard.version import __version__
 
 

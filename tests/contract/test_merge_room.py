@@ -14,7 +14,7 @@ from lib_lora_guard.hosts.forge_loader_state import state_of
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, merge_room
 from lib_lora_guard.planning.mode import Mode
-from lib_lora_guard.reporting.crash_report import Precaution
+from lib_lora_guard.recorder.crash_report import Precaution
 from lib_lora_guard.settings import LoraMode
 
 GB = 1 << 30

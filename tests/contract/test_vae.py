@@ -10,7 +10,7 @@ from contract.host import REAL
 from lib_lora_guard.errors import MemoryShortError
 from lib_lora_guard.planning import activations
 from lib_lora_guard.planning.host_memory import Latent
-from lib_lora_guard.reporting.crash_report import Precaution
+from lib_lora_guard.recorder.crash_report import Precaution
 
 pytestmark = pytest.mark.skipif(not REAL, reason="the double has no VAE")
 GB = 1 << 30

@@ -11,9 +11,9 @@ from faults.planting import Faults, every
 from faults.scene import listening
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import LayerError
+from lib_lora_guard.messages import Message
 from lib_lora_guard.patching import forward_steps, in_ram, layer_call, low_rank
 from lib_lora_guard.patching.bypass import Bypass
-from lib_lora_guard.reporting.messages import Message
 
 IN_RAM = ("in_ram.py", "parts_in_ram")
 """Where RAM is used and nothing of the device."""

@@ -22,9 +22,9 @@ from lib_lora_guard.hosts.forge_journal import (
 )
 from lib_lora_guard.hosts.forge_probe import probe
 from lib_lora_guard.hosts.hooks import HookSet
-from lib_lora_guard.reporting.crash import last_crash
-from lib_lora_guard.reporting.crash_report import crash_report
-from lib_lora_guard.reporting.flight_recorder import FlightRecorder, Phase
+from lib_lora_guard.recorder.crash import last_crash
+from lib_lora_guard.recorder.crash_report import crash_report
+from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
 
 ROOT = Path(__file__).parent.parent.parent
 DOUBLE = ROOT / "tests" / "forge_double"
@@ -195,7 +195,7 @@ CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from lib_lora_guard.hosts import forge, forge_start
-from lib_lora_guard.reporting.flight_recorder import Phase
+from lib_lora_guard.recorder.flight_recorder import Phase
 folder, end = Path(sys.argv[1]), sys.argv[2]
 forge_start.JOURNAL_FOLDER = folder
 assert forge_start.start([])

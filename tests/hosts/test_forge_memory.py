@@ -36,8 +36,8 @@ from lib_lora_guard.hosts.forge_probe import probe
 from lib_lora_guard.memory import rules
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.planning import activations, on_card
-from lib_lora_guard.reporting.crash_report import Precaution
-from lib_lora_guard.reporting.flight_recorder import Phase
+from lib_lora_guard.recorder.crash_report import Precaution
+from lib_lora_guard.recorder.flight_recorder import Phase
 
 TOTAL, REST = 24_000, 1_000
 """Bytes: a card of 24 "GB" of which the slider leaves one."""

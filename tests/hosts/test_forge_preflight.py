@@ -10,8 +10,8 @@ from lib_lora_guard.errors import MemoryShortError
 from lib_lora_guard.hosts.forge_access import RAM_FLOOR_BYTES
 from lib_lora_guard.hosts.forge_cautions import Cautions
 from lib_lora_guard.hosts.forge_preflight import Preflight
-from lib_lora_guard.reporting.crash_report import Precaution
-from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.messages import Message
+from lib_lora_guard.recorder.crash_report import Precaution
 
 MB = 1 << 20
 WHAT = Message("preflight.reading", {"files": "a.safetensors"})

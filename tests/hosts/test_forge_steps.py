@@ -14,8 +14,8 @@ from lib_lora_guard.hosts.forge_journal import Journal
 from lib_lora_guard.hosts.forge_steps import StepTimer
 from lib_lora_guard.hosts.hooks import HookSet
 from lib_lora_guard.memory.step_times import MB, StepTimes
-from lib_lora_guard.reporting.flight_recorder import FlightRecorder, Phase
-from lib_lora_guard.reporting.messages import message_of
+from lib_lora_guard.messages import message_of
+from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
 from lib_lora_guard.settings import LoraMode
 
 GB = 1 << 30

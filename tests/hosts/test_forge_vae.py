@@ -17,8 +17,8 @@ from lib_lora_guard.hosts.hooks import HookSet
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.planning import activations
 from lib_lora_guard.planning.host_memory import Latent
-from lib_lora_guard.reporting.crash_report import Precaution, avoid
-from lib_lora_guard.reporting.flight_recorder import Phase
+from lib_lora_guard.recorder.crash_report import Precaution, avoid
+from lib_lora_guard.recorder.flight_recorder import Phase
 
 MB, GB = 1 << 20, 1 << 30
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)

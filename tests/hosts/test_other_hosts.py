@@ -17,8 +17,8 @@ import pytest
 from lib_lora_guard.errors import HostError
 from lib_lora_guard.hosts import forge, forge_probe
 from lib_lora_guard.hosts.recognise import Program, explain, recognise
-from lib_lora_guard.reporting.catalogue import LANGUAGES
-from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.messages import Message
+from lib_lora_guard.messages.catalogue import LANGUAGES
 from lib_lora_guard.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent

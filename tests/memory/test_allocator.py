@@ -26,7 +26,7 @@ from lib_lora_guard.memory.allocator_text import (
     start_line,
     variable_in_force,
 )
-from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.messages import Message
 
 CUDA = torch.device("cuda", 0)
 LINUX = Machine("cuda", (2, 12))

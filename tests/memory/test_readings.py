@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_lora_guard.memory.readings import DISAGREEMENT_BYTES, MemorySnapshot, Reading
-from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.messages import Message
 
 GB = 1 << 30
 WHY = Message("readings.not_counted")

@@ -14,7 +14,7 @@ from lib_lora_guard.patching import watching
 from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.planning.mode import Wish
-from lib_lora_guard.reporting.flight_recorder import Phase
+from lib_lora_guard.recorder.flight_recorder import Phase
 
 SHAPES = {name: tuple(value.shape) for name, value in Net(32, depth=2).state_dict().items()}
 KEYS = [name for name, shape in SHAPES.items() if len(shape) == 2]

@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent.parent.parent), str(HERE.parent.parent)]
 os.environ.setdefault("LORA_GUARD_TEST_PORT", "7918")
 
-from lib_lora_guard.reporting.flight_ring import bodies  # noqa: E402  # found by the lines above
+from lib_lora_guard.recorder.flight_ring import bodies  # noqa: E402  # found by the lines above
 from real_forge.run import link_extensions  # noqa: E402
 from real_forge.server import FORGE, Server  # noqa: E402
 

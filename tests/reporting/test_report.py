@@ -1,7 +1,7 @@
 """What an applied stack says of itself, in both languages."""
 
+from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.mode import Choice, Mode
-from lib_lora_guard.reporting.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport, clean_text
 
 

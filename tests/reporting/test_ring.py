@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_lora_guard.errors import LoraFileError
+from lib_lora_guard.messages import Joined, Message, say
 from lib_lora_guard.reporting import log as reporting_log
-from lib_lora_guard.reporting.messages import Joined, Message, say
 from lib_lora_guard.reporting.ring import ALIKE_LINES, LINE_CHARACTERS, LogRing
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 
-from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.reporting.status import (
     Amount,

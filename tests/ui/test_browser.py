@@ -7,7 +7,7 @@ import pytest
 from face_server import Served, chromium, playwright, wait_until
 
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
-from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.settings import Language
 from lib_lora_guard.ui import standalone

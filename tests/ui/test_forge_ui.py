@@ -17,8 +17,8 @@ from lib_lora_guard.memory.allocator import AllocatorState, OptionState, Standin
 from lib_lora_guard.memory.allocator_text import AllocatorWish
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.memory.paced_nvml import PacedNvml
+from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.last_plan import LastPlan
-from lib_lora_guard.reporting.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.reporting.status import as_json
 from lib_lora_guard.settings import PREFIX, LoraMode, Settings

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.memory.readings import MemorySnapshot, Reading
+from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.last_plan import LastPlan
-from lib_lora_guard.reporting.messages import Message
 from lib_lora_guard.reporting.status import PanelStatus, as_json
 from lib_lora_guard.ui.memory_figures import memory_figures, other_programs, step_need
 

@@ -5,8 +5,8 @@ import urllib.parse
 import pytest
 from face_server import Served
 
-from lib_lora_guard.reporting.catalogue import TEXTS
-from lib_lora_guard.reporting.messages import Message
+from lib_lora_guard.messages import Message
+from lib_lora_guard.messages.catalogue import TEXTS
 from lib_lora_guard.settings import Language
 from lib_lora_guard.ui.language import reader_language
 from lib_lora_guard.ui.panel import PAGE_LINES, labels

@@ -91,7 +91,7 @@ def test_every_option_has_a_label_and_an_explanation(language):
 
 
 def test_texts_are_escaped(monkeypatch):
-    from lib_lora_guard.reporting.catalogue import TEXTS
+    from lib_lora_guard.messages.catalogue import TEXTS
 
     monkeypatch.setitem(TEXTS, "settings.mode.merge.info", {"en": "<b>&"})
     monkeypatch.setitem(TEXTS, "settings.enable.info", {"en": "<i>&"})

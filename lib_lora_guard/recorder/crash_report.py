@@ -7,6 +7,7 @@ import platform
 import time
 from enum import Enum
 
+from ..messages import Joined, Message
 from .crash import Crash
 from .flight_recorder import (
     ALIVE,
@@ -22,7 +23,6 @@ from .flight_recorder import (
     Phase,
     name_only,
 )
-from .messages import Joined, Message
 
 GB = 1 << 30
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib_lora_guard.reporting.languages import is_chinese, language_of, system_locale
+from lib_lora_guard.messages.languages import is_chinese, language_of, system_locale
 from lib_lora_guard.settings import Language
 
 CHINESE = [

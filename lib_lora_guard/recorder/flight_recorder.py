@@ -24,9 +24,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..messages import say
 from ..version import __version__
 from .flight_ring import BODY_BYTES, SLOT_BYTES, packed, start_of
-from .messages import say
 from .processes import machine_name, own_start_ms
 
 log = logging.getLogger(__name__)

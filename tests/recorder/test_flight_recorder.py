@@ -13,19 +13,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib_lora_guard.reporting import crash as crash_module
-from lib_lora_guard.reporting.crash import KEPT_FILES, last_crash
-from lib_lora_guard.reporting.crash_report import avoid, crash_report
-from lib_lora_guard.reporting.flight_recorder import RING_BYTES, FlightRecorder, Phase, name_only
-from lib_lora_guard.reporting.flight_ring import BODY_BYTES, SLOT_BYTES, bodies, packed, start_of
-from lib_lora_guard.reporting.processes import own_start_ms
+from lib_lora_guard.recorder import crash as crash_module
+from lib_lora_guard.recorder.crash import KEPT_FILES, last_crash
+from lib_lora_guard.recorder.crash_report import avoid, crash_report
+from lib_lora_guard.recorder.flight_recorder import RING_BYTES, FlightRecorder, Phase, name_only
+from lib_lora_guard.recorder.flight_ring import BODY_BYTES, SLOT_BYTES, bodies, packed, start_of
+from lib_lora_guard.recorder.processes import own_start_ms
 
 ROOT = Path(crash_module.__file__).parents[2]
 
 CHILD = """
 import sys, time
 from pathlib import Path
-from lib_lora_guard.reporting.flight_recorder import FlightRecorder, Phase
+from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
 recorder = FlightRecorder.open(Path(sys.argv[1]))
 with recorder.enter(Phase.START):
     pass
@@ -149,7 +149,7 @@ def test_it_can_be_closed_in_the_middle_of_a_write(tmp_path, dead, monkeypatch):
         dead.close()
         return packed(number, body)
 
-    monkeypatch.setattr("lib_lora_guard.reporting.flight_recorder.packed", interrupted)
+    monkeypatch.setattr("lib_lora_guard.recorder.flight_recorder.packed", interrupted)
     with dead.enter(Phase.MERGE):
         assert list(tmp_path.iterdir()) == []
 

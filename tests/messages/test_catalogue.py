@@ -9,10 +9,9 @@ import string
 from pathlib import Path
 
 from lib_lora_guard.errors import LoraFileError, LoraGuardError, named, reason
-from lib_lora_guard.reporting import catalogue
-from lib_lora_guard.reporting.catalogue import LANGUAGES, SUBJECTS, TEXTS
-from lib_lora_guard.reporting.catalogue.panel import LABELS
-from lib_lora_guard.reporting.messages import Joined, Message, about, message_of, say, without
+from lib_lora_guard.messages import Joined, Message, about, catalogue, message_of, say, without
+from lib_lora_guard.messages.catalogue import LANGUAGES, SUBJECTS, TEXTS
+from lib_lora_guard.messages.catalogue.panel import LABELS
 
 PACKAGE = Path(catalogue.__file__).parent.parent.parent
 SOURCES = [f for f in sorted(PACKAGE.rglob("*.py")) if f.parent.name != "catalogue"]
