@@ -113,9 +113,9 @@ def bake_document(result: BakeResult) -> dict[str, Any]:
             {
                 "file": lora.name,
                 "strength": lora.strength,
-                "modules_used": lora.used,
-                "skipped": [shown(key) for key in lora.skipped],
-                "lost": [shown(key, MESSAGE_CHARACTERS) for key in lora.lost],
+                "modules_used": lora.fit.used,
+                "skipped": [shown(key) for key in lora.fit.skipped],
+                "lost": [shown(key, MESSAGE_CHARACTERS) for key in lora.fit.lost],
             }
             for lora in result.loras
         ],
@@ -131,9 +131,9 @@ def print_baked(console: Console, result: BakeResult) -> None:
     """As a page of text."""
     report = result.report
     for lora in result.loras:
-        facts = {"name": lora.name, "strength": f"{lora.strength:g}", "used": lora.used}
-        say(console, Message("bake.lora", {**facts, "skipped": len(lora.skipped), "lost": len(lora.lost)}))
-        for sentence, keys in (("bake.skipped", lora.skipped), ("bake.lost", lora.lost)):
+        facts = {"name": lora.name, "strength": f"{lora.strength:g}", "used": lora.fit.used}
+        say(console, Message("bake.lora", {**facts, "skipped": len(lora.fit.skipped), "lost": len(lora.fit.lost)}))
+        for sentence, keys in (("bake.skipped", lora.fit.skipped), ("bake.lost", lora.fit.lost)):
             for key in keys[:SHOWN_KEYS]:
                 say(console, f"  {Message(sentence, {'key': shown(key, MESSAGE_CHARACTERS)})}")
             if len(keys) > SHOWN_KEYS:

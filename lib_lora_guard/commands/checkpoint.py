@@ -19,7 +19,8 @@ from ..errors import FileFormatError
 from ..files import FileHeader, TensorEntry, open_header, read_tensors, shown
 from ..files.safetensors_file import FORMATS
 from ..models.architecture import Architecture, detect_model
-from ..models.names import DENOISER_PREFIXES, NameMap
+from ..models.fit import Target
+from ..models.names import DENOISER_PREFIXES
 from ..models.text import find_encoders
 from ..planning.gguf_baked import FORGE_BLOCKS, baked_bytes
 from ..weights.bnb4 import LEVELS, from_file_parts
@@ -79,12 +80,14 @@ class Checkpoint:
     def shapes(self) -> dict[str, Shape]:
         return {name: parameter.shape for name, parameter in self.parameters.items()}
 
-    def names(self) -> NameMap:
-        """Raises FileFormatError for a file whose names promise other shapes than it has."""
+    def target(self) -> Target:
+        """The model as LoRA files are matched to it. Raises FileFormatError where its names promise other shapes than it has."""
+        target = Target(self.shapes)
         try:
-            return NameMap(self.shapes)
+            _ = target.names, target.architecture
         except (IndexError, ValueError) as error:
             raise _odd(self.header) from error
+        return target
 
     def of_part(self, part: str) -> list[Parameter]:
         return [parameter for parameter in self.parameters.values() if parameter.part == part]

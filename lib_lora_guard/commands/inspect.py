@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ..files import shown
+from ..models.fit import Fit
 from ..planning.mode import Wish
 from ..planning.predict import MB
 from ..planning.tokens import Picture, tokens_for
@@ -16,22 +17,22 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .lora_facts import LoraFacts, counted, metadata_of_interest, read_facts, trained_words
 from .plan_json import SHOWN_KEYS, counts
 from .plan_text import MESSAGE_CHARACTERS, say
-from .stack import StackedLora, plan_stack
+from .stack import plan_stack
 
 SCHEMA = "lora-guard/inspect/1"
 
 
-def inspect(path: Path, model: Path | None) -> tuple[LoraFacts, Checkpoint | None, StackedLora | None]:
+def inspect(path: Path, model: Path | None) -> tuple[LoraFacts, Checkpoint | None, Fit | None]:
     """The file, and with `model` how it fits. Raises LoraFileError, FileFormatError."""
     facts = read_facts(path)
     if model is None:
         return facts, None, None
     checkpoint = read_checkpoint(model)
     tokens = tokens_for(checkpoint.architecture, Picture(1024, 1024))
-    return facts, checkpoint, plan_stack(checkpoint, [(facts, 1.0)], Wish.AUTO, tokens, 2).loras[0]
+    return facts, checkpoint, plan_stack(checkpoint, [(facts, 1.0)], Wish.AUTO, tokens, 2).loras[0].fit
 
 
-def inspect_document(facts: LoraFacts, checkpoint: Checkpoint | None, fit: StackedLora | None) -> dict[str, Any]:
+def inspect_document(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> dict[str, Any]:
     """As one JSON document."""
     unknown = facts.file.unknown_keys
     return {
@@ -59,7 +60,7 @@ def inspect_document(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Stack
     }
 
 
-def _fit(checkpoint: Checkpoint, fit: StackedLora) -> dict[str, Any]:
+def _fit(checkpoint: Checkpoint, fit: Fit) -> dict[str, Any]:
     return {
         "model": shown(checkpoint.header.path.name),
         "architecture": checkpoint.architecture.value if checkpoint.architecture else None,
@@ -73,7 +74,7 @@ def _fit(checkpoint: Checkpoint, fit: StackedLora) -> dict[str, Any]:
     }
 
 
-def print_facts(console: Console, facts: LoraFacts, checkpoint: Checkpoint | None, fit: StackedLora | None) -> None:
+def print_facts(console: Console, facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> None:
     """As a page of text."""
     made_for = facts.made_for.value if facts.made_for else "an architecture that its names and sizes do not show"
     say(console, f"{facts.name}: LoRA for {made_for}", "bold")
@@ -99,7 +100,7 @@ def print_facts(console: Console, facts: LoraFacts, checkpoint: Checkpoint | Non
         _print_fit(console, checkpoint, fit)
 
 
-def _print_fit(console: Console, checkpoint: Checkpoint, fit: StackedLora) -> None:
+def _print_fit(console: Console, checkpoint: Checkpoint, fit: Fit) -> None:
     architecture = checkpoint.architecture.value if checkpoint.architecture else "architecture not known"
     say(console, f"On {shown(checkpoint.header.path.name)} ({architecture})", "bold")
     if fit.refused is not None:

@@ -48,7 +48,7 @@ class PlanResult:
 
     def check_usable(self) -> None:
         """Raises LoraMismatchError where no LoRA can be used."""
-        reasons = [f"{lora.facts.name}: {lora.refused}" for lora in self.stack.loras if lora.refused]
+        reasons = [f"{lora.facts.name}: {lora.fit.refused}" for lora in self.stack.loras if lora.fit.refused]
         if reasons and len(reasons) == len(self.stack.loras):
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             raise LoraMismatchError(reasons[0] + more)
@@ -102,17 +102,17 @@ def _beside(checkpoint: Checkpoint, stack: Stack) -> list[str]:
     """What the numbers do not show."""
     lines = []
     for lora in stack.loras:
-        if lora.refused:
-            lines.append(f"{lora.facts.name} cannot be used: {lora.refused}.")
+        if lora.fit.refused:
+            lines.append(f"{lora.facts.name} cannot be used: {lora.fit.refused}.")
         if lora.unknown_to_forge:
             lines.append(
                 f"Forge's own reader does not know {', '.join(lora.unknown_to_forge)} ({lora.facts.name}); the guard does."
             )
-        if lora.lost:
-            lines.append(f"{lora.facts.name}: {len(lora.lost)} keys are lost on this model.")
-        if len(lora.skipped) > MOST_UNMATCHED and not lora.refused:
+        if lora.fit.lost:
+            lines.append(f"{lora.facts.name}: {len(lora.fit.lost)} keys are lost on this model.")
+        if len(lora.fit.skipped) > MOST_UNMATCHED and not lora.fit.refused:
             lines.append(
-                f"{lora.facts.name}: {len(lora.skipped)} keys have no place in this file. Forge leaves out a LoRA with more "
+                f"{lora.facts.name}: {len(lora.fit.skipped)} keys have no place in this file. Forge leaves out a LoRA with more "
                 f"than {MOST_UNMATCHED} such keys; keys of a text encoder that lies in another file do not count."
             )
     if checkpoint.is_scaled_fp8:

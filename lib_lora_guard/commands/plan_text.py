@@ -102,11 +102,11 @@ def _print_lora(console: Console, lora: StackedLora) -> None:
     ranks = f", rank {counted(facts.ranks)}" if facts.ranks else ""
     dora = f", DoRA on {facts.dora_modules}" if facts.dora_modules else ""
     say(console, f"  {counted(facts.kinds)}{dora}{ranks}, {counted(facts.dtypes)}, {_mb(facts.bytes)} of tensors")
-    if lora.refused is not None:
-        say(console, f"  CANNOT BE USED: {shown(lora.refused, MESSAGE_CHARACTERS)}", "red")
+    if lora.fit.refused is not None:
+        say(console, f"  CANNOT BE USED: {shown(lora.fit.refused, MESSAGE_CHARACTERS)}", "red")
         return
-    say(console, f"  {lora.used} modules used, {len(lora.skipped)} keys skipped, {len(lora.lost)} lost")
-    for word, keys in (("skipped", lora.skipped), ("lost", lora.lost)):
+    say(console, f"  {lora.fit.used} modules used, {len(lora.fit.skipped)} keys skipped, {len(lora.fit.lost)} lost")
+    for word, keys in (("skipped", lora.fit.skipped), ("lost", lora.fit.lost)):
         if keys:
             say(console, f"  first {word}: {shown(keys[0], MESSAGE_CHARACTERS)}", "yellow" if word == "lost" else "")
     for mode, share in sorted(lora.modes.items()):

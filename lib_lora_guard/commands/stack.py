@@ -1,22 +1,19 @@
 """A stack of LoRAs on a model, both from their headers: which weights get which mode, and what is left out.
 
-The same rules as `patching.engine` follows on a loaded model: a LoRA that does not fit is left out as a whole, a difference
-of the wrong size alone.
+`models.fit` and `planning.mode` decide, as for a loaded model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..adapters import Term
-from ..adapters.fitting import misfit
 from ..errors import ModeError
 from ..files import shown
-from ..models.matching import Match, foreign_to, match_file
-from ..models.names import NameMap
+from ..models.fit import Fit, fit_file
 from ..planning.costs import bypass_bytes, bypass_cost, forge_on_the_fly_cost, on_the_fly_cost
-from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode, is_input_projection
+from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode
 from ..planning.predict import FORGE_KINDS, Patch
 from ..planning.tokens import Tokens
 from .checkpoint import DENOISER, TEXT, Checkpoint, Parameter
@@ -34,15 +31,11 @@ class ModeShare:
 
 @dataclass
 class StackedLora:
-    """One LoRA of the stack. `used` counts modules of the file; `skipped` are keys without a place in the model, `lost`
-    those that have one and cannot be applied, with reasons; `refused` says why it is left out as a whole."""
+    """One LoRA of the stack and what of it the model can use. `unknown_to_forge`: kinds that Forge's own reader drops."""
 
     facts: LoraFacts
     strength: float
-    used: int = 0
-    skipped: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    refused: str | None = None
+    fit: Fit
     modes: dict[str, ModeShare] = field(default_factory=dict)
     unknown_to_forge: list[str] = field(default_factory=list)
 
@@ -57,15 +50,19 @@ def plan_stack(
     checkpoint: Checkpoint, loras: Sequence[tuple[LoraFacts, float]], wish: Wish, tokens: Tokens, compute_bytes: int
 ) -> Stack:
     """Matches every LoRA and chooses the mode of every weight. Raises ModeError for a wish this model cannot have."""
-    names = checkpoint.names()
+    target = checkpoint.target()
     stacked = []
     merged: dict[str, list[Term]] = {}
     for origin, (facts, strength) in enumerate(loras):
-        lora = StackedLora(facts, strength)
-        stacked.append(lora)
         with damaged_where_torch_refuses(facts.file.path):
-            fitting = _accepted(checkpoint, facts, names, lora, origin)
-        for key, terms in fitting.items():
+            fit = fit_file(facts.file, target, strength, origin)
+        lora = StackedLora(facts, strength, fit)
+        stacked.append(lora)
+        if fit.refused is None:
+            lora.unknown_to_forge = sorted({kind for kind in facts.kinds if kind not in FORGE_KINDS})
+            if not fit.terms:
+                fit.refused = _nothing_fits(checkpoint, facts, fit)
+        for key, terms in fit.terms.items():
             merged.setdefault(key, []).extend(terms)
     patches = []
     for key, terms in merged.items():
@@ -76,50 +73,17 @@ def plan_stack(
             if wish is Wish.MERGE:
                 raise ModeError(f"{shown(checkpoint.header.path.name)}: {error}") from None
             for origin in {term.origin for term in terms}:
-                stacked[origin].lost.append(str(error))
+                stacked[origin].fit.lost.append(str(error))
             continue
         _count(stacked, parameter, terms, choice, compute_bytes)
         patches.append(_patch(parameter, terms, choice, tokens, compute_bytes))
     return Stack(stacked, patches)
 
 
-def _accepted(
-    checkpoint: Checkpoint, facts: LoraFacts, names: NameMap, lora: StackedLora, origin: int
-) -> Mapping[str, list[Term]]:
-    """The terms of one LoRA that fit, what is left over written into `lora`."""
-    lora.refused = foreign_to(facts.file, checkpoint.architecture)
-    if lora.refused is not None:
-        return {}
-    shapes = checkpoint.shapes
-    match = match_file(facts.file, names, shapes, lora.strength, origin)
-    lora.skipped, lora.lost = list(match.skipped), list(match.lost)
-    fitting = {}
-    for key, terms in match.terms.items():
-        wrong = misfit(terms, shapes[key], may_expand=is_input_projection(key))
-        if wrong is None:
-            fitting[key] = terms
-        elif wrong.of_file:
-            lora.refused = f"made for another model: {key}: {wrong.why}; use a LoRA made for this model"
-            return {}
-        else:
-            lora.lost.append(f"{key}: {wrong.why}")
-    lora.used = _used(facts, match)
-    lora.unknown_to_forge = sorted({kind for kind in facts.kinds if kind not in FORGE_KINDS})
-    if not fitting:
-        lora.refused = _nothing_fits(checkpoint, facts, lora)
-    return fitting
-
-
-def _used(facts: LoraFacts, match: Match) -> int:
-    """Entries of the file that the model has a place for and that can be applied."""
-    left = {*match.skipped, *(line.partition(": ")[0] for line in match.lost)}
-    return sum(f"{module}.{parameter}" not in left for module, parameter in facts.file.adapters)
-
-
-def _nothing_fits(checkpoint: Checkpoint, facts: LoraFacts, lora: StackedLora) -> str:
+def _nothing_fits(checkpoint: Checkpoint, facts: LoraFacts, fit: Fit) -> str:
     if all(part not in ("U-Net", "transformer") for part in facts.parts) and not checkpoint.of_part(TEXT):
         return "it changes text encoders alone and this file has none; give a checkpoint that has them"
-    first = next(iter(lora.lost or sorted(lora.skipped)), "nothing")
+    first = next(iter(fit.lost or sorted(fit.skipped)), "nothing")
     return f"none of its {len(facts.file.adapters)} modules can be applied (first: {first}); use a LoRA made for this model"
 
 

@@ -52,6 +52,7 @@ class ForgeTakeover:
         self.api = api
         self.control = LoaderControl(api)
         self.files = LoraFiles()
+        self.files.unpatched_shapes = self.control.unpatched_shapes
         self._host_memory = HostMemory()
         residency = Residency(self.control.merged_layers)
         self.placement = Placement(api, residency.away_bytes)

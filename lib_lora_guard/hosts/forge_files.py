@@ -20,15 +20,11 @@ import torch
 from ..adapters.base import Adapter, Shape, Term
 from ..adapters.file_settings import FileSettings
 from ..adapters.files import LoraFile, parse_tensors, read_lora_file
-from ..adapters.fitting import misfit
 from ..adapters.patch_tuples import value_of
 from ..errors import LoraFileError, LoraMismatchError, Message, about, reason
 from ..files import shown
 from ..messages import Joined, say, without
-from ..models.architecture import detect_model
-from ..models.matching import Match, foreign_to, match_file
-from ..models.names import NameMap
-from ..planning.mode import is_input_projection
+from ..models.fit import Fit, Target, fit_file
 from ..reporting.report import clean_text
 from ..weights.storage import MB, storage_of
 from .forge_patches import OWN_TENSORS
@@ -73,6 +69,8 @@ class LoraFiles:
     def __init__(self) -> None:
         self.kept_bytes = 1024 * MB
         self.kept_files: Callable[[], int] = lambda: 0
+        self.unpatched_shapes: Callable[[torch.nn.Module], Mapping[str, Shape]] = lambda model: {}
+        """Shapes that merged parameters of a model have without their LoRAs."""
         self.is_host_reading: Callable[[], bool] = lambda: False
         """True in the mode "Forge's own": then the host reads LoRA files itself."""
         self._lock = threading.Lock()
@@ -211,9 +209,10 @@ class LoraFiles:
         with self._lock:
             return sum(size for _, _, size in self._kept)
 
-    def _match(self, file: LoraFile, model: torch.nn.Module) -> Match:
+    def _match(self, file: LoraFile, model: torch.nn.Module) -> Fit:
         """What the file has for one model; worked out once, for nothing in it depends on the strength."""
         shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+        shapes |= self.unpatched_shapes(model)
         known = self._matches.setdefault(file, weakref.WeakKeyDictionary())
         if model in known and known[model][0] == shapes:
             return known[model][1]
@@ -232,7 +231,7 @@ def _is_hosts_own(reader: Any) -> bool:
 
 
 FileKey = tuple[str, int, int]
-Matches = weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Shape], Match]]
+Matches = weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Shape], Fit]]
 
 
 def _own(adapters: Iterable[Adapter]) -> None:
@@ -241,17 +240,12 @@ def _own(adapters: Iterable[Adapter]) -> None:
             OWN_TENSORS[tensor] = True
 
 
-def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Match:
+def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Fit:
     """Raises LoraMismatchError where the file was made for another model."""
-    refused = foreign_to(file, detect_model(shapes))
-    if refused is not None:
-        raise LoraMismatchError(refused)
-    match = match_file(file, NameMap(shapes), shapes, strength=1.0)
-    for key, terms in match.terms.items():
-        wrong = misfit(terms, shapes[key], may_expand=is_input_projection(key))
-        if wrong is not None and wrong.of_file:
-            raise LoraMismatchError.of("lora.other_model", key=key, why=wrong.why)
-    return match
+    fit = fit_file(file, Target(shapes))
+    if fit.refused is not None:
+        raise LoraMismatchError(fit.refused)
+    return fit
 
 
 def _patches(terms: Mapping[str, list[Term]]) -> dict[Any, Any]:
@@ -264,7 +258,7 @@ def _patches(terms: Mapping[str, list[Term]]) -> dict[Any, Any]:
     return patches
 
 
-def _say_what_is_left(name: str, file: LoraFile, matches: list[Match]) -> None:
+def _say_what_is_left(name: str, file: LoraFile, matches: list[Fit]) -> None:
     """One line on keys that no part of the model has a place for, one on those that cannot be applied to it."""
     if not matches:
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.base import Shape
 from ..errors import RestoreError, named
 from ..memory.out_of_memory import is_out_of_memory
 from ..messages import Joined, say
@@ -225,6 +226,11 @@ class LoaderControl:
         """The layers of a loaded model that have a LoRA merged into them."""
         state = state_of(getattr(model, "lora_loader", None))
         return set() if state is None else state.engine.merged_layers()
+
+    def unpatched_shapes(self, model: torch.nn.Module) -> dict[str, Shape]:
+        """Shapes that the merged parameters of a loaded model have without their LoRAs."""
+        state = state_of(getattr(model, "lora_loader", None))
+        return {} if state is None else state.engine.unpatched_shapes()
 
     def resident_bytes(self, loader: Any) -> int:
         state = state_of(loader)

@@ -14,12 +14,10 @@ import torch
 
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile, read_lora_file
-from ..errors import LoraGuardError, LoraMismatchError, ModeError
+from ..errors import LoraGuardError, LoraMismatchError, ModeError, about
 from ..files import shown
 from ..memory.probe import BackupBudget, measure_budget
-from ..models.architecture import detect_model
-from ..models.matching import foreign_to, match_file
-from ..models.names import NameMap
+from ..models.fit import Target, fit_file
 from ..patching.access import Site, find_owner, is_linear, is_plain_convolution, plain_bias
 from ..patching.engine import Engine, LoraRequest
 from ..patching.on_the_fly import WeightTerms
@@ -70,10 +68,9 @@ class LoraGuard:
         # Tensors made in inference mode could never be changed or differentiated outside it.
         with torch.inference_mode(False), torch.no_grad():
             files = [self._read(Path(path), as_trained) for path, _ in stack]
-            shapes = self._access.shapes()
-            names = NameMap(shapes)
+            target = Target(self._access.shapes() | self._engine.unpatched_shapes())
             requests = [
-                self._request(n, file, float(strength), names, shapes)
+                self._request(n, file, float(strength), target)
                 for n, (file, (_, strength)) in enumerate(zip(files, stack, strict=True))
             ]
             report = self._engine.change(self._access, requests, wish, leave_out=False)
@@ -104,22 +101,18 @@ class LoraGuard:
         known = self._files.get((*_identity(path), as_trained)) if path.is_file() else None
         return known or read_lora_file(path, as_trained)
 
-    def _request(self, index: int, file: LoraFile, strength: float, names: NameMap, shapes: Shapes) -> LoraRequest:
+    def _request(self, index: int, file: LoraFile, strength: float, target: Target) -> LoraRequest:
         name = shown(file.path.name)
-        refused = foreign_to(file, detect_model(shapes))
-        if refused is not None:
-            raise LoraMismatchError(f"{name}: {refused}")
-        try:
-            match = match_file(file, names, shapes, strength, index)
-        except LoraMismatchError as error:
-            raise LoraMismatchError(f"{name}: {error}") from None
-        if not match.terms:
+        fit = fit_file(file, target, strength, index)
+        if fit.refused is not None:
+            raise LoraMismatchError(about(name, fit.refused))
+        if not fit.terms:
             modules = [n for n, _ in self._access.model.named_modules() if n]
             raise LoraMismatchError(
                 f"{name}: none of its {len(file.adapters)} modules is in this {self._access.name}; it was made for "
-                f"another model (the file has {shown((match.lost or match.skipped)[0])}, the model {modules[-1] if modules else 'no layers'})"
+                f"another model (the file has {shown((fit.lost or fit.skipped)[0])}, the model {modules[-1] if modules else 'no layers'})"
             )
-        return LoraRequest(name, strength, match.terms, tuple(match.skipped), lost=tuple(match.lost))
+        return LoraRequest.of(name, strength, fit)
 
 
 RAM_FLOOR_BYTES = 2048 * MB

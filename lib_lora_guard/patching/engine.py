@@ -14,11 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..adapters import Term
-from ..adapters.fitting import misfit
-from ..errors import LoraMismatchError, Message, ModeError, RestoreError, about, named, reason
+from ..adapters.base import Shape
+from ..errors import LoraMismatchError, ModeError, RestoreError, about, reason
 from ..memory.probe import BackupBudget
 from ..messages import say
-from ..planning.mode import Choice, Mode, Wish, choose_mode, is_input_projection
+from ..models.fit import Fit, fit_terms
+from ..planning.mode import Choice, Mode, Wish, choose_mode
 from ..recorder.flight_recorder import Phase
 from ..reporting.report import ApplyReport, LoraReport
 from ..weights.storage import MB
@@ -47,6 +48,11 @@ class LoraRequest:
     skipped_keys: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     refused: str | None = None
+
+    @classmethod
+    def of(cls, label: str, strength: float, fit: Fit) -> LoraRequest:
+        """The request for what of a file fits the model."""
+        return cls(label, strength, fit.terms, tuple(fit.skipped), tuple(fit.lost), fit.refused)
 
     @property
     def bytes(self) -> int:
@@ -169,6 +175,10 @@ class Engine:
         """Which LoRAs of `stack` (by place) could be read and fit the model. Changes nothing."""
         return set(self._validate(access, stack)[0])
 
+    def unpatched_shapes(self) -> dict[str, Shape]:
+        """Shapes that merged parameters have without their LoRAs, which may have widened them."""
+        return {key: a.site.shape for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
+
     def merged_layers(self) -> set[torch.nn.Module]:
         return {a.site.layer for a in self._attached.values() if isinstance(a, MergeAttachment)}
 
@@ -218,30 +228,13 @@ class Engine:
             reports.append(report)
             if lora.refused is not None:
                 continue
-            fitting: dict[str, tuple[Site, list[Term]]] = {}
-            for key, terms in lora.terms.items():
-                if not terms:
-                    continue
-                site = self._site(access, key)
-                if site is None:
-                    report.skipped.append(key)
-                    continue
-                try:
-                    wrong = misfit(terms, site.shape, may_expand=is_input_projection(key))
-                except Exception as error:
-                    report.refused = Message("lora.damaged_key", {"key": key, "error": named(error)})
-                    log.debug("%s: %s", lora.label, key, exc_info=True)
-                    break
-                if wrong is None:
-                    fitting[key] = (site, list(terms))
-                elif wrong.of_file:
-                    report.refused = Message("lora.other_model", {"key": key, "why": wrong.why})
-                    break
-                else:
-                    report.skipped.append(key)
-                    report.lost.append(about(key, wrong.why))
-            else:
-                accepted[index] = fitting
+            sites = {key: site for key in lora.terms if (site := self._site(access, key)) is not None}
+            fit = fit_terms(lora.terms, {key: site.shape for key, site in sites.items()})
+            report.skipped += [*fit.skipped, *fit.lost]
+            report.lost += fit.lost
+            report.refused = fit.refused
+            if fit.refused is None:
+                accepted[index] = {key: (sites[key], terms) for key, terms in fit.terms.items()}
         return accepted, reports
 
     def _site(self, access: ModelAccess, key: str) -> Site | None:

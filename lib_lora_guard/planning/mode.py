@@ -96,17 +96,3 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
 
 
 WHOLE_TENSOR_KINDS = (DiffAdapter, SetAdapter, NestedAdapter, ForeignAdapter)
-
-
-_INPUT_PROJECTIONS = (
-    "img_in.weight",
-    "x_embedder.weight",
-    "x_embedder.proj.weight",
-    "conv_in.weight",
-    "input_blocks.0.0.weight",
-)
-
-
-def is_input_projection(key: str) -> bool:
-    """True for the weights that FLUX-tools and inpainting LoRAs widen: the first projection of the latent image."""
-    return key.endswith(_INPUT_PROJECTIONS)

@@ -98,7 +98,9 @@ def test_is_one_merge_in_fp32_rounded_once(architecture, stored_as, dtype, tmp_p
     wanted = expected(stored, stack, targets, DTYPES[dtype])
     baked = load_file(tmp_path / "out.safetensors")
     assert differing(baked, wanted) == []
-    assert [(lora.used, lora.skipped, lora.lost) for lora in found.loras] == [(len(targets) + 1, [], [])] * 2
+    assert [(lora.fit.used, lora.fit.skipped, lora.fit.lost) for lora in found.loras] == [
+        (len(targets) + 1, [], [])
+    ] * 2
     changed = set(merged({n: t.float() for n, t in stored.items()}, stack, targets))
     assert len(changed) == len(targets) + 1
     assert report.baked == len(changed)
@@ -401,9 +403,9 @@ def test_what_is_left_out_is_named(tmp_path):
     save_file(made, tmp_path / "a.safetensors")
     _, found = run(model, [(tmp_path / "a.safetensors", 1.0)], tmp_path / "out.safetensors")
     (lora,) = found.loras
-    assert lora.used == 3  # factors, the bias, and the one whose size is found wrong later
-    assert sorted(lora.skipped) == ["lora_te1_text_model_encoder_layers_0_mlp_fc1.weight", "something.else"]
-    assert lora.lost == ["double_blocks.0.img_attn.proj.weight: diff gives [5, 16], the weight is [16, 16]"]
+    assert lora.fit.used == 3  # factors, the bias, and the one whose size is found wrong later
+    assert sorted(lora.fit.skipped) == ["lora_te1_text_model_encoder_layers_0_mlp_fc1.weight", "something.else"]
+    assert lora.fit.lost == ["double_blocks.0.img_attn.proj.weight: diff gives [5, 16], the weight is [16, 16]"]
     baked = load_file(tmp_path / "out.safetensors")
     assert same_bits(baked["double_blocks.0.img_attn.proj.weight"], stored["double_blocks.0.img_attn.proj.weight"])
 

@@ -15,6 +15,7 @@ from support.make import rand, write_kohya
 from lib_lora_guard.adapters.patch_tuples import OWN_KIND
 from lib_lora_guard.hosts import forge
 from lib_lora_guard.hosts.forge_files import LazyState, LoraFiles
+from lib_lora_guard.models import fit
 
 MODULES = {"lora_unet_blocks_0_qkv": (96, 32), "lora_unet_blocks_0_proj": (32, 32)}
 
@@ -182,14 +183,13 @@ def test_a_hostile_file_is_named_and_the_others_are_applied(guarded, tmp_path, x
 
 
 def test_a_lora_for_another_model_is_refused_by_name_for_both_parts(guarded, tmp_path, caplog, monkeypatch):
-    from lib_lora_guard.hosts import forge_files
     from lib_lora_guard.models.architecture import Architecture
 
     make_hostile(tmp_path / "xl.safetensors", "sdxl")
     patcher, _ = guarded.build("bf16")
     clip = TextEncoder(guarded.build("bf16", seed=1)[0])
     # The small model of these tests is no known architecture.
-    monkeypatch.setattr(forge_files, "detect_model", lambda shapes: Architecture.FLUX)
+    monkeypatch.setattr(fit, "detect_model", lambda shapes: Architecture.FLUX)
     assert load(LoraFiles(), patcher, tmp_path / "xl.safetensors", clip=clip) == (patcher, clip)
     assert "xl.safetensors NOT applied: made for SDXL, this is Flux; use a LoRA for Flux" in caplog.text
 
@@ -258,7 +258,7 @@ def test_an_unexpected_failure_hands_the_file_to_the_host(guarded, tmp_path, mon
         raise RuntimeError("planted")
 
     write_kohya(tmp_path / "s.safetensors", MODULES)
-    monkeypatch.setattr(forge_files, "match_file", broken)
+    monkeypatch.setattr(forge_files, "fit_file", broken)
     patcher, _ = guarded.build("bf16")
     asked = []
     files, path = LoraFiles(), str(tmp_path / "s.safetensors")

@@ -282,7 +282,7 @@ def test_a_lora_that_does_not_fit_is_left_out_whole():
     assert_same(output(model), reference(weights, (good, 0.5)), base)
     assert (
         report.loras[0].refused
-        == "made for another model: blocks.1.proj.weight: up @ down gives [64, 80], the weight is [64, 64]"
+        == "made for another model: blocks.1.proj.weight: up @ down gives [64, 80], the weight is [64, 64]; use a LoRA made for this model"
     )
     assert (report.loras[0].used, report.loras[1].used) == (0, len(good))
 

@@ -7,7 +7,8 @@ from support.make import host_value
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import ModeError
-from lib_lora_guard.planning.mode import Mode, WeightFacts, Wish, choose_mode, is_input_projection
+from lib_lora_guard.models.fit import is_input_projection
+from lib_lora_guard.planning.mode import Mode, WeightFacts, Wish, choose_mode
 
 LINEAR = WeightFacts("block.proj.weight", (24, 16), "fp8", wide=False, can_bypass=True, can_on_the_fly=True)
 DENSE = dataclasses.replace(LINEAR, format="bf16", wide=True)

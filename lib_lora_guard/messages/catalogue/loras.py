@@ -84,7 +84,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "made for {lora}, this is {model}; use a LoRA for {model}, or load a {lora} model",
         "此 LoRA 用于 {lora}，当前模型是 {model}；请使用适用于 {model} 的 LoRA，或加载 {lora} 模型",
     ),
-    "lora.other_model": ("made for another model: {key}: {why}", "此 LoRA 用于其他模型：{key}：{why}"),
+    "lora.other_model": (
+        "made for another model: {key}: {why}; use a LoRA made for this model",
+        "此 LoRA 用于其他模型：{key}：{why}；请使用适用于此模型的 LoRA",
+    ),
     "lora.damaged_key": (
         "its {key} cannot be read ({error}); the file is damaged",
         "其中的 {key} 无法读取（{error}）；文件已损坏",

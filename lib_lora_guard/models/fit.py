@@ -1,0 +1,130 @@
+"""Decides what of a LoRA file a model can use. The one rule for applying, planning, inspecting, baking and every host.
+
+A file that was made for another model is refused as a whole. So is one with a term that no weight of this model can take.
+A difference of the wrong size is lost alone: it says nothing about the rest of the file (`adapters.fitting`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..adapters import Term
+from ..adapters.base import Shape
+from ..adapters.files import LoraFile
+from ..adapters.fitting import misfit
+from ..errors import LoraMismatchError, Message, about, named, reason
+from .architecture import Architecture, detect_model
+from .matching import foreign_to, match_file
+from .names import NameMap
+
+log = logging.getLogger(__name__)
+
+_INPUT_PROJECTIONS = (
+    "img_in.weight",
+    "x_embedder.weight",
+    "x_embedder.proj.weight",
+    "conv_in.weight",
+    "input_blocks.0.0.weight",
+)
+
+
+@dataclass
+class Fit:
+    """The part of a LoRA file that a model can use, and what is left over.
+
+    Attributes:
+        terms: usable terms by parameter name; empty where the file is refused.
+        skipped: keys of the file that the model has no place for.
+        lost: keys that the model has and that cannot be applied, each with the reason.
+        refused: a sentence for users, where the file as a whole cannot be used.
+        used: entries of the file that are applied.
+    """
+
+    terms: dict[str, list[Term]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    refused: str | None = None
+    used: int = 0
+
+
+class Target:
+    """A model as a file is matched to it: its parameters' names and unpatched shapes."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        self.shapes = shapes
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """None where the names do not tell."""
+        return detect_model(self.shapes)
+
+    @cached_property
+    def names(self) -> NameMap:
+        """Raises IndexError or ValueError where the names promise other shapes than the parameters have."""
+        return NameMap(self.shapes)
+
+
+def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int = 0) -> Fit:
+    """Fits a whole file to a model.
+
+    Args:
+        file: the LoRA, with values or from its header alone.
+        target: the model.
+        strength: the user's strength; goes into the terms.
+        origin: the file's place in the user's stack; goes into the terms.
+    """
+    foreign = foreign_to(file, target.architecture)
+    if foreign is not None:
+        return Fit(refused=foreign)
+    try:
+        match = match_file(file, target.names, target.shapes, strength, origin)
+    except LoraMismatchError as error:
+        return Fit(refused=reason(error))
+    found = fit_terms(match.terms, target.shapes)
+    found.skipped[:0], found.lost[:0] = match.skipped, match.lost
+    if found.refused is None:
+        left = {*found.skipped, *(line.partition(": ")[0] for line in found.lost)}
+        found.used = sum(f"{module}.{parameter}" not in left for module, parameter in file.adapters)
+    return found
+
+
+def fit_terms(terms: Mapping[str, Sequence[Term]], shapes: Mapping[str, Shape]) -> Fit:
+    """Fits terms that are matched to parameters already: by `fit_file`, by the host, or by another extension.
+
+    Args:
+        terms: by parameter name.
+        shapes: of the model's parameters without patches.
+    """
+    found = Fit()
+    for key, on_key in terms.items():
+        shape = shapes.get(key) if on_key else None
+        if shape is None:
+            if on_key:
+                found.skipped.append(key)
+            continue
+        try:
+            wrong = misfit(on_key, shape, may_expand=is_input_projection(key))
+        except Exception as error:
+            # Factors whose shapes contradict their names end in torch's own errors.
+            log.debug("%s", key, exc_info=True)
+            return Fit(
+                skipped=found.skipped,
+                lost=found.lost,
+                refused=Message("lora.damaged_key", {"key": key, "error": named(error)}),
+            )
+        if wrong is None:
+            found.terms[key] = list(on_key)
+        elif wrong.of_file:
+            refused = Message("lora.other_model", {"key": key, "why": wrong.why})
+            return Fit(skipped=found.skipped, lost=found.lost, refused=refused)
+        else:
+            found.lost.append(about(key, wrong.why))
+    return found
+
+
+def is_input_projection(key: str) -> bool:
+    """True for the first projection of the latent image, which FLUX-tools and inpainting LoRAs widen."""
+    return key.endswith(_INPUT_PROJECTIONS)
