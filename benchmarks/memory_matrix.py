@@ -157,7 +157,7 @@ class Card:
 
 def stored_parameters(denoiser):
     """The model as its file would show it, as `lora-guard plan` reads one; before Forge has baked anything."""
-    from lib_lora_guard.commands.checkpoint import DENOISER, Parameter
+    from lib_lora_guard.checkpoints.model_header import DENOISER, Parameter
     from lib_lora_guard.weights import storage_of
 
     found = {}
@@ -172,7 +172,7 @@ class Prediction:
     """What is known before the model is loaded."""
 
     def __init__(self, denoiser, takeover, patcher, case, stored):
-        from lib_lora_guard.commands.checkpoint import Checkpoint
+        from lib_lora_guard.checkpoints.model_header import Checkpoint
         from lib_lora_guard.commands.plan import model_facts
         from lib_lora_guard.models.architecture import detect_model
         from lib_lora_guard.planning.tokens import Picture, tokens_for

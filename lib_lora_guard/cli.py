@@ -240,7 +240,7 @@ def _bake(options: Any) -> None:
 
 def _simulate(options: Any) -> None:
     from .commands.simulate import simulate, simulate_document
-    from .planning.guard_case import guard_outcome
+    from .replay.guard_case import guard_outcome
 
     if options.write is not None and not options.markdown:
         options.usage_error("argument --write: give --markdown with it")

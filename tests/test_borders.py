@@ -20,7 +20,9 @@ PURE = {
     "planning": {"adapters", "weights"},
     "reporting": {"planning", "weights", "adapters", "files"},
     "patching": {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting"},
-    "baking": {"files", "memory", "weights", "adapters", "models", "planning", "reporting", "patching", "commands"},
+    "checkpoints": {"files", "weights", "adapters", "models", "planning"},
+    "baking": {"files", "weights", "adapters", "models", "checkpoints", "patching"},
+    "replay": {"weights", "planning"},
 }
 """What each pure package may import beside itself and the ground."""
 

@@ -13,8 +13,8 @@ from lib_lora_guard import cli
 from lib_lora_guard.commands.simulate import simulate, simulate_document
 from lib_lora_guard.commands.simulate_page import COMMAND, page
 from lib_lora_guard.commands.simulate_text import print_detail, print_overview
-from lib_lora_guard.planning.field_cases import Outcome
-from lib_lora_guard.planning.replay import GuardOutcome
+from lib_lora_guard.replay.field_cases import Outcome
+from lib_lora_guard.replay.replay import GuardOutcome
 from lib_lora_guard.version import __version__
 
 ROOT = Path(cli.__file__).parent.parent

@@ -16,7 +16,7 @@ import torch
 
 from ..adapters import Term
 from ..adapters.base import Shape
-from ..commands.checkpoint import Checkpoint
+from ..checkpoints.model_header import Checkpoint
 from ..errors import LoraMismatchError
 from ..files import Entry, write_safetensors
 from ..files.safetensors_writer import Progress

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..commands.checkpoint import DENOISER, Parameter
+from ..checkpoints.model_header import DENOISER, Parameter
 from ..weights.storage import FP8_DTYPES
 
 KEEP = "keep"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..adapters.base import product_of
-from ..commands.checkpoint import Checkpoint
+from ..checkpoints.model_header import Checkpoint
 from ..errors import FileFormatError
 from ..files import read_tensors, shown
 from ..files.gguf_types import PLAIN

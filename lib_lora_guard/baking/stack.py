@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..adapters import Term
 from ..adapters.files import LoraFile
-from ..commands.checkpoint import Checkpoint
-from ..commands.lora_facts import damaged_where_torch_refuses
+from ..checkpoints.lora_header import damaged_where_torch_refuses
+from ..checkpoints.model_header import Checkpoint
 from ..errors import LoraMismatchError, about
 from ..files import shown
 from ..models.fit import Fit, fit_file

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ..planning.field_cases import CASES
+from ..replay.field_cases import CASES
 
 _T = TypeVar("_T")
 

@@ -14,13 +14,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from ..adapters.files import read_lora_file
 from ..baking import BakedLora, BakeReport, bake, check_output, match_stack
 from ..baking.output import metadata_for
+from ..checkpoints.model_header import read_checkpoint
 from ..demo.measure import Measured, measured
 from ..errors import LoraFileError
 from ..files import shown
 from ..messages import Message
 from ..planning.predict import GB, MB
 from ..version import __version__
-from .checkpoint import read_checkpoint
 from .plan_text import MESSAGE_CHARACTERS, say
 
 SCHEMA = "lora-guard/bake/1"

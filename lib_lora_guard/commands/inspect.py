@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
+from ..checkpoints.lora_header import LoraFacts, counted, metadata_of_interest, read_facts, trained_words
+from ..checkpoints.model_header import Checkpoint, read_checkpoint
 from ..files import shown
 from ..models.fit import Fit
 from ..planning.mode import Wish
 from ..planning.predict import MB
 from ..planning.tokens import Picture, tokens_for
 from ..version import __version__
-from .checkpoint import Checkpoint, read_checkpoint
-from .lora_facts import LoraFacts, counted, metadata_of_interest, read_facts, trained_words
 from .plan_json import SHOWN_KEYS, counts
 from .plan_text import MESSAGE_CHARACTERS, say
 from .stack import plan_stack

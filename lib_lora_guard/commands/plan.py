@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoints.lora_header import read_facts
+from ..checkpoints.model_header import DENOISER, Checkpoint, read_checkpoint
 from ..errors import LoraMismatchError
 from ..files import shown
 from ..planning import activations
@@ -15,8 +17,6 @@ from ..planning.mode import Wish
 from ..planning.predict import ModelFacts, Prediction, Weight, predict
 from ..planning.rates import GpuRates
 from ..planning.tokens import Picture, Tokens, tokens_for
-from .checkpoint import DENOISER, Checkpoint, read_checkpoint
-from .lora_facts import read_facts
 from .stack import Stack, plan_stack
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ..checkpoints.model_header import DENOISER, OTHER, TEXT, VAE, Checkpoint
 from ..files import shown
 from ..planning.predict import Prediction
 from ..planning.rates import BANDWIDTH_EFFICIENCY, CPU_MERGE_VALUES, EFFICIENCY, GpuRates
 from ..version import __version__
-from .checkpoint import DENOISER, OTHER, TEXT, VAE, Checkpoint
 from .plan import PlanResult
 from .stack import StackedLora
 

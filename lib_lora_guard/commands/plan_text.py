@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..checkpoints.lora_header import counted
 from ..files import shown
 from ..planning.mode import Wish
 from ..planning.predict import GB, INFERENCE_BYTES, MB, Prediction
 from ..planning.rates import CPU_MERGE_VALUES, EFFICIENCY, GIGA, GpuRates
-from .lora_facts import counted
 from .plan import PlanResult
 from .plan_json import part_bytes
 from .stack import StackedLora

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ..planning.guard_case import missing
 from ..planning.host_memory import MB
-from ..planning.replay import Guard, GuardOutcome, Replay, replay, replay_all
-from ..planning.replay_elsewhere import elsewhere, everything_line
-from ..planning.replay_lines import Implied, Line, Seen
+from ..replay.elsewhere import elsewhere, everything_line
+from ..replay.guard_case import missing
+from ..replay.lines import Implied, Line, Seen
+from ..replay.replay import Guard, GuardOutcome, Replay, replay, replay_all
 from ..version import __version__
 
 SCHEMA = "lora-guard/simulate/1"
@@ -22,7 +22,7 @@ SENTINEL_MEANING = (
 
 
 def simulate(row: int | None = None, guard: Guard | None = None) -> tuple[Replay, ...]:
-    """One configuration by its number, or all. `guard`: what the guard would make of each (see `planning.replay`)."""
+    """One configuration by its number, or all. `guard`: what the guard would make of each (see `replay.replay`)."""
     if row is None:
         return replay_all(guard)
     return tuple(replay(one.case, guard) for one in replay_all() if one.case.number == row)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ..planning.field_cases import Outcome
-from ..planning.guard_case import SLOW_COPY_BYTES
-from ..planning.guard_readings import LORA_RANK, OTHERS_MB, SDXL_LORA_MB
 from ..planning.host_memory import MB, RAM_FLOOR_BYTES
-from ..planning.replay import GuardOutcome, Replay
-from ..planning.replay_elsewhere import SENTINEL_THREAD, elsewhere
-from ..planning.replay_lines import Implied, Seen
+from ..replay.elsewhere import SENTINEL_THREAD, elsewhere
+from ..replay.field_cases import Outcome
+from ..replay.guard_case import SLOW_COPY_BYTES
+from ..replay.guard_readings import LORA_RANK, OTHERS_MB, SDXL_LORA_MB
+from ..replay.lines import Implied, Seen
+from ..replay.replay import GuardOutcome, Replay
 from ..version import __version__
 from .simulate import (
     FORGE_COMMIT,
@@ -35,7 +35,7 @@ def page(replays: tuple[Replay, ...]) -> str:
     parts = [
         "# Field reports, recomputed",
         f"Made by `{COMMAND}`, LoRA Guard {__version__}, from the {len(replays)} configurations in "
-        f"`lib_lora_guard/planning/field_cases.py` and the memory arithmetic of Stable Diffusion WebUI Forge `{FORGE_COMMIT}` in "
+        f"`lib_lora_guard/replay/field_cases.py` and the memory arithmetic of Stable Diffusion WebUI Forge `{FORGE_COMMIT}` in "
         "`lib_lora_guard/planning/host_memory.py`. Not written by hand: a test compares this page with the command.",
         summary(replays) + (f" {line}" if (line := changed(replays)) else ""),
         "A number counts as reproduced where the formula gives it to the last printed place, or within 0.02 MB where several "
@@ -101,7 +101,7 @@ def _with_guard(replays: tuple[Replay, ...]) -> list[str]:
     return [
         "## With the guard: predicted, not measured",
         f'As if each configuration ran on Forge `{FORGE_COMMIT}` with the guard in its mode "Automatic": computed by '
-        "`lib_lora_guard/planning/guard_case.py` from the functions that the guard plans with (`planning/activations.py`, "
+        "`lib_lora_guard/replay/guard_case.py` from the functions that the guard plans with (`planning/activations.py`, "
         "`planning/eviction.py`) and from sizes of published models. An outcome stands only where the same arithmetic gives what "
         "the user saw without the guard, or where the log itself names the merge; elsewhere the column says why there is none. "
         f'"Slow" is more than {SLOW_COPY_BYTES / MB:.0f} MB of weights copied in a step: a second, as measured with ordinary RAM. '

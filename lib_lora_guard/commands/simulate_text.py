@@ -6,8 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..planning.guard_case import missing
-from ..planning.replay import Replay
+from ..replay.guard_case import missing
+from ..replay.replay import Replay
 from .plan_text import say
 from .simulate import (
     SENTINEL_MEANING,

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..adapters import Term
+from ..checkpoints.lora_header import LoraFacts, damaged_where_torch_refuses
+from ..checkpoints.model_header import DENOISER, TEXT, Checkpoint, Parameter
 from ..errors import ModeError
 from ..files import shown
 from ..models.fit import Fit, fit_file
@@ -16,8 +18,6 @@ from ..planning.costs import bypass_bytes, bypass_cost, forge_on_the_fly_cost, o
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode
 from ..planning.predict import FORGE_KINDS, Patch
 from ..planning.tokens import Tokens
-from .checkpoint import DENOISER, TEXT, Checkpoint, Parameter
-from .lora_facts import LoraFacts, damaged_where_torch_refuses
 
 
 @dataclass

@@ -16,7 +16,7 @@ from lib_lora_guard.adapters.files import read_lora_file
 from lib_lora_guard.baking import DTYPES, bake, match_stack
 from lib_lora_guard.baking.dtypes import rounded
 from lib_lora_guard.baking.source import ModelSource
-from lib_lora_guard.commands.checkpoint import read_checkpoint
+from lib_lora_guard.checkpoints.model_header import read_checkpoint
 from lib_lora_guard.errors import FileFormatError, LoraMismatchError
 from lib_lora_guard.weights import dtype_name
 

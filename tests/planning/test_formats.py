@@ -11,7 +11,7 @@ from lib_lora_guard.planning.formats import (
     that_fit,
     to_leave_out,
 )
-from lib_lora_guard.planning.known_models import flux_bytes, flux_matrices
+from lib_lora_guard.replay.known_models import flux_bytes, flux_matrices
 
 GB = 1 << 30
 FLUX = {f"{n}.weight": shape for n, (shape, _) in enumerate(flux_matrices())} | {

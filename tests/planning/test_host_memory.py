@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from support.fake_models import flux_linears, flux_shapes, sdxl_shapes
 
 from lib_lora_guard.planning import host_memory as forge
-from lib_lora_guard.planning import known_models as models
 from lib_lora_guard.planning.host_memory import GB, MB, Latent, Layer, Loaded, Request
+from lib_lora_guard.replay import known_models as models
 
 
 def test_sizes_are_printed_as_forge_prints_them():
@@ -190,7 +190,7 @@ def test_a_lora_on_every_layer_of_flux():
 
 def test_no_torch_is_needed():
     code = (
-        "import sys\nfrom lib_lora_guard.planning import host_memory, known_models, replay, replay_elsewhere\n"
+        "import sys\nfrom lib_lora_guard.planning import host_memory\nfrom lib_lora_guard.replay import elsewhere, known_models, replay\n"
         "replay.replay_all(); print('torch' in sys.modules)"
     )
     root = Path(forge.__file__).parents[2]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from . import host_memory as forge
+from ..planning import host_memory as forge
+from ..planning.host_memory import MB, Latent, Request
 from . import known_models as models
 from .field_cases import thread_url
-from .host_memory import MB, Latent, Request
-from .replay_lines import (
+from .lines import (
     SEVERAL_NUMBERS,
     Implied,
     Line,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from . import host_memory as forge
+from ..planning import host_memory as forge
+from ..planning.host_memory import MB, Latent, Request
 from . import known_models as models
 from .field_cases import FieldCase
-from .host_memory import MB, Latent, Request
 
 ONE_NUMBER = 0.005
 """Logs have two places."""

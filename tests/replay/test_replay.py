@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from lib_lora_guard.planning import host_memory, known_models
-from lib_lora_guard.planning.field_cases import CASES, FieldCase, Outcome, thread_url
-from lib_lora_guard.planning.replay import GuardOutcome, replay, replay_all
-from lib_lora_guard.planning.replay_elsewhere import elsewhere, everything_line
-from lib_lora_guard.planning.replay_lines import Implied, Seen, lines
+from lib_lora_guard.planning import host_memory
+from lib_lora_guard.replay import known_models
+from lib_lora_guard.replay.elsewhere import elsewhere, everything_line
+from lib_lora_guard.replay.field_cases import CASES, FieldCase, Outcome, thread_url
+from lib_lora_guard.replay.lines import Implied, Seen, lines
+from lib_lora_guard.replay.replay import GuardOutcome, replay, replay_all
 
 REPRODUCED = [2, 3, 4, 5, 11, 12, 18, 22, 24, 25, 29, 34, 36, 38, 39, 47, 49]
 

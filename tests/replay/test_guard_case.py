@@ -6,12 +6,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib_lora_guard.planning import activations, eviction, guard_case, host_memory
-from lib_lora_guard.planning.field_cases import CASES, Outcome
-from lib_lora_guard.planning.guard_case import BADNESS, SLOW_COPY_BYTES, explained, guard_outcome, host, judge, missing
-from lib_lora_guard.planning.guard_readings import ELSEWHERE, MISSING, SDXL, readings
+from lib_lora_guard.planning import activations, eviction, host_memory
 from lib_lora_guard.planning.host_memory import MB
 from lib_lora_guard.planning.tokens import Picture
+from lib_lora_guard.replay import guard_case
+from lib_lora_guard.replay.field_cases import CASES, Outcome
+from lib_lora_guard.replay.guard_case import BADNESS, SLOW_COPY_BYTES, explained, guard_outcome, host, judge, missing
+from lib_lora_guard.replay.guard_readings import ELSEWHERE, MISSING, SDXL, readings
 
 OK, SLOW, REFUSED, OOM = Outcome.OK, Outcome.SLOW, Outcome.REFUSED, Outcome.OOM
 

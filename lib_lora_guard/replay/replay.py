@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .field_cases import CASES, FieldCase, Outcome
-from .replay_lines import Implied, Seen, lines
+from .lines import Implied, Seen, lines
 
 _NOTHING = "no number of memory in the report"
 _SECONDS = "the report has seconds only, and this is arithmetic of bytes"

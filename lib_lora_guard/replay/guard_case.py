@@ -14,17 +14,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..messages import Message
-from . import activations
-from . import host_memory as forge
-from .activations import Activations
-from .eviction import Coming, Resident, plan_eviction
+from ..planning import activations
+from ..planning import host_memory as forge
+from ..planning.activations import Activations
+from ..planning.eviction import Coming, Resident, plan_eviction
+from ..planning.host_memory import (
+    GB,
+    MB,
+    PROCESS_LOADING_BYTES,
+    PROCESS_RUNNING_BYTES,
+    RAM_FLOOR_BYTES,
+    Latent,
+    Request,
+)
+from ..planning.on_card import weights_on_card_bytes
+from ..planning.rates import PAGEABLE_TO_GPU
+from ..planning.tokens import tokens_for
 from .field_cases import FieldCase, Outcome
 from .guard_readings import ELSEWHERE, MISSING, NO_VRAM, Reading, readings
-from .host_memory import GB, MB, PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, RAM_FLOOR_BYTES, Latent, Request
-from .on_card import weights_on_card_bytes
-from .rates import PAGEABLE_TO_GPU
 from .replay import GuardOutcome
-from .tokens import tokens_for
 
 SLOW_COPY_BYTES = int(PAGEABLE_TO_GPU)
 """Weights copied in a step above which it is called slow: a second of copying."""
