@@ -10,7 +10,7 @@ if _root not in sys.path:
 
 
 def preload(parser):
-    from lib_lora_guard.hosts import forge_start
+    from lib_lora_guard.hosts import start
 
-    forge_start.add_flags(parser)
-    forge_start.start(sys.argv[1:])
+    start.add_flags(parser)
+    start.start(sys.argv[1:])

@@ -186,7 +186,7 @@ class Daily(forge_gpu.Bench):
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.device.type == "cuda")
 
     def start(self, way):
-        from lib_lora_guard.hosts import forge
+        from lib_lora_guard.hosts.forge import takeover as forge
 
         self.unload()
         self.online, self.stack_now = way == "fp16 LoRA", None
@@ -200,7 +200,7 @@ class Daily(forge_gpu.Bench):
         return module.StableDiffusionProcessing()
 
     def stop(self):
-        from lib_lora_guard.hosts import forge
+        from lib_lora_guard.hosts.forge import takeover as forge
 
         self.current = self.base
         self.unload()

@@ -332,7 +332,7 @@ class Bench:
 
     def run_way(self, way, before, prints, base_probe, online_output):
         torch = self.torch
-        from lib_lora_guard.hosts import forge
+        from lib_lora_guard.hosts.forge import takeover as forge
 
         online = way == "fp16 LoRA"
         # Stock moves a little more of the model to the CPU at every change, so each way starts from a fresh placement.

@@ -34,7 +34,7 @@ class Matrix:
     def __init__(self, torch, options, ballast):
         from backend.modules import k_model
 
-        from lib_lora_guard.hosts import forge
+        from lib_lora_guard.hosts.forge import takeover as forge
 
         self.torch, self.options, self.ballast = torch, options, ballast
         self.k_model, self.forge = k_model, forge
@@ -216,7 +216,7 @@ class Prediction:
 
     def needs(self):
         """As the takeover of `load_models_gpu` will ask for it."""
-        from lib_lora_guard.hosts.forge_memory import Needs
+        from lib_lora_guard.hosts.forge.memory import Needs
 
         rows, *rest = self.denoiser.latent(self.case.size_px).shape
         # Forge's sampling_prepare says two rows a picture.

@@ -65,7 +65,7 @@ class Studio:
     def __init__(self, torch, options, ballast):
         from backend.modules import k_model
 
-        from lib_lora_guard.hosts import forge
+        from lib_lora_guard.hosts.forge import takeover as forge
 
         self.torch, self.options, self.ballast, self.forge, self.k_model = torch, options, ballast, forge, k_model
         self.size_px = 64 if options.small else options.size

@@ -85,7 +85,7 @@ class Scene:
     def __init__(self, torch, options, ballast, storage, mode):
         from backend.modules import k_model
 
-        from lib_lora_guard.hosts import forge
+        from lib_lora_guard.hosts.forge import takeover as forge
         from lib_lora_guard.settings import LoraMode
 
         self.torch, self.ballast, self.storage, self.mode = torch, ballast, storage, mode
@@ -227,7 +227,7 @@ class Scene:
         return {"end": "wrong", "distance": away, "wrong_values": [f"image: {away:.2g} off"]}
 
     def close(self):
-        from lib_lora_guard.hosts import forge
+        from lib_lora_guard.hosts.forge import takeover as forge
 
         self.ballast.leave(COMFORT)
         self.denoiser.unload()

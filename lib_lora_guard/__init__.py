@@ -2,13 +2,13 @@
 
 from .version import __version__
 
-__all__ = ["LoraGuard", "__version__"]
+__all__ = ["LoraGuard", "__version__", "load_stored"]
 
 
 def __getattr__(name: str) -> object:
     # Lazy: Forge imports this package before it has decided whether the guard is wanted.
-    if name == "LoraGuard":
-        from .hosts.plain import LoraGuard
+    if name in ("LoraGuard", "load_stored"):
+        from .hosts import plain
 
-        return LoraGuard
+        return getattr(plain, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,12 @@
 """Runs at start and at every 'Reload UI'. Thin on purpose: the takeover is installed by preload.py and stays."""
 
+import sys
 from pathlib import Path
 
-from lib_lora_guard.hosts import forge_start
+# An update without a restart runs this file over modules of the version before, which had its entry elsewhere (0.1).
+start = sys.modules.get("lib_lora_guard.hosts.forge_start")
+if start is None:
+    from lib_lora_guard.hosts import start
 
-LoraGuardScript = forge_start.script_class()
-forge_start.run_script(Path(__file__).resolve().parent.parent)
+LoraGuardScript = start.script_class()
+start.run_script(Path(__file__).resolve().parent.parent)

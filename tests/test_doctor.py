@@ -274,7 +274,7 @@ def test_every_reading_has_a_name():
 
 
 def test_forges_folder_is_the_default():
-    from lib_lora_guard.hosts.forge_start import JOURNAL_FOLDER
+    from lib_lora_guard.hosts.start import JOURNAL_FOLDER
 
     assert doctor.DATA == JOURNAL_FOLDER
 

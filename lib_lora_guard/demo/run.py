@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import save_file
 
-from ..hosts.plain import LoraGuard
+from ..hosts.plain.guard import LoraGuard
 from ..version import __version__
 from ..weights import Codec, Nf4Codec, PlainCodec, Q4_0Codec, ScaledFp8Codec, StoredLinear
 from ..weights.storage import MB

@@ -37,7 +37,7 @@ from .replay import GuardOutcome
 SLOW_COPY_BYTES = int(PAGEABLE_TO_GPU)
 """Weights copied in a step above which it is called slow: a second of copying."""
 TEXT_ENCODER_PASSES, VAE_PASSES = 2, 1
-"""As in `hosts.forge_memory`."""
+"""As in `hosts.forge.memory`."""
 WIDE_BYTES = 2
 BADNESS = {Outcome.OK: 0, Outcome.SLOW: 1, Outcome.REFUSED: 2, Outcome.OOM: 2}
 

@@ -15,7 +15,7 @@ from support.make import rand
 from lib_lora_guard import LoraGuard
 from lib_lora_guard.adapters.files import read_lora_file, read_lora_header
 from lib_lora_guard.errors import LoraFileError, LoraGuardError, LoraMismatchError
-from lib_lora_guard.hosts.plain import PlainAccess
+from lib_lora_guard.hosts.plain.guard import PlainAccess
 from lib_lora_guard.models.matching import match_file
 from lib_lora_guard.models.names import NameMap
 from lib_lora_guard.patching.engine import Engine, LoraRequest

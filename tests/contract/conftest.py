@@ -32,7 +32,7 @@ def host():
 @pytest.fixture
 def guarded(host):
     """The host with the guard in place; taken out again at the end, whatever happened."""
-    from lib_lora_guard.hosts import forge
+    from lib_lora_guard.hosts.forge import takeover as forge
 
     takeover = forge.install()
     host.guard = takeover

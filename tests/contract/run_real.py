@@ -26,7 +26,9 @@ RECORD = HERE / "record.json"
 def hashes():
     """Hashes of what the record vouches for: the host adapters, the suite, the double. Line ends do not count."""
     groups = {
-        "hosts": sorted((ROOT / "lib_lora_guard" / "hosts").glob("*.py")),
+        "hosts": sorted(
+            file for folder in ("hosts", "runtime") for file in (ROOT / "lib_lora_guard" / folder).rglob("*.py")
+        ),
         "suite": sorted([*HERE.glob("*.py"), *(ROOT / "tests" / "support").glob("*.py")]),
         "double": sorted((ROOT / "tests" / "forge_double").rglob("*.py")),
     }

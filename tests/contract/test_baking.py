@@ -10,7 +10,7 @@ from support.live_memory import LiveMemory
 from support.make import Net
 
 from contract.host import K_WIDTH, REAL, WIDTH
-from lib_lora_guard.hosts import forge
+from lib_lora_guard.hosts.forge import takeover as forge
 from lib_lora_guard.planning.gguf_baked import BAKING_TEMPORARY, FORGE_BLOCKS, baked_bytes, growth_bytes
 from lib_lora_guard.weights.storage import storage_of
 

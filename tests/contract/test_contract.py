@@ -13,9 +13,9 @@ from support.reference import merge_reference
 
 from contract.host import LOW_BIT, REAL, STORAGES
 from lib_lora_guard.adapters import DiffAdapter
-from lib_lora_guard.hosts import forge
-from lib_lora_guard.hosts.forge_loader_state import LoaderState
-from lib_lora_guard.hosts.forge_own_ways import OwnWays
+from lib_lora_guard.hosts.forge import takeover as forge
+from lib_lora_guard.hosts.forge.fallback import OwnWays
+from lib_lora_guard.hosts.forge.lora_loader_state import LoaderState
 from lib_lora_guard.patching.engine import Engine
 
 FILE = "C:\\loras\\style.safetensors"

@@ -9,8 +9,8 @@ from support.measure import assert_same, fp32_limit, same_bits
 
 from contract.host import REAL
 from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
-from lib_lora_guard.hosts import forge
-from lib_lora_guard.hosts.forge_access import STATE
+from lib_lora_guard.hosts.forge import takeover as forge
+from lib_lora_guard.hosts.forge.access import STATE
 from lib_lora_guard.planning.mode import Mode
 from lib_lora_guard.settings import LoraMode
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from support.make import rand, write_kohya
 
 from lib_lora_guard.adapters.patch_tuples import OWN_KIND
-from lib_lora_guard.hosts import forge
-from lib_lora_guard.hosts.forge_files import LazyState, LoraFiles
+from lib_lora_guard.hosts.forge import takeover as forge
+from lib_lora_guard.hosts.webui.lora_files import LazyState, LoraFiles
 from lib_lora_guard.models import fit
 
 MODULES = {"lora_unet_blocks_0_qkv": (96, 32), "lora_unet_blocks_0_proj": (32, 32)}
@@ -231,7 +231,7 @@ def test_unknown_keys_are_counted_and_the_rest_is_applied(guarded, tmp_path, cap
 
 
 def test_a_file_is_read_once_copied_never_and_read_again_when_it_has_changed(guarded, tmp_path, monkeypatch):
-    from lib_lora_guard.hosts import forge_files
+    from lib_lora_guard.hosts.webui import lora_files as forge_files
 
     path, reads = tmp_path / "s.safetensors", []
     read = forge_files.read_lora_file
@@ -252,7 +252,7 @@ def test_a_file_is_read_once_copied_never_and_read_again_when_it_has_changed(gua
 
 
 def test_an_unexpected_failure_hands_the_file_to_the_host(guarded, tmp_path, monkeypatch, caplog):
-    from lib_lora_guard.hosts import forge_files
+    from lib_lora_guard.hosts.webui import lora_files as forge_files
 
     def broken(*args):
         raise RuntimeError("planted")
@@ -302,7 +302,7 @@ def test_tensors_that_another_extension_has_changed_count_and_not_the_file(guard
 
 
 def test_the_files_of_one_stack_stay_whatever_their_size(guarded, tmp_path, monkeypatch):
-    from lib_lora_guard.hosts import forge_files
+    from lib_lora_guard.hosts.webui import lora_files as forge_files
 
     reads, read = [], forge_files.read_lora_file
     monkeypatch.setattr(forge_files, "read_lora_file", lambda path: reads.append(path.name) or read(path))

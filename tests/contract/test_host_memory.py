@@ -10,7 +10,7 @@ import torch
 from support.live_memory import LiveMemory
 
 from contract.host import REAL
-from lib_lora_guard.hosts import forge as forge_host
+from lib_lora_guard.hosts.forge import takeover as forge_host
 from lib_lora_guard.planning import host_memory as forge
 from lib_lora_guard.planning import on_card
 from lib_lora_guard.planning.host_memory import GB, Latent, Layer, Loaded, Request

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from contract.host import REAL
-from lib_lora_guard.hosts import forge
+from lib_lora_guard.hosts.forge import takeover as forge
 from lib_lora_guard.planning import activations
 from lib_lora_guard.planning.tokens import Picture, tokens_for
 

@@ -9,8 +9,8 @@ from support.make import host_value
 from support.measure import assert_same
 
 from contract.test_contract import run, shapes, with_loras
-from lib_lora_guard.hosts.forge_access import ForgeAccess
-from lib_lora_guard.hosts.forge_loader_state import state_of
+from lib_lora_guard.hosts.forge.access import ForgeAccess
+from lib_lora_guard.hosts.forge.lora_loader_state import state_of
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, merge_room
 from lib_lora_guard.planning.mode import Mode

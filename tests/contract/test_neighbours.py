@@ -11,7 +11,7 @@ from support.measure import assert_same, contribution_error, fp32_limit, same_bi
 
 from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
 from contract.test_files import MODULES, lora_extension, write_kohya
-from lib_lora_guard.hosts import forge
+from lib_lora_guard.hosts.forge import takeover as forge
 
 STORAGES = ["fp32", "bf16", "fp8", "Q8_0"]
 LOW_RANK = ("lora", "loha", "lokr")

@@ -18,7 +18,8 @@ from support.measure import contribution_error, same_bits
 from support.reference import merge_reference
 
 from contract.host import REAL
-from lib_lora_guard.hosts import forge, forge_saving
+from lib_lora_guard.hosts.forge import saving as forge_saving
+from lib_lora_guard.hosts.forge import takeover as forge
 from lib_lora_guard.patching.deferred import DeferredTensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}

@@ -15,10 +15,10 @@ from support.measure import assert_same, contribution_error, fp32_limit, same_bi
 
 from contract.test_contract import dora, lora_on_everything, other_kinds, reference, run, slices_of_qkv
 from lib_lora_guard.errors import HostError
-from lib_lora_guard.hosts import forge_schedules
-from lib_lora_guard.hosts.forge_loader_state import RETRY
-from lib_lora_guard.hosts.forge_schedules import ScheduleHost, Schedules
+from lib_lora_guard.hosts.forge.lora_loader_state import RETRY
 from lib_lora_guard.hosts.hooks import HookSet
+from lib_lora_guard.hosts.webui import schedules as forge_schedules
+from lib_lora_guard.hosts.webui.schedules import ScheduleHost, Schedules
 from lib_lora_guard.patching.attachments import MergeAttachment
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.low_rank import JoinedLowRank

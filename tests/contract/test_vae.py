@@ -84,7 +84,7 @@ def in_tiles():
 
 
 def test_with_room_a_picture_is_the_same_to_the_bit(host, vae):
-    from lib_lora_guard.hosts import forge
+    from lib_lora_guard.hosts.forge import takeover as forge
 
     with torch.inference_mode():
         stock = vae.decode(latent(2)), encoded(vae, 64)
@@ -101,7 +101,7 @@ def test_with_room_a_picture_is_the_same_to_the_bit(host, vae):
 
 
 def test_without_room_forges_own_tiles_are_the_result(takeover, host, vae, caplog):
-    caplog.set_level(logging.WARNING, logger="lib_lora_guard.hosts.forge_vae")
+    caplog.set_level(logging.WARNING, logger="lib_lora_guard.hosts.forge.vae")
     with torch.inference_mode():
         ram(takeover)
         whole = vae.decode(latent())

@@ -14,7 +14,7 @@ def _whole_fp32(monkeypatch):
 @pytest.fixture
 def guarded():
     """The double with the guard in place; taken out again at the end, whatever happened."""
-    from lib_lora_guard.hosts import forge
+    from lib_lora_guard.hosts.forge import takeover as forge
 
     host = FaultHost()
     host.guard = forge.install()

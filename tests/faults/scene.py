@@ -8,7 +8,7 @@ import torch
 from support.measure import same_bits
 
 from faults.models import TOKENS, loras
-from lib_lora_guard.hosts.forge_patches import OWN_TENSORS
+from lib_lora_guard.hosts.forge.patches import OWN_TENSORS
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.settings import LoraMode
 

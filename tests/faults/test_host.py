@@ -13,9 +13,9 @@ from faults.models import DEVICE, STORAGES
 from faults.planting import Faults, every, is_planted, is_the_hosts_move
 from faults.scene import Scene, listening
 from lib_lora_guard.errors import RestoreError
-from lib_lora_guard.hosts.forge_access import ForgeAccess
-from lib_lora_guard.hosts.forge_loader_state import RETRY
-from lib_lora_guard.hosts.forge_own_ways import OwnWays
+from lib_lora_guard.hosts.forge.access import ForgeAccess
+from lib_lora_guard.hosts.forge.fallback import OwnWays
+from lib_lora_guard.hosts.forge.lora_loader_state import RETRY
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup
 from lib_lora_guard.settings import LoraMode

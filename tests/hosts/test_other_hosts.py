@@ -15,7 +15,8 @@ from types import ModuleType
 import pytest
 
 from lib_lora_guard.errors import HostError
-from lib_lora_guard.hosts import forge, forge_probe
+from lib_lora_guard.hosts.forge import api as forge_probe
+from lib_lora_guard.hosts.forge import takeover as forge
 from lib_lora_guard.hosts.recognise import Program, explain, recognise
 from lib_lora_guard.messages import Message
 from lib_lora_guard.messages.catalogue import LANGUAGES

@@ -7,7 +7,7 @@ from support.measure import assert_same_and_faults_seen, contribution_error
 from support.reference import merge_reference
 
 from lib_lora_guard.adapters import parse_term
-from lib_lora_guard.hosts.plain import PlainAccess
+from lib_lora_guard.hosts.plain.guard import PlainAccess
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.norms import ratios_of
 

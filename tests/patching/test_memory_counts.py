@@ -13,7 +13,7 @@ from support.live_memory import LiveMemory
 from support.make import host_value, rand
 
 from lib_lora_guard.adapters import Ia3Adapter, Term, parse_term
-from lib_lora_guard.hosts.plain import PlainAccess
+from lib_lora_guard.hosts.plain.guard import PlainAccess
 from lib_lora_guard.patching import attachments, norms
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.patching.low_rank import JoinedLowRank

@@ -20,7 +20,7 @@ from support.reference import merge_reference
 
 from lib_lora_guard.adapters import BoftAdapter, Ia3Adapter, OftAdapter, PeftOftAdapter, parse_term
 from lib_lora_guard.errors import LoraMismatchError, ModeError, RestoreError
-from lib_lora_guard.hosts.plain import PlainAccess
+from lib_lora_guard.hosts.plain.guard import PlainAccess
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup, merging, norms, transaction

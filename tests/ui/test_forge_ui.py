@@ -11,7 +11,7 @@ pytest.importorskip("fastapi", reason="needs fastapi (in the extra `test`)")
 from face_server import Served
 from test_settings_section import HOST
 
-from lib_lora_guard.hosts import forge_status, forge_ui
+from lib_lora_guard.hosts.webui import ui as forge_ui
 from lib_lora_guard.memory import HostMemory, take_snapshot
 from lib_lora_guard.memory.allocator import AllocatorState, OptionState, Standing
 from lib_lora_guard.memory.allocator_text import AllocatorWish
@@ -21,6 +21,7 @@ from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.last_plan import LastPlan
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.reporting.status import as_json
+from lib_lora_guard.runtime import status as forge_status
 from lib_lora_guard.settings import PREFIX, LoraMode, Settings
 from lib_lora_guard.ui.route import PATH
 from lib_lora_guard.ui.standalone import Standalone

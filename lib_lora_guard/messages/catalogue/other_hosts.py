@@ -49,7 +49,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "other_hosts.unknown": ("no program that LoRA Guard knows", "LoRA Guard 不认识的程序"),
     "other_hosts.unknown.do": (
-        "LoRA Guard works in Forge; outside a WebUI use lib_lora_guard.hosts.plain",
-        "LoRA Guard 用于 Forge；在 WebUI 之外请使用 lib_lora_guard.hosts.plain",
+        "LoRA Guard works in Forge; outside a WebUI use lib_lora_guard.hosts.plain.guard",
+        "LoRA Guard 用于 Forge；在 WebUI 之外请使用 lib_lora_guard.hosts.plain.guard",
     ),
 }

@@ -13,9 +13,9 @@ if os.environ.get("LORA_GUARD_SAVING"):
     from modules import script_callbacks, sd_models, shared
     from modules.paths import models_path
 
-    forge = sys.modules.get("lib_lora_guard.hosts.forge")
+    forge = sys.modules.get("lib_lora_guard.hosts.forge.takeover")
     if forge is not None and forge.installed() is not None:
-        from lib_lora_guard.hosts import forge_saving
+        from lib_lora_guard.hosts.forge import saving as forge_saving
 
         loaders = forge.installed().control._loaders
         forge_saving.install(forge.installed().hooks, lambda: [one.lora_guard_state.engine for one in list(loaders)])

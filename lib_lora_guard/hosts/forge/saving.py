@@ -1,0 +1,247 @@
+"""Whoever reads the model's own weights gets them with their LoRAs: Save UNet, Save Checkpoint, ControlLora.
+
+The host saves a copy of the whole model, made once in memory and once more as bytes. Here a save reads and merges one
+weight at a time while it writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ...errors import HostError, LoraGuardError, named
+from ...files import Entry, shown, write_safetensors
+from ...messages import say
+from ...patching.access import find_owner
+from ...patching.deferred import DeferredTensor
+from ...patching.engine import Engine
+from ...patching.merged_state import Kept, MergedState, MergedWeight
+from ...weights.storage import shares_storage
+from ..hooks import HookSet
+
+log = logging.getLogger(__name__)
+
+
+def install(hooks: HookSet, engines: Callable[[], Iterable[Engine]]) -> None:
+    """Adds to `hooks` what this Forge has of the three readers, and says what it lacks. To be called when Forge's own modules
+    are loaded; a second call does nothing. `engines` gives the engines of all models at that moment."""
+    saving = Saving(engines)
+    if _attempt(saving.hook_state_dict, hooks, "saving.unpatched"):
+        _attempt(saving.hook_saves, hooks, "saving.in_memory")
+    _attempt(saving.hook_control_lora, hooks, "saving.control_unpatched")
+
+
+def _attempt(add: Callable[[HookSet], None], hooks: HookSet, key: str) -> bool:
+    try:
+        add(hooks)
+    except HostError as error:
+        say(log, logging.WARNING, key, reason=error)
+        return False
+    return True
+
+
+class Saving:
+    def __init__(self, engines: Callable[[], Iterable[Engine]]) -> None:
+        self._engines = engines
+        self._present = threading.local()
+        """`weights`: the patched weights of the save that this thread is in."""
+
+    def hook_state_dict(self, hooks: HookSet) -> None:
+        """Raises HostError, as its neighbours do, where the host lacks the function."""
+        utils = _module("backend.utils")
+        _add(hooks, utils, "get_state_dict_after_quant", self._state_dict_after_quant)
+
+    def hook_saves(self, hooks: HookSet) -> None:
+        engine_class = _attribute(_module("backend.diffusion_engine.base"), "ForgeDiffusionEngine")
+        safetensors, utils = _module("safetensors.torch"), _module("backend.utils")
+        owners = [
+            (cls, name)
+            for cls in _family(engine_class)
+            for name in ("save_unet", "save_checkpoint")
+            if name in vars(cls)
+        ]
+        for cls, name in owners:
+            # A deferred tensor must meet nobody who saves in another way.
+            used = list(getattr(inspect.unwrap(vars(cls)[name]), "__globals__", {}).values())
+            writes = any(value is safetensors or value is sys.modules["safetensors"] for value in used)
+            if not writes or not any(value is utils for value in used):
+                raise HostError(f"{cls.__name__}.{name} does not call safetensors.torch.save_file and backend.utils")
+        _add(hooks, safetensors, "save_file", self._save_file)
+        for cls, name in owners:
+            _add(hooks, cls, name, self._save)
+
+    def hook_control_lora(self, hooks: HookSet) -> None:
+        control_lora = _attribute(_module("backend.patcher.controlnet"), "ControlLora")
+        _add(hooks, control_lora, "pre_run", self._pre_run)
+
+    def _state(self) -> MergedState:
+        engines = list(self._engines())
+        return MergedState(
+            (a for engine in engines for a in engine.attached.values()),
+            (a for engine in engines for a in engine.lifted.values()),
+        )
+
+    def _save(self, original: Callable[..., Any], engine: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self._present, "weights"):
+            return original(engine, filename, *args, **kwargs)
+        name = shown(Path(filename).name)
+        with _turn(name):
+            self._present.weights = []
+            try:
+                return original(engine, filename, *args, **kwargs)
+            except Exception as error:
+                say(log, logging.ERROR, "saving.failed", name=name, reason=named(error))
+                raise
+            finally:
+                del self._present.weights
+
+    def _state_dict_after_quant(
+        self, original: Callable[..., dict[str, torch.Tensor]], model: torch.nn.Module, prefix: str = ""
+    ) -> dict[str, torch.Tensor]:
+        weights = self._state().of(model)
+        if hasattr(self._present, "weights"):
+            self._present.weights += weights.values()
+            return original(_DeferredModel(model, weights), prefix)
+        state = original(model, prefix)
+        for key, weight in weights.items():
+            if prefix + key in state and not weight.is_in_parameter:
+                state[prefix + key] = weight.value()
+        return state
+
+    def _save_file(
+        self, original: Callable[..., Any], tensors: dict[str, torch.Tensor], filename: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not any(isinstance(tensor, DeferredTensor) for tensor in tensors.values()):
+            return original(tensors, filename, *args, **kwargs)
+        path = Path(filename)
+        name, weights = shown(path.name), list(getattr(self._present, "weights", ()))
+        for kept, key in ((Kept.ROUNDED, "saving.rounded"), (Kept.LEFT_OUT, "saving.left_out")):
+            for stored_as, count in Counter(w.format for w in weights if w.kept is kept).items():
+                say(log, logging.WARNING, key, name=name, count=count, format=stored_as)
+        entries = [_entry(key, tensor) for key, tensor in tensors.items()]
+        metadata = args[0] if args else kwargs.get("metadata")
+        write_safetensors(path, entries, metadata, _Interruptible())
+        merged = sum(weight.kept is not Kept.LEFT_OUT for weight in weights)
+        if merged:
+            size = sum(entry.bytes for entry in entries) / (1 << 30)
+            say(log, logging.INFO, "saving.done", name=name, gigabytes=size, count=merged)
+        return None
+
+    def _pre_run(
+        self, original: Callable[..., Any], control: Any, model: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The control model takes over the parameters of the model's first half, without a copy; what is patched there comes
+        merged, the rest stays shared."""
+        result = original(control, model, *args, **kwargs)
+        for key, weight in self._state().of(model.diffusion_model).items():  # type: ignore[arg-type]  # a module in every model of Forge's
+            owner = None if weight.is_in_parameter else find_owner(control.control_model, key)
+            # Where the ControlLora brings the weight itself, that stays.
+            if owner is not None and shares_storage(getattr(*owner), weight.parameter):
+                setattr(*owner, torch.nn.Parameter(weight.value(), requires_grad=False))
+        return result
+
+
+class _DeferredModel:
+    """A model for the host's function to read: its state dict is calculated when it is written. All else is the model's."""
+
+    def __init__(self, model: torch.nn.Module, weights: dict[str, MergedWeight]) -> None:
+        self._model, self._weights = model, weights
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = self._model.state_dict(*args, **kwargs)
+        return {key: self._deferred(key, value) for key, value in state.items()}
+
+    def _deferred(self, key: str, value: Any) -> Any:
+        weight = self._weights.get(key)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if weight is None or weight.is_in_parameter:
+            return DeferredTensor.of(value)
+        return DeferredTensor(weight.value, weight.dtype, weight.shape, value.device)
+
+
+class _Interruptible:
+    """Progress of a save that Forge's Interrupt stops. What was pressed before the save is not meant for it."""
+
+    def __init__(self) -> None:
+        self._before = self._is_pressed()
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        if self._is_pressed() and not self._before:
+            raise LoraGuardError.of("saving.interrupted")
+
+    def _is_pressed(self) -> bool:
+        state = getattr(sys.modules.get("modules.shared"), "state", None)
+        return bool(getattr(state, "interrupted", False))
+
+
+@contextlib.contextmanager
+def _turn(name: str) -> Iterator[None]:
+    """Under Forge's queue lock. Its buttons do not take it, and so wait for what is running. Anybody else may well be the one
+    that holds it (nothing says who does), and for himself nobody may wait: then the save is part of what is running."""
+    lock = getattr(sys.modules.get("modules.call_queue"), "queue_lock", None)
+    if lock is None:
+        yield
+        return
+    is_mine = bool(lock.acquire(False))
+    if not is_mine and _is_a_button():
+        say(log, logging.INFO, "saving.waiting", name=name)
+        lock.acquire()
+        is_mine = True
+    try:
+        yield
+    finally:
+        if is_mine:
+            lock.release()
+
+
+def _is_a_button() -> bool:
+    return any(
+        frame.f_globals.get("__name__") == "modules.ui_checkpoint_merger" for frame, _ in traceback.walk_stack(None)
+    )
+
+
+def _entry(name: str, tensor: torch.Tensor) -> Entry:
+    read = tensor.read if isinstance(tensor, DeferredTensor) else lambda: tensor
+    return Entry(name, tensor.dtype, tuple(tensor.size()), read)
+
+
+def _family(cls: type) -> Iterator[type]:
+    yield cls
+    child: type
+    for child in cls.__subclasses__():
+        yield from _family(child)
+
+
+def _add(hooks: HookSet, owner: Any, name: str, body: Callable[..., Any]) -> None:
+    present = getattr(_attribute(owner, name), "lora_guard_hook", None)
+    if present is None or not present.active:
+        hooks.add(owner, name, body)
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise HostError(f"{name} cannot be imported: {error}") from error
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    if not hasattr(owner, name):
+        raise HostError(f"{owner.__name__}.{name} is missing")
+    return getattr(owner, name)

@@ -1,0 +1,274 @@
+"""What happens in place of `networks.load_lora_for_models`: the guard reads the LoRA file itself.
+
+Forge's own parser drops kinds it has no tuple for (OFT, BOFT, IA3), names it has no map for (SD3 as diffusers writes it),
+and what stands in the metadata (alpha and rsLoRA of PEFT). A mismatch is a guess there, by the number of keys left over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...adapters.base import Adapter, Shape, Term
+from ...adapters.file_settings import FileSettings
+from ...adapters.files import LoraFile, parse_tensors, read_lora_file
+from ...adapters.patch_tuples import value_of
+from ...errors import LoraFileError, LoraMismatchError, Message, about, reason
+from ...files import shown
+from ...messages import Joined, say, without
+from ...models.fit import Fit, Target, fit_file
+from ...reporting.report import clean_text
+from ...weights.storage import MB, storage_of
+from ..forge.patches import OWN_TENSORS
+
+log = logging.getLogger(__name__)
+
+
+class LazyState(Mapping[str, torch.Tensor]):
+    """Stands for the tensors of a LoRA file. The host reads and maps the file only where something looks inside."""
+
+    def __init__(self, filename: str, load: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        self.filename = filename
+        self._load = load
+        self._state: Mapping[str, torch.Tensor] | None = None
+
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        if self._state is None:
+            self._state = self._load()
+        return self._state
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.state[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def copy(self) -> dict[str, torch.Tensor]:
+        return dict(self.state)
+
+
+class LoraFiles:
+    """Reads LoRA files for Forge's models; files just used are kept while they are unchanged on disk.
+
+    Those of the last two stacks are kept whatever their size; of the others at most `kept_bytes`, and, where the host's
+    option says a number, at most `kept_files`.
+    """
+
+    def __init__(self) -> None:
+        self.kept_bytes = 1024 * MB
+        self.kept_files: Callable[[], int] = lambda: 0
+        self.unpatched_shapes: Callable[[torch.nn.Module], Mapping[str, Shape]] = lambda model: {}
+        """Shapes that merged parameters of a model have without their LoRAs."""
+        self.is_host_reading: Callable[[], bool] = lambda: False
+        """True in the mode "Forge's own": then the host reads LoRA files itself."""
+        self._lock = threading.Lock()
+        """Around `_kept`: files are read where images are made, the settings page changes how much is kept."""
+        self._kept: OrderedDict[FileKey, LoraFile] = OrderedDict()
+        self._in_stack: set[FileKey] = set()
+        self._last_stack: set[FileKey] = set()
+        self.left_out: dict[str, str] = {}
+        """LoRAs of the present stack that were refused as a whole, with the reason."""
+        self.missing: dict[str, str] = {}
+        """Names in the last prompt that are no LoRA's, with what is said of them."""
+        self._stack = ""
+        """"announced" or "open" inside `announced_stack`."""
+        self._matches: weakref.WeakKeyDictionary[LoraFile, Matches] = weakref.WeakKeyDictionary()
+
+    def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
+        """In place of `networks.load_lora_state_dict`."""
+        if (
+            self.is_host_reading()
+            or not _is_hosts_own(original)
+            or not isinstance(filename, (str, Path))
+            or not Path(filename).is_file()
+        ):
+            return original(filename)
+        return LazyState(str(filename), lambda: original(filename))
+
+    def load_for_models(
+        self,
+        original: Callable[..., tuple[Any, Any]],
+        model: Any,
+        clip: Any,
+        lora: Any,
+        strength_model: float,
+        strength_clip: float,
+        filename: Any = "default",
+        online_mode: bool = False,
+    ) -> tuple[Any, Any]:
+        """The two patchers, cloned and with the file's patches where it has any for them; as they were where it cannot
+        be used, which is said in the log."""
+        name = shown(Path(str(filename)).name)
+        # Forge builds every stack anew, from a patcher without patches; most of the last one comes again. Who brings a
+        # `load_networks` of their own announces nothing, and then the patcher is all there is to go by.
+        if self._stack == "announced" or (not self._stack and not getattr(model, "lora_patches", None)):
+            self._stack = self._stack and "open"
+            self._last_stack, self._in_stack = self._in_stack, set()
+            self.left_out = {}
+        if self.is_host_reading():
+            return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
+        try:
+            file = self._read(filename, lora)
+            sides = [
+                (model, "model", strength_model, Message("host.unet")),
+                (clip, "cond_stage_model", strength_clip, Message("host.text_encoder")),
+            ]
+            found = [None if p is None else self._match(file, getattr(p, attribute)) for p, attribute, *_ in sides]
+        except (LoraFileError, LoraMismatchError) as error:
+            # What the guard refused as broken is never handed to the host.
+            self.left_out[name] = without(name, reason(error))
+            say(log, logging.WARNING, "host.left_out", name=name, why=self.left_out[name])
+            return model, clip
+        except Exception:
+            say(log, logging.ERROR, "host.guard_could_not_read", exc_info=True, name=name)
+            return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
+        patched = []
+        for (patcher, _, strength, side), match in zip(sides, found, strict=True):
+            if match is None or not match.terms:
+                patched.append(patcher)
+                continue
+            clone = patcher.clone()
+            clone.add_patches(
+                filename=filename, patches=_patches(match.terms), strength_patch=strength, online_mode=online_mode
+            )
+            patched.append(clone)
+            count = sum(len(terms) for terms in match.terms.values())
+            say(log, logging.INFO, "host.keys_for", name=name, count=count, side=side)
+        _say_what_is_left(name, file, [match for match in found if match is not None])
+        return patched[0], patched[1]
+
+    @contextlib.contextmanager
+    def announced_stack(self, missing: Mapping[str, str], is_empty: bool) -> Iterator[None]:
+        """Around the host's `load_networks`, which reads the files of a new stack, or none where the stack is the same."""
+        self.missing, self._stack = dict(missing), "announced"
+        if is_empty:
+            self.left_out = {}
+        try:
+            yield
+        finally:
+            self._stack = ""
+
+    def remind(self) -> None:
+        """For an image with the same stack as the last: says again what is left out."""
+        if self.left_out:
+            loras = [Message("host.left_out_of_all", {"name": name, "why": why}) for name, why in self.left_out.items()]
+            say(log, logging.WARNING, "host.still_without", loras=Joined(loras, "list.semicolon"))
+
+    def _read(self, filename: Any, lora: Any) -> LoraFile:
+        if not isinstance(lora, LazyState):
+            # Another extension hands over tensors that it has made, loaded or changed: these count, not the file.
+            return parse_tensors(Path(str(filename)), dict(lora), FileSettings({}))
+        path = Path(lora.filename)
+        if not path.is_file():
+            raise LoraFileError(about(shown(path.name), Message("file.missing")))
+        status = path.stat()
+        key = (str(path), status.st_mtime_ns, status.st_size)
+        with self._lock:
+            file = self._kept.get(key)
+        if file is None:
+            file = read_lora_file(path)
+            _own(adapter for adapter in file.adapters.values())
+        with self._lock:
+            self._kept[key] = file
+            self._kept.move_to_end(key)
+        self._in_stack.add(key)
+        self.trim()
+        return file
+
+    def trim(self) -> None:
+        """Gives back files beyond what may be kept, the one used longest ago first."""
+        with self._lock:
+            for old in [key for key in self._kept if key not in self._in_stack | self._last_stack]:
+                is_too_much = sum(size for _, _, size in self._kept) > self.kept_bytes
+                if is_too_much or 0 < self.kept_files() < len(self._kept):
+                    del self._kept[old]
+
+    def drop_unused(self) -> int:
+        """Gives back every file that is not of the present stack; returns the bytes."""
+        with self._lock:
+            unused = [key for key in self._kept if key not in self._in_stack]
+            for key in unused:
+                del self._kept[key]
+        return sum(size for _, _, size in unused)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk of the files that are kept in RAM."""
+        with self._lock:
+            return sum(size for _, _, size in self._kept)
+
+    def _match(self, file: LoraFile, model: torch.nn.Module) -> Fit:
+        """What the file has for one model; worked out once, for nothing in it depends on the strength."""
+        shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+        shapes |= self.unpatched_shapes(model)
+        known = self._matches.setdefault(file, weakref.WeakKeyDictionary())
+        if model in known and known[model][0] == shapes:
+            return known[model][1]
+        match = _match(file, shapes)
+        _own(term.adapter for terms in match.terms.values() for term in terms)
+        known[model] = (shapes, match)
+        return match
+
+
+def _is_hosts_own(reader: Any) -> bool:
+    """False where another extension came first: what it makes of the file counts then. Its wrapper may carry the host's
+    name and attributes, but not the host's code."""
+    inner = reader.__wrapped__ if hasattr(reader, "cache_info") else reader
+    code = getattr(inner, "__code__", None)
+    return code is not None and code.co_name == "load_lora_state_dict"
+
+
+FileKey = tuple[str, int, int]
+Matches = weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Shape], Fit]]
+
+
+def _own(adapters: Iterable[Adapter]) -> None:
+    for adapter in adapters:
+        for tensor in adapter.tensors():
+            OWN_TENSORS[tensor] = True
+
+
+def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Fit:
+    """Raises LoraMismatchError where the file was made for another model."""
+    fit = fit_file(file, Target(shapes))
+    if fit.refused is not None:
+        raise LoraMismatchError(fit.refused)
+    return fit
+
+
+def _patches(terms: Mapping[str, list[Term]]) -> dict[Any, Any]:
+    patches: dict[Any, Any] = {}
+    for key, on_key in terms.items():
+        for term in on_key:
+            part = term.part
+            address = key if part is None else (key, (part.dim, part.start, part.length))
+            patches[address] = value_of(term.adapter)
+    return patches
+
+
+def _say_what_is_left(name: str, file: LoraFile, matches: list[Fit]) -> None:
+    """One line on keys that no part of the model has a place for, one on those that cannot be applied to it."""
+    if not matches:
+        return
+    left = set.intersection(*(set(match.skipped) for match in matches))
+    lost = [line for match in matches for line in match.lost]
+    used = sum(bool(match.terms) for match in matches)
+    if not used:
+        first = shown(min(left)) if left else Message("host.nothing")
+        say(log, logging.WARNING, "host.no_module_here", name=name, count=len(file.adapters), first=first)
+    elif left:
+        say(log, logging.INFO, "host.keys_without_place", name=name, count=len(left), first=shown(min(left)))
+    if lost:
+        say(log, logging.WARNING, "host.keys_lost", name=name, count=len(lost), first=clean_text(lost[0]))

@@ -1,0 +1,262 @@
+"""Strengths that change over the steps of an image, in Forge: `<lora:name:0@0,1@1:hr=0.5>`.
+
+Forge's own LoRA extension reads numbers alone. It gets the strengths of the first step, and patchers and prompts are made
+with these; while the model samples, the strengths of the running one are set before each step, and set back after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...errors import HostError
+from ...messages import Joined, say
+from ...patching.strengths import set_strengths
+from ...planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, read_strengths
+from ...reporting.report import clean_text
+from ..forge.access import STATE
+from ..forge.lora_loader import LoaderControl
+from ..forge.lora_loader_state import RETRY
+from ..hooks import HookSet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScheduleHost:
+    """The parts of Forge this stands on."""
+
+    lora_network: Any
+    """Forge's `extra_networks_lora` module: what a `<lora:...>` tag does."""
+    extra_networks: Any
+    samplers: Any
+    callbacks: Any
+
+
+def probe() -> ScheduleHost:
+    """Raises HostError where one of the parts is missing."""
+    names = ("extra_networks_lora", "modules.extra_networks", "modules.sd_samplers_common", "modules.script_callbacks")
+    for name in names:
+        if name not in sys.modules:
+            raise HostError(f"{name} is not loaded, so strengths cannot change over the steps")
+    host = ScheduleHost(*(sys.modules[name] for name in names))
+    wanted = [
+        (host.lora_network, "ExtraNetworkLora"),
+        (getattr(host.lora_network, "networks", None), "loaded_networks"),
+        (host.extra_networks, "extra_network_aliases"),
+        (getattr(host.samplers, "Sampler", None), "launch_sampling"),
+        (host.callbacks, "on_cfg_denoiser"),
+        (host.callbacks, "on_app_started"),
+    ]
+    for owner, name in wanted:
+        if not hasattr(owner, name):
+            raise HostError(f"{getattr(owner, '__name__', owner)}.{name} is missing")
+    return host
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A LoRA of the present pass whose strength on the U-Net changes."""
+
+    name: str
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What was put on a loader in place of `start`, the stack that its patcher asks for."""
+
+    start: str
+    identifiers: list[Any]
+    patcher: Callable[[], Any]
+
+
+class Schedules:
+    """The schedules of the pass that is being made, and what they have changed."""
+
+    def __init__(self, control: LoaderControl) -> None:
+        self._control = control
+        self._network_class: type | None = None
+        self._networks: Any = None
+        self._followed: dict[tuple[str, float], Followed] = {}
+        self._changed: weakref.WeakKeyDictionary[Any, Changed] = weakref.WeakKeyDictionary()
+        self._is_said = False
+
+    def install(self, hooks: HookSet, host: ScheduleHost) -> None:
+        """Called each time Forge runs the extension's scripts: the callbacks are gone then, the hooks are not."""
+        if self._network_class is not host.lora_network.ExtraNetworkLora:
+            self._network_class, self._networks = host.lora_network.ExtraNetworkLora, host.lora_network.networks
+            hooks.add(self._network_class, "activate", self.activate)
+            hooks.add(host.samplers.Sampler, "launch_sampling", self.launch_sampling)
+        host.callbacks.on_cfg_denoiser(self.before_step)
+        host.callbacks.on_app_started(lambda *_: _add_alias(host.extra_networks))
+        # Switched on in a WebUI that runs, the guard sees no start any more.
+        _add_alias(host.extra_networks)
+
+    def forget(self) -> None:
+        """For when the guard goes."""
+        self.restore()
+        self._followed, self._network_class = {}, None
+
+    def activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:
+        """In place of `ExtraNetworkLora.activate`, which is called for every batch, for the hires pass and for a refiner."""
+        self._followed = {}
+        if type(network) is not self._network_class:
+            # Another extension is the prompt's LoRA network (sd-webui-loractl) and has read the tags already.
+            return original(network, p, params_list)
+        hires = bool(getattr(p, "is_hr_pass", False)) or _is_for_hires(p, params_list)
+        read: list[Any] = []
+        followed: list[tuple[str, float, Schedule]] = []
+        for params in params_list:
+            if _host_can_read(params):
+                read.append(params)
+                continue
+            name = str(params.positional[0])
+            try:
+                strengths = read_strengths([str(item) for item in params.positional[1:3]], params.named)
+            except ScheduleError as error:
+                say(log, logging.WARNING, "schedules.left_out", name=clean_text(name), why=error)
+                continue
+            text, model = (strengths.hires_text, strengths.hires_model) if hires else (strengths.text, strengths.model)
+            read.append(_with_numbers(params, text.start, model.start))
+            if not model.is_constant:
+                followed.append((name, model.start, model))
+        result = original(network, p, read)
+        files = {net.mentioned_name: net.network_on_disk.filename for net in self._networks.loaded_networks}
+        self._followed = {
+            (files[name], start): Followed(clean_text(name), schedule)
+            for name, start, schedule in followed
+            if name in files
+        }
+        return result
+
+    def launch_sampling(self, original: Callable[..., Any], sampler: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around the sampling of one pass: whatever ends it, the model has the strengths of its patcher again."""
+        self._is_said = False
+        try:
+            return original(sampler, *args, **kwargs)
+        finally:
+            self.restore()
+
+    def before_step(self, params: Any) -> None:
+        """Forge's callback before each call of the U-Net; a sampler may make two in one step."""
+        if not self._followed and not self._changed:
+            return
+        patcher = params.denoiser.inner_model.inner_model.forge_objects.unet
+        step, steps = int(params.sampling_step), int(params.total_sampling_steps)
+        strengths: dict[int, float] = {}
+        for place, identifier in enumerate(patcher.lora_patches):
+            one = self._followed.get(identifier[:2]) if _is_forges(identifier) else None
+            if one is not None:
+                strengths[place] = one.schedule.at(step, steps)
+        if strengths and not self._is_said:
+            self._is_said = True
+            loras = Joined((f"{one.name} {one.schedule}" for one in self._followed.values()), "list.semicolon")
+            say(log, logging.INFO, "schedules.follows", steps=steps, loras=loras)
+        self._bring(patcher, strengths)
+
+    def restore(self) -> None:
+        """Gives every model that was changed the strengths its patcher asks for."""
+        for loader, changed in list(self._changed.items()):
+            patcher = changed.patcher()
+            if patcher is not None and loader.loaded_hash == str(changed.identifiers):
+                self._bring(patcher, {})
+        # Of the others somebody else has taken care: what they recorded as applied is not what was put there.
+        self._changed.clear()
+
+    def _bring(self, patcher: Any, strengths: Mapping[int, float]) -> None:
+        """The LoRAs at these places of the patcher's stack get these strengths, the others those of the patcher."""
+        loader, start = patcher.lora_loader, list(patcher.lora_patches)
+        wanted = [_at(identifier, strengths.get(place)) for place, identifier in enumerate(start)]
+        if loader.loaded_hash == str(wanted):
+            return
+        changed = self._changed.get(loader)
+        present = start
+        if changed is not None and changed.start == str(start) and loader.loaded_hash == str(changed.identifiers):
+            present = changed.identifiers
+        elif loader.loaded_hash != str(start):
+            patcher.refresh_loras()
+            if loader.loaded_hash != str(start):
+                # The stack itself could not be applied; that has been said.
+                return
+        # Until all is done the recorded state is one that no stack has, as in a refresh.
+        loader.loaded_hash = RETRY
+        if not self._set(loader, {n: w[1] for n, (w, p) in enumerate(zip(wanted, present, strict=True)) if w is not p}):
+            patches = _patches_at(patcher.lora_patches, wanted)
+            loader.refresh(patches, patcher.offload_device)
+            if loader.loaded_hash != str(list(patches)):
+                return
+        loader.loaded_hash = str(wanted)
+        self._changed[loader] = Changed(str(start), wanted, weakref.ref(patcher))
+
+    def _set(self, loader: Any, strengths: Mapping[int, float]) -> bool:
+        """In place, where the guard's engine has the stack; False where it has not or could not."""
+        state = getattr(loader, STATE, None)
+        if state is None or self._control.was_left_to_host(loader):
+            return False
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                set_strengths(state.engine, strengths)
+        except Exception:
+            say(log, logging.WARNING, "schedules.whole_refresh", exc_info=True)
+            return False
+        return True
+
+
+def _host_can_read(params: Any) -> bool:
+    """True where Forge itself understands all strengths of a tag."""
+    if not params.positional:
+        return True  # no name: nothing of ours
+    if any(params.named.get(name) for name in HIRES_NAMES):
+        return False
+    try:
+        for text in (*params.positional[1:3], *(params.named[name] for name in ("te", "unet") if name in params.named)):
+            float(text)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _with_numbers(params: Any, text: float, model: float) -> Any:
+    """The same tag with one strength for the text encoder and one for the model, as Forge reads them."""
+    others = [f"{name}={value}" for name, value in params.named.items() if name not in NAMES]
+    return type(params)(items=[params.positional[0], repr(text), repr(model), *params.positional[3:], *others])
+
+
+def _is_for_hires(p: Any, params_list: Iterable[Any]) -> bool:
+    """Forge encodes the hires prompt before the first pass, with the tags it has read out of that prompt."""
+    of_hires = [params for tags in (getattr(p, "hr_extra_network_data", None) or {}).values() for params in tags]
+    return any(params is other for params in params_list for other in of_hires)
+
+
+def _is_forges(identifier: Any) -> bool:
+    """`(filename, strength_patch, strength_model, online_mode)`; other extensions have keys of their own."""
+    return isinstance(identifier, tuple) and len(identifier) == 4
+
+
+def _at(identifier: Any, strength: float | None) -> Any:
+    return identifier if strength is None or strength == identifier[1] else (identifier[0], strength, *identifier[2:])
+
+
+def _patches_at(lora_patches: Mapping[Any, Mapping[str, list[Any]]], identifiers: list[Any]) -> dict[Any, Any]:
+    """The same patches under these identifiers. Where two of one file meet in one strength they become one entry."""
+    result: dict[Any, dict[str, list[Any]]] = {}
+    for new, (old, patches) in zip(identifiers, lora_patches.items(), strict=True):
+        entry = result.setdefault(new, {})
+        for key, terms in patches.items():
+            changed = terms if new is old else [[new[1], *term[1:]] for term in terms]
+            entry[key] = [*entry.get(key, []), *changed]
+    return result
+
+
+def _add_alias(extra_networks: Any) -> None:
+    """`<loractl:...>` is that extension's other name for a LoRA tag."""
+    lora = extra_networks.extra_network_registry.get("lora")
+    if lora is not None and "loractl" not in extra_networks.extra_network_registry:
+        extra_networks.extra_network_aliases.setdefault("loractl", lora)

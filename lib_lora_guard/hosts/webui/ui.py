@@ -1,0 +1,62 @@
+"""Tells Forge of the settings section, the tab and the tab's address. `start.run_script` calls `register`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...runtime.status import InForce, Machine, collect
+from ...settings import Language, read
+from ...ui import settings_section, tab
+from ...ui.language import reader_language
+from ...ui.panel import Panel
+from ...ui.route import add_route
+from ..forge import takeover as forge
+
+
+class Face:
+    """What Forge shows of the guard. `options` is None where the guard is not at work here: then there are no settings,
+    and the tab says so."""
+
+    def __init__(self, options: InForce | None) -> None:
+        self._options = options
+        machine = Machine()
+        self._panel = Panel(lambda: collect(forge.installed(), options, machine), _language)
+
+    def add_settings(self) -> None:
+        from modules import shared
+
+        if self._options is None:
+            return
+        made = settings_section.options(shared, reader_language(*_language()), self._options.apply)
+        for name, info in shared.options_section((*settings_section.SECTION, "sd"), made).items():
+            shared.opts.add_option(name, info)
+
+    def add_address(self, demo: Any, app: Any) -> None:
+        from modules import shared
+
+        if demo is None and getattr(shared.cmd_opts, "api_auth", None):
+            # No web UI, so no tab; and whoever gave the API a password does not want the log beside it.
+            return
+        add_route(app, self._panel)
+
+
+def register(options: InForce | None) -> None:
+    """Adds the settings at once (so that they are there with --nowebui too), tab and address when Forge asks for them.
+
+    Called at each execution of the script: "Reload UI" forgets all callbacks, the settings stay and get their texts anew.
+    Where a host forgets none there is one tab all the same.
+    """
+    from modules import script_callbacks
+
+    face = Face(options)
+    face.add_settings()
+    script_callbacks.remove_callbacks_for_function(tab.build)
+    script_callbacks.on_ui_tabs(tab.build)
+    script_callbacks.on_app_started(face.add_address)
+
+
+def _language() -> tuple[Language, str | None]:
+    """The setting, and the name of the WebUI's own localization."""
+    from modules import shared
+
+    return read(dict(shared.opts.data))[0].language, getattr(shared.opts, "localization", None)

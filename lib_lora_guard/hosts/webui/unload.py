@@ -1,0 +1,46 @@
+"""An event that changed nothing unloads nothing.
+
+Forge unloads every model before the next image, and forgets the prompt's conditioning, whenever a memory setting, a preset
+or the checkpoint list was touched; the page itself touches them when it is opened. Sources: `modules_forge/main_entry.py`
+(`refresh_memory_management_settings`, `refresh_model_loading_parameters`), `modules/processing.py`
+(`manage_model_and_prompt_cache`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ...memory import rules
+from ...memory.rules import Finding
+
+
+class UnloadRequests:
+    def __init__(
+        self,
+        processing: Any,
+        settings: Callable[[], object],
+        tell: Callable[[Finding | None], None],
+    ) -> None:
+        """`processing`: Forge's module. `settings`: everything that decides how models are loaded and placed, as one value to compare."""
+        self._processing, self._settings, self._tell = processing, settings, tell
+        self._of_last_image: object = None
+
+    def before_image(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of `manage_model_and_prompt_cache`."""
+        last, self._of_last_image = self._of_last_image, None
+        is_wished = self._processing.need_global_unload
+        if is_wished:
+            finding = rules.unload_request(has_changed=self._settings() != last)
+            if finding is not None:
+                self._processing.need_global_unload = False
+                self._tell(finding)
+        try:
+            result = original(*args, **kwargs)
+        except BaseException:
+            # What is loaded now is not known: the next image is the host's.
+            self._processing.need_global_unload = is_wished
+            raise
+        # After the image's own overrides have been taken over.
+        self._of_last_image = self._settings()
+        return result

@@ -1,0 +1,149 @@
+"""Forge's steps are timed, and said to be slow where the driver moved VRAM into system memory.
+
+Nothing is synchronised for it. Before each call of the model Forge itself waits for the GPU: `compute_cond_mark` copies a
+list from ordinary RAM to the device, and such a copy returns when all that was enqueued before it is done. So the time from
+the start of one call to the start of the next is what the first one took, with the sampler's own work after it. Samplers
+with two calls a step, and prompt and negative prompt in two calls, have so many times a step, each of its own size.
+
+It counts where both calls belong to one run and nothing else was written in the journal between them: a model that moved, a
+preview decoded by the VAE, LoRAs that were changed, a refiner's checkpoint. The first call of a run prepares what the others
+use (factors on the device, kernels for the shapes), and after the last one the picture is decoded: neither counts. So no
+pause between two images does, nor one that was interrupted.
+
+Sources: Forge's `backend/sampling/sampling_function.py` (`calc_cond_uncond_batch`), `backend/modules/k_model.py`;
+docs.nvidia.com, CUDA runtime, "API synchronization behavior".
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from ..hosts.forge.lora_loader_state import state_of
+from ..hosts.forge.phases import Journal
+from ..memory.shared_usage import shared_usage_bytes
+from ..memory.step_times import LEAST_EXCESS_SECONDS, Slowdown, StepTimes, Verdict, driver_spills
+from ..messages import say
+from ..recorder.flight_recorder import Phase
+
+log = logging.getLogger(__name__)
+
+BETWEEN_COUNTERS_SECONDS = 1.0
+"""Windows' counters take some milliseconds. A step of LEAST_EXCESS_SECONDS may be a slow one, and is looked at in any case."""
+
+_SHARE_STEP_BYTES = 1 << 30
+"""Models of which another part lies on the device are timed apart: what is swapped takes longer, and rightly so."""
+
+_SAID = 64
+
+
+class StepTimer:
+    """Hooked in place of `KModel.apply_model`."""
+
+    def __init__(
+        self,
+        memory: Any,
+        journal: Callable[[], Journal],
+        *,
+        times: StepTimes | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        shared_usage: Callable[[], int | None] | None = shared_usage_bytes if sys.platform == "win32" else None,
+    ) -> None:
+        """`memory`: Forge's `backend.memory_management`; `shared_usage`: None where there are no such counters."""
+        self._memory, self._journal = memory, journal
+        self._times = times or StepTimes(driver_spills())
+        self._clock, self._shared_usage = clock, shared_usage
+        self._lock = threading.Lock()
+        self._run = -1
+        """What the journal's count was when the present run began."""
+        self._begun: tuple[Hashable, float, bool] | None = None
+        """The last call: its configuration, when it began, whether it was the first of its run."""
+        self._models: dict[int, Hashable] = {}
+        """What is the same for all calls of a run, by the model's id."""
+        self._asked = 0.0
+        self._shared_at_first: int | None = None
+        """What the counters said before the run's first call: the model is loaded, and no step has taken anything."""
+        self._said: set[tuple[Hashable, Verdict]] = set()
+
+    def apply_model(self, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of `KModel.apply_model(x, t, ...)`, on whatever device."""
+        journal = self._journal()
+        x = args[0] if args else kwargs.get("x")
+        if isinstance(x, torch.Tensor) and x.device.type == "cuda":
+            self._step(journal.others, model, x, kwargs.get("control") is not None)
+        with journal.phase(Phase.SAMPLING_STEP):
+            try:
+                return original(model, *args, **kwargs)
+            except BaseException:
+                # Half a step, and nobody knows what is done next.
+                self._begun = None
+                raise
+
+    def _step(self, run: int, model: Any, x: torch.Tensor, controlled: bool) -> None:
+        # Two that sample at the same time would each be timed for both.
+        if not self._lock.acquire(blocking=False):
+            self._begun = None
+            return
+        try:
+            self._begin(run, model, x, controlled)
+        except Exception:
+            # An alarm must not be what stops an image.
+            log.debug("a step was not timed", exc_info=True)
+            self._begun = None
+        finally:
+            self._lock.release()
+
+    def _begin(self, run: int, model: Any, x: torch.Tensor, controlled: bool) -> None:
+        now, before, first = self._clock(), self._begun, run != self._run
+        if first:
+            self._run, self._models = run, {}
+            self._shared_at_first = None if self._shared_usage is None else self._shared_usage()
+        elif before is not None:
+            configuration, since, was_first = before
+            self._add(configuration, now, now - since, was_first)
+        about = self._models.get(id(model))
+        if about is None:
+            about = self._models[id(model)] = self._about(model, x.device)
+        self._begun = (about, x.shape, controlled), now, first
+
+    def _about(self, model: Any, device: torch.device) -> Hashable:
+        share = self._memory.module_size(model, include_device=device) // _SHARE_STEP_BYTES
+        return weakref.ref(model), str(device), _stack(model), share
+
+    def _add(self, configuration: Hashable, now: float, seconds: float, first: bool) -> None:
+        shared = None
+        if self._shared_usage is not None and (
+            seconds >= LEAST_EXCESS_SECONDS or now - self._asked >= BETWEEN_COUNTERS_SECONDS
+        ):
+            self._asked, shared = now, self._shared_usage()
+        slowdown = self._times.add(
+            configuration, seconds, first=first, shared_bytes=shared, shared_at_first_bytes=self._shared_at_first
+        )
+        if slowdown is not None and (configuration, slowdown.verdict) not in self._said:
+            if len(self._said) >= _SAID:
+                self._said.clear()
+            self._said.add((configuration, slowdown.verdict))
+            _tell(slowdown)
+
+
+def _stack(model: Any) -> Hashable:
+    """The LoRAs that lie on the model, whatever their strengths: these change with every image, and not how long it takes."""
+    loader = getattr(model, "lora_loader", None)
+    state = state_of(loader)
+    if state is None or state.report is None:
+        return getattr(loader, "loaded_hash", None)
+    return state.mode, tuple(lora.label for lora in state.report.loras)
+
+
+def _tell(slowdown: Slowdown) -> None:
+    # What the driver did not do is nothing to worry about, and nothing that a setting of ours would cure.
+    level = logging.INFO if slowdown.verdict is Verdict.OTHER else logging.WARNING
+    for message in slowdown.messages(lower_mb=slowdown.over_mb, nvidia=torch.version.hip is None):
+        say(log, level, message.key, **message.facts)

@@ -1,0 +1,150 @@
+"""A GGUF model that grows when it is baked, on a card that is not there: room is made for what it will take, once."""
+
+import gc
+
+import pytest
+import torch
+from hosts.forge.test_memory_of_forge import flux, parts, scene_of, t5, vae  # noqa: F401  # `parts` is a fixture
+from support.fake_card import CARD, Denoiser, Layer, bytes_on_card, parameter, size_of
+
+from lib_lora_guard.planning.last_plan import LastPlan
+
+
+class Q4_K:
+    """Forge's class of that name as far as sizes go."""
+
+
+class GgufLayer(Layer):
+    """Keeps what a parameter knows of its blocks when it moves, as Forge's own do."""
+
+    def _apply(self, function, recurse=True):
+        for name, old in list(self.named_parameters(recurse=False)):
+            new = torch.nn.Parameter(function(old), requires_grad=False)
+            new.__dict__.update(vars(old))
+            setattr(self, name, new)
+        return self
+
+
+class GgufDenoiser(Denoiser):
+    """`sizes` are those of the file; an eighth of each is a bias, which is not baked."""
+
+    def __init__(self, machine, sizes, fixed=0):
+        super().__init__(machine, sizes, fixed)
+        for layer in self.layers():
+            layer.__class__ = GgufLayer
+            layer.weight.gguf_cls, layer.weight.baked = Q4_K, False
+
+    def bake(self):
+        if getattr(self, "gguf_baked", False):
+            return
+        for layer in self.layers():
+            machine, old = layer.weight.machine, layer.weight
+            values = old.nelement() * 10 // 9
+            layer.weight = parameter(machine, (values,), old.dtype, old.device)
+            layer.weight.gguf_cls, layer.weight.baked = Q4_K, True
+        self.gguf_baked = True
+
+
+def baking(scene):
+    """The host bakes right after it has placed a model."""
+    loaded_model = scene.memory.LoadedModel
+    place = loaded_model.model_load
+
+    def model_load(self, *args, **kwargs):
+        found = place(self, *args, **kwargs)
+        if hasattr(self.model.model, "bake"):
+            self.model.model.bake()
+        return found
+
+    loaded_model.model_load = model_load
+
+
+@pytest.fixture
+def scene(parts):  # noqa: F811  # the fixture of that name
+    with scene_of(parts) as found:
+        baking(found)
+        yield found
+
+
+def gguf(scene, layers=16):
+    """16 128 bytes in the file: 2 016 of biases, 14 112 of blocks, which become 15 680."""
+    return scene.patcher(GgufDenoiser, [1008] * layers)
+
+
+def test_room_is_made_for_what_it_will_take(scene):
+    text, denoiser = t5(scene, 8), gguf(scene)
+    scene.load(text)
+    stored = size_of(denoiser.model)
+    scene.load(denoiser, required=2_000)
+    baked = size_of(denoiser.model)
+    assert (stored, baked) == (16_128, 17_696)
+    # All of it is there, and what a step needs beside it.
+    assert bytes_on_card(denoiser.model) == baked
+    assert scene.machine.free() >= 2_000
+    assert scene.machine.free() < 2_000 + 8_000 // 20 + 1, "no more left than had to"
+
+
+def test_without_the_guard_a_step_lacks_what_it_grew_by(parts):  # noqa: F811  # the fixture of that name
+    with scene_of(parts, total=16_128 + 1_000, guarded=False) as scene:
+        baking(scene)
+        denoiser = gguf(scene)
+        scene.load(denoiser)
+        assert bytes_on_card(denoiser.model) == size_of(denoiser.model) == 17_696
+        assert scene.machine.free() < 0
+
+
+@pytest.mark.parametrize("total", [17_000, 18_000, 18_695, 18_696, 19_000])
+def test_what_does_not_fit_baked_is_swapped_and_a_step_keeps_its_room(parts, total):  # noqa: F811  # the fixture
+    with scene_of(parts, total=total) as scene:
+        baking(scene)
+        denoiser = gguf(scene)
+        scene.load(denoiser)
+        assert scene.machine.free() >= 1_000
+        assert (bytes_on_card(denoiser.model) == 17_696) is (total >= 18_696)
+
+
+def test_it_is_counted_once(scene):
+    denoiser, text = gguf(scene), t5(scene, 4)
+    for _ in range(3):
+        scene.load(text)
+        scene.load(denoiser, required=2_000)
+        assert bytes_on_card(denoiser.model) == 17_696
+        assert scene.guard.memory._memory.module_size(denoiser.model, include_device=CARD) == 17_696
+        assert scene.machine.free() >= 2_000
+        scene.load(vae(scene))
+
+
+def test_the_last_plan_is_of_the_denoiser_as_it_lies(scene):
+    assert scene.guard.loading.plans.last is None
+    denoiser, text = gguf(scene), t5(scene, 4)
+    scene.load(text)
+    assert scene.guard.loading.plans.last is None, "a step is the denoiser's"
+    scene.load(denoiser, required=2_000, hard=300)
+    plan = scene.guard.loading.plans.last
+    assert plan == LastPlan("GgufDenoiser", 17_696, 17_696, 0, 2_000, 300)
+    assert (plan.copied_bytes, plan.device_bytes) == (0, 17_696 + 2_300)
+    scene.load(vae(scene))
+    assert scene.guard.loading.plans.last == plan
+    scene.load(denoiser, required=9_000)
+    larger = scene.guard.loading.plans.last
+    assert (larger.step_bytes, larger.other_bytes) == (9_000, 0)
+    assert larger.on_card_bytes == bytes_on_card(denoiser.model) == 17_696 - larger.copied_bytes
+    assert larger.copied_bytes > 0
+
+
+def test_a_plan_goes_with_its_model(scene):
+    denoiser = flux(scene, 5)
+    scene.load(denoiser)
+    assert scene.guard.loading.plans.last.weights_bytes == size_of(denoiser.model)
+    assert scene.guard.loading.plans.last.step_bytes == 1_000
+    scene.memory.current_loaded_models.clear()
+    del denoiser
+    gc.collect()
+    assert scene.guard.loading.plans.last is None
+
+
+def test_factors_on_the_card_are_in_the_plan(scene, monkeypatch):
+    monkeypatch.setattr(scene.guard.loading.plans, "_resident_bytes", lambda loader: 123)
+    denoiser = flux(scene, 5)
+    scene.load(denoiser, hard=50)
+    assert (scene.guard.loading.plans.last.factor_bytes, scene.guard.loading.plans.last.other_bytes) == (123, 50)

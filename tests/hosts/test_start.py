@@ -1,0 +1,200 @@
+"""Start-up in Forge: flags, folders of any name, hosts that do not fit. preload.py is run the way Forge runs it."""
+
+import argparse
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib_lora_guard.hosts import start
+from lib_lora_guard.hosts.forge import takeover as forge
+from lib_lora_guard.reporting import log as reporting_log
+from lib_lora_guard.version import __version__
+
+ROOT = Path(__file__).parent.parent.parent
+DOUBLE = ROOT / "tests" / "forge_double"
+
+FORGE_LIKE = """
+import argparse, importlib.util, sys
+extension, flags = sys.argv[1], sys.argv[2:]
+sys.argv = ["launch.py", *flags]
+def load(path):
+    spec = importlib.util.spec_from_file_location("preload.py", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+parser = argparse.ArgumentParser()
+parser.add_argument("--port")
+parser.add_argument("--api", action="store_true")
+load(extension + "/preload.py").preload(parser)
+options = parser.parse_args()
+sys.path.insert(0, extension)  # Forge does this around scripts
+for _ in range(2):  # and runs them again at Reload UI
+    load(extension + "/scripts/lora_guard.py")
+import backend.patcher.lora as lora
+print("HOOKED", hasattr(lora.LoraLoader.refresh, "lora_guard_hook"))
+"""
+
+
+def start(extension, *flags, path=None, code=FORGE_LIKE):
+    paths = [str(DOUBLE), str(ROOT / "tests")] if path is None else path
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, str(extension), *flags],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=extension.parent,
+    )
+
+
+@pytest.fixture
+def extension(tmp_path):
+    """The extension as a user has it: a copy, in a folder with a name of their own."""
+    folder = tmp_path / "my LoRA things (2)"
+    for name in ("lib_lora_guard", "scripts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("preload.py", "install.py"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def test_it_takes_over_from_a_folder_of_any_name_and_says_so_once(extension):
+    shown = start(extension, "--port", "7860", "--api")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines() == [f"[LoRA Guard] {__version__} in place of Forge's LoRA patcher", "HOOKED True"]
+
+
+def test_off_leaves_everything_and_says_so(extension):
+    shown = start(extension, "--lora-guard-off")
+    assert shown.stdout.splitlines() == [
+        f"[LoRA Guard] {__version__} is switched off by --lora-guard-off; Forge's own LoRA patcher is in place",
+        "HOOKED False",
+    ]
+
+
+def test_the_log_level_is_a_flag(extension):
+    assert start(extension, "--lora-guard-log-level", "warning").stdout.splitlines() == ["HOOKED True"]
+    assert start(extension, "--lora-guard-log-level=error").stdout.splitlines() == ["HOOKED True"]
+    wrong = start(extension, "--lora-guard-log-level", "loud")
+    assert "invalid choice: 'loud'" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "probe"),
+    [
+        ("patcher/lora.py", "def refresh(self, lora_patches,", "def refresh(self, patches,", "backend.patcher.lora.LoraLoader.refresh has no parameter lora_patches"),
+        ("patcher/lora.py", "def merge_lora_to_weight(patches, weight,", "def merge_lora_to_weight(weight, patches,", "backend.patcher.lora.merge_lora_to_weight does not take Forge's patches"),
+        ("memory_management.py", "def load_models_gpu(models, memory_required=0, hard_memory_preservation=0)", "def load_models_gpu(models)", "backend.memory_management.load_models_gpu has no parameter hard_memory_preservation"),
+        ("operations.py", "class ForgeOperationsGGUF(", "class Renamed(", "name 'ForgeOperationsGGUF' is not defined|backend.operations.ForgeOperationsGGUF is missing"),
+        ("operations.py", "from backend.patcher.lora import merge_lora_to_weight", "def merge_lora_to_weight(): pass", "backend.operations.merge_lora_to_weight is not the one"),
+    ],
+)  # fmt: skip
+def test_a_host_that_does_not_fit_is_left_alone_with_the_probe_in_one_line(extension, tmp_path, file, old, new, probe):
+    host = tmp_path / "host"
+    shutil.copytree(DOUBLE, host, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (host / "backend" / file).read_text(encoding="utf-8")
+    assert old in source
+    source = source.replace(old, new).replace("operations or (ForgeOperationsGGUF if", "operations or (Renamed if")
+    (host / "backend" / file).write_text(source, encoding="utf-8")
+    shown = start(extension, path=[str(host), str(ROOT / "tests")])
+    assert shown.returncode == 0, shown.stderr
+    line, hooked = shown.stdout.splitlines()
+    assert line.startswith(f"[LoRA Guard] warning: {__version__} does not fit this program, so nothing is changed: ")
+    assert any(part in line for part in probe.split("|"))
+    assert hooked == "HOOKED False"
+
+
+def test_a_forge_from_before_force_refresh_is_taken_over(extension, tmp_path):
+    """Forge got the parameter on 2025-01-28."""
+    host = tmp_path / "host"
+    shutil.copytree(DOUBLE, host, ignore=shutil.ignore_patterns("__pycache__"))
+    lora = host / "backend" / "patcher" / "lora.py"
+    source = lora.read_text(encoding="utf-8")
+    assert ", force_refresh=False" in source
+    lora.write_text(source.replace(", force_refresh=False", "").replace(" and not force_refresh", ""), encoding="utf-8")
+    shown = start(extension, path=[str(host), str(ROOT / "tests")])
+    assert shown.stdout.splitlines() == [f"[LoRA Guard] {__version__} in place of Forge's LoRA patcher", "HOOKED True"]
+
+
+def test_without_any_forge_nothing_happens_but_a_line(extension):
+    code = FORGE_LIKE.replace(
+        "import backend.patcher.lora as lora", "class lora: LoraLoader = type('L', (), {'refresh': None})"
+    )
+    shown = start(extension, path=[str(ROOT / "tests")], code=code)
+    assert shown.returncode == 0, shown.stderr
+    assert (
+        "does not fit this program, so nothing is changed: backend.memory_management cannot be imported" in shown.stdout
+    )
+    assert "HOOKED False" in shown.stdout
+
+
+def test_a_second_copy_of_the_extension_says_that_there_are_two(extension, tmp_path):
+    other = tmp_path / "second"
+    shutil.copytree(extension, other)
+    code = FORGE_LIKE.replace(
+        "options = parser.parse_args()",
+        f"options = None\nfor name in [n for n in sys.modules if n.startswith('lib_lora_guard')]: del sys.modules[name]\nsys.path.remove(extension)\nload({str(other)!r} + '/preload.py').preload(argparse.ArgumentParser())",
+    )
+    shown = start(extension, code=code)
+    assert shown.returncode == 0, shown.stderr
+    assert "another copy of LoRA Guard is installed already; keep one folder in extensions/" in shown.stdout
+
+
+def test_an_update_without_restart_asks_for_one(extension):
+    code = FORGE_LIKE.replace(
+        "options = parser.parse_args()",
+        "options = None\nopen(extension + '/lib_lora_guard/version.py', 'w').write('__version__ = \"9.9.9\"')",
+    )
+    shown = start(extension, code=code)
+    assert (
+        f"warning: LoRA Guard was updated; restart Forge to use the new version ({__version__} is still running)"
+        in shown.stdout
+    )
+    assert "HOOKED True" in shown.stdout
+
+
+def test_install_py_installs_nothing_and_says_nothing(extension):
+    shown = subprocess.run([sys.executable, str(extension / "install.py")], capture_output=True, text=True, check=True)
+    assert (shown.stdout, shown.stderr) == ("", "")
+
+
+def test_an_unexpected_error_at_start_does_not_keep_forge_from_starting(monkeypatch, capsys):
+    def fail():
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(forge, "install", fail)
+    for handler in list(logging.getLogger("lib_lora_guard").handlers):
+        logging.getLogger("lib_lora_guard").removeHandler(handler)
+    assert start.start([]) is False
+    assert (
+        f"error: {__version__} could not start, so nothing is changed (ZeroDivisionError: planted)"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_flags_have_help():
+    parser = argparse.ArgumentParser()
+    start.add_flags(parser)
+    assert "leave Forge's own LoRA patcher in place" in " ".join(parser.format_help().split())
+
+
+def test_the_logger_has_one_handler_and_tracebacks_are_for_debug(capsys):
+    reporting_log.set_up("info")
+    logger = reporting_log.set_up("info")
+    assert len([h for h in logger.handlers if getattr(h, "lora_guard", False)]) == 1
+    handler = next(h for h in logger.handlers if getattr(h, "lora_guard", False))
+    for level, traceback in (("info", False), ("debug", True)):
+        reporting_log.set_up(level)
+        try:
+            raise ValueError("planted")
+        except ValueError:
+            record = logger.makeRecord(logger.name, logging.ERROR, "f", 1, "applying %s failed", ("x",), sys.exc_info())
+        text = handler.format(record)
+        assert text.startswith("[LoRA Guard] error: applying x failed (ValueError: planted)")
+        assert ("Traceback" in text) is traceback
+    reporting_log.set_up("info")

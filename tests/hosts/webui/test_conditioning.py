@@ -1,0 +1,323 @@
+"""When a prompt is encoded anew: a small copy of what Forge does around it, with a text encoder that counts."""
+
+import functools
+import types
+from collections import namedtuple
+
+import pytest
+import torch
+from support.make import host_value, rand
+
+from lib_lora_guard.hosts.hooks import HookSet
+from lib_lora_guard.hosts.webui.conditioning import Conditioning, PromptMemory
+
+Scheduled = namedtuple("Scheduled", ["end_at_step", "cond"])
+
+
+class Multicond:
+    def __init__(self, batch):
+        self.shape, self.batch = (len(batch),), batch
+
+
+Multicond.__module__ = "modules.prompt_parser"
+
+
+class Prompts(list):
+    is_negative_prompt = False
+
+
+class Use:
+    """One `<lora:...>` of a prompt."""
+
+    def __init__(self, *items):
+        self.items = list(items)
+        self.positional = [item for item in items if "=" not in item]
+        self.named = dict(item.split("=") for item in items if "=" in item)
+
+    def __eq__(self, other):
+        return self.items == other.items
+
+    __hash__ = None
+
+
+class Processing:
+    cached_c = [None, None, None]  # noqa: RUF012  # shared by all images, as in Forge
+
+    def __init__(self, shared):
+        self.shared = shared
+
+    def cached_params(self, required_prompts, steps, extra_network_data, hires_steps=None, use_old_scheduling=False):
+        return (required_prompts, steps, hires_steps, use_old_scheduling, extra_network_data)
+
+    def get_conds_with_caching(self, function, required_prompts, steps, caches, extra_network_data, hires_steps=None):
+        params = self.cached_params(required_prompts, steps, extra_network_data, hires_steps, False)
+        for cache in caches:
+            if cache[0] is not None and cache[0] == params:
+                self.shared.infotext.update(cache[2])
+                return cache[1]
+        caches[0][:] = [params, function(required_prompts), {"TI": f"embedding in {required_prompts[0]}"}]
+        self.shared.infotext.update(caches[0][2])
+        return caches[0][1]
+
+
+class World:
+    """A model, its text encoder's patches, and the two hooks."""
+
+    def __init__(self):
+        clip = types.SimpleNamespace(patcher=types.SimpleNamespace(lora_patches={}))
+        self.model = type("Model", (), {})()
+        self.model.forge_objects = types.SimpleNamespace(clip=clip)
+        opts = types.SimpleNamespace(use_old_scheduling=False, persistent_cond_cache=True)
+        self.shared = types.SimpleNamespace(sd_model=self.model, opts=opts, infotext={})
+        self.mode, self.encoded = "Automatic", []
+        self.hooks = HookSet()
+        self.conditioning = Conditioning(self.shared, lambda: self.mode)
+        self.hooks.add(Processing, "cached_params", self.conditioning.cached_params)
+        self.hooks.add(Processing, "get_conds_with_caching", self.conditioning.get_conds_with_caching)
+        Processing.cached_c[:] = [None, None, None]
+
+    def patch(self, patches):
+        self.model.forge_objects.clip.patcher.lora_patches = patches
+
+    def encode(self, prompts):
+        self.encoded.append(prompts[0])
+        cond = {"crossattn": rand(8, 16, seed=len(self.encoded)), "guidance": None, "scale": 3.5}
+        return Multicond([[Scheduled(20, cond)]] * 2)
+
+    def image(self, prompt, network_data=None, caches=None):
+        conds = Processing(self.shared).get_conds_with_caching(
+            self.encode, Prompts([prompt]), 20, caches or [Processing.cached_c], network_data or {}
+        )
+        return conds.batch[0][0].cond["crossattn"]
+
+    @property
+    def memory(self):
+        return self.conditioning._memories[self.model]
+
+
+@pytest.fixture
+def world():
+    world = World()
+    yield world
+    world.hooks.restore()
+
+
+def lora(*items):
+    return {"lora": [Use(*items)]}
+
+
+def on_text_encoder(value, strength=1.0, name="s.safetensors"):
+    return {(name, strength, 1.0, False): {"layer.weight": [[strength, value, 1.0, None, None]]}}
+
+
+def test_a_lora_that_the_text_encoder_does_not_see_encodes_nothing(world):
+    for strength in ("1", "0.5", "0.25"):
+        world.image("a cat", lora("style", strength, "unet=0.3", "dyn=4"))
+    world.image("a cat")
+    assert world.encoded == ["a cat"]
+
+
+def test_what_lies_on_the_text_encoder_counts_by_tensor_and_strength(world):
+    value = host_value("lora", (16, 16), 1)
+    same_again = ("lora", tuple(value[1]))
+    retrained = host_value("lora", (16, 16), 2)
+    for patches in (
+        {},
+        on_text_encoder(value),
+        on_text_encoder(same_again),
+        on_text_encoder(value, 0.5),
+        on_text_encoder(retrained, 0.5),
+        on_text_encoder(retrained, 0.5, "other.safetensors"),
+    ):
+        world.patch(patches)
+        world.image("a cat")
+    assert len(world.encoded) == 5, "all but the one that is the same tensors again"
+    world.patch({})
+    world.image("a cat")
+    assert len(world.encoded) == 5, "and that one is remembered"
+
+
+def test_a_strength_edited_in_place_is_seen(world):
+    patches = on_text_encoder(host_value("lora", (16, 16), 1))
+    world.patch(patches)
+    world.image("a cat")
+    next(iter(patches.values()))["layer.weight"][0][0] = 0.1
+    world.image("a cat")
+    assert len(world.encoded) == 2
+
+
+def test_another_mode_and_arguments_that_others_read_encode_anew(world):
+    for data, mode in (
+        (lora("style", "1"), "Automatic"),
+        (lora("style", "1"), "Merge"),
+        (lora("style", "1", "lbw=MIDD"), "Merge"),
+        (lora("style", "1", "1", "MIDD"), "Merge"),
+        (lora("style", "0@0,1@1"), "Merge"),
+        ({"hypernet": [Use("x", "1")]}, "Merge"),
+        ({"hypernet": [Use("x", "0.5")]}, "Merge"),
+    ):
+        world.mode = mode
+        world.image("a cat", data)
+    assert len(world.encoded) == 7
+
+
+def test_alternating_prompts_are_encoded_once_each_and_are_the_same_numbers(world):
+    first = {name: world.image(name).clone() for name in ("a", "b", "c")}
+    for name in "abcabc":
+        assert torch.equal(world.image(name), first[name])
+        assert world.shared.infotext["TI"] == f"embedding in {name}"
+    assert world.encoded == ["a", "b", "c"]
+
+
+def test_what_a_user_of_a_conditioning_writes_into_it_does_not_stay(world):
+    first = world.image("a").clone()
+    world.image("b")
+    world.image("a").zero_()
+    world.image("b")
+    assert torch.equal(world.image("a"), first)
+    assert world.encoded == ["a", "b"]
+
+
+def test_a_layer_of_the_text_encoder_that_another_extension_has_replaced_encodes_anew(world):
+    """regional-prompter does its work in there."""
+    clip = world.model.forge_objects.clip
+    clip.cond_stage_model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for name in ("a", "b", "a"):
+        world.image(name)
+    clip.cond_stage_model[1].forward = lambda x: x
+    for name, strength in (("a", "1"), ("a", "1"), ("a", "0.5"), ("b", "0.5"), ("a", "0.5")):
+        world.image(name, lora("style", strength))
+    assert world.encoded == ["a", "b", "a", "a", "b", "a"], "as Forge itself does"
+
+
+def test_an_emptied_cache_means_that_all_is_encoded_anew(world):
+    for name in ("a", "b"):
+        world.image(name)
+    Processing.cached_c[:] = [None, None, None]
+    for name in ("b", "a", "b"):
+        world.image(name)
+    assert world.encoded == ["a", "b", "b", "a"]
+
+
+def test_another_model_has_a_memory_of_its_own_and_takes_it_along(world):
+    import gc
+
+    world.image("a")
+    world.image("b")
+    old, world.model = world.model, type("Model", (), {})()
+    world.model.forge_objects = old.forge_objects
+    world.shared.sd_model = world.model
+    Processing.cached_c[0] = "another checkpoint's"
+    world.image("a")
+    assert world.encoded == ["a", "b", "a"]
+    del old
+    gc.collect()
+    assert len(world.conditioning._memories) == 1
+
+
+def test_hires_and_negative_prompts_do_not_answer_for_each_other(world):
+    negative = Prompts(["a"])
+    negative.is_negative_prompt = True
+    processing = Processing(world.shared)
+    caches = [["x", None, None]]
+    processing.get_conds_with_caching(world.encode, Prompts(["a"]), 20, caches, {})
+    caches[0][0] = "y"
+    processing.get_conds_with_caching(world.encode, negative, 20, caches, {})
+    caches[0][0] = "z"
+    processing.get_conds_with_caching(world.encode, Prompts(["a"]), 20, caches, {}, 40)
+    assert len(world.encoded) == 3
+
+
+def test_with_the_hosts_option_off_nothing_is_kept(world):
+    world.shared.opts.persistent_cond_cache = False
+    for name in "aba":
+        world.image(name)
+    assert world.encoded == ["a", "b", "a"]
+    assert len(world.memory) == 0
+
+
+def test_a_text_encoder_that_looks_otherwise_leaves_the_hosts_own_key(world):
+    del world.model.forge_objects.clip.patcher
+    for strength in ("1", "0.5"):
+        world.image("a", lora("style", strength))
+    assert world.encoded == ["a", "a"]
+
+
+def test_the_memory_is_bounded_shares_what_a_batch_shares_and_lies_in_ram():
+    tensor = torch.zeros(1000, dtype=torch.float32)
+    one = Multicond([[Scheduled(20, tensor)]] * 8)
+    memory = PromptMemory(limit_bytes=10_000)
+    for key in range(5):
+        memory.keep(key, one, {})
+    assert (memory.bytes, len(memory)) == (8000, 2)
+    assert memory.find(2) is None
+    found, _ = memory.find(3)
+    assert found.batch[0] is found.batch[7]
+    memory.keep(9, one, {})
+    assert memory.find(4) is None, "3 was used after it"
+    memory.keep("huge", torch.zeros(5000), None)
+    assert memory.find("huge") is None
+    assert len(memory) == 2, "and it sends nothing away"
+
+
+def test_a_conditioning_of_unknown_parts_is_not_remembered():
+    memory = PromptMemory()
+    memory.keep("key", [object()], {})
+    assert len(memory) == 0
+
+
+class Sized(Prompts):
+    def __init__(self, prompt, width):
+        super().__init__([prompt])
+        self.width = width
+
+
+def test_another_size_is_another_conditioning(world):
+    """SDXL's conditioning holds the size, and a hires pass brings another one than the picture's."""
+
+    def image(prompt, width):
+        Processing(world.shared).get_conds_with_caching(
+            world.encode, Sized(prompt, width), 20, [Processing.cached_c], {}
+        )
+
+    for prompt, width in (("a cat", 1536), ("a dog", 1536), ("a cat", 2048), ("a cat", 1536)):
+        image(prompt, width)
+    assert world.encoded == ["a cat", "a dog", "a cat"]
+
+
+def test_one_more_or_one_less_who_hooks_the_text_encoder_encodes_anew(world):
+    encoder = torch.nn.Linear(2, 2)
+    world.model.forge_objects.clip.cond_stage_model = encoder
+    for prompt in ("a", "b", "a"):
+        world.image(prompt)
+    assert world.encoded == ["a", "b"]
+    handle = encoder.register_forward_hook(lambda *all: None)
+    for prompt in ("a", "b", "a"):
+        world.image(prompt)
+    assert world.encoded == ["a", "b", "a", "b"]
+    handle.remove()
+    world.image("a")
+    assert len(world.encoded) == 4, "what was encoded without it is still known"
+
+
+def test_a_function_without_a_name(world):
+    world.image("a")
+    world.encode = functools.partial(world.encode)
+    assert world.image("b") is not None
+
+
+def test_a_prompt_whose_loras_could_not_be_applied_is_not_remembered():
+    world = World()
+    world.conditioning._has_applied = lambda patcher: is_applied
+    world.model.forge_objects.clip.patcher.lora_loader = object()
+    try:
+        is_applied = True
+        world.image("first")
+        is_applied = False
+        world.image("a cat")
+        is_applied = True
+        world.image("a cat")
+        world.image("a cat")
+        assert world.encoded == ["first", "a cat", "a cat"]
+    finally:
+        world.hooks.restore()
