@@ -6,9 +6,14 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 Function = Callable[..., Any]
+"""A function of the host, or a body that stands in for one: its parameters are the host's business."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+"""For bodies that pass the host's own parameters on: `def body(original: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R`."""
 
 
 def signature_of(function: Function, usual: Function) -> inspect.Signature:

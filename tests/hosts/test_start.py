@@ -40,7 +40,7 @@ print("HOOKED", hasattr(lora.LoraLoader.refresh, "lora_guard_hook"))
 """
 
 
-def start(extension, *flags, path=None, code=FORGE_LIKE):
+def start_forge(extension, *flags, path=None, code=FORGE_LIKE):
     paths = [str(DOUBLE), str(ROOT / "tests")] if path is None else path
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     return subprocess.run(
@@ -64,13 +64,13 @@ def extension(tmp_path):
 
 
 def test_it_takes_over_from_a_folder_of_any_name_and_says_so_once(extension):
-    shown = start(extension, "--port", "7860", "--api")
+    shown = start_forge(extension, "--port", "7860", "--api")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines() == [f"[LoRA Guard] {__version__} in place of Forge's LoRA patcher", "HOOKED True"]
 
 
 def test_off_leaves_everything_and_says_so(extension):
-    shown = start(extension, "--lora-guard-off")
+    shown = start_forge(extension, "--lora-guard-off")
     assert shown.stdout.splitlines() == [
         f"[LoRA Guard] {__version__} is switched off by --lora-guard-off; Forge's own LoRA patcher is in place",
         "HOOKED False",
@@ -78,9 +78,9 @@ def test_off_leaves_everything_and_says_so(extension):
 
 
 def test_the_log_level_is_a_flag(extension):
-    assert start(extension, "--lora-guard-log-level", "warning").stdout.splitlines() == ["HOOKED True"]
-    assert start(extension, "--lora-guard-log-level=error").stdout.splitlines() == ["HOOKED True"]
-    wrong = start(extension, "--lora-guard-log-level", "loud")
+    assert start_forge(extension, "--lora-guard-log-level", "warning").stdout.splitlines() == ["HOOKED True"]
+    assert start_forge(extension, "--lora-guard-log-level=error").stdout.splitlines() == ["HOOKED True"]
+    wrong = start_forge(extension, "--lora-guard-log-level", "loud")
     assert "invalid choice: 'loud'" in wrong.stderr
 
 
@@ -101,7 +101,7 @@ def test_a_host_that_does_not_fit_is_left_alone_with_the_probe_in_one_line(exten
     assert old in source
     source = source.replace(old, new).replace("operations or (ForgeOperationsGGUF if", "operations or (Renamed if")
     (host / "backend" / file).write_text(source, encoding="utf-8")
-    shown = start(extension, path=[str(host), str(ROOT / "tests")])
+    shown = start_forge(extension, path=[str(host), str(ROOT / "tests")])
     assert shown.returncode == 0, shown.stderr
     line, hooked = shown.stdout.splitlines()
     assert line.startswith(f"[LoRA Guard] warning: {__version__} does not fit this program, so nothing is changed: ")
@@ -117,7 +117,7 @@ def test_a_forge_from_before_force_refresh_is_taken_over(extension, tmp_path):
     source = lora.read_text(encoding="utf-8")
     assert ", force_refresh=False" in source
     lora.write_text(source.replace(", force_refresh=False", "").replace(" and not force_refresh", ""), encoding="utf-8")
-    shown = start(extension, path=[str(host), str(ROOT / "tests")])
+    shown = start_forge(extension, path=[str(host), str(ROOT / "tests")])
     assert shown.stdout.splitlines() == [f"[LoRA Guard] {__version__} in place of Forge's LoRA patcher", "HOOKED True"]
 
 
@@ -125,7 +125,7 @@ def test_without_any_forge_nothing_happens_but_a_line(extension):
     code = FORGE_LIKE.replace(
         "import backend.patcher.lora as lora", "class lora: LoraLoader = type('L', (), {'refresh': None})"
     )
-    shown = start(extension, path=[str(ROOT / "tests")], code=code)
+    shown = start_forge(extension, path=[str(ROOT / "tests")], code=code)
     assert shown.returncode == 0, shown.stderr
     assert (
         "does not fit this program, so nothing is changed: backend.memory_management cannot be imported" in shown.stdout
@@ -140,7 +140,7 @@ def test_a_second_copy_of_the_extension_says_that_there_are_two(extension, tmp_p
         "options = parser.parse_args()",
         f"options = None\nfor name in [n for n in sys.modules if n.startswith('lib_lora_guard')]: del sys.modules[name]\nsys.path.remove(extension)\nload({str(other)!r} + '/preload.py').preload(argparse.ArgumentParser())",
     )
-    shown = start(extension, code=code)
+    shown = start_forge(extension, code=code)
     assert shown.returncode == 0, shown.stderr
     assert "another copy of LoRA Guard is installed already; keep one folder in extensions/" in shown.stdout
 
@@ -150,7 +150,7 @@ def test_an_update_without_restart_asks_for_one(extension):
         "options = parser.parse_args()",
         "options = None\nopen(extension + '/lib_lora_guard/version.py', 'w').write('__version__ = \"9.9.9\"')",
     )
-    shown = start(extension, code=code)
+    shown = start_forge(extension, code=code)
     assert (
         f"warning: LoRA Guard was updated; restart Forge to use the new version ({__version__} is still running)"
         in shown.stdout
