@@ -1,4 +1,6 @@
-"""What memory there is: measured here, decided elsewhere. Pure torch and psutil; knows neither adapters nor hosts."""
+"""Measures memory; other packages decide what to do with the numbers. Needs only torch and psutil, no adapter and no
+host.
+"""
 
 from .nvml import Nvml
 from .out_of_memory import give_back_cached_memory, is_out_of_memory

@@ -1,7 +1,7 @@
-"""The user's allocator options, put into force in the running torch, read back and proven.
+"""Applies the user's allocator options to the running torch and verifies them by reading them back.
 
-Nothing is claimed that was not read back. Expandable segments are tried with an allocation: where the driver refuses,
-they are off again before the next image needs memory.
+An option that torch does not report back is never called active. Expandable segments are tested with an allocation: if
+the driver refuses, they are switched off before the next image needs memory.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 
 class Standing(str, Enum):
+    """Whether an allocator option is in effect."""
+
     ACTIVE = "active"
     NEXT_START = "next start"
     NOT_AVAILABLE = "not available"
@@ -47,31 +49,36 @@ class Standing(str, Enum):
 
 @dataclass(frozen=True)
 class OptionState:
+    """The standing of one option and the reason, for the user."""
+
     standing: Standing
     reason: Message
 
 
 @dataclass(frozen=True)
 class AllocatorState:
-    """What holds after `apply`."""
+    """The allocator options after `apply`."""
 
     wish: AllocatorWish
     text: str
-    """The whole string in force; "" where torch has none, or does not tell."""
+    """The whole string that torch uses; "" if it has none or does not report it."""
     expandable_segments: OptionState
     max_split_size_mb: OptionState
     garbage_collection_threshold: OptionState
     notes: tuple[Message, ...] = ()
-    """What is worth knowing beside the options."""
+    """Remarks that belong to no single option."""
     uncapped: float | None = None
-    """The share of the card that this process was allowed before it was capped for the collecting; None: not capped."""
+    """This process's share of the card (0 to 1) before `apply` capped it so that torch collects garbage; None if it did
+    not.
+    """
 
     def options(self) -> dict[str, OptionState]:
+        """Returns the state of each option by its name in torch."""
         return {name: getattr(self, name) for name in OPTIONS}
 
 
 class Allocator(Protocol):
-    """See TorchAllocator, the only one outside tests."""
+    """The functions of torch that `apply` needs. TorchAllocator implements them; tests use others."""
 
     def write(self, text: str) -> None: ...
     def read(self) -> Mapping[str, Any]: ...
@@ -89,8 +96,18 @@ def apply(
     machine: Machine | None = None,
     allocator: Allocator | None = None,
 ) -> AllocatorState:
-    """Puts `wish` over what `environment` says into force for models on `device`. `before` is the state of the last call:
-    while it still holds, nothing is done and it is returned. Hands cached memory back when something changes."""
+    """Applies `wish`, on top of the environment's options, to the running torch.
+
+    Releases cached memory if anything changes.
+
+    Args:
+        wish: The user's options.
+        environment: The environment variables, as in `os.environ`.
+        device: The device that the models run on.
+        before: The state that the last call returned. While it still holds, nothing is done and it is returned.
+        machine: The facts about this process; None reads them.
+        allocator: The access to torch; None uses the running torch.
+    """
     machine = machine or look(device)
     missing = {name: why for name, why in availability(machine).items() if why is not None}
     if len(missing) == len(OPTIONS):
@@ -108,7 +125,7 @@ def apply(
     if before is not None and before.wish == wish and allocator.read().get(CUDA_VARIABLE, "") == before.text:
         return before
     if before is None and not wish.entries():
-        # Nothing was ever wished: what holds is not ours to touch, whoever has set it.
+        # The user never set an option, so the present settings belong to the environment or to other code.
         wanted, refused = setup.plan(missing)
         return setup.judge(wanted, refused, allocator.read())
     state = _put_in_force(setup, missing, allocator, device, touched=before is not None)
@@ -118,7 +135,7 @@ def apply(
 def _capped(
     state: AllocatorState, before: AllocatorState | None, allocator: Allocator, device: torch.device
 ) -> AllocatorState:
-    """The cap that collecting needs, there while it is active and no longer."""
+    """Caps this process's memory while garbage collection is active (torch needs the cap) and lifts the cap afterwards."""
     uncapped = None if before is None else before.uncapped
     option = state.garbage_collection_threshold
     if COLLECT in state.wish.entries() and option.standing is Standing.ACTIVE:
@@ -132,7 +149,10 @@ def _capped(
 def _put_in_force(
     setup: _Setup, missing: Mapping[str, Message], allocator: Allocator, device: torch.device, touched: bool
 ) -> AllocatorState:
-    """`touched`: this program may have written before, which counts only where torch does not tell what holds."""
+    """Writes the options and verifies them.
+
+    `touched`: an earlier call may have written options. It matters only if torch does not report its settings.
+    """
     wanted, refused = setup.plan(missing)
     wished = setup.wish.entries()
     text = for_now(wanted)
@@ -159,7 +179,9 @@ def _put_in_force(
 
 
 def _restore(allocator: Allocator, held: str) -> Mapping[str, Any]:
-    """The settings with the previous string in force again. It says "off" itself: a broken string may have switched on."""
+    """Writes the previous string again and returns the settings. Falls back to "": the failed string may have switched
+    on expandable segments.
+    """
     for text in (held, ""):
         try:
             allocator.write(for_now(parse(text)))
@@ -172,7 +194,7 @@ def _restore(allocator: Allocator, held: str) -> Mapping[str, Any]:
 def _prove(
     settings: Mapping[str, Any], allocator: Allocator, device: torch.device
 ) -> tuple[Message | None, Message | None]:
-    """`(what the proof says, why expandable segments must be off again)`; one of them is None."""
+    """Returns `(proof, None)` if expandable segments may stay on, `(None, reason)` if they must be switched off again."""
     if settings.get(EXPANDABLE) is False:
         return None, _ignored(True, False)
     try:
@@ -188,7 +210,7 @@ def _prove(
 
 @dataclass(frozen=True)
 class _Setup:
-    """What the user wishes, over what the environment says, on this machine."""
+    """The user's options, the environment's options and the machine."""
 
     wish: AllocatorWish
     base: Mapping[str, str]
@@ -196,7 +218,7 @@ class _Setup:
     machine: Machine
 
     def plan(self, missing: Mapping[str, Message]) -> tuple[dict[str, str], dict[str, Message]]:
-        """`(every entry that is to hold, why a wish is not among them)`."""
+        """Returns `(entries to write, reason for each refused option)`."""
         wished = self.wish.entries()
         refused = {name: why for name, why in missing.items() if name in wished or name not in self.base}
         if SPLIT in wished and self.wish.max_split_size_mb < LEAST_SPLIT_MB:
@@ -214,6 +236,7 @@ class _Setup:
         return {**base, **{name: value for name, value in wished.items() if name not in refused}}, refused
 
     def from_next_start(self, missing: Mapping[str, Message]) -> AllocatorState:
+        """Returns the state for a torch that takes options only at its start."""
         wanted, refused = self.plan(missing)
         line = start_line(compose(wanted), self.machine.system == "Windows")
         states = {}
@@ -236,7 +259,7 @@ class _Setup:
         notes: tuple[Message, ...] = (),
         proof: Message | None = None,
     ) -> AllocatorState:
-        """The state that `settings`, read back from torch, allow to claim."""
+        """Returns the state that the `settings` read back from torch support."""
         states = {name: self._judge(name, wanted, refused, settings, proof) for name in OPTIONS}
         return _state(self.wish, str(settings.get(CUDA_VARIABLE, "")), states, notes)
 
@@ -273,7 +296,7 @@ class _Setup:
 
 
 def _disagrees(name: str, entries: Mapping[str, str], settings: Mapping[str, Any]) -> bool:
-    """Whether torch reports another value. What it does not report cannot disagree."""
+    """True if torch reports another value. An option that torch does not report never disagrees."""
     return _found(name, settings) not in (None, _expected(name, entries))
 
 
@@ -282,7 +305,7 @@ def _ignored(wanted: bool | float, found: bool | float) -> Message:
 
 
 def _expected(name: str, entries: Mapping[str, str]) -> bool | float:
-    """What torch is to report for an option; False or 0 for one that is off."""
+    """Returns the value that torch should report for an option; False or 0 for an option that is off."""
     if name == EXPANDABLE:
         return entries.get(name) == "True"
     if name == SPLIT:
@@ -295,7 +318,9 @@ _REPORTED = {EXPANDABLE: EXPANDABLE, SPLIT: "max_split_size", COLLECT: COLLECT}
 
 
 def _found(name: str, settings: Mapping[str, Any]) -> bool | float | None:
-    """What torch reports, in the units of `_expected`; None where it does not. Unlimited is -1, or the largest number."""
+    """Returns the value that torch reports, in the units of `_expected`; None if it reports none. torch writes
+    "unlimited" as -1 or as the largest number.
+    """
     value = settings.get(_REPORTED[name])
     if value is None or isinstance(value, bool):
         return value

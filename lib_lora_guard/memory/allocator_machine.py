@@ -1,4 +1,4 @@
-"""Which options of torch's CUDA allocator this machine can have, and why not the others.
+"""Decides which options of torch's CUDA allocator this machine supports, with the reason for each that it does not.
 
 Facts: pytorch issue 122057 and pull request 189163 (Windows), issues 192330 (WSL), 192259 (ROCm), pull request 112121
 (Jetson).
@@ -18,31 +18,33 @@ from .allocator_text import COLLECT, EXPANDABLE, SPLIT
 from .allocator_torch import setter
 
 WINDOWS_SINCE = (2, 14)
-"""The first torch after the pull request for Windows. Whether a build has it is left to the read-back and the proof."""
+"""The first torch with the pull request for Windows. Whether a build contains it, the read-back and the test allocation
+tell.
+"""
 
 _KINDS = {"cpu": "CPU", "mps": "MPS", "xpu": "XPU", "privateuseone": "DirectML"}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides which options there are."""
+    """The facts that decide which options are available."""
 
     device: str
-    """ "cuda" (also for ROCm), else the name to show."""
+    """`cuda` (ROCm too), else the device's name for the user."""
     torch_version: tuple[int, int]
     backend: str = "native"
-    """The allocator in use; "" without CUDA."""
+    """torch's allocator; "" without CUDA."""
     rocm: bool = False
     system: str = "Linux"
     """As in `platform.system()`."""
     wsl: bool = False
     tegra: bool = False
     can_set: bool = True
-    """torch can be told while it runs."""
+    """True if torch takes options while it runs."""
 
 
 def look(device: torch.device) -> Machine:
-    """The facts of this process, for models that run on `device`."""
+    """Reads the facts of this process for models on `device`."""
     cuda = device.type == "cuda" and torch.cuda.is_available()
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     kernel = platform.release().lower()
@@ -59,7 +61,7 @@ def look(device: torch.device) -> Machine:
 
 
 def availability(machine: Machine) -> dict[str, Message | None]:
-    """Per option: None where it can be had, else why not."""
+    """Returns, for each option, None if it is available, else the reason why it is not."""
     everywhere = _why_none(machine)
     if everywhere is not None:
         return dict.fromkeys((EXPANDABLE, SPLIT, COLLECT), everywhere)
@@ -75,8 +77,9 @@ def _why_none(machine: Machine) -> Message | None:
 
 
 def _why_not_expandable(machine: Machine) -> Message | None:
-    """Reports of broken setups decide here, not the wish to try: where it goes wrong there, an allocation hangs or fails
-    in the middle of an image, long after a small probe went well."""
+    """Refuses machines with known failures. There an allocation hangs or fails in the middle of an image, long after a
+    small test has succeeded.
+    """
     facts = {"torch": ".".join(map(str, machine.torch_version)), "since": ".".join(map(str, WINDOWS_SINCE))}
     if machine.rocm:
         return Message("allocator.rocm")

@@ -1,9 +1,9 @@
-"""The string that configures torch's CUDA allocator: read, checked and composed. Pure text.
+"""Parses, checks and composes the string that configures torch's CUDA allocator. Pure text.
 
-Facts: `c10/core/AllocatorConfig.h`, `c10/cuda/CUDAAllocatorConfig.{h,cpp}` of torch, and torch 2.12.1+cu130 asked
-directly: blanks are ignored, of a key given twice the last one counts, a comma may end the string, an unknown key is an
-error. A string without `max_split_size_mb` or `garbage_collection_threshold` resets them; one without
-`expandable_segments` leaves that as it was, so that "off" has to be written.
+Facts: `c10/core/AllocatorConfig.h`, `c10/cuda/CUDAAllocatorConfig.{h,cpp}` of torch, and experiments with torch
+2.12.1+cu130. Blanks are ignored, the last of two equal keys counts, a trailing comma is allowed, an unknown key is an
+error. A string without `max_split_size_mb` or `garbage_collection_threshold` resets them. A string without
+`expandable_segments` leaves it unchanged, so "off" has to be written.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ CUDA_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 HIP_VARIABLE = "PYTORCH_HIP_ALLOC_CONF"
 COMMON_VARIABLE = "PYTORCH_ALLOC_CONF"
 COMMON_VARIABLE_SINCE = (2, 10)
-"""2.9.1 knows the name and ignores it for CUDA (pytorch issue 183387); 2.11 and 2.12 were seen to read it."""
+"""2.9.1 knows the name but ignores it for CUDA (pytorch issue 183387); 2.11 and 2.12 read it."""
 
 LEAST_SPLIT_MB = 21
-"""Newer torch takes 20 (its large buffer) as well, older torch only what is above."""
+"""Newer torch accepts 20 (its large buffer) too; older torch requires more than 20."""
 
 
 class AllocatorTextError(LoraGuardError, ValueError):
-    """An allocator string that torch would not take either; `message` says where it breaks."""
+    """An allocator string that torch would refuse too. `message` names the place."""
 
     def __init__(self, message: Message) -> None:
         super().__init__(str(message))
@@ -41,14 +41,14 @@ class AllocatorTextError(LoraGuardError, ValueError):
 
 @dataclass(frozen=True)
 class AllocatorWish:
-    """What the user set. False and 0 leave the option to the environment and to torch."""
+    """The options that the user set. False and 0 leave an option to the environment and to torch."""
 
     expandable_segments: bool = False
     max_split_size_mb: int = 0
     garbage_collection_threshold: float = 0.0
 
     def entries(self) -> dict[str, str]:
-        """The options wished for, as torch writes them."""
+        """Returns the options that are set, spelled as torch spells them."""
         wished = {EXPANDABLE: "True"} if self.expandable_segments else {}
         if self.max_split_size_mb:
             wished[SPLIT] = str(self.max_split_size_mb)
@@ -58,7 +58,9 @@ class AllocatorWish:
 
 
 def variable_in_force(environment: Mapping[str, str], torch_version: tuple[int, int], rocm: bool) -> str | None:
-    """The name of the variable that torch reads; None where none is set. An empty one counts: it hides those after it."""
+    """Returns the name of the environment variable that torch reads; None if none is set. An empty variable counts: it
+    hides the later ones.
+    """
     common = torch_version >= COMMON_VARIABLE_SINCE
     names = [CUDA_VARIABLE]
     if rocm or common:
@@ -69,12 +71,18 @@ def variable_in_force(environment: Mapping[str, str], torch_version: tuple[int, 
 
 
 _TOKEN = re.compile(r"[\w.>+-]+", re.ASCII)
-"""All that torch's keys and values consist of, and nothing that a shell or a batch file would understand."""
+"""The characters of torch's keys and values. None of them has a meaning in a shell or a batch file."""
 
 
 def parse(text: str) -> dict[str, str]:
-    """`{key: value}` in the order written; a list `[256:1,>:4]` is one value and unknown keys stay as they are. Raises
-    AllocatorTextError for what is no list of `key:value`, and for values that torch refuses for our three options."""
+    """Parses an allocator string into `{key: value}`, in the written order.
+
+    A list such as `[256:1,>:4]` is one value. Unknown keys are kept.
+
+    Raises:
+        AllocatorTextError: `text` is no list of `key:value`, or torch would refuse the value of one of our three
+            options.
+    """
     tokens = _tokens(text)
     entries: dict[str, str] = {}
     at = 0
@@ -101,7 +109,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _value(text: str, tokens: list[str], at: int) -> tuple[str, int]:
-    """The value that starts at `at`, and where the next token is."""
+    """Returns the value that starts at index `at`, and the index of the token after it."""
     if at < len(tokens) and tokens[at] == "[":
         end = next((i for i in range(at + 1, len(tokens)) if tokens[i] in "[]"), None)
         if end is None or tokens[end] == "[":
@@ -127,19 +135,20 @@ def _check(text: str, key: str, value: str) -> None:
 
 
 def compose(entries: Mapping[str, str]) -> str:
-    """One whole string; `parse` gives `entries` back."""
+    """Joins `entries` into one string; `parse` is the inverse."""
     return ",".join(f"{key}:{value}" for key, value in entries.items())
 
 
 def for_now(entries: Mapping[str, str]) -> str:
-    """What is written into a running torch: "off" is said, and the backend, which no longer can change, is left out (torch
-    stops at one that is not its own)."""
+    """Returns the string for a running torch. It writes "off" explicitly and omits the backend, which cannot change any
+    more: torch raises if the string names another one.
+    """
     running = {key: value for key, value in entries.items() if key != BACKEND}
     return compose({**running, EXPANDABLE: running.get(EXPANDABLE, "False")})
 
 
 def same_effect(left: str, right: str) -> bool:
-    """Whether two strings ask a running torch for the same. A string that cannot be read is like no other."""
+    """True if two strings have the same effect on a running torch. A string that cannot be parsed equals no other."""
     try:
         return dict(parse(for_now(parse(left)))) == dict(parse(for_now(parse(right))))
     except AllocatorTextError:
@@ -147,7 +156,9 @@ def same_effect(left: str, right: str) -> bool:
 
 
 def start_line(text: str, windows: bool) -> Message:
-    """The line for the file that Forge is started with. Quoted: `>` in a list would write to a file."""
+    """Returns the line for Forge's start script. The value is quoted: an unquoted `>` of a list would redirect the
+    output.
+    """
     if windows:
         return Message("allocator.line", {"file": "webui-user.bat", "line": f'set "{CUDA_VARIABLE}={text}"'})
     return Message("allocator.line", {"file": "webui-user.sh", "line": f'export {CUDA_VARIABLE}="{text}"'})

@@ -1,6 +1,7 @@
-"""The running torch's CUDA allocator: the only place that knows its private functions.
+"""Access to the CUDA allocator of the running torch. No other module calls torch's private functions for it.
 
-Facts: `torch/cuda/memory.py`; pytorch issue 106660 (the threshold); torch 2.11 on an H200, 2.12.1+cu130 asked directly.
+Facts: `torch/cuda/memory.py`; pytorch issue 106660 (the threshold); experiments with torch 2.11 on an H200 and
+2.12.1+cu130.
 """
 
 from __future__ import annotations
@@ -11,36 +12,53 @@ from typing import Any
 import torch
 
 _SETTERS = ("_cuda_cudaCachingAllocator_set_allocator_settings", "_accelerator_setAllocatorSettings")
-"""Of `torch._C`: up to 2.8, and from 2.9 on. Where there are both, CUDA's own is the one that surely reaches it."""
+"""Functions of `torch._C`: up to 2.8, and since 2.9. If both exist, the CUDA function is preferred: it surely reaches
+the CUDA allocator.
+"""
 
 _PROBE_STREAMS = 4
 
 
 def setter() -> Callable[[str], None] | None:
-    """Torch's function that takes a whole string while torch runs; None where it has none."""
+    """Returns torch's function that applies an allocator string at run time; None if this torch has none."""
     return next((getattr(torch._C, name) for name in _SETTERS if hasattr(torch._C, name)), None)
 
 
 class TorchAllocator:
-    """What `apply` needs of torch. Only for machines whose `device` is "cuda" and whose `backend` is "native"."""
+    """The allocator of the running torch. Only for machines whose `device` is "cuda" and whose `backend` is "native"."""
 
     def write(self, text: str) -> None:
-        """Raises RuntimeError or ValueError for a string that torch does not take; part of it may hold by then."""
+        """Applies an allocator string.
+
+        Raises:
+            RuntimeError: torch refuses the string, or has no function for it. A part of the string may be in effect by
+                then.
+            ValueError: torch refuses the string; as above.
+        """
         write = setter()
         if write is None:
             raise RuntimeError("this torch has no function for allocator settings")
         write(text)
 
     def read(self) -> Mapping[str, Any]:
-        """Torch's own view: the last string under CUDA_VARIABLE, and values by name; empty where torch does not tell.
-        A list of all memory comes with it: milliseconds, not for every step."""
+        """Returns torch's settings: the last string under CUDA_VARIABLE, and values by name; empty if torch does not
+        report them.
+
+        Takes milliseconds, because torch lists all memory with it: not for every step.
+        """
         settings: Mapping[str, Any] = _snapshot().get("allocator_settings", {})
         return settings
 
     def takes_expandable(self, device: torch.device) -> bool | None:
-        """Takes 2 MB and looks what kind of segment they came from; None where only memory held before answered. A stream
-        of its own has none of that, unless somebody used it: then another one. Raises torch's out-of-memory error, and
-        RuntimeError where the driver refuses."""
+        """Allocates 2 MB and returns whether they came from an expandable segment; None if only cached memory was used.
+
+        A new stream has no cached memory, unless torch reuses a stream that other code has used. Then the next one is
+        tried.
+
+        Raises:
+            torch.OutOfMemoryError: There is no room for 2 MB.
+            RuntimeError: The driver refuses.
+        """
         torch.cuda.empty_cache()
         try:
             for _ in range(_PROBE_STREAMS):
@@ -59,11 +77,14 @@ class TorchAllocator:
             torch.cuda.empty_cache()
 
     def cap_near_whole_card(self, device: torch.device) -> float | None:
-        """Torch collects only in a process whose memory is capped (issue 106660), and a cap at the whole card is none (seen
-        on torch 2.11). The context and the desktop take more than the hundredth that is lost; a lower cap stays. Returns the
-        share of the card before; None where it was low enough."""
+        """Caps this process at NEAR_WHOLE_CARD of the card and returns the share it had before; None if it was no
+        higher.
+
+        torch collects garbage only in a process with a cap (issue 106660). A cap of the whole card does not count (seen
+        on torch 2.11). The lost hundredth is less than the CUDA context and the desktop take anyway.
+        """
         fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-        # Older torch does not tell, and starts without a cap.
+        # Older torch cannot report the share and starts without a cap.
         before = 1.0 if fraction is None else float(fraction(device))
         if before <= NEAR_WHOLE_CARD:
             return None
@@ -71,13 +92,16 @@ class TorchAllocator:
         return before
 
     def lift_cap(self, fraction: float, device: torch.device) -> None:
-        """Gives back the share that `cap_near_whole_card` found, unless somebody has set another one since."""
+        """Restores the share `fraction` that `cap_near_whole_card` returned, unless other code has set another one
+        since.
+        """
         now = getattr(torch.cuda, "get_per_process_memory_fraction", None)
         if now is None or now(device) == NEAR_WHOLE_CARD:
             torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
 NEAR_WHOLE_CARD = 0.99
+"""The share of the card's memory that the cap allows."""
 
 
 def _snapshot() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What peaks were predicted, what was measured, and by how much the next prediction is corrected.
+"""Corrects predictions of peak memory by what earlier runs measured.
 
-An under-prediction raises the correction at once, since it ends in an out-of-memory error; an over-prediction costs speed
-only and lowers it when nothing in the last REMEMBERED measurements speaks against. Pure: files and numbers.
+An under-prediction ends in an out-of-memory error, so it raises the correction at once. An over-prediction costs only
+speed, so it lowers the correction only if all of the last REMEMBERED measurements agree. Pure: files and numbers.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from .calibration_file import CalibrationFile, Entries, Entry
 log = logging.getLogger(__name__)
 
 LOWEST, HIGHEST = -0.25, 0.5
-"""Of the prediction. An estimate that is wrong by more is wrong in itself, or the measurement was."""
+"""Bounds of a correction, as a share of the prediction. A larger error means that the estimate or the measurement is
+wrong.
+"""
 
 REMEMBERED = 5
 LARGEST_ENTRIES = 200
-"""About 60 KB in the file. The ones that were not measured for longest go first."""
+"""About 60 KB in the file. The entries that were not measured for the longest time are dropped first."""
 
 LARGEST_BYTES = 1 << 50
 FILE_NAME = "calibration.json"
 MOST_UNWRITTEN = 100
 BETWEEN_TRIES_SECONDS = 300.0
-"""After the file could not be written: where Windows refuses it, one try takes seconds, and an image waits for it."""
+"""Pause after a failed write. A refused write takes seconds under Windows, and an image waits for it."""
 PIXELS_OF_BUCKET = 512 * 512
 
 
 class Kind(str, Enum):
-    """What the peak is of."""
+    """The operation whose peak is measured."""
 
     LOAD = "load"
     APPLY = "apply"
@@ -47,7 +49,10 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Key:
-    """What is alike enough for one correction. `resolution` from `resolution_bucket`, `stack` from `stack_signature`."""
+    """Identifies the measurements that share one correction.
+
+    `resolution` comes from `resolution_bucket`, `stack` from `stack_signature`.
+    """
 
     kind: Kind
     architecture: str
@@ -58,14 +63,24 @@ class Key:
 
 
 class Calibration:
-    """The corrections of one card, kept in a file that other processes use too. Nothing here raises but `reset`: where the
-    file cannot be written the corrections hold for this process, which is said once. Any thread may call."""
+    """The corrections of one card, in a file shared with other processes. Thread-safe.
+
+    If the file cannot be written, the corrections last for this process only, and one warning is logged.
+    """
 
     def __init__(self, path: Path, card: str, torch_version: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """`card` as the driver names it: other cards and other versions of torch share the file, not the corrections."""
+        """Reads the file.
+
+        Args:
+            path: The file; it need not exist.
+            card: The driver's name of the card. Other cards and other versions of torch share the file, not the
+                corrections.
+            torch_version: The version of torch.
+            clock: Returns monotonic seconds.
+        """
         self._clock, self._not_before = clock, -math.inf
         self._file = CalibrationFile(path)
-        # torch's own version is a string that is slow to compare, and equal to others.
+        # `torch.__version__` is a subclass of str that compares slowly and equals other spellings.
         self._owner = (str(card), str(torch_version))
         self._lock = threading.Lock()
         self._entries = self._file.read()
@@ -73,11 +88,11 @@ class Calibration:
         self._said = False
 
     def record(self, key: Key, predicted_bytes: int, measured_bytes: int) -> None:
-        """A measured peak and what was predicted for it, before any correction. Numbers that no memory has are left out."""
+        """Records a measured peak and its prediction, before any correction. Implausible numbers are ignored."""
         self.record_all([(key, predicted_bytes, measured_bytes)])
 
     def record_all(self, measured: Iterable[tuple[Key, int, int]]) -> None:
-        """Several of `(key, predicted, measured)`, written at once."""
+        """Records several `(key, predicted bytes, measured bytes)` with one write."""
         records = [
             (self._name(key), int(predicted_bytes), int(measured_bytes))
             for key, predicted_bytes, measured_bytes in measured
@@ -86,7 +101,8 @@ class Calibration:
         if not records:
             return
         with self._lock:
-            # Those that could not be written are written with the next; what is too old would change nothing any more.
+            # Records that could not be written are written with the next ones. The oldest are dropped: they would no
+            # longer change a correction.
             self._unwritten = [*self._unwritten, *records][-MOST_UNWRITTEN:]
             _take(self._entries, records)
             if self._clock() < self._not_before:
@@ -99,8 +115,12 @@ class Calibration:
                 self._say_once(error)
 
     def correction_bytes(self, key: Key, predicted_bytes: int | None = None) -> int:
-        """What to add to `predicted_bytes` (left out: the last one recorded); within LOWEST and HIGHEST of it, 0 for what
-        was never measured."""
+        """Returns the bytes to add to a prediction: within LOWEST and HIGHEST of it, 0 if `key` was never measured.
+
+        Args:
+            key: The kind of operation.
+            predicted_bytes: The prediction; None takes the last recorded one.
+        """
         with self._lock:
             entry = self._entries.get(self._name(key))
         if entry is None:
@@ -108,14 +128,17 @@ class Calibration:
         return correction_of(entry, predicted_bytes)
 
     def measurements(self, key: Key) -> int:
-        """How often `key` was measured, by every process."""
+        """Returns how often `key` was measured, by all processes."""
         with self._lock:
             entry = self._entries.get(self._name(key))
         return 0 if entry is None else entry.count
 
     def reset(self) -> int:
-        """Forgets everything, for every card, and says how many corrections that were. Raises OSError where the file cannot
-        be deleted."""
+        """Deletes all corrections, of every card, and returns their number.
+
+        Raises:
+            OSError: The file cannot be deleted.
+        """
         with self._lock:
             count = self._file.delete()
             self._entries, self._unwritten = {}, []
@@ -132,27 +155,30 @@ class Calibration:
 
 
 def correction_of(entry: Entry, predicted_bytes: int | None = None) -> int:
-    """See `Calibration.correction_bytes`."""
+    """Returns the correction that `entry` gives; see `Calibration.correction_bytes`."""
     predicted = max(0, entry.predicted_bytes if predicted_bytes is None else predicted_bytes)
-    # What was not measured yet counts as right: one measurement alone lowers nothing.
+    # Missing measurements count as errors of 0, so that a single measurement lowers nothing.
     missing = [0] * (REMEMBERED - len(entry.errors_bytes))
     worst = max([*entry.errors_bytes[-REMEMBERED:], *missing])
     return min(max(worst, math.ceil(LOWEST * predicted)), math.floor(HIGHEST * predicted))
 
 
 def resolution_bucket(width: int, height: int) -> int:
-    """Pixels in units of 512 x 512, rounded up: what SDXL and Flux call one megapixel, in any format, is 4."""
+    """Returns the pixels in units of 512 x 512, rounded up. One megapixel of SDXL or Flux, in any aspect ratio, is 4."""
     return math.ceil(width * height / PIXELS_OF_BUCKET)
 
 
 def stack_signature(loras: Iterable[str]) -> str:
-    """A stack of LoRAs without its names: "" for none. The caller says what makes two stacks alike (names, ranks, order)."""
+    """Returns a hash of a stack of LoRAs, without their names; "" for no LoRA.
+
+    `loras`: one string for each; the caller decides which facts it contains (name, rank, order).
+    """
     names = list(loras)
     return hashlib.blake2s("\0".join(names).encode("utf-8", "replace"), digest_size=8).hexdigest() if names else ""
 
 
 def _take(entries: Entries, records: Iterable[tuple[tuple[str, ...], int, int]]) -> None:
-    """Puts records into `entries`, the one measured last at the end, and forgets those at the beginning."""
+    """Adds records to `entries`, the latest at the end, and drops the oldest entries above LARGEST_ENTRIES."""
     for name, predicted, measured in records:
         old = entries.pop(name, Entry(0, 0, ()))
         errors = (*old.errors_bytes, measured - predicted)[-REMEMBERED:]

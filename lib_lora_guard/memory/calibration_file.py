@@ -1,4 +1,4 @@
-"""The file of the corrections: JSON with a version, changed by one process at a time and never half written."""
+"""The file with the corrections: versioned JSON that one process changes at a time and that is replaced atomically."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 from .file_lock import locked
 
 VERSION = 2
-"""2: a step counts the copy of the largest low-bit layer. Corrections of another version do not fit."""
+"""Since version 2 a step includes the copy of the largest low-bit layer. Corrections of another version do not fit."""
 WAIT_SECONDS = 2.0
-"""For another process, which holds the lock for some milliseconds."""
+"""Timeout for the lock. Another process holds it for some milliseconds."""
 
 _LONGEST_BYTES = 4 << 20
 _NAME_PARTS = 8
@@ -26,28 +26,37 @@ _REPLACE_TRIES, _REPLACE_SECONDS = 50, 0.01
 
 @dataclass(frozen=True)
 class Entry:
-    """`errors_bytes`: measured - predicted, of the last measurements, oldest first. `count`: of all."""
+    """The measurements of one key."""
 
     count: int
+    """The number of all measurements."""
     predicted_bytes: int
+    """The last prediction."""
     errors_bytes: tuple[int, ...]
+    """Measured minus predicted, of the last measurements, oldest first."""
 
 
 Entries = dict[tuple[str, ...], Entry]
-"""By the parts of the key, the one used last at the end."""
+"""The entries by the parts of their key, the one measured last at the end."""
 
 
 class CalibrationFile:
+    """Reads and changes one such file."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock_path = path.with_name(path.name + ".lock")
 
     def read(self) -> Entries:
-        """What the file holds; nothing where there is none, or one that cannot be understood."""
+        """Returns the entries; none if the file is missing, unreadable or of another version."""
         return self._found() or {}
 
     def change(self, change: Callable[[Entries], None]) -> Entries:
-        """Applies `change` to what the file holds now, writes that and returns it. Raises OSError where it cannot."""
+        """Applies `change` to the entries of the file, writes the result and returns it.
+
+        Raises:
+            OSError: The file cannot be locked or written.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self._lock_path, WAIT_SECONDS):
             found = self._found()
@@ -59,7 +68,11 @@ class CalibrationFile:
         return entries
 
     def delete(self) -> int:
-        """Removes the file, and says how many entries it had. Raises OSError where it cannot."""
+        """Deletes the file and returns how many entries it had.
+
+        Raises:
+            OSError: The file cannot be locked or deleted.
+        """
         if not self.path.exists():
             return 0
         with locked(self._lock_path, WAIT_SECONDS):
@@ -68,7 +81,7 @@ class CalibrationFile:
         return count
 
     def _found(self) -> Entries | None:
-        """None for a file that is not of this version, or no such file at all."""
+        """Returns the entries; empty if there is no file, None for a file that is not of this version."""
         try:
             with self.path.open("rb") as file:
                 raw = file.read(_LONGEST_BYTES)
@@ -85,7 +98,7 @@ class CalibrationFile:
         return dict(pair for pair in known if pair is not None)
 
     def _keep_aside(self) -> None:
-        """What another version wrote may be wanted again: the first such file is kept."""
+        """Keeps the first file of another version as `.old`: its user may want it back."""
         aside = self.path.with_name(self.path.name + ".old")
         if not aside.exists():
             with suppress(OSError):
@@ -102,7 +115,7 @@ class CalibrationFile:
 
 
 def _entry(entry: Any) -> tuple[tuple[str, ...], Entry] | None:
-    """One entry of the file; None where a hand or a fault changed it into something else."""
+    """Returns one entry of the file; None if it is malformed, after an edit by hand or a fault."""
     if not isinstance(entry, dict):
         return None
     name, errors = entry.get("key"), entry.get("errors")
@@ -116,7 +129,9 @@ def _entry(entry: Any) -> tuple[tuple[str, ...], Entry] | None:
 
 
 def _patiently(act: Callable[[], None]) -> None:
-    """Windows refuses to replace or delete a file for as long as anybody, a virus scanner too, has it open."""
+    """Repeats `act`: Windows refuses to replace or delete a file while another program (a virus scanner, say) has it
+    open.
+    """
     for _ in range(_REPLACE_TRIES):
         with suppress(PermissionError):
             return act()

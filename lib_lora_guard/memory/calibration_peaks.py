@@ -1,10 +1,10 @@
-"""What a part of the work takes of the card beside what was there before: peaks of torch's allocator, parts within parts.
+"""Measures the peak VRAM of parts of the work, which may be nested, with the counters of torch's allocator.
 
-Compared is what is *used* (`allocated_bytes`), not what the allocator holds for it (`reserved_bytes`): a part uses as much
-after a hundred pictures as in a fresh process, while what it holds lies among blocks that earlier parts left behind and
-grows by nothing where these are enough. Source: docs.pytorch.org, torch.cuda.memory_stats, reset_peak_memory_stats.
+Compares the *used* bytes (`allocated_bytes`), not the bytes that the allocator holds (`reserved_bytes`). A part uses
+the same after a hundred images as in a fresh process. The held bytes include blocks left by earlier parts and may not
+grow at all. Source: docs.pytorch.org, torch.cuda.memory_stats, reset_peak_memory_stats.
 
-Torch has one peak for a device, so each part begins by resetting it. What it was is kept for whoever else reads it.
+torch has one peak for each device, so every part begins by resetting it. The old peak is kept for other readers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Count(NamedTuple):
-    """Bytes, now and at the peak since the last reset."""
+    """Bytes at present and at the peak since the last reset."""
 
     allocated: int
     allocated_peak: int
@@ -31,14 +31,14 @@ class Count(NamedTuple):
 
 
 class Counter(Protocol):
-    """See TorchCounter, the only one outside tests."""
+    """Reads and resets torch's counters. TorchCounter implements it; tests use others."""
 
     def read(self, device: torch.device) -> Count: ...
     def reset(self, device: torch.device) -> None: ...
 
 
 class TorchCounter:
-    """Microseconds each: torch counts as it allocates, on this side of the card, and nothing waits for the card."""
+    """Takes microseconds: torch counts on the CPU while it allocates, and nothing synchronizes with the GPU."""
 
     def read(self, device: torch.device) -> Count:
         found = torch.cuda.memory_stats_as_nested_dict(device)
@@ -59,24 +59,25 @@ class TorchCounter:
 
 @dataclass(eq=False)
 class Part:
-    """One part of the work, while it runs and after."""
+    """One part of the work, during and after it."""
 
     device: Any
     thread: int
     began: int = 0
     base: int = 0
-    """What of the memory in use is not this part's."""
+    """Used bytes that do not belong to this part."""
     highest: int = 0
     is_alone: bool = True
     peak_bytes: int | None = None
-    """After the end: the most that it used beside what was there before. None where nobody can say, because another thread
-    was at work on the card too, or another device was."""
+    """After the end: the most bytes it used beyond those used before. None if unknown: another thread or device was
+    active too.
+    """
     stays_bytes: int = 0
-    """After the end: how much more is used than at the beginning."""
+    """After the end: the growth of the used bytes since the beginning."""
 
 
 class Peaks:
-    """The parts of one process. What a part within another one took, and what it left behind, is not the outer one's."""
+    """The parts of one process. A nested part's peak and remaining bytes are not counted for the outer part."""
 
     def __init__(self, counter: Counter | None = None) -> None:
         self._counter = counter or TorchCounter()
@@ -84,11 +85,11 @@ class Peaks:
         self._open: list[Part] = []
         self._is_broken = False
         self.active_peak = self.reserved_peak = 0
-        """The highest that were reset here, since `forget`."""
+        """The highest peaks that a reset here erased, since `forget`."""
 
     @contextmanager
     def part(self, device: Any) -> Iterator[Part]:
-        """Measures what the block takes of a CUDA device. Where it raises there is no peak."""
+        """Measures the CUDA memory that the block uses. If the block raises, there is no peak."""
         part = Part(device, threading.get_ident())
         self._begin(part)
         try:
@@ -100,7 +101,7 @@ class Peaks:
         self._end(part)
 
     def forget(self) -> None:
-        """Somebody else begins to look at the peaks from here on."""
+        """Starts the highest peaks anew, for a reader that begins to observe now."""
         with self._lock:
             self.active_peak = self.reserved_peak = 0
 
@@ -124,17 +125,17 @@ class Peaks:
             highest = max(part.highest, count.allocated_peak - part.base)
             part.peak_bytes = highest if part.is_alone and not self._is_broken else None
             if self._open:
-                # Those further out get it with the end of this one.
+                # The parts further out get it when this one ends.
                 self._open[-1].base += part.stays_bytes
 
     def _count(self, device: torch.device) -> Count:
-        """The numbers until now; the peak begins anew."""
+        """Returns the counters and resets torch's peak."""
         if not self._is_broken:
             try:
                 count = self._counter.read(device)
                 self._counter.reset(device)
             except Exception:
-                # A driver or build that does not count: images are made all the same.
+                # Some drivers and builds have no counters: images must work all the same.
                 log.debug("peaks cannot be read", exc_info=True)
                 self._is_broken = True
             else:

@@ -1,4 +1,4 @@
-"""What is kept of measured peaks, in words: every card's, for whoever looks into the file. Pure."""
+"""Describes the stored corrections in words, for all cards in the file. Pure."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ _MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Kept:
-    """One correction. `predicted_bytes` and `measured_bytes` are the last ones, `correction_bytes` what the next prediction
-    of that size gets."""
+    """One stored correction."""
 
     card: str
     torch_version: str
     key: Key | None
-    """None for what another version wrote."""
+    """None if another version wrote it."""
     measurements: int
     predicted_bytes: int
+    """The last prediction."""
     measured_bytes: int
+    """The last measurement."""
     correction_bytes: int
+    """Added to the next prediction of the same size."""
 
     @property
     def line(self) -> Message:
+        """The correction as one line of text."""
         facts = {
             "predicted_mb": self.predicted_bytes / MB,
             "measured_mb": self.measured_bytes / MB,
@@ -39,6 +42,7 @@ class Kept:
 
     @property
     def what(self) -> Message:
+        """The operation in words: kind, model, size."""
         key = self.key
         if key is None:
             return Message("calibration.other")
@@ -53,7 +57,7 @@ class Kept:
 
 
 def kept_in(path: Path) -> list[Kept]:
-    """Every correction of the file, the largest first; none where there is no such file or nobody can read it."""
+    """Returns every correction in the file, the largest first; none if the file is missing or unreadable."""
     found = [_kept(name, entry) for name, entry in CalibrationFile(path).read().items()]
     return sorted(found, key=lambda one: -abs(one.correction_bytes))
 
@@ -69,5 +73,5 @@ def _kept(name: tuple[str, ...], entry: Entry) -> Kept:
 
 
 def _shown(text: str) -> str:
-    """Names come from a file that anybody may write."""
+    """Replaces unprintable characters: the file may have been edited."""
     return "".join(c if c.isprintable() else "?" for c in text)

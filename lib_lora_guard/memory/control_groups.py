@@ -1,4 +1,5 @@
-"""The memory that Linux control groups leave this process. They kill it at their limit, whatever the machine has free.
+"""Reads the memory that Linux control groups leave to this process. At its limit a group kills processes, even if the
+machine has free memory.
 
 Sources: docs.kernel.org `admin-guide/cgroup-v1/memory` and `admin-guide/cgroup-v2`.
 """
@@ -14,14 +15,14 @@ _NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True)
 class Rooms:
-    """Bytes. None where no group says anything."""
+    """Bytes left by the groups; None if no group has a limit."""
 
     ram: int | None
     ram_and_swap: int | None
 
 
 class ControlGroups:
-    """The groups around this process. Where they lie is looked up once; their limits are read each time."""
+    """The groups around this process. Their folders are looked up once, their limits are read at each call."""
 
     def __init__(self, mount: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> None:
         try:
@@ -38,7 +39,10 @@ class ControlGroups:
         self._groups = tuple(group for group in groups if group.limit_file.is_file())
 
     def rooms(self, swap_free_bytes: int = 0) -> Rooms:
-        """The least that any group leaves. `swap_free_bytes`: of the machine, which no group can exceed."""
+        """Returns the smallest room that any group leaves.
+
+        `swap_free_bytes`: free swap of the machine, which no group can exceed.
+        """
         rooms = [room for group in self._groups if (room := group.room(swap_free_bytes)) is not None]
         if not rooms:
             return Rooms(None, None)
@@ -54,8 +58,11 @@ class _Version2:
         return self.folder / "memory.max"
 
     def room(self, swap_free: int) -> tuple[int, int] | None:
-        """`(RAM, RAM and swap)`. Page cache of files read once counts as used there and is given up first, so it is free
-        to us. Swap that the group does not tell about is none."""
+        """Returns `(RAM, RAM and swap)`, in bytes.
+
+        The group counts cached file pages as used, but the kernel drops inactive ones first, so they are free for us. A
+        swap limit that cannot be read counts as no swap.
+        """
         limit = _number(self.limit_file)
         usage = None if limit is None else _number(self.folder / "memory.current")
         if limit is None or usage is None:
@@ -79,7 +86,7 @@ class _Version1:
         return self.folder / "memory.limit_in_bytes"
 
     def room(self, swap_free: int) -> tuple[int, int] | None:
-        """As for version 2, but the second limit counts RAM and swap together."""
+        """As for version 2, but the second limit is the sum of RAM and swap."""
         limit = _number(self.limit_file)
         usage = None if limit is None or limit >= _NO_LIMIT else _number(self.folder / "memory.usage_in_bytes")
         if limit is None or usage is None:
@@ -94,7 +101,7 @@ class _Version1:
 
 
 def _upwards(root: Path, path: str) -> list[Path]:
-    """The group at `path` and all above it. A container may see its own group as the root."""
+    """Returns the group at `path` and all its parents. A container may see its own group as the root."""
     inner = PurePosixPath(path.lstrip("/"))
     return [root / folder for folder in (inner, *inner.parents)]
 
@@ -107,7 +114,7 @@ def _word(file: Path) -> str | None:
 
 
 def _number(file: Path) -> int | None:
-    """The number in a one-line file; None for a file that is not there and for the word "max"."""
+    """Returns the number in a one-line file; None if the file is missing or contains "max"."""
     return _as_number(_word(file))
 
 

@@ -1,7 +1,8 @@
-"""Which physical card a torch device is. Numbers of devices do not say: CUDA_VISIBLE_DEVICES changes them, and CUDA counts
-from the fastest card while the driver counts slots.
+"""Identifies the physical card of a torch device. Indices do not: CUDA_VISIBLE_DEVICES changes them, and CUDA sorts by
+speed while the driver sorts by slot.
 
-Sources: torch.cuda.get_device_properties (`uuid` since torch 2.4, pull request 125083); CUDA driver API, cuDeviceGetPCIBusId.
+Sources: torch.cuda.get_device_properties (`uuid` since torch 2.4, pull request 125083); CUDA driver API,
+cuDeviceGetPCIBusId.
 """
 
 from __future__ import annotations
@@ -16,22 +17,30 @@ import torch
 from ..errors import LoraGuardError
 
 _PCI_ID_BYTES = 32
-"""The driver writes 13 with the final zero; domains of more digits are longer."""
+"""The driver writes 13 bytes with the final zero; longer domains need more."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """Either name is enough; "" where it is not known."""
+    """A physical card. One of the two names is enough; "" if unknown."""
 
     uuid: str = ""
-    """Without the kind ("GPU-", "MIG-") in front."""
+    """Without the prefix ("GPU-", "MIG-")."""
     pci_bus_id: str = ""
     """domain:bus:device.function in hexadecimal."""
 
 
 def which_card(device: torch.device, cuda_driver: Any = None) -> Card:
-    """The card of a CUDA device. `cuda_driver`: the library, for tests. Raises LoraGuardError with the reason where nothing
-    says it, and where CUDA has not been started, which asking would do."""
+    """Returns the card of a CUDA device.
+
+    Args:
+        device: The CUDA device.
+        cuda_driver: The driver's library, for tests.
+
+    Raises:
+        LoraGuardError: `device` is no CUDA device, its card is unknown, or CUDA is not initialized (asking would do
+            that).
+    """
     if device.type != "cuda":
         raise LoraGuardError.of("readings.not_cuda", device=device.type)
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
@@ -39,13 +48,13 @@ def which_card(device: torch.device, cuda_driver: Any = None) -> Card:
     try:
         index = torch.cuda.current_device() if device.index is None else device.index
         uuid = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
-    except (RuntimeError, AssertionError) as error:  # torch says the latter of a number that is not there
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError for an index that does not exist
         raise LoraGuardError.of("readings.card_unknown", error=str(error)) from error
     return Card(uuid=uuid) if uuid else Card(pci_bus_id=_pci_bus_id(index, cuda_driver))
 
 
 def _pci_bus_id(index: int, library: Any) -> str:
-    """torch and the driver number devices alike: both obey CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER."""
+    """Asks the driver. torch and the driver use the same indices: both obey CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER."""
     name = "nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1"
     try:
         library = library or ctypes.CDLL(name)

@@ -1,7 +1,7 @@
-"""One process at a time: a lock on a small file, held by the system. It ends with its process however that ends, so that
-none is ever left behind. The file itself stays.
+"""A lock between processes, on a small file. The system releases it when its process ends, however it ends, so no stale
+lock remains. The file itself stays.
 
-Sources: flock(2); Python's `msvcrt.locking`, which may lock a byte that the file does not have.
+Sources: flock(2); Python's `msvcrt.locking`, which may lock a byte beyond the end of the file.
 """
 
 from __future__ import annotations
@@ -36,8 +36,16 @@ else:
 
 @contextmanager
 def locked(path: Path, wait_seconds: float) -> Iterator[None]:
-    """Holds the lock while the block runs; threads exclude each other too. Raises TimeoutError where somebody else holds it
-    for longer than `wait_seconds`, another OSError where the file cannot be had or the file system knows no locks."""
+    """Holds the lock while the block runs. Threads of one process exclude each other too.
+
+    Args:
+        path: The lock file, created if missing.
+        wait_seconds: Timeout.
+
+    Raises:
+        TimeoutError: Another process or thread held the lock for longer than `wait_seconds`.
+        OSError: The file cannot be opened, or the file system has no locks.
+    """
     with path.open("ab") as file:
         until = time.monotonic() + wait_seconds
         while True:

@@ -1,9 +1,9 @@
-"""The NVIDIA driver's own view of a card's memory, through its management library. Nothing is needed but the driver.
+"""Reads a card's memory from the NVIDIA driver through its management library (NVML). Needs nothing but the driver.
 
-On Windows cudaMemGetInfo tells a program what it could have if all others made room; NVML tells what is free.
+On Windows cudaMemGetInfo reports what a program could get if all others made room; NVML reports what is free.
 
-Sources: docs.nvidia.com/deploy/nvml-api: nvmlReturn_t, nvmlMemory_t, nvmlMemory_v2_t, nvmlProcessInfo_t, "Initialization and
-Cleanup", nvmlDeviceGetHandleByUUID, nvmlDeviceGetHandleByPciBusId_v2, nvmlDeviceGetMemoryInfo(_v2),
+Sources: docs.nvidia.com/deploy/nvml-api: nvmlReturn_t, nvmlMemory_t, nvmlMemory_v2_t, nvmlProcessInfo_t,
+"Initialization and Cleanup", nvmlDeviceGetHandleByUUID, nvmlDeviceGetHandleByPciBusId_v2, nvmlDeviceGetMemoryInfo(_v2),
 nvmlDeviceGetComputeRunningProcesses_v3, nvmlDeviceGetGraphicsRunningProcesses_v3; nvml.h for NVML_STRUCT_VERSION.
 """
 
@@ -43,13 +43,13 @@ _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 
 
 class Memory(ctypes.Structure):
-    """nvmlMemory_t; `used` counts what the driver sets aside."""
+    """nvmlMemory_t; `used` includes the driver's own reserve."""
 
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
 class Memory2(ctypes.Structure):
-    """nvmlMemory_v2_t. Whether `used` counts `reserved` changed between drivers, so it is not read."""
+    """nvmlMemory_v2_t. `used` is not read: drivers differ in whether it includes `reserved`."""
 
     _fields_ = (
         ("version", ctypes.c_uint),
@@ -73,34 +73,42 @@ class ProcessInfo(ctypes.Structure):
 
 @dataclass(frozen=True)
 class NvmlMemory:
+    """The memory of one card, as NVML reports it."""
+
     total: Reading
     free: Reading
     held: Reading
-    """By programs: what is neither free nor set aside by the driver. Drivers before 510 do not tell these apart."""
+    """Held by programs: neither free nor reserved by the driver. Drivers before 510 do not separate the two."""
     ours: Reading
-    """By this process, its CUDA context counted in."""
+    """Held by this process, with its CUDA context."""
 
 
 @dataclass(frozen=True)
 class GpuProcess:
+    """One process that uses the card."""
+
     pid: int
     name: str
-    """"" where the system does not tell."""
+    """"" if the system does not report it."""
     bytes: int | None
-    """None where the driver does not tell, as on Windows."""
+    """None if the driver does not report it, as on Windows."""
 
 
 @dataclass(frozen=True)
 class GpuProcesses:
+    """The processes that use a card."""
+
     processes: tuple[GpuProcess, ...]
     """The largest first."""
     missing: Message | None = None
-    """Why there is no list."""
+    """The reason why there is no list."""
 
 
 class Nvml:
-    """One session with the library; the first takes some milliseconds and more. Never raises: `missing` and the readings
-    say what cannot be had."""
+    """One session with the library. Never raises: `missing` and the readings hold the reasons for missing numbers.
+
+    The first session of a process takes several milliseconds.
+    """
 
     def __init__(
         self,
@@ -109,7 +117,13 @@ class Nvml:
         card_of: Callable[[torch.device], Card] = which_card,
         pids_agree: bool | None = None,
     ) -> None:
-        """`library`, `card_of` and `pids_agree` (the driver's process numbers are ours) are for tests."""
+        """Opens the library.
+
+        Args:
+            library: The loaded library, for tests.
+            card_of: Identifies the card of a device, for tests.
+            pids_agree: True if the driver's process numbers are those of this process's namespace; for tests.
+        """
         self.missing: Message | None = None
         self._card_of = card_of
         self._pids_agree = _pids_agree() if pids_agree is None else pids_agree
@@ -124,14 +138,14 @@ class Nvml:
             self.missing, self._library = _why(error), None
 
     def close(self) -> None:
-        """Ends the session; what is asked afterwards is missing."""
+        """Ends the session. Later queries return missing readings."""
         if self._library is not None:
             self._library.nvmlShutdown()
             self._library, self.missing = None, Message("readings.nvml_closed")
             self._handles.clear()
 
     def memory(self, device: torch.device) -> NvmlMemory:
-        """The memory of the card that `device` is."""
+        """Returns the memory of the card behind `device`."""
         try:
             handle = self._handle(device)
             total, free, held = self._memory(handle)
@@ -143,7 +157,7 @@ class Nvml:
         )
 
     def other_processes(self, device: torch.device) -> GpuProcesses:
-        """Who else uses the card: programs that could be closed to get memory."""
+        """Returns the other processes on the card, which the user could close to free memory."""
         try:
             used = self._used_by_pid(self._handle(device), _NOT_AVAILABLE)
         except LoraGuardError as error:
@@ -176,7 +190,7 @@ class Nvml:
             return handle
         name, by_uuid = card.uuid.encode("ascii"), "nvmlDeviceGetHandleByUUID"
         if self._call(by_uuid, b"GPU-" + name, ctypes.byref(handle), also=_NOT_FOUND) == _NOT_FOUND:
-            # A slice of a divided card (MIG) is a device of its own.
+            # A MIG instance (a slice of a card) is a device of its own.
             self._call(by_uuid, b"MIG-" + name, ctypes.byref(handle))
         return handle
 
@@ -193,14 +207,16 @@ class Nvml:
             return first.total, first.free, max(0, first.total - first.free)
 
     def _used_by_pid(self, handle: ctypes.c_void_p, total: int) -> dict[int, int | None]:
-        """Bytes by process number; None where the driver does not tell. More than `total` is no number of bytes."""
+        """Returns bytes by process number; None if the driver does not report them. A size above `total` is not a real
+        one.
+        """
         if not self._pids_agree:
             raise LoraGuardError.of("readings.nvml_other_pids")
         used: dict[int, int | None] = {}
         for kind in ("Compute", "Graphics"):
             for info in self._processes(handle, kind):
                 size = info.used if info.used != _NOT_AVAILABLE and info.used <= total else None
-                # A process in both lists is the same memory twice.
+                # A process in both lists uses the same memory.
                 known = [s for s in (used.get(info.pid), size) if s is not None]
                 used[info.pid] = max(known) if known else None
         return used
@@ -210,7 +226,7 @@ class Nvml:
         newest = name + ("3" if hasattr(self._library, name + "3") else "2")
         count = 32
         for _ in range(3):
-            # Half of the room is never offered: some drivers of the 535 series wrote entries a third larger.
+            # Half of the buffer is kept back: some drivers of the 535 series wrote entries a third larger.
             infos = (ProcessInfo * (2 * count))()
             found = ctypes.c_uint(count)
             if self._call(newest, handle, ctypes.byref(found), infos, also=_INSUFFICIENT_SIZE) == _SUCCESS:
@@ -219,7 +235,11 @@ class Nvml:
         raise LoraGuardError.of("readings.nvml_refused", function=newest, code=_INSUFFICIENT_SIZE)
 
     def _call(self, name: str, *arguments: Any, also: int = _SUCCESS) -> int:
-        """The code of the call: success or `also`. Raises LoraGuardError for every other and for a missing function."""
+        """Returns the code of the call: success or `also`.
+
+        Raises:
+            LoraGuardError: Any other code, or the function is missing.
+        """
         try:
             function = getattr(self._library, name)
         except AttributeError as error:
@@ -234,7 +254,9 @@ class Nvml:
 
 
 def _places(system: str, environment: Mapping[str, str]) -> list[str]:
-    """Where the driver puts the library. On Windows by its full path: a file of that name elsewhere must not be loaded."""
+    """Returns the paths of the driver's library. On Windows full paths only: a file of that name elsewhere must not be
+    loaded.
+    """
     if system == "Windows":
         places = [Path(environment.get("SystemRoot", r"C:\Windows")) / "System32" / "nvml.dll"]
         programs = environment.get("ProgramW6432")
@@ -254,7 +276,7 @@ def _load(places: list[str]) -> Any:
 
 
 def _pids_agree() -> bool:
-    """False in a container with process numbers of its own: the driver may list those outside."""
+    """False in a container with its own process numbers: the driver may list those outside."""
     if platform.system() != "Linux":
         return True
     try:

@@ -1,4 +1,4 @@
-"""Telling "no memory left" from every other failure."""
+"""Distinguishes out-of-memory errors from all other failures."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ _MESSAGES = (
     "MPS backend out of memory",
     "not enough GPU video memory",
 )
-"""What plain RuntimeErrors say: torch's CPU allocator, a matrix library without its workspace, a kernel that cannot load,
-Apple's allocator, DirectML's."""
+"""Texts of plain RuntimeErrors: torch's CPU allocator, a matrix library without its workspace, a kernel that cannot be
+loaded, Apple's allocator, DirectML's allocator.
+"""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True where another attempt with less memory may succeed."""
+    """True if another attempt with less memory may succeed."""
     if isinstance(error, OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 def give_back_cached_memory() -> None:
-    """Hands blocks that torch holds without using back to the driver, so that a larger one can be had."""
+    """Returns torch's unused cached blocks to the driver, so that a larger block can be allocated."""
     for kind in (torch.cuda, torch.xpu):
         if kind.is_available():
             kind.empty_cache()

@@ -1,4 +1,4 @@
-"""NVML for those who ask often, from any thread: what it said is kept for a second."""
+"""NVML for frequent queries from any thread: each answer is cached for a second."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _Answer = TypeVar("_Answer")
 
 
 class PacedNvml(Nvml):
-    """As Nvml, opened at the first question. Its memory and its processes alone are asked here."""
+    """Nvml, opened at the first query. Caches only `memory` and `other_processes`."""
 
     def __init__(self, opened: Callable[[], Nvml] = Nvml, clock: Callable[[], float] = time.monotonic) -> None:
         """`opened` and `clock` are for tests."""
-        # Nvml's own beginning opens the library, which takes milliseconds.
+        # Nvml.__init__ is not called: it opens the library, which takes milliseconds.
         self._opened, self._clock = opened, clock
         self._nvml: Nvml | None = None
         self.missing = None
@@ -48,7 +48,7 @@ class PacedNvml(Nvml):
                 self._nvml = self._nvml or self._opened()
                 self.missing = self._nvml.missing
                 answer = ask(self._nvml)
-                # Counted from the end: an answer that took long must not be asked for all the time.
+                # The pause starts after the answer: a slow query must not be repeated all the time.
                 self._answers[key] = (self._clock(), answer)
             found: _Answer = answer
             return found

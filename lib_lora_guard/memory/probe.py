@@ -1,4 +1,4 @@
-"""How much VRAM, RAM and disk could take backups right now. Measures only: who gets what is decided elsewhere.
+"""Measures how much VRAM, RAM and disk backups could take now. Other modules decide how it is used.
 
 Source: fstab(5) for the list of mounts.
 """
@@ -17,14 +17,14 @@ from .readings import MemorySnapshot, fast_ram_bytes, usable_vram_bytes
 from .snapshot import group_room, read_ram, read_vram
 
 DISK_RESERVE_BYTES = 2 << 30
-"""Left free on the disk: a full system disk stops page files, browsers and the saving of pictures."""
+"""Left free on the disk: a full system disk stops page files, browsers and the saving of images."""
 
 _RAM_DISKS = {"tmpfs", "ramfs", "devtmpfs"}
 
 
 @dataclass(frozen=True)
 class BackupBudget:
-    """What backups may take at this moment, beyond everything that lies there already."""
+    """Bytes that backups may take now, in addition to those that exist already."""
 
     vram_spare_bytes: int
     ram_spare_bytes: int
@@ -32,7 +32,7 @@ class BackupBudget:
 
 
 def default_spool_dir() -> Path:
-    """Where backups go on disk when nobody says otherwise."""
+    """Returns the folder for backups on disk if none is configured."""
     return Path(tempfile.gettempdir()) / "lora-guard-spool"
 
 
@@ -42,9 +42,14 @@ def measure_budget(
     spool_dir: Path | None = None,
     snapshot: MemorySnapshot | None = None,
 ) -> BackupBudget:
-    """What is free: VRAM of `device`, RAM above `ram_floor_bytes`, disk below `spool_dir` above DISK_RESERVE_BYTES.
+    """Measures the room for backups.
 
-    `snapshot`: whose numbers of memory these are, NVML's with them; None asks the driver and the system alone."""
+    Args:
+        device: Its free VRAM counts.
+        ram_floor_bytes: RAM that must stay free.
+        spool_dir: The folder for backups on disk; DISK_RESERVE_BYTES stay free there.
+        snapshot: Supplies the numbers (with NVML's); None asks the driver and the system.
+    """
     if snapshot is None:
         vram, ram = _usable_vram_bytes(device), _fast_ram_bytes(ram_floor_bytes)
     else:
@@ -57,7 +62,9 @@ def measure_budget(
 
 
 def disk_spare_bytes(folder: Path) -> int:
-    """Bytes that may be written below `folder` (it need not exist yet). 0 where it lies in RAM: that would spare none."""
+    """Returns the bytes that may be written below `folder`, which need not exist. 0 if it lies in RAM: that would save
+    nothing.
+    """
     existing = next((f for f in (folder, *folder.parents) if f.is_dir()), None)
     if existing is None or _lies_in_ram(existing):
         return 0
@@ -78,7 +85,7 @@ def _fast_ram_bytes(floor_bytes: int) -> int | None:
 
 
 def _lies_in_ram(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> bool:
-    """True on a RAM disk, which /tmp is on some Linux systems. Elsewhere there is no such list, and False."""
+    """True on a RAM disk, such as /tmp on some Linux systems. Other systems have no list of mounts: False."""
     try:
         entries = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
     except OSError:

@@ -1,6 +1,6 @@
-"""Numbers of memory at one moment, each with its source, and the budgets that follow from them. Pure: nothing is asked here.
+"""Memory numbers of one moment, each with its source, and the budgets computed from them. Pure: takes no measurements.
 
-A number that cannot be had is None with the reason, and what depends on it is None too: nothing is guessed.
+A number that is not available is None with a reason, and everything computed from it is None too.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from dataclasses import dataclass, fields
 from ..messages import Message
 
 DISAGREEMENT_BYTES = 256 << 20
-"""Above this, torch's and NVML's free memory do not merely differ by the moment they were read at."""
+"""A larger difference between torch's and NVML's free memory is not explained by reading them at different moments."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One number and who says so. Raises ValueError where it has neither a number nor a reason, or both."""
+    """One number with its source.
+
+    Raises:
+        ValueError: It has both a number and a reason, or neither.
+    """
 
     bytes: int | None
     source: str
-    """A Message for readings of this package, so that it has translations."""
+    """A Message for readings of this package, so that it can be translated."""
     missing: Message | None = None
-    """Why there is no number."""
+    """The reason why there is no number."""
 
     def __post_init__(self) -> None:
         if (self.bytes is None) == (self.missing is None):
@@ -31,43 +35,47 @@ class Reading:
 
 @dataclass(frozen=True)
 class MemorySnapshot:
-    """The memory of a device, of this machine and of this process. `snapshot.take_snapshot` makes them."""
+    """The memory of a device, of this machine and of this process. Made by `snapshot.take_snapshot`."""
 
     system: str
     """As in `platform.system()`."""
     vram_total: Reading
     vram_free: Reading
-    """The driver's, through torch. On Windows memory that other programs hold may count as free (see vram_free_nvml)."""
+    """Reported by the driver through torch. On Windows it may include memory that other programs hold (see
+    vram_free_nvml).
+    """
     vram_free_nvml: Reading
     vram_reserved: Reading
-    """What torch's allocator holds, used or not."""
+    """Held by torch's allocator, used or not."""
     vram_active: Reading
-    """What of it is used."""
+    """The used part of `vram_reserved`."""
     vram_ours: Reading
-    """What this process holds. NVML counts the CUDA context too; torch's own count, where NVML has none, does not."""
+    """Held by this process. NVML includes the CUDA context; torch's own count, used without NVML, does not."""
     vram_others: Reading
-    """Neither free nor ours nor set aside by the driver, as far as it says."""
+    """Neither free nor ours nor reserved by the driver, as far as the driver reports it."""
     ram_total: Reading
     ram_available: Reading
-    """Physical, file cache that can be given up counted in; of the machine, whatever a control group allows."""
+    """Physical RAM of the machine, reclaimable file cache included; limits of control groups are not applied."""
     ram_cgroup_room: Reading
-    """The least that a control group around this process leaves it."""
+    """The smallest room that a control group leaves to this process."""
     ram_and_swap_cgroup_room: Reading
-    """The same with the swap that the group allows."""
+    """The same for RAM and the group's swap together."""
     swap_total: Reading
     """On Windows the page files at their present size."""
     swap_free: Reading
     commit_limit: Reading
     commit_charge: Reading
     commit_room: Reading
-    """What Windows lets this process commit: never more than limit - charge, less in a job with a limit of its own."""
+    """Bytes that Windows lets this process commit: at most limit - charge, less in a job with its own limit."""
     pinned: Reading
-    """Host memory of torch's pinned allocator, used or cached. Memory that others registered with CUDA is not in it."""
+    """Host memory of torch's pinned allocator, used or cached. Does not include memory that other code registered with
+    CUDA.
+    """
     rss: Reading
     rss_peak: Reading
 
     def readings(self) -> Iterator[tuple[str, Reading]]:
-        """Every reading with the name of its field."""
+        """Yields the name of each field and its reading."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Reading):
@@ -82,21 +90,24 @@ class MemorySnapshot:
 
     @property
     def usable_vram_bytes(self) -> int | None:
-        """What can still be placed on the device: free, and held by torch without being used."""
+        """Bytes that can still be allocated on the device: free, or held by torch without being used."""
         return usable_vram_bytes(
             self.vram_free, self.vram_reserved, self.vram_active, self.vram_total, self.vram_free_nvml
         )
 
     def fast_ram_bytes(self, floor_bytes: int) -> int | None:
-        """RAM that can be filled without paging, `floor_bytes` left to everything else. Beyond it: choose another way."""
+        """Returns the RAM that can be filled without paging if `floor_bytes` stay free. To use more, choose another
+        way.
+        """
         return fast_ram_bytes(self.ram_available, self.ram_cgroup_room, self.ram_total, floor_bytes)
 
     @property
     def alive_ram_bytes(self) -> int | None:
-        """What can be allocated, page file and swap counted in, before the system refuses or kills. Beyond it: refuse.
+        """Bytes, page file and swap included, that can be allocated before the system refuses or kills. Refuse to use
+        more.
 
-        Windows refuses commits above its limit, whatever RAM is free; the limit is today's, though a page file may grow.
-        Linux overcommits and kills when RAM and swap, or those of a control group, are full.
+        Windows refuses commits above its limit, whatever RAM is free. The present limit counts, though a page file may
+        grow. Linux overcommits and kills when RAM and swap, or those of a control group, are full.
         """
         if self.system == "Windows":
             rooms = [self.commit_room.bytes, _difference(self.commit_limit.bytes, self.commit_charge.bytes)]
@@ -113,7 +124,7 @@ class MemorySnapshot:
 def usable_vram_bytes(
     free: Reading, reserved: Reading, active: Reading, total: Reading, nvml_free: Reading | None = None
 ) -> int | None:
-    """See MemorySnapshot."""
+    """Computes `MemorySnapshot.usable_vram_bytes` from single readings."""
     trusted = trusted_free_bytes(free.bytes, None if nvml_free is None else nvml_free.bytes)
     if trusted is None:
         return None
@@ -122,15 +133,18 @@ def usable_vram_bytes(
 
 
 def trusted_free_bytes(driver: int | None, nvml: int | None) -> int | None:
-    """Of two numbers for the same free VRAM the one that counts: NVML's where it says clearly less than the driver, or alone.
-    Windows tells each program how much it could have if the others made room, which they do by paging."""
+    """Chooses between two numbers for the free VRAM: NVML's if it is clearly smaller or the only one, else the
+    driver's.
+
+    Windows reports to each program what it could get if the others made room, which they do by paging.
+    """
     if driver is None or (nvml is not None and driver - nvml > DISAGREEMENT_BYTES):
         return nvml
     return driver
 
 
 def fast_ram_bytes(available: Reading, cgroup_room: Reading, total: Reading, floor_bytes: int) -> int | None:
-    """See MemorySnapshot."""
+    """Computes `MemorySnapshot.fast_ram_bytes` from single readings."""
     if available.bytes is None:
         return None
     room = _least([available.bytes, cgroup_room.bytes], total.bytes)
@@ -142,7 +156,7 @@ def _difference(one: int | None, other: int | None) -> int | None:
 
 
 def _least(rooms: list[int | None], total: int | None) -> int | None:
-    """The smallest number that is known, between 0 and `total`; None where none is."""
+    """Returns the smallest known number, clamped to 0..`total`; None if none is known."""
     known = [room for room in rooms if room is not None]
     if not known:
         return None

@@ -1,8 +1,10 @@
-"""How much system memory the GPU uses for this process, from Windows' performance counters. Elsewhere the answer is None.
+"""Reads the system memory that the GPU uses for this process from Windows' performance counters. Returns None
+elsewhere.
 
-Sources: learn.microsoft.com, pdh.h (PdhOpenQueryW, PdhAddEnglishCounterW, PdhCollectQueryData, PdhGetFormattedCounterArrayW,
-PdhCloseQuery; PDH_FMT_COUNTERVALUE_ITEM_W) and pdhmsg.h. The counter set "GPU Process Memory" is there since Windows 10
-1709; its instances are named pid_<number>_luid_<adapter>_phys_<number>, one for each adapter.
+Sources: learn.microsoft.com, pdh.h (PdhOpenQueryW, PdhAddEnglishCounterW, PdhCollectQueryData,
+PdhGetFormattedCounterArrayW, PdhCloseQuery; PDH_FMT_COUNTERVALUE_ITEM_W) and pdhmsg.h. The counter set "GPU Process
+Memory" exists since Windows 10 1709. Its instances are named pid_<number>_luid_<adapter>_phys_<number>, one for each
+adapter.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ class CounterItem(ctypes.Structure):
 
 
 def shared_usage_bytes(pdh: Any = None) -> int | None:
-    """ "Shared GPU memory" of this process as the task manager shows it, of all adapters; some milliseconds. It counts pinned
-    memory too: only its growth says something. None outside Windows and where no counter answers. `pdh`: the library, for
-    tests."""
+    """Returns the "Shared GPU memory" of this process on all adapters, as the task manager shows it; None if
+    unavailable.
+
+    Takes some milliseconds. It includes pinned memory, so only its growth is meaningful. `pdh`: the library, for tests.
+    """
     library = pdh or _pdh()
     if library is None:
         return None
@@ -42,7 +46,7 @@ def shared_usage_bytes(pdh: Any = None) -> int | None:
 
 def _asked(library: Any, query: ctypes.c_void_p) -> int | None:
     counter = ctypes.c_void_p()
-    # The underscore ends the number: pid_12 is also the beginning of pid_123.
+    # The underscore ends the number: pid_12 is a prefix of pid_123.
     path = ctypes.c_wchar_p(rf"\GPU Process Memory(pid_{os.getpid()}_*)\Shared Usage")
     if library.PdhAddEnglishCounterW(query, path, None, ctypes.byref(counter)):
         return None
@@ -50,10 +54,10 @@ def _asked(library: Any, query: ctypes.c_void_p) -> int | None:
         return None
     size, count = ctypes.c_uint32(), ctypes.c_uint32()
     sizes = ctypes.byref(size), ctypes.byref(count)
-    # Asked twice: how large, then what. A status is a signed number to ctypes.
+    # The first call returns the size, the second the data. ctypes returns the status as a signed number.
     if library.PdhGetFormattedCounterArrayW(counter, _FORMAT_LARGE, *sizes, None) & 0xFFFFFFFF != _MORE_DATA:
         return None
-    # Behind the items lie the names that they point to.
+    # The buffer also holds the names that the items point to.
     buffer = ctypes.create_string_buffer(size.value)
     if library.PdhGetFormattedCounterArrayW(counter, _FORMAT_LARGE, *sizes, buffer):
         return None

@@ -1,7 +1,7 @@
-"""Reads every number of memory once. About half a millisecond without NVML; starts nothing, CUDA least of all.
+"""Takes a snapshot of all memory numbers. About half a millisecond without NVML; never initializes CUDA.
 
-Sources: docs.pytorch.org (torch.cuda.mem_get_info, memory_stats, host_memory_stats), psutil's documentation, proc(5) for
-VmHWM.
+Sources: docs.pytorch.org (torch.cuda.mem_get_info, memory_stats, host_memory_stats), psutil's documentation, proc(5)
+for VmHWM.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ NO_GROUP = Message("readings.no_group")
 
 
 class HostMemory:
-    """What does not change while this process runs: which system, which control groups, which process. Made once and
-    handed to every snapshot, it saves looking these up."""
+    """Constant facts of this process: its system, its control groups, its psutil handle. Made once and passed to every
+    snapshot.
+    """
 
     def __init__(self, groups: ControlGroups | None = None, proc: Path = Path("/proc")) -> None:
         self.system = platform.system()
@@ -48,7 +49,9 @@ class HostMemory:
         self._meminfo, self._status = proc / "meminfo", proc / "self" / "status"
 
     def swap_bytes(self) -> tuple[int | None, int | None]:
-        """`(total, free)` outside Windows. Linux' own file: psutil reads a second one for numbers not needed here."""
+        """Returns `(total, free)`, outside Windows. Reads Linux' file directly: psutil reads a second file for numbers
+        unused here.
+        """
         if self.system == "Linux":
             total, free = _lines(self._meminfo, "SwapTotal", "SwapFree")
             return total, free
@@ -56,8 +59,9 @@ class HostMemory:
         return swap.total, swap.free
 
     def rss_peak_bytes(self) -> int | None:
-        """The most that was resident; None where the system does not keep it. Not getrusage's number: that begins with
-        what the parent had."""
+        """Returns the peak of the resident bytes; None if the system does not keep it. getrusage is not used: its peak
+        starts with that of the parent process.
+        """
         if self.system == "Windows":
             peak: int = getattr(self.process.memory_info(), "peak_wset")  # noqa: B009  # typed on Windows alone
             return peak
@@ -65,7 +69,13 @@ class HostMemory:
 
 
 def take_snapshot(device: torch.device, nvml: Nvml | None = None, host: HostMemory | None = None) -> MemorySnapshot:
-    """The memory of `device` and of this machine now. `nvml`: ask the driver's library too, which takes longer."""
+    """Returns the memory of `device` and of this machine now.
+
+    Args:
+        device: The device that the models run on.
+        nvml: Asks NVML too, which takes longer.
+        host: Constant facts to reuse.
+    """
     host = host or HostMemory()
     vram = read_vram(device) if torch.cuda.is_initialized() else _no_vram(_why_no_vram(device))  # type: ignore[no-untyped-call]  # torch's own
     card = _nvml_memory(nvml, device)
@@ -100,6 +110,8 @@ def take_snapshot(device: torch.device, nvml: Nvml | None = None, host: HostMemo
 
 @dataclass(frozen=True)
 class Vram:
+    """The memory of a device, as the driver and torch report it."""
+
     total: Reading
     free: Reading
     reserved: Reading
@@ -107,7 +119,7 @@ class Vram:
 
 
 def read_vram(device: torch.device) -> Vram:
-    """What the driver and torch's allocator say of a CUDA device (ROCm's too). Starts CUDA where it has not been."""
+    """Reads the memory of a CUDA device (ROCm too) from the driver and torch's allocator. Initializes CUDA."""
     if device.type != "cuda":
         return _no_vram(Message("readings.not_cuda", {"device": device.type}))
     current = None if device.index is None else device  # older torch takes no device without a number
@@ -116,7 +128,7 @@ def read_vram(device: torch.device) -> Vram:
     except RuntimeError as error:
         return _no_vram(Message("readings.driver_refused", {"error": str(error).strip().split("\n")[0]}))
     statistics = torch.cuda.memory_stats_as_nested_dict(current)
-    # A device that was never used has no statistics: nothing is held there.
+    # torch keeps no statistics of a device that was never used: it holds nothing there.
     none = {"all": {"current": 0}}
     reserved, active = (
         int(statistics.get(name, none)["all"]["current"]) for name in ("reserved_bytes", "active_bytes")
@@ -125,13 +137,13 @@ def read_vram(device: torch.device) -> Vram:
 
 
 def read_ram() -> tuple[Reading, Reading]:
-    """`(total, available)` of the machine."""
+    """Returns `(total, available)` of the machine."""
     memory = psutil.virtual_memory()
     return Reading(memory.total, SYSTEM), Reading(memory.available, SYSTEM)
 
 
 def group_room(room: int | None) -> Reading:
-    """What control groups leave."""
+    """Makes a reading of the room that control groups leave."""
     return _known(room, GROUPS, NO_GROUP)
 
 
@@ -154,7 +166,7 @@ def _nvml_memory(nvml: Nvml | None, device: torch.device) -> NvmlMemory:
 
 
 def _others(vram: Vram, card: NvmlMemory, ours: Reading) -> Reading:
-    """NVML's numbers where there are some: torch's free memory may count what others hold."""
+    """Prefers NVML's numbers: torch's free memory may include what other programs hold."""
     held = card.held.bytes
     if held is None:
         if vram.total.bytes is None or vram.free.bytes is None:
@@ -169,7 +181,7 @@ def _swap(host: HostMemory) -> tuple[Reading, Reading]:
     if host.system != "Windows":
         total, free = host.swap_bytes()
         return _known(total, SYSTEM), _known(free, SYSTEM)
-    # psutil asks the performance counters there: slow, and switched off on some machines.
+    # psutil uses performance counters there, which are slow and disabled on some machines.
     try:
         files = windows.page_files()
     except OSError as error:
@@ -207,7 +219,7 @@ def _pinned() -> Reading:
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
         return Reading(None, PINNED, NOT_STARTED)
     numbers = statistics()
-    # Until torch 2.9 the allocated bytes were those in use, and the reserved bytes all.
+    # Until torch 2.9 `allocated_bytes` were those in use and `reserved_bytes` all.
     size = numbers.get("reserved_bytes", numbers.get("allocated_bytes", {}))
     return _known(size.get("current"), PINNED)
 
@@ -217,7 +229,7 @@ def _known(number: int | None, source: Message, why: Message = NOT_COUNTED) -> R
 
 
 def _lines(file: Path, *names: str) -> list[int | None]:
-    """The bytes of lines `name:   123 kB`; None for each that is not there."""
+    """Returns the bytes of lines `name:   123 kB`; None for each missing line."""
     try:
         text = file.read_bytes()
     except OSError:

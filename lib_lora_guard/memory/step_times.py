@@ -1,7 +1,7 @@
-"""Telling a driver that pages VRAM to system memory from an ordinary slow step. Pure: numbers in, a verdict out.
+"""Distinguishes a driver that pages VRAM to system memory from an ordinary slow step. Pure: numbers in, a verdict out.
 
-Under Windows NVIDIA's driver puts what VRAM cannot hold into system memory ("shared GPU memory") without an error, and steps
-take 5 to 30 times as long. Since driver 546.01 a setting says whether it may.
+Under Windows, NVIDIA's driver moves what does not fit into VRAM to system memory ("shared GPU memory"). There is no
+error, but steps take 5 to 30 times as long. Since driver 546.01 a setting controls it.
 """
 
 from __future__ import annotations
@@ -19,56 +19,64 @@ from ..messages import Message
 MB = 1 << 20
 
 SLOW, VERY_SLOW = 3.0, 10.0
-"""Times the median. Two slow steps in a row count, or one very slow one: a single slow one is a hiccup."""
+"""Multiples of the median. Two slow steps in a row count, or one very slow step; a single slow step does not."""
 
 LEAST_STEPS = 4
 LEAST_EXCESS_SECONDS = 0.5
-"""Below that nobody minds, and a preview or another window explains it."""
+"""A smaller delay does not matter to users; a preview or another window explains it."""
 
 LEAST_GROWTH_BYTES = 256 * MB
-"""Shared GPU memory also has the pinned memory of this process, which comes and goes in smaller parts."""
+"""Shared GPU memory also contains this process's pinned memory, which changes in smaller parts."""
 
 _SLIDER_STEP_MB = 128
-"""What is told to be set on the slider "GPU Weights" goes up to whole steps of this."""
+"""Advice for the slider "GPU Weights" is rounded up to multiples of this."""
 
 _REMEMBERED_STEPS, _REMEMBERED_CONFIGURATIONS = 64, 64
 
 
 class Verdict(str, Enum):
+    """The cause of slow steps."""
+
     SPILLED = "spilled"
     """Shared GPU memory grew: the driver moved memory of the GPU into system memory."""
     LIKELY = "likely"
-    """The driver can do that here, and nobody could read whether it did."""
+    """The driver can page on this system, but shared GPU memory could not be read."""
     OTHER = "other"
-    """It did not: shared GPU memory did not grow, or the driver of this system does no such thing."""
+    """Not paging: shared GPU memory did not grow, or the driver of this system never pages."""
 
 
 @dataclass(frozen=True)
 class Slowdown:
-    """A step that took `seconds`, where `steps` normal ones of its configuration took `median_seconds` (None where there were
-    none to compare it with)."""
+    """A step that took `seconds`, compared with normal steps of its configuration."""
 
     verdict: Verdict
     seconds: float
     median_seconds: float | None
+    """The median of the normal steps; None if there are none yet."""
     steps: int
+    """The number of normal steps."""
     shared_before_bytes: int | None = None
     shared_bytes: int | None = None
 
     @property
     def factor(self) -> float | None:
+        """`seconds` as a multiple of the median."""
         return None if self.median_seconds is None else self.seconds / self.median_seconds
 
     @property
     def over_mb(self) -> int:
-        """How much more than VRAM holds was in use, as 'GPU Weights' is set; 0 where nobody knows."""
+        """Megabytes in use beyond VRAM, rounded for the slider 'GPU Weights'; 0 if unknown."""
         if self.verdict is not Verdict.SPILLED or self.shared_before_bytes is None or self.shared_bytes is None:
             return 0
         return math.ceil((self.shared_bytes - self.shared_before_bytes) / MB / _SLIDER_STEP_MB) * _SLIDER_STEP_MB
 
     def messages(self, lower_mb: int = 0, nvidia: bool = True) -> list[Message]:
-        """What happened, what it means, and what cures it. `lower_mb`: by how much 'GPU Weights' is to go down, 0 where
-        nobody knows; `nvidia`: the card's driver has the setting."""
+        """Returns sentences for the user: the observation, its meaning, the cure.
+
+        Args:
+            lower_mb: How far 'GPU Weights' should go down; 0 if unknown.
+            nvidia: The card's driver has the setting.
+        """
         if self.median_seconds is None or self.factor is None:
             said = [Message("spill.at_once", {"seconds": self.seconds}), self._meaning()]
         else:
@@ -91,7 +99,7 @@ class Slowdown:
 
 @dataclass
 class _Known:
-    """Of one configuration: its normal steps, and whether the last one was slow, and said to be."""
+    """The normal steps of one configuration, and whether the last step was slow and was reported."""
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_STEPS))
     shared_bytes: deque[int] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_STEPS))
@@ -100,11 +108,12 @@ class _Known:
 
 
 class StepTimes:
-    """How long steps take, by configuration (whatever decides it: model, storage, resolution, batch, stack). Not for
-    several threads at once."""
+    """Durations of steps by configuration (whatever decides them: model, storage, resolution, batch, stack). Not
+    thread-safe.
+    """
 
     def __init__(self, driver_spills: bool) -> None:
-        """`driver_spills`: the driver moves memory by itself, see `driver_spills()`."""
+        """`driver_spills`: see the function `driver_spills`."""
         self._driver_spills = driver_spills
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
 
@@ -117,19 +126,25 @@ class StepTimes:
         shared_bytes: int | None = None,
         shared_at_first_bytes: int | None = None,
     ) -> Slowdown | None:
-        """One step, measured until the GPU was done; a Slowdown when steps have become slow, once until a normal one comes.
-        `first`: the first one of an image, which prepares what the others use and counts for nothing. `shared_bytes`:
-        `shared_usage_bytes()` after it; `shared_at_first_bytes`: before the image's first step, with the model loaded."""
+        """Records one step. Returns a Slowdown once steps have become slow, then none until a normal step.
+
+        Args:
+            configuration: The steps to compare with.
+            seconds: The duration, measured until the GPU was done.
+            first: The first step of an image prepares what the others use and is ignored.
+            shared_bytes: `shared_usage_bytes()` after the step.
+            shared_at_first_bytes: The same before the image's first step, with the model loaded.
+        """
         if first or not (0 < seconds < math.inf):
             return None
         known = self._of(configuration)
         if seconds >= LEAST_EXCESS_SECONDS and len(known.seconds) < LEAST_STEPS:
             grown = self._verdict(shared_at_first_bytes, shared_bytes)
             if grown is Verdict.SPILLED:
-                # There is no usual time yet, and none of these steps makes one.
+                # There is no normal duration yet, and these steps must not become it.
                 was_slow, known.slow = known.slow, True
                 return None if was_slow else Slowdown(grown, seconds, None, 0, shared_at_first_bytes, shared_bytes)
-        # A step that is shorter than the excess alone is no slow one, whatever the usual ones are.
+        # A step shorter than the excess alone is never slow.
         is_judged = seconds >= LEAST_EXCESS_SECONDS and len(known.seconds) >= LEAST_STEPS
         median = statistics.median(known.seconds) if is_judged else math.inf
         if seconds < max(SLOW * median, median + LEAST_EXCESS_SECONDS):
@@ -160,5 +175,5 @@ class StepTimes:
 
 
 def driver_spills() -> bool:
-    """Whether drivers of this system move memory of the GPU by themselves: under Windows, and in its Linux (WSL)."""
+    """True if drivers of this system page GPU memory by themselves: Windows, and Linux inside it (WSL)."""
     return platform.system() == "Windows" or "microsoft" in platform.release().lower()

@@ -1,8 +1,8 @@
-"""Windows' commit limit, commit charge and page files. Importable everywhere; outside Windows the answer is None.
+"""Reads Windows' commit limit, commit charge and page files. Importable everywhere; returns None outside Windows.
 
 Sources: learn.microsoft.com, sysinfoapi.h (MEMORYSTATUSEX, GlobalMemoryStatusEx) and psapi.h (PERFORMANCE_INFORMATION,
-GetPerformanceInfo, ENUM_PAGE_FILE_INFORMATION, EnumPageFilesW), whose functions kernel32.dll has had under names with K32
-since Windows 7.
+GetPerformanceInfo, ENUM_PAGE_FILE_INFORMATION, EnumPageFilesW). kernel32.dll exports the psapi functions with the
+prefix K32 since Windows 7.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Commit:
-    """Commits are promises of memory: Windows refuses one above the limit, RAM free or not."""
+    """Committed memory. Windows refuses to commit above the limit, whatever RAM is free."""
 
     limit_bytes: int
     """RAM and page files at their present size."""
     charge_bytes: int
     room_bytes: int
-    """What this process may still commit; a job around it may allow less than the system does."""
+    """Bytes that this process may still commit; its job object may allow less than the system."""
 
 
 @dataclass(frozen=True)
 class PageFiles:
+    """All page files together, at their present size."""
+
     total_bytes: int
     free_bytes: int
 
 
 class MemoryStatusEx(ctypes.Structure):
-    # DWORD is 32 bits wide on every Windows; ctypes.wintypes has it as long, which is wider elsewhere.
+    """MEMORYSTATUSEX."""
+
+    # DWORD has 32 bits on every Windows; ctypes.wintypes defines it as long, which is wider on other systems.
     _fields_ = (
         ("length", ctypes.c_uint32),
         ("load_percent", ctypes.c_uint32),
@@ -46,7 +50,9 @@ class MemoryStatusEx(ctypes.Structure):
 
 
 class PerformanceInformation(ctypes.Structure):
-    """All but `page_size`, in bytes, and the last three, are counts of pages."""
+    """PERFORMANCE_INFORMATION. `size` and `page_size` are bytes, the last three are numbers of objects, all others
+    pages.
+    """
 
     _fields_ = (
         ("size", ctypes.c_uint32),
@@ -67,7 +73,7 @@ class PerformanceInformation(ctypes.Structure):
 
 
 class PageFileInformation(ctypes.Structure):
-    """Counts of pages."""
+    """ENUM_PAGE_FILE_INFORMATION, sizes in pages."""
 
     _fields_ = (
         ("size", ctypes.c_uint32),
@@ -84,7 +90,14 @@ _EachPageFile = getattr(ctypes, "WINFUNCTYPE", ctypes.CFUNCTYPE)(
 
 
 def commit(kernel32: Any = None) -> Commit | None:
-    """None outside Windows. `kernel32`: the library, for tests. Raises OSError where Windows refuses."""
+    """Returns the commit limit and charge; None outside Windows.
+
+    Args:
+        kernel32: The library, for tests.
+
+    Raises:
+        OSError: Windows refuses.
+    """
     library = kernel32 or _kernel32()
     if library is None:
         return None
@@ -97,7 +110,14 @@ def commit(kernel32: Any = None) -> Commit | None:
 
 
 def page_files(kernel32: Any = None) -> PageFiles | None:
-    """All page files together; as `commit`."""
+    """Returns the size of all page files together; None outside Windows.
+
+    Args:
+        kernel32: The library, for tests.
+
+    Raises:
+        OSError: Windows refuses.
+    """
     library = kernel32 or _kernel32()
     if library is None:
         return None
@@ -106,7 +126,7 @@ def page_files(kernel32: Any = None) -> PageFiles | None:
     def add(context: object, file: Any, name: str) -> int:
         nonlocal pages, used
         pages, used = pages + file.contents.total_size, used + file.contents.total_in_use
-        return 1  # go on with the next
+        return 1  # continue with the next one
 
     _check(library.K32EnumPageFilesW(_EachPageFile(add), None), "EnumPageFilesW")
     page_size = _performance(library).page_size
