@@ -1,4 +1,4 @@
-"""How a weight is stored, and how to read it. Pure torch; knows neither adapters nor hosts."""
+"""The storage formats of weights and their decoders. Needs only torch, no adapter and no host."""
 
 from .bnb4 import Bnb4Decoder
 from .codec import Codec, Decoder, PlainCodec, ScaledFp8Codec

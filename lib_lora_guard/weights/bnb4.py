@@ -1,9 +1,9 @@
-"""bitsandbytes' 4-bit weights (NF4, FP4), read without bitsandbytes.
+"""Decodes bitsandbytes' 4-bit weights (NF4, FP4) without bitsandbytes.
 
-Source: bitsandbytes' documentation of `QuantState` and its state-dict layout. Blocks run over the weight as one long
-row, so they may cross the weight's rows; the earlier value is in the high nibble; value = level * absmax of its block.
-Nested: absmax = nested_code[absmax] * nested_absmax of its block + offset. A stored `quant_map` is not used: the kernels
-of bitsandbytes do not use it either, they have the levels built in.
+Source: bitsandbytes' documentation of `QuantState` and its state-dict layout. The weight is flattened before it is
+divided into blocks, so a block may cross rows. The earlier value is in the high nibble; value = level * absmax of its
+block. Nested: absmax = nested_code[absmax] * nested_absmax of its block + offset. A stored `quant_map` is ignored, as
+by bitsandbytes' kernels: they have the levels built in.
 """
 
 from __future__ import annotations
@@ -22,24 +22,36 @@ from .storage import dtype_name
 
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_LEVELS = (*(v / 12 for v in _FP4_TWELFTHS), *(-v / 12 for v in _FP4_TWELFTHS))
-"""Sign, two bits of exponent, one of mantissa, over the largest; index 8 is minus zero."""
+"""A sign, two bits of exponent and one of mantissa, divided by the largest value; index 8 is minus zero."""
 
 LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 NESTED_PARTS = ("nested_absmax", "nested_code", "offset")
 LARGEST_STATE_BYTES = 1 << 16
-"""The JSON of a real file has some 200 bytes."""
+"""The JSON of a real file has about 200 bytes."""
 
 
 class Bnb4Decoder(Decoder):
-    """Decodes one weight; unlike other formats its parts do not tell its shape, so a decoder belongs to a shape.
+    """Decodes one weight. The parts do not contain the shape, so a decoder is made for one shape.
 
-    `parts`: `data`, the packed bytes in any shape and dtype; `absmax`, one float a block, or one uint8 a block with
-    `nested_absmax`, `nested_code` (256) and `offset` (1). Never transposed, unlike bitsandbytes for data of (1, n).
+    `parts`: `data`, the packed bytes in any shape and dtype; `absmax`, one float per block, or one uint8 per block with
+    `nested_absmax`, `nested_code` (256) and `offset` (1). Never transposed, unlike bitsandbytes for data of shape (1,
+    n).
     """
 
     def __init__(
         self, quant_type: str, shape: tuple[int, ...], blocksize: int = 64, nested_blocksize: int = 256
     ) -> None:
+        """Checks the format's numbers.
+
+        Args:
+            quant_type: "nf4" or "fp4".
+            shape: The weight's real shape.
+            blocksize: Values per absmax; even.
+            nested_blocksize: Values of absmax per nested_absmax.
+
+        Raises:
+            FileFormatError: One of them is invalid.
+        """
         if quant_type not in LEVELS:
             raise FileFormatError(f"bitsandbytes 4-bit: expected quant_type nf4 or fp4, found {quant_type!r}")
         if not shape or not all(_is_count(n) for n in shape):
@@ -84,7 +96,7 @@ class Bnb4Decoder(Decoder):
     def _values(self, parts: AnyParts, start: int, length: int) -> torch.Tensor:
         columns = math.prod(self.shape[1:])
         first, last = start * columns, (start + length) * columns
-        # The blocks that cover the rows: a block begins with a byte, a row need not.
+        # The blocks that cover the rows: a block starts at a whole byte, a row may not.
         block, end = first // self.block, -(-last // self.block)
         packed = parts["data"].reshape(-1).view(torch.uint8)[block * self.block_bytes : end * self.block_bytes]
         values = values_of_bytes(packed, LEVELS[self.format])
@@ -96,7 +108,7 @@ class Bnb4Decoder(Decoder):
         return values[first - block * self.block :][: last - first].view(length, columns)
 
     def _absmax(self, parts: AnyParts, start: int, end: int) -> torch.Tensor:
-        """fp32 scales of some blocks."""
+        """Returns the fp32 scales of blocks `start` to `end`."""
         absmax = parts["absmax"].reshape(-1)[start:end]
         if "nested_absmax" not in parts:
             return absmax.float()
@@ -107,9 +119,15 @@ class Bnb4Decoder(Decoder):
 
 
 def from_quant_state(data: torch.Tensor, quant_state: Any) -> tuple[Bnb4Decoder, Parts]:
-    """Decoder and parts of a parameter that bitsandbytes has made: its data and its `quant_state`.
+    """Returns the decoder and the parts of a parameter made by bitsandbytes.
 
-    Raises FileFormatError for sizes that do not fit, ValueError for data that is not in the layout of files any more.
+    Args:
+        data: The parameter's packed data.
+        quant_state: Its `quant_state`.
+
+    Raises:
+        FileFormatError: Sizes do not fit each other.
+        ValueError: bitsandbytes has repacked the data for its CPU kernels.
     """
     if getattr(quant_state, "packing_format_for_cpu", False):
         raise ValueError("bitsandbytes has repacked this weight for its own CPU kernels; it cannot be decoded here")
@@ -129,9 +147,14 @@ def from_quant_state(data: torch.Tensor, quant_state: Any) -> tuple[Bnb4Decoder,
 
 
 def from_file_parts(tensors: AnyParts, name: str) -> tuple[Bnb4Decoder, Parts]:
-    """Decoder and parts of the weight `name` ("x.weight") in a safetensors file that bitsandbytes has written.
+    """Returns the decoder and the parts of a weight in a safetensors file written by bitsandbytes.
 
-    Raises FileFormatError for what is missing or does not fit.
+    Args:
+        tensors: The file's tensors by name.
+        name: The weight's name ("x.weight").
+
+    Raises:
+        FileFormatError: A part is missing or does not fit.
     """
     states = [key for key in (f"{name}.quant_state.bitsandbytes__{kind}" for kind in LEVELS) if key in tensors]
     if len(states) != 1:

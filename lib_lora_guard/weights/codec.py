@@ -1,4 +1,4 @@
-"""One interface for the ways a weight can be stored in a few bits: encode once, decode by rows as often as needed."""
+"""The interface of all low-bit storage formats: encode once, decode any rows as often as needed."""
 
 from __future__ import annotations
 
@@ -12,41 +12,52 @@ from ..errors import FileFormatError
 from .storage import FP8_DTYPES, dtype_name
 
 Parts = dict[str, torch.Tensor]
+"""The named tensors of one stored weight."""
 AnyParts = Mapping[str, torch.Tensor]
 
 SLICE_VALUES = 1 << 21
-"""Values decoded in one go: 8 MB of fp32 stay in a CPU's cache (twice as fast there) and bound the workspace on a GPU."""
+"""Values decoded at once: 8 MB of fp32 stay in a CPU's cache (twice as fast there) and limit the workspace on a GPU."""
 
 
 class Decoder(ABC):
-    """Reads one stored format. `parts` are named tensors, `data` among them; `data` alone is what `bytes_of` counts.
+    """Decodes one storage format. `parts` are named tensors; `bytes_of` counts only `data`.
 
-    Values are calculated in fp32 and rounded once, to the dtype asked for: fp16 has no room for many a scale. Scales
-    that are NaN or infinite are no error; they give the NaN or infinite values that the format says.
+    Values are computed in fp32 and rounded once, to the requested dtype, because many scales do not fit into fp16.
+    Scales that are NaN or infinite raise nothing; they give the values that the format defines.
     """
 
     format: str
     block: int = 1
-    """Values that share a scale; the number of columns must be a multiple of it."""
+    """Values that share one scale; the number of columns must be a multiple of it."""
     block_bytes: int
-    """Bytes of `data` that hold one block."""
+    """Bytes of `data` per block."""
 
     @abstractmethod
     def shape_of(self, parts: AnyParts) -> tuple[int, int]:
-        """`(rows, columns)` of the weight. Raises FileFormatError for parts that are not of this format."""
+        """Returns `(rows, columns)` of the weight.
+
+        Raises:
+            FileFormatError: The parts are not of this format.
+        """
 
     @abstractmethod
     def _values(self, parts: AnyParts, start: int, length: int) -> torch.Tensor:
-        """Some rows, in fp32 or as exactly; `shape_of` has passed and the range lies inside."""
+        """Returns rows in fp32, or in another dtype that is as exact. The caller has checked the shape and the range."""
 
     def decode(self, parts: AnyParts, dtype: torch.dtype) -> torch.Tensor:
-        """The weight, `(rows, columns)` in `dtype`, where the parts lie; not to be written into."""
+        """Returns the weight, `(rows, columns)` in `dtype`, on the device of the parts. Do not write into it.
+
+        Raises:
+            FileFormatError: The parts are not of this format.
+        """
         return self.decode_rows(parts, 0, self.shape_of(parts)[0], dtype)
 
     def decode_rows(self, parts: AnyParts, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `start` to `start + length` of what `decode` gives, bit for bit; no other rows are decoded.
+        """Returns the rows from `start` to `start + length`, bit for bit as `decode` gives them. Decodes no other rows.
 
-        Raises ValueError for rows that the weight does not have.
+        Raises:
+            ValueError: The weight does not have these rows.
+            FileFormatError: The parts are not of this format.
         """
         rows, columns = self.shape_of(parts)
         self._check_range(rows, start, length)
@@ -62,7 +73,11 @@ class Decoder(ABC):
             raise ValueError(f"{self.format}: rows {start} to {start + length} were asked for, the weight has {rows}")
 
     def bytes_of(self, shape: Sequence[int]) -> int:
-        """Bytes that `data` of a weight of `shape` takes. Raises FileFormatError where rows are not whole blocks."""
+        """Returns the bytes of `data` for a weight of `shape`.
+
+        Raises:
+            FileFormatError: The rows are not whole blocks.
+        """
         if not shape or shape[-1] % self.block:
             raise FileFormatError(
                 f"{self.format}: expected rows of a multiple of {self.block} values, found shape {list(shape)}"
@@ -71,14 +86,18 @@ class Decoder(ABC):
 
 
 class Codec(Decoder):
-    """A format that can also be made here. The first dimension of each part is the weight's rows."""
+    """A format that can also be encoded here. The first dimension of each part is the weight's rows."""
 
     @abstractmethod
     def encode(self, weight: torch.Tensor) -> Parts:
-        """Parts of a 2-D float weight. Raises ValueError where its columns do not fill whole blocks."""
+        """Returns the parts of a float weight `(rows, columns)`.
+
+        Raises:
+            ValueError: The columns are not whole blocks.
+        """
 
     def _blocks(self, weight: torch.Tensor) -> torch.Tensor:
-        """`(rows, blocks, block)` in fp32."""
+        """Returns the weight as `(rows, blocks, block)` in fp32."""
         if weight.dim() != 2 or weight.shape[1] % self.block:
             raise ValueError(
                 f"{self.format} needs a matrix whose columns are a multiple of {self.block}, found {list(weight.shape)}"
@@ -87,7 +106,9 @@ class Codec(Decoder):
 
 
 class PlainCodec(Codec):
-    """A dtype of torch's without a scale; `data` is `(rows, columns)` in it, or `(rows, bytes)` as a file has them."""
+    """A plain dtype of torch, without scales. `data` is `(rows, columns)` in that dtype, or `(rows, bytes)` as in a
+    file.
+    """
 
     def __init__(self, dtype: torch.dtype, format_name: str) -> None:
         self.dtype = dtype
@@ -98,7 +119,7 @@ class PlainCodec(Codec):
         return {"data": weight.to(self.dtype)}
 
     def typed(self, data: torch.Tensor) -> torch.Tensor:
-        """`data` in the codec's dtype: a view where bytes lie as torch wants them."""
+        """Returns `data` in the codec's dtype: a view if the bytes are aligned for it, else a copy."""
         if data.dtype == self.dtype:
             return data
         flat = data.reshape(-1)
@@ -118,7 +139,7 @@ class PlainCodec(Codec):
         )
 
     def decode_rows(self, parts: AnyParts, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """As of any decoder, but without a copy where `data` has `dtype` already: then it is the part's own memory."""
+        """As `Decoder.decode_rows`, but returns the part's own memory if `data` already has `dtype`."""
         if dtype != self.dtype:
             return super().decode_rows(parts, start, length, dtype)
         self._check_range(self.shape_of(parts)[0], start, length)
@@ -129,11 +150,11 @@ class PlainCodec(Codec):
 
 
 class ScaledFp8Codec(Codec):
-    """fp8 of any of torch's dtypes, with a `scale` of one value, of one value a row, or without any.
+    """Any float8 dtype of torch, with a `scale` of one value, one value per row, or no scale.
 
-    `encode` makes float8_e4m3fn with one fp32 scale a row, so that the row's largest value is fp8's largest (448).
-    Source: torch.finfo(torch.float8_e4m3fn); "FP8 Formats for Deep Learning", arXiv 2209.05433; checkpoints call the
-    scale `scale_weight` and mean weight = data * scale.
+    `encode` makes float8_e4m3fn with one fp32 scale per row; the row's largest value becomes fp8's largest (448).
+    Source: torch.finfo(torch.float8_e4m3fn); "FP8 Formats for Deep Learning", arXiv 2209.05433. Checkpoints call the
+    scale `scale_weight`; weight = data * scale.
     """
 
     format = "fp8"
@@ -165,5 +186,5 @@ class ScaledFp8Codec(Codec):
 
 
 def found(data: torch.Tensor) -> str:
-    """Shape and dtype, for messages."""
+    """Describes a tensor's shape and dtype for an error message."""
     return f"{list(data.shape)} {dtype_name(data.dtype)}"

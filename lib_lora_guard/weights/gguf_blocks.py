@@ -1,8 +1,8 @@
-"""GGUF block formats of 32 values as they lie in the file.
+"""Decodes GGUF formats with blocks of 32 values.
 
 Source: the ggml block structures (`block_q4_0` and so on). A block begins with its fp16 scale d and, in the "_1" types,
-its fp16 minimum m; value = d * (q - centre), or d * q + m. Halves of a block share bytes: value i in the low nibbles,
-value i + 16 in the high ones. Numbers are little-endian, as on every machine torch runs on.
+its fp16 minimum m; value = d * (q - centre), or d * q + m. The two halves of a block share bytes: value i in the low
+nibbles, value i + 16 in the high ones. Numbers are little-endian, as on all machines that torch supports.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from ..errors import FileFormatError
 from .codec import AnyParts, Codec, Decoder, Parts, found
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""What the 16 indices of IQ4_NL and IQ4_XS stand for. Source: ggml, `kvalues_iq4nl`."""
+"""The values of the 16 indices of IQ4_NL and IQ4_XS. Source: ggml, `kvalues_iq4nl`."""
 
 
 class BlockDecoder(Decoder):
-    """`data` is `(rows, blocks in a row * block_bytes)` in uint8: the bytes of the file."""
+    """A format of whole blocks. `data` is `(rows, blocks per row * block_bytes)` in uint8: the bytes of the file."""
 
     @abstractmethod
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
-        """`(rows, blocks, block_bytes)` bytes to fp32, `(rows, blocks, ...)` with `block` values a block, in order."""
+        """Decodes `(rows, blocks, block_bytes)` bytes to fp32 `(rows, blocks, ...)` with `block` values per block, in
+        order.
+        """
 
     def shape_of(self, parts: AnyParts) -> tuple[int, int]:
         data = parts["data"]
@@ -41,40 +43,42 @@ class BlockDecoder(Decoder):
 
 
 def fields(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """The 8 / `bits` fields of every byte, lowest first, along a new dimension `dim`."""
+    """Splits every byte into its 8 / `bits` fields, lowest first, along a new dimension `dim`."""
     mask = (1 << bits) - 1
     return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim)
 
 
 def halves(packed: torch.Tensor) -> torch.Tensor:
-    """fp32 of the fp16 numbers in the last dimension of `packed`, which may lie at an odd address."""
+    """Reads the last dimension of `packed` as fp16 numbers, in fp32. `packed` may start at an odd address."""
     return packed.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def two_halves(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum (or its scale), each with one number in its last dimension."""
+    """Reads the scale and the minimum (or its scale), each `(..., 1)` in fp32."""
     both = halves(packed)
     return both[..., :1], both[..., 1:]
 
 
 def parted(x: torch.Tensor, *sizes: int) -> torch.Tensor:
-    """A view with the last dimension in parts of these sizes."""
+    """Returns a view with the last dimension split into `sizes`."""
     return x.view(*x.shape[:-1], *sizes)
 
 
 def iq4_values(index: torch.Tensor) -> torch.Tensor:
-    """fp32 levels of 4-bit indices, in their shape."""
+    """Returns the fp32 levels of 4-bit indices, in the shape of `index`."""
     levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=index.device)
     return levels.index_select(0, index.flatten().int()).view(index.shape)
 
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """`(rows, blocks, 16)` bytes to 32 indices a block."""
+    """Unpacks `(rows, blocks, 16)` bytes to 32 indices per block."""
     return fields(packed, 4, -2).flatten(-2)
 
 
 def _nibbles_and_fifth_bits(packed: torch.Tensor) -> torch.Tensor:
-    """4 bytes whose bit i belongs to value i, then 16 bytes of nibbles, to 32 indices of 5 bits a block."""
+    """Unpacks 5-bit indices, 32 per block, from 4 bytes of fifth bits (bit i belongs to value i) and 16 bytes of
+    nibbles.
+    """
     fifth = fields(packed[..., :4], 1, -1).flatten(-2)
     return _nibbles(packed[..., 4:]).bitwise_or_(fifth << 4)
 
@@ -89,7 +93,7 @@ class Q8_0Codec(BlockDecoder, Codec):
     def encode(self, weight: torch.Tensor) -> Parts:
         blocks = self._blocks(weight)
         scale = (blocks.abs().amax(dim=2, keepdim=True) / 127).half()
-        # What is divided by is what will be multiplied with: the scale as fp16 holds it, subnormal ones included.
+        # Divide by the scale as fp16 stores it (subnormal ones too): decoding multiplies by that value.
         step = scale.float()
         step = torch.where(step == 0, torch.ones_like(step), step)
         values = (blocks / step).round().clamp(-127, 127).to(torch.int8)

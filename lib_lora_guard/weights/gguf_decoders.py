@@ -1,4 +1,4 @@
-"""Every GGUF tensor type that is decoded here, by the name it has in the format."""
+"""All GGUF tensor types that can be decoded, by their name in the format."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ _ALL: tuple[Decoder, ...] = (
     IQ4XSDecoder(),
 )
 GGUF_DECODERS: Mapping[str, Decoder] = MappingProxyType({decoder.format: decoder for decoder in _ALL})
-"""`data` is `(rows, row bytes)` in uint8, where rows are all dimensions of the weight but the last of torch's order."""
+"""`data` is `(rows, row bytes)` in uint8. Rows are all dimensions of the weight, in torch's order, except the last."""

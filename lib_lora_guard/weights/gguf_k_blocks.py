@@ -1,9 +1,9 @@
-"""GGUF block formats of 256 values as they lie in the file.
+"""Decodes GGUF formats with blocks of 256 values.
 
-Source: the ggml block structures (`block_q2_K` and so on). A block is 8 groups of 32 values or 16 of 16; a group has a
-small integer scale, which the block's fp16 d multiplies, and in Q2_K, Q4_K and Q5_K a small integer minimum, which the
-block's fp16 dmin multiplies: value = (d * scale) * (q - centre), or (d * scale) * q - dmin * minimum. All products are
-exact in fp32 (at most 24 significant bits), so only the subtraction rounds.
+Source: the ggml block structures (`block_q2_K` and so on). A block has 8 groups of 32 values or 16 groups of 16. A
+group has a small integer scale, multiplied by the block's fp16 d. In Q2_K, Q4_K and Q5_K it also has a small integer
+minimum, multiplied by the block's fp16 dmin. value = (d * scale) * (q - centre), or (d * scale) * q - dmin * minimum.
+All products are exact in fp32 (at most 24 significant bits), so only the subtraction rounds.
 """
 
 from __future__ import annotations
@@ -70,8 +70,11 @@ class Q5KDecoder(BlockDecoder):
 
 
 class Q6KDecoder(BlockDecoder):
-    """128 bytes of low nibbles, 64 of high two bits, 16 signed scales, d; centre 32. Each half of the block lies apart:
-    64 bytes with values 0..63 in the low nibbles and 64..127 in the high, 32 bytes with value i in field i // 32."""
+    """128 bytes of low nibbles, 64 of high two bits, 16 signed scales, d; centre 32.
+
+    Each half of the block is stored separately: 64 bytes with values 0..63 in the low and 64..127 in the high nibbles,
+    32 bytes with value i in field i // 32.
+    """
 
     format = "Q6_K"
     block = 256
@@ -103,20 +106,20 @@ def _column(of_groups: torch.Tensor) -> torch.Tensor:
 
 
 def _two_bits(packed: torch.Tensor) -> torch.Tensor:
-    """64 bytes to `(..., 16, 16)`: each half of them holds 128 values, value i in field i // 32 of byte i % 32."""
+    """Unpacks 64 bytes to `(..., 16, 16)`. Each half holds 128 values, value i in field i // 32 of byte i % 32."""
     return parted(fields(parted(packed, 2, 32), 2, -2).flatten(-3), 16, 16)
 
 
 def _nibble_groups(packed: torch.Tensor) -> torch.Tensor:
-    """128 bytes to `(..., 8, 32)`."""
+    """Unpacks 128 bytes to `(..., 8, 32)`."""
     return fields(parted(packed, 4, 32), 4, -2).flatten(-3, -2)
 
 
 def _scales_and_minima(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """d * scale and dmin * minimum of the 8 groups, from the first 16 bytes of a Q4_K or Q5_K block.
+    """Returns d * scale and dmin * minimum of the 8 groups, from the first 16 bytes of a Q4_K or Q5_K block.
 
-    After d and dmin, 4 bytes each: scales 0..3, minima 0..3, and the low nibbles of scales 4..7 with those of minima
-    4..7 above them. The first two have six bits; their upper two bits are the missing bits of 4..7.
+    After d and dmin follow, 4 bytes each: scales 0..3, minima 0..3, and low nibbles of scales 4..7 (low) and minima
+    4..7 (high). Scales and minima 0..3 use six bits; their upper two bits are the high bits of 4..7.
     """
     d, dmin = two_halves(head[..., :4])
     first_scales, first_minima, nibbles = torch.split(head[..., 4:], 4, -1)

@@ -1,7 +1,7 @@
 """NF4: 4-bit indices into the quantiles of a normal distribution, one fp32 scale per 64 values.
 
-Source: QLoRA, arXiv 2305.14314, appendix E gives the 16 levels. Packing: the earlier value in the high nibble, as
-bitsandbytes stores it.
+Source: QLoRA, arXiv 2305.14314, appendix E lists the 16 levels. The earlier value is in the high nibble, as in
+bitsandbytes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ NF4_LEVELS = (
 
 
 def values_of_bytes(packed: torch.Tensor, levels: Sequence[float]) -> torch.Tensor:
-    """The two fp32 levels of every byte, in order, flat: the earlier value is in the high nibble."""
+    """Decodes every byte to its two fp32 levels, in order, as a flat tensor. The earlier value is in the high nibble."""
     table = torch.tensor(levels, dtype=torch.float32, device=packed.device)
-    # One look-up of a whole byte gives both values as one 8-byte number: half the traffic of unpacking first.
+    # One look-up per byte returns both values as one 8-byte number: half the memory traffic of unpacking first.
     pairs = torch.cartesian_prod(table, table).view(torch.int64).flatten()
     return pairs.index_select(0, packed.flatten().int()).view(torch.float32)
 
 
 class Nf4Codec(Codec):
-    """Our own layout: `data` `(rows, columns / 2)` in uint8 and `absmax` `(rows, columns / 64)`, so that rows can be
-    taken from both. For bitsandbytes' own see bnb4."""
+    """NF4 in our own layout, which can be sliced by rows: `data` `(rows, columns / 2)` in uint8, `absmax` `(rows,
+    columns / 64)`. `bnb4` decodes bitsandbytes' layout.
+    """
 
     format = "nf4"
     block = 64
@@ -40,7 +41,7 @@ class Nf4Codec(Codec):
         absmax = blocks.abs().amax(dim=2)
         levels = torch.tensor(NF4_LEVELS, device=weight.device)
         middles = (levels[1:] + levels[:-1]) / 2
-        # A block of zeros has no scale to divide by; its indices are those of level 0.
+        # A block of zeros has absmax 0; its indices are those of level 0.
         unit = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(2)
         index = torch.bucketize(unit, middles, out_int32=True).to(torch.uint8).flatten(1)
         return {"data": (index[:, 0::2] << 4) | index[:, 1::2], "absmax": absmax}

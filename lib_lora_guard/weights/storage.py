@@ -1,7 +1,7 @@
-"""How a weight lies in memory, read off the parameter itself.
+"""Determines how a weight is stored, from the parameter itself.
 
-Sources: Forge `backend/operations_gguf.py` (`gguf_cls`, `real_shape`) and `backend/operations_bnb.py`
-(`bnb_quantized`, `quant_state`).
+Sources: Forge `backend/operations_gguf.py` (`gguf_cls`, `real_shape`) and `backend/operations_bnb.py` (`bnb_quantized`,
+`quant_state`).
 """
 
 from __future__ import annotations
@@ -16,29 +16,33 @@ FP8_DTYPES = tuple(
     for n in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
     if hasattr(torch, n)
 )
+"""The float8 dtypes that this torch has."""
 WIDE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Floats of 16 bits and more."""
 MB = 1 << 20
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """fp64 where every device of the kind has it: MPS, DirectML and some of Intel's GPUs refuse it."""
+    """Returns fp64 if all devices of this type support it: MPS, DirectML and some Intel GPUs do not."""
     return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
 @dataclass(frozen=True)
 class Storage:
-    """`format` is a short name for people ("bf16", "fp8", "nf4", "Q4_K"); `bytes` what it takes as it lies there, with the
-    scales that bitsandbytes keeps beside it."""
+    """The storage of one weight."""
 
     format: str
+    """A short name for users ("bf16", "fp8", "nf4", "Q4_K")."""
     shape: tuple[int, ...]
+    """The real (dequantized) shape."""
     bytes: int
+    """Bytes as stored, with the scales that bitsandbytes keeps separately."""
     wide: bool
-    """True for plain 16, 32 and 64-bit floats: only these can take a merge without losing the LoRA."""
+    """True for plain floats of 16, 32 and 64 bits: only they can take a merge without losing the LoRA."""
 
 
 def storage_of(parameter: torch.Tensor) -> Storage:
-    """Storage of one parameter."""
+    """Returns the storage of a parameter of a plain module or of Forge."""
     any_parameter: Any = parameter
     size = parameter.data.numel() * parameter.data.element_size()
     if hasattr(parameter, "gguf_cls"):
@@ -56,7 +60,9 @@ def storage_of(parameter: torch.Tensor) -> Storage:
 
 
 def scales_bytes(parameter: torch.Tensor) -> int:
-    """What bitsandbytes keeps beside a quantised weight, and moves with it; 0 for every other."""
+    """Returns the bytes of the tensors that bitsandbytes keeps with a quantized weight and moves with it; 0 for other
+    weights.
+    """
     state = getattr(parameter, "quant_state", None)
     nested = getattr(state, "state2", None)
     kept = [getattr(one, name, None) for one in (state, nested) for name in ("absmax", "code")]
@@ -65,7 +71,7 @@ def scales_bytes(parameter: torch.Tensor) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The short name people use: bf16, fp16, fp32, fp8_e4m3fn."""
+    """Returns the common short name: bf16, fp16, fp32, fp8_e4m3fn."""
     name = str(dtype).removeprefix("torch.")
     for long, short in (
         ("bfloat16", "bf16"),
@@ -80,7 +86,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def shares_storage(a: torch.Tensor, b: torch.Tensor | None) -> bool:
-    """True when writing into `a` would write into `b`: `.to()` and `.data` may return the parameter itself."""
+    """True if writing into `a` also writes into `b`: `.to()` and `.data` may return the parameter's own memory."""
     if b is None or a.device != b.device or a.device.type == "meta":
         return b is not None and a is b
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

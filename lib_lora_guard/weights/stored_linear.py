@@ -1,4 +1,4 @@
-"""A linear layer whose weight is stored by a codec and decoded for every forward pass. Needs neither host nor GPU."""
+"""A linear layer that decodes its stored weight in every forward pass. Needs neither host nor GPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from .storage import Storage
 
 
 class StoredLinear(torch.nn.Module):
-    """`y = x @ decode(weight)^T + bias`. Inference only.
+    """`y = x @ decode(weight)^T + bias`. For inference only.
 
-    `weight_terms`: set by the guard, applied to the decoded weight of each forward pass (see patching.on_the_fly).
+    `weight_terms` is set by the guard and applied to the decoded weight in each forward pass (see patching.on_the_fly).
     """
 
     def __init__(self, codec: Codec, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Encodes `weight` `(out, in)`.
+
+        Args:
+            codec: The storage format.
+            weight: The float weight.
+            bias: `(out,)`, or None.
+        """
         super().__init__()
         self._hold(codec, codec.encode(weight), bias)
 
@@ -25,9 +32,16 @@ class StoredLinear(torch.nn.Module):
     def from_parts(
         cls, decoder: Decoder, parts: AnyParts, shape: Sequence[int], bias: torch.Tensor | None = None
     ) -> StoredLinear:
-        """A layer that holds a weight of `shape` (out, in) as a file stores it; the parts are kept, not copied.
+        """Makes a layer from a weight as a file stores it. The parts are kept without a copy.
 
-        Raises FileFormatError for parts that are not of `shape`.
+        Args:
+            decoder: The storage format.
+            parts: The weight's stored tensors.
+            shape: The expected shape `(out, in)`.
+            bias: `(out,)`, or None.
+
+        Raises:
+            FileFormatError: The parts do not hold a weight of `shape`.
         """
         found = decoder.shape_of(parts)
         if found != tuple(shape):
@@ -35,7 +49,7 @@ class StoredLinear(torch.nn.Module):
         layer = cls.__new__(cls)
         torch.nn.Module.__init__(layer)
         if isinstance(decoder, PlainCodec):
-            # As numbers, not bytes: then it is a wide weight like any other.
+            # Converted from bytes to numbers, so that it counts as a wide weight.
             parts = {"data": decoder.typed(parts["data"])}
         layer._hold(decoder, dict(parts), bias)
         return layer
@@ -52,24 +66,32 @@ class StoredLinear(torch.nn.Module):
         self.weight_terms: object | None = None
 
     def parts(self) -> Parts:
+        """Returns the stored tensors, without a copy."""
         return {name: getattr(self, "weight" if name == "data" else f"weight_{name}").data for name in self._names}
 
     def storage(self) -> Storage:
+        """Returns the storage of the weight."""
         size = sum(part.numel() * part.element_size() for part in self.parts().values())
         wide = self.parts()["data"].dtype in (torch.bfloat16, torch.float16, torch.float32)
         return Storage(self.codec.format, (self.out_features, self.in_features), size, wide)
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the weight, `(out, in)` in `dtype`."""
         return self.codec.decode(self.parts(), dtype)
 
     def decode_rows(self, start: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows `start` to `start + length` alone. Raises ValueError for rows that the weight does not have."""
+        """Returns the rows from `start` to `start + length` in `dtype`.
+
+        Raises:
+            ValueError: The weight does not have these rows.
+        """
         return self.codec.decode_rows(self.parts(), start, length, dtype)
 
     def store(self, weight: torch.Tensor) -> None:
-        """Encodes `weight` into the place of the present one (the merging way; low-bit formats round it).
+        """Encodes `weight` and replaces the present one (a merge; low-bit formats round it).
 
-        Raises ModeError where the format can only be decoded.
+        Raises:
+            ModeError: The format can only be decoded.
         """
         if not isinstance(self.codec, Codec):
             raise ModeError(
@@ -78,7 +100,7 @@ class StoredLinear(torch.nn.Module):
         self.put(self.codec.encode(weight))
 
     def put(self, parts: Parts) -> None:
-        """Replaces the stored parts."""
+        """Replaces the stored tensors."""
         for name, value in parts.items():
             parameter: torch.nn.Parameter = getattr(self, "weight" if name == "data" else f"weight_{name}")
             parameter.data = value
