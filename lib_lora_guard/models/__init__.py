@@ -1,4 +1,4 @@
-"""Which model this is, and which part of it each name in a LoRA file means. Pure: names and shapes in, routes out."""
+"""Detects a model's architecture and maps names in LoRA files to its weights. Pure: names and shapes in, routes out."""
 
 from .architecture import Architecture, accepts, detect_lora, detect_model
 from .names import NameMap

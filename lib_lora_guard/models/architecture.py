@@ -1,8 +1,8 @@
-"""Which architecture a model is, and which one a LoRA was trained for, from names and sizes.
+"""Detects the architecture of a model, and the one that a LoRA was trained for, from names and sizes.
 
-Names decide first, then the width of a layer's input, and a file's metadata only between what those leave open. What
-cannot be told for sure is None. Sources of the facts: the parameter names and default sizes in diffusers
-(models/transformers, loaders/single_file_utils.py, loaders/lora_conversion_utils.py) and Forge (backend/nn, loader.py).
+Names decide first, then the width of a layer's input. A file's metadata decides only between the remaining candidates.
+An ambiguous result is None. Sources: the parameter names and default sizes in diffusers (models/transformers,
+loaders/single_file_utils.py, loaders/lora_conversion_utils.py) and Forge (backend/nn, loader.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .evidence import Evidence
 
 
 class Architecture(str, Enum):
-    """The value is what users read."""
+    """A model architecture. The value is its name for users."""
 
     SD1 = "SD 1.x"
     SD2 = "SD 2.x"
@@ -49,7 +49,9 @@ A = Architecture
 
 @dataclass(frozen=True)
 class _Rule:
-    """`names` is searched in the modules' flat names; with `inputs`, one of those must have such an input width."""
+    """`names` is a pattern for the modules' flat names. If `inputs` is given, a matching module must have one of these
+    input widths.
+    """
 
     architecture: Architecture
     names: str
@@ -95,11 +97,11 @@ _RULES = (
     _rule(A.SD3, _TOP + r"attn_(to|add)_[qkv]", 1536, 2432),
     _rule(A.SD3, _TOP + r"ff(_context)?_net_0_proj$|" + _TOP + r"norm1(_context)?_linear$", 1536, 2432),
 )
-"""In order: the first that fits decides."""
+"""Ordered: the first match decides."""
 
 _UNET = r"^((in|out)put_blocks_\d+_\d+_|middle_block_\d+_|(down|up)_blocks_\d+_(attentions|resnets|(down|up)samplers)_|mid_block_(attentions|resnets)_)"
 _CROSS = {768: A.SD1, 1024: A.SD2, 2048: A.SDXL, 1280: A.SDXL_REFINER}
-"""Width of the text that a U-Net's cross attention sees."""
+"""The architecture by the width of the text embedding that a U-Net's cross attention receives."""
 
 _FLUX_LIKE = _BFL + r"((img|txt)_(attn|mlp|mod)|linear[12]|modulation|norm|qkv|proj)|^single_transformer_blocks_\d+_"
 _MODULATED = r"(_mod|_modulation)_lin$|_norm(1|1_context)?_linear$|^(vector|time|guidance)_in_|^time_text_embed_"
@@ -121,9 +123,14 @@ _METADATA = ("ss_base_model_version", "modelspec.architecture", "ss_network_modu
 
 
 def detect_model(shapes: Mapping[str, Shape]) -> Architecture | None:
-    """Architecture of a U-Net or transformer, or of a whole checkpoint, from parameter names and shapes.
+    """Detects the architecture of a U-Net or transformer, or of a whole checkpoint.
 
-    Either layout, with or without the prefixes "model.diffusion_model.", "diffusion_model.", "unet.", "transformer.".
+    Args:
+        shapes: Parameter names and shapes, in the original layout or that of diffusers. The prefixes
+            "model.diffusion_model.", "diffusion_model.", "unet.", "transformer." are optional.
+
+    Returns:
+        The architecture; None if it is unknown or ambiguous.
     """
     evidence = Evidence.of_model(shapes)
     if evidence.has(r"^single_transformer_blocks_") or evidence.has(_BFL):
@@ -134,10 +141,14 @@ def detect_model(shapes: Mapping[str, Shape]) -> Architecture | None:
 
 
 def detect_lora(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Architecture | None:
-    """Architecture a LoRA file was trained for, from its tensors' names and shapes.
+    """Detects the architecture that a LoRA file was trained for.
 
-    A file for Flux that leaves the modulations alone looks like one for Chroma: FLUX unless the metadata says otherwise,
-    and see `accepts`. A file with nothing but text encoders is often None, as several architectures share those.
+    A Flux file without modulations looks like one for Chroma: FLUX, unless the metadata names Chroma; `accepts` allows
+    both. A file with text encoders only is often None, as several architectures share them.
+
+    Args:
+        shapes: Names and shapes of the file's tensors.
+        metadata: The file's metadata.
     """
     evidence = Evidence.of_lora(shapes)
     found = _decide(evidence) or _unet(evidence) or _flux_like(evidence) or _text(evidence)
@@ -148,7 +159,9 @@ def detect_lora(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None 
 
 
 def accepts(model: Architecture | None, lora: Architecture | None) -> bool:
-    """Whether a LoRA may go on a model: alike, or one of them unknown, or pairs that share their layers."""
+    """True if a LoRA may be applied to a model: same architecture, one of them unknown, or a pair that shares its
+    layers.
+    """
     return model is None or lora is None or model == lora or {model, lora} in ({A.FLUX, A.CHROMA}, {A.SDXL, A.KOLORS})
 
 
@@ -161,7 +174,9 @@ def _only(found: tuple[Architecture, ...]) -> Architecture | None:
 
 
 def _flux_like(evidence: Evidence, *, model: bool = False) -> tuple[Architecture, ...]:
-    """Flux, Chroma and Hunyuan Video name their blocks alike and have the same width."""
+    """Decides between Flux, Flux 2, Chroma and Hunyuan Video: their blocks have the same names, most have the same
+    width.
+    """
     only_double = _TOP + r"(attn_(to|add)_[qkv]|attn_to_(out|add_out)|ff(_context)?_net|norm1(_context)?_linear)"
     if not evidence.has(_FLUX_LIKE) and not (not model and 3072 in evidence.inputs(only_double)):
         return ()
@@ -196,7 +211,7 @@ def _unet(evidence: Evidence) -> tuple[Architecture, ...]:
 
 
 def _text(evidence: Evidence) -> tuple[Architecture, ...]:
-    """What the text encoders in a LoRA file leave open."""
+    """Returns the candidates that the text encoders in a LoRA file allow."""
     t5 = r"encoder_block_\d+_layer_"
     if evidence.text(r"^te3_|^text_encoder_3_"):
         return (A.SD3,)

@@ -1,8 +1,8 @@
-"""Names of Flux.1 and Chroma: the original layout (`double_blocks`, `single_blocks`) and that of diffusers.
+"""Module names of Flux.1 and Chroma, in the original layout (`double_blocks`, `single_blocks`) and that of diffusers.
 
-Sources of the facts: the parameter names of black-forest-labs' checkpoints as Forge (backend/nn/flux.py, chroma.py) and
-diffusers (convert_flux_transformer_checkpoint_to_diffusers) load them. Chroma has no modulations and a
-`distilled_guidance_layer` instead; what a model lacks is never spelled.
+Sources: the parameter names of black-forest-labs' checkpoints as Forge (backend/nn/flux.py, chroma.py) and diffusers
+(convert_flux_transformer_checkpoint_to_diffusers) load them. Chroma has a `distilled_guidance_layer` instead of
+modulations. Names of modules that a model lacks are never looked up.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ _SINGLE = (
     ("norm.key_norm", "attn.norm_k"),
 )
 _XLABS = {"qkv_lora1": 2, "qkv_lora2": 3, "proj_lora1": 4, "proj_lora2": 5}
-"""XLabs' names inside a double block, "processor." removed -> the row of _DOUBLE with its atoms (1: image, 2: text)."""
+"""Maps XLabs' names inside a double block ("processor." removed) to the row of _DOUBLE with its atoms (1: image, 2:
+text).
+"""
 
 
 def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
-    """Every name of a Flux or Chroma transformer; nothing for any other model."""
+    """Yields all module names of a Flux or Chroma transformer; none for other models."""
     single = {*numbers(modules, "single_blocks"), *numbers(modules, "single_transformer_blocks")}
     double = numbers(modules, "double_blocks")
     if not single and not double:

@@ -1,4 +1,4 @@
-"""Which parameters of a model a LoRA file changes, and what is left over."""
+"""Matches the tensors of a LoRA file with the parameters of a model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,28 @@ from .routes import Route
 
 @dataclass
 class Match:
-    """`terms` by parameter name; `skipped` are keys the model has no place for, `lost` those that it has and that cannot
-    be applied, each with the reason."""
+    """The terms of one file for one model, and the keys that were not used."""
 
     terms: dict[str, list[Term]] = field(default_factory=dict)
+    """The terms by parameter name."""
     skipped: list[str] = field(default_factory=list)
+    """Keys without a counterpart in the model."""
     lost: list[str] = field(default_factory=list)
+    """Keys with a counterpart that cannot be applied, each with the reason."""
 
 
 def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], strength: float, origin: int = 0) -> Match:
-    """Everything the file says about this model, as terms. `shapes`: the model's parameters, as `names` was made from.
+    """Matches a whole file with a model.
 
-    Raises LoraMismatchError for a fused tensor of another size than the parts it is for.
+    Args:
+        file: The LoRA file.
+        names: The model's names, made from `shapes`.
+        shapes: The model's parameters and their real shapes.
+        strength: The strength of the file in the stack.
+        origin: The position of the file in the stack.
+
+    Raises:
+        LoraMismatchError: A fused tensor has another size than the parts it must be cut into.
     """
     match = Match(skipped=list(file.unknown_keys))
     taken: dict[tuple[str, Slice | None], str] = {}
@@ -37,11 +47,11 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
         written = f"{module}.{parameter}"
         routes = []
         for route in names.routes(module):
-            # A model may have the module without a bias.
+            # The model may have the module without a bias.
             with contextlib.suppress(LoraMismatchError):
                 routes.append((route, names.parameter(route.module, parameter)))
         if not routes:
-            # IA3's output factors are for the bias too, where there is one.
+            # IA3's output factors apply to the bias too, if there is one.
             if parameter != "bias" or file.adapters.get((module, "weight")) is not adapter:
                 match.skipped.append(written)
             continue
@@ -61,7 +71,7 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
 
 
 def foreign_to(file: LoraFile, model: Architecture | None) -> str | None:
-    """A sentence where the file was made for another kind of model, None where it may fit."""
+    """Returns the reason if the file was made for another architecture than `model`; None if it may fit."""
     made_for = detect_lora(file.shapes, file.metadata)
     if made_for is None or model is None or accepts(model, made_for):
         return None
@@ -69,11 +79,15 @@ def foreign_to(file: LoraFile, model: Architecture | None) -> str | None:
 
 
 class CannotSplitError(LoraGuardError, ValueError):
-    """An adapter for a fused weight that cannot be taken apart for a model that has its parts."""
+    """An adapter for a fused weight cannot be split for a model with separate weights."""
 
 
 def _check_before_cutting(written: str, adapter: Adapter, routes: Sequence[Route], shape: Shape) -> None:
-    """Raises LoraMismatchError unless what is to be cut into rows has these rows."""
+    """Checks that a tensor has the rows that the routes cut out of it.
+
+    Raises:
+        LoraMismatchError: It does not.
+    """
     sources = [route.source for route in routes if route.source is not None]
     if not sources and not any(route.swap_halves for route in routes):
         return
@@ -87,7 +101,7 @@ def _check_before_cutting(written: str, adapter: Adapter, routes: Sequence[Route
 
 
 def _pieces(adapter: Adapter, route: Route, rows: int) -> Iterator[tuple[Adapter, Slice | None]]:
-    """The adapter on one route: the rows of the file's tensor, and where they go in a weight of `rows`."""
+    """Yields the parts of the adapter for one route, each with its rows in a weight of `rows` rows."""
     if route.source is not None:
         adapter = _rows(adapter, route.source.start, route.source.length)
     if not route.swap_halves:

@@ -1,6 +1,6 @@
-"""Names of Stable Diffusion 3 and 3.5: the original layout (`joint_blocks`) and that of diffusers.
+"""Module names of Stable Diffusion 3 and 3.5, in the original layout (`joint_blocks`) and that of diffusers.
 
-Sources of the facts: the parameter names of Stability's checkpoints as Forge (backend/nn/mmditx.py) and diffusers
+Sources: the parameter names of Stability's checkpoints as Forge (backend/nn/mmditx.py) and diffusers
 (convert_sd3_transformer_checkpoint_to_diffusers) load them.
 """
 
@@ -42,7 +42,7 @@ _BLOCK = (
 
 
 def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
-    """Every name of an SD3 transformer; nothing for any other model."""
+    """Yields all module names of an SD3 transformer; none for other models."""
     joint = numbers(modules, "joint_blocks")
     if not joint and "pos_embed.proj" not in modules:
         return
@@ -55,5 +55,5 @@ def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
             yield from both_ways(f"joint_blocks.{n}.{original}", *(block + atom for atom in atoms))
         original, atom = f"joint_blocks.{n}.context_block.adaLN_modulation.1", block + "norm1_context.linear"
         shape = modules.get(original, modules.get(atom, (0, 0)))
-        # The last block has no gates here, only shift and scale, and diffusers turns those two round.
+        # The last block has no gates here, only shift and scale, which diffusers swaps.
         yield from both_ways(original, atom, swapped=shape[0] == 2 * shape[1])

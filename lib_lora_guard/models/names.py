@@ -1,9 +1,9 @@
-"""From the module names in a LoRA file to the weights of one model.
+"""Maps the module names in a LoRA file to the weights of one model.
 
-A name has three layers: what the trainer puts in front (`lora_unet_`, `transformer.`, `base_model.model.`), which
-component that means, and the module's name inside it, in the original layout or in that of diffusers. Sources of the
-prefixes: kohya sd-scripts, LyCORIS (lycoris/kohya.py, wrapper.py), PEFT and diffusers, OneTrainer, ComfyUI, XLabs, as
-the key maps of Forge and diffusers' lora_conversion_utils.py show them.
+A name has three layers: the trainer's prefix (`lora_unet_`, `transformer.`, `base_model.model.`), the component it
+stands for, and the module's name inside it, in the original layout or that of diffusers. Sources of the prefixes: kohya
+sd-scripts, LyCORIS (lycoris/kohya.py, wrapper.py), PEFT and diffusers, OneTrainer, ComfyUI, XLabs, as the key maps of
+Forge and diffusers' lora_conversion_utils.py list them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from . import flux, mmdit, text, unet
 from .routes import Route, Table, flatten
 
 _ROLES = {"weight": "weight", "in_proj_weight": "weight", "bias": "bias", "in_proj_bias": "bias", "scale": "weight"}
-"""What the last part of a parameter's name is to its module; RMSNorm of the original layout has a `scale`."""
+"""Maps the last part of a parameter's name to its role; RMSNorm of the original layout has a `scale`."""
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "")
+"""Possible prefixes of the denoiser, in the order tried."""
 _OTHERS = (
     "first_stage_model.",
     "vae.",
@@ -29,7 +30,7 @@ _OTHERS = (
     "control_model.",
     "model_ema.",
 )
-"""Parts of a whole checkpoint that no denoiser without a prefix of its own owns."""
+"""Other components of a whole checkpoint; a denoiser without a prefix does not include them."""
 
 _TRAINER = ("base_model_model_", "lycoris_", "lora_")
 _DENOISER = ("", "model_diffusion_model_", "diffusion_model_", "prior_unet_", "prior_", "unet_", "transformer_")
@@ -38,15 +39,19 @@ _PARAMETER = re.compile(r"[._](?:weight|bias|scale)$")
 
 
 LONGEST_NAME = 1000
-"""No module of any model has a longer one; taking prefixes off it would take minutes."""
+"""No real module has a longer name, and removing prefixes from longer ones would take minutes."""
 
 
 class NameMap:
-    """The names of one model: a denoiser, text encoders, or both, in either layout."""
+    """The module names of one model: a denoiser, text encoders, or both, in either layout."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
-        """`shapes`: parameter names and real (dequantised) shapes, of a Forge model, of a diffusers or transformers
-        module as in `named_parameters()`, or of the header of a whole checkpoint."""
+        """Builds the tables of names.
+
+        Args:
+            shapes: Parameter names and real (dequantized) shapes: of a Forge model, of a diffusers or transformers
+                module (as in `named_parameters()`), or of a whole checkpoint's header.
+        """
         self._parameters: dict[str, dict[str, str]] = {}
         modules: dict[str, Shape] = {}
         for name, shape in shapes.items():
@@ -62,10 +67,12 @@ class NameMap:
         self._denoiser = self._make_denoiser()
 
     def routes(self, module: str) -> tuple[Route, ...]:
-        """Where a module of a LoRA file lies in this model; () where the model has no such part.
+        """Finds the weights of the model that a module of a LoRA file addresses; () if the model has none.
 
-        `module`: as written in the file, without the tensor's ending (`.lora_up.weight`). The name of a raw parameter
-        (`...query_norm.scale`, as in BFL's control LoRAs) comes back as the module that owns it; see `parameter`.
+        Args:
+            module: The name as written in the file, without the tensor's ending (`.lora_up.weight`). The name of a raw
+                parameter (`...query_norm.scale`, as in BFL's control LoRAs) returns the module that owns it; see
+                `parameter`.
         """
         if module in self._modules:
             return (Route(module),)
@@ -75,10 +82,13 @@ class NameMap:
         return self._find(module) or self._find(plain) or self._find(_PARAMETER.sub("", plain))
 
     def parameter(self, module: str, role: str = "weight") -> str:
-        """Full name of the parameter that is the "weight" or "bias" of a route's module.
+        """Returns the full name of the "weight" or "bias" of a route's module.
 
         It differs from `module.role` for RMSNorm of the original layout (`scale`) and open_clip's attention
-        (`in_proj_weight`). Raises LoraMismatchError where the module has none.
+        (`in_proj_weight`).
+
+        Raises:
+            LoraMismatchError: The module has no such parameter.
         """
         try:
             return self._parameters[module][role]
@@ -96,7 +106,7 @@ class NameMap:
         prefixes = text.candidates(text.HINTS[hint], self._encoders) if hint else list(self._encoders)
         inner = written[len(hint) :]
         found = [routes for prefix in prefixes if (routes := self._in_text(prefix, inner))]
-        # Without a hint, a name that several encoders have means none of them for sure.
+        # Without a hint, a name that several encoders have is ambiguous: none of them is chosen.
         return found[0] if len(found) == 1 or (found and hint) else ()
 
     def _in_text(self, prefix: str, inner: str) -> tuple[Route, ...]:
@@ -119,7 +129,7 @@ class NameMap:
 
 
 def _below(modules: Mapping[str, Shape], prefix: str, others: set[str]) -> dict[str, Shape]:
-    """The modules under `prefix` that belong to no longer prefix of `others`, without the prefix."""
+    """Returns the modules under `prefix`, without it, except those under a longer prefix of `others`."""
     foreign = tuple(other for other in others if other and len(other) > len(prefix))
     return {
         name[len(prefix) :]: shape

@@ -1,9 +1,9 @@
-"""Where the rows of a tensor in a LoRA file go in a model.
+"""Maps rows of a tensor in a LoRA file to rows of a model's weights.
 
-A model exists in two layouts: the authors' own (*original*) and that of diffusers. Where one layout has a fused weight
-(query, key, value in one), the other has several. The smallest pieces, which are the modules of the diffusers layout,
-are called *atoms* here. Every name, in whatever spelling, stands for a run of atoms, top row first; a model says where
-each atom lies. A route follows from the two, in either direction.
+A model exists in two layouts: the authors' own (*original*) and that of diffusers. Some weights that are fused in one
+layout (query, key, value in one) are separate in the other. The smallest units, the modules of the diffusers layout,
+are called *atoms* here. Every name, in any spelling, stands for a sequence of atoms, top row first. A model defines
+where each atom lies. Both together give the route, in either direction.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ..adapters.base import Shape, Slice
 
 @dataclass(frozen=True)
 class Route:
-    """One weight of the model that a tensor of the file speaks about. The same rows hold for its bias."""
+    """One weight of the model that a tensor of the file addresses. The same rows hold for its bias."""
 
     module: str
-    """Module path in the model's own names, without ".weight"."""
+    """The module's path in the model's own names, without ".weight"."""
     part: Slice | None = None
-    """The rows of the model's weight that are addressed; None for all."""
+    """The addressed rows of the model's weight; None for all."""
     source: Slice | None = None
     """The rows of the file's (fused) tensor that belong to this module; None for all."""
     swap_halves: bool = False
-    """The two halves of the rows are (scale, shift) on one side and (shift, scale) on the other."""
+    """The two halves of the rows are (scale, shift) in one layout and (shift, scale) in the other."""
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """A name and the atoms it stands for. `swapped`: rows are (shift, scale), where diffusers has (scale, shift)."""
+    """A name and the atoms it stands for. `swapped`: rows are (shift, scale) where diffusers has (scale, shift)."""
 
     name: str
     atoms: tuple[str, ...]
@@ -39,6 +39,8 @@ class Spelling:
 
 @dataclass(frozen=True)
 class _Place:
+    """The rows of one atom in a module of the model."""
+
     module: str
     start: int
     length: int
@@ -46,21 +48,27 @@ class _Place:
 
 
 def both_ways(original: str, *atoms: str, swapped: bool = False) -> Iterator[Spelling]:
-    """An original name and the atoms it consists of, each under its own name too."""
+    """Yields a spelling for an original name and one for each of its atoms."""
     yield Spelling(original, atoms, swapped)
     for atom in atoms:
         yield Spelling(atom, (atom,))
 
 
 class Table:
-    """Every name for every module of one component. Dots and underscores count as equal where that is unambiguous."""
+    """All names of all modules of one component. Dots and underscores are equivalent unless that is ambiguous."""
 
     def __init__(self, prefix: str, modules: Mapping[str, Shape], spellings: Iterable[Spelling]) -> None:
-        """`modules`: the component's own modules, without `prefix`, and the real shapes of their weights."""
+        """Builds the table.
+
+        Args:
+            prefix: The component's prefix in the model.
+            modules: The component's modules, without `prefix`, and the real shapes of their weights.
+            spellings: The known names.
+        """
         self._prefix = prefix
         self._spellings = {spelling.name: spelling for spelling in spellings}
         for name, spelling in list(self._spellings.items()):
-            if name.endswith(".to_out.0"):  # what diffusers' attention processors and Forge call it
+            if name.endswith(".to_out.0"):  # diffusers' attention processors and Forge omit the ".0"
                 self._spellings.setdefault(name[:-2], spelling)
         for module in modules:
             self._spellings.setdefault(module, Spelling(module, (module,)))
@@ -77,7 +85,7 @@ class Table:
             self._flat = {**_by_flat_name(spelled), **self._flat}
 
     def routes(self, name: str) -> tuple[Route, ...]:
-        """Routes for a name without any prefix; () where this component has no such part."""
+        """Returns the routes for a name without any prefix; () if this component has no such module."""
         spelling = self._spellings.get(name) or self._flat.get(flatten(name))
         if spelling is None or any(atom not in self._places for atom in spelling.atoms):
             return ()
@@ -97,7 +105,7 @@ class Table:
 def _by_flat_name(spelled: Mapping[str, Spelling]) -> dict[str, Spelling | None]:
     flat: dict[str, Spelling | None] = {}
     for name, spelling in spelled.items():
-        # Two names that differ in dots alone and mean different things cannot be told apart: neither is guessed.
+        # Names that differ only in dots but have different meanings are ambiguous: neither is chosen.
         known = flat.setdefault(flatten(name), spelling)
         if known is None or (known.atoms, known.swapped) != (spelling.atoms, spelling.swapped):
             flat[flatten(name)] = None
@@ -105,7 +113,7 @@ def _by_flat_name(spelled: Mapping[str, Spelling]) -> dict[str, Spelling | None]
 
 
 def _runs(places: Iterable[_Place]) -> list[tuple[_Place, int]]:
-    """Neighbours in one weight as one run: its first place and its number of rows."""
+    """Joins neighbouring rows of one weight; returns the first place and the number of rows of each run."""
     runs: list[tuple[_Place, int]] = []
     for place in places:
         if runs and runs[-1][0].module == place.module and runs[-1][0].start + runs[-1][1] == place.start:
@@ -116,7 +124,9 @@ def _runs(places: Iterable[_Place]) -> list[tuple[_Place, int]]:
 
 
 def _lengths(count: int, shape: Shape) -> tuple[int, ...]:
-    """Rows of each atom of a weight: all, equal thirds (query, key, value), or those and an MLP (Flux `linear1`)."""
+    """Returns the rows of each atom of a weight: all, equal thirds (query, key, value), or those and an MLP (Flux
+    `linear1`).
+    """
     rows = shape[0] if shape else 0
     if count == 4:
         return (*(shape[1],) * 3, rows - 3 * shape[1])
@@ -124,10 +134,11 @@ def _lengths(count: int, shape: Shape) -> tuple[int, ...]:
 
 
 def flatten(name: str) -> str:
+    """Replaces dots by underscores, as kohya's names have it."""
     return name.replace(".", "_")
 
 
 def numbers(modules: Iterable[str], head: str) -> list[int]:
-    """The block numbers n of all modules `head.n.*`, in order."""
+    """Returns the sorted block numbers n of all modules `head.n.*`."""
     found = {name[len(head) + 1 :].partition(".")[0] for name in modules if name.startswith(head + ".")}
     return sorted(int(number) for number in found if number.isdigit())

@@ -1,9 +1,9 @@
-"""Text encoders: which ones a model holds, which one a LoRA file means, and their names.
+"""Text encoders: detects those of a model, resolves which one a LoRA file addresses, and lists their module names.
 
-CLIP comes with transformers' names (with or without `text_model.`: transformers 5 left it out of CLIPTextModel) or, in
-SD 2.x and SDXL checkpoints, with open_clip's, whose `attn.in_proj_weight` is query, key and value in one. T5 has
-transformers' names only. Sources of the facts: diffusers' single_file_utils.py, Forge's backend/loader.py, and the
-key maps of kohya, OneTrainer and diffusers files in Forge's packages_3rdparty/comfyui_lora_collection/lora.py.
+CLIP has transformers' names (with or without `text_model.`: transformers 5 removed it from CLIPTextModel). In SD 2.x
+and SDXL checkpoints it has open_clip's, whose `attn.in_proj_weight` fuses query, key and value. T5 has only
+transformers' names. Sources: diffusers' single_file_utils.py, Forge's backend/loader.py, and the key maps of kohya,
+OneTrainer and diffusers files in Forge's packages_3rdparty/comfyui_lora_collection/lora.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..adapters.base import Shape
 from .routes import Spelling, numbers
 
 CLIP_L, CLIP_G, CLIP_H, CLIP, T5 = "clip_l", "clip_g", "clip_h", "clip", "t5"
-"""CLIP is one of a width that belongs to none of the three."""
+"""CLIP stands for an encoder whose width is none of the three."""
 
 _WIDTHS = {768: CLIP_L, 1280: CLIP_G, 1024: CLIP_H}
 _MARK = re.compile(
@@ -28,7 +28,7 @@ _NAMED = {
     "text_encoder_2.": CLIP_G,
     "embedders.1": CLIP_G,
 }
-"""What a prefix says where the width says nothing, as in Forge's containers and diffusers' pipelines."""
+"""The kind by a part of the prefix, if the width is unknown; as in Forge's containers and diffusers' pipelines."""
 
 _INDEX: dict[str, Sequence[str]] = {
     "te": (CLIP_L, CLIP_H, CLIP, CLIP_G),
@@ -46,8 +46,9 @@ _HINTS = {
     "clip_l_": CLIP_L, "clip_g_": CLIP_G, "clip_h_": CLIP_H, "t5_": T5, "t5xxl_": T5,
     "text_encoders_clip_l_": CLIP_L, "text_encoders_clip_g_": CLIP_G, "text_encoders_t5xxl_": T5,
 }  # fmt: skip
-"""How a flat name in a file begins -> which encoder it asks for, longest first."""
+"""Maps the beginning of a flat name in a file to the encoder it addresses."""
 HINTS = dict(sorted(_HINTS.items(), key=lambda item: -len(item[0])))
+"""_HINTS, longest first."""
 
 _LAYER = (
     ("attn.out_proj", "self_attn.out_proj"),
@@ -59,7 +60,9 @@ _LAYER = (
 
 
 def find_encoders(shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """The prefix of every text encoder among these parameter names -> CLIP_L, CLIP_G, CLIP_H, CLIP or T5."""
+    """Returns the prefix of every text encoder among the parameter names, with its kind: CLIP_L, CLIP_G, CLIP_H, CLIP
+    or T5.
+    """
     found: dict[str, str] = {}
     for name in shapes:
         mark = _MARK.match(name)
@@ -76,17 +79,22 @@ def _which_clip(shapes: Mapping[str, Shape], prefix: str) -> str:
 
 
 def candidates(hint: str, encoders: Mapping[str, str]) -> list[str]:
-    """Prefixes of the encoders that names with this hint may mean, likeliest first. `hint`: a value of HINTS."""
+    """Returns the prefixes of the encoders that names with a hint may address, likeliest first.
+
+    Args:
+        hint: A value of HINTS.
+        encoders: The model's encoders, from `find_encoders`.
+    """
     wanted = list(_INDEX[hint])
     if hint == "te1" and [p for p, kind in encoders.items() if kind != T5 and p]:
-        wanted.append(CLIP_G)  # SDXL's refiner: the model's first and only CLIP; a lone module may be SDXL's second
+        wanted.append(CLIP_G)  # SDXL's refiner: the model's first and only CLIP; a lone module may be SDXL's second one
     clip = next((p for kind in wanted for p, found in encoders.items() if found == kind), None)
     t5 = [p for p, found in encoders.items() if found == T5] if hint not in (CLIP_L, CLIP_G, CLIP_H) else []
     return [*([clip] if clip is not None else []), *t5]
 
 
 def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
-    """Every name of a CLIP text encoder; nothing for T5, whose modules have one name each."""
+    """Yields all module names of a CLIP text encoder; none for T5, whose modules have one name each."""
     nested = "text_model." if any(name.startswith("text_model.") for name in modules) else ""
     layers = numbers(modules, nested + "encoder.layers") or numbers(modules, "transformer.resblocks")
     if not layers:
@@ -101,7 +109,7 @@ def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
         query_key_value = tuple(f"{block}self_attn.{x}_proj" for x in "qkv")
         yield Spelling(f"{theirs}attn", query_key_value)
         for atom, letter in zip(query_key_value, "qkv", strict=True):
-            # diffusers' first text encoder files say to_q where the module is q_proj
+            # diffusers' first files for text encoders use to_q for the module q_proj
             yield from _nested(f"{block}self_attn.to_{letter}", atom)
         yield from _nested(f"{block}self_attn.to_out", block + "self_attn.out_proj")
 

@@ -1,7 +1,7 @@
-"""Names of the U-Nets of SD 1.x, SD 2.x and SDXL: the original layout (`input_blocks`) and that of diffusers.
+"""Module names of the U-Nets of SD 1.x, SD 2.x and SDXL, in the original layout (`input_blocks`) and that of diffusers.
 
-The block layout is read from the model's own names, so that pruned and inpainting models need no configuration. Sources
-of the facts: the parameter names of CompVis' and Stability's checkpoints as Forge (backend/nn/unet.py) and diffusers
+The block layout is derived from the model's own names, so pruned and inpainting models need no configuration. Sources:
+the parameter names of CompVis' and Stability's checkpoints as Forge (backend/nn/unet.py) and diffusers
 (convert_ldm_unet_checkpoint) load them.
 """
 
@@ -28,11 +28,11 @@ _RESNET = {
     "skip_connection": "conv_shortcut",
 }
 _LABELS = ("add_embedding", "class_embedding")
-"""The diffusers names of `label_emb`: SDXL's size embedding, and SD 2.1 unCLIP's."""
+"""The names of `label_emb` in diffusers: SDXL's size embedding, and the class embedding of SD 2.1 unCLIP."""
 
 
 def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
-    """Every name of a U-Net; nothing for any other model."""
+    """Yields all module names of a U-Net; none for other models."""
     if numbers(modules, "input_blocks"):
         places = _from_original(modules)
     elif numbers(modules, "down_blocks"):
@@ -56,7 +56,7 @@ def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
 
 
 def _inside(original: str, atom: str, rest: str) -> tuple[str, str]:
-    """Both names of a part of a block: alike inside attentions, not inside residual blocks."""
+    """Returns both names of a module inside a block: equal in attentions, different in residual blocks."""
     if ".resnets." in atom:
         for theirs, ours in _RESNET.items():
             if rest in ("." + theirs, "." + ours):
@@ -65,7 +65,7 @@ def _inside(original: str, atom: str, rest: str) -> tuple[str, str]:
 
 
 def _from_original(modules: Mapping[str, Shape]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """`(the model's own name of a block, (its original name, its diffusers name))`."""
+    """Yields `(the model's own name of a block, (its original name, its diffusers name))`."""
     level, index = 0, 0
     for n in numbers(modules, "input_blocks")[1:]:
         block = f"input_blocks.{n}"
@@ -92,7 +92,7 @@ def _from_original(modules: Mapping[str, Shape]) -> Iterator[tuple[str, tuple[st
 
 
 def _from_diffusers(modules: Mapping[str, Shape]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """The same for a model in diffusers' layout."""
+    """As `_from_original`, for a model in diffusers' layout."""
     n = 1
     for level in numbers(modules, "down_blocks"):
         block = f"down_blocks.{level}"
