@@ -1,1 +1,1 @@
-"""What the process is doing, kept in a file that survives it: so that the next start can say what a killed one died of."""
+"""Records the running operation in a file that survives a killed process, so that the next start can explain the crash."""

@@ -1,4 +1,4 @@
-"""What an earlier process was doing when it was killed, from the flight recorder's file that it left behind."""
+"""Reads the record of an earlier process that was killed, from the flight recorder's file that it left behind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from .flight_ring import bodies
 from .processes import is_running, machine_name
 
 KEPT_FILES = 3
-"""Files of told crashes that stay, for whoever wants to look into them."""
+"""Number of files of reported crashes that are kept for inspection."""
 
 FOREIGN_SECONDS = 86400.0
-"""A file of another machine or container is nobody's after that long without a record; until then it may be in use."""
+"""A file of another machine or container counts as abandoned after this time without a record; until then it may be in
+use.
+"""
 
 _LONGEST_BYTES = 1 << 20
 _NAME = re.compile(r"flight-(\d{1,9})-(\d{1,15})\.ring")
@@ -28,16 +30,19 @@ _TOLD = ".told"
 
 @dataclass(frozen=True)
 class Crash:
-    """The last that a killed process wrote. Times are seconds since 1970, numbers bytes by the names in
-    `flight_recorder`; a name that was not told is ""."""
+    """The last record of a killed process.
+
+    Times are seconds since 1970. Numbers are bytes, under the names in `flight_recorder`. An unknown name is "".
+    """
 
     phase: Phase
-    """The innermost of `phases`, which were open, outermost first."""
+    """The innermost of `phases`."""
     phases: tuple[Phase, ...]
+    """The phases that were open, outermost first."""
     since: float
-    """When `phase` began."""
+    """The start of `phase`."""
     time: float
-    """Of the last record."""
+    """The time of the last record."""
     pid: int
     model: str = ""
     architecture: str = ""
@@ -49,12 +54,14 @@ class Crash:
     plan: Mapping[str, int] = field(default_factory=dict)
     """Predicted for the innermost phase that had a prediction."""
     version: str = ""
-    """Of LoRA Guard."""
+    """The version of LoRA Guard."""
 
 
 def last_crash(folder: Path) -> Crash | None:
-    """The newest crash that nobody was told of; None where every process ended in order, in no phase, or still runs. Told
-    once: the files of dead processes go."""
+    """Returns the newest crash that was not reported yet, and marks all of them as reported.
+
+    None if every process has ended normally, was in no phase, or still runs. Deletes the files of dead processes.
+    """
     try:
         found = sorted(folder.iterdir())
     except OSError:
@@ -65,7 +72,9 @@ def last_crash(folder: Path) -> Crash | None:
 
 
 def _taken(path: Path) -> Crash | None:
-    """What the file says, once; None for a file of a living process, and for one without a crash, which goes."""
+    """Returns the crash in a file and marks the file as reported. None if the process still runs, or if there is no
+    crash; then the file is deleted.
+    """
     name = _NAME.fullmatch(path.name)
     if name is None:
         return None
@@ -85,16 +94,16 @@ def _taken(path: Path) -> Crash | None:
         else:
             path.replace(path.with_suffix(_TOLD))
     except FileNotFoundError:
-        # Another start was faster, and tells of it.
+        # Another process was faster and reports it.
         return None
     except OSError:
-        # Not ours to delete (a folder that cannot be written): better told again than never.
+        # The file cannot be moved (read-only folder): report it again rather than never.
         return crash
     return crash
 
 
 def _newest(path: Path) -> dict[str, Any] | None:
-    """The newest whole record; empty where there is none, None where the file cannot be read now."""
+    """Returns the newest complete record; empty if there is none, None if the file cannot be read now."""
     try:
         with path.open("rb") as file:
             ring = file.read(_LONGEST_BYTES)
@@ -109,7 +118,7 @@ def _newest(path: Path) -> dict[str, Any] | None:
 
 
 def _crash(pid: int, record: Mapping[str, Any]) -> Crash | None:
-    """None where no phase was open: whoever closes the window of an idle program did not see it die."""
+    """Returns the crash; None if no phase was open: closing the window of an idle program is no crash."""
     open_phases = [entry for entry in _list(record.get("open")) if isinstance(entry, list) and len(entry) == 2]
     if not open_phases:
         return None
@@ -134,14 +143,14 @@ def _crash(pid: int, record: Mapping[str, Any]) -> Crash | None:
 
 
 def _forget_old(folder: Path) -> None:
-    """Keeps the newest KEPT_FILES that were told of."""
+    """Deletes reported files, except the newest KEPT_FILES."""
     with suppress(OSError):
         told = sorted(folder.glob(f"flight-*{_TOLD}"), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in told[KEPT_FILES:]:
             path.unlink(missing_ok=True)
 
 
-# A file of another version, or one that somebody wrote by hand: whatever is of another kind counts as not told.
+# The file may be of another version or edited by hand: a value of the wrong type counts as missing.
 
 
 def _phase(value: Any) -> Phase:
@@ -160,7 +169,7 @@ def _number(value: Any) -> float:
 
 
 def _time(value: Any) -> float:
-    """A time that every system's calendar has."""
+    """Clamps a time to the range that every system's calendar supports."""
     return min(max(0.0, _number(value)), 4e9)
 
 

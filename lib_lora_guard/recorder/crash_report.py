@@ -1,4 +1,4 @@
-"""A crash in words, with advice; and what the next run should do otherwise. Pure."""
+"""Describes a crash in words, with advice, and derives the precautions for the next run. Pure."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from .flight_recorder import (
 GB = 1 << 30
 
 LEAST_LEFT_BYTES = GB // 2
-"""Systems stop answering, and kill, before the last byte is given out."""
+"""Systems stop responding, and kill processes, before the last byte is allocated."""
 
 _PAGE_FILE_STEP_GB = 4
 _UNKNOWN_NEED_BYTES = 8 * GB
-"""What a page file should have in addition where nobody knows how much was missing: about one Flux model in fp8."""
+"""Page file to add if the shortage is unknown: about one Flux model in fp8."""
 
 _FOUR_BIT = ("nf4", "fp4", "4bit", "bnb", "q2", "q3", "q4", "iq")
 _EIGHT_BIT = ("fp8", "float8", "e4m3", "e5m2", "q5", "q6", "q8", "int8")
 
 
 class Precaution(str, Enum):
-    """What a run plans after a crash."""
+    """A precaution that a run takes after a crash."""
 
     NO_MERGE = "no_merge"
     PARTIAL_UNLOAD = "partial_unload"
     TILED_VAE = "tiled_vae"
-    """In decoding."""
+    """For decoding."""
     TILED_ENCODE = "tiled_encode"
     DROP_CACHES = "drop_caches"
 
     @property
     def message(self) -> Message:
-        """What is done now, and why."""
+        """The precaution and its reason, for the user."""
         return Message(f"flight.avoid_{self.value}")
 
 
@@ -67,8 +67,16 @@ _AFTER = {
 
 
 def avoid(crash: Crash | None, model: str, storage: str) -> frozenset[Precaution]:
-    """What to plan for this model (a name or path) after `crash`. What has to do with the model's own weights is for the
-    model that crashed only; where the crash names none, for every one."""
+    """Returns the precautions for a model after `crash`.
+
+    Precautions that concern the model's own weights apply only to the model that crashed, or to every model if the
+    crash names none.
+
+    Args:
+        crash: The last crash, if any.
+        model: The model's name or path.
+        storage: Its storage format.
+    """
     if crash is None:
         return frozenset()
     after = {_AFTER[phase] for phase in crash.phases if phase in _AFTER}
@@ -77,13 +85,16 @@ def avoid(crash: Crash | None, model: str, storage: str) -> frozenset[Precaution
 
 
 def ran_out_of_ram(crash: Crash) -> bool | None:
-    """Whether the last numbers explain the crash; None where there are none."""
+    """True if the last numbers explain the crash by a lack of RAM; None without numbers."""
     alive = _alive_bytes(crash)
     return None if alive is None else alive < crash.plan.get(RAM_NEED, 0) + LEAST_LEFT_BYTES
 
 
 def crash_report(crash: Crash, system: str | None = None) -> list[Message]:
-    """What died, when, in what, why so (a likely reason is called that), and what helps. `system`: as `platform.system()`."""
+    """Describes the crash: time, operation, likely reason, and advice.
+
+    `system`: as `platform.system()`; None asks the platform.
+    """
     return [*_what(crash), _reason(crash), *_advice(crash, platform.system() if system is None else system)]
 
 
@@ -148,8 +159,10 @@ def _advice(crash: Crash, system: str) -> list[Message]:
 
 
 def page_file_gb(crash: Crash) -> int:
-    """How large a page file (swap) would have been enough, in whole steps: what there is, what was missing, and as much
-    again as the system keeps for itself."""
+    """Returns the size of a page file (swap) that would have been enough, in steps of _PAGE_FILE_STEP_GB.
+
+    The sum of the present swap, the shortage and twice LEAST_LEFT_BYTES.
+    """
     need, alive = crash.plan.get(RAM_NEED, 0), _alive_bytes(crash) or 0
     missing = need - alive + 2 * LEAST_LEFT_BYTES if need else _UNKNOWN_NEED_BYTES
     size_gb = (crash.memory.get(SWAP_TOTAL, 0) + max(0, missing)) / GB

@@ -1,9 +1,9 @@
-"""What the process is doing, in a small mapped file that a killed process leaves behind; `crash.py` reads it.
+"""Records the running operation in a small memory-mapped file that survives a killed process; `crash.py` reads it.
 
-The pages of a mapped file belong to the system: what was written into them reaches the file also after SIGKILL, the
-out-of-memory killer or TerminateProcess (mmap(2), MAP_SHARED; Windows, CreateFileMapping). A power failure may lose them.
+The system owns the pages of a mapped file. Data written to them reaches the file even after SIGKILL, the out-of-memory
+killer or TerminateProcess (mmap(2), MAP_SHARED; Windows, CreateFileMapping). A power failure may lose it.
 
-Names only: no prompts, and of a path its last part.
+Records names only: no prompts, and only the last part of a path.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ log = logging.getLogger(__name__)
 
 RING_BYTES = 64 << 10
 SPARE_DISK_BYTES = 16 << 20
-"""Below that no file is mapped: some file systems find their space only when a page is written, and end the process."""
+"""With less free disk no file is mapped: some file systems allocate blocks only on the first write and then end the
+process.
+"""
 
 VRAM_FREE, VRAM_TOTAL, RAM_AVAILABLE, RAM_TOTAL = "vram_free", "vram_total", "ram_available", "ram_total"
+"""Names of memory numbers that a crash report understands; others are kept too. ALIVE: bytes that can be allocated
+before the system refuses or kills; without it, RAM_AVAILABLE + SWAP_FREE.
+"""
 SWAP_FREE, SWAP_TOTAL, ALIVE, RSS = "swap_free", "swap_total", "alive", "rss"
 """Names of memory numbers that a crash report understands; others are kept too. ALIVE: what can be had before the system
 refuses or kills (design, section 7); without it, RAM_AVAILABLE + SWAP_FREE."""
@@ -48,7 +53,7 @@ _LORAS, _NUMBERS, _DEPTH = 16, 24, 8
 
 
 class Phase(str, Enum):
-    """What a process can be killed in. Idle is no phase."""
+    """An operation that a process may be killed in. Idle time is no phase."""
 
     START = "start"
     LOAD_CHECKPOINT = "load_checkpoint"
@@ -77,14 +82,17 @@ class _Open:
 
 
 class FlightRecorder:
-    """One process's file. Every record says all that is known, so that the newest whole one is enough. Nothing here raises:
-    a file that can no longer be written is given up, which is said once. Any thread may write."""
+    """The file of one process. Thread-safe; methods never raise.
+
+    Every record is complete in itself, so the newest one suffices. If the file cannot be written any more, the recorder
+    stops and logs one warning.
+    """
 
     def __init__(self, ring: mmap.mmap | None = None, path: Path | None = None) -> None:
-        """With no ring it takes everything and writes nothing: `FlightRecorder.open(folder) or FlightRecorder()`."""
+        """Without a ring nothing is written: `FlightRecorder.open(folder) or FlightRecorder()`."""
         self._ring, self._path = ring, path
         self._pid = os.getpid()
-        # A handler of Ctrl+C may call close() in the middle of a write of the same thread.
+        # Re-entrant: a Ctrl+C handler may call close() during a write of the same thread.
         self._lock = threading.RLock()
         self._number = 0
         self._open: list[_Open] = []
@@ -95,16 +103,18 @@ class FlightRecorder:
 
     @classmethod
     def open(cls, folder: Path, ring_bytes: int = RING_BYTES) -> FlightRecorder | None:
-        """A recorder with a file of its own in `folder`; None where none can be written there, which is logged."""
+        """Returns a recorder with a new file in `folder`; None, with a warning in the log, if no file can be written
+        there.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder).free < SPARE_DISK_BYTES:
                 raise OSError(f"less than {SPARE_DISK_BYTES >> 20} MB free")
             path = folder / f"flight-{os.getpid()}-{own_start_ms()}.ring"
-            # Never truncated: an earlier recorder of this process ("Reload UI") may still have it mapped.
+            # Never truncate: an earlier recorder of this process ("Reload UI") may still map the file.
             path.touch()
             with path.open("r+b") as file:
-                # Written and synchronised, so that the blocks exist: a hole in a full disk ends the process later.
+                # Write and sync so that the blocks exist: on a full disk, a hole would end the process later.
                 file.write(bytes(max(2, ring_bytes // SLOT_BYTES) * SLOT_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
@@ -126,8 +136,19 @@ class FlightRecorder:
         memory: Mapping[str, int | None] | None = None,
         plan: Mapping[str, int | None] | None = None,
     ) -> Iterator[None]:
-        """`phase` for as long as the block runs; phases nest. What is told stays known until told anew, but `plan`, which
-        is this phase's. `memory` and `plan` are bytes by name; None is a number that could not be had."""
+        """Records `phase` while the block runs. Phases may be nested.
+
+        Facts stay until they are replaced, except `plan`, which belongs to this phase.
+
+        Args:
+            phase: The operation.
+            model: Name or path of the model.
+            architecture: Its architecture.
+            storage: Its storage format.
+            loras: Names or paths of the LoRAs.
+            memory: Bytes by name; None for a number that is not available.
+            plan: Predicted bytes by name.
+        """
         begun = _Open(phase, time.time())
         with self._lock:
             self._open.append(begun)
@@ -149,7 +170,7 @@ class FlightRecorder:
         memory: Mapping[str, int | None] | None = None,
         plan: Mapping[str, int | None] | None = None,
     ) -> None:
-        """Something new about the innermost phase."""
+        """Records new facts about the innermost phase; arguments as for `enter`."""
         if self._ring is None:
             return
         try:
@@ -166,13 +187,13 @@ class FlightRecorder:
                     self._open[-1].plan = _numbers(plan)
                 self._write()
         except Exception as error:
-            # It is there for the worst moments: whatever is wrong with it must not add to them.
+            # The recorder runs in critical moments: its own failure must not add to them.
             self._give_up(error)
 
     def close(self) -> None:
-        """The clean end: the process ends because it was asked to, so there is nothing to tell."""
+        """Marks the normal end of the process and deletes the file."""
         if os.getpid() != self._pid:
-            # A forked child ends: the file is its parent's, and a lock that was held at the fork is held for ever.
+            # In a forked child: the file belongs to the parent, and a lock held at the fork is never released.
             return
         with self._lock:
             ring, self._ring = self._ring, None
@@ -184,14 +205,14 @@ class FlightRecorder:
             with suppress(OSError, ValueError, BufferError):
                 ring.close()
         if self._path is not None:
-            # One that cannot be deleted is empty by now, and the next start deletes it.
+            # If it cannot be deleted, it is empty by now, and the next start deletes it.
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
     def _tell(self, told: Mapping[str, Any]) -> None:
         if any(self._names.get(key) != name for key, name in told.items()):
             self._names |= told
-            # Encoded when they change, not in every step.
+            # Encode only on changes, not in every step.
             self._names_json = _encode(self._names)
 
     def _write(self) -> None:
@@ -220,14 +241,18 @@ class FlightRecorder:
 
 
 def _check_size(ring: mmap.mmap) -> None:
-    """Raises OSError where somebody made the file shorter: on POSIX, writing past its end ends the process."""
+    """Guards a write to the map.
+
+    Raises:
+        OSError: The file was truncated: on POSIX, a write past its end kills the process.
+    """
     if ring.size() < len(ring):
         raise OSError(f"the file has {ring.size()} bytes, expected {len(ring)}")
 
 
-@lru_cache(maxsize=256)  # the same few names come with every step
+@lru_cache(maxsize=256)  # the same few names come in every step
 def name_only(path: str) -> str:
-    """The last part of a path of any system, short, with '?' for control characters."""
+    """Returns the last part of a path of any system, shortened, with '?' for control characters."""
     name = re.split(r"[\\/]", path)[-1][:_NAME_CHARACTERS]
     return "".join(c if c.isprintable() else "?" for c in name)
 
@@ -245,7 +270,7 @@ def _bytes(text: str) -> bytes:
 
 
 def _shortened(record: dict[str, Any]) -> bytes:
-    """`record` as JSON of at most BODY_BYTES; what matters least goes first."""
+    """Encodes `record` in at most BODY_BYTES; drops the least important facts first."""
     for key in ("loras", "plan", "memory"):
         record.pop(key)
         body = _bytes(_encode(record))

@@ -1,8 +1,8 @@
-"""The flight recorder's file: slots of one size that are written in turn, each with a number and a checksum.
+"""The format of the flight recorder's file: slots of equal size, written in turn, each with a number and a checksum.
 
-A slot is the magic, the record's number (8 bytes), the length of its body (2), CRC-32 of number, length and body (4), and the
-body, all little-endian. A killed process may leave the newest slot half written; its checksum says so, and the slot before
-it is whole, since every record goes into a slot of its own.
+A slot has the magic, the record's number (8 bytes), the length of its body (2), CRC-32 of number, length and body (4),
+and the body, all little-endian. A killed process may leave the newest slot half written. Its checksum reveals that, and
+the slot before it is complete, since every record has its own slot.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ _CHECKSUM = struct.Struct("<I")
 _HEAD_BYTES = len(_MAGIC) + _FACTS.size + _CHECKSUM.size
 
 BODY_BYTES = SLOT_BYTES - _HEAD_BYTES
-"""What a record may take."""
+"""The largest size of a record."""
 
 
 def packed(number: int, body: bytes) -> bytes:
-    """What goes into the slot of record `number`; `body` has at most BODY_BYTES."""
+    """Returns the bytes for the slot of record `number`; `body` has at most BODY_BYTES."""
     facts = _FACTS.pack(number, len(body))
     return b"".join((_MAGIC, facts, _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(facts))), body))
 
 
 def start_of(number: int, ring_bytes: int) -> int:
-    """Where in a ring of `ring_bytes` the slot of record `number` begins."""
+    """Returns the offset of record `number` in a ring of `ring_bytes`."""
     return number % (ring_bytes // SLOT_BYTES) * SLOT_BYTES
 
 
 def bodies(ring: bytes) -> list[bytes]:
-    """The bodies of all records that are whole, oldest first."""
+    """Returns the bodies of all complete records, oldest first."""
     return [body for _, body in sorted(_whole(ring))]
 
 

@@ -1,4 +1,4 @@
-"""Whether the process that left a file behind still runs. A number alone does not say: systems give it out again."""
+"""Checks whether the process that left a file behind still runs. The process number is not enough: systems reuse it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import platform
 import psutil
 
 _SAME_START_SECONDS = 5.0
-"""Start times of one process may be read a little apart: some systems count them from a boot time that the clock corrects."""
+"""Tolerance for start times of one process: some systems derive them from a boot time that changes with the clock."""
 
 
 def own_start_ms() -> int:
-    """When this process began, in milliseconds since 1970."""
+    """Returns the start of this process, in milliseconds since 1970."""
     return round(psutil.Process(os.getpid()).create_time() * 1000)
 
 
 def machine_name() -> str:
-    """Which machine or container the process numbers are of; a folder can be shared between several."""
+    """Returns the name of the machine or container; several of them may share a folder."""
     return platform.node()
 
 
 def is_running(pid: int, start_ms: int) -> bool:
-    """True unless no process, or a later one, has this number. A killed child nobody asked after is not running."""
+    """True unless no process, or a later one, has this number. A killed child that was not waited for (a zombie) does
+    not run.
+    """
     if not psutil.pid_exists(pid):
         return False
     try:
