@@ -1,4 +1,4 @@
-"""One logger for the whole package, so that every line says who speaks; and its last lines, for the panel."""
+"""The logger of the whole package: marks each line with the extension's name and keeps the last lines for the panel."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ _ROOT = "lib_lora_guard"
 
 
 def set_up(level: str = "info", language: str | None = None) -> logging.Logger:
-    """Sends the package's messages to the console as `[LoRA Guard] ...`, in `language`, and into the ring. Calling it again
-    only changes the level, and the language where one is given."""
+    """Sends the package's messages to the console, as `[LoRA Guard] ...`, and into the ring.
+
+    Another call only changes the level, and the language if one is given.
+
+    Args:
+        level: One of LEVELS.
+        language: A language of the catalogue; None leaves it as it is.
+    """
     logger = logging.getLogger(_ROOT)
     console = next((h for h in logger.handlers if getattr(h, "lora_guard", False)), None)
     if console is None:
@@ -32,7 +38,7 @@ def set_up(level: str = "info", language: str | None = None) -> logging.Logger:
 
 
 def current_ring() -> LogRing:
-    """The last lines of the package's log. It belongs to the logger, so that it outlives a "Reload UI"."""
+    """Returns the ring with the package's last log lines. The logger owns it, so it survives a "Reload UI"."""
     logger = logging.getLogger(_ROOT)
     ring = next((h for h in logger.handlers if isinstance(h, LogRing)), None)
     if ring is None:
@@ -42,7 +48,7 @@ def current_ring() -> LogRing:
 
 
 class _Formatter(logging.Formatter):
-    """Warnings and errors name their level; a traceback is for those who ask for debug messages."""
+    """Names the level of warnings and errors; adds tracebacks only at debug level."""
 
     def __init__(self, language: str = ENGLISH) -> None:
         super().__init__()
@@ -62,10 +68,12 @@ class _Formatter(logging.Formatter):
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # can be subscripted from Python 3.11 only
-    """A console that cannot show a language (a Western code page of Windows and Chinese) gets English."""
+    """Falls back to English if the console's encoding lacks the language's characters (Chinese on a Western code page
+    of Windows).
+    """
 
     lora_guard = True
-    """Marks the one console handler that is ours."""
+    """Marks our own console handler."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

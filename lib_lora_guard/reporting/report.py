@@ -1,4 +1,4 @@
-"""What applying a stack did, as data; said in one log line or in a few printed ones, in every language."""
+"""The result of applying a stack of LoRAs, as data, and its text: one line for the log or several printed ones."""
 
 from __future__ import annotations
 
@@ -13,30 +13,37 @@ from ..weights.storage import MB
 
 @dataclass
 class LoraReport:
-    """One LoRA of the stack. `skipped` holds keys (or sentences on keys) that were not applied; `lost` those of them that
-    the model has and that could not be patched. `refused`, `reasons` and what is lost may be Messages."""
+    """One LoRA of the stack. `refused`, `reasons` and `lost` may hold Messages."""
 
     label: str
     strength: float
     bytes: int = 0
     used: int = 0
+    """Number of weights that the LoRA changes."""
     skipped: list[str] = field(default_factory=list)
+    """Keys that were not applied, or sentences about them."""
     lost: list[str] = field(default_factory=list)
+    """The part of `skipped` that the model has but that could not be patched."""
     refused: str | None = None
+    """The reason if the whole file was refused."""
     modes: Counter[str] = field(default_factory=Counter)
+    """Number of weights by mode."""
     reasons: dict[str, set[str]] = field(default_factory=dict)
+    """The reasons for each mode."""
 
     def count(self, choice: Choice) -> None:
+        """Counts one weight."""
         self.used += 1
         self.modes[choice.mode.value] += 1
         self.reasons.setdefault(choice.mode.value, set()).add(choice.reason)
 
     @property
     def is_worrying(self) -> bool:
-        """True when the picture will not have all of this LoRA."""
+        """True if the image will lack a part of this LoRA."""
         return self.refused is not None or bool(self.lost) or self.used == 0
 
     def message(self) -> Message | Joined:
+        """Returns the report as a sentence."""
         name = clean_text(self.label)
         if self.refused is not None:
             return Message("report.refused", {"name": name, "why": clean_text(self.refused)})
@@ -62,25 +69,29 @@ _MODES = {
 
 @dataclass
 class ApplyReport:
-    """The whole stack on one model. `device_bytes` are needed while the model runs, `ram_bytes` are our own copies."""
+    """The whole stack on one model."""
 
     model: str
     loras: list[LoraReport]
     device_bytes: int
+    """Needed on the device while the model runs."""
     ram_bytes: int
+    """The guard's own copies in RAM."""
     milliseconds: float
     device: str = "device"
 
     @property
     def refused(self) -> list[LoraReport]:
+        """The LoRAs that were refused."""
         return [lora for lora in self.loras if lora.refused is not None]
 
     @property
     def is_worrying(self) -> bool:
+        """True if the image will lack a part of any LoRA."""
         return any(lora.is_worrying for lora in self.loras)
 
     def line(self) -> Message:
-        """One line for the log."""
+        """Returns one line for the log."""
         loras = Joined([lora.message() for lora in self.loras], "list.bar") if self.loras else Message("report.nothing")
         return Message("report.line", {**self._facts(), "loras": loras})
 
@@ -99,8 +110,9 @@ class ApplyReport:
 
 
 def clean_text(text: str) -> str:
-    """Text from files made harmless for a console: control characters become '?', the middle of long text is left out. Of
-    a Message, its facts are."""
+    """Makes text from files safe for a console: replaces control characters by '?' and shortens long text. Cleans the
+    facts of a Message.
+    """
     return text.map(_clean) if isinstance(text, (Message, Joined)) else shown(text, 400)
 
 

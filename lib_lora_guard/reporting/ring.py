@@ -1,4 +1,4 @@
-"""The last log lines, kept in memory for whoever looks at them in a browser: bounded, in every reader's language."""
+"""Keeps the last log lines in memory for the panel: bounded, and in the language of each reader."""
 
 from __future__ import annotations
 
@@ -17,39 +17,47 @@ from ..messages.catalogue import ENGLISH
 CAPACITY_LINES = 2000
 CAPACITY_BYTES = 2 << 20
 LINE_CHARACTERS = 2000
-"""Of a plain text, or of one fact of a sentence."""
+"""Longest plain text, or fact of a sentence."""
 ALIKE_LINES = 20
-"""So many sentences of one kind (300 layers say the same of themselves) get a line each, one after another; the rest share one."""
+"""So many consecutive sentences of one kind (300 layers report the same) get their own lines; the rest share one line.
+"""
 _FACTS = 500
-"""Of one sentence, with those inside it. Ours have up to ten, a stack of LoRAs about ten for each."""
+"""Most facts in one sentence, nested ones included. Ours have up to ten; a stack of LoRAs has about ten for each."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """`number` grows with every line. `row` is the number under which the line first appeared: a line that repeats the last
-    one takes its place in the ring, and a reader who shows that row replaces it. `message`, and `error` (the exception being
-    handled), are a Message where the catalogue has them."""
+    """One line of the log. `message` and `error` are Messages if the catalogue has them."""
 
     number: int
+    """Increases with every line."""
     time: float
     level: str
     message: str
     error: str | None = None
+    """The exception being handled."""
     row: int = 0
+    """The number under which the line first appeared. A line that repeats the last one replaces it: a reader replaces
+    that row.
+    """
 
     def text(self, language: str = ENGLISH) -> str:
+        """Returns the line in `language`."""
         said = self.message if self.error is None else with_error(self.message, self.error)
         return str(in_language(said, language))
 
 
 class LogRing(logging.Handler):
-    """Keeps the last lines. Holds plain values only: nothing that a log call names is kept alive, no model and no
-    traceback. Never raises, and a reader holds the lock for as long as it takes to copy references."""
+    """Keeps the last lines. Never raises.
+
+    Stores plain values only, so no object of a log call (a model, a traceback) is kept alive. Readers hold the lock
+    only while they copy references.
+    """
 
     def __init__(self, capacity_lines: int = CAPACITY_LINES, capacity_bytes: int = CAPACITY_BYTES) -> None:
         super().__init__()
         self.boot = secrets.token_hex(8)
-        """Tells a browser that the numbers began anew."""
+        """Tells a browser that the numbers start anew."""
         self._capacity_lines, self._capacity_bytes = capacity_lines, capacity_bytes
         self._lines: deque[tuple[Line, int]] = deque()
         self._bytes = 0
@@ -63,18 +71,20 @@ class LogRing(logging.Handler):
 
     @property
     def bytes(self) -> int:
-        """About what the lines take."""
+        """Approximate size of the lines."""
         return self._bytes
 
     def since(self, number: int, limit: int = 500) -> tuple[Line, ...]:
-        """The oldest `limit` lines that came after line `number`, oldest first; ask again from the last of them for more."""
+        """Returns the oldest `limit` lines after line `number`, oldest first. To get more, call again with the last
+        number.
+        """
         with self._locked():
             newer = [line for line, _ in takewhile(lambda kept: kept[0].number > number, reversed(self._lines))]
         newer.reverse()
         return tuple(newer[: max(0, limit)])
 
     def clear(self) -> None:
-        """Drops every line; the numbers go on."""
+        """Drops every line; the numbers continue."""
         with self._locked():
             self._lines.clear()
             self._bytes, self._run = 0, None
@@ -84,7 +94,7 @@ class LogRing(logging.Handler):
             message, error = _kept(message_of(record)), _error_of(record)
             size = _size(message) + _size(error)
         except Exception as problem:
-            # A log call must not stop an image, whatever it was given.
+            # A log call must not stop an image, whatever its arguments are.
             message, error = Message("log.unreadable", {"kind": type(problem).__name__}), None
             size = _size(message)
         self._add(record, message, error, size)
@@ -115,7 +125,7 @@ class LogRing(logging.Handler):
 
 
 class _Run:
-    """Sentences of one kind, one directly after another."""
+    """Consecutive sentences of one kind."""
 
     def __init__(self, kind: tuple[str, str, str]) -> None:
         self.kind = kind
@@ -123,14 +133,14 @@ class _Run:
         self._lines, self._times, self._alike = 0, 0, 0
 
     def take(self, said: tuple[str, str | None]) -> bool:
-        """Counts one more; True where it shares the last line."""
+        """Counts one more; True if it shares the last line."""
         same, self._said = said == self._said, said
         if same and not self._alike:
             self._times += 1
             return True
         if self._lines >= ALIKE_LINES:
             self._alike += 1
-            # The first one over the limit gets the line that the others share.
+            # The first one over the limit starts the line that the others share.
             return self._alike > 1
         self._lines += 1
         self._times = 1
@@ -148,12 +158,12 @@ def _error_of(record: logging.LogRecord) -> str | None:
 
 
 def _kept(said: str) -> str:
-    """`said` with plain and clean values only, so that it can be kept."""
+    """Converts a text to plain, clean values, so that it can be stored."""
     return said.map(_Limit().plain) if isinstance(said, (Message, Joined)) else shown(str(said), LINE_CHARACTERS)
 
 
 class _Limit:
-    """Of how many facts one line may have."""
+    """Limits the number of facts in one line."""
 
     def __init__(self) -> None:
         self._facts = 0
@@ -166,5 +176,5 @@ class _Limit:
 
 
 def _size(said: str | None) -> int:
-    """About the bytes that it takes: its English text, and its facts once more."""
+    """Estimates the bytes of a text: its English form and its facts."""
     return 0 if said is None else (5 if isinstance(said, Message) else 2) * len(said) + 300

@@ -1,6 +1,6 @@
-"""What the panel shows beside the log, as data: what is loaded, what memory is left, what is in force.
+"""The panel's data beside the log: loaded models, free memory, active settings.
 
-Texts are `str`; those that are a Message reach each reader in their own language.
+Texts are `str`; a Message is translated for each reader.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ _TEXT_CHARACTERS = 600
 
 @dataclass(frozen=True)
 class LoraStatus:
-    """One LoRA on one model. `lost` keys fit the model and could not be patched; `modes` counts weights by mode, `reasons`
-    says why they got it."""
+    """One LoRA on one model."""
 
     name: str
     strength: float
     used: int = 0
     skipped: int = 0
     lost: int = 0
+    """Keys that fit the model but could not be patched."""
     mb: float = 0.0
     modes: Mapping[str, int] = field(default_factory=dict)
+    """Number of weights by mode."""
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The reasons for each mode."""
     refused: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelStatus:
+    """One model and its LoRAs, after the last change."""
+
     name: str
     loras: tuple[LoraStatus, ...]
     device: str
@@ -48,68 +52,78 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class Amount:
-    """A number of MB with its name; `mb` is None where it is `missing`, which then says why. `source`: who says so."""
+    """A named number of MB."""
 
     name: str
     mb: float | None
     source: str = ""
+    """The origin of the number."""
     missing: str | None = None
+    """The reason if `mb` is None."""
 
 
 @dataclass(frozen=True)
 class MemoryFigure:
-    """One kind of memory. `used`: what fills it, in the order of the bar; with `free_mb` that makes `total_mb`. `beside`:
-    what belongs to it and is not part of it. `numbers`: what was read, each with its source. `missing`: why there is none."""
+    """One kind of memory."""
 
     name: str
     free_mb: float | None = None
     total_mb: float | None = None
     used: tuple[Amount, ...] = ()
+    """Its uses, in the order of the bar; together with `free_mb` they make `total_mb`."""
     beside: tuple[Amount, ...] = ()
+    """Related memory that is not part of it."""
     numbers: tuple[Amount, ...] = ()
+    """All readings, each with its source."""
     source: str = ""
     missing: str | None = None
+    """The reason if there is no figure."""
 
 
 @dataclass(frozen=True)
 class StepNeed:
-    """What the next step of a model needs on the device, part by part; `copied_mb` of its weights have no room there."""
+    """Memory on the device that the next step of a model needs, by part."""
 
     model: str
     mb: float
     parts: tuple[Amount, ...]
     copied_mb: float = 0.0
+    """Weights that do not fit there and are copied in every step."""
 
 
 @dataclass(frozen=True)
 class OtherPrograms:
-    """Who else holds VRAM. `mb`: all of them together; `largest` have no size where the system does not say it, and `more`
-    is whether there are others."""
+    """Other programs that hold VRAM."""
 
     mb: float
+    """All of them together."""
     largest: tuple[Amount, ...]
+    """Without a size if the system does not report it."""
     more: bool = False
+    """True if there are further ones."""
 
 
 @dataclass(frozen=True)
 class PanelStatus:
-    """One look at everything. `left_out` has the LoRAs that reached no model, with the reason; `programs` says who else holds
-    VRAM, where that is worth saying; `problem` why the guard is not at work, where it is not."""
+    """A snapshot of all data for the panel."""
 
     mode: str
     enabled: bool
     version: str
     models: tuple[ModelStatus, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
+    """LoRAs that reached no model, each with the reason."""
     memory: tuple[MemoryFigure, ...] = ()
     step: StepNeed | None = None
     programs: OtherPrograms | None = None
+    """Set only if the other programs hold enough VRAM to matter."""
     allocator: tuple[str, ...] = ()
     problem: str | None = None
+    """The reason if the guard is not active."""
 
 
 def model_status(report: ApplyReport) -> ModelStatus:
-    """What a change of LoRAs reported, in the panel's numbers."""
+    """Converts the report of a change of LoRAs to the panel's numbers."""
     return ModelStatus(
         name=str(report.model),
         loras=tuple(_lora_status(lora) for lora in report.loras),
@@ -121,9 +135,10 @@ def model_status(report: ApplyReport) -> ModelStatus:
 
 
 def as_json(status: PanelStatus, language: str = ENGLISH) -> dict[str, Any]:
-    """`status` in values that every JSON reader takes (no NaN), with texts in `language` and without control characters.
+    """Converts `status` to values that every JSON parser accepts (no NaN), with texts in `language`, without control
+    characters.
 
-    It is text all the same, not HTML: names come from files that strangers made.
+    The texts are not HTML: names come from files of unknown authors.
     """
     return {
         "mode": _text(status.mode, language),
@@ -233,5 +248,5 @@ def _text(text: str | None, language: str) -> str | None:
 
 
 def _number(value: float, digits: int = 1) -> float | None:
-    """None for what JSON cannot say: a strength read from a prompt may be `nan`."""
+    """Returns None for numbers that JSON lacks: a strength read from a prompt may be `nan`."""
     return round(float(value), digits) if math.isfinite(value) else None
