@@ -1,4 +1,6 @@
-"""Sentences for users, in every language of the catalogue. Imports nothing of LoRA Guard, so that errors can stand on it."""
+"""Sentences for users, in every language of the catalogue. Imports no other part of LoRA Guard, so that errors can use
+it.
+"""
 
 from .message import Joined as Joined
 from .message import Message as Message

@@ -1,4 +1,4 @@
-"""In which language a reader gets the sentences of the catalogue."""
+"""Chooses the language of the catalogue for a reader."""
 
 from __future__ import annotations
 
@@ -13,32 +13,37 @@ AUTO = "auto"
 
 _TAG = re.compile(r"(?<![a-z])(zh|chs|cht|chi|zho|cn)(?![a-z])")
 _NAMES = ("chinese", "中文", "汉语", "简体", "繁體", "繁体")
-"""As translations of the host are named in words."""
+"""Translations of the host that are named in words."""
 _NO_TRANSLATION = ("", "none")
 
 
 def language_of(setting: str, localization: str | None = None, system: str | None = None) -> str:
-    """The catalogue's language for a reader. `setting` ("en", "zh") decides unless it is "auto"; then `localization`, the
-    translation chosen in the host ("zh_CN", "zh-Hans (Stable)", "chinese-all-0313"), where there is one; then `system`, the
-    locale (see `system_locale`). A reader of another language than ours gets English."""
+    """Returns the catalogue's language for a reader; English for a reader of any language it lacks.
+
+    Args:
+        setting: "en" or "zh" decides; "auto" uses the other arguments.
+        localization: The translation chosen in the host ("zh_CN", "zh-Hans (Stable)", "chinese-all-0313"), if any.
+        system: The locale (see `system_locale`), used without a localization.
+    """
     if setting in LANGUAGES:
         return setting
-    # Who translates the host into some language has said more than the system has.
+    # A translated host says more about its reader than the system's locale.
     said = localization if (localization or "").strip().lower() not in _NO_TRANSLATION else system
     return CHINESE if is_chinese(said or "") else ENGLISH
 
 
 def is_chinese(name: str) -> bool:
-    """True where the name of a locale or of a translation says Chinese, whichever script: who reads one reads the other
-    better than English."""
+    """True if the name of a locale or translation means Chinese, in any script: readers of one prefer the other to
+    English.
+    """
     name = name.lower()
     return any(word in name for word in _NAMES) or _TAG.search(name) is not None
 
 
 def system_locale(environment: Mapping[str, str] | None = None) -> str:
-    """The name of the user's locale: "zh_CN", or "Chinese (Simplified)_China" as Windows says it; "" where none is told."""
+    """Returns the user's locale: "zh_CN", or "Chinese (Simplified)_China" as Windows writes it; "" if unknown."""
     environment = os.environ if environment is None else environment
-    # In gettext's order. Programs on Windows are started without these.
+    # In gettext's order. Windows starts programs without these variables.
     for variable in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
         if value := environment.get(variable):
             return value.partition(":")[0]

@@ -1,7 +1,7 @@
-"""Sentences for users: a key of the catalogue and the facts that go into it, so that each reader gets their own language.
+"""Sentences for users: a key of the catalogue and its facts, so that each reader gets their own language.
 
-A Message is its English sentence, so that it goes wherever text goes: into an exception, a report, a test. What passes it on
-whole (no f-string around it) passes on every language.
+A Message is a str, its English sentence, so it can be used as text: in an exception, a report, a test. Code that passes
+it on unchanged (not inside an f-string) keeps all languages.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from .catalogue import ENGLISH, TEXTS
 
 
 class Message(str):
-    """A sentence of the catalogue. A fact may itself be a Message or a Joined; of an exception its reason is kept, for the
-    exception holds on to everything that was alive where it was raised."""
+    """A sentence of the catalogue.
+
+    A fact may be a Message or a Joined. Of an exception only the reason is kept: the exception would keep everything
+    alive that existed where it was raised.
+    """
 
     __slots__ = ("facts", "key")
     key: str
@@ -28,19 +31,19 @@ class Message(str):
         return self
 
     def text(self, language: str = ENGLISH) -> str:
-        """The sentence in `language`; in English where the catalogue has no other."""
+        """Returns the sentence in `language`; in English if the catalogue lacks it."""
         return str(self) if language == ENGLISH else _filled(self.key, self.facts, language)
 
     def map(self, convert: Callable[[Any], Any]) -> Message:
-        """The same sentence with every fact converted, those of sentences inside it too."""
+        """Returns the same sentence with every fact converted, nested ones included."""
         return Message(self.key, {name: _converted(fact, convert) for name, fact in self.facts.items()})
 
-    def __getnewargs__(self) -> tuple[str, Mapping[str, Any]]:  # type: ignore[override]  # str says: the text alone
+    def __getnewargs__(self) -> tuple[str, Mapping[str, Any]]:  # str declares the text alone
         return self.key, self.facts
 
 
 class Joined(str):
-    """Sentences or words one after another; `between` is the catalogue's key of what stands between two of them."""
+    """Sentences or words in sequence. `between` is the catalogue's key of the separator."""
 
     __slots__ = ("between", "parts")
     parts: tuple[Any, ...]
@@ -53,9 +56,11 @@ class Joined(str):
         return self
 
     def text(self, language: str = ENGLISH) -> str:
+        """Returns the parts in `language`."""
         return Message(self.between).text(language).join(str(in_language(part, language)) for part in self.parts)
 
     def map(self, convert: Callable[[Any], Any]) -> Joined:
+        """Returns the same sequence with every part converted, as `Message.map`."""
         return Joined((_converted(part, convert) for part in self.parts), self.between)
 
     def __getnewargs__(self) -> tuple[tuple[Any, ...], str]:  # type: ignore[override]  # as above
@@ -63,24 +68,24 @@ class Joined(str):
 
 
 def in_language(fact: Any, language: str) -> Any:
-    """`fact` as it goes into a sentence: translated where it has translations, as it is otherwise."""
+    """Returns `fact` translated if it has translations, else unchanged."""
     return fact.text(language) if isinstance(fact, (Message, Joined)) else fact
 
 
 def reason(error: BaseException) -> str:
-    """Why, as a fact for a sentence: the Message that an error was raised with, else its text."""
+    """Returns the cause of an error as a fact for a sentence: the Message it was raised with, else its text."""
     first = error.args[0] if error.args else None
     said = getattr(error, "message", first)
     return said if isinstance(said, (Message, Joined)) else str(error)
 
 
 def about(subject: str, what: str) -> Message:
-    """`subject: what`, for a file, a key of it, or a model."""
+    """Returns the sentence `subject: what`. The subject is a file, a key of a file, or a model."""
     return Message("about.one", {"subject": subject, "what": what})
 
 
 def without(subject: str, message: str) -> str:
-    """What `message` says, without naming the subject it is about: for a sentence that has named it already."""
+    """Returns `message` without its leading `subject`, for a sentence that has named it already."""
     if isinstance(message, Message) and message.key == "about.one" and message.facts["subject"] == subject:
         what: str = message.facts["what"]
         return what
@@ -88,19 +93,21 @@ def without(subject: str, message: str) -> str:
 
 
 def with_error(what: str, error: str) -> Message:
-    """`what`, and in brackets the error it came from."""
+    """Returns `what` followed by the error in brackets."""
     return Message("log.with_error", {"message": what, "error": error})
 
 
 def say(log: logging.Logger, level: int, key: str, /, *, exc_info: bool = False, **facts: Any) -> None:
-    """Logs a sentence of the catalogue; handlers find the Message itself with `message_of`. `exc_info`: the error being
-    handled is named after it."""
+    """Logs a sentence of the catalogue. Handlers get the Message itself from `message_of`.
+
+    `exc_info`: adds the error that is being handled.
+    """
     if log.isEnabledFor(level):
         log.log(level, "%s", Message(key, facts), exc_info=exc_info, stacklevel=2)
 
 
 def message_of(record: logging.LogRecord) -> str:
-    """What a log record says: the Message where there is one, else the text."""
+    """Returns the Message of a log record if it has one, else its text."""
     if record.msg == "%s" and isinstance(record.args, tuple) and isinstance(record.args[0], Message):
         return record.args[0]
     return record.getMessage()
@@ -116,7 +123,7 @@ def _filled(key: str, facts: Mapping[str, Any], language: str) -> str:
     try:
         return template.format(**{name: in_language(fact, language) for name, fact in facts.items()})
     except (LookupError, TypeError, ValueError):
-        # A fact of an unexpected kind must not stop what the sentence is about.
+        # A fact of an unexpected type must not hide the sentence.
         return f"{template} {dict(facts)}"
 
 

@@ -1,6 +1,6 @@
-"""Every sentence that users read, by key, in every language. One module per subject; `TEXTS` is all of them.
+"""All sentences for users, by key, in every language. One module per subject; `TEXTS` is the union.
 
-A new language is a new column here; a test holds that the columns have the same placeholders.
+A new language is a new column here. A test checks that the columns have the same placeholders.
 """
 
 from __future__ import annotations

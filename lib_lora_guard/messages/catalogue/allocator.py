@@ -1,10 +1,10 @@
-"""What is said about the options of torch's CUDA allocator."""
+"""The options of torch's CUDA allocator."""
 
 from __future__ import annotations
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
-    # Whether an option is there at all.
+    # Availability of an option.
     "allocator.no_cuda": (
         "not available here: images are made on {device}, and this is an option of torch's CUDA allocator",
         "此处不可用：图像在 {device} 上生成，而这是 torch 的 CUDA 显存分配器的选项",
@@ -33,7 +33,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "not available: the variable {variable} cannot be read ({why}); correct or remove it in the file that Forge is started with",
         "不可用：无法读懂环境变量 {variable}（{why}）；请在启动 Forge 的脚本中改正或删除它",
     ),
-    # Why a wish is not followed.
+    # Reasons for refusing an option.
     "allocator.beside_expandable": (
         "not used beside expandable segments: those are never split at this size and never collected, and older torch could stop at the mixture",
         "启用可扩展段时不使用：可扩展段不受此大小限制，也不会被回收，旧版 torch 还可能因混用而中断",
@@ -66,7 +66,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "not available here: torch says yes, but a fresh allocation was not expandable; switched off again",
         "此处不可用：torch 声称已启用，但新分配的显存并不可扩展；已重新关闭",
     ),
-    # What holds.
+    # The present state.
     "allocator.off": ("off", "关闭"),
     "allocator.still_on": (
         "still on, with {found}; a restart of Forge ends it",
@@ -103,7 +103,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "已设置，但此版本的 torch 无法回报结果；下次启动 Forge 时可确保生效。{line}",
     ),
     "allocator.line": ("Put this line into {file}: {line}", "请在 {file} 中加入这一行：{line}"),
-    # Why a string cannot be read.
+    # Errors in an allocator string.
     "allocator.text_no_pair": (
         'allocator settings "{text}": expected key:value, found "{part}"',
         "分配器设置“{text}”：应为“键:值”，实际为“{part}”",

@@ -1,4 +1,4 @@
-"""What `lora-guard bake` says of the file that it has written."""
+"""The report of `lora-guard bake`."""
 
 from __future__ import annotations
 

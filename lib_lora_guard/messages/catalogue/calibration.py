@@ -1,4 +1,4 @@
-"""Corrections of memory estimates, and where they are kept."""
+"""Corrections of memory estimates, and their file."""
 
 from __future__ import annotations
 

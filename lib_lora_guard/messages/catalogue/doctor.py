@@ -1,4 +1,4 @@
-"""What `lora-guard doctor` says of this machine."""
+"""The report of `lora-guard doctor` about this machine."""
 
 from __future__ import annotations
 

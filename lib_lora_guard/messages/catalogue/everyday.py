@@ -1,4 +1,4 @@
-"""What is said about the names in a prompt, and about settings that change while Forge runs."""
+"""Names in a prompt, and settings that change while Forge runs."""
 
 from __future__ import annotations
 

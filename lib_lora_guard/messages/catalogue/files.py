@@ -1,4 +1,4 @@
-"""Why a file cannot be read. The file's name comes before, with "about.one"."""
+"""Reasons why a file cannot be read. "about.one" puts the file's name before them."""
 
 from __future__ import annotations
 

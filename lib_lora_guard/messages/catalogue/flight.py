@@ -1,4 +1,4 @@
-"""What the flight recorder tells after a run that was cut off, and what the next run does otherwise."""
+"""The flight recorder's report after a crash, and the precautions of the next run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said while Forge works with LoRAs."""
+"""Applying LoRAs in Forge."""
 
 from __future__ import annotations
 

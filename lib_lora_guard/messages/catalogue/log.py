@@ -1,4 +1,4 @@
-"""What the log itself adds to what others say."""
+"""The log's own additions to other sentences."""
 
 from __future__ import annotations
 

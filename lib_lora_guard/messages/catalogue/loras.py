@@ -1,10 +1,10 @@
-"""Why a LoRA, or a part of it, cannot be applied."""
+"""Reasons why a LoRA, or a part of it, cannot be applied."""
 
 from __future__ import annotations
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
-    # What the file holds.
+    # The file's content.
     "lora.container": (
         "expected a LoRA in safetensors format, found a {container} model",
         "应为 safetensors 格式的 LoRA，但该文件是 {container} 模型",
@@ -59,7 +59,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "lora.single_number": ("a single number where a factor belongs", "本应是因子的位置只有一个数值"),
     "lora.core": ("a core of far more than its rank", "核心张量远大于其秩"),
-    # Whether it fits.
+    # The match with the model.
     "lora.size": (
         "{what} gives {found}, the weight is {wanted}",
         "{what} 得到 {found}，而权重为 {wanted}",

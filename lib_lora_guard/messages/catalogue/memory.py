@@ -1,4 +1,4 @@
-"""Backups of original weights, and memory that runs out."""
+"""Backups of original weights, and out-of-memory situations."""
 
 from __future__ import annotations
 

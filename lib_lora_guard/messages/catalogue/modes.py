@@ -1,4 +1,4 @@
-"""How a weight gets its LoRAs, and why so."""
+"""The modes of a weight, and the reasons for each choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "mode.bypass": ("bypass", "旁路"),
     "mode.on_the_fly": ("on_the_fly", "即时计算"),
     "mode.merge": ("merge", "合并"),
-    # Reasons of a choice.
+    # Reasons for a choice.
     "reason.small": ("small parameter", "小参数"),
     "reason.no_call": ("no layer call reaches it", "没有层调用会用到它"),
     "reason.asked": ("asked for", "按设置"),
@@ -18,7 +18,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "reason.needs_weight": ("kind needs the weight", "此类型需要权重"),
     "reason.no_weight": ("weight not reachable", "无法访问权重"),
     "reason.direct": ("layer computes with its weight directly", "该层直接使用其权重计算"),
-    # Why there is none.
+    # Reasons why none is possible.
     "reason.outside_layers": (
         "stored as {format} and read outside any layer, so a LoRA cannot be added to it",
         "以 {format} 存储，且在层之外读取，因此无法叠加 LoRA",

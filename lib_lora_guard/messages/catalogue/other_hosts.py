@@ -1,4 +1,4 @@
-"""What is said at the start in a program that LoRA Guard does not fit: what it seems to be, and what its user can do."""
+"""Start in a program that LoRA Guard does not support: which one it seems to be, and what its user can do."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LABELS = "panel.label."
-"""Before the key of every text that the browser puts into place itself. `{...}` in these are filled in there."""
+"""Prefix of the keys of all texts that the browser inserts itself. The browser fills in their `{...}`."""
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {

@@ -1,4 +1,4 @@
-"""The tab "LoRA Guard": memory, what a step needs, and who else holds VRAM."""
+"""The tab "LoRA Guard": memory, the need of a step, and other programs that hold VRAM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said before something large is read or moved."""
+"""Checks before something large is read or moved."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "them; a step takes a little longer",
         "{model}：合并 LoRA 时内存耗尽（{why}）；改为在权重旁路计算。图像效果完整，只是每步稍慢",
     ),
-    # What would help.
+    # Advice.
     "preflight.refused": ("{why}. What would help: {advice}", "{why}。可行的办法：{advice}"),
     "preflight.helps": ("memory ended. What would help: {advice}", "内存或显存耗尽。可行的办法：{advice}"),
     "preflight.format": ("{format} needs {need_gb:.1f} GB", "{format} 需要 {need_gb:.1f} GB"),

@@ -1,4 +1,4 @@
-"""Where numbers of memory come from, and why one is missing."""
+"""Sources of memory numbers, and reasons for missing ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "readings.windows": ("Windows", "Windows 系统"),
     "readings.groups": ("control groups around this process", "本进程所在的控制组（cgroup）"),
     "readings.computed": ("computed from the other numbers", "由其他数值计算得出"),
-    # Why a number is missing.
+    # Reasons for a missing number.
     "readings.not_cuda": (
         "images are made on {device}; only CUDA and ROCm cards tell how much memory is free",
         "图像在 {device} 上生成；只有 CUDA 和 ROCm 显卡能报告剩余显存",

@@ -1,4 +1,4 @@
-"""What applying a stack did."""
+"""The result of applying a stack of LoRAs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the sanity rules of `memory.rules` say."""
+"""The sanity rules of `memory.rules`."""
 
 from __future__ import annotations
 

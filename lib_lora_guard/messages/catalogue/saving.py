@@ -1,4 +1,4 @@
-"""What is said while models are saved."""
+"""Saving models."""
 
 from __future__ import annotations
 

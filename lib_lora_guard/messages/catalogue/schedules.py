@@ -1,4 +1,4 @@
-"""What is said about strengths that change over the steps of an image."""
+"""Strengths that change over the steps of an image."""
 
 from __future__ import annotations
 

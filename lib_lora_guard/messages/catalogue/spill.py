@@ -1,4 +1,4 @@
-"""Steps that became slow because the driver moved VRAM into system memory."""
+"""Steps that became slow because the driver moved VRAM to system memory."""
 
 from __future__ import annotations
 
