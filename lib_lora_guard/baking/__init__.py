@@ -1,4 +1,4 @@
-"""LoRAs merged into a new checkpoint file, one tensor at a time. Pure: files in, a file and a report out."""
+"""Merges LoRAs into a new checkpoint file, one tensor at a time. Pure: files in, a file and a report out."""
 
 from .bake import BakeReport, bake
 from .dtypes import DTYPES

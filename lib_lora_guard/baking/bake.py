@@ -1,7 +1,7 @@
-"""Merges a stack of LoRAs into a model file and writes the result as a new one, a tensor at a time.
+"""Merges a stack of LoRAs into a model file and writes the result as a new file, tensor by tensor.
 
-Each weight with a LoRA on it is computed in fp32 in the order of the stack and rounded once. Everything else is copied bit
-for bit, or converted where another dtype was asked for.
+Each weight with LoRAs is computed in fp32, in the order of the stack, and rounded once. All other tensors are copied
+bit for bit, or converted if another dtype is requested.
 """
 
 from __future__ import annotations
@@ -32,19 +32,24 @@ SCALE, INPUT_SCALE, MARKER = ".scale_weight", ".scale_input", "scaled_fp8"
 
 @dataclass
 class BakeReport:
-    """What was written. `copied` and `converted` count the tensors without a LoRA; `beyond` values that the dtype has no
-    number for and that became its largest; `formats` counts the values of the weights with a LoRA by dtype; `cosine` as
-    in `Effect`; `largest_bytes` is the largest weight in fp32."""
+    """Statistics of the written file."""
 
     bytes: int = 0
     baked: int = 0
     copied: int = 0
+    """Tensors without a LoRA, copied."""
     converted: int = 0
+    """Tensors without a LoRA, converted."""
     beyond: int = 0
+    """Values outside the dtype's range, clamped to its largest number."""
     formats: Counter[str] = field(default_factory=Counter)
+    """Number of values with a LoRA, by dtype."""
     cosine: float | None = None
+    """As `Effect.cosine`."""
     cosines: dict[str, float] = field(default_factory=dict)
+    """As `Effect.cosines`."""
     largest_bytes: int = 0
+    """The largest weight in fp32."""
 
 
 def bake(
@@ -55,8 +60,20 @@ def bake(
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> BakeReport:
-    """Writes `output`; `wanted` None keeps dtypes. Raises FileFormatError before writing where the model is in a format
-    that cannot be taken over, OSError as `write_safetensors` does."""
+    """Writes the model with the LoRAs.
+
+    Args:
+        checkpoint: The model file.
+        stack: The LoRAs.
+        output: The new file.
+        wanted: Its dtype; None keeps each tensor's dtype.
+        metadata: Its metadata.
+        progress: Called while tensors are written.
+
+    Raises:
+        FileFormatError: The model has a format that cannot be copied. Nothing was written.
+        OSError: As for `write_safetensors`.
+    """
     baker = _Baker(ModelSource(checkpoint), stack.terms, wanted)
     entries = baker.entries()
     with torch.inference_mode(False), torch.no_grad():
@@ -75,7 +92,7 @@ class _Baker:
         self._scales: dict[str, torch.Tensor] = {}
 
     def entries(self) -> list[Entry]:
-        """Every tensor of the new file, in the order of the old one. Counts them."""
+        """Returns every tensor of the new file, in the old order, and counts them."""
         self.report.largest_bytes = max(4 * parameter.values for parameter in self._parameters.values())
         entries = []
         for name in self.source.checkpoint.header.tensors:
@@ -98,7 +115,9 @@ class _Baker:
         return Entry(name, dtype, parameter.shape, partial(self._converted, name))
 
     def _other(self, name: str) -> Entry:
-        """Scales, markers and single numbers. A scale that may grow counts with its weight."""
+        """Returns scales, markers and single numbers. The scale of a weight with a LoRA belongs to that weight: it may
+        grow.
+        """
         entry, dtype = self.source.checkpoint.header.tensors[name], self.source.stored_dtype(name)
         assert dtype is not None, "what lies in blocks is a parameter"
         weight = _weight_of(name, SCALE)
@@ -108,11 +127,11 @@ class _Baker:
         return Entry(name, dtype, entry.shape, partial(self.source.as_stored, name))
 
     def _is_scaled(self, name: str) -> bool:
-        """Whether a weight keeps a scale. In another dtype than its own it is written as the numbers that it means."""
+        """True if a weight keeps its scale. In another dtype, the scale is multiplied in."""
         return self.source.scale_name(name) is not None and self._dtypes[name] == self.source.stored_dtype(name)
 
     def _is_kept(self, name: str) -> bool:
-        """Whether a tensor that is no parameter still has something to say in the new file."""
+        """True if a tensor that is no parameter still applies to the new file."""
         if name == MARKER:
             return any(map(self._is_scaled, self._parameters))
         for suffix in (SCALE, INPUT_SCALE):
@@ -123,7 +142,7 @@ class _Baker:
         return not (dot and f"{head}.weight" in self._parameters and self.source.is_packed(f"{head}.weight"))
 
     def _shape(self, name: str) -> Shape:
-        """The shape with the LoRAs: FLUX-tools files widen an input projection."""
+        """Returns the shape with the LoRAs applied: FLUX-tools files widen an input projection."""
         shape = self._parameters[name].shape
         try:
             for term in self.terms[name]:
@@ -140,7 +159,7 @@ class _Baker:
         return result
 
     def _merged(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A weight as the model has it, and with the LoRAs in fp32; both in the new shape."""
+        """Returns a weight without and with the LoRAs, in the new shape and the compute dtype."""
         base = self.source.values(name)
         merged = merge(base, self.terms[name], device=CPU, out_dtype=compute_dtype(base))
         if merged.shape != base.shape:
@@ -156,7 +175,7 @@ class _Baker:
         if self._is_scaled(name):
             scale = by_row(self._scale(name).to(merged.dtype), merged)
             limit = torch.finfo(dtype).max
-            # The scale has room for every value; the division may be off by its last bit.
+            # The scale covers every value; the division may be off by its last bit.
             result, beyond = rounded((merged / scale).clamp_(-limit, limit), dtype)
             self.effect.add(form, base, merged, base, result.to(merged.dtype).mul_(scale))
         else:
@@ -167,10 +186,11 @@ class _Baker:
         return result
 
     def _scale(self, name: str) -> torch.Tensor:
-        """The scale of a weight with LoRAs: its own, or a power of two times it where values have outgrown it. Floating-point
-        numbers stay what they are under powers of two, so what the LoRAs leave alone does.
+        """Returns the scale of a weight with LoRAs: the old one, times a power of two if the values have outgrown it.
 
-        The weight is merged for it, and again when its own turn comes: keeping it would take memory.
+        Powers of two do not change the mantissa, so values that the LoRAs do not touch stay exact.
+
+        The weight is merged here and again when it is written: keeping it would take memory.
         """
         if name not in self._scales:
             old = self.source.as_stored(str(self.source.scale_name(name)))
@@ -179,7 +199,7 @@ class _Baker:
             low, high = torch.aminmax(rows, dim=1)
             needed = (torch.maximum(-low, high) / torch.finfo(self._dtypes[name]).max).reshape(old.shape)
             doublings = torch.log2(needed / old).clamp_min(0).ceil()
-            # A scale of 0 is that of a weight of zeros.
+            # A scale of 0 belongs to a weight of zeros.
             grown = torch.where(old > 0, old * torch.exp2(doublings), needed.clamp_min(torch.finfo(torch.float32).tiny))
             self._scales[name] = grown.to(old.dtype)
         return self._scales[name]

@@ -1,4 +1,4 @@
-"""In which dtype each tensor of the new file lies, and how values get there."""
+"""Chooses the dtype of each tensor in the new file and converts values to it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ DTYPES: Mapping[str, torch.dtype | None] = MappingProxyType(
         "fp8_e5m2": torch.float8_e5m2,
     }
 )
-"""What the user may ask for; None: each tensor its own."""
+"""The choices of the user; None: each tensor keeps its own."""
 
 SLICE_VALUES = 1 << 18
-"""Rounded in one go: a few fp32 copies of so many values stay in a CPU's cache."""
+"""Values rounded at once: a few fp32 copies of so many values stay in a CPU's cache."""
 
 UNPACKED = torch.bfloat16
-"""For weights that lie in blocks (GGUF, bitsandbytes), and in fp8 files for what fp8 is too coarse for."""
+"""For weights stored in blocks (GGUF, bitsandbytes), and in fp8 files for tensors that fp8 is too coarse for."""
 
 
 def dtype_for(parameter: Parameter, stored: torch.dtype | None, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype in the new file. `stored`: the dtype in the model's file, None where it lies in blocks.
+    """Returns the dtype of a tensor in the new file.
 
-    As in the fp8 files of the community, fp8 is for the matrices and kernels of the U-Net or transformer alone: its norms
-    and biases stay in 16 bits, and text encoders and VAE stay what they are.
+    As in common fp8 files, only the matrices and kernels of the U-Net or transformer become fp8. Its norms and biases
+    stay in 16 bits, and text encoders and VAE stay as they are.
+
+    Args:
+        parameter: The tensor.
+        stored: Its dtype in the model's file; None if it is stored in blocks.
+        wanted: The requested dtype; None keeps it.
     """
     own = UNPACKED if stored is None else stored
     if wanted is None or not own.is_floating_point:
@@ -47,8 +52,11 @@ def dtype_for(parameter: Parameter, stored: torch.dtype | None, wanted: torch.dt
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """`values` in `dtype`, rounded once, and how many lay beyond its range: those became its largest number, where torch
-    makes NaN or infinity of them. No copy where the dtype is the same; else in slices."""
+    """Rounds `values` to `dtype` once. Returns the result and the number of values outside the dtype's range.
+
+    Those become its largest number, where torch makes NaN or infinity of them. No copy is made if the dtype is the
+    same.
+    """
     if values.dtype == dtype:
         return values, 0
     result = torch.empty(values.shape, dtype=dtype)
@@ -66,5 +74,5 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int
 
 
 def compute_dtype(values: torch.Tensor) -> torch.dtype:
-    """fp64 values are computed with as such, all others in fp32."""
+    """Returns fp64 for fp64 values, fp32 for all others."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Where the new file goes, and what it says about itself."""
+"""Checks the path of the new file and builds its metadata."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ SUFFIX = ".safetensors"
 BAKED, VERSION = "lora_guard.baked", "lora_guard.version"
 
 _STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata")
-"""What is no longer true of the new file: hashes of the old one's tensors."""
+"""Keys that are wrong for the new file: hashes of the old one's tensors."""
 _GGUF_FACTS = "general."
 _GGUF_STALE = ("general.alignment", "general.file_type", "general.quantization_version")
 _READ_BYTES = 1 << 20
 
 
 def check_output(output: Path, inputs: Sequence[Path], force: bool) -> None:
-    """Raises LoraGuardError for a place where the new file must not go."""
+    """Checks where the new file may be written.
+
+    Args:
+        output: The new file.
+        inputs: The files to read.
+        force: Allows replacing an existing file.
+
+    Raises:
+        LoraGuardError: The suffix is wrong, the file is one of `inputs`, or it exists and `force` is False.
+    """
     if output.suffix.lower() != SUFFIX:
         raise LoraGuardError(
             f"{shown(output.name)}: expected a name that ends in {SUFFIX}, by which programs know what to read"
@@ -39,9 +48,10 @@ def check_output(output: Path, inputs: Sequence[Path], force: bool) -> None:
 
 
 def metadata_for(header: FileHeader, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
-    """The model's own metadata, and what was baked in: name, strength and SHA-256 of each file, in the order of the stack.
+    """Returns the model's own metadata plus the baked LoRAs: name, strength and SHA-256 of each file, in the order of
+    the stack.
 
-    What an earlier baking wrote stays in front.
+    Entries of an earlier baking stay in front.
     """
     kept = {key: text for key, text in header.metadata.items() if _is_kept(header, key)}
     baked = _baked_before(header.metadata)
@@ -52,7 +62,7 @@ def metadata_for(header: FileHeader, loras: Sequence[tuple[Path, float]]) -> dic
 
 def _is_kept(header: FileHeader, key: str) -> bool:
     if header.container == "gguf":
-        # The rest is about tokenizers and blocks; "[n values]" stands for what was not read.
+        # The rest describes tokenizers and blocks; "[n values]" stands for arrays that were not read.
         return key.startswith(_GGUF_FACTS) and key not in _GGUF_STALE
     return key not in _STALE
 
@@ -66,7 +76,7 @@ def _baked_before(metadata: Mapping[str, str]) -> list[object]:
 
 
 def sha256_of(path: Path) -> str:
-    """In hexadecimal digits, as model sites show it."""
+    """Returns the hash in hexadecimal digits, as model sites show it."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(_READ_BYTES):

@@ -1,4 +1,4 @@
-"""A model file one tensor at a time: as it lies there, and as plain numbers.
+"""Reads a model file tensor by tensor, as stored or as plain numbers.
 
 Sources: `weights` for the formats; scaled fp8 as ComfyUI and Forge read it (value = number * `scale_weight`).
 """
@@ -24,10 +24,14 @@ _OTHER_FILE = "use the model in 16 bits, fp8 or another GGUF quantisation"
 
 
 class ModelSource:
-    """Reads what a header promises; the file is opened for each tensor and closed again."""
+    """Reads the tensors of a checkpoint. The file is opened for each tensor and closed again."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises FileFormatError where something in the file could not be written into the new one."""
+        """Checks the header.
+
+        Raises:
+            FileFormatError: A tensor could not be written into the new file.
+        """
         self.checkpoint = checkpoint
         self._header = checkpoint.header
         for name in self._header.tensors:
@@ -58,14 +62,18 @@ class ModelSource:
             )
 
     def is_packed(self, name: str) -> bool:
-        """Whether a parameter lies in blocks of values that share a scale."""
+        """True if a parameter is stored in blocks that share a scale."""
         entry, parameter = self._header.tensors[name], self.checkpoint.parameters.get(name)
         if self._header.container == "gguf":
             return entry.format not in PLAIN
         return parameter is not None and parameter.format in LEVELS
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
-        """The dtype that a tensor lies in, None in blocks. Raises FileFormatError where torch does not have it."""
+        """Returns the dtype of a tensor in the file; None if it is stored in blocks.
+
+        Raises:
+            FileFormatError: torch lacks the dtype.
+        """
         if self.is_packed(name):
             return None
         form = self._header.tensors[name].format
@@ -75,15 +83,21 @@ class ModelSource:
         return dtype
 
     def scale_name(self, name: str) -> str | None:
-        """The tensor that holds the scale of a weight, if there is one."""
+        """Returns the name of a weight's scale tensor; None if it has none."""
         scale = name.removesuffix("weight") + "scale_weight"
         return scale if name.endswith(".weight") and scale in self._header.tensors else None
 
     def as_stored(self, name: str) -> torch.Tensor:
+        """Returns a tensor as the file stores it."""
         return read_tensors(self._header, [name])[name]
 
     def values(self, name: str) -> torch.Tensor:
-        """A parameter in its real shape, scales multiplied in: 16, 32 and 64-bit floats as they are, all others in fp32."""
+        """Returns a parameter in its real shape, multiplied by its scale: 16, 32 and 64-bit floats unchanged, all
+        others in fp32.
+
+        Raises:
+            FileFormatError: The tensor holds no floating-point numbers, or its parts are malformed.
+        """
         shape = self.checkpoint.parameters[name].shape
         if self.is_packed(name):
             decoder, parts = self._packed(name)
@@ -106,5 +120,5 @@ class ModelSource:
 
 
 def by_row(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A scale of one value, or of one a row, in a shape that multiplies `weight`."""
+    """Reshapes a scale of one value, or of one per row, so that it multiplies `weight`."""
     return scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.numel() > 1 else scale.reshape(())

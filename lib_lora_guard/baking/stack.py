@@ -1,4 +1,6 @@
-"""The stack of LoRAs as terms on a model's parameters: the same meaning as everywhere, and refusals before any work."""
+"""Matches a stack of LoRAs with a model's parameters, by the same rules as everywhere, and refuses before any work
+starts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from ..models.fit import Fit, fit_file
 
 @dataclass(frozen=True)
 class BakedLora:
-    """One LoRA of the stack, and what of it the checkpoint can use."""
+    """One LoRA of the stack, and its fit to the checkpoint."""
 
     name: str
     strength: float
@@ -25,17 +27,18 @@ class BakedLora:
 
 @dataclass(frozen=True)
 class Stack:
-    """`terms` by parameter, in the order of the stack."""
+    """The matched stack."""
 
     loras: list[BakedLora]
     terms: Mapping[str, list[Term]]
+    """By parameter, in the order of the stack."""
 
 
 def match_stack(checkpoint: Checkpoint, loras: Sequence[tuple[LoraFile, float]]) -> Stack:
     """Fits every LoRA to the checkpoint.
 
     Raises:
-        LoraMismatchError: names the file that was made for another model or of which nothing fits.
+        LoraMismatchError: A LoRA was made for another model, or none of it fits. The message names the file.
     """
     target = checkpoint.target()
     baked, merged = [], dict[str, list[Term]]()
