@@ -1,4 +1,4 @@
-"""Which language a reader gets where the setting leaves it open."""
+"""Chooses the reader's language if the setting leaves it open."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from ..settings import Language
 
 
 def reader_language(wanted: Language, *hints: str | None) -> str:
-    """The chosen language; with AUTO the first of `hints` that names one: the WebUI's localization ("zh_CN", "None"), an
-    Accept-Language header ("zh-CN,zh;q=0.9,en;q=0.8")."""
+    """Returns the chosen language, or with AUTO that of the first hint that names one.
+
+    `hints`: the WebUI's localization ("zh_CN", "None"), an Accept-Language header ("zh-CN,zh;q=0.9,en;q=0.8").
+    """
     if wanted is not Language.AUTO:
         return str(wanted.value)
     for hint in hints:

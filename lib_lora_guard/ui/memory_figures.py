@@ -1,4 +1,4 @@
-"""The memory of a snapshot as the panel shows it: the numbers that the guard plans with, with their sources. Pure."""
+"""Converts a memory snapshot to the panel's figures: the numbers that the guard plans with, and their sources. Pure."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from ..reporting.status import Amount, MemoryFigure, OtherPrograms, StepNeed
 from ..weights.storage import MB
 
 WORTH_SAYING_BYTES = 256 * MB
-"""VRAM of other programs below which nobody gains by closing them."""
+"""Closing other programs is not worth it if they hold less VRAM than this."""
 MOST_PROGRAMS = 4
 
 _RAM_NUMBERS = ("ram_", "swap_", "commit_", "pinned", "rss")
 
 
 def memory_figures(snapshot: MemorySnapshot) -> tuple[MemoryFigure, MemoryFigure]:
-    """VRAM and RAM."""
+    """Returns the figures for VRAM and RAM."""
     return _vram(snapshot), _ram(snapshot)
 
 
 def other_programs(snapshot: MemorySnapshot, others: GpuProcesses) -> OtherPrograms | None:
-    """None where it is too little to speak of. Windows says which programs use the card, and not how much each."""
+    """Returns the other programs on the card; None if they hold too little to matter.
+
+    Windows reports which programs use the card, but not how much each of them uses.
+    """
     known = sum(process.bytes or 0 for process in others.processes)
     together = known or snapshot.vram_others.bytes or 0
     named = [process for process in others.processes if process.name and (process.bytes or not known)]
@@ -35,7 +38,7 @@ def other_programs(snapshot: MemorySnapshot, others: GpuProcesses) -> OtherProgr
 
 
 def step_need(plan: LastPlan | None) -> StepNeed | None:
-    """None where nothing was loaded yet."""
+    """Returns the memory need of the last planned step; None before the first load."""
     if plan is None:
         return None
     parts = {
@@ -52,7 +55,7 @@ def _vram(snapshot: MemorySnapshot) -> MemoryFigure:
     numbers = _numbers(snapshot, ("vram_",))
     free, total = snapshot.usable_vram_bytes, snapshot.vram_total.bytes
     if free is None or total is None:
-        # Where nothing is known it is said once.
+        # If nothing is known, the reason is shown once.
         known = tuple(number for number in numbers if number.mb is not None)
         return MemoryFigure("VRAM", numbers=known, missing=snapshot.vram_total.missing or snapshot.vram_free.missing)
     cached = max(0, (snapshot.vram_reserved.bytes or 0) - (snapshot.vram_active.bytes or 0))
@@ -61,7 +64,7 @@ def _vram(snapshot: MemorySnapshot) -> MemoryFigure:
         Amount(Message("panel.part.ours"), ours / MB, snapshot.vram_ours.source),
         Amount(Message("panel.part.others"), (total - free - ours) / MB, snapshot.vram_others.source),
     )
-    # The one of the two that counts.
+    # The one that counts.
     trusted = trusted_free_bytes(snapshot.vram_free.bytes, snapshot.vram_free_nvml.bytes)
     counted = snapshot.vram_free if trusted == snapshot.vram_free.bytes else snapshot.vram_free_nvml
     source = _from([counted, snapshot.vram_active, snapshot.vram_ours])
@@ -86,14 +89,16 @@ def _ram(snapshot: MemorySnapshot) -> MemoryFigure:
 
 
 def _page_file(snapshot: MemorySnapshot) -> Amount:
-    """Windows ends a process by its commit limit, whatever of the page file is unused."""
+    """Returns the room for further allocations. Windows fails at its commit limit, even if the page file has unused
+    space.
+    """
     if snapshot.system == "Windows":
         return _amount(Message("panel.beside.commit"), snapshot.commit_room)
     return _amount(Message("panel.beside.swap"), snapshot.swap_free)
 
 
 def _numbers(snapshot: MemorySnapshot, kinds: tuple[str, ...]) -> tuple[Amount, ...]:
-    """All readings of these kinds; what only other systems have is left out."""
+    """Returns all readings of these kinds, except those that other systems alone have."""
     return tuple(
         _amount(Message(f"panel.number.{name}"), reading)
         for name, reading in snapshot.readings()

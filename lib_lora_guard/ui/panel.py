@@ -1,4 +1,4 @@
-"""What the tab asks for about once a second, and what it is told. `javascript/lora_guard.js` is the other side."""
+"""Answers the tab's request, about one per second. `javascript/lora_guard.js` is the client."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..settings import Language
 from .language import reader_language
 
 PAGE_LINES = 500
-"""In one answer. A browser that is behind by more asks again at once."""
+"""Most lines in one answer. A browser that is further behind asks again at once."""
 
 
 class Panel:
-    """Answers of one host. `status()` looks at everything now; `language()` is the setting and the host's own language."""
+    """Builds the answers for one host."""
 
     def __init__(
         self,
@@ -26,13 +26,25 @@ class Panel:
         language: Callable[[], tuple[Language, str | None]],
         ring: Callable[[], LogRing] = current_ring,
     ) -> None:
+        """Takes the sources of the answers.
+
+        Args:
+            status: Reads the present status.
+            language: Returns the setting and the host's own language.
+            ring: Returns the ring with the log lines.
+        """
         self._status, self._language, self._ring = status, language, ring
 
     def answer(self, since: int, boot: str, language: str, accepted: str | None = None) -> dict[str, Any]:
-        """Everything after line `since` of the log that a browser knows as `boot` and shows in `language`.
+        """Returns all lines after line `since`, and the present status.
 
-        Where either is no longer so (`known` is false) the log is told from its start, with the labels. `accepted` is the
-        browser's Accept-Language.
+        If the ring or the language has changed (`known` is false), it returns the log from its start, with the labels.
+
+        Args:
+            since: Number of the last line that the browser has.
+            boot: The browser's `LogRing.boot`.
+            language: The language that the browser shows.
+            accepted: The browser's Accept-Language header.
         """
         wanted, host_language = self._language()
         reader = reader_language(wanted, host_language, accepted)
@@ -53,7 +65,7 @@ class Panel:
 
 
 def labels(language: str) -> dict[str, str]:
-    """The texts that the browser puts into place itself."""
+    """Returns the texts that the browser inserts itself."""
     return {key[len(LABELS) :]: texts[language] for key, texts in TEXTS.items() if key.startswith(LABELS)}
 
 

@@ -1,4 +1,4 @@
-"""The address that the tab asks: `GET /lora-guard/panel`, for those who may see the WebUI and nobody else."""
+"""The tab's address, `GET /lora-guard/panel`, restricted to users who may see the WebUI."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .panel import Panel
 
 PATH = "/lora-guard/panel"
 _SAME_SITE = (None, "same-origin", "none")
-"""Values of Sec-Fetch-Site (W3C "Fetch Metadata") for our own page and for tools; other sites' pages get nothing, whatever
-CORS rules the host was started with."""
+"""Accepted values of Sec-Fetch-Site (W3C "Fetch Metadata"): our own page and tools. Pages of other sites are refused,
+whatever CORS rules the host was started with.
+"""
 _NUMBERS = 1 << 53
-"""JavaScript counts no further."""
+"""JavaScript's integers are exact up to here."""
 
 
 def add_route(app: FastAPI, panel: Panel) -> None:
@@ -43,10 +44,10 @@ def add_route(app: FastAPI, panel: Panel) -> None:
 
 
 def may_see(app: Any, request: Request) -> bool:
-    """True without a login in force, and for whoever has logged in.
+    """True if no login is required, or if the request belongs to a logged-in user.
 
-    gradio 4.40 keeps its logins on the app (`auth`, `auth_dependency`, `tokens`, `cookie_id`; routes.py). Where it has a
-    login and we do not find these, the answer is no.
+    gradio 4.40 keeps its logins on the app (`auth`, `auth_dependency`, `tokens`, `cookie_id`; routes.py). If it
+    requires a login and these are missing, the answer is False.
     """
     dependency = getattr(app, "auth_dependency", None)
     if dependency is not None:
@@ -59,5 +60,5 @@ def may_see(app: Any, request: Request) -> bool:
 
 
 def _number(text: str) -> int:
-    """The number of a log line; 0 for anything else."""
+    """Returns the number of a log line; 0 for anything else."""
     return min(int(text), _NUMBERS) if text.isascii() and text.isdigit() and len(text) < 20 else 0

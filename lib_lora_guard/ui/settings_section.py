@@ -22,7 +22,13 @@ Options = dict[str, Any]
 
 
 def options(host: Any, language: str, on_change: Callable[[], object]) -> Options:
-    """The host's options by name. `host` has its `OptionInfo` and `OptionHTML`; `on_change` is called after each change."""
+    """Returns the host's options by name.
+
+    Args:
+        host: Has Forge's `OptionInfo` and `OptionHTML`.
+        language: The language of the texts.
+        on_change: Called after each change.
+    """
     import gradio
 
     def text(key: str) -> str:
@@ -39,7 +45,7 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
         )
         return info.info(html.escape(text(f"{name}.info")))
 
-    # Radios all through: Forge's script shows no explanation beside a dropdown.
+    # Radio buttons everywhere: Forge shows no explanation beside a dropdown.
     modes = [(Message(MODE_KEYS[mode]).text(language), mode.value) for mode in LoraMode]
     levels = [(text(f"level.{level}"), level) for level in LOG_LEVELS]
     languages = [(_LANGUAGE_NAMES.get(known, text("language.auto")), known.value) for known in Language]
@@ -61,7 +67,7 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
 
 
 def _modes(language: str) -> str:
-    """A sentence for each mode."""
+    """Returns a sentence for each mode, as an HTML list."""
     rows = (
         f"<li><b>{html.escape(Message(key).text(language))}</b>: {html.escape(Message(f'{key}.info').text(language))}</li>"
         for key in MODE_KEYS.values()

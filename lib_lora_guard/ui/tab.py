@@ -1,4 +1,4 @@
-"""The tab as the server makes it: one empty place, which `javascript/lora_guard.js` fills while somebody looks."""
+"""The server's part of the tab: an empty element that `javascript/lora_guard.js` fills while the tab is visible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PLACE = '<div id="lora_guard_panel"><noscript>LoRA Guard needs JavaScript here. 
 
 
 def build() -> list[tuple[Any, str, str]]:
-    """What `on_ui_tabs` wants: gradio blocks, title, element id."""
+    """Returns gradio's blocks, the title and the element id, as `on_ui_tabs` expects them."""
     import gradio
 
     with gradio.Blocks(analytics_enabled=False) as blocks:
