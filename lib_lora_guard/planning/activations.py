@@ -1,8 +1,8 @@
-"""VRAM that one call of a model takes beside its weights, from the picture's size and the architecture. Pure.
+"""Estimates the VRAM that one call of a model needs beside its weights, from the image size and the architecture. Pure.
 
-Measured with Forge's own modules on an H200, torch 2.11, attention of PyTorch, 16 bit (`benchmarks/activations_gpu.py`;
-`tests/planning/activations.jsonl` has the 151 numbers that the constants here are held to): linear in pixels for U-Nets and
-VAEs, in tokens for transformers.
+Measured with Forge's own modules on an H200, torch 2.11, PyTorch attention, 16 bit (`benchmarks/activations_gpu.py`).
+The need is linear in pixels for U-Nets and VAEs, in tokens for transformers. `tests/planning/activations.jsonl` has the
+151 measurements that the constants here are tested against.
 """
 
 from __future__ import annotations
@@ -21,32 +21,36 @@ if TYPE_CHECKING:  # adapters need torch, and the replay does without
 MB = 1 << 20
 
 FIXED_BYTES = 10 * MB
-"""Workspaces of convolutions and products, whatever the size."""
+"""Workspaces of convolutions and matrix products, at any size."""
 LEAST_BYTES = 74 * MB
-"""What even a small picture takes: one call's workspace of cuBLAS and cuDNN."""
+"""The least that any call needs: the workspaces of cuBLAS and cuDNN."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """`used_bytes` at the peak; `held_bytes` is what torch's allocator takes from the card for it, because blocks of other
-    sizes lie free between: what has to be free for the call not to stop and collect. Expandable segments bring the two
-    together."""
+    """VRAM of one call."""
 
     used_bytes: int
+    """At the peak."""
     held_bytes: int
+    """Held by torch's allocator for it: free blocks of other sizes lie between the used ones. With less free memory,
+    the call has to stop and collect. With expandable segments it is about `used_bytes`.
+    """
 
     def with_copy(self, copy_bytes: int) -> Activations:
-        """And the copy of a weight that is cast or dequantised for its layer's product."""
+        """Adds the copy of a weight that is cast or dequantized for its layer's product."""
         return Activations(self.used_bytes + copy_bytes, self.held_bytes + copy_bytes)
 
 
 @dataclass(frozen=True)
 class _Peak:
-    """Values of the compute dtype: per pixel of the latent for each of 320 channels of a U-Net's first level, per token and
-    width of a transformer. `held`: how many times as much torch holds."""
+    """Peak of a call, in values of the compute dtype."""
 
     values: float
+    """U-Net: per pixel of the latent and each of `width` channels of the first level. Transformer: per token and width.
+    """
     held: float
+    """Held by torch, as a multiple of the used bytes."""
     width: int
 
 
@@ -63,22 +67,33 @@ _TRANSFORMERS = {
     "SD 3": _Peak(21.1, 1.29, 1536),
 }
 _SD3_WITHOUT_NORMS = _Peak(19.1, 1.29, 1536)
-"""SD 3 medium does not normalise queries and keys; the 3.5 models do."""
+"""SD 3 medium does not normalize queries and keys; the 3.5 models do."""
 _OTHER_TRANSFORMER = _TRANSFORMERS["Flux"]
 
 _DECODE_VALUES, _DECODE_HELD = 69_640, 1.46
+"""Values per pixel of the latent for the VAE of Stable Diffusion, SDXL, SD 3 and Flux (128 to 512 channels), decoding.
+"""
 _ENCODE_VALUES, _ENCODE_HELD = 40_980, 1.26
-"""Values per pixel of the latent, of the VAEs of Stable Diffusion, SDXL, SD 3 and Flux (128 to 512 channels)."""
+"""The same for encoding."""
 DECODE_WHERE_FORGE_HAS = _DECODE_VALUES / (2178 * 64)
-"""Forge asks for this many times as much before it decodes (`memory_used_decode`)."""
+"""The used bytes of a decode, divided by Forge's request before it (`memory_used_decode`)."""
 ENCODE_WHERE_FORGE_HAS = _ENCODE_VALUES / (1767 * 64)
+"""The same for an encode (`memory_used_encode`)."""
 
 VAE_HOLDS_WHERE_FORGE_HAS = max(DECODE_WHERE_FORGE_HAS * _DECODE_HELD, ENCODE_WHERE_FORGE_HAS * _ENCODE_HELD)
 
 
 def step(tokens: Tokens, picture: Picture, shapes: Mapping[str, Shape], compute_bytes: int) -> Activations:
-    """One step of the denoiser. `shapes`: its parameters. For an architecture that was not measured the used bytes are
-    Forge's own estimate (U-Nets), or Flux's by width (transformers)."""
+    """Estimates one step of the denoiser.
+
+    For an unmeasured architecture the used bytes are Forge's own estimate (U-Nets) or Flux's by width (transformers).
+
+    Args:
+        tokens: The tokens of the step.
+        picture: The image.
+        shapes: The denoiser's parameters.
+        compute_bytes: Bytes per activation value.
+    """
     if tokens.is_unet:
         peak = _UNETS.get(tokens.architecture or "")
         if peak is None:
@@ -95,11 +110,12 @@ def step(tokens: Tokens, picture: Picture, shapes: Mapping[str, Shape], compute_
 
 
 def decode(latent: Latent, value_bytes: int) -> Activations:
-    """The VAE's decoder, whole pictures at once."""
+    """Estimates the VAE's decoder for whole images at once. `value_bytes`: bytes per activation value."""
     return _held(_DECODE_VALUES * latent.pictures * latent.area * value_bytes, _DECODE_HELD)
 
 
 def encode(latent: Latent, value_bytes: int) -> Activations:
+    """As `decode`, for the encoder."""
     return _held(_ENCODE_VALUES * latent.pictures * latent.area * value_bytes, _ENCODE_HELD)
 
 
@@ -112,12 +128,12 @@ def _held(used: float, times: float) -> Activations:
 
 
 def _first_width(shapes: Mapping[str, Shape], usual: int) -> int:
-    """Channels of a U-Net's first level."""
+    """Returns the channels of a U-Net's first level."""
     first = (shape for key, shape in shapes.items() if len(shape) == 4 and key.endswith(_FIRST_CONVOLUTIONS))
     return next(first, (usual,))[0]
 
 
 def _usual_width(shapes: Mapping[str, Shape], usual: int) -> int:
-    """Of a transformer: what most of its layers take in."""
+    """Returns the input width of most layers of a transformer."""
     widths = Counter(shape[1] for shape in shapes.values() if len(shape) == 2)
     return widths.most_common(1)[0][0] if widths else usual

@@ -1,4 +1,4 @@
-"""What to do, in plain words, from the predictions. Pure. One sentence a line, the most important first."""
+"""Advice for the user, derived from the predictions. Pure. One sentence per line, the most important first."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from collections.abc import Iterator, Sequence
 from .predict import GB, MB, RAM_FLOOR_BYTES, Effect, ModelFacts, Patch, Prediction, Way
 
 SLIDER_MB = 64
-"""Advice for "GPU Weights" is rounded up to so many MB."""
+"""Advice for "GPU Weights" is rounded up to multiples of this."""
 
 
 def advice(model: ModelFacts, patches: Sequence[Patch], predictions: Sequence[Prediction]) -> list[str]:
-    """`predictions` as `predict` gives them: the guard first."""
+    """Returns the advice as lines of text.
+
+    Args:
+        model: The model.
+        patches: The weights with LoRAs.
+        predictions: As `predict` returns them: the guard first.
+    """
     guard, merge, on_the_fly = predictions
     return [*_guard(model, guard), *_merging(model, patches, merge, guard), *_on_the_fly(model, on_the_fly, guard)]
 

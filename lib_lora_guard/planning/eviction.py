@@ -1,9 +1,9 @@
-"""What leaves the device when a model comes to it, and how much of the coming one stays in RAM. Pure.
+"""Decides which models leave the device when another one is loaded, and how much of the new one stays in RAM. Pure.
 
-Forge asks for 1.3 times the weights and unloads whole models until that is free: a text encoder of 5 GB throws a denoiser of
-9.5 GB out, and both are carried over the bus twice for one prompt. Here the cheaper of two ways is taken, in bytes moved
-until everything is as before: make the room that is missing, out of as little as possible; or let the coming model run
-swapped, where it runs only once or twice. Nobody is asked for more than is missing.
+Forge requests 1.3 times the weights and unloads whole models until that is free. A text encoder of 5 GB evicts a
+denoiser of 9.5 GB, and both cross the bus twice for one prompt. Here the cheaper of two ways is chosen, by the bytes
+moved until the previous state is restored. The first evicts as little as possible for the missing room. The second runs
+the new model swapped, if it runs only once or twice. No more is evicted than is missing.
 """
 
 from __future__ import annotations
@@ -14,37 +14,46 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Resident:
-    """A model on the device that could leave it. `swappable_bytes` of it can leave while the rest stays; `returns`: it is
-    needed again for the same picture, as the denoiser is."""
+    """A model on the device that could leave it."""
 
     on_device_bytes: int
     swappable_bytes: int
+    """The part that can leave while the rest stays."""
     returns: bool
+    """True if the same image needs it again, like the denoiser."""
 
 
 @dataclass(frozen=True)
 class Coming:
-    """What is to be placed. `passes`: how often it runs before others want the room; None where that is often."""
+    """The model to place."""
 
     outside_bytes: int
     swappable_bytes: int
     passes: int | None
+    """Number of its runs before others need the room; None if it runs often."""
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """`leaving_bytes` for each resident, in their order (0: stays as it is). `swapped_bytes` of what comes stay in RAM."""
+    """The decision."""
 
     leaving_bytes: tuple[int, ...]
+    """For each resident, in the given order; 0: it stays."""
     swapped_bytes: int
+    """The part of the new model that stays in RAM."""
     moved_bytes: int
-    """Over the bus, until the residents that return are back."""
+    """Bytes over the bus until the residents that return are back."""
 
 
 def plan_eviction(coming: Coming, need_bytes: int, free_bytes: int, residents: Sequence[Resident]) -> Eviction:
-    """`need_bytes`: what has to be free beside the weights while the coming model runs. `residents`: who leaves first, first.
+    """Chooses the cheaper way. If evicting everything is not enough, the rest of the new model stays in RAM, as far as
+    swappable.
 
-    Where even everything that can leave is not enough, what does not fit stays in RAM, as far as it can be swapped.
+    Args:
+        coming: The model to place.
+        need_bytes: VRAM to keep free beside the weights while it runs.
+        free_bytes: Free VRAM.
+        residents: In eviction order.
     """
     short = coming.outside_bytes + need_bytes - free_bytes
     whole = _make_room(coming, short, residents)
@@ -61,11 +70,11 @@ def _make_room(coming: Coming, short: int, residents: Sequence[Resident], swappe
     for resident in residents:
         wanted = max(0, min(short, resident.on_device_bytes))
         if wanted > resident.swappable_bytes:
-            # What runs only as a whole leaves as a whole.
+            # The rest could not run without it: evict the whole model.
             wanted = resident.on_device_bytes
         leaving.append(wanted)
         short -= wanted
-        # Who returns is carried twice, and something of what came has to leave for it again.
+        # A resident that returns moves twice, and a part of the new model has to leave for it again.
         moved += wanted * (3 if resident.returns else 1)
     swapped = min(coming.swappable_bytes, swapped + max(0, short))
     moved += coming.outside_bytes - swapped + swapped * (coming.passes or 1)

@@ -1,7 +1,8 @@
-"""What would make room for a model, in numbers: formats that fit, a smaller picture, LoRAs left out. Pure.
+"""Computes what would make room for a model: smaller formats, a smaller image, fewer LoRAs. Pure.
 
-Bytes per value are those that a model has in Forge: GGUF as it is once baked (`planning.gguf_baked`), NF4 with one fp32 scale
-for 64 values (bitsandbytes' block size). Matrices alone are stored in blocks; convolutions, norms and biases stay in 16 bit.
+Bytes per value are those that a model has in Forge: GGUF after baking (`planning.gguf_baked`), NF4 with one fp32 scale
+for 64 values (bitsandbytes' block size). Only matrices are stored in blocks; convolutions, norms and biases stay in 16
+bit.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ MATRIX_BYTES: Mapping[str, float] = {
     "GGUF Q4_K": value_bytes("Q4_K"),
     "NF4": 1 / 2 + 4 / NF4_BLOCK,
 }
-"""The formats that users find models in, the closest to 16 bit first."""
+"""Bytes per value of common model formats, the closest to 16 bit first."""
 
 LEAST_PICTURE = 512
-"""No smaller side is advised: the models draw badly below it."""
+"""No smaller side is advised: the models produce bad images below it."""
 STEP_PIXELS = 64
 SHRINKS = (7 / 8, 3 / 4, 5 / 8, 1 / 2)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A format, and what the model takes in it together with what lies beside it."""
+    """A format, and the bytes that the model and everything beside it need in it."""
 
     format: str
     need_bytes: int
@@ -43,7 +44,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Smaller:
-    """A picture's size, and by how much less a step of it takes."""
+    """An image size, and the bytes that a step saves with it."""
 
     width: int
     height: int
@@ -51,7 +52,11 @@ class Smaller:
 
 
 def model_bytes(shapes: Mapping[str, Shape], form: str) -> int:
-    """Of a model's parameters in one of MATRIX_BYTES. fp8 holds all of them in 8 bit. Raises KeyError for another format."""
+    """Returns the size of a model in one of MATRIX_BYTES. fp8 holds all parameters in 8 bit.
+
+    Raises:
+        KeyError: `form` is another format.
+    """
     per_value = MATRIX_BYTES[form]
     total = 0.0
     for shape in shapes.values():
@@ -63,8 +68,14 @@ def model_bytes(shapes: Mapping[str, Shape], form: str) -> int:
 
 
 def that_fit(shapes: Mapping[str, Shape], now_bytes: int, beside_bytes: int, total_bytes: int) -> list[Fit]:
-    """The formats in which the model, which takes `now_bytes`, is smaller and fits into `total_bytes` beside
-    `beside_bytes`; the closest to 16 bit first."""
+    """Returns the formats in which the model fits, the closest to 16 bit first.
+
+    Args:
+        shapes: The model's parameters.
+        now_bytes: Its present size; larger formats are left out.
+        beside_bytes: Memory needed beside the weights.
+        total_bytes: Memory of the device.
+    """
     sizes = {form: model_bytes(shapes, form) for form in MATRIX_BYTES}
     return [
         Fit(form, size + beside_bytes)
@@ -76,7 +87,15 @@ def that_fit(shapes: Mapping[str, Shape], now_bytes: int, beside_bytes: int, tot
 def smaller_picture(
     width: int, height: int, step_bytes: Callable[[int, int], int], missing_bytes: int
 ) -> Smaller | None:
-    """The largest picture of about these proportions whose step takes `missing_bytes` less; None where there is none."""
+    """Returns the largest image of about the same proportions whose step needs `missing_bytes` less; None if there is
+    none.
+
+    Args:
+        width: Present width in pixels.
+        height: Present height in pixels.
+        step_bytes: Returns the need of a step by width and height.
+        missing_bytes: Bytes to save.
+    """
     now = step_bytes(width, height)
     for shrink in SHRINKS:
         wide, high = (int(side * shrink) // STEP_PIXELS * STEP_PIXELS for side in (width, height))
@@ -89,7 +108,10 @@ def smaller_picture(
 
 
 def to_leave_out(sizes: Mapping[str, int], missing_bytes: int) -> tuple[Sequence[str], int]:
-    """The fewest LoRAs that make up `missing_bytes`, and what they take; all of them where they do not suffice."""
+    """Returns the fewest LoRAs that free `missing_bytes`, and their size; all of them if they do not suffice.
+
+    `sizes`: bytes by the LoRA's name.
+    """
     names, saved = [], 0
     for name, size in sorted(sizes.items(), key=lambda one: -one[1]):
         if saved >= missing_bytes or size <= 0:

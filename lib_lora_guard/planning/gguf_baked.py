@@ -1,10 +1,10 @@
-"""What Forge makes of GGUF weights when a model is loaded for the first time ("baking"). Pure, without torch.
+"""Sizes of GGUF weights after Forge's "baking" at the first load of a model. Pure, without torch.
 
-Forge places a model by the sizes of the file, moves it, and only then bakes every weight where it lies, on the card or in RAM
-(`backend/memory_management.py`: `model_load`, `bake_gguf_model`). Most types are only put in another order. Q4_K alone grows,
-by a ninth: its eight scales and eight minima of 6 bits become two fp16 numbers each (`packages_3rdparty/gguf/quants.py`). It
-stays so: a baked weight moves and is offloaded as it is, and is never baked again. Held to Forge's own functions by
-tests/contract/test_baking.py.
+Forge places a model by the sizes in the file and moves it. Only then it bakes every weight, on the card or in RAM
+(`backend/memory_management.py`: `model_load`, `bake_gguf_model`). Most types are only reordered. Q4_K alone grows, by a
+ninth: its eight scales and eight minima of 6 bits become two fp16 numbers each (`packages_3rdparty/gguf/quants.py`). A
+baked weight is moved and offloaded as it is, and never baked again. tests/contract/test_baking.py compares this with
+Forge's own functions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Blocks(NamedTuple):
-    """`values` in one block, its bytes in the file and once baked."""
+    """A type's block: its values, its bytes in the file and its bytes after baking."""
 
     values: int
     stored_bytes: int
@@ -29,8 +29,9 @@ FORGE_BLOCKS: Mapping[str, Blocks] = MappingProxyType({
     "Q5_K": Blocks(256, 176, 176), "Q6_K": Blocks(256, 210, 210),
     "BF16": Blocks(1, 2, 2),
 })  # fmt: skip
-"""By name: every type that Forge bakes (`quants_mapping` in `backend/operations_gguf.py`). F32 and F16 are tensors as they are;
-other types Forge takes for plain bytes."""
+"""By name, all types that Forge bakes (`quants_mapping` in `backend/operations_gguf.py`). F32 and F16 are plain
+tensors; Forge treats other types as plain bytes.
+"""
 
 BAKING_TEMPORARY = 3.9
 """Times a tensor's bytes in the file: what baking it takes beside it for a moment, the new tensor included. 145 MB for the
@@ -38,17 +39,21 @@ largest of Flux, which is less than any step takes."""
 
 
 def baked_bytes(form: str, stored_bytes: int) -> int:
-    """What `stored_bytes` of the GGUF type `form` take once they are baked."""
+    """Returns the size of `stored_bytes` of the GGUF type `form` after baking."""
     blocks = FORGE_BLOCKS.get(form)
     return stored_bytes if blocks is None else stored_bytes * blocks.baked_bytes // blocks.stored_bytes
 
 
 def growth_bytes(form: str, stored_bytes: int) -> int:
-    """By how much they grow."""
+    """Returns the growth by baking."""
     return baked_bytes(form, stored_bytes) - stored_bytes
 
 
 def value_bytes(form: str) -> float:
-    """Bytes per value once it is baked. Raises KeyError for what Forge does not bake."""
+    """Returns the bytes per value after baking.
+
+    Raises:
+        KeyError: Forge does not bake this type.
+    """
     blocks = FORGE_BLOCKS[form]
     return blocks.baked_bytes / blocks.values

@@ -1,4 +1,4 @@
-"""What the last load of an image model was planned with, remembered for the panel. Pure."""
+"""The plan of the last load of an image model, kept for the panel. Pure."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LastPlan:
-    """What a step of `model` needs. `weights_bytes`: all of it as it lies, `on_card_bytes` of it on the device after that load;
-    `factor_bytes`: LoRAs beside the weights; `step_bytes`: what is left free for computing, the larger of "GPU Weights" and
-    the estimate; `other_bytes`: ControlNets and the like."""
+    """Memory that a step of `model` needs."""
 
     model: str
     weights_bytes: int
+    """All weights as stored."""
     on_card_bytes: int
+    """The weights on the device after that load."""
     factor_bytes: int
+    """LoRA factors on the device."""
     step_bytes: int
+    """Left free for computing: the larger of "GPU Weights" and the estimate."""
     other_bytes: int = 0
+    """ControlNets and the like."""
 
     @property
     def copied_bytes(self) -> int:
@@ -25,5 +28,5 @@ class LastPlan:
 
     @property
     def device_bytes(self) -> int:
-        """All that is on the device in a step; without the copies, which come one layer at a time."""
+        """Everything on the device in a step, without the copies, of which one layer exists at a time."""
         return self.on_card_bytes + self.factor_bytes + self.step_bytes + self.other_bytes

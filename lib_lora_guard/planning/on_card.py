@@ -1,9 +1,10 @@
-"""How much of a model that does not fit whole lies on the card: the guard's rule. Pure.
+"""Decides how much of a model that does not fit is placed on the card: the guard's rule. Pure.
 
-Forge leaves a quarter of the room free for swapping, 1.25 GB at most. Measured on a GPU (`benchmarks/memory_matrix.py`, rows
-with swapped weights, Forge's swap method "Queue"): beside the weights, the factors and what a step holds, torch took up to
-379 MB, for the gaps between weights (275 MB of it in SDXL) and the copies of swapped layers, while about a gigabyte lay idle
-and weights were copied in every step. What is not left idle need not be copied.
+Forge leaves a quarter of the room free for swapping, at most 1.25 GB. A measurement (`benchmarks/memory_matrix.py`,
+rows with swapped weights, Forge's swap method "Queue") showed that torch needs much less. Beside the weights, the
+factors and a step's activations it took at most 379 MB: gaps between weights (275 MB of it in SDXL) and copies of
+swapped layers. About a gigabyte stayed unused while weights were copied in every step. Every MB used for weights is a
+MB not copied.
 """
 
 from __future__ import annotations
@@ -11,21 +12,31 @@ from __future__ import annotations
 from .host_memory import MB, swap_budget_bytes
 
 SWAPPING_BYTES = 768 * MB
-"""Twice the most that was measured: on Windows the desktop takes some of it, and the driver does not say no."""
+"""Twice the measured maximum: on Windows the desktop takes some of it, and the driver reports no error."""
 LEAST_SWAPPING_SHARE = 0.5
-"""A placed model gives layers up only below this part of what was left for swapping: free memory is never twice the same."""
+"""A placed model gives up layers only if less than this share of the room for swapping is free: free memory varies all
+the time.
+"""
 
 
 def weights_on_card_bytes(free_bytes: float, need_bytes: float) -> int:
-    """`need_bytes`: what has to be free beside the weights while the model runs. Never less than Forge places."""
+    """Returns the bytes of weights to place on the card; never less than Forge places.
+
+    Args:
+        free_bytes: Free VRAM.
+        need_bytes: VRAM to keep free beside the weights while the model runs.
+    """
     return max(swap_budget_bytes(free_bytes, need_bytes), int(free_bytes - need_bytes) - SWAPPING_BYTES)
 
 
 def change_bytes(on_card_bytes: int, outside_bytes: int, away_bytes: int, room_bytes: int) -> int:
-    """How much of a placed model may return to the card, or has to leave it (below 0).
+    """Returns the bytes of a placed model that may return to the card; negative for bytes that must leave it.
 
-    `outside_bytes` of it lie in RAM, `away_bytes` of these can return without being placed anew; `room_bytes`: free now less what
-    has to be free, below 0 where that is missing.
+    Args:
+        on_card_bytes: The part on the card.
+        outside_bytes: The part in RAM.
+        away_bytes: The part of `outside_bytes` that can return without a new placement.
+        room_bytes: Free VRAM minus the VRAM to keep free; negative if some is missing.
     """
     if outside_bytes == away_bytes <= room_bytes:
         return away_bytes

@@ -1,26 +1,29 @@
-"""What a stack of LoRAs will cost, before anything is loaded: by the guard, and by Forge in its two ways. Pure.
+"""Predicts the cost of a stack of LoRAs before anything is loaded: by the guard, and by Forge in its two ways. Pure.
 
-The model of costs, deliberately simple. Sources: Forge dfdcbab6 (`backend/memory_management.py`, `backend/patcher/lora.py`)
+The model is deliberately simple. Sources: Forge dfdcbab6 (`backend/memory_management.py`, `backend/patcher/lora.py`)
 for what happens; measurements on an H100 and an H200 with Flux-dev's shapes (docs/gpu.md) for the constants here and in
 `rates`.
 
-- Placement is Forge's: everything if weights + 1 GiB for inference (the guard: what a step holds, where that is more) +
-  reserved factors fit into the free VRAM; else small weights first, until max(rest / 1.3, rest - 1.25 GiB) is full (the
-  guard: `on_card`). The others are swapped: they lie in RAM and are copied, not pinned, in every step. The denoiser alone is
-  on the GPU then; text encoders and VAE are in RAM.
-- GGUF weights take what baking makes of them (`gguf_baked`); Forge places them by their size in the file, the guard by that.
-- VRAM peak of sampling = weights there + activations + the copy that casting or dequantising the largest layer makes
-  + factors + workspace of the way. Merging needs three fp32 copies of the largest layer that it patches on the GPU.
-- RAM peak = the larger of loading (the file and PROCESS_LOADING_BYTES) and running (PROCESS_RUNNING_BYTES, what is not on
-  the GPU, LoRAs, backups, the patched copies of swapped weights, and three fp32 copies of the largest of them).
-- A merge takes what its backups take to RAM, plus swapped weights merged on the CPU; a change moves the backups back first.
-  Factors are copied once. FIXED_SECONDS for looking at every layer.
-- A step is longer by the larger of operations and traffic of each patched layer, and by what factors push out of the GPU.
+- Placement is Forge's. Everything goes to the GPU if weights, inference memory and factors fit into the free VRAM.
+  Inference memory is 1 GiB (the guard: the need of a step, if larger). Else small weights go first, until max(rest /
+  1.3, rest - 1.25 GiB) is full (the guard: `on_card`). The others are swapped: they lie in RAM and are copied, not
+  pinned, in every step. The denoiser alone is on the GPU then; text encoders and VAE are in RAM.
+- GGUF weights count with their size after baking (`gguf_baked`). Forge places them by their size in the file, the guard
+  by the size after baking.
+- VRAM peak of sampling = weights on the GPU + activations + the copy of the largest layer for casting or dequantizing +
+  factors + workspace of the way. Merging needs three fp32 copies of the largest layer that it patches on the GPU.
+- RAM peak = the larger of loading and running. Loading: the file and PROCESS_LOADING_BYTES. Running:
+  PROCESS_RUNNING_BYTES, weights not on the GPU, LoRAs, backups, patched copies of swapped weights, and three fp32
+  copies of the largest of them.
+- The time of a merge is that of moving its backups to RAM, plus merging swapped weights on the CPU. A change moves the
+  backups back first. Factors are copied once. FIXED_SECONDS covers the visit of every layer.
+- A step takes longer by the larger of operations and traffic of each patched layer, and by the weights that factors
+  displace from the GPU.
 
-Against the measured rows (tests/planning/test_predict.py): RAM within 15 %; VRAM within 10 % and what is there beside
-weights within 17 %; seconds to apply within a factor of 2, to change within 3, both give or take half a second; extra per
-step within 3, give or take 0.02 s. Loading from disk, VAE and text encoding are not in it, nor a page file in use, which takes
-minutes.
+Accuracy against the measured rows (tests/planning/test_predict.py): RAM within 15 %. VRAM within 10 %, and its part
+beside weights within 17 %. Seconds to apply within a factor of 2, to change within 3, both give or take half a second.
+Extra per step within 3, give or take 0.02 s. Loading from disk, VAE and text encoding are not included, nor an active
+page file, which takes minutes.
 """
 
 from __future__ import annotations
@@ -42,20 +45,21 @@ GB = 1 << 30
 INFERENCE_BYTES = GB
 """Forge's default: "GPU Weights" is the card's memory less 1024 MB."""
 FIXED_SECONDS = 0.1
-"""Measured: 0.07 to 0.2 s for a change that moves next to nothing on a model of 57 blocks."""
+"""Measured: 0.07 to 0.2 s for a change that moves almost nothing on a model of 57 blocks."""
 RAM_FLOOR_BYTES = host_memory.RAM_FLOOR_BYTES
 MERGE_BYTES_PER_VALUE = 34
 """Traffic of Forge's merge in fp32: cast, product, times alpha, added, cast back."""
 
 FORGE_QUANTISES = ("Q4_0", "Q5_0", "Q8_0")
-"""GGUF types that Forge can write; it reads K-types and the others below, and stops with an error when it merges into them."""
+"""GGUF types that Forge can write. It can read the K-types and the others below, but raises when it merges into them.
+"""
 FORGE_READS = (*FORGE_QUANTISES, "Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 FORGE_KINDS = ("lora", "loha", "lokr", "glora", "diff", "set")
-"""Kinds that Forge's own LoRA reader knows."""
+"""Kinds that Forge's own LoRA reader supports."""
 
 
 class Way(str, Enum):
-    """The value is what tables show."""
+    """A way to apply LoRAs. The value is shown in tables."""
 
     GUARD = "LoRA Guard"
     FORGE_MERGE = "Forge Automatic"
@@ -63,7 +67,7 @@ class Way(str, Enum):
 
 
 class Effect(str, Enum):
-    """What is left of the LoRA in the picture."""
+    """The part of the LoRA that remains visible in the image."""
 
     WHOLE = "whole"
     NEARLY_WHOLE = "nearly whole"
@@ -73,35 +77,38 @@ class Effect(str, Enum):
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of the denoiser as it lies in memory, its scales included. `placed_bytes`: what Forge counts when it places
-    the model for the first time, None where that is the same (`gguf_baked` says when it is not)."""
+    """One parameter of the denoiser, in memory and with its scales."""
 
     key: str
     values: int
     bytes: int
     placed_bytes: int | None = None
+    """The size that Forge places by at the first load; None if equal to `bytes` (see `gguf_baked`)."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model file. `other_bytes`: text encoders, VAE and the rest, which are in RAM while the denoiser is on the GPU.
-    `activation_bytes` and `held_bytes`: what a step uses and what torch holds for it (`activations.step`)."""
+    """The model file."""
 
     weights: Sequence[Weight]
     other_bytes: int
+    """Text encoders, VAE and the rest, which are in RAM while the denoiser is on the GPU."""
     wide: bool
     activation_bytes: int
+    """Used by a step (`activations.step`)."""
     compute_bytes: int
     held_bytes: int = 0
+    """Held by torch for a step (`activations.step`)."""
 
     @property
     def denoiser_bytes(self) -> int:
+        """All weights of the denoiser."""
         return sum(weight.bytes for weight in self.weights)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One parameter with LoRAs on it. `guard` and `forge` are what carrying them beside the stored weight costs."""
+    """One parameter with LoRAs."""
 
     key: str
     values: int
@@ -112,42 +119,55 @@ class Patch:
     mode: Mode
     file_bytes: int
     guard: Cost
+    """Cost of applying them without a merge, by the guard."""
     forge: Cost
+    """The same by Forge."""
     has_norms: bool = False
     """A DoRA: the guard reads the whole weight once for its norms."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """`problem`: why this way does not work at all; the numbers then say what it would have needed. `excess_bytes`: VRAM
-    that is missing at the peak; `ram_short_bytes`: the same for RAM, RAM_FLOOR_BYTES left alone."""
+    """The predicted costs of one way."""
 
     way: Way
     effect: Effect
     problem: str | None
+    """The reason if this way does not work at all; the numbers are those it would have needed."""
     weights_on_gpu_bytes: int
     swapped_bytes: int
     factor_bytes: int
     vram_peak_bytes: int
     excess_bytes: int
+    """VRAM missing at the peak."""
     backup_bytes: int
     ram_peak_bytes: int
     ram_short_bytes: int
+    """RAM missing at the peak if RAM_FLOOR_BYTES stay free."""
     apply_seconds: float
     change_seconds: float
     extra_step_seconds: float
 
     @property
     def fits(self) -> bool:
+        """True if the way works and no memory is missing."""
         return not (self.excess_bytes or self.ram_short_bytes or self.problem)
 
 
 def predict(
     model: ModelFacts, patches: Sequence[Patch], vram_bytes: int, ram_bytes: int, rates: GpuRates
 ) -> tuple[Prediction, Prediction, Prediction]:
-    """The guard, Forge "Automatic", Forge "fp16 LoRA". `vram_bytes`: what Forge finds free; `ram_bytes`: what is installed."""
+    """Predicts the guard, Forge "Automatic" and Forge "fp16 LoRA", in this order.
+
+    Args:
+        model: The model file.
+        patches: The weights with LoRAs.
+        vram_bytes: VRAM that Forge finds free.
+        ram_bytes: Installed RAM.
+        rates: The card's speeds.
+    """
     room = _Room(model, patches, vram_bytes, ram_bytes, rates)
-    # Forge merges into 16-bit weights whatever was chosen.
+    # Forge merges into 16-bit weights in either mode.
     on_the_fly = room.forge_merge(Way.FORGE_ON_THE_FLY) if model.wide else room.forge_on_the_fly()
     return room.guard(), room.forge_merge(Way.FORGE_MERGE), on_the_fly
 
@@ -158,8 +178,14 @@ def swapped_keys(
     inference_bytes: int,
     budget_bytes: Callable[[float, float], int] = swap_budget_bytes,
 ) -> frozenset[str]:
-    """Weights that stay in RAM. `inference_bytes`: the slider's rest and what is reserved; `budget_bytes`: the rule, Forge's
-    own by default."""
+    """Returns the weights that stay in RAM.
+
+    Args:
+        weights: The denoiser's weights.
+        vram_bytes: Free VRAM.
+        inference_bytes: The slider's rest and reserved bytes.
+        budget_bytes: The placement rule; Forge's own by default.
+    """
     by_size = sorted(weights, key=lambda weight: weight.bytes)
     rest = vram_bytes - inference_bytes
     if sum(weight.bytes for weight in by_size) <= rest:
@@ -175,7 +201,7 @@ def swapped_keys(
 
 
 class _Room:
-    """One model in one machine."""
+    """One model on one machine."""
 
     def __init__(
         self, model: ModelFacts, patches: Sequence[Patch], vram_bytes: int, ram_bytes: int, rates: GpuRates
@@ -184,9 +210,9 @@ class _Room:
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         self.file_bytes = sum(patch.file_bytes for patch in patches)
         self.guards_inference_bytes = max(INFERENCE_BYTES, model.held_bytes + self._cast_bytes(is_swapped=False))
-        """The guard places by what a step holds where the slider leaves less (LG-R05), with a LoRA and without."""
+        """The guard reserves the need of a step if the slider leaves less (LG-R05), with a LoRA and without."""
         self.as_stored = [w if w.placed_bytes is None else replace(w, bytes=w.placed_bytes) for w in model.weights]
-        """What Forge places by; the guard counts what the weights will take."""
+        """Sizes that Forge places by; the guard uses the sizes after baking."""
 
     def guard(self) -> Prediction:
         unread = self._unread()
@@ -196,7 +222,7 @@ class _Room:
         swapped = self._guards_swapped(factors)
         backup = sum(patch.bytes for patch in merged)
         workspace = max((patch.guard.workspace_bytes for patch in carried if patch.in_denoiser), default=0)
-        # Merging goes over the GPU also for swapped weights: there and back.
+        # Swapped weights are merged on the GPU too: there and back.
         merging = backup / self.rates.pageable_to_ram + sum(
             patch.bytes / self.rates.pageable_to_gpu for patch in merged if patch.key in swapped
         )
@@ -269,7 +295,7 @@ class _Room:
             during_step=0,
             during_merge=merging,
             backup=backup,
-            # The backup of a swapped weight is the weight itself; its patched copy is what is new.
+            # The backup of a swapped weight is the weight itself; only its patched copy is new.
             ram=backup + 3 * FP32_BYTES * max((patch.values for patch in on_cpu), default=0),
             apply_seconds=apply_seconds,
             change_seconds=apply_seconds + on_gpu_bytes / self.rates.pageable_to_gpu,
@@ -293,7 +319,7 @@ class _Room:
         during_merge: int = 0,
         without: frozenset[str] | None = None,
     ) -> Prediction:
-        """`without`: what would be swapped if there were no LoRA, by Forge's rule where it is None."""
+        """Assembles a prediction. `without`: the swapped weights without a LoRA; None uses Forge's rule."""
         model = self.model
         swapped_bytes = self._swapped_bytes(swapped)
         on_gpu = model.denoiser_bytes - swapped_bytes
@@ -329,7 +355,7 @@ class _Room:
         return swapped_keys(self.model.weights, self.vram_bytes, inference, weights_on_card_bytes)
 
     def _cast_bytes(self, is_swapped: bool) -> int:
-        """The copy of the largest layer that casting, dequantising or swapping makes."""
+        """Returns the size of the copy of the largest layer that casting, dequantizing or swapping makes."""
         value_bytes = self.model.compute_bytes
         cast = (w.values for w in self.model.weights if is_swapped or w.bytes != w.values * value_bytes)
         return max(cast, default=0) * value_bytes
@@ -341,7 +367,7 @@ class _Room:
         return max(cost.step_flops / self.rates.flops, cost.step_bytes / self.rates.stream)
 
     def _unread(self) -> str | None:
-        """GGUF types that Forge takes for plain bytes."""
+        """Returns the problem if Forge treats a GGUF type as plain bytes."""
         odd = sorted({p.format for p in self.patches if p.format[:2] in ("IQ", "TQ") or p.format in ("MXFP4", "NVFP4")})
         return f"Forge cannot read {', '.join(odd)}" if odd else None
 
@@ -350,7 +376,7 @@ class _Room:
         return f"Forge cannot merge into {', '.join(odd)}: it stops with an error" if odd else None
 
     def _left_after_merging(self) -> Effect:
-        """Measured: the layers show 0.1 % of a LoRA merged into fp8, 1.5 % in NF4, 95 % in Q8_0, all in 16 bit."""
+        """Measured: layers show 0.1 % of a LoRA merged into fp8, 1.5 % in NF4, 95 % in Q8_0, all of it in 16 bit."""
         formats = {patch.format for patch in self.patches if not patch.wide}
         if not formats:
             return Effect.WHOLE

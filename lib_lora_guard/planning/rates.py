@@ -1,9 +1,9 @@
-"""What a graphics card is assumed to do per second, for predictions. Public specifications and a few measured rates.
+"""Assumed speeds of graphics cards, for predictions: public specifications and a few measured rates.
 
-Per card: memory bandwidth, lanes and generation of PCIe, and the dense matrix rate that torch gets in 16 bit, which is
-that with fp32 accumulation: on GeForce half of the number usually advertised, and from the 30 series on twice the fp32 rate.
-The numbers are the manufacturer's published ones at boost clock; a card with several variants has those of the first one.
-AMD and Intel cards are left out: nothing was measured there.
+Per card: memory bandwidth, lanes and generation of PCIe, and the dense matrix rate of torch in 16 bit (fp32
+accumulation). On GeForce that is half of the usually advertised number, and since the 30 series twice the fp32 rate.
+The numbers are the manufacturer's, at boost clock. A card with several variants has those of the first one. AMD and
+Intel cards are left out: nothing was measured on them.
 """
 
 from __future__ import annotations
@@ -14,53 +14,62 @@ from dataclasses import dataclass
 GIGA = 1e9
 
 EFFICIENCY = 0.5
-"""Share of the matrix rate that large layers reach. Measured 0.42 to 0.47: Flux-dev in bf16 at 1024x1024 is 74 TFLOP and
-takes 0.16 to 0.18 s on an H100 or H200."""
+"""Share of the matrix rate that large layers reach. Measured 0.42 to 0.47: Flux-dev in bf16 at 1024x1024 is 74 TFLOP
+and takes 0.16 to 0.18 s on an H100 or H200.
+"""
 BANDWIDTH_EFFICIENCY = 0.8
-"""Share of the memory bandwidth that elementwise kernels reach: assumed. With it the step times measured on H100 and H200
-(docs/gpu.md) come out within a factor of 2."""
+"""Share of the memory bandwidth that elementwise kernels reach; assumed. It predicts the step times measured on H100
+and H200 (docs/gpu.md) within a factor of 2.
+"""
 PCIE_EFFICIENCY = 0.8
 """Share of PCIe's raw rate that copies from pinned memory reach (measured: 50 of 63 GB/s on an H100)."""
 PAGEABLE_TO_GPU = 7.0 * GIGA
-"""Ordinary RAM to the GPU: the processor copies into a pinned buffer first. Measured 6.3 to 8 GB/s (H100, H200: swapped
-weights per step, and taking a merged LoRA off)."""
+"""Pageable RAM to the GPU: the CPU copies into a pinned buffer first. Measured 6.3 to 8 GB/s (H100, H200: swapped
+weights per step, and removing a merged LoRA).
+"""
 PAGEABLE_TO_RAM = 1.6 * GIGA
-"""GPU to RAM that was not in use before: each page is cleared first. Measured 1.3 to 1.6 GB/s (the same machines: 22 GiB
-of backups in 15 to 19 s)."""
+"""GPU to newly allocated RAM: each page is zeroed first. Measured 1.3 to 1.6 GB/s (the same machines: 22 GiB of backups
+in 15 to 19 s).
+"""
 CPU_MERGE_VALUES = 0.55 * GIGA
-"""Weight values a second that Forge merges on the CPU, in fp32 through new memory. Measured 0.5 to 0.58 (16 cores)."""
+"""Weight values per second that Forge merges on the CPU, in fp32 with new allocations. Measured 0.5 to 0.58 (16 cores).
+"""
 
 
 @dataclass(frozen=True)
 class GpuRates:
-    """Rates of one card, in bytes or operations per second. `compute_bytes` is the size of an activation's value: Forge
-    computes in fp32 on GTX 16xx, whose fp16 is broken."""
+    """Rates of one card, in bytes or operations per second."""
 
     name: str
     memory_bytes_per_second: float
     matrix_flops: float
     pcie_bytes_per_second: float
     compute_bytes: int = 2
+    """Bytes per activation value. Forge computes in fp32 on GTX 16xx, whose fp16 is broken."""
 
     @property
     def flops(self) -> float:
+        """Operations per second that large layers reach."""
         return self.matrix_flops * EFFICIENCY
 
     @property
     def stream(self) -> float:
-        """Bytes a second of the card's own memory."""
+        """Bytes per second of the card's own memory."""
         return self.memory_bytes_per_second * BANDWIDTH_EFFICIENCY
 
     @property
     def pinned(self) -> float:
+        """Bytes per second from pinned RAM."""
         return self.pcie_bytes_per_second * PCIE_EFFICIENCY
 
     @property
     def pageable_to_gpu(self) -> float:
+        """Bytes per second from pageable RAM to the GPU."""
         return min(PAGEABLE_TO_GPU, self.pinned)
 
     @property
     def pageable_to_ram(self) -> float:
+        """Bytes per second from the GPU to new RAM."""
         return min(PAGEABLE_TO_RAM, self.pinned)
 
 
@@ -112,7 +121,11 @@ DEFAULT_GPU = "RTX 3060"
 
 
 def rates_of(name: str) -> GpuRates:
-    """Rates of a card, however it is written ("NVIDIA GeForce RTX 3060", "3060ti"). Raises ValueError with the list."""
+    """Returns the rates of a card in any spelling ("NVIDIA GeForce RTX 3060", "3060ti").
+
+    Raises:
+        ValueError: The card is unknown; the message lists the known ones.
+    """
     wanted = _short(name)
     for card in RATES.values():
         if wanted and wanted in (_short(card.name), _short(card.name).removeprefix("rtx").removeprefix("gtx")):

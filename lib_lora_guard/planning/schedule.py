@@ -1,6 +1,6 @@
-"""Strengths that change over the steps of an image, as a prompt writes them: `<lora:name:0@0,1@0.5,0@1>`. Pure.
+"""Strengths that change over the steps of an image, as written in a prompt: `<lora:name:0@0,1@0.5,0@1>`. Pure.
 
-Syntax and numbers are those of the extension sd-webui-loractl (github.com/cheald/sd-webui-loractl, README.md and
+Syntax and results are those of the extension sd-webui-loractl (github.com/cheald/sd-webui-loractl, README.md and
 loractl/lib/utils.py), so that prompts written for it give the same strengths.
 """
 
@@ -25,18 +25,25 @@ class ScheduleError(LoraGuardError, ValueError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """`points`: (position, strength), sorted by position. Between two points the strength is interpolated linearly, before
-    the first and after the last it stays. Where the last position is at most 1, positions are parts of the pass; else they
-    are steps."""
+    """Strengths by position, interpolated linearly between two points and constant outside them.
+
+    `points`: (position, strength), sorted by position. If the last position is at most 1, positions are fractions of
+    the pass; else they are steps.
+    """
 
     points: tuple[tuple[float, float], ...]
 
     def at(self, step: int, steps: int) -> float:
-        """The strength in a pass of `steps` steps. `step` as the WebUI reports it while it samples: the number of the last
-        step that is finished (0 until the second is), so that the last one is made at `steps - 2`."""
+        """Returns the strength at a step.
+
+        Args:
+            step: As the WebUI reports it while it samples: the number of the last finished step (0 until the second one
+                is finished). The last step is thus run at `steps - 2`.
+            steps: Length of the pass.
+        """
         positions = [position for position, _ in self.points]
         x = _progress(step, steps) if positions[-1] <= 1 else float(step)
-        # Of two points in one place the later one counts from there on: a jump.
+        # Of two points at the same position the later one counts from there on: a jump.
         at = bisect_right(positions, x) - 1
         if at < 0:
             return self.points[0][1]
@@ -48,7 +55,7 @@ class Schedule:
 
     @property
     def start(self) -> float:
-        """The strength of the first step: what the text encoder gets, since a prompt is encoded once."""
+        """The strength of the first step. The text encoder uses it, since a prompt is encoded once."""
         return self.at(0, 1)
 
     def __str__(self) -> str:
@@ -56,12 +63,13 @@ class Schedule:
 
     @property
     def is_constant(self) -> bool:
+        """True if all points have the same strength."""
         return len({strength for _, strength in self.points}) == 1
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """What one tag says: for text encoder and model, in the first pass and in the hires pass."""
+    """The strengths of one tag: for text encoder and model, in the first pass and in the hires pass."""
 
     text: Schedule
     model: Schedule
@@ -70,9 +78,15 @@ class Strengths:
 
 
 def parse(text: str) -> Schedule:
-    """`text` is a number, or `strength@position` pairs between `,` or `;`, in any order (`~` is as good as `@`; a pair
-    without a position lies at 1). Where the first one is a number alone, it is the strength of every step. Raises
-    ScheduleError."""
+    """Parses a strength or a schedule.
+
+    Args:
+        text: A number, or `strength@position` pairs separated by `,` or `;`, in any order. `~` is equivalent to `@`; a
+            pair without a position lies at 1. If the first one is a plain number, it is the strength of every step.
+
+    Raises:
+        ScheduleError: `text` is neither.
+    """
     points = []
     for pair in re.split("[,;]", text):
         strength, *position = (_number(part, text) for part in re.split("[@~]", pair))
@@ -85,8 +99,17 @@ def parse(text: str) -> Schedule:
 
 
 def read_strengths(positional: Sequence[str], named: Mapping[str, str]) -> Strengths:
-    """The arguments of a tag after its name: `te`, `unet` by place or by name; `hr`, `hrte`, `hrunet` by name. The model
-    does as the text encoder where it is not named, the hires pass as the first one. Raises ScheduleError."""
+    """Reads the arguments of a tag after its name.
+
+    Without `unet` the model takes the text encoder's strength; without `hr...` the hires pass takes the first pass's.
+
+    Args:
+        positional: `te`, `unet`.
+        named: `te`, `unet`, `hr`, `hrte`, `hrunet` by name.
+
+    Raises:
+        ScheduleError: A strength is neither a number nor a schedule.
+    """
     by_name = {name: parse(named[name]) for name in NAMES if named.get(name)}
     by_place = dict(zip(("te", "unet"), map(parse, positional), strict=False))
     text = by_name.get("te", by_place.get("te", Schedule(((0.0, 1.0),))))
@@ -102,7 +125,7 @@ def read_strengths(positional: Sequence[str], named: Mapping[str, str]) -> Stren
 def _progress(step: int, steps: int) -> float:
     if steps > 2:
         return step / (steps - 2)
-    # Both steps of a pass of two are reported as step 0; a pass of unknown length is at its end.
+    # Both steps of a pass of two are reported as step 0. A pass of unknown length counts as finished.
     return 0.0 if steps > 0 and step == 0 else 1.0
 
 

@@ -1,9 +1,9 @@
-"""How many tokens go through each layer in one step, from the picture's size and the architecture. Pure.
+"""Counts the tokens in each layer during one step, from the image size and the architecture. Pure.
 
-Sources: Flux, Chroma and SD 3 see the picture as patches of 16x16 pixels beside 512 or 333 text tokens (77 of CLIP and
-256 of T5); U-Nets see 8x8 pixels, a quarter as many on each level further down. Modulations and the embedders of time,
-guidance and pooled text see one token. Widths stand for the levels of a U-Net: its two lowest have one width and are
-counted as one, which is an average.
+Sources: Flux, Chroma and SD 3 divide the image into patches of 16x16 pixels and add 512 or 333 text tokens (77 of CLIP
+and 256 of T5). U-Nets use 8x8 pixels, and a quarter of the tokens on each lower level. Modulations and the embedders of
+time, guidance and pooled text process one token. A layer's width identifies its level in a U-Net. The two lowest levels
+have the same width and are counted as one, which is an average.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:  # adapters need torch, and the replay does without
 
 _TEXT_TOKENS = {"Flux": 512, "Chroma": 512, "SD 3": 333}
 _OTHER_TEXT_TOKENS = 512
-"""For transformers not listed: counted as Flux."""
+"""For other transformers: as Flux."""
 _UNETS = ("SD 1.x", "SD 2.x", "SDXL", "SDXL refiner", "Kolors")
 ONE_PASS = ("Flux",)
-"""Flux-dev takes guidance as an input; all others run once with the prompt and once with the negative one."""
+"""Flux-dev has guidance as an input. All others run once with the prompt and once with the negative prompt."""
 _CLIP_TOKENS = 77
 _BASE_WIDTH = 320
 """Channels of the first level of all U-Nets of this family."""
@@ -37,7 +37,7 @@ _CROSS = re.compile(r"\.attn2\.to_[kv](\.|$)")
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn: pixels, and pictures at once."""
+    """The size of the image in pixels, and the number of images at once."""
 
     width: int
     height: int
@@ -46,7 +46,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one step: `rows` pictures at once, each with `image` and `text` tokens."""
+    """Tokens of one step: `rows` images at once, each with `image` and `text` tokens."""
 
     architecture: str | None
     rows: int
@@ -55,7 +55,12 @@ class Tokens:
     is_unet: bool
 
     def of(self, key: str, shape: Shape) -> int:
-        """Tokens that a layer of the denoiser sees in one step. `key`: its parameter's name."""
+        """Returns the tokens that a layer of the denoiser processes in one step.
+
+        Args:
+            key: The name of the layer's parameter.
+            shape: Its shape.
+        """
         if _ONE_TOKEN.search(key):
             return self.rows
         if not self.is_unet:
@@ -70,7 +75,12 @@ class Tokens:
 
 
 def tokens_for(architecture: str | None, picture: Picture) -> Tokens:
-    """`architecture`: the name that users read (`models.Architecture`), None where it is not known: counted as Flux."""
+    """Returns the tokens of one step.
+
+    Args:
+        architecture: The value of `models.Architecture`; None if unknown: counted as Flux.
+        picture: The image.
+    """
     is_unet = architecture in _UNETS
     patch = 8 if is_unet else 16
     image = -(-picture.width // patch) * -(-picture.height // patch)
@@ -80,5 +90,5 @@ def tokens_for(architecture: str | None, picture: Picture) -> Tokens:
 
 
 def sees_one_token(key: str) -> bool:
-    """True for layers that are called with one token a picture: modulations, and embedders of time and pooled text."""
+    """True for layers that process one token per image: modulations, embedders of time and pooled text."""
     return _ONE_TOKEN.search(key) is not None
