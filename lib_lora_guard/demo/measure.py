@@ -1,4 +1,6 @@
-"""Measuring for the demo: memory peaks of this process, bits of a model, and how much of a LoRA a layer shows."""
+"""Measurements for the demo: memory peaks of this process, hashes of a model, and the share of a LoRA that a layer
+shows.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from ..weights.storage import MB
 
 @dataclass
 class Measured:
-    """One phase: wall-clock seconds, and the highest RSS above what the process had at its start, in MB."""
+    """Wall-clock seconds of one phase, and its peak RSS above the RSS at its start, in MB."""
 
     seconds: float = 0.0
     ram_peak_mb: float = 0.0
@@ -28,7 +30,7 @@ class Measured:
 
 @contextmanager
 def measured() -> Iterator[Measured]:
-    """Fills the Measured it yields when the block ends. RSS is sampled every 5 ms."""
+    """Yields a Measured and fills it when the block ends. RSS is sampled every 5 ms."""
     process = psutil.Process()
     _give_back_freed_memory()
     start_bytes = peak_bytes = process.memory_info().rss
@@ -56,14 +58,14 @@ def measured() -> Iterator[Measured]:
 def _give_back_freed_memory() -> None:
     gc.collect()
     if sys.platform == "linux":
-        # Otherwise a phase could grow into memory that the one before has freed but not given back.
+        # Otherwise a phase could reuse memory that the previous one has freed but not returned to the system.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
 
 
 def model_bits(model: torch.nn.Module) -> str:
-    """A hash of every parameter's bytes as they are stored."""
+    """Returns a hash of every parameter's stored bytes."""
     digest = hashlib.blake2b()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
@@ -72,7 +74,7 @@ def model_bits(model: torch.nn.Module) -> str:
 
 
 def answers(model: torch.nn.Module, layers: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """What each layer returns for a fixed random input of 64 tokens."""
+    """Returns each layer's output for a fixed random input `(64, in)`."""
     return {
         name: model.get_submodule(name)(_probe_input(index, inputs))
         for index, (name, (_, inputs)) in enumerate(layers.items())
@@ -82,9 +84,14 @@ def answers(model: torch.nn.Module, layers: Mapping[str, tuple[int, int]]) -> di
 def share_present(
     without: Mapping[str, torch.Tensor], with_lora: Mapping[str, torch.Tensor], deltas: Mapping[str, torch.Tensor]
 ) -> float:
-    """The share of a LoRA that the layers' answers show, the mean over layers: 1 is all of it, 0 none.
+    """Returns the share of a LoRA that the layers' outputs show, as the mean over layers: 1 is all of it, 0 none.
 
-    Per layer the change of its answer is projected on the change that `deltas` (the true ones, fp64) would make.
+    For each layer, the change of its output is projected on the change that the true delta makes.
+
+    Args:
+        without: Outputs `(64, out)` without the LoRA, by layer.
+        with_lora: The same with the LoRA.
+        deltas: The true deltas `(out, in)`, fp64.
     """
     shares = []
     for index, (name, delta) in enumerate(deltas.items()):

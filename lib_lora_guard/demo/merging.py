@@ -1,6 +1,6 @@
-"""What a merging patcher does, for comparison: decode, add the delta in fp32, encode again, and keep a copy to go back.
+"""A merging patcher, for comparison: decodes, adds the delta in fp32, encodes again and keeps a backup.
 
-This is the usual way (Forge's "Automatic" among them); the demo measures what it costs and what it loses.
+This is the usual way (Forge's "Automatic", for one). The demo measures its costs and its losses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MergingPatcher:
         self._backup: dict[str, dict[str, torch.Tensor]] = {}
 
     def apply(self, path: Path, strength: float) -> None:
-        """Restores what is merged now, then merges the file at `strength`."""
+        """Restores the weights of an earlier merge, then merges the file at `strength`."""
         self.remove()
         names = NameMap({f"{name}.weight": layer.storage().shape for name, layer in self._layers.items()})
         adapters: Mapping[tuple[str, str], Adapter] = read_lora_file(path).adapters
@@ -38,6 +38,7 @@ class MergingPatcher:
             layer.store(apply_terms(layer.decode(torch.float32).clone(), [Term(adapter, strength)]))
 
     def remove(self) -> None:
+        """Restores the weights from the backup."""
         for name, parts in self._backup.items():
             self._layers[name].put(parts)
         self._backup = {}

@@ -1,8 +1,8 @@
 """A transformer with the shape of Flux (double-stream and single-stream blocks), our own code, for demo and benchmarks.
 
-Shapes as the published Flux.1 checkpoints have them (state-dict keys and sizes): fused qkv, query/key RMS norms with a
-raw `scale`, one modulation layer per stream, `linear1` of single blocks = qkv + MLP. Built from `torch.nn.Linear`, so
-that a host that replaces torch's layers while a model is made (Forge does) gets its own.
+Shapes as in the published Flux.1 checkpoints (state-dict keys and sizes): fused qkv, query/key RMS norms with a raw
+`scale`, one modulation layer per stream, `linear1` of single blocks = qkv + MLP. Built from `torch.nn.Linear`, so that
+a host that replaces torch's layers while a model is constructed (Forge does) gets its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class FluxShape:
-    """Sizes of one model. The default is the demo's (about 110 M parameters); `FLUX_DEV` is the real one's (11.9 G)."""
+    """Sizes of one model. The default is the demo's (about 110 M parameters); `FLUX_DEV` is the real model's (11.9 G)."""
 
     hidden: int = 768
     heads: int = 6
@@ -33,7 +33,7 @@ FLUX_DEV = FluxShape(hidden=3072, heads=24, double=19, single=38, context=4096, 
 
 
 class RmsNorm(nn.Module):
-    """Scale by 1 / root mean square over the last dimension; `scale` is a raw parameter that no layer call reaches."""
+    """Divides by the root mean square over the last dimension; `scale` is a raw parameter without a layer of its own."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Embedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate from the conditioning vector, `count` of each; one token goes through `lin`."""
+    """Computes `count` triples of shift, scale and gate from the conditioning vector; `lin` receives one token."""
 
     def __init__(self, hidden: int, count: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 class DoubleBlock(nn.Module):
-    """Image and text tokens with weights of their own, joined in attention."""
+    """Image and text tokens with separate weights, joined in attention."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """All tokens through one fused layer: qkv and the MLP's first half."""
+    """All tokens in one fused layer: qkv and the first half of the MLP."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
@@ -141,7 +141,11 @@ class SingleBlock(nn.Module):
 
 
 class FluxShaped(nn.Module):
-    """`forward(latents (b, tokens, channels), time (b,), context (b, n, context), vector (b, vector))` -> like latents."""
+    """The whole model.
+
+    `forward(latents (b, tokens, channels), time (b,), context (b, n, context), vector (b, vector))` returns the
+    latents' shape.
+    """
 
     def __init__(self, shape: FluxShape) -> None:
         super().__init__()
@@ -176,7 +180,7 @@ def _frequencies(time: torch.Tensor) -> torch.Tensor:
 
 
 def lora_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of the layers a Flux LoRA is trained on: every matrix inside the blocks."""
+    """Returns `(out, in)` by module name for the layers that a Flux LoRA is trained on: all matrices inside the blocks."""
     result = {}
     for name, parameter in model.named_parameters():
         if name.endswith(".weight") and "_blocks." in name and parameter.dim() == 2:
@@ -187,7 +191,7 @@ def lora_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 def random_inputs(
     shape: FluxShape, tokens: int, text_tokens: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
-    """Latents, time, context and vector for one forward pass."""
+    """Returns latents, time, context and vector for one forward pass with a batch of 1."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`lora-guard demo`: one LoRA on a Flux-shaped model in four formats, by the guard and in the merging way."""
+"""`lora-guard demo`: one LoRA on a Flux-shaped model in four formats, applied by the guard and by merging."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .model import FluxShape, FluxShaped, lora_layers, random_inputs
 RANK, ALPHA = 16, 8.0
 STRENGTH, CHANGED_STRENGTH = 1.0, 0.6
 DELTA_SHARE = 0.02
-"""rms of the delta over rms of the weight, as in the measurements the design starts from."""
+"""rms of the delta over rms of the weight, as in the measurements that the design is based on."""
 TOKENS, TEXT_TOKENS = 128, 32
 PROBED_LAYERS = 8
 
@@ -43,7 +43,7 @@ STEPS_PER_FORMAT = 11
 
 @dataclass
 class Row:
-    """One way on one format."""
+    """The result of one way on one format."""
 
     format: str
     way: str
@@ -58,9 +58,11 @@ class Row:
 
     @property
     def ram_peak_mb(self) -> float:
+        """The higher peak of applying and changing."""
         return max(self.apply.ram_peak_mb, self.change.ram_peak_mb)
 
     def cells(self) -> list[str]:
+        """Returns the row's table cells."""
         return [
             self.format,
             self.way,
@@ -86,9 +88,15 @@ LEGEND = (
 
 
 def run_demo(console: Console, markdown: bool = False, shape: FluxShape | None = None) -> list[Row]:
-    """Runs everything and prints one table; returns its rows."""
+    """Runs all formats, prints one table and returns its rows.
+
+    Args:
+        console: Receives the table.
+        markdown: Prints the table as Markdown.
+        shape: The model's sizes; None takes the demo's.
+    """
     shape = shape or FluxShape()
-    # On stderr, so that the table alone can be redirected into a file.
+    # On stderr, so that stdout contains only the table.
     progress = Progress(
         TextColumn("{task.description:32}"),
         BarColumn(),
@@ -119,13 +127,15 @@ def run_demo(console: Console, markdown: bool = False, shape: FluxShape | None =
 
 
 def write_lora(path: Path, shape: FluxShape) -> dict[str, torch.Tensor]:
-    """Writes a kohya file for the model and returns the true deltas (fp64) of the probed layers, by layer name."""
+    """Writes a kohya file for the model. Returns the true deltas (fp64, `(out, in)`) of the probed layers, by layer
+    name.
+    """
     layers = lora_layers(_meta_model(shape))
     probed = set(list(layers)[:: max(1, len(layers) // PROBED_LAYERS)])
     generator = torch.Generator().manual_seed(7)
     tensors, deltas = {}, {}
     for name, (outputs, inputs) in layers.items():
-        # torch's own initialisation gives weights an rms of 1 / sqrt(3 * inputs).
+        # torch's initialisation gives weights an rms of 1 / sqrt(3 * inputs).
         wanted = DELTA_SHARE / (3 * inputs) ** 0.5
         size = (wanted * RANK / ALPHA / RANK**0.5) ** 0.5
         up = (torch.randn(outputs, RANK, generator=generator) * size).to(torch.bfloat16)
@@ -140,7 +150,7 @@ def write_lora(path: Path, shape: FluxShape) -> dict[str, torch.Tensor]:
 
 
 def build_model(codec: Codec, shape: FluxShape) -> FluxShaped:
-    """The model with every matrix of its blocks stored by `codec`."""
+    """Returns the model with every matrix of its blocks stored by `codec`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FluxShaped(shape).requires_grad_(False)
@@ -167,7 +177,7 @@ def _run_format(
         "merging": (lambda strength: merging.apply(path, strength), merging.remove),
     }
     for way, (apply, remove) in ways.items():
-        # Right before, for each way: other programs on the machine come and go.
+        # Measured again for each way: the load of the machine changes.
         step(f"forward without LoRA ({way})")
         forward_without = _forward_seconds(model, inputs)
         step(f"applying ({way})")
@@ -188,7 +198,7 @@ def _run_format(
 
 
 def _forward_seconds(model: FluxShaped, inputs: tuple[torch.Tensor, ...]) -> float:
-    """The faster of two passes; the first one also faults the memory in that the phase before has given back."""
+    """Returns the faster of two passes; the first one also faults memory in that was returned to the system."""
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
