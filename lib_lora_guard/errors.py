@@ -1,18 +1,18 @@
-"""Everything LoRA Guard raises on purpose.
+"""All errors that LoRA Guard raises on purpose.
 
     LoraGuardError
-    |-- FileFormatError    a file is not what its format says               (also a ValueError)
-    |   `-- LoraFileError  the file is missing, broken, or not a LoRA
-    |-- LoraMismatchError  the LoRA does not fit this model                  (also a ValueError)
-    |-- ModeError          the wished mode cannot be had for a weight        (also a ValueError)
-    |-- RestoreError       an original value could not be put back            (also a RuntimeError)
-    |-- LayerError         a patched layer could not finish its forward pass (also a RuntimeError)
-    |-- MemoryShortError   RAM would not survive what was to be done          (also a RuntimeError)
-    `-- HostError          the host does not look as expected                (also a RuntimeError)
+    |-- FileFormatError    a file breaks the rules of its format           (also a ValueError)
+    |   `-- LoraFileError  the file is missing, broken, or no LoRA
+    |-- LoraMismatchError  the LoRA does not fit this model                (also a ValueError)
+    |-- ModeError          a weight does not support the requested mode    (also a ValueError)
+    |-- RestoreError       an original value could not be restored         (also a RuntimeError)
+    |-- LayerError         a patched layer could not finish its forward    (also a RuntimeError)
+    |-- MemoryShortError   the operation would need more RAM than there is (also a RuntimeError)
+    `-- HostError          the host lacks something that is expected       (also a RuntimeError)
 
-Messages name the object, what was wanted, what was found and what to do, in this order. What a user of the panel can
-meet is a sentence of the catalogue (`LoraFileError.of("file.missing", name=...)`), so that it can be read in the user's
-language; what only a programmer can meet is plain English.
+A message names the object, what was expected, what was found and what to do, in this order. Errors that users of the
+panel can see are sentences of the catalogue (`LoraFileError.of("file.missing", name=...)`), so that they are
+translated. Errors for programmers are plain English.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class LoraGuardError(Exception):
-    """Base of all errors raised on purpose by LoRA Guard. `message` is what it says, a Message where the catalogue has it."""
+    """Base of all errors raised on purpose by LoRA Guard. `message` is a Message if the catalogue has the sentence."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class LoraGuardError(Exception):
 
     @classmethod
     def of(cls, key: str, /, **facts: Any) -> Self:
-        """The error that says a sentence of the catalogue."""
+        """Makes an error with a sentence of the catalogue."""
         return cls(Message(key, facts))
 
 
@@ -46,27 +46,27 @@ class FileFormatError(LoraGuardError, ValueError):
 
 
 class LoraFileError(FileFormatError):
-    """A LoRA file is missing, broken, or holds nothing that can be applied."""
+    """A LoRA file is missing, broken, or contains nothing that can be applied."""
 
 
 class LoraMismatchError(LoraGuardError, ValueError):
-    """A LoRA does not fit the model it was to be applied to."""
+    """A LoRA does not fit the model."""
 
 
 class ModeError(LoraGuardError, ValueError):
-    """A mode was asked for that this weight cannot have without losing the LoRA."""
+    """A weight cannot use the requested mode without losing the LoRA."""
 
 
 class RestoreError(LoraGuardError, RuntimeError):
-    """A weight could not be given its original value back; until it is, the model must not be trusted."""
+    """A weight's original value could not be restored. Until it is, the model's results are wrong."""
 
 
 class LayerError(LoraGuardError, RuntimeError):
-    """A patched layer could not finish its forward pass; the image must stop, not go on with part of a LoRA."""
+    """A patched layer could not finish its forward pass. The image must stop: it would have a part of a LoRA."""
 
 
 class MemoryShortError(LoraGuardError, RuntimeError):
-    """Something was refused before it was begun, because the system would have ended the process for it."""
+    """An operation was refused before it began: the system would have ended the process for lack of memory."""
 
 
 class HostError(LoraGuardError, RuntimeError):
@@ -74,6 +74,6 @@ class HostError(LoraGuardError, RuntimeError):
 
 
 def named(error: BaseException) -> str:
-    """Why, as a fact for a sentence, of an error that may be anybody's: one that is not ours says its type too."""
+    """Returns the cause of any error as a fact for a sentence; adds the type of errors that are not ours."""
     why = reason(error)
     return why if isinstance(error, LoraGuardError) or isinstance(why, Message) else f"{type(error).__name__}: {why}"

@@ -1,4 +1,4 @@
-"""What the user can set, as data. How it is shown is in `ui/`, where the host keeps it in `hosts/`."""
+"""The user's settings as data. `ui/` shows them, `hosts/` reads them from the host."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import Enum
 from typing import Any
 
 PREFIX = "lora_guard_"
-"""Before the name of every option in the host's config file."""
+"""Prefix of every option in the host's config file."""
 
 
 class LoraMode(str, Enum):
-    """How LoRAs reach the model. The value is what the host's config file and the settings page hold."""
+    """How LoRAs are applied. The value is stored in the host's config file and shown on the settings page."""
 
     AUTOMATIC = "Automatic"
     FP16 = "fp16 LoRA"
@@ -21,6 +21,8 @@ class LoraMode(str, Enum):
 
 
 class Language(str, Enum):
+    """The language of texts for users."""
+
     AUTO = "auto"
     ENGLISH = "en"
     CHINESE = "zh"
@@ -31,7 +33,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True)
 class Settings:
-    """One consistent set; the defaults are what a new user gets. 0 for an allocator number leaves it to torch."""
+    """One consistent set of settings, with the defaults for a new user. 0 for an allocator number leaves it to torch."""
 
     enable: bool = True
     mode: LoraMode = LoraMode.AUTOMATIC
@@ -44,8 +46,15 @@ class Settings:
 
 
 def read(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:
-    """The settings in the host's options (names with PREFIX; others are ignored), and the names of those whose value makes
-    no sense: for these the default holds. A config file is edited by hand, and by other versions of this program."""
+    """Reads the settings from the host's options. Config files are edited by hand and by other versions of this
+    program.
+
+    Args:
+        options: The host's options; those without PREFIX are ignored.
+
+    Returns:
+        The settings, and the names of options with an invalid value, for which the default is used.
+    """
     values: dict[str, Any] = {}
     wrong: list[str] = []
     for setting in fields(Settings):
@@ -60,7 +69,12 @@ def read(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:
 
 
 def _valid(name: str, value: Any) -> Any:
-    """`value` in the setting's type. Raises ValueError or TypeError where it is not one."""
+    """Converts `value` to the setting's type.
+
+    Raises:
+        TypeError: It has the wrong type.
+        ValueError: It is out of range or unknown.
+    """
     if name in ("enable", "expandable_segments"):
         if not isinstance(value, bool):
             raise TypeError(name)
