@@ -1,10 +1,10 @@
-"""Peak VRAM of one forward pass beside the weights, of each architecture's own module in Forge's backend.
+"""Peak VRAM of one forward pass beside the weights, for each architecture's own module in Forge's backend.
 
     FORGE_ROOT=... python benchmarks/activations_gpu.py --out activations.jsonl
 
-Random weights, 16 bit, all on the GPU; transformers with few blocks, because what a block needs is given back after it.
-`planning.activations` has the formulas that these numbers are for, and `tests/planning/test_activations.py` holds them to
-the numbers. `--device cpu --small` tries the script itself.
+Random weights, 16 bit, all on the GPU. Transformers have few blocks, because a block releases its memory afterwards.
+`planning.activations` has the formulas, and `tests/planning/test_activations.py` tests them against these measurements.
+`--device cpu --small` tests the script itself.
 """
 
 import argparse
@@ -84,7 +84,7 @@ MMDIT = {"patch_size": 2, "in_channels": 16, "input_size": None, "pos_embed_scal
 
 
 def build_denoiser(name, torch):
-    """The module and a function that makes its inputs for a picture: `(rows, width, height) -> kwargs`."""
+    """Returns the module and a function that makes its inputs: `(rows, latent, like) -> kwargs`."""
     if name in UNETS:
         from backend.nn.unet import IntegratedUNet2DConditionModel
 
@@ -118,7 +118,7 @@ def build_denoiser(name, torch):
     elif name == "Chroma":
         from backend.nn.chroma import IntegratedChromaTransformer2DModel
 
-        # Its modulations are counted from the depth, so it has all of its blocks.
+        # Its modulations depend on the depth, so it has all of its blocks.
         made = IntegratedChromaTransformer2DModel(
             **FLUX,
             depth=19,
@@ -152,13 +152,17 @@ DENOISERS = (*UNETS, "SD 3 medium", "SD 3.5 large", "Flux", "Chroma")
 
 
 class Probe:
+    """Runs the cases and writes their results."""
+
     def __init__(self, options, torch):
         self.options, self.torch = options, torch
         self.header = {"gpu": torch.cuda.get_device_name() if options.device == "cuda" else "none"}
         self.header |= {"torch": torch.__version__, "commit": os.environ.get("LORA_GUARD_COMMIT", "unknown")}
 
     def made(self, build, dtype):
-        """Plain layers of torch: in 16 bit Forge's own add nothing to them."""
+        """Builds a module with random weights, from plain torch layers: in 16 bit Forge's own layers add nothing to
+        them.
+        """
         torch = self.torch
         with torch.device(self.options.device):
             torch.set_default_dtype(dtype)
@@ -169,12 +173,14 @@ class Probe:
         module = made[0] if isinstance(made, tuple) else made
         module.to(dtype).requires_grad_(False)
         for parameter in module.parameters():
-            # What a fresh allocation happens to hold may be NaN, and NaN is slow on some cards.
+            # Uninitialized memory may contain NaN, which is slow on some cards.
             parameter.data.normal_(0, 0.02)
         return made
 
     def peak(self, run):
-        """Bytes beside what is there before. The first pass makes kernels and workspaces that stay: not counted."""
+        """Returns `(peak bytes, reserved bytes, seconds)` beyond those before. A first pass allocates kernels and
+        workspaces that stay.
+        """
         torch = self.torch
         run()
         if self.options.device != "cuda":
@@ -225,7 +231,6 @@ class Probe:
                 "layers_per_block": 2,
                 "latent_channels": channels,
             }
-            # torch's settings of what is kept from config are Forge's own business.
             for dtype in (torch.bfloat16, torch.float32):
                 module = self.made(lambda blocks=blocks: IntegratedAutoencoderKL(**blocks), dtype)
                 for rows, width, height in self.cases():
@@ -249,7 +254,7 @@ class Probe:
 
 
 def stand_ins():
-    """diffusers is on no GPU machine; of it these modules take two decorators."""
+    """Replaces diffusers, which GPU machines lack: these modules use only two of its decorators."""
     utilities = types.ModuleType("diffusers.configuration_utils")
     utilities.ConfigMixin, utilities.register_to_config = object, lambda function: function
     sys.modules["diffusers.configuration_utils"] = utilities

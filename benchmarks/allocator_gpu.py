@@ -1,10 +1,10 @@
-"""The allocator options on a GPU: switched while CUDA is up, read back, proven, and what they are good for.
+"""The allocator options on a GPU: switched at run time, read back, proven, and their effect.
 
     LORA_GUARD_COMMIT=... python benchmarks/allocator_gpu.py --out allocator.jsonl [--case NAME ...]
 
-No Forge needed, about two minutes and 20 GB of VRAM. Every case runs in a process of its own, because a process keeps
-traces of its settings; the first line says hardware and versions, each other line is a case with what it checked. The
-case `strings` needs a CUDA build of torch but no GPU, and is the only one that runs without.
+Needs no Forge, about two minutes and 20 GB of VRAM. Every case runs in its own process, because a process keeps traces
+of its settings. The first line has hardware and versions, each other line a case with its checks. The case `strings`
+needs a CUDA build of torch but no GPU; all others need one.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def take(mb):
 
 
 def expandable(tensor):
-    """Whether the memory of `tensor` lies in an expandable segment."""
+    """True if the memory of `tensor` lies in an expandable segment."""
     address = tensor.data_ptr()
     segments = torch.cuda.memory._snapshot()["segments"]
     return next(s["is_expandable"] for s in segments if s["address"] <= address < s["address"] + s["total_size"])
@@ -61,7 +61,7 @@ def timed(call):
 
 
 class Case:
-    """What a case found: `check` collects what must be true, `row` everything worth writing down."""
+    """The result of a case: `check` records conditions that must hold, `row` the measured values."""
 
     def __init__(self):
         self.row, self.failed = {}, []
@@ -73,7 +73,7 @@ class Case:
 
 
 class WithoutGpu(TorchAllocator):
-    """Torch's real parser, but no memory."""
+    """torch's real parser, without memory."""
 
     def takes_expandable(self, device):
         return True
@@ -225,8 +225,11 @@ def collect(case, through_us):
 
 
 def fragmentation(case, on):
-    """7 GB in pieces of 1 GB, given back and cut into pieces of 300 MB of which every third stays; then 2 GB in one piece.
-    More than half of what is allowed is free, and none of it in one piece."""
+    """Fragments memory, then allocates 2 GB in one piece.
+
+    7 GB in pieces of 1 GB are freed and split into pieces of 300 MB, of which every third stays. Then more than half of
+    the allowed memory is free, but not in one piece.
+    """
     take(10)
     state = apply(ON if on else NOTHING, os.environ, DEVICE)
     case.row["says"] = said(state)[EXPANDABLE]
@@ -250,7 +253,7 @@ def fragmentation(case, on):
 
 
 def reading(case):
-    """What the read-back costs with as many blocks as a model has."""
+    """Measures the read-back with as many blocks as a model has."""
     held = [take(3) for _ in range(2000)]
     case.row["read_ms"] = sorted(timed(settings)[1] for _ in range(5))[2]
     state, case.row["apply_on_ms"] = timed(lambda: apply(ON, os.environ, DEVICE))
@@ -284,7 +287,7 @@ def run_here(name):
 
 
 def run_apart(name):
-    """The case's row, from a process with no allocator variables but the case's own."""
+    """Returns the case's row from a new process, whose only allocator variables are the case's own."""
     clean = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")}
     command = [sys.executable, __file__, "--here", name]
     done = subprocess.run(command, env={**clean, **CASES[name][1]}, capture_output=True, text=True, timeout=300)

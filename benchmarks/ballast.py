@@ -1,4 +1,4 @@
-"""A second process that holds VRAM, as other programs do, and as much of it as it is told."""
+"""A second process that holds a chosen amount of VRAM, as other programs do."""
 
 import gc
 import subprocess
@@ -35,10 +35,10 @@ for line in sys.stdin:
 
 
 class Ballast:
-    """Without CUDA it holds nothing, and says that what was wanted is free."""
+    """Controls the second process. Without CUDA it holds nothing and reports the wanted bytes as free."""
 
     SLACK_BYTES = 4 * MB
-    """The driver hands out pieces of 2 MB."""
+    """The driver allocates in pieces of 2 MB."""
 
     def __init__(self, torch):
         self.torch, self.held_bytes, self.process = torch, 0, None
@@ -49,7 +49,7 @@ class Ballast:
             self._expect("ready")
 
     def leave(self, wanted_bytes):
-        """Lets this process have `wanted_bytes` beside what it holds; returns what is free then."""
+        """Leaves `wanted_bytes` of VRAM to this process beside what it holds; returns the free bytes."""
         self.release_cache()
         if self.process is None:
             return int(wanted_bytes)
@@ -75,7 +75,7 @@ class Ballast:
             self.process.wait()
 
     def _hold(self, size):
-        # What changes is given back before it is taken anew: large pieces first, and the rest in one.
+        # Changed pieces are freed before new ones are allocated: large pieces first, and the rest in one.
         self.process.stdin.write(f"{size}\n")
         self.process.stdin.flush()
         self.held_bytes = int(self._expect("held"))

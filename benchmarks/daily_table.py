@@ -1,8 +1,9 @@
-"""Writes the tables "From Generate to the first step", "Fifty changes", "Ten prompts" and "The allocator" of docs/gpu.md.
+"""Writes the tables "From Generate to the first step", "Fifty changes", "Ten prompts" and "The allocator" of
+docs/gpu.md.
 
     python benchmarks/daily_table.py --first-step s.jsonl --changes c.jsonl --alternating a.jsonl --allocator allocator.jsonl ... [--write]
 
-The files are what first_step.py and allocator_gpu.py wrote; of an allocator case the last row counts.
+The files are written by first_step.py and allocator_gpu.py. If an allocator case occurs twice, the last row counts.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def first_step(results):
 
 
 def changes(results):
-    """One column for each way."""
+    """Returns a table with one column for each way."""
     found = [result["result"] for result in results]
     rows = [["", *(result["way"] for result in results)]]
     rows.append(["changes", *(str(one["changes"]) for one in found)])
@@ -58,7 +59,7 @@ def changes(results):
 
 
 def alternating(results):
-    """Ten images with a prompt of their own, one column for each way: the last that was measured."""
+    """Returns the table of ten images with a new prompt each, one column for each way: its last measurement."""
     results = list({result["way"]: result for result in results}.values())
     found = [result["result"] for result in results]
     rows = [["", *(result["way"] for result in results)], ["commit", *(result["commit"] for result in results)]]
@@ -90,7 +91,7 @@ def allocator(files):
 
 
 def seen(row):
-    """True statements by name, and numbers."""
+    """Joins the checks that hold and the measured numbers."""
     parts = []
     for name, value in row.items():
         if name in ("case", "passed", "failed", "says", "notes", "text", "environment", "refused", "torch has"):

@@ -1,9 +1,9 @@
-"""tests/faults with its models on the card, where moving a weight is an allocation too.
+"""Runs tests/faults with the models on the card, where moving a weight is an allocation too.
 
     python benchmarks/faults_gpu.py --out faults.jsonl [--seconds 200]
 
-By pytest alone, without plugins and the project's configuration: such machines have neither hypothesis nor pytest-timeout, and
-these tests need none. The WebUI's double is what they run in, so that no Forge is needed.
+Uses plain pytest without plugins and without the project's configuration: GPU machines lack hypothesis and
+pytest-timeout, which these tests do not need. They run in the double of the WebUI, so no Forge is needed.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from pathlib import Path
 import gpu_rig
 
 LINES = 3
-"""Of an error, in the row: a sweep says all that went wrong, and most of it in the same words."""
+"""Lines kept of an error: a sweep reports many failures, mostly with the same text."""
 
 FILES = "test_single.py,test_forward.py,test_cpu_rung.py,test_engine.py,test_host.py"
 
 
 def run(options):
-    """tests/faults with the models on the card, by pytest alone: no plugins, no configuration of the project."""
+    """Runs the tests with the models on the card and writes one row."""
     import torch
 
     root = gpu_rig.HERE.parent
@@ -50,7 +50,7 @@ def run(options):
         )
         text, ended = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as error:
-        # Bytes on some systems, although text was asked for.
+        # Some systems return bytes even for text=True.
         found = error.stdout or ""
         text, ended = found if isinstance(found, str) else found.decode("utf-8", "replace"), "out of time"
     print(text[-6000:], flush=True)
@@ -60,13 +60,13 @@ def run(options):
 
 
 def bare_pytest(root):
-    """Its command without the project's configuration, saying what `outcomes` reads."""
+    """Returns pytest's command without the project's configuration, with the output that `outcomes` parses."""
     shown = ("-p", "no:cacheprovider", "-q", "-rf", "--tb=short", "--show-capture=no")
     return [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={root}", *shown]
 
 
 def outcomes(text):
-    """Passed and failed of pytest's output; by its dots where it was stopped before its last line."""
+    """Counts passed and failed tests in pytest's output; by its dots if it was stopped before its last line."""
     last = next((line for line in reversed(text.splitlines()) if re.search(r"\b(passed|failed|error)", line)), "")
     found = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last)}
     if not found:
@@ -78,7 +78,7 @@ def outcomes(text):
 
 
 def errors(text):
-    """By test, of pytest's tracebacks (`--tb=short`): where it ended, and the first lines of what was said."""
+    """Parses pytest's tracebacks (`--tb=short`): by test, the place where it ended and the first lines of the error."""
     found, name = {}, None
     for line in text.partition("= short test summary")[0].splitlines():
         heading = re.fullmatch(r"_{3,} (.+?) _{3,}", line)

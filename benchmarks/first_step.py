@@ -1,14 +1,15 @@
-"""From "Generate" to the first step inside Forge's own backend, with little VRAM: what a change of LoRA, strength or prompt
-costs, in seconds and in bytes over the bus. The guard against stock.
+"""From "Generate" to the first step inside Forge's own backend, with little VRAM: the guard against stock Forge.
 
     FORGE_ROOT=... python benchmarks/first_step.py --free-gb 12 --out results.jsonl
 
-Three modules of the sizes of Flux-dev (11.9 G parameters, fp8), T5-XXL (4.6 G, fp8) and a VAE decoder (bf16), random
-weights, take turns on the GPU the way an image makes them: prompt, steps, decode. Forge's cache of the last conditioning,
-whose key holds every LoRA, is rebuilt here in a few lines, since the WebUI itself does not run on this machine.
-`--changes N` measures instead how much of the model stays on the GPU over N changes of the LoRA, `--alternate N` the bytes
-over the bus of N whole images, each with a prompt of its own, every second one with another LoRA, and with what Forge asks
-for when it decodes a picture of 1024x1024.
+Measures the cost of a change of LoRA, strength or prompt, in seconds and in bytes over the bus. Three modules with the
+sizes of Flux-dev (11.9 G parameters, fp8), T5-XXL (4.6 G, fp8) and a VAE decoder (bf16), with random weights, use the
+GPU in the order of an image: prompt, steps, decode. The WebUI itself does not run on this machine, so Forge's cache of
+the last conditioning, whose key contains every LoRA, is rebuilt here in a few lines.
+
+`--changes N` measures how much of the model stays on the GPU over N changes of the LoRA. `--alternate N` measures the
+bytes over the bus of N whole images, each with a new prompt, every second one with another LoRA, and with Forge's
+memory request for decoding an image of 1024x1024.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def arguments():
 
 
 class Use:
-    """One `<lora:name:strength>` of a prompt, as Forge's parser hands it over."""
+    """One `<lora:name:strength>` of a prompt, as Forge's parser passes it on."""
 
     def __init__(self, name, strength):
         self.items = self.positional = [name, str(strength)]
@@ -52,7 +53,7 @@ class Use:
 
 
 class Processing:
-    """Forge's memory of the last conditioning."""
+    """Forge's cache of the last conditioning."""
 
     def __init__(self):
         self.cache = [None, None, None]
@@ -74,12 +75,14 @@ class Processing:
 
 
 def module_named_processing():
-    """A module with Forge's name for the class, fresh for every way."""
+    """Returns a module with Forge's name for the class, new for every way."""
     owner = type("StableDiffusionProcessing", (Processing,), dict(vars(Processing)))
     return types.SimpleNamespace(StableDiffusionProcessing=owner)
 
 
 class Daily(forge_gpu.Bench):
+    """Runs whole images or single changes and measures them."""
+
     def __init__(self, options):
         super().__init__(options)
         from backend.patcher.base import ModelPatcher
@@ -88,7 +91,7 @@ class Daily(forge_gpu.Bench):
         part = 0.1 if options.small else 1
         self.text_encoder = self.stack(text_encoder_layers(max(2, int(24 * part))), torch.float8_e4m3fn)
         self.vae = self.stack(vae_layers(), torch.bfloat16)
-        # By these names the guard knows them.
+        # The guard recognizes the models by these class names.
         for model, module, name in (
             (self.text_encoder, "backend.patcher.clip", "JointTextEncoder"),
             (self.vae, "backend.nn.vae", "IntegratedAutoencoderKL"),
@@ -120,7 +123,7 @@ class Daily(forge_gpu.Bench):
                 for out, inner in [shape[:2]]
             ]
         for layer, shape in zip(layers, shapes, strict=True):
-            # Forge's Linear has no weight before a checkpoint gives it one.
+            # Forge's Linear has no weight until a checkpoint is loaded.
             weight = (torch.randn(shape, device="cuda") * 0.02).to(dtype).cpu()
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
             if len(shape) == 4:
@@ -148,9 +151,9 @@ class Daily(forge_gpu.Bench):
         return {"crossattn": x.float()}
 
     def image(self, processing, prompt, lora=None, strength=1.0):
-        """One image; seconds and moved bytes up to the end of the first step, and for all of it."""
+        """Runs one image; returns seconds and moved bytes up to the end of the first step and for the whole image."""
         torch = self.torch
-        # Forge holds the patchers of the running image and nothing else does; the same stack is the same patcher.
+        # Like Forge, keep only the patchers of the running image; the same stack uses the same patcher.
         if self.stack_now != (lora, strength):
             self.stack_now = (lora, strength)
             self.current = self.base if lora is None else self.lora_stacks[lora](strength)
@@ -225,13 +228,13 @@ class Daily(forge_gpu.Bench):
         try:
             for name, *how in events:
                 if before is not None:
-                    # The image that was counted last may have had another stack than the one this event changes.
+                    # The last counted image may have had another stack than the one this event changes.
                     self.image(processing, *before)
                 before = how
                 timed = self.image(processing, *how)
                 entry = {"event": name, **{k: v for k, v in timed.items() if not k.startswith("moved")}}
                 if name in again or name == "same again":
-                    # Counting costs time, so it has an image of its own, of the same kind.
+                    # Counting takes time, so it has a separate image of the same kind.
                     with self.moved:
                         counted = self.image(processing, *again.get(name, how))
                     entry |= {k: v for k, v in counted.items() if k.startswith("moved")}
@@ -242,7 +245,7 @@ class Daily(forge_gpu.Bench):
         return result
 
     def run_alternating(self, way, images):
-        """Every image counted as a whole; the first, which loads everything, is listed apart."""
+        """Counts every image as a whole; the first one, which loads everything, is listed separately."""
         processing, rows = self.start(way), []
         self.decode_bytes = 2178 * 128 * 128 * 64 * 2
         try:
@@ -308,7 +311,7 @@ def vae_layers():
 
 
 class Moved:
-    """Bytes copied between RAM and the GPU while it is entered."""
+    """Counts the bytes copied between RAM and the GPU while it is entered."""
 
     def __init__(self, torch):
         from torch.utils._python_dispatch import TorchDispatchMode
@@ -318,7 +321,7 @@ class Moved:
         class Counting(TorchDispatchMode):
             def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
                 result = function(*args, **(kwargs or {}))
-                # In inference mode `to` arrives whole, elsewhere as the copy it is made of.
+                # In inference mode `to` is dispatched as such, elsewhere as the copy it consists of.
                 name = function._schema.name
                 source = args[1] if name == "aten::copy_" else args[0] if args else None
                 counts = name in ("aten::copy_", "aten::_to_copy", "aten::to")

@@ -1,16 +1,17 @@
-"""LoRA on a Flux-sized model inside Forge's own backend, on a GPU with little free memory: the guard against stock.
+"""LoRA on a Flux-sized model inside Forge's own backend, on a GPU with little free memory: the guard against stock
+Forge.
 
     FORGE_ROOT=... python benchmarks/forge_gpu.py --storage fp8 --free-gb 12 --out results.jsonl
 
-FORGE_ROOT needs only Forge's backend/, modules_forge/ and packages_3rdparty/. A second process holds all VRAM but
-`--free-gb`. The model has Flux-dev's shapes with random weights (lib_lora_guard.demo.model on Forge's layers); the LoRA
-is on all matrices of the blocks, its delta has 2 % of the weights' rms. One process runs every way in turn, each from
+FORGE_ROOT needs only Forge's backend/, modules_forge/ and packages_3rdparty/. A second process holds all VRAM except
+`--free-gb`. The model has Flux-dev's shapes with random weights (lib_lora_guard.demo.model on Forge's layers). The LoRA
+changes all matrices of the blocks; its delta has 2 % of the weights' rms. One process runs every way in turn, each from
 the unpatched model: `guard`, `fp16 LoRA` (Forge's on-the-fly merge) and `automatic` (Forge's merge, last because it
 leaves its backups).
 
-Printed and written per way: seconds to apply, to change the strength, to remove; seconds per step without and with;
-VRAM and RAM peaks; the share of the LoRA that is really there, by feeding layers with inputs (1 = all of it, and its
-relative error against float64); the whole model's output against fp16 LoRA's; and whether all weights came back.
+Printed and written per way: seconds to apply, to change the strength, to remove; seconds per step without and with the
+LoRA; VRAM and RAM peaks; the share of the LoRA that the layers' outputs show (1 = all of it) and its relative error
+against float64; the whole model's output against that of fp16 LoRA; and whether all weights were restored.
 """
 
 import argparse
@@ -55,6 +56,8 @@ def arguments():
 
 
 class RssPeak(threading.Thread):
+    """Samples the peak of this process's RSS."""
+
     def __init__(self):
         super().__init__(daemon=True)
         import psutil
@@ -71,13 +74,13 @@ class RssPeak(threading.Thread):
             of_round, now = self.round, self.process.memory_info().rss
             with self.lock:
                 if of_round == self.round:
-                    # Else it was read before the restart, when more may have lain there.
+                    # Otherwise it was read before the restart, when more may have been in use.
                     self.peak = max(self.peak, now)
             time.sleep(0.02)
 
 
 def import_forge():
-    """Forge's backend without the packages that only its samplers need."""
+    """Imports Forge's backend without the packages that only its samplers need."""
     root = os.environ["FORGE_ROOT"]
     sys.path[:0] = [str(HERE.parent), root, str(Path(root) / "packages_3rdparty")]
     sys.argv = [sys.argv[0]]
@@ -93,6 +96,8 @@ def import_forge():
 
 
 class Bench:
+    """One model in Forge and the measurements on it."""
+
     def __init__(self, options):
         import torch
         from backend import memory_management, operations, stream
@@ -202,7 +207,7 @@ class Bench:
                     (normal(out, rank), normal(rank, inner), float(rank) / 2, None, None),
                 )
             elif self.options.kind == "dora":
-                # Near the norms of the random weights (0.02 a value), as a trainer starts.
+                # Near the norms of the random weights (0.02 per value), as at the start of a training.
                 size_of_rows = normal(out, 1, scale=0.02).float().add_(1).mul_(0.02 * inner**0.5)
                 patches[name + ".weight"] = (
                     "lora",
@@ -233,9 +238,9 @@ class Bench:
         return patcher
 
     def phase(self, patcher, forward=True, after=None):
-        """Loads like a sampler does, runs some steps; numbers of this phase alone."""
+        """Loads as a sampler does and runs some steps; returns the numbers of this phase alone."""
         torch = self.torch
-        self.current = patcher  # as Forge's own sd_model does: a patcher nobody holds is unloaded without being moved
+        self.current = patcher  # as Forge's sd_model does: a patcher without references is unloaded without being moved
         gc.collect()
         rss_before = self.rss.process.memory_info().rss
         torch.cuda.synchronize()
@@ -272,7 +277,7 @@ class Bench:
         self.memory.soft_empty_cache()
 
     def probe(self):
-        """What the probed layers answer to fixed inputs, in bf16 as in a picture."""
+        """Returns the probed layers' outputs for fixed inputs, in bf16 as in an image."""
         torch, answers = self.torch, {}
         for index, name in enumerate(self.probed):
             x = torch.randn(
@@ -282,7 +287,7 @@ class Bench:
         return answers
 
     def share(self, without, with_lora, strength):
-        """Share and relative error of the LoRA present in the layers' answers, against float64."""
+        """Returns the share and the relative error of the LoRA in the layers' outputs, against float64."""
         torch, shares, errors = self.torch, [], []
         for index, name in enumerate(self.probed):
             x = (
@@ -299,10 +304,10 @@ class Bench:
         return round(sum(shares) / len(shares), 4), round(sum(errors) / len(errors), 4)
 
     def contribution(self, name, value, x):
-        """`x @ delta^T` in float64, without the delta where its factors do."""
+        """Returns `x @ delta^T` in float64, without forming the delta if its factors suffice."""
         kind, content = value
         if kind == "lora" and content[4] is not None:
-            # DoRA as Forge means it: the norm is that of the weight without the LoRA. Plain storages only.
+            # DoRA as Forge defines it: the norm is that of the weight without the LoRA. Plain storages only.
             weight = self.model.get_submodule(name).weight.data.cuda().double()
             up, down, alpha = content[0].cuda().double(), content[1].cuda().double(), content[2]
             patched = (weight + up @ down * (alpha / down.shape[0])) * (
@@ -318,7 +323,7 @@ class Bench:
         return x.cpu() @ ((a @ b) * (c @ d)).T * (alpha / b.shape[0])
 
     def fingerprint(self):
-        """One number per weight: the sum of its bytes as they are stored, times their place modulo a prime."""
+        """Returns one number per weight: the sum of its stored bytes, weighted by their position modulo a prime."""
         torch, result = self.torch, {}
         for name, parameter in self.model.named_parameters():
             data = parameter.data.contiguous().view(-1).view(torch.uint8)
@@ -335,7 +340,8 @@ class Bench:
         from lib_lora_guard.hosts.forge import takeover as forge
 
         online = way == "fp16 LoRA"
-        # Stock moves a little more of the model to the CPU at every change, so each way starts from a fresh placement.
+        # Stock Forge moves a little more of the model to the CPU at every change, so each way starts from a fresh
+        # placement.
         self.unload()
         on_gpu_without = torch.cuda.memory_allocated()
         fresh, _ = self.phase(self.base)
@@ -396,12 +402,12 @@ def main():
         results = {**header, "base": base, "ways": []}
         online_output = None
         ways = [w.strip() for w in options.ways.split(";" if ";" in options.ways else ",")]
-        # fp16 LoRA first: its output is what the others are compared with.
+        # fp16 LoRA first: the others are compared with its output.
         for way in sorted(ways, key=WAYS.index):
             try:
                 result, output = bench.run_way(way, before, prints, base_probe, online_output)
             except torch.OutOfMemoryError as error:
-                # Stock's ways do run out at tight settings; what comes after one that did would not be comparable.
+                # Stock Forge runs out of memory at tight settings; later ways would not be comparable.
                 results["ways"].append({"way": way, "out_of_memory": str(error)[:200]})
                 break
             if way == "fp16 LoRA":

@@ -1,8 +1,7 @@
-"""What the GPU scripts of "Memory sense" share: denoisers in Forge's own classes with random weights, LoRAs for them, and
-results as JSON lines. `memory_matrix.py`, `real_oom.py` and `one_setting.py` use it.
+"""Shared parts of the GPU scripts `memory_matrix.py`, `real_oom.py` and `one_setting.py`.
 
-On a machine without CUDA everything runs on the CPU (`device_for`), with small models and without a ballast, to try the
-scripts themselves.
+Denoisers in Forge's own classes with random weights, LoRAs for them, and results as JSON lines. Without CUDA everything
+runs on the CPU (`device_for`), with small models and without a ballast, to test the scripts themselves.
 """
 
 import gc
@@ -25,7 +24,7 @@ MB, GB = 1 << 20, 1 << 30
 
 
 def import_forge():
-    """Forge's backend, its arguments made for this machine; returns torch."""
+    """Imports Forge's backend with arguments for this machine; returns torch."""
     forge_gpu.import_forge()
     activations_gpu.stand_ins()
     import torch
@@ -42,7 +41,7 @@ def device_for(torch):
 
 
 def header(torch):
-    """Hardware and versions, for every line of results."""
+    """Returns hardware and versions, for every line of results."""
     import psutil
 
     has_card = torch.cuda.is_available()
@@ -69,17 +68,22 @@ def _driver():
 SMALL_FLUX = {"vec_in_dim": 256, "context_in_dim": 256, "hidden_size": 256, "num_heads": 2}
 SMALL_UNET = {"model_channels": 32}
 PART_FLUX = {"depth": 1, "depth_single_blocks": 2}
-"""Blocks of the real width, few of them: layers as large as real ones in a model that is loaded in a moment."""
+"""Few blocks of the real width: layers as large as real ones in a model that loads quickly."""
 
 
 class Denoiser:
-    """One architecture in one storage, with random weights, as Forge has it; `patcher` is Forge's and has no LoRA.
-
-    `model`: "Flux" or a name of `activations_gpu.UNETS`. `size`: "full", "part" (real width, few blocks) or "small".
-    `compute`: dtype of the activations; None takes fp16 for U-Nets, bf16 for Flux.
-    """
+    """One architecture in one storage, with random weights, as Forge has it. `patcher` is Forge's, without LoRA."""
 
     def __init__(self, torch, model, storage, size="full", compute=None):
+        """Builds the model.
+
+        Args:
+            torch: The module, imported after Forge's arguments are set.
+            model: "Flux" or a name of `activations_gpu.UNETS`.
+            storage: The storage format.
+            size: "full", "part" (real width, few blocks) or "small".
+            compute: dtype of the activations; None takes fp16 for U-Nets, bf16 for Flux.
+        """
         from backend import memory_management, operations
         from backend.modules.k_model import KModel
         from backend.patcher.unet import UnetPatcher
@@ -90,7 +94,7 @@ class Denoiser:
         self.device, self.is_unet = device_for(torch), model in activations_gpu.UNETS
         self.compute = compute or (torch.float16 if self.is_unet else torch.bfloat16)
         self.rows = 2 if self.is_unet else 1
-        """Prompt and negative prompt at once; Flux-dev has no negative one."""
+        """Prompt and negative prompt at once; Flux-dev has no negative prompt."""
         self.config = self._config()
         inner = self._build()
         inner.storage_dtype = {"nf4": "nf4", "Q8_0": "gguf", "Q4_K": "gguf"}.get(storage) or self._dtype()
@@ -101,7 +105,7 @@ class Denoiser:
         cpu = memory_management.cpu
         self.patcher = UnetPatcher(self.kmodel, load_device=self.device, offload_device=cpu, current_device=cpu)
         self.current = self.patcher
-        """Held, as Forge's `sd_model` holds it: a patcher of nobody's is unloaded without being moved."""
+        """Kept, as Forge's `sd_model` does: a patcher without references is unloaded without being moved."""
 
     def _config(self):
         if self.is_unet:
@@ -118,7 +122,7 @@ class Denoiser:
         return Made(**self.config)
 
     def _dtype(self):
-        """In which plain tensors are stored."""
+        """Returns the dtype of plain tensors."""
         fixed = {"fp8": self.torch.float8_e4m3fn, "fp16": self.torch.float16, "bf16": self.torch.bfloat16}
         return fixed.get(self.storage, self.torch.bfloat16)
 
@@ -179,7 +183,7 @@ class Denoiser:
     def _gguf(self, weight):
         from lib_lora_guard.weights import Q8_0Codec
 
-        # A K-quant has no place for narrow rows.
+        # A K-quant needs rows of whole blocks.
         if self.storage == "Q4_K" and weight.shape[1] % 256 == 0:
             return self._gguf_parameter("Q4_K", random_q4_k(self.torch, weight.shape, self.device), weight.shape)
         return self._gguf_parameter("Q8_0", Q8_0Codec().encode(weight)["data"].cpu(), weight.shape)
@@ -193,7 +197,7 @@ class Denoiser:
         return ParameterGGUF(types.SimpleNamespace(tensor_type=kind, shape=shape, data=data.cpu().numpy()))
 
     def inputs(self, size_px, seed=0):
-        """For one call: a dict."""
+        """Returns the arguments of one call as a dict."""
         torch = self.torch
         generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -222,11 +226,11 @@ class Denoiser:
         } | extra
 
     def latent(self, size_px):
-        """What Forge shows to `sampling_prepare`: one picture's latent."""
+        """Returns the latent of one image, as Forge passes it to `sampling_prepare`."""
         return self.torch.empty(1, self.config["in_channels"], size_px // 8, size_px // 8)
 
     def lora(self, seed, rank, share=0.02):
-        """Patches as Forge reads them from a file; the delta's rms is `share` of the weights'."""
+        """Returns patches as Forge reads them from a file; the delta's rms is `share` of the weights' rms."""
         torch = self.torch
         generator = torch.Generator(self.device).manual_seed(seed)
         scale = (share * 0.02 / rank**0.5) ** 0.5
@@ -243,7 +247,7 @@ class Denoiser:
         }
 
     def with_loras(self, loras, strength=1.0):
-        """A patcher with these LoRAs; `loras` maps names to `lora`'s result."""
+        """Returns a patcher with these LoRAs; `loras` maps names to results of `lora`."""
         patcher = self.patcher
         for name, patches in loras.items():
             patcher = patcher.clone()
@@ -251,7 +255,7 @@ class Denoiser:
         return patcher
 
     def prepare(self, patcher, size_px):
-        """Loads and applies, as a sampler does before its first step."""
+        """Loads the model and applies the LoRAs, as a sampler does before its first step."""
         self.current = patcher
         self.sampling.sampling_prepare(patcher, self.latent(size_px))
 
@@ -272,14 +276,14 @@ class Denoiser:
 
 
 def bytes_of(parameter):
-    """With what belongs to a bitsandbytes weight."""
+    """Returns a parameter's bytes, with the scales of a bitsandbytes weight."""
     state = getattr(parameter, "quant_state", None)
     scales = 0 if state is None else state.absmax.numel() * state.absmax.element_size()
     return parameter.data.numel() * parameter.data.element_size() + scales
 
 
 def lora_layers(shapes):
-    """Module name -> (out, in) of the matrices that LoRAs are trained on: those inside the blocks."""
+    """Returns `(out, in)` by module name for the matrices that LoRAs are trained on: those inside the blocks."""
     return {
         key.removesuffix(".weight"): size
         for key, size in shapes.items()
@@ -288,7 +292,9 @@ def lora_layers(shapes):
 
 
 def random_q4_k(torch, shape, device):
-    """Blocks of 144 bytes for 256 values: random scales and nibbles, about zero in the mean, as large as other weights here."""
+    """Returns blocks of 144 bytes for 256 values: random scales and nibbles with a mean of about zero and the usual
+    magnitude.
+    """
     rows, columns = shape
     blocks = torch.randint(0, 256, (rows * columns // 256, 144), dtype=torch.uint8, device=device)
     scales = torch.tensor([1e-4, 7.4e-4], dtype=torch.float16, device=device)
@@ -297,7 +303,7 @@ def random_q4_k(torch, shape, device):
 
 
 def warm_up(torch):
-    """Kernels, handles and the workspaces of the libraries, which stay: no case shall pay for them."""
+    """Allocates kernels, handles and library workspaces, which stay, before the first case."""
     if not torch.cuda.is_available():
         return
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -311,7 +317,7 @@ def warm_up(torch):
 
 
 def read_lines(*files):
-    """The rows of JSON-lines files; those that are not there count as empty."""
+    """Returns the rows of JSON-lines files; missing files count as empty."""
     there = [file for file in files if file is not None and file.is_file()]
     return [json.loads(line) for file in there for line in file.read_text(encoding="utf-8").splitlines() if line]
 

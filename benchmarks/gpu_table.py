@@ -1,6 +1,6 @@
 """Writes the tables of docs/gpu.md from the JSON lines of forge_gpu.py.
 
-python benchmarks/gpu_table.py results.jsonl ... > between the markers of docs/gpu.md (with --write)
+python benchmarks/gpu_table.py results.jsonl ... [--write]
 """
 
 import argparse
@@ -26,7 +26,7 @@ HEADER = [
 
 
 def settled_seconds(phase):
-    """Seconds to load plus what the first step took longer than the best one: the guard copies its factors there."""
+    """Returns the seconds to load plus the extra time of the first step, in which the guard copies its factors."""
     return phase["seconds"] + phase["steps"][0] - min(phase["steps"])
 
 

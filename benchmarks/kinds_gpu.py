@@ -1,9 +1,10 @@
-"""Every kind in every mode on a GPU, on every storage of our own, against an fp64 merge; and what a merge costs there.
+"""Every adapter kind in every mode on a GPU, on every storage of our own, against an fp64 merge; and the cost of a
+merge there.
 
     python benchmarks/kinds_gpu.py
 
-No Forge needed. Prints one line per case and at the end how many were wrong: an error above 1e-4 of the LoRA's own
-contribution in fp32 (2e-2 with bf16 activations), or a weight that did not come back bit for bit to the GPU.
+Needs no Forge. Prints one line per case and the number of wrong cases. A case is wrong if its error exceeds 1e-4 of the
+LoRA's contribution in fp32 (2e-2 with bf16 activations), or if a weight was not restored bit for bit on the GPU.
 """
 
 import sys
@@ -37,7 +38,7 @@ def layer_of(storage):
 
 
 def one_case(storage, kind, dora, wish):
-    """`(mode, error of the LoRA's own contribution, restored)`."""
+    """Returns `(mode, error relative to the LoRA's contribution, restored)`."""
     layer = layer_of(storage)
     model = torch.nn.Sequential(layer).cuda()
     x = rand(8, 300, SIZE, seed=9).cuda().to(torch.bfloat16 if storage == "bf16" else torch.float32)
@@ -59,7 +60,9 @@ def one_case(storage, kind, dora, wish):
 
 
 def merge_cost():
-    """Seconds, peak MB beside the model and backups of merging a LoRA into 40 bf16 layers, and seconds to restore."""
+    """Merges a LoRA into 40 bf16 layers and restores them. Returns seconds, peak MB beside the model, and backups as
+    text.
+    """
     model = torch.nn.Sequential(*[torch.nn.Linear(3072, 3072, bias=False) for _ in range(40)]).to(torch.bfloat16).cuda()
     value = ("lora", (rand(3072, 16, seed=1, scale=0.02), rand(16, 3072, seed=2, scale=0.02), 16.0, None, None))
     terms = {f"{n}.weight": [parse_term([1.0, value, 1.0, None, None], {})] for n in range(40)}

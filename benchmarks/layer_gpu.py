@@ -1,9 +1,10 @@
-"""One layer of Flux on a GPU: what each way to carry each kind of LoRA costs, and what a merge costs.
+"""One layer of Flux on a GPU: the cost of each way to apply each kind of LoRA, and the cost of a merge.
 
     python benchmarks/layer_gpu.py --out layers.jsonl [--write]
 
-No Forge needed. Times are the median of `--repeats` calls after a warm-up, timed by CUDA events, 4608 tokens
-(1024x1024) in bf16; "over base" is what the LoRA adds to the layer's own time. `--write` puts the table into docs/gpu.md.
+Needs no Forge. Times are the median of `--repeats` calls after a warm-up, timed by CUDA events, with 4608 tokens
+(1024x1024) in bf16. "Over base" is the time that the LoRA adds to the layer's own. `--write` puts the table into
+docs/gpu.md.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def normal(*shape, scale=0.02):
 
 
 def stacks(shape):
-    """`{label: adapters}`."""
+    """Returns the adapters of each stack by its label."""
     out, inner = shape
 
     def lora(rank, magnitude=None):
@@ -97,7 +98,7 @@ def measure(options):
 
 
 def measure_stack(layer, x, terms, shape, repeats):
-    """One stack on one layer, each way in turn."""
+    """Measures one stack on one layer, each way in turn."""
 
     def run():
         return layer(x)

@@ -1,4 +1,4 @@
-"""The cases of `memory_matrix.py` and how one of them is scored. Pure: no torch, no Forge."""
+"""The cases of `memory_matrix.py` and their scores. Pure: no torch, no Forge."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -9,15 +9,17 @@ GOAL_UNDER_MB = 128.0
 
 @dataclass(frozen=True)
 class Case:
-    """One load, apply and a few steps. `cap_gb`: VRAM that is free before it; `mode` as the guard's setting is called."""
+    """One load, apply and a few steps."""
 
     model: str
     storage: str
     cap_gb: float
+    """Free VRAM before the case."""
     rank: int = 16
     loras: int = 1
     size_px: int = 1024
     mode: str = "Automatic"
+    """A value of the guard's setting."""
 
     @property
     def name(self):
@@ -30,7 +32,7 @@ class Case:
 
 
 def around(base, **levels):
-    """`base`, and it with one factor changed at a time."""
+    """Returns `base` and its variants with one factor changed at a time."""
     return [base, *(replace(base, **{factor: level}) for factor, found in levels.items() for level in found)]
 
 
@@ -59,7 +61,7 @@ CASES = list(
         ]
     )
 )
-"""In this order: what is built alike stands together, and what costs most of the time comes last."""
+"""Ordered: cases with the same model are adjacent, and the most expensive ones come last."""
 
 SMALL_CASES = [
     Case("Flux", "fp8", 2, size_px=64),
@@ -71,19 +73,20 @@ SMALL_CASES = [
 
 
 def key_of(row):
-    """What tells a row from others: a case that was run at another commit is another one."""
+    """Identifies a row: a case that ran at another commit is a different one."""
     return row["case"], row.get("commit", "unknown")
 
 
 def still_to_do(cases, rows, commit):
-    """The cases that have no row of this commit yet, in order. One that broke is tried again."""
+    """Returns the cases without a row of this commit, in order. A case that failed is run again."""
     done = {key_of(row) for row in rows if "error" not in row}
     return [case for case in cases if (case.name, commit) not in done]
 
 
 def fits_in(seconds_left, is_built, case_seconds, build_seconds):
-    """Whether another case can be begun. What was seen before is what is expected; without that, what a full one took
-    elsewhere, see HABITUAL_SECONDS."""
+    """True if there is time for another case. Expects the longest time seen so far; before the first one,
+    HABITUAL_SECONDS.
+    """
     expected = max(case_seconds, default=HABITUAL_SECONDS["case"])
     if not is_built:
         expected += max(build_seconds, default=HABITUAL_SECONDS["build"])
@@ -91,11 +94,15 @@ def fits_in(seconds_left, is_built, case_seconds, build_seconds):
 
 
 HABITUAL_SECONDS = {"case": 25.0, "build": 30.0}
+"""Durations of a full case and of building its model on another machine."""
 
 
 def score(predicted_mb, measured_mb):
-    """`over_mb`: predicted less measured. `ok`: within GOAL_SHARE of what was measured, and not under by more than
-    GOAL_UNDER_MB; None where nothing was measured."""
+    """Compares a prediction with a measurement.
+
+    `over_mb` is predicted minus measured. `ok`: within GOAL_SHARE of the measurement, and at most GOAL_UNDER_MB below
+    it; None without a measurement.
+    """
     if not measured_mb:
         return {"over_mb": None, "share": None, "ok": None}
     over = predicted_mb - measured_mb
@@ -108,14 +115,17 @@ def score(predicted_mb, measured_mb):
 
 
 def idle_mb(cap_mb, peak_mb, swapped_mb):
-    """VRAM that was free even at the peak although weights were swapped: as much of these could have stayed."""
+    """Returns the VRAM that stayed free at the peak although weights were swapped, at most the swapped weights."""
     return round(max(0.0, min(swapped_mb, cap_mb - peak_mb)), 1)
 
 
 def scored(predicted, measured):
-    """The scores of a row: of what the guard's placement promises and of `lora-guard plan`, both against the peak of what is
-    allocated; `room_mb`: kept free for a step less what torch took from the card beside the weights, negative where a step had
-    more from it, None where the load itself had more than the steps after it; and what lay idle."""
+    """Returns the scores of a row.
+
+    `promised` and `plan` compare the guard's placement and `lora-guard plan` with the peak of the allocated memory.
+    `room_mb` is the room kept free for a step minus what torch took from the card beside the weights. It is negative if
+    a step took more, and None if the load itself took more than the steps. `idle_mb`: see there.
+    """
     peak = measured["allocated_mb"]
     known = bool(peak)
     beside = measured["reserved_mb"] - measured["weights_mb"]

@@ -1,20 +1,20 @@
-"""What the guard says that an image will take of the card, against what it takes: one factor varied at a time.
+"""The guard's prediction of an image's VRAM against the measured VRAM: one factor varied at a time.
 
     FORGE_ROOT=... python benchmarks/memory_matrix.py --out matrix.jsonl [--done earlier.jsonl] [--seconds 560]
 
-About 30 cases (`--list`): Flux, SDXL and SD 1.5 in Forge's own classes with random weights, a ballast process that leaves
-the stated VRAM, the guard at work, and the peak of one load, apply and a few steps by torch's own statistics.
+About 30 cases (`--list`): Flux, SDXL and SD 1.5 in Forge's own classes with random weights, with the guard installed. A
+ballast process leaves the stated VRAM. Torch's statistics give the peak of one load, apply and a few steps.
 
 Predicted before the load, in MB:
 
-- `weights_mb`: what will lie on the card by Forge's placing with the guard's number (`forge_memory.Needs`);
-- `promised_mb`: that, and what a step uses, the largest layer's cast, the factors and the modes' workspace, by the functions
-  that the running guard plans with;
+- `weights_mb`: the weights on the card by Forge's placement with the guard's number (`forge_memory.Needs`);
+- `promised_mb`: these, and a step's activations, the largest layer's cast, the factors and the modes' workspace, by the
+  functions that the running guard plans with;
 - `kept_free_mb`: what the guard keeps free beside the weights, for what torch takes from the card;
-- `plan_mb`: what `lora-guard plan` says (`planning.predict`), which places by parameters instead of layers.
+- `plan_mb`: the prediction of `lora-guard plan` (`planning.predict`), which places by parameters instead of layers.
 
-Measured: `allocated_mb`, which the promise and the plan are held to (5 %, never under by more than 128 MB), and `reserved_mb`,
-the card's side of it. `--small` tries the script itself, on the CPU too; nothing is measured there.
+Measured: `allocated_mb`, which promise and plan must match (5 %, at most 128 MB below), and `reserved_mb`, which the
+card sees. `--small` tests the script itself, on the CPU too, without measurements.
 """
 
 import argparse
@@ -31,6 +31,8 @@ STEPS = 2
 
 
 class Matrix:
+    """Runs the cases."""
+
     def __init__(self, torch, options, ballast):
         from backend.modules import k_model
 
@@ -43,7 +45,7 @@ class Matrix:
         gpu_rig.warm_up(torch)
 
     def build(self, case):
-        """Only where the case needs another model than the last one."""
+        """Builds the case's model, unless the last case used the same."""
         if self.built_as == case.built_as:
             return
         self.denoiser = self.built_as = None
@@ -53,7 +55,7 @@ class Matrix:
         self.stored = stored_parameters(self.denoiser)
 
     def run(self, case):
-        """The row of one case."""
+        """Returns the row of one case."""
         torch, denoiser = self.torch, self.denoiser
         from lib_lora_guard.settings import LoraMode
 
@@ -76,7 +78,7 @@ class Matrix:
         except torch.OutOfMemoryError as error:
             row |= {"ok": False, "out_of_memory": str(error)[:300]}
         except Exception as error:
-            # The other cases are worth their time; what this one has left behind is built anew.
+            # Go on with the other cases; the model is built anew, since this case may have damaged it.
             row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
             traceback.print_exc()
             self.built_as = None
@@ -92,7 +94,7 @@ class Matrix:
         card = Card(torch)
 
         def retries():
-            # How often torch had to hand back what it held before an allocation went through.
+            # Number of times that torch had to free cached memory before an allocation succeeded.
             return torch.cuda.memory_stats().get("num_alloc_retries", 0) if card.has_card else 0
 
         retried = retries()
@@ -132,7 +134,7 @@ class Matrix:
 
 
 class Card:
-    """Peaks since it was made, beside what was there then."""
+    """Peaks since its creation, relative to the memory in use then."""
 
     def __init__(self, torch):
         self.torch, self.has_card = torch, torch.cuda.is_available()
@@ -148,7 +150,7 @@ class Card:
             self.torch.cuda.synchronize()
 
     def peak(self):
-        """`(allocated, reserved)`; zeros where there is no card."""
+        """Returns `(allocated, reserved)`; zeros without a card."""
         if not self.has_card:
             return 0, 0
         found = self.torch.cuda.max_memory_allocated(), self.torch.cuda.max_memory_reserved()
@@ -156,7 +158,7 @@ class Card:
 
 
 def stored_parameters(denoiser):
-    """The model as its file would show it, as `lora-guard plan` reads one; before Forge has baked anything."""
+    """Returns the model as its file would show it to `lora-guard plan`, before Forge bakes anything."""
     from lib_lora_guard.checkpoints.model_header import DENOISER, Parameter
     from lib_lora_guard.weights import storage_of
 
@@ -169,7 +171,7 @@ def stored_parameters(denoiser):
 
 
 class Prediction:
-    """What is known before the model is loaded."""
+    """The predictions before the model is loaded."""
 
     def __init__(self, denoiser, takeover, patcher, case, stored):
         from lib_lora_guard.checkpoints.model_header import Checkpoint
@@ -215,11 +217,11 @@ class Prediction:
         }
 
     def needs(self):
-        """As the takeover of `load_models_gpu` will ask for it."""
+        """Returns the needs, as the takeover of `load_models_gpu` will compute them."""
         from lib_lora_guard.hosts.forge.memory import Needs
 
         rows, *rest = self.denoiser.latent(self.case.size_px).shape
-        # Forge's sampling_prepare says two rows a picture.
+        # Forge's sampling_prepare passes two rows per image.
         estimate = self.patcher.memory_required([2 * rows, *rest])
         factors = self.takeover.loading.factor_bytes(self.patcher)
         if self.denoiser.device.type == "cpu":
@@ -227,7 +229,7 @@ class Prediction:
         return self.takeover.memory.needs([self.patcher], self.denoiser.device, estimate, factors)
 
     def placed(self, needs):
-        """`(on the card, swapped)` by Forge's own functions, given the guard's numbers."""
+        """Returns `(bytes on the card, swapped bytes)` by Forge's own functions with the guard's numbers."""
         memory, device, model = self.denoiser.memory, self.denoiser.device, self.patcher.model
         free, size = memory.get_free_memory(device), memory.module_size(model)
         if free - size - needs.free_bytes >= 0:
@@ -239,7 +241,7 @@ class Prediction:
         return placed, size - placed
 
     def patches(self):
-        """What the stack costs on each weight, by the guard's rules."""
+        """Returns the costs of the stack on each weight, by the guard's rules."""
         from lib_lora_guard.adapters import LoraAdapter, Term
         from lib_lora_guard.planning.costs import bypass_cost, on_the_fly_cost
         from lib_lora_guard.planning.mode import Mode, WeightFacts, Wish, choose_mode

@@ -1,10 +1,11 @@
-"""Writes the tables "Predicted and measured peaks", "Memory that really ends" and "One setting on three cards" of docs/gpu.md.
+"""Writes the tables "Predicted and measured peaks", "Memory that really ends" and "One setting on three cards" of
+docs/gpu.md.
 
     python benchmarks/memory_table.py [--matrix m.jsonl ...] [--oom o.jsonl ...] [--pictures p.jsonl ...] [--write]
 
-The files are what memory_matrix.py, real_oom.py and one_setting.py wrote; of a case that was run twice the last row counts. A
-table whose files are not given stays as it is. Where the page has no markers for a table yet, its section is put before
-"To repeat it".
+The files are written by memory_matrix.py, real_oom.py and one_setting.py. If a case occurs twice, the last row counts.
+A table without files stays as it is. If the page has no markers for a table yet, its section is inserted before "To
+repeat it".
 """
 
 import argparse
@@ -58,7 +59,7 @@ def machines(rows):
 
 
 def last_of_each(rows, key):
-    """In the order of the first."""
+    """Returns the last row of each key, in the order of the first ones."""
     found = {}
     for row in rows:
         found[key(row)] = row
@@ -72,7 +73,7 @@ def case_cell(row):
 
 def matrix(rows):
     rows = last_of_each(rows, lambda row: (row["case"], row["commit"]))
-    # By the rules of now, whatever they were when the row was written.
+    # Score by the present rules, whatever they were when the row was written.
     rows = [row | (scored(row["predicted"], row["measured"]) if row.get("measured") else {}) for row in rows]
     body = [["case", "promised MB", "plan MB", "measured MB", "promised off", "plan off", "room MB", "idle MB", "goal"]]
     for row in rows:
@@ -100,7 +101,7 @@ def matrix(rows):
 
 
 def matrix_sum(rows):
-    """What is to be said of all cases: how many are within the goal, and the worst in both directions."""
+    """Summarizes all cases: how many meet the goal, and the worst ones in both directions."""
     known = [row for row in rows if row.get("promised", {}).get("share") is not None]
     if not known:
         return f"{len(rows)} cases, nothing measured."
@@ -177,7 +178,7 @@ def pictures(rows):
 
 
 def put(page, name, text):
-    """The page with the table in place; a section that is not there yet is made."""
+    """Returns the page with the table in place; inserts a missing section."""
     marked = f"<!-- {name} table -->\n{text}\n<!-- end of {name} table -->"
     between = rf"<!-- {name} table -->\n.*?<!-- end of {name} table -->"
     page, found = re.subn(between, lambda _: marked, page, flags=re.DOTALL)

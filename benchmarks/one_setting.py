@@ -1,11 +1,12 @@
-"""One setting on cards of 8, 12 and 24 GB: the same picture?
+"""One setting on cards of 8, 12 and 24 GB: is the image the same?
 
     FORGE_ROOT=... python benchmarks/one_setting.py --out pictures.jsonl
 
-A Flux-sized denoiser and Flux's VAE in Forge's own classes, random weights, the guard at work; a ballast process leaves the
-stated VRAM. At each cap the same noise, the same few Euler steps, the same two LoRAs, the VAE loaded as Forge loads it, and
-8-bit pixels. Compared with the largest cap: the goal is one grey level at most. Without the LoRAs the pixels must differ by
-more, else nothing is shown. `--small` tries the script itself, on the CPU too.
+A Flux-sized denoiser and Flux's VAE in Forge's own classes, with random weights and the guard installed; a ballast
+process leaves the stated VRAM. Each cap uses the same noise, the same few Euler steps, the same two LoRAs, the VAE as
+Forge loads it, and 8-bit pixels. The result is compared with that of the largest cap: the goal is a difference of at
+most one grey level. Without the LoRAs the pixels must differ by more, else the comparison proves nothing. `--small`
+tests the script itself, on the CPU too.
 """
 
 import argparse
@@ -23,7 +24,7 @@ SEED = 7
 
 
 class Vae:
-    """Flux's decoder with random weights, as Forge holds one."""
+    """Flux's decoder with random weights, as Forge has it."""
 
     def __init__(self, denoiser, small):
         from backend.nn.vae import IntegratedAutoencoderKL
@@ -52,9 +53,9 @@ class Vae:
         self.patcher = ModelPatcher(made, load_device=self.device, offload_device=denoiser.memory.cpu)
 
     def pixels(self, latent):
-        """uint8, (3, height, width), on the CPU."""
+        """Decodes to uint8 `(3, height, width)` on the CPU."""
         torch, (_, _, height, width) = self.torch, latent.shape
-        # What Forge asks for before it decodes.
+        # Forge's request before it decodes.
         self.memory.load_models_gpu([self.patcher], memory_required=2178 * height * width * 64 * 2)
         with torch.inference_mode():
             picture = self.model.decode(latent.to(torch.bfloat16))[0].float()
@@ -62,6 +63,8 @@ class Vae:
 
 
 class Studio:
+    """Makes images with different amounts of free VRAM."""
+
     def __init__(self, torch, options, ballast):
         from backend.modules import k_model
 
@@ -76,7 +79,7 @@ class Studio:
         gpu_rig.warm_up(torch)
 
     def picture(self, cap_gb, with_loras):
-        """`(pixels, row)` of one image with this much VRAM free before anything is loaded."""
+        """Returns `(pixels, row)` of one image, with `cap_gb` of free VRAM before anything is loaded."""
         torch, denoiser = self.torch, self.denoiser
         denoiser.unload()
         free = self.ballast.leave(cap_gb * GB)
@@ -92,7 +95,8 @@ class Studio:
             denoiser.sampling.sampling_cleanup(patcher)
             pixels = self.vae.pixels(latent)
         finally:
-            # Before the patcher is let go: what nobody holds any more is forgotten where it lies, and the next card is not empty.
+            # Unload before the patcher is released: a patcher without references stays on the card, and the next case
+            # would have less.
             denoiser.unload()
             patcher = None
             denoiser.current = denoiser.patcher
@@ -110,26 +114,31 @@ class Studio:
         return pixels, row
 
     def sampled(self):
-        """Euler steps from noise to a latent of the usual size."""
+        """Runs Euler steps from noise to a latent of the usual magnitude."""
         torch, inputs = self.torch, self.denoiser.inputs(self.size_px, seed=SEED)
         x = inputs.pop("x").float()
         times = torch.linspace(1, 0, self.options.steps + 1).tolist()
         for now, after in itertools.pairwise(times):
             inputs["timestep"] = torch.full_like(inputs["timestep"], now)
             velocity = self.denoiser.step(inputs | {"x": x.to(self.denoiser.compute)}).float()
-            # Random weights give any size of it; what counts is where it points.
+            # Random weights give a velocity of any magnitude; only its direction matters.
             x = x + (after - now) * velocity / velocity.std().clamp(min=1e-6)
         return x / x.std()
 
 
 def difference(one, other):
-    """Grey levels: the largest, and the share of values that differ at all."""
+    """Returns the largest difference in grey levels, and the share of values that differ."""
     apart = (one.int() - other.int()).abs()
     return {"largest": int(apart.max()), "share_that_differs": round(float((apart > 0).float().mean()), 6)}
 
 
 def verdict(against, without):
-    """`against`: differences of every other cap from the largest; `without`: of the picture without LoRAs."""
+    """Compares the differences with the goal.
+
+    Args:
+        against: Differences of every other cap from the largest.
+        without: Difference of the image without LoRAs.
+    """
     largest = max((found["largest"] for found in against.values()), default=0)
     return {
         "largest_difference": largest,

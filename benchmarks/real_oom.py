@@ -1,17 +1,19 @@
-"""Memory that really ends on a GPU: a second process takes VRAM away until applying, changing, removing, unloading or moving
-fails, or a layer's LoRA goes to the CPU; then everything is compared with how it should be.
+"""Real out-of-memory situations on a GPU: a second process takes VRAM away until an operation fails.
 
     FORGE_ROOT=... python benchmarks/real_oom.py --out oom.jsonl [--seconds 300]
 
-A Flux of few blocks of the real width in Forge's own classes, calculated in fp32 so that a wrong LoRA cannot hide in
-rounding. Each attempt: a placement (all of the model on the card, or a part), a stack, then the ballast leaves no more than
-some megabytes, then the operation and a step; "layer" is a step in which everything is taken away right after a layer's own
-product, before its LoRA is added. Afterwards the memory is given back, the stack is asked for again and then taken off:
-outputs are held to references made with memory enough, weights to the originals bit for bit.
+The operations are applying, changing, removing, unloading, moving and a step. Afterwards everything is compared with
+its correct state. The model is a Flux of few blocks of the real width in Forge's own classes, computed in fp32, so that
+rounding cannot hide a wrong LoRA.
 
-An attempt ends in an `image` (held to its reference, within LIMIT of the LoRA's own contribution), in `words` (an error of
-ours, or an image that was said to be without the LoRA), or in the `host`'s own out of memory, of a layer or a move that has
-nothing to do with LoRAs. Everything else is wrong.
+Each attempt makes a placement (all of the model on the card, or a part) and applies a stack. Then the ballast leaves
+only some megabytes, and the operation and a step run. "layer" is a step in which all memory is taken away between a
+layer's own product and its LoRA. Afterwards the memory is returned, and the stack is applied again and removed. Outputs
+are compared with references made with enough memory, weights with the originals bit for bit.
+
+An attempt ends in an `image` (within LIMIT of its reference, relative to the LoRA's contribution), in `words` (an error
+of ours, or an image reported to be without the LoRA), or in the `host`'s own out-of-memory error, in a layer or a move
+without LoRAs. Everything else is wrong.
 """
 
 import argparse
@@ -30,8 +32,9 @@ from gpu_rig import GB, MB, Denoiser
 sys.path.insert(0, str(gpu_rig.HERE.parent / "tests"))
 
 LIMIT = 1e-3
-"""Of the LoRA's contribution to the model's output. Layers are held to 1e-4 (tests/support/measure.py); the order of fp32 sums
-in several layers one after another makes more of it. A strength that is 5 % wrong makes 5e-2."""
+"""Relative to the LoRA's contribution to the model's output. Layers are held to 1e-4 (tests/support/measure.py); the
+order of fp32 sums in consecutive layers adds to it. A strength that is 5 % wrong gives 5e-2.
+"""
 
 VARIANTS = (
     ("fp8", "Automatic"),
@@ -48,13 +51,13 @@ AFTER = dict.fromkeys(OPERATIONS, "first") | {"change": "other", "restore": "non
 PLACES = ("whole", "swapped")
 LEVELS_MB = {"layer": (32, 2, 0)}
 OTHER_LEVELS_MB = (256, 64, 0)
-"""What is left to the process when the operation begins, and of a layer's LoRA."""
+"""Memory left to the process when the operation begins, or before a layer's LoRA."""
 TARGETS = ("single_blocks.0.linear1", "double_blocks.0.img_mlp.0", "single_blocks.1.linear2")
 COMFORT = 24 * GB
 
 
 class Said(logging.Handler):
-    """The keys of what the guard says meanwhile."""
+    """Collects the keys of the guard's log messages."""
 
     def __init__(self):
         super().__init__(logging.INFO)
@@ -80,7 +83,9 @@ def listening():
 
 
 class Scene:
-    """One storage in one mode, with what is right: outputs by stack, weights, and a model that comes between."""
+    """One storage in one mode, with the correct outputs by stack, the original weights, and another model that needs
+    the card.
+    """
 
     def __init__(self, torch, options, ballast, storage, mode):
         from backend.modules import k_model
@@ -107,7 +112,8 @@ class Scene:
                 self.load(stack)
                 self.references.setdefault(stack, []).append(self.output().clone())
         self.load("none")
-        # Where the model runs, so that looking costs little; the ballast counts what is free, not what is there.
+        # On the model's device, so that comparing is fast; the ballast leaves a number of free bytes, so their size
+        # does not matter.
         self.originals = {
             key: p.data.to(self.denoiser.device, copy=True) for key, p in self.denoiser.kmodel.named_parameters()
         }
@@ -121,24 +127,24 @@ class Scene:
         return self.denoiser.step(self.inputs)
 
     def distance(self, output, stack):
-        """From the nearest of the stack's references, in parts of what a LoRA contributes."""
+        """Returns the distance from the nearest of the stack's references, relative to a LoRA's contribution."""
         none, first = self.references["none"][0].double(), self.references["first"][0].double()
         contribution = (first - none).norm()
         found = output.double()
         return float(min((found - one.double()).norm() / contribution for one in self.references[stack]))
 
     def place(self, place, before):
-        """From the start: unloaded, then loaded where the card has room for all of it or for next to nothing."""
+        """Unloads the model, then loads it with room for all of it or for almost nothing."""
         self.ballast.leave(COMFORT)
         self.denoiser.unload()
         if place == "swapped":
-            # 1 GB and the factors are kept free for a step: some hundred MB of weights stay.
+            # 1 GB and the factors are kept free for a step, so some hundred MB of weights stay.
             self.ballast.leave(int(1.4 * GB))
         self.load(before)
         self.output()
 
     def act(self, operation, level_mb):
-        """The operation and, as an image, one step."""
+        """Runs the operation and one step, which is the image."""
         if operation == "layer":
             with emptied_before_the_lora(self.layer_for(level_mb), level_mb * MB):
                 return self.output()
@@ -154,7 +160,7 @@ class Scene:
         return self.denoiser.kmodel.diffusion_model.get_submodule(TARGETS[LEVELS_MB["layer"].index(level_mb)])
 
     def recover(self, stack):
-        """With memory again: what is still wrong, in words. First the stack anew, then without it."""
+        """Applies the stack again with enough memory, then removes it. Returns wrong states and wrong values, in words."""
         from support.measure import same_bits
 
         wrong_states, wrong_values = [], []
@@ -178,7 +184,7 @@ class Scene:
         return wrong_states, wrong_values
 
     def attempt(self, operation, place, level_mb):
-        """The row of one attempt."""
+        """Returns the row of one attempt."""
         row = {"storage": self.storage, "mode": self.mode, "operation": operation, "place": place, "left_mb": level_mb}
         started = time.perf_counter()
         with listening() as said:
@@ -190,7 +196,7 @@ class Scene:
                 found = {"end": "wrong", "on_the_cpu": 0, "wrong_states": [why], "wrong_values": []}
                 return row | found | {"seconds": round(time.perf_counter() - started, 2)}
             if operation == "layer" and place == "swapped":
-                # Then its factors have to come too.
+                # Then its factors have to be copied too.
                 self.takeover.control.drop_device_copies(self.denoiser.current.lora_loader)
             said.keys.clear()
             row["free_mb"] = gpu_rig.mb(self.ballast.leave(2 * GB if operation == "layer" else level_mb * MB))
@@ -236,7 +242,7 @@ class Scene:
 
 
 def between(denoiser, width):
-    """A model of four square layers that wants the card between two images; 0.5 GB at the width of 8192."""
+    """Returns a model of four square layers that needs the card between two images; 0.5 GB at a width of 8192."""
     from backend.patcher.base import ModelPatcher
 
     torch = denoiser.torch
@@ -250,7 +256,7 @@ def between(denoiser, width):
 
 
 def in_guards_layers(error):
-    """True where memory ended in the guard's own part of a layer or of a change: there words are due."""
+    """True if memory ran out in the guard's own part of a layer or of a change, which must raise one of our errors."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).parent.name in ("patching", "adapters")
 
@@ -261,7 +267,7 @@ def where(error):
 
 
 def because(error):
-    """What an error of ours stands for, and the way to it."""
+    """Describes the cause of one of our errors, with its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     way = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-6:])
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200]} ({way})"
@@ -269,7 +275,7 @@ def because(error):
 
 @contextlib.contextmanager
 def emptied_before_the_lora(layer, left_bytes):
-    """Right after the layer's own product all memory goes but `left_bytes`; after the layer it comes back."""
+    """Takes all memory except `left_bytes` right after the layer's own product, and returns it after the layer."""
     import torch
 
     hog = []
@@ -299,7 +305,9 @@ def emptied_before_the_lora(layer, left_bytes):
 
 
 def plan_of(mode):
-    """`(operation, place, level)` of one variant, the roomy ones first. A merged layer adds nothing in its call."""
+    """Returns `(operation, place, level)` of one variant, those with most memory first. A merged layer adds nothing in
+    its call.
+    """
     operations = [operation for operation in OPERATIONS if operation != "layer" or mode != "Merge"]
     return [
         (operation, place, LEVELS_MB.get(operation, OTHER_LEVELS_MB)[depth])
@@ -310,7 +318,7 @@ def plan_of(mode):
 
 
 def sweep(scene, options, header, ends_at):
-    """All operations and placements of one variant, with less and less memory."""
+    """Runs all operations and placements of one variant, with less and less memory."""
     rows = []
     plan = [one for one in plan_of(scene.mode) if not options.small or one[1:] in (("whole", 0), ("swapped", 0))]
     for operation, place, level in plan:
@@ -324,7 +332,7 @@ def sweep(scene, options, header, ends_at):
 
 
 def summary(rows):
-    """N attempts, and how they ended."""
+    """Counts the attempts by their end."""
     ends = [row["end"] for row in rows]
     return {
         "attempts": len(rows),
@@ -346,12 +354,12 @@ def run_attempts(options):
     with Ballast(torch) as ballast:
         gpu_rig.warm_up(torch)
         for number, (storage, mode) in enumerate(variants):
-            # What one variant leaves over the next ones have.
+            # Time that one variant does not use goes to the next ones.
             now = time.perf_counter()
             share = (options.seconds - (now - started)) / (len(variants) - number)
             ballast.leave(COMFORT)
             scene = Scene(torch, options, ballast, storage, mode)
-            # What was there before an attempt is not looked through after it.
+            # Objects from before an attempt need not be traversed after it.
             gc.collect()
             gc.freeze()
             try:
