@@ -1,5 +1,5 @@
-// The tab "LoRA Guard". It asks the server while somebody looks at it and never else, and puts everything it is told into
-// place as text: names come from files that strangers made. Texts come from the server too (messages/catalogue/panel.py).
+// The tab "LoRA Guard". It polls the server only while the tab is visible. All answers are inserted as text, never as HTML:
+// names come from files of unknown authors. The labels come from the server too (messages/catalogue/panel.py).
 (function () {
     "use strict";
 
@@ -12,7 +12,7 @@
     const BOTTOM_PX = 8;
     const LEVELS = ["debug", "info", "warning", "error"];
 
-    /** An element with attributes and children; strings become text. */
+    /** Makes an element with attributes and children; strings become text nodes. */
     function make(tag, attributes, ...children) {
         const element = document.createElement(tag);
         for (const [name, value] of Object.entries(attributes || {})) {
@@ -64,7 +64,7 @@
             });
         }
 
-        /** Lines of the server; one with a `row` that is shown already takes its place. */
+        /** Adds lines of the server. A line whose `row` is shown already replaces that row. */
         add(lines) {
             const fresh = document.createDocumentFragment();
             for (const line of lines) {
@@ -80,7 +80,7 @@
             if (this.following) this.toEnd();
         }
 
-        /** A line across the log. The server's numbers begin anew after it: what is shown keeps its place. */
+        /** Adds a divider. The server's numbers start anew after it; earlier rows stay. */
         divide(text) {
             this.era += 1;
             const row = make("div", { class: "lg-line lg-divider", "data-level": "error" }, text);
@@ -110,7 +110,7 @@
             this.newest.hidden = true;
         }
 
-        /** What the filter shows, as text. */
+        /** Returns the visible lines as text. */
         text() {
             const least = LEVELS.indexOf(this.list.dataset.least || "debug");
             const shown = [...this.list.children].filter((row) => LEVELS.indexOf(row.dataset.level) >= least);
@@ -123,8 +123,8 @@
         }
     }
 
-    /** What is loaded, what memory is left, what is in force. Each part is drawn again only when it has changed: memory does
-     * so all the time, and what the reader has opened, marked or scrolled elsewhere stays. */
+    /** Loaded models, free memory, active settings. Each part is redrawn only when it has changed: memory changes all the
+     * time, and parts that the user has opened, selected or scrolled elsewhere must stay. */
     class Status {
         constructor(label) {
             this.label = label;
@@ -201,7 +201,7 @@
                 legend, make("span", { class: "lg-source" }, figure.source));
         }
 
-        /** A name with its size; where that is not known, the reason is said to who asks. */
+        /** Shows a name with its size. If the size is unknown, the tooltip has the reason. */
         amount(amount, key) {
             const mark = key ? make("span", { class: key, "aria-hidden": "true" }) : null;
             return make("span", { class: "lg-amount", title: amount.missing || amount.source || null }, mark,
@@ -274,7 +274,7 @@
         }
     }
 
-    /** One place in the page: what it shows, and the asking while it can be seen. */
+    /** The content of one element of the page, and the polling while it is visible. */
     class Panel {
         constructor(place) {
             this.place = place;
@@ -306,7 +306,7 @@
             return this.inView && !document.hidden && !this.paused;
         }
 
-        /** Starts asking where somebody looks, stops where nobody does. */
+        /** Starts polling if the panel is visible, else stops it. */
         wake() {
             clearTimeout(this.timer);
             this.timer = null;
@@ -361,7 +361,7 @@
             return (this.labels && this.labels[name]) || name;
         }
 
-        /** Everything anew, in the language of `labels`; what the reader chose stays. */
+        /** Rebuilds everything in the language of `labels`; keeps the selected level. */
         draw(labels) {
             const least = this.log ? this.log.list.dataset.least : "debug";
             this.labels = labels;
@@ -390,7 +390,7 @@
 
         state(name) {
             if (!this.stateText) {
-                // No answer yet, so there are no texts either.
+                // There are no labels before the first answer.
                 this.place.dataset.state = name;
                 return;
             }
@@ -421,7 +421,7 @@
         }
     }
 
-    /** True where it worked. Browsers give the clipboard to secure pages only; http in a local network is none. */
+    /** Returns true on success. Browsers offer the clipboard API only to secure pages; http in a local network is not. */
     async function toClipboard(text) {
         try {
             await navigator.clipboard.writeText(text);
@@ -440,7 +440,7 @@
 
     let panel = null;
 
-    /** Finds the place, again where the page made a new one. */
+    /** Attaches a panel to its element, again if the page has replaced the element. */
     function attach() {
         const place = document.getElementById(PLACE);
         if (panel && panel.place === place) return;
