@@ -109,9 +109,9 @@ def apply(
         allocator: The access to torch; None uses the running torch.
     """
     machine = machine or look(device)
-    missing = {name: why for name, why in availability(machine).items() if why is not None}
-    if len(missing) == len(OPTIONS):
-        return _state(wish, "", {name: OptionState(Standing.NOT_AVAILABLE, why) for name, why in missing.items()})
+    unavailable = {name: why for name, why in availability(machine).items() if why is not None}
+    if len(unavailable) == len(OPTIONS):
+        return _state(wish, "", {name: OptionState(Standing.NOT_AVAILABLE, why) for name, why in unavailable.items()})
     variable = variable_in_force(environment, machine.torch_version, machine.rocm)
     try:
         base = parse(environment[variable]) if variable else {}
@@ -120,19 +120,19 @@ def apply(
         return _state(wish, "", dict.fromkeys(OPTIONS, OptionState(Standing.NOT_AVAILABLE, why)))
     setup = _Setup(wish, base, variable or CUDA_VARIABLE, machine)
     if not machine.can_set:
-        return setup.from_next_start(missing)
+        return setup.from_next_start(unavailable)
     allocator = allocator or TorchAllocator()
     if before is not None and before.wish == wish and allocator.read().get(CUDA_VARIABLE, "") == before.text:
         return before
     if before is None and not wish.entries():
         # The user never set an option, so the present settings belong to the environment or to other code.
-        wanted, refused = setup.plan(missing)
-        return setup.judge(wanted, refused, allocator.read())
-    state = _put_in_force(setup, missing, allocator, device, touched=before is not None)
-    return _capped(state, before, allocator, device)
+        wanted, refused = setup.plan(unavailable)
+        return setup.state_from(wanted, refused, allocator.read())
+    state = _write_and_verify(setup, unavailable, allocator, device, touched=before is not None)
+    return _with_cap(state, before, allocator, device)
 
 
-def _capped(
+def _with_cap(
     state: AllocatorState, before: AllocatorState | None, allocator: Allocator, device: torch.device
 ) -> AllocatorState:
     """Caps this process's memory while garbage collection is active (torch needs the cap) and lifts the cap afterwards."""
@@ -146,14 +146,14 @@ def _capped(
     return replace(state, uncapped=uncapped)
 
 
-def _put_in_force(
-    setup: _Setup, missing: Mapping[str, Message], allocator: Allocator, device: torch.device, touched: bool
+def _write_and_verify(
+    setup: _Setup, unavailable: Mapping[str, Message], allocator: Allocator, device: torch.device, touched: bool
 ) -> AllocatorState:
     """Writes the options and verifies them.
 
     `touched`: an earlier call may have written options. It matters only if torch does not report its settings.
     """
-    wanted, refused = setup.plan(missing)
+    wanted, refused = setup.plan(unavailable)
     wished = setup.wish.entries()
     text = for_now(wanted)
     settings = allocator.read()
@@ -166,16 +166,20 @@ def _put_in_force(
             allocator.write(text)
         except (RuntimeError, ValueError) as error:
             why = Message("allocator.refused", {"text": text, "error": _one_line(error)})
-            return setup.judge(setup.base, {**dict.fromkeys(wished, why), **refused}, _restore(allocator, held), (why,))
+            return setup.state_from(
+                setup.base, {**dict.fromkeys(wished, why), **refused}, _restore(allocator, held), (why,)
+            )
         settings = allocator.read()
         notes = (Message("allocator.new_memory"),)
     proof: Message | None = None
     if EXPANDABLE in wished and EXPANDABLE not in refused:
-        proof, broken = _prove(settings, allocator, device)
-        if broken is not None:
+        proof, failure = _prove(settings, allocator, device)
+        if failure is not None:
             without = {name: value for name, value in setup.base.items() if name != EXPANDABLE}
-            return _put_in_force(replace(setup, base=without), {**missing, EXPANDABLE: broken}, allocator, device, True)
-    return setup.judge(wanted, refused, settings, notes, proof)
+            return _write_and_verify(
+                replace(setup, base=without), {**unavailable, EXPANDABLE: failure}, allocator, device, True
+            )
+    return setup.state_from(wanted, refused, settings, notes, proof)
 
 
 def _restore(allocator: Allocator, held: str) -> Mapping[str, Any]:
@@ -217,16 +221,16 @@ class _Setup:
     variable: str
     machine: Machine
 
-    def plan(self, missing: Mapping[str, Message]) -> tuple[dict[str, str], dict[str, Message]]:
+    def plan(self, unavailable: Mapping[str, Message]) -> tuple[dict[str, str], dict[str, Message]]:
         """Returns `(entries to write, reason for each refused option)`."""
         wished = self.wish.entries()
-        refused = {name: why for name, why in missing.items() if name in wished or name not in self.base}
+        refused = {name: why for name, why in unavailable.items() if name in wished or name not in self.base}
         if SPLIT in wished and self.wish.max_split_size_mb < LEAST_SPLIT_MB:
             refused.setdefault(SPLIT, Message("allocator.split_least", {"least": LEAST_SPLIT_MB}))
         if COLLECT in wished and not 0 < self.wish.garbage_collection_threshold < 1:
             refused.setdefault(COLLECT, Message("allocator.threshold_range"))
         base = dict(self.base)
-        if EXPANDABLE not in missing and "True" in (wished.get(EXPANDABLE), base.get(EXPANDABLE)):
+        if EXPANDABLE not in unavailable and "True" in (wished.get(EXPANDABLE), base.get(EXPANDABLE)):
             # Torch splits expandable segments at any size and never collects them; before 2.5 the mixture could stop it
             # near the end of memory (pull request 134338).
             refused |= {name: Message("allocator.beside_expandable") for name in (SPLIT, COLLECT) if name in wished}
@@ -235,9 +239,9 @@ class _Setup:
                 refused |= {name: Message("allocator.beside_expandable") for name in dropped}
         return {**base, **{name: value for name, value in wished.items() if name not in refused}}, refused
 
-    def from_next_start(self, missing: Mapping[str, Message]) -> AllocatorState:
+    def from_next_start(self, unavailable: Mapping[str, Message]) -> AllocatorState:
         """Returns the state for a torch that takes options only at its start."""
-        wanted, refused = self.plan(missing)
+        wanted, refused = self.plan(unavailable)
         line = start_line(compose(wanted), self.machine.system == "Windows")
         states = {}
         for name in OPTIONS:
@@ -246,12 +250,12 @@ class _Setup:
             elif name not in wanted:
                 states[name] = OptionState(Standing.OFF, Message("allocator.off"))
             elif self.base.get(name) == wanted[name]:
-                states[name] = self._by_environment(name, wanted)
+                states[name] = self._set_by_environment(name, wanted)
             else:
                 states[name] = OptionState(Standing.NEXT_START, Message("allocator.next_start", {"line": line}))
         return _state(self.wish, compose(self.base), states)
 
-    def judge(
+    def state_from(
         self,
         wanted: Mapping[str, str],
         refused: Mapping[str, Message],
@@ -260,10 +264,10 @@ class _Setup:
         proof: Message | None = None,
     ) -> AllocatorState:
         """Returns the state that the `settings` read back from torch support."""
-        states = {name: self._judge(name, wanted, refused, settings, proof) for name in OPTIONS}
+        states = {name: self._option_state(name, wanted, refused, settings, proof) for name in OPTIONS}
         return _state(self.wish, str(settings.get(CUDA_VARIABLE, "")), states, notes)
 
-    def _judge(
+    def _option_state(
         self,
         name: str,
         wanted: Mapping[str, str],
@@ -284,12 +288,12 @@ class _Setup:
         if found is not None and found != expected:
             return OptionState(Standing.NOT_AVAILABLE, _ignored(expected, found))
         if name not in self.wish.entries():
-            return self._by_environment(name, wanted)
+            return self._set_by_environment(name, wanted)
         if name == EXPANDABLE and proof is not None:
             return OptionState(Standing.ACTIVE, proof)
         return OptionState(Standing.ACTIVE, Message(f"allocator.active_{name}", {"value": wanted[name]}))
 
-    def _by_environment(self, name: str, wanted: Mapping[str, str]) -> OptionState:
+    def _set_by_environment(self, name: str, wanted: Mapping[str, str]) -> OptionState:
         facts = {"variable": self.variable, "value": wanted[name]}
         standing = Standing.OFF if wanted[name] == "False" else Standing.ACTIVE
         return OptionState(standing, Message("allocator.by_environment", facts))

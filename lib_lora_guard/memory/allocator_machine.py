@@ -22,7 +22,7 @@ WINDOWS_SINCE = (2, 14)
 tell.
 """
 
-_KINDS = {"cpu": "CPU", "mps": "MPS", "xpu": "XPU", "privateuseone": "DirectML"}
+_DEVICE_NAMES = {"cpu": "CPU", "mps": "MPS", "xpu": "XPU", "privateuseone": "DirectML"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def look(device: torch.device) -> Machine:
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     kernel = platform.release().lower()
     return Machine(
-        device="cuda" if cuda else _KINDS.get(device.type, "CPU" if device.type == "cuda" else device.type),
+        device="cuda" if cuda else _DEVICE_NAMES.get(device.type, "CPU" if device.type == "cuda" else device.type),
         torch_version=(int(version[1]), int(version[2])) if version else (0, 0),
         backend=torch.cuda.get_allocator_backend() if cuda else "",
         rocm=torch.version.hip is not None,
@@ -62,13 +62,13 @@ def look(device: torch.device) -> Machine:
 
 def availability(machine: Machine) -> dict[str, Message | None]:
     """Returns, for each option, None if it is available, else the reason why it is not."""
-    everywhere = _why_none(machine)
-    if everywhere is not None:
-        return dict.fromkeys((EXPANDABLE, SPLIT, COLLECT), everywhere)
+    for_all = _why_unavailable(machine)
+    if for_all is not None:
+        return dict.fromkeys((EXPANDABLE, SPLIT, COLLECT), for_all)
     return {EXPANDABLE: _why_not_expandable(machine), SPLIT: None, COLLECT: None}
 
 
-def _why_none(machine: Machine) -> Message | None:
+def _why_unavailable(machine: Machine) -> Message | None:
     if machine.device != "cuda":
         return Message("allocator.no_cuda", {"device": machine.device})
     if machine.backend != "native":

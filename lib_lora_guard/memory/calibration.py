@@ -85,7 +85,7 @@ class Calibration:
         self._lock = threading.Lock()
         self._entries = self._file.read()
         self._unwritten: list[tuple[tuple[str, ...], int, int]] = []
-        self._said = False
+        self._warned = False
 
     def record(self, key: Key, predicted_bytes: int, measured_bytes: int) -> None:
         """Records a measured peak and its prediction, before any correction. Implausible numbers are ignored."""
@@ -94,7 +94,7 @@ class Calibration:
     def record_all(self, measured: Iterable[tuple[Key, int, int]]) -> None:
         """Records several `(key, predicted bytes, measured bytes)` with one write."""
         records = [
-            (self._name(key), int(predicted_bytes), int(measured_bytes))
+            (self._entry_key(key), int(predicted_bytes), int(measured_bytes))
             for key, predicted_bytes, measured_bytes in measured
             if 0 < predicted_bytes <= LARGEST_BYTES and 0 < measured_bytes <= LARGEST_BYTES
         ]
@@ -104,15 +104,15 @@ class Calibration:
             # Records that could not be written are written with the next ones. The oldest are dropped: they would no
             # longer change a correction.
             self._unwritten = [*self._unwritten, *records][-MOST_UNWRITTEN:]
-            _take(self._entries, records)
+            _add_records(self._entries, records)
             if self._clock() < self._not_before:
                 return
             try:
-                self._entries = self._file.change(lambda entries: _take(entries, self._unwritten))
+                self._entries = self._file.change(lambda entries: _add_records(entries, self._unwritten))
                 self._unwritten = []
             except OSError as error:
                 self._not_before = self._clock() + BETWEEN_TRIES_SECONDS
-                self._say_once(error)
+                self._warn_once(error)
 
     def correction_bytes(self, key: Key, predicted_bytes: int | None = None) -> int:
         """Returns the bytes to add to a prediction: within LOWEST and HIGHEST of it, 0 if `key` was never measured.
@@ -122,7 +122,7 @@ class Calibration:
             predicted_bytes: The prediction; None takes the last recorded one.
         """
         with self._lock:
-            entry = self._entries.get(self._name(key))
+            entry = self._entries.get(self._entry_key(key))
         if entry is None:
             return 0
         return correction_of(entry, predicted_bytes)
@@ -130,7 +130,7 @@ class Calibration:
     def measurements(self, key: Key) -> int:
         """Returns how often `key` was measured, by all processes."""
         with self._lock:
-            entry = self._entries.get(self._name(key))
+            entry = self._entries.get(self._entry_key(key))
         return 0 if entry is None else entry.count
 
     def reset(self) -> int:
@@ -144,14 +144,14 @@ class Calibration:
             self._entries, self._unwritten = {}, []
         return count
 
-    def _name(self, key: Key) -> tuple[str, ...]:
+    def _entry_key(self, key: Key) -> tuple[str, ...]:
         resolution, batch = str(key.resolution), str(key.batch)
         return (*self._owner, key.kind.value, key.architecture, key.storage, resolution, batch, key.stack)
 
-    def _say_once(self, error: OSError) -> None:
-        if not self._said:
+    def _warn_once(self, error: OSError) -> None:
+        if not self._warned:
             say(log, logging.WARNING, "calibration.not_kept", file=str(self._file.path), error=str(error))
-        self._said = True
+        self._warned = True
 
 
 def correction_of(entry: Entry, predicted_bytes: int | None = None) -> int:
@@ -177,7 +177,7 @@ def stack_signature(loras: Iterable[str]) -> str:
     return hashlib.blake2s("\0".join(names).encode("utf-8", "replace"), digest_size=8).hexdigest() if names else ""
 
 
-def _take(entries: Entries, records: Iterable[tuple[tuple[str, ...], int, int]]) -> None:
+def _add_records(entries: Entries, records: Iterable[tuple[tuple[str, ...], int, int]]) -> None:
     """Adds records to `entries`, the latest at the end, and drops the oldest entries above LARGEST_ENTRIES."""
     for name, predicted, measured in records:
         old = entries.pop(name, Entry(0, 0, ()))

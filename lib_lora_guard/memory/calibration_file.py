@@ -49,7 +49,7 @@ class CalibrationFile:
 
     def read(self) -> Entries:
         """Returns the entries; none if the file is missing, unreadable or of another version."""
-        return self._found() or {}
+        return self._read_entries() or {}
 
     def change(self, change: Callable[[Entries], None]) -> Entries:
         """Applies `change` to the entries of the file, writes the result and returns it.
@@ -59,9 +59,9 @@ class CalibrationFile:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self._lock_path, WAIT_SECONDS):
-            found = self._found()
+            found = self._read_entries()
             if found is None:
-                self._keep_aside()
+                self._keep_other_version()
             entries = found or {}
             change(entries)
             self._write(entries)
@@ -77,10 +77,10 @@ class CalibrationFile:
             return 0
         with locked(self._lock_path, WAIT_SECONDS):
             count = len(self.read())
-            _patiently(lambda: self.path.unlink(missing_ok=True))
+            _retry_while_open(lambda: self.path.unlink(missing_ok=True))
         return count
 
-    def _found(self) -> Entries | None:
+    def _read_entries(self) -> Entries | None:
         """Returns the entries; empty if there is no file, None for a file that is not of this version."""
         try:
             with self.path.open("rb") as file:
@@ -97,7 +97,7 @@ class CalibrationFile:
         known = (_entry(entry) for entry in (listed if isinstance(listed, list) else []))
         return dict(pair for pair in known if pair is not None)
 
-    def _keep_aside(self) -> None:
+    def _keep_other_version(self) -> None:
         """Keeps the first file of another version as `.old`: its user may want it back."""
         aside = self.path.with_name(self.path.name + ".old")
         if not aside.exists():
@@ -111,7 +111,7 @@ class CalibrationFile:
         ]
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text(json.dumps({"version": VERSION, "entries": listed}), encoding="utf-8")
-        _patiently(lambda: os.replace(temporary, self.path))
+        _retry_while_open(lambda: os.replace(temporary, self.path))
 
 
 def _entry(entry: Any) -> tuple[tuple[str, ...], Entry] | None:
@@ -128,7 +128,7 @@ def _entry(entry: Any) -> tuple[tuple[str, ...], Entry] | None:
     return (tuple(name), Entry(count, predicted, tuple(kept))) if count > 0 and predicted > 0 else None
 
 
-def _patiently(act: Callable[[], None]) -> None:
+def _retry_while_open(act: Callable[[], None]) -> None:
     """Repeats `act`: Windows refuses to replace or delete a file while another program (a virus scanner, say) has it
     open.
     """

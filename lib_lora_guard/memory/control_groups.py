@@ -33,9 +33,9 @@ class ControlGroups:
         for line in lines:
             _, controllers, path = (*line.split(":", 2), "", "")[:3]
             if controllers == "":
-                groups += [_Version2(folder) for folder in _upwards(mount, path)]
+                groups += [_Version2(folder) for folder in _with_parents(mount, path)]
             elif "memory" in controllers.split(","):
-                groups += [_Version1(folder) for folder in _upwards(mount / "memory", path)]
+                groups += [_Version1(folder) for folder in _with_parents(mount / "memory", path)]
         self._groups = tuple(group for group in groups if group.limit_file.is_file())
 
     def rooms(self, swap_free_bytes: int = 0) -> Rooms:
@@ -68,7 +68,7 @@ class _Version2:
         if limit is None or usage is None:
             return None
         ram = limit - usage + _statistic(self.folder / "memory.stat", "inactive_file")
-        allowed = _word(self.folder / "memory.swap.max")
+        allowed = _text(self.folder / "memory.swap.max")
         if allowed == "max":
             return ram, ram + swap_free
         swap_limit, swapped = _as_number(allowed), _number(self.folder / "memory.swap.current")
@@ -100,13 +100,13 @@ class _Version1:
         return ram, min(ram + swap_free, both_limit - both_usage + cache)
 
 
-def _upwards(root: Path, path: str) -> list[Path]:
+def _with_parents(root: Path, path: str) -> list[Path]:
     """Returns the group at `path` and all its parents. A container may see its own group as the root."""
     inner = PurePosixPath(path.lstrip("/"))
     return [root / folder for folder in (inner, *inner.parents)]
 
 
-def _word(file: Path) -> str | None:
+def _text(file: Path) -> str | None:
     try:
         return file.read_text(encoding="utf-8").strip()
     except OSError:
@@ -115,7 +115,7 @@ def _word(file: Path) -> str | None:
 
 def _number(file: Path) -> int | None:
     """Returns the number in a one-line file; None if the file is missing or contains "max"."""
-    return _as_number(_word(file))
+    return _as_number(_text(file))
 
 
 def _as_number(word: str | None) -> int | None:
@@ -123,5 +123,5 @@ def _as_number(word: str | None) -> int | None:
 
 
 def _statistic(file: Path, name: str) -> int:
-    pairs = (line.split() for line in (_word(file) or "").splitlines())
+    pairs = (line.split() for line in (_text(file) or "").splitlines())
     return next((_as_number(pair[1]) or 0 for pair in pairs if len(pair) == 2 and pair[0] == name), 0)

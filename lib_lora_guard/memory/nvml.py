@@ -128,7 +128,7 @@ class Nvml:
         self._card_of = card_of
         self._pids_agree = _pids_agree() if pids_agree is None else pids_agree
         self._handles: dict[Card, ctypes.c_void_p] = {}
-        self._library = library or _load(_places(platform.system(), os.environ))
+        self._library = library or _load(_library_paths(platform.system(), os.environ))
         if self._library is None:
             self.missing = Message("readings.nvml_absent")
             return
@@ -253,7 +253,7 @@ class Nvml:
         return code
 
 
-def _places(system: str, environment: Mapping[str, str]) -> list[str]:
+def _library_paths(system: str, environment: Mapping[str, str]) -> list[str]:
     """Returns the paths of the driver's library. On Windows full paths only: a file of that name elsewhere must not be
     loaded.
     """

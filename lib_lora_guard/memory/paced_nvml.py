@@ -35,12 +35,12 @@ class PacedNvml(Nvml):
                 self._nvml.close()
 
     def memory(self, device: torch.device) -> NvmlMemory:
-        return self._kept(("memory", device), lambda nvml: nvml.memory(device))
+        return self._cached(("memory", device), lambda nvml: nvml.memory(device))
 
     def other_processes(self, device: torch.device) -> GpuProcesses:
-        return self._kept(("processes", device), lambda nvml: nvml.other_processes(device))
+        return self._cached(("processes", device), lambda nvml: nvml.other_processes(device))
 
-    def _kept(self, key: tuple[str, torch.device], ask: Callable[[Nvml], _Answer]) -> _Answer:
+    def _cached(self, key: tuple[str, torch.device], ask: Callable[[Nvml], _Answer]) -> _Answer:
         with self._lock:
             when, answer = self._answers.get(key, (-BETWEEN_SECONDS, None))
             now = self._clock()

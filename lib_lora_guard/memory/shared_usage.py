@@ -39,12 +39,12 @@ def shared_usage_bytes(pdh: Any = None) -> int | None:
     if library.PdhOpenQueryW(None, None, ctypes.byref(query)):
         return None
     try:
-        return _asked(library, query)
+        return _sum_of_counters(library, query)
     finally:
         library.PdhCloseQuery(query)
 
 
-def _asked(library: Any, query: ctypes.c_void_p) -> int | None:
+def _sum_of_counters(library: Any, query: ctypes.c_void_p) -> int | None:
     counter = ctypes.c_void_p()
     # The underscore ends the number: pid_12 is a prefix of pid_123.
     path = ctypes.c_wchar_p(rf"\GPU Process Memory(pid_{os.getpid()}_*)\Shared Usage")

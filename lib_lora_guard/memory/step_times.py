@@ -78,17 +78,17 @@ class Slowdown:
             nvidia: The card's driver has the setting.
         """
         if self.median_seconds is None or self.factor is None:
-            said = [Message("spill.at_once", {"seconds": self.seconds}), self._meaning()]
+            sentences = [Message("spill.at_once", {"seconds": self.seconds}), self._meaning()]
         else:
             facts = {"seconds": self.seconds, "factor": self.factor, "median": self.median_seconds, "steps": self.steps}
-            said = [Message("spill.slow", facts), self._meaning()]
+            sentences = [Message("spill.slow", facts), self._meaning()]
         if self.verdict is Verdict.OTHER:
-            return said
+            return sentences
         if nvidia:
-            said.append(Message("spill.setting"))
+            sentences.append(Message("spill.setting"))
         if lower_mb > 0:
-            said.append(Message("spill.lower", {"lower_mb": lower_mb}))
-        return said
+            sentences.append(Message("spill.lower", {"lower_mb": lower_mb}))
+        return sentences
 
     def _meaning(self) -> Message:
         if self.shared_before_bytes is None or self.shared_bytes is None:
@@ -98,13 +98,13 @@ class Slowdown:
 
 
 @dataclass
-class _Known:
+class _History:
     """The normal steps of one configuration, and whether the last step was slow and was reported."""
 
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_STEPS))
     shared_bytes: deque[int] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_STEPS))
     slow: bool = False
-    said: bool = False
+    reported: bool = False
 
 
 class StepTimes:
@@ -115,7 +115,7 @@ class StepTimes:
     def __init__(self, driver_spills: bool) -> None:
         """`driver_spills`: see the function `driver_spills`."""
         self._driver_spills = driver_spills
-        self._known: OrderedDict[Hashable, _Known] = OrderedDict()
+        self._histories: OrderedDict[Hashable, _History] = OrderedDict()
 
     def add(
         self,
@@ -137,36 +137,36 @@ class StepTimes:
         """
         if first or not (0 < seconds < math.inf):
             return None
-        known = self._of(configuration)
-        if seconds >= LEAST_EXCESS_SECONDS and len(known.seconds) < LEAST_STEPS:
+        history = self._history_of(configuration)
+        if seconds >= LEAST_EXCESS_SECONDS and len(history.seconds) < LEAST_STEPS:
             grown = self._verdict(shared_at_first_bytes, shared_bytes)
             if grown is Verdict.SPILLED:
                 # There is no normal duration yet, and these steps must not become it.
-                was_slow, known.slow = known.slow, True
+                was_slow, history.slow = history.slow, True
                 return None if was_slow else Slowdown(grown, seconds, None, 0, shared_at_first_bytes, shared_bytes)
         # A step shorter than the excess alone is never slow.
-        is_judged = seconds >= LEAST_EXCESS_SECONDS and len(known.seconds) >= LEAST_STEPS
-        median = statistics.median(known.seconds) if is_judged else math.inf
+        is_judged = seconds >= LEAST_EXCESS_SECONDS and len(history.seconds) >= LEAST_STEPS
+        median = statistics.median(history.seconds) if is_judged else math.inf
         if seconds < max(SLOW * median, median + LEAST_EXCESS_SECONDS):
-            known.seconds.append(seconds)
+            history.seconds.append(seconds)
             if shared_bytes is not None:
-                known.shared_bytes.append(shared_bytes)
-            known.slow = known.said = False
+                history.shared_bytes.append(shared_bytes)
+            history.slow = history.reported = False
             return None
-        certain, known.slow = known.slow or seconds > VERY_SLOW * median, True
-        if known.said or not certain:
+        certain, history.slow = history.slow or seconds > VERY_SLOW * median, True
+        if history.reported or not certain:
             return None
-        known.said = True
-        before = min(known.shared_bytes, default=None)
+        history.reported = True
+        before = min(history.shared_bytes, default=None)
         verdict = self._verdict(before, shared_bytes)
-        return Slowdown(verdict, seconds, median, len(known.seconds), before, shared_bytes)
+        return Slowdown(verdict, seconds, median, len(history.seconds), before, shared_bytes)
 
-    def _of(self, configuration: Hashable) -> _Known:
-        known = self._known.setdefault(configuration, _Known())
-        self._known.move_to_end(configuration)
-        while len(self._known) > _REMEMBERED_CONFIGURATIONS:
-            self._known.popitem(last=False)
-        return known
+    def _history_of(self, configuration: Hashable) -> _History:
+        history = self._histories.setdefault(configuration, _History())
+        self._histories.move_to_end(configuration)
+        while len(self._histories) > _REMEMBERED_CONFIGURATIONS:
+            self._histories.popitem(last=False)
+        return history
 
     def _verdict(self, before: int | None, now: int | None) -> Verdict:
         if before is not None and now is not None:

@@ -28,8 +28,8 @@ def language_of(setting: str, localization: str | None = None, system: str | Non
     if setting in LANGUAGES:
         return setting
     # A translated host says more about its reader than the system's locale.
-    said = localization if (localization or "").strip().lower() not in _NO_TRANSLATION else system
-    return CHINESE if is_chinese(said or "") else ENGLISH
+    named = localization if (localization or "").strip().lower() not in _NO_TRANSLATION else system
+    return CHINESE if is_chinese(named or "") else ENGLISH
 
 
 def is_chinese(name: str) -> bool:

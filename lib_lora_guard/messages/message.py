@@ -38,7 +38,7 @@ class Message(str):
         """Returns the same sentence with every fact converted, nested ones included."""
         return Message(self.key, {name: _converted(fact, convert) for name, fact in self.facts.items()})
 
-    def __getnewargs__(self) -> tuple[str, Mapping[str, Any]]:  # str declares the text alone
+    def __getnewargs__(self) -> tuple[str, Mapping[str, Any]]:  # type: ignore[override]  # str declares the text alone
         return self.key, self.facts
 
 

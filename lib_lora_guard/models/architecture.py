@@ -106,7 +106,7 @@ _CROSS = {768: A.SD1, 1024: A.SD2, 2048: A.SDXL, 1280: A.SDXL_REFINER}
 _FLUX_LIKE = _BFL + r"((img|txt)_(attn|mlp|mod)|linear[12]|modulation|norm|qkv|proj)|^single_transformer_blocks_\d+_"
 _MODULATED = r"(_mod|_modulation)_lin$|_norm(1|1_context)?_linear$|^(vector|time|guidance)_in_|^time_text_embed_"
 
-_SAID = {
+_METADATA_PATTERNS = {
     A.SD1: r"\bsd_v1|stable-diffusion-v1",
     A.SD2: r"\bsd_v2|stable-diffusion-v2",
     A.SDXL_REFINER: r"xl-v1-refiner|sdxl_refiner",
@@ -154,8 +154,8 @@ def detect_lora(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None 
     found = _decide(evidence) or _unet(evidence) or _flux_like(evidence) or _text(evidence)
     if len(found) == 1:
         return found[0]
-    said = next((a for a in _said(metadata or {}) if a in found), None)
-    return said or (A.FLUX if found == (A.FLUX, A.CHROMA) else None)
+    named = next((a for a in _from_metadata(metadata or {}) if a in found), None)
+    return named or (A.FLUX if found == (A.FLUX, A.CHROMA) else None)
 
 
 def accepts(model: Architecture | None, lora: Architecture | None) -> bool:
@@ -227,7 +227,7 @@ def _text(evidence: Evidence) -> tuple[Architecture, ...]:
     return (A.SD1, A.SDXL, A.SD3, A.FLUX) if 768 in widths else ()
 
 
-def _said(metadata: Mapping[str, str]) -> Iterable[Architecture]:
+def _from_metadata(metadata: Mapping[str, str]) -> Iterable[Architecture]:
     for key in _METADATA:
         value = metadata.get(key, "").lower()
-        yield from (a for a, pattern in _SAID.items() if re.search(pattern, value))
+        yield from (a for a, pattern in _METADATA_PATTERNS.items() if re.search(pattern, value))

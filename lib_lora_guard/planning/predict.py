@@ -215,11 +215,11 @@ class _Room:
         """Sizes that Forge places by; the guard uses the sizes after baking."""
 
     def guard(self) -> Prediction:
-        unread = self._unread()
+        problem = self._unreadable()
         carried = [patch for patch in self.patches if patch.mode is not Mode.MERGE]
         merged = [patch for patch in self.patches if patch.mode is Mode.MERGE]
         factors = sum(patch.guard.resident_bytes for patch in carried if patch.in_denoiser)
-        swapped = self._guards_swapped(factors)
+        swapped = self._swapped_by_guard(factors)
         backup = sum(patch.bytes for patch in merged)
         workspace = max((patch.guard.workspace_bytes for patch in carried if patch.in_denoiser), default=0)
         # Swapped weights are merged on the GPU too: there and back.
@@ -234,8 +234,8 @@ class _Room:
         )
         return self._prediction(
             Way.GUARD,
-            Effect.NONE if unread else Effect.WHOLE,
-            unread,
+            Effect.NONE if problem else Effect.WHOLE,
+            problem,
             swapped,
             factors,
             during_step=workspace,
@@ -244,17 +244,17 @@ class _Room:
             apply_seconds=factors / self.rates.pageable_to_gpu + merging + norms,
             change_seconds=merging + backup / self.rates.pageable_to_gpu,
             step_seconds=sum(self._step_seconds(patch.guard) for patch in carried),
-            without=self._guards_swapped(0),
+            without=self._swapped_by_guard(0),
         )
 
     def forge_on_the_fly(self) -> Prediction:
         factors = sum(patch.forge.resident_bytes for patch in self.patches if patch.in_denoiser)
-        unread = self._unread()
+        problem = self._unreadable()
         moved = factors / self.rates.pageable_to_gpu
         return self._prediction(
             Way.FORGE_ON_THE_FLY,
-            Effect.NONE if unread else Effect.WHOLE,
-            unread,
+            Effect.NONE if problem else Effect.WHOLE,
+            problem,
             self._swapped(factors),
             factors,
             during_step=max((patch.forge.workspace_bytes for patch in self.patches if patch.in_denoiser), default=0),
@@ -285,10 +285,10 @@ class _Room:
             + sum(patch.values for patch in on_gpu) * MERGE_BYTES_PER_VALUE / self.rates.stream
             + sum(patch.values for patch in on_cpu) / CPU_MERGE_VALUES
         )
-        problem = self._unread() or self._unwritten()
+        problem = self._unreadable() or self._unwritable()
         return self._prediction(
             way,
-            Effect.NONE if problem else self._left_after_merging(),
+            Effect.NONE if problem else self._effect_of_merging(),
             problem,
             swapped,
             0,
@@ -350,7 +350,7 @@ class _Room:
     def _swapped(self, reserved_bytes: int) -> frozenset[str]:
         return swapped_keys(self.as_stored, self.vram_bytes, INFERENCE_BYTES + reserved_bytes)
 
-    def _guards_swapped(self, reserved_bytes: int) -> frozenset[str]:
+    def _swapped_by_guard(self, reserved_bytes: int) -> frozenset[str]:
         inference = self.guards_inference_bytes + reserved_bytes
         return swapped_keys(self.model.weights, self.vram_bytes, inference, weights_on_card_bytes)
 
@@ -366,16 +366,16 @@ class _Room:
     def _step_seconds(self, cost: Cost) -> float:
         return max(cost.step_flops / self.rates.flops, cost.step_bytes / self.rates.stream)
 
-    def _unread(self) -> str | None:
+    def _unreadable(self) -> str | None:
         """Returns the problem if Forge treats a GGUF type as plain bytes."""
         odd = sorted({p.format for p in self.patches if p.format[:2] in ("IQ", "TQ") or p.format in ("MXFP4", "NVFP4")})
         return f"Forge cannot read {', '.join(odd)}" if odd else None
 
-    def _unwritten(self) -> str | None:
+    def _unwritable(self) -> str | None:
         odd = sorted({p.format for p in self.patches if p.format in FORGE_READS and p.format not in FORGE_QUANTISES})
         return f"Forge cannot merge into {', '.join(odd)}: it stops with an error" if odd else None
 
-    def _left_after_merging(self) -> Effect:
+    def _effect_of_merging(self) -> Effect:
         """Measured: layers show 0.1 % of a LoRA merged into fp8, 1.5 % in NF4, 95 % in Q8_0, all of it in 16 bit."""
         formats = {patch.format for patch in self.patches if not patch.wide}
         if not formats:

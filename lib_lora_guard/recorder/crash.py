@@ -25,7 +25,7 @@ use.
 
 _LONGEST_BYTES = 1 << 20
 _NAME = re.compile(r"flight-(\d{1,9})-(\d{1,15})\.ring")
-_TOLD = ".told"
+_REPORTED = ".told"
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def last_crash(folder: Path) -> Crash | None:
         found = sorted(folder.iterdir())
     except OSError:
         return None
-    crashes = [crash for path in found if (crash := _taken(path)) is not None]
-    _forget_old(folder)
+    crashes = [crash for path in found if (crash := _claim(path)) is not None]
+    _delete_old(folder)
     return max(crashes, key=lambda crash: crash.time, default=None)
 
 
-def _taken(path: Path) -> Crash | None:
+def _claim(path: Path) -> Crash | None:
     """Returns the crash in a file and marks the file as reported. None if the process still runs, or if there is no
     crash; then the file is deleted.
     """
@@ -92,7 +92,7 @@ def _taken(path: Path) -> Crash | None:
         if crash is None:
             path.unlink()
         else:
-            path.replace(path.with_suffix(_TOLD))
+            path.replace(path.with_suffix(_REPORTED))
     except FileNotFoundError:
         # Another process was faster and reports it.
         return None
@@ -142,11 +142,11 @@ def _crash(pid: int, record: Mapping[str, Any]) -> Crash | None:
     )
 
 
-def _forget_old(folder: Path) -> None:
+def _delete_old(folder: Path) -> None:
     """Deletes reported files, except the newest KEPT_FILES."""
     with suppress(OSError):
-        told = sorted(folder.glob(f"flight-*{_TOLD}"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in told[KEPT_FILES:]:
+        reported = sorted(folder.glob(f"flight-*{_REPORTED}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in reported[KEPT_FILES:]:
             path.unlink(missing_ok=True)
 
 

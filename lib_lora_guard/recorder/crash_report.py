@@ -95,41 +95,41 @@ def crash_report(crash: Crash, system: str | None = None) -> list[Message]:
 
     `system`: as `platform.system()`; None asks the platform.
     """
-    return [*_what(crash), _reason(crash), *_advice(crash, platform.system() if system is None else system)]
+    return [*_facts(crash), _reason(crash), *_advice(crash, platform.system() if system is None else system)]
 
 
-def _what(crash: Crash) -> list[Message]:
+def _facts(crash: Crash) -> list[Message]:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(crash.time))
-    said = [Message("flight.died", {"phase": Message(f"flight.phase_{crash.phase.value}"), "when": when})]
+    messages = [Message("flight.died", {"phase": Message(f"flight.phase_{crash.phase.value}"), "when": when})]
     if crash.model:
         kind = " ".join(part for part in (crash.architecture, crash.storage) if part)
-        said.append(Message("flight.model", {"model": f"{crash.model} ({kind})" if kind else crash.model}))
+        messages.append(Message("flight.model", {"model": f"{crash.model} ({kind})" if kind else crash.model}))
     if crash.loras:
         names = Joined([*crash.loras, *(["..."] if crash.lora_count > len(crash.loras) else [])])
-        said.append(Message("flight.loras", {"count": crash.lora_count, "names": names}))
+        messages.append(Message("flight.loras", {"count": crash.lora_count, "names": names}))
     if numbers := _memory(crash):
-        said.append(Message("flight.memory", {"numbers": Joined(numbers)}))
+        messages.append(Message("flight.memory", {"numbers": Joined(numbers)}))
     needs = {"flight.ram": RAM_NEED, "flight.vram": VRAM_NEED}
     planned = [Message(key, {"gb": crash.plan[name] / GB}) for key, name in needs.items() if crash.plan.get(name)]
     if planned:
-        said.append(Message("flight.plan", {"numbers": Joined(planned)}))
-    return said
+        messages.append(Message("flight.plan", {"numbers": Joined(planned)}))
+    return messages
 
 
 def _memory(crash: Crash) -> list[Message]:
-    known, said = crash.memory, []
+    known, messages = crash.memory, []
     for key, key_of, free, total in (
         ("flight.ram_free", "flight.ram_free_of", RAM_AVAILABLE, RAM_TOTAL),
         ("flight.swap_free", "flight.swap_free_of", SWAP_FREE, SWAP_TOTAL),
         ("flight.vram_free", "flight.vram_free_of", VRAM_FREE, VRAM_TOTAL),
     ):
         if free in known and total in known:
-            said.append(Message(key_of, {"gb": known[free] / GB, "total_gb": known[total] / GB}))
+            messages.append(Message(key_of, {"gb": known[free] / GB, "total_gb": known[total] / GB}))
         elif free in known:
-            said.append(Message(key, {"gb": known[free] / GB}))
+            messages.append(Message(key, {"gb": known[free] / GB}))
     if RSS in known:
-        said.append(Message("flight.rss", {"gb": known[RSS] / GB}))
-    return said
+        messages.append(Message("flight.rss", {"gb": known[RSS] / GB}))
+    return messages
 
 
 def _reason(crash: Crash) -> Message:
@@ -148,14 +148,14 @@ def _advice(crash: Crash, system: str) -> list[Message]:
     if not ran_out_of_ram(crash):
         return []
     key = "flight.page_file" if system == "Windows" else "flight.swap_file"
-    said = [Message(key, {"size_gb": page_file_gb(crash)})]
+    messages = [Message(key, {"size_gb": page_file_gb(crash)})]
     if crash.lora_count:
-        said.append(Message("flight.fewer_loras", {"count": crash.lora_count}))
+        messages.append(Message("flight.fewer_loras", {"count": crash.lora_count}))
     storage = crash.storage.lower()
     if not any(name in storage for name in _FOUR_BIT):
         smaller = "NF4, GGUF Q4" if any(name in storage for name in _EIGHT_BIT) else "fp8, NF4, GGUF Q8, GGUF Q4"
-        said.append(Message("flight.smaller_format", {"formats": smaller}))
-    return said
+        messages.append(Message("flight.smaller_format", {"formats": smaller}))
+    return messages
 
 
 def page_file_gb(crash: Crash) -> int:

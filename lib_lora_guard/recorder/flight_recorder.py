@@ -99,7 +99,7 @@ class FlightRecorder:
         self._names: dict[str, Any] = {}
         self._names_json = ""
         self._memory: dict[str, Any] = {"memory": {}, "memory_time": 0.0}
-        self._tell({"version": __version__, "machine": machine_name()})
+        self._set_facts({"version": __version__, "machine": machine_name()})
 
     @classmethod
     def open(cls, folder: Path, ring_bytes: int = RING_BYTES) -> FlightRecorder | None:
@@ -175,12 +175,12 @@ class FlightRecorder:
             return
         try:
             names = {"model": model, "architecture": architecture, "storage": storage}
-            told: dict[str, Any] = {key: name_only(name) for key, name in names.items() if name is not None}
+            facts: dict[str, Any] = {key: name_only(name) for key, name in names.items() if name is not None}
             if loras is not None:
                 all_names = [name_only(name) for name in loras]
-                told |= {"loras": all_names[:_LORAS], "lora_count": len(all_names)}
+                facts |= {"loras": all_names[:_LORAS], "lora_count": len(all_names)}
             with self._lock:
-                self._tell(told)
+                self._set_facts(facts)
                 if memory is not None:
                     self._memory = {"memory": _numbers(memory), "memory_time": time.time()}
                 if plan is not None and self._open:
@@ -209,9 +209,9 @@ class FlightRecorder:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
-    def _tell(self, told: Mapping[str, Any]) -> None:
-        if any(self._names.get(key) != name for key, name in told.items()):
-            self._names |= told
+    def _set_facts(self, facts: Mapping[str, Any]) -> None:
+        if any(self._names.get(key) != name for key, name in facts.items()):
+            self._names |= facts
             # Encode only on changes, not in every step.
             self._names_json = _encode(self._names)
 

@@ -91,7 +91,7 @@ class LogRing(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            message, error = _kept(message_of(record)), _error_of(record)
+            message, error = _storable(message_of(record)), _error_of(record)
             size = _size(message) + _size(error)
         except Exception as problem:
             # A log call must not stop an image, whatever its arguments are.
@@ -129,12 +129,12 @@ class _Run:
 
     def __init__(self, kind: tuple[str, str, str]) -> None:
         self.kind = kind
-        self._said: tuple[str, str | None] | None = None
+        self._previous: tuple[str, str | None] | None = None
         self._lines, self._times, self._alike = 0, 0, 0
 
     def take(self, said: tuple[str, str | None]) -> bool:
         """Counts one more; True if it shares the last line."""
-        same, self._said = said == self._said, said
+        same, self._previous = said == self._previous, said
         if same and not self._alike:
             self._times += 1
             return True
@@ -154,10 +154,10 @@ class _Run:
 
 def _error_of(record: logging.LogRecord) -> str | None:
     error = record.exc_info[1] if record.exc_info else None
-    return None if error is None else _kept(named(error))
+    return None if error is None else _storable(named(error))
 
 
-def _kept(said: str) -> str:
+def _storable(said: str) -> str:
     """Converts a text to plain, clean values, so that it can be stored."""
     return said.map(_Limit().plain) if isinstance(said, (Message, Joined)) else shown(str(said), LINE_CHARACTERS)
 

@@ -38,28 +38,28 @@ class BlockDecoder(Decoder):
 
     def _values(self, parts: AnyParts, start: int, length: int) -> torch.Tensor:
         data = parts["data"][start : start + length]
-        blocks = parted(data, data.shape[1] // self.block_bytes, self.block_bytes)
+        blocks = split_last(data, data.shape[1] // self.block_bytes, self.block_bytes)
         return self._block_values(blocks).flatten(1)
 
 
-def fields(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+def unpack_bits(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """Splits every byte into its 8 / `bits` fields, lowest first, along a new dimension `dim`."""
     mask = (1 << bits) - 1
     return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim)
 
 
-def halves(packed: torch.Tensor) -> torch.Tensor:
+def read_fp16(packed: torch.Tensor) -> torch.Tensor:
     """Reads the last dimension of `packed` as fp16 numbers, in fp32. `packed` may start at an odd address."""
     return packed.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
-def two_halves(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def read_fp16_pair(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Reads the scale and the minimum (or its scale), each `(..., 1)` in fp32."""
-    both = halves(packed)
+    both = read_fp16(packed)
     return both[..., :1], both[..., 1:]
 
 
-def parted(x: torch.Tensor, *sizes: int) -> torch.Tensor:
+def split_last(x: torch.Tensor, *sizes: int) -> torch.Tensor:
     """Returns a view with the last dimension split into `sizes`."""
     return x.view(*x.shape[:-1], *sizes)
 
@@ -72,14 +72,14 @@ def iq4_values(index: torch.Tensor) -> torch.Tensor:
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """Unpacks `(rows, blocks, 16)` bytes to 32 indices per block."""
-    return fields(packed, 4, -2).flatten(-2)
+    return unpack_bits(packed, 4, -2).flatten(-2)
 
 
 def _nibbles_and_fifth_bits(packed: torch.Tensor) -> torch.Tensor:
     """Unpacks 5-bit indices, 32 per block, from 4 bytes of fifth bits (bit i belongs to value i) and 16 bytes of
     nibbles.
     """
-    fifth = fields(packed[..., :4], 1, -1).flatten(-2)
+    fifth = unpack_bits(packed[..., :4], 1, -1).flatten(-2)
     return _nibbles(packed[..., 4:]).bitwise_or_(fifth << 4)
 
 
@@ -100,7 +100,7 @@ class Q8_0Codec(BlockDecoder, Codec):
         return {"data": torch.cat([scale.view(torch.uint8), values.view(torch.uint8)], 2).flatten(1)}
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
-        return blocks[..., 2:].view(torch.int8).float().mul_(halves(blocks[..., :2]))
+        return blocks[..., 2:].view(torch.int8).float().mul_(read_fp16(blocks[..., :2]))
 
 
 class Q4_0Codec(BlockDecoder, Codec):
@@ -123,7 +123,7 @@ class Q4_0Codec(BlockDecoder, Codec):
         return {"data": torch.cat([scale.view(torch.uint8), packed], 2).flatten(1)}
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _nibbles(blocks[..., 2:]).float().sub_(8).mul_(halves(blocks[..., :2]))
+        return _nibbles(blocks[..., 2:]).float().sub_(8).mul_(read_fp16(blocks[..., :2]))
 
 
 class Q4_1Decoder(BlockDecoder):
@@ -134,7 +134,7 @@ class Q4_1Decoder(BlockDecoder):
     block_bytes = 20
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
-        scale, minimum = two_halves(blocks[..., :4])
+        scale, minimum = read_fp16_pair(blocks[..., :4])
         return _nibbles(blocks[..., 4:]).float().mul_(scale).add_(minimum)
 
 
@@ -146,7 +146,7 @@ class Q5_0Decoder(BlockDecoder):
     block_bytes = 22
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _nibbles_and_fifth_bits(blocks[..., 2:]).float().sub_(16).mul_(halves(blocks[..., :2]))
+        return _nibbles_and_fifth_bits(blocks[..., 2:]).float().sub_(16).mul_(read_fp16(blocks[..., :2]))
 
 
 class Q5_1Decoder(BlockDecoder):
@@ -157,7 +157,7 @@ class Q5_1Decoder(BlockDecoder):
     block_bytes = 24
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
-        scale, minimum = two_halves(blocks[..., :4])
+        scale, minimum = read_fp16_pair(blocks[..., :4])
         return _nibbles_and_fifth_bits(blocks[..., 4:]).float().mul_(scale).add_(minimum)
 
 
@@ -169,4 +169,4 @@ class IQ4NLDecoder(BlockDecoder):
     block_bytes = 18
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
-        return iq4_values(_nibbles(blocks[..., 2:])).mul_(halves(blocks[..., :2]))
+        return iq4_values(_nibbles(blocks[..., 2:])).mul_(read_fp16(blocks[..., :2]))

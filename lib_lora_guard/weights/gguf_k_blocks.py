@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .gguf_blocks import BlockDecoder, fields, halves, iq4_values, parted, two_halves
+from .gguf_blocks import BlockDecoder, iq4_values, read_fp16, read_fp16_pair, split_last, unpack_bits
 
 
 class Q2KDecoder(BlockDecoder):
@@ -22,7 +22,7 @@ class Q2KDecoder(BlockDecoder):
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
         small, packed = blocks[..., :16], blocks[..., 16:80]
-        d, dmin = two_halves(blocks[..., 80:])
+        d, dmin = read_fp16_pair(blocks[..., 80:])
         index = _two_bits(packed).float()
         return index.mul_(_column(d * (small & 15))).sub_(_column(dmin * (small >> 4)))
 
@@ -37,11 +37,11 @@ class Q3KDecoder(BlockDecoder):
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
         third, packed, small, d = torch.split(blocks, [32, 64, 12, 2], -1)
         # Bit g of byte i belongs to value i of the g-th 32.
-        third = parted(fields(third, 1, -2).flatten(-2), 16, 16)
+        third = split_last(unpack_bits(third, 1, -2).flatten(-2), 16, 16)
         index = _two_bits(packed).bitwise_or_(third << 2).float().sub_(4)
         # Low four bits: 8 bytes, scales 0..7 in the low nibbles. High two bits: 4 bytes, scale g in field g // 4 of byte g % 4.
-        scale = fields(small[..., :8], 4, -2).flatten(-2) | (fields(small[..., 8:], 2, -2).flatten(-2) << 4)
-        return index.mul_(_column(scale.float().sub_(32).mul_(halves(d))))
+        scale = unpack_bits(small[..., :8], 4, -2).flatten(-2) | (unpack_bits(small[..., 8:], 2, -2).flatten(-2) << 4)
+        return index.mul_(_column(scale.float().sub_(32).mul_(read_fp16(d))))
 
 
 class Q4KDecoder(BlockDecoder):
@@ -65,7 +65,7 @@ class Q5KDecoder(BlockDecoder):
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
         scale, minimum = _scales_and_minima(blocks[..., :16])
-        index = _nibble_groups(blocks[..., 48:]).bitwise_or_(fields(blocks[..., 16:48], 1, -2) << 4)
+        index = _nibble_groups(blocks[..., 48:]).bitwise_or_(unpack_bits(blocks[..., 16:48], 1, -2) << 4)
         return index.float().mul_(_column(scale)).sub_(_column(minimum))
 
 
@@ -82,9 +82,9 @@ class Q6KDecoder(BlockDecoder):
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
         low, high, small, d = torch.split(blocks, [128, 64, 16, 2], -1)
-        index = parted(fields(parted(low, 2, 64), 4, -2).flatten(-3), 16, 16)
+        index = split_last(unpack_bits(split_last(low, 2, 64), 4, -2).flatten(-3), 16, 16)
         index.bitwise_or_(_two_bits(high) << 4)
-        return index.float().sub_(32).mul_(_column(small.view(torch.int8).float().mul_(halves(d))))
+        return index.float().sub_(32).mul_(_column(small.view(torch.int8).float().mul_(read_fp16(d))))
 
 
 class IQ4XSDecoder(BlockDecoder):
@@ -96,9 +96,9 @@ class IQ4XSDecoder(BlockDecoder):
 
     def _block_values(self, blocks: torch.Tensor) -> torch.Tensor:
         d, high, low, packed = torch.split(blocks, [2, 2, 4, 128], -1)
-        scale = fields(low, 4, -1).flatten(-2) | (fields(high, 2, -1).flatten(-2) << 4)
-        index = fields(parted(packed, 8, 16), 4, -2).flatten(-2)
-        return iq4_values(index).mul_(_column(scale.float().sub_(32).mul_(halves(d))))
+        scale = unpack_bits(low, 4, -1).flatten(-2) | (unpack_bits(high, 2, -1).flatten(-2) << 4)
+        index = unpack_bits(split_last(packed, 8, 16), 4, -2).flatten(-2)
+        return iq4_values(index).mul_(_column(scale.float().sub_(32).mul_(read_fp16(d))))
 
 
 def _column(of_groups: torch.Tensor) -> torch.Tensor:
@@ -107,12 +107,12 @@ def _column(of_groups: torch.Tensor) -> torch.Tensor:
 
 def _two_bits(packed: torch.Tensor) -> torch.Tensor:
     """Unpacks 64 bytes to `(..., 16, 16)`. Each half holds 128 values, value i in field i // 32 of byte i % 32."""
-    return parted(fields(parted(packed, 2, 32), 2, -2).flatten(-3), 16, 16)
+    return split_last(unpack_bits(split_last(packed, 2, 32), 2, -2).flatten(-3), 16, 16)
 
 
 def _nibble_groups(packed: torch.Tensor) -> torch.Tensor:
     """Unpacks 128 bytes to `(..., 8, 32)`."""
-    return fields(parted(packed, 4, 32), 4, -2).flatten(-3, -2)
+    return unpack_bits(split_last(packed, 4, 32), 4, -2).flatten(-3, -2)
 
 
 def _scales_and_minima(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +121,7 @@ def _scales_and_minima(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     After d and dmin follow, 4 bytes each: scales 0..3, minima 0..3, and low nibbles of scales 4..7 (low) and minima
     4..7 (high). Scales and minima 0..3 use six bits; their upper two bits are the high bits of 4..7.
     """
-    d, dmin = two_halves(head[..., :4])
+    d, dmin = read_fp16_pair(head[..., :4])
     first_scales, first_minima, nibbles = torch.split(head[..., 4:], 4, -1)
     scale = torch.cat([first_scales & 63, (nibbles & 15) | (first_scales >> 6 << 4)], -1)
     minimum = torch.cat([first_minima & 63, (nibbles >> 4) | (first_minima >> 6 << 4)], -1)

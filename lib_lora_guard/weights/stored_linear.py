@@ -26,7 +26,7 @@ class StoredLinear(torch.nn.Module):
             bias: `(out,)`, or None.
         """
         super().__init__()
-        self._hold(codec, codec.encode(weight), bias)
+        self._set_parts(codec, codec.encode(weight), bias)
 
     @classmethod
     def from_parts(
@@ -51,10 +51,10 @@ class StoredLinear(torch.nn.Module):
         if isinstance(decoder, PlainCodec):
             # Converted from bytes to numbers, so that it counts as a wide weight.
             parts = {"data": decoder.typed(parts["data"])}
-        layer._hold(decoder, dict(parts), bias)
+        layer._set_parts(decoder, dict(parts), bias)
         return layer
 
-    def _hold(self, codec: Decoder, parts: Parts, bias: torch.Tensor | None) -> None:
+    def _set_parts(self, codec: Decoder, parts: Parts, bias: torch.Tensor | None) -> None:
         self.codec = codec
         self.out_features, self.in_features = codec.shape_of(parts)
         self._names = tuple(parts)

@@ -224,14 +224,16 @@ def test_this_machine_has_an_answer_or_a_reason():
 
 
 def test_on_windows_only_full_paths_are_tried():
-    places = nvml._places("Windows", {"SystemRoot": r"D:\Win", "ProgramW6432": r"D:\Programs"})
+    places = nvml._library_paths("Windows", {"SystemRoot": r"D:\Win", "ProgramW6432": r"D:\Programs"})
     assert [place.replace("/", "\\") for place in places] == [
         r"D:\Win\System32\nvml.dll",
         r"D:\Programs\NVIDIA Corporation\NVSMI\nvml.dll",
     ]
-    assert [place.replace("/", "\\") for place in nvml._places("Windows", {})] == [r"C:\Windows\System32\nvml.dll"]
-    assert nvml._places("Linux", {})[0] == "libnvidia-ml.so.1"
-    assert nvml._places("Darwin", {}) == []
+    assert [place.replace("/", "\\") for place in nvml._library_paths("Windows", {})] == [
+        r"C:\Windows\System32\nvml.dll"
+    ]
+    assert nvml._library_paths("Linux", {})[0] == "libnvidia-ml.so.1"
+    assert nvml._library_paths("Darwin", {}) == []
 
 
 def test_a_file_that_is_no_library_is_passed_over(tmp_path):

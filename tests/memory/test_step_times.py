@@ -65,7 +65,7 @@ def test_first_steps_count_for_nothing_and_configurations_are_apart():
     assert times.add("a", 4.0, first=True) is None
     for n in range(100):
         times.add(n, 1.0)
-    assert len(times._known) == 64
+    assert len(times._histories) == 64
     assert times.add("a", 30.0) is None, "forgotten, and known anew"
 
 
