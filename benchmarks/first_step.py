@@ -198,8 +198,9 @@ class Daily(forge_gpu.Bench):
             from backend.modules import k_model
 
             takeover = forge.install()
-            takeover.install_conditioning(module, self.shared)
-            takeover.install_estimates(k_model)
+            modules = {"modules.processing": module, "modules.shared": self.shared, "backend.modules.k_model": k_model}
+            takeover.web.install(takeover.hooks, modules)
+            takeover.install_loaded(modules)
         return module.StableDiffusionProcessing()
 
     def stop(self):

@@ -65,7 +65,7 @@ class Matrix:
         free = self.ballast.leave(case.cap_gb * GB)
         takeover = self.forge.install()
         takeover.control.mode = lambda: LoraMode(case.mode)
-        takeover.install_estimates(self.k_model)
+        takeover.install_loaded({"backend.modules.k_model": self.k_model})
         row = self.header | as_row(case) | {"predicted": None, "measured": None}
         try:
             patcher = denoiser.with_loras(loras)

@@ -84,7 +84,7 @@ class Studio:
         denoiser.unload()
         free = self.ballast.leave(cap_gb * GB)
         takeover = self.forge.install()
-        takeover.install_estimates(self.k_model)
+        takeover.install_loaded({"backend.modules.k_model": self.k_model})
         started = time.perf_counter()
         try:
             patcher = denoiser.with_loras(self.loras if with_loras else {}, strength=0.8)

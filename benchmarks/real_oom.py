@@ -104,7 +104,7 @@ class Scene:
         self.inputs = self.denoiser.inputs(self.size_px)
         self.between = between(self.denoiser, 64 if options.small else 8192)
         self.takeover = forge.install()
-        self.takeover.install_estimates(k_model)
+        self.takeover.install_loaded({"backend.modules.k_model": k_model})
         self.references = {}
         for name in dict.fromkeys(("Automatic", mode)):
             self.takeover.control.mode = lambda name=name: LoraMode(name)

@@ -62,7 +62,7 @@ def start(arguments: Sequence[str]) -> bool:
         say(log, logging.INFO, "host.switched_off", version=version.__version__)
         return False
     try:
-        forge.install().control.as_trained = as_trained
+        forge.install().settings.as_trained = as_trained
     except HostError as error:
         say(log, logging.WARNING, "host.does_not_fit", version=version.__version__, why=explain(error))
         return False

@@ -1,29 +1,21 @@
-"""What would help, with numbers, beside a refusal or an image that ended for lack of memory.
-
-Sources: Forge's `modules/processing.py` (`process_images_inner`, called once for each request).
-"""
+"""Says what would help, with numbers: beside a refusal, or after an image that ended for lack of memory."""
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..errors import FileFormatError, LayerError
+from ..errors import FileFormatError
 from ..files import open_header
-from ..hosts.hooks import HookSet
 from ..memory import Nvml
-from ..memory.out_of_memory import is_out_of_memory
-from ..messages import Joined, Message, say
+from ..messages import Joined, Message
 from ..planning.formats import smaller_picture, that_fit, to_leave_out
 from ..reporting.report import ApplyReport
 from ..weights.storage import MB, storage_of
-
-log = logging.getLogger(__name__)
+from .host import TotalMemory
 
 GB = 1 << 30
 OTHERS_BYTES = 256 * MB
@@ -37,27 +29,23 @@ _PLAIN = ("F16", "BF16", "F32", "F8_E4M3", "F8_E5M2")
 
 class Advice:
     def __init__(
-        self, memory: Any, reports: Callable[[], Sequence[ApplyReport]], nvml: Callable[[], Nvml] = Nvml
+        self, memory: TotalMemory, reports: Callable[[], Sequence[ApplyReport]], nvml: Callable[[], Nvml] = Nvml
     ) -> None:
-        """`memory`: Forge's `backend.memory_management`; `reports`: what lies on each model."""
+        """
+        Args:
+            memory: the host's size of each device.
+            reports: returns what lies on each model.
+            nvml: opens the driver's library.
+        """
         self._memory, self._reports, self._nvml = memory, reports, nvml
 
-    def lay_around(self, hooks: HookSet, processing: Any) -> None:
-        """`processing`: Forge's `modules.processing`."""
-        if hasattr(processing, "process_images_inner"):
-            hooks.add(processing, "process_images_inner", self.around_image)
-
-    def around_image(self, original: Callable[..., Any], p: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of `process_images_inner`: the error goes on as it is."""
-        try:
-            return original(p, *args, **kwargs)
-        except Exception as error:
-            if isinstance(error, LayerError) or is_out_of_memory(error):
-                self._say_what_helps(p)
-            raise
-
     def for_files(self, files: Sequence[Path], room_bytes: int) -> list[Message]:
-        """For files that RAM cannot take: the formats in which the largest would fit."""
+        """Advises on files that RAM cannot take: names the formats in which the largest would fit.
+
+        Args:
+            files: model files that are read together.
+            room_bytes: RAM that can be had.
+        """
         largest = max(files, key=lambda path: path.stat().st_size, default=None)
         if largest is None:
             return []
@@ -74,7 +62,14 @@ class Advice:
     def for_image(
         self, model: torch.nn.Module, device: torch.device, needs: Callable[[int, int], int], size: tuple[int, int]
     ) -> list[Message]:
-        """For an image of `size` (width, height) that ended on `device`. `needs`: what a step takes for a size."""
+        """Advises on an image that ended for lack of memory.
+
+        Args:
+            model: the denoiser.
+            device: where it ran.
+            needs: returns the bytes that a step takes for a width and a height.
+            size: width and height of the image in pixels.
+        """
         said = []
         step = needs(*size)
         smaller = smaller_picture(*size, needs, step // SHARE)
@@ -91,24 +86,6 @@ class Advice:
             said += _formats(shapes, now, step, total)
             said += self._others(device)
         return said
-
-    def _say_what_helps(self, p: Any) -> None:
-        try:
-            patcher = p.sd_model.forge_objects.unet
-            is_second = getattr(p, "is_hr_pass", False)
-            size = (p.hr_upscale_to_x, p.hr_upscale_to_y) if is_second else (p.width, p.height)
-            rows = 2 * int(getattr(p, "batch_size", 1))
-
-            def needs(width: int, height: int) -> int:
-                return int(patcher.memory_required([rows, 4, height // 8, width // 8]))
-
-            said = self.for_image(patcher.model, patcher.load_device, needs, size)
-        except Exception:
-            # The image's own error is what counts.
-            log.debug("no advice", exc_info=True)
-            return
-        if said:
-            say(log, logging.WARNING, "preflight.helps", advice=Joined(said, "list.semicolon"))
 
     def _loras(self) -> Mapping[str, int]:
         """Bytes of each LoRA, over all models that it lies on."""

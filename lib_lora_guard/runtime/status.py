@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 
-from ..hosts.forge.takeover import ForgeTakeover
 from ..memory import HostMemory, MemorySnapshot, Nvml, take_snapshot
 from ..memory.allocator import AllocatorState
 from ..memory.nvml import GpuProcesses
@@ -18,12 +17,13 @@ from ..settings import LoraMode, Settings
 from ..ui.memory_figures import memory_figures, other_programs, step_need
 from ..ui.settings_section import MODE_KEYS
 from ..version import __version__
+from .installed import Takeover
 
 log = logging.getLogger(__name__)
 
 
 class InForce(Protocol):
-    """What the host made of the user's settings: `forge_options.GuardOptions`."""
+    """What the host made of the user's settings: `hosts.webui.options.GuardOptions`."""
 
     settings: Settings
     allocator: AllocatorState | None
@@ -39,7 +39,7 @@ class Machine:
         """`nvml` is for tests."""
         self._nvml, self._host = nvml or PacedNvml(), HostMemory()
 
-    def look(self, takeover: ForgeTakeover | None) -> tuple[MemorySnapshot, GpuProcesses]:
+    def look(self, takeover: Takeover | None) -> tuple[MemorySnapshot, GpuProcesses]:
         """The memory now, and who else uses the card. Never what starts CUDA: that alone takes hundreds of MB of the card."""
         may_start = torch.cuda.is_available() and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
         if takeover is None or may_start:
@@ -47,11 +47,11 @@ class Machine:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             snapshot = take_snapshot(device, self._nvml, self._host)
         else:
-            device, snapshot = takeover.api.memory.get_torch_device(), takeover.snapshot(self._nvml)
+            device, snapshot = takeover.device(), takeover.snapshot(self._nvml)
         return snapshot, self._nvml.other_processes(device)
 
 
-def collect(takeover: ForgeTakeover | None, options: InForce | None, machine: Machine | None = None) -> PanelStatus:
+def collect(takeover: Takeover | None, options: InForce | None, machine: Machine | None = None) -> PanelStatus:
     """The state of the guard, of the models it works on and of the machine. `takeover` is None where none is in place,
     `options` where the host does not fit or its flags say so."""
     figures, programs = _memory(machine or Machine(), takeover)
@@ -60,9 +60,9 @@ def collect(takeover: ForgeTakeover | None, options: InForce | None, machine: Ma
         enabled=takeover is not None,
         version=__version__,
         models=_models(takeover),
-        left_out=() if takeover is None else tuple({**takeover.files.left_out, **takeover.files.missing}.items()),
+        left_out=() if takeover is None else tuple(takeover.left_out().items()),
         memory=figures,
-        step=None if takeover is None else step_need(takeover.loading.plans.last),
+        step=None if takeover is None else step_need(takeover.last_plan()),
         programs=programs,
         allocator=() if options is None or options.allocator is None else allocator_lines(options.allocator),
         problem=Message("panel.not_in_place") if options is None else None,
@@ -82,7 +82,7 @@ def allocator_lines(state: AllocatorState) -> tuple[str, ...]:
     return (*lines, *state.notes)
 
 
-def _mode(takeover: ForgeTakeover | None, options: InForce | None) -> str:
+def _mode(takeover: Takeover | None, options: InForce | None) -> str:
     if takeover is None or options is None:
         return Message("panel.mode.off")
     mode = options.mode()
@@ -91,12 +91,12 @@ def _mode(takeover: ForgeTakeover | None, options: InForce | None) -> str:
     return Message(sentence, {"name": Message(key), "what": Message(f"{key}.info")})
 
 
-def _models(takeover: ForgeTakeover | None) -> tuple[ModelStatus, ...]:
-    reports = () if takeover is None else takeover.control.reports()
+def _models(takeover: Takeover | None) -> tuple[ModelStatus, ...]:
+    reports = () if takeover is None else takeover.reports()
     return tuple(sorted((model_status(report) for report in reports), key=lambda model: model.name))
 
 
-def _memory(machine: Machine, takeover: ForgeTakeover | None) -> tuple[tuple[MemoryFigure, ...], OtherPrograms | None]:
+def _memory(machine: Machine, takeover: Takeover | None) -> tuple[tuple[MemoryFigure, ...], OtherPrograms | None]:
     try:
         snapshot, others = machine.look(takeover)
     # The panel shows the log, too: a driver that fails in a new way must not take it away.

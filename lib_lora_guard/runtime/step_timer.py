@@ -22,16 +22,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Concatenate
 
 import torch
 
-from ..hosts.forge.lora_loader_state import state_of
-from ..hosts.forge.phases import Journal
 from ..memory.shared_usage import shared_usage_bytes
 from ..memory.step_times import LEAST_EXCESS_SECONDS, Slowdown, StepTimes, Verdict, driver_spills
 from ..messages import say
 from ..recorder.flight_recorder import Phase
+from .hooks import P, R
+from .host import ModelSizes
+from .journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +50,25 @@ class StepTimer:
 
     def __init__(
         self,
-        memory: Any,
-        journal: Callable[[], Journal],
+        memory: ModelSizes,
+        journal: Journal,
+        stack_of: Callable[[torch.nn.Module], Hashable],
         *,
         times: StepTimes | None = None,
         clock: Callable[[], float] = time.perf_counter,
         shared_usage: Callable[[], int | None] | None = shared_usage_bytes if sys.platform == "win32" else None,
     ) -> None:
-        """`memory`: Forge's `backend.memory_management`; `shared_usage`: None where there are no such counters."""
-        self._memory, self._journal = memory, journal
+        """
+        Args:
+            memory: the host's sizes of models.
+            journal: tells steps from everything else.
+            stack_of: names the LoRAs that lie on a model, without their strengths: these change with every image, and not how
+                long a step takes.
+            times: for tests.
+            clock: in seconds.
+            shared_usage: bytes of system memory that the driver uses for VRAM; None where there are no such counters.
+        """
+        self._memory, self._journal, self._stack_of = memory, journal, stack_of
         self._times = times or StepTimes(driver_spills())
         self._clock, self._shared_usage = clock, shared_usage
         self._lock = threading.Lock()
@@ -72,9 +83,15 @@ class StepTimer:
         """What the counters said before the run's first call: the model is loaded, and no step has taken anything."""
         self._said: set[tuple[Hashable, Verdict]] = set()
 
-    def apply_model(self, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of `KModel.apply_model(x, t, ...)`, on whatever device."""
-        journal = self._journal()
+    def apply_model(
+        self,
+        original: Callable[Concatenate[torch.nn.Module, P], R],
+        model: torch.nn.Module,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Stands in place of `KModel.apply_model(x, t, ...)`, on whatever device."""
+        journal = self._journal
         x = args[0] if args else kwargs.get("x")
         if isinstance(x, torch.Tensor) and x.device.type == "cuda":
             self._step(journal.others, model, x, kwargs.get("control") is not None)
@@ -82,11 +99,11 @@ class StepTimer:
             try:
                 return original(model, *args, **kwargs)
             except BaseException:
-                # Half a step, and nobody knows what is done next.
+                # Half a step, and what comes next is not known.
                 self._begun = None
                 raise
 
-    def _step(self, run: int, model: Any, x: torch.Tensor, controlled: bool) -> None:
+    def _step(self, run: int, model: torch.nn.Module, x: torch.Tensor, controlled: bool) -> None:
         # Two that sample at the same time would each be timed for both.
         if not self._lock.acquire(blocking=False):
             self._begun = None
@@ -100,7 +117,7 @@ class StepTimer:
         finally:
             self._lock.release()
 
-    def _begin(self, run: int, model: Any, x: torch.Tensor, controlled: bool) -> None:
+    def _begin(self, run: int, model: torch.nn.Module, x: torch.Tensor, controlled: bool) -> None:
         now, before, first = self._clock(), self._begun, run != self._run
         if first:
             self._run, self._models = run, {}
@@ -113,9 +130,9 @@ class StepTimer:
             about = self._models[id(model)] = self._about(model, x.device)
         self._begun = (about, x.shape, controlled), now, first
 
-    def _about(self, model: Any, device: torch.device) -> Hashable:
+    def _about(self, model: torch.nn.Module, device: torch.device) -> Hashable:
         share = self._memory.module_size(model, include_device=device) // _SHARE_STEP_BYTES
-        return weakref.ref(model), str(device), _stack(model), share
+        return weakref.ref(model), str(device), self._stack_of(model), share
 
     def _add(self, configuration: Hashable, now: float, seconds: float, first: bool) -> None:
         shared = None
@@ -131,15 +148,6 @@ class StepTimer:
                 self._said.clear()
             self._said.add((configuration, slowdown.verdict))
             _tell(slowdown)
-
-
-def _stack(model: Any) -> Hashable:
-    """The LoRAs that lie on the model, whatever their strengths: these change with every image, and not how long it takes."""
-    loader = getattr(model, "lora_loader", None)
-    state = state_of(loader)
-    if state is None or state.report is None:
-        return getattr(loader, "loaded_hash", None)
-    return state.mode, tuple(lora.label for lora in state.report.loras)
 
 
 def _tell(slowdown: Slowdown) -> None:

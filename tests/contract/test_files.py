@@ -16,6 +16,7 @@ from lib_lora_guard.adapters.patch_tuples import OWN_KIND
 from lib_lora_guard.hosts.forge import takeover as forge
 from lib_lora_guard.hosts.webui.lora_files import LazyState, LoraFiles
 from lib_lora_guard.models import fit
+from lib_lora_guard.runtime.live_settings import LiveSettings
 
 MODULES = {"lora_unet_blocks_0_qkv": (96, 32), "lora_unet_blocks_0_proj": (32, 32)}
 
@@ -308,8 +309,7 @@ def test_the_files_of_one_stack_stay_whatever_their_size(guarded, tmp_path, monk
     monkeypatch.setattr(forge_files, "read_lora_file", lambda path: reads.append(path.name) or read(path))
     for name in "abc":
         write_kohya(tmp_path / f"{name}.safetensors", MODULES)
-    files = LoraFiles()
-    files.kept_bytes = 1
+    files = LoraFiles(LiveSettings({"lora_guard_kept_files_mb": 0}))
     patcher, _ = guarded.build("bf16")
     for strength in (1.0, 0.5):
         changed = patcher
@@ -331,7 +331,7 @@ def test_as_trained_is_a_setting_of_the_takeover_and_the_tuples_stay_the_hosts(g
     patched = weight + up @ down
     pictures = {}
     for as_trained, norm in ((False, weight), (True, patched)):
-        guarded.guard.control.as_trained = as_trained
+        guarded.guard.settings.as_trained = as_trained
         new = patched * tensors[f"{name}.dora_scale"] / norm.norm(dim=1, keepdim=True)
         wanted = torch.func.functional_call(patcher.model, {**dense, "blocks.0.proj.weight": new}, (x,))
         changed, _ = load(LoraFiles(), patcher, tmp_path / "d.safetensors", 1.0)

@@ -104,7 +104,7 @@ def test_everything_is_replaced_once_and_given_back(host, k_model):
     takeover = forge.install()
     try:
         for _ in range(2):
-            takeover.install_estimates(k_model)
+            takeover.install_loaded({"backend.modules.k_model": k_model})
         inside = {name: part() for name, part in parts.items()}
         for name in parts:
             assert inside[name] is not before[name], name
@@ -206,7 +206,7 @@ def test_on_the_cpu_free_memory_is_the_hosts_number(host, takeover):
 def test_a_step_of_flux_is_what_was_measured(host, takeover, k_model, dtype):
     model = built(k_model, flux(), dtype)
     forges = model.memory_required(input_shape=LATENT)
-    takeover.install_estimates(k_model)
+    takeover.install_loaded({"backend.modules.k_model": k_model})
     found = model.memory_required(input_shape=LATENT)
     tokens = 2 * (128 * 96 // 4 + 512)
     used = 22.5 * tokens * 64 * dtype.itemsize + activations.FIXED_BYTES
@@ -222,7 +222,7 @@ def test_a_step_of_flux_is_what_was_measured(host, takeover, k_model, dtype):
 
 def test_flux_is_asked_for_one_row_a_picture(host, takeover, k_model):
     """The host asks for the prompt and the negative prompt; Flux runs without the second."""
-    takeover.install_estimates(k_model)
+    takeover.install_loaded({"backend.modules.k_model": k_model})
     model = built(k_model, flux())
     patcher = patcher_of(host, model)
     big = [2, 16, 512, 512]
@@ -238,7 +238,7 @@ def test_flux_is_asked_for_one_row_a_picture(host, takeover, k_model):
 
 def test_what_is_stored_otherwise_is_copied_for_its_product(host, takeover, k_model):
     """The largest layer once, in the dtype of the calculation; layers that are in it already are used as they lie."""
-    takeover.install_estimates(k_model)
+    takeover.install_loaded({"backend.modules.k_model": k_model})
     largest = 7 * 64 * 64
 
     def asked(computed, stored=None, extra=None):
@@ -260,7 +260,7 @@ def test_what_is_stored_otherwise_is_copied_for_its_product(host, takeover, k_mo
 def test_a_model_of_nobodys_keeps_the_hosts_number(host, takeover, k_model):
     model = built(k_model, unknown())
     forges = {rows: model.memory_required([rows, *LATENT[1:]]) for rows in (1, 2, 4)}
-    takeover.install_estimates(k_model)
+    takeover.install_loaded({"backend.modules.k_model": k_model})
     patcher = patcher_of(host, model)
     for rows, expected in forges.items():
         assert model.memory_required([rows, *LATENT[1:]]) == int(expected)
@@ -271,7 +271,7 @@ def test_after_switching_off_the_host_estimates(host, k_model):
     model = built(k_model, flux())
     forges = model.memory_required(LATENT)
     takeover = forge.install()
-    takeover.install_estimates(k_model)
+    takeover.install_loaded({"backend.modules.k_model": k_model})
     ours = model.memory_required(LATENT)
     forge.uninstall()
     assert model.memory_required(LATENT) == forges != ours

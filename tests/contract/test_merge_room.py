@@ -140,7 +140,7 @@ def test_another_error_in_a_merge_is_not_tried_again(merging, monkeypatch, lines
 
 
 def test_after_a_crash_in_merging_nothing_is_merged(merging, monkeypatch, lines):
-    merging.guard.control.precautions = lambda model: {Precaution.NO_MERGE}
+    merging.guard.control._precautions = lambda model: {Precaution.NO_MERGE}
     patcher, dense = merging.build("fp32")
     part = with_loras(merging, patcher, ("b", loras(dense), 1.0))
     assert modes(part) == {Mode.BYPASS: len(loras(dense))}
@@ -152,7 +152,7 @@ def test_after_a_crash_in_merging_nothing_is_merged(merging, monkeypatch, lines)
 def test_after_a_crash_caches_go_once_before_a_model_is_moved(guarded):
     drops = []
     guarded.guard.preflight._drop_caches = lambda: len(drops) if drops.append(1) else 0
-    guarded.guard.cautions._planned = lambda model: {Precaution.DROP_CACHES}
+    guarded.guard.precautions.planned = lambda model: {Precaution.DROP_CACHES}
     patcher, _ = guarded.build("fp32")
     assert drops == [1]
     guarded.load(patcher.clone())

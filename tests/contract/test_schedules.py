@@ -16,7 +16,6 @@ from support.measure import assert_same, contribution_error, fp32_limit, same_bi
 from contract.test_contract import dora, lora_on_everything, other_kinds, reference, run, slices_of_qkv
 from lib_lora_guard.errors import HostError
 from lib_lora_guard.hosts.forge.lora_loader_state import RETRY
-from lib_lora_guard.hosts.hooks import HookSet
 from lib_lora_guard.hosts.webui import schedules as forge_schedules
 from lib_lora_guard.hosts.webui.schedules import ScheduleHost, Schedules
 from lib_lora_guard.patching.attachments import MergeAttachment
@@ -25,6 +24,7 @@ from lib_lora_guard.patching.low_rank import JoinedLowRank
 from lib_lora_guard.patching.on_the_fly import WeightTerms
 from lib_lora_guard.patching.strengths import set_strengths
 from lib_lora_guard.planning.schedule import parse
+from lib_lora_guard.runtime.hooks import HookSet
 
 STEPS = 6
 RAMP = "0@0,1@1"

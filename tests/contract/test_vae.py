@@ -50,7 +50,7 @@ def vae(host):
 @pytest.fixture
 def takeover(guarded):
     found = guarded.guard
-    found.install_vae_phases(importlib.import_module("backend.patcher.vae"))
+    found.install_loaded({"backend.patcher.vae": importlib.import_module("backend.patcher.vae")})
     return found
 
 
@@ -90,7 +90,7 @@ def test_with_room_a_picture_is_the_same_to_the_bit(host, vae):
         stock = vae.decode(latent(2)), encoded(vae, 64)
         takeover = forge.install()
         try:
-            takeover.install_vae_phases(importlib.import_module("backend.patcher.vae"))
+            takeover.install_loaded({"backend.patcher.vae": importlib.import_module("backend.patcher.vae")})
             ram(takeover)
             guarded = vae.decode(latent(2)), encoded(vae, 64)
         finally:
@@ -145,11 +145,11 @@ def test_what_the_process_would_not_survive_is_refused(takeover, vae):
 
 
 def test_after_a_crash_the_first_picture_is_decoded_in_tiles(takeover, vae):
-    takeover.cautions._planned = lambda model: {Precaution.TILED_VAE}
+    takeover.precautions.planned = lambda model: {Precaution.TILED_VAE}
     ram(takeover)
     with torch.inference_mode():
         first, second = vae.decode(latent()), vae.decode(latent())
-        takeover.cautions._planned = lambda model: ()
+        takeover.precautions.planned = lambda model: ()
         assert torch.equal(first, vae.decode_tiled(latent()))
         assert torch.equal(second, vae.decode(latent()))
 

@@ -27,7 +27,7 @@ import lycoris
 import peft
 from lycoris.config import PRESET
 from peft.tuners.boft import layer as boft_layer
-from test_peft import BlockDiagonal
+from references.test_peft import BlockDiagonal
 
 STRENGTHS = (1.0, 0.6)
 LAYERS = ("conv3", "conv1", "qkv", "out")

@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from lib_lora_guard.errors import LayerError, MemoryShortError
+from lib_lora_guard.hosts.forge.checkpoint_reading import CheckpointReading
+from lib_lora_guard.hosts.webui.images import Images
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.runtime import advice as forge_advice
 from lib_lora_guard.runtime.advice import Advice
+from lib_lora_guard.runtime.precautions import Precautions
 from lib_lora_guard.runtime.preflight import Preflight
 
 MB, GB = 1 << 20, 1 << 30
@@ -119,7 +122,7 @@ def test_an_image_that_ended_for_memory_says_what_helps_and_the_error_goes_on(er
 
     p = Processing()
     with pytest.raises(type(error)) as raised:
-        advice(total=8 * GB).around_image(fails, p)
+        Images(advice(total=8 * GB)).process_images_inner(fails, p)
     assert raised.value is error
     assert p.asked[0] == [4, 4, 128, 128]
     assert len(lines()) == 1
@@ -136,7 +139,7 @@ def test_the_second_pass_is_advised_by_its_own_size(lines):
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        advice().around_image(fails, p)
+        Images(advice()).process_images_inner(fails, p)
     assert p.asked[0] == [4, 4, 256, 256]
     assert "a picture of 1536x1536" in lines()[0]
 
@@ -146,15 +149,15 @@ def test_other_errors_and_other_hosts_say_nothing(lines):
         raise ValueError("prompt")
 
     with pytest.raises(ValueError, match="prompt"):
-        advice().around_image(fails, Processing())
+        Images(advice()).process_images_inner(fails, Processing())
 
     def ends(p):
         raise MemoryError("first")
 
     with pytest.raises(MemoryError, match="first"):
-        advice().around_image(ends, object())
+        Images(advice()).process_images_inner(ends, object())
     assert lines() == []
-    assert advice().around_image(lambda p, more: (p, more), 1, more=2) == (1, 2)
+    assert Images(advice()).process_images_inner(lambda p, more: (p, more), 1, more=2) == (1, 2)
 
 
 def test_a_file_that_ram_cannot_take_is_refused_with_the_formats_that_fit(tmp_path):
@@ -169,10 +172,10 @@ def test_a_file_that_ram_cannot_take_is_refused_with_the_formats_that_fit(tmp_pa
         def fast_ram_bytes(self, floor_bytes):
             return room
 
-    preflight = Preflight(Ram, lambda: 0, lambda finding: None)
-    preflight.advise = advice().for_files
+    preflight = Preflight(Ram, lambda: 0, lambda finding: None, Precautions(lambda model: ()))
+    reading = CheckpointReading(preflight, advice().for_files)
     with pytest.raises(MemoryShortError) as refused:
-        preflight.before_reading(lambda *files: None, str(path), [str(other)])
+        reading.before_reading(lambda *files: None, str(path), [str(other)])
     needed = (path.stat().st_size + other.stat().st_size) / MB
     assert str(refused.value).startswith(
         f"LG-R08: reading flux.safetensors, vae.safetensors needs {needed:.0f} MB of RAM"

@@ -7,10 +7,11 @@ import types
 import pytest
 
 from lib_lora_guard.errors import MemoryShortError
-from lib_lora_guard.hosts.forge.access import RAM_FLOOR_BYTES
+from lib_lora_guard.hosts.forge.checkpoint_reading import CheckpointReading
 from lib_lora_guard.messages import Message
+from lib_lora_guard.planning.host_memory import RAM_FLOOR_BYTES
 from lib_lora_guard.recorder.crash_report import Precaution
-from lib_lora_guard.runtime.precautions import Cautions
+from lib_lora_guard.runtime.precautions import Precautions
 from lib_lora_guard.runtime.preflight import Preflight
 
 MB = 1 << 20
@@ -29,7 +30,8 @@ class Ram:
 class Scene:
     def __init__(self, fast, alive, caches=0, planned=()):
         self.ram, self.caches, self.told, self.drops = Ram(fast, alive), caches, [], 0
-        self.preflight = Preflight(lambda: self.ram, self.drop, self.told.append, Cautions(lambda model: planned))
+        self.preflight = Preflight(lambda: self.ram, self.drop, self.told.append, Precautions(lambda model: planned))
+        self.reading = CheckpointReading(self.preflight, lambda files, room_bytes: ())
 
     def drop(self):
         self.drops += 1
@@ -91,11 +93,11 @@ def test_a_checkpoint_that_ram_and_page_file_cannot_take_is_not_read(tmp_path):
     path = checkpoint(tmp_path)
     reads = []
     scene = Scene(fast=10 * MB, alive=10 * MB)
-    scene.preflight.before_reading(lambda *a, **k: reads.append((a, k)), str(path), additional_state_dicts=[])
+    scene.reading.before_reading(lambda *a, **k: reads.append((a, k)), str(path), additional_state_dicts=[])
     assert reads == [((str(path),), {"additional_state_dicts": []})]
     other = checkpoint(tmp_path, 1 * MB, "vae.safetensors")
     with pytest.raises(MemoryShortError, match=r"reading a\.safetensors, vae\.safetensors needs 11 MB of RAM"):
-        scene.preflight.before_reading(reads.append, str(path), [str(other)])
+        scene.reading.before_reading(reads.append, str(path), [str(other)])
     assert len(reads) == 1
 
 
@@ -104,10 +106,10 @@ def test_a_model_to_be_held_in_fp8_takes_half(tmp_path, monkeypatch):
     module.dynamic_args = {"forge_unet_storage_dtype": "torch.float8_e4m3fn"}
     monkeypatch.setitem(sys.modules, "backend.args", module)
     scene = Scene(fast=5 * MB, alive=5 * MB)
-    assert scene.preflight.before_reading(lambda path: "model", str(checkpoint(tmp_path))) == "model"
+    assert scene.reading.before_reading(lambda path: "model", str(checkpoint(tmp_path))) == "model"
     module.dynamic_args = {"forge_unet_storage_dtype": None}
     with pytest.raises(MemoryShortError):
-        scene.preflight.before_reading(lambda path: "model", str(checkpoint(tmp_path)))
+        scene.reading.before_reading(lambda path: "model", str(checkpoint(tmp_path)))
 
 
 def test_after_a_crash_caches_go_before_reading_until_that_went_well(tmp_path, lines):
@@ -118,11 +120,11 @@ def test_after_a_crash_caches_go_before_reading_until_that_went_well(tmp_path, l
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        scene.preflight.before_reading(fails, path)
+        scene.reading.before_reading(fails, path)
     assert scene.drops == 1
-    scene.preflight.before_reading(len, path)
+    scene.reading.before_reading(len, path)
     assert scene.drops == 2
-    scene.preflight.before_reading(len, path)
+    scene.reading.before_reading(len, path)
     assert scene.drops == 2
     # Moving is another thing to die in.
     for _ in range(2):

@@ -10,11 +10,12 @@ import torch
 from support.fake_card import CARD, RAM, Weight
 
 from lib_lora_guard.hosts.forge.access import STATE
-from lib_lora_guard.hosts.forge.phases import Journal
-from lib_lora_guard.hosts.hooks import HookSet
+from lib_lora_guard.hosts.forge.lora_loader import LoaderControl
 from lib_lora_guard.memory.step_times import MB, StepTimes
 from lib_lora_guard.messages import message_of
 from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
+from lib_lora_guard.runtime.hooks import HookSet
+from lib_lora_guard.runtime.journal import Journal
 from lib_lora_guard.runtime.step_timer import StepTimer
 from lib_lora_guard.settings import LoraMode
 
@@ -33,6 +34,9 @@ class FakeMemory:
         return self.on_device
 
 
+stack_of = LoaderControl(None).stack_of
+
+
 def no_look():
     raise OSError("no numbers")
 
@@ -48,7 +52,8 @@ class Forge:
         self.times = StepTimes(spills)
         self.timer = StepTimer(
             self.memory,
-            lambda: self.journal,
+            self.journal,
+            stack_of,
             times=self.times,
             clock=self.clock,
             shared_usage=None if shared is None else self.counters,
@@ -173,7 +178,7 @@ def test_what_is_no_step_counts_for_nothing(said):
             forge.call(60.0)
             forge.call(1.0)
     assert said() == []
-    known = next(iter(forge.times._known.values()))
+    known = next(iter(forge.times._histories.values()))
     assert max(known.seconds) == pytest.approx(1.01)
 
 
@@ -257,13 +262,13 @@ def test_another_strength_is_no_other_configuration_and_another_mode_is(said):
     for strength in (0.1, 0.5, 0.9):
         with_report(forge, strength)
         forge.image([1.0] * 3)
-    (known,) = forge.times._known.values()
+    (known,) = forge.times._histories.values()
     assert len(known.seconds) == 9
     with_report(forge, 0.9, LoraMode.MERGE)
     forge.image([1.0] * 3)
     with_report(forge, 0.9, label="other")
     forge.image([1.0] * 3)
-    assert len(forge.times._known) == 3
+    assert len(forge.times._histories) == 3
 
 
 @pytest.mark.parametrize(
@@ -408,7 +413,7 @@ def test_the_step_is_written_in_the_journal_and_passes_everything_on(tmp_path):
 
     phases, hooks, model = [], HookSet(), KModel()
     journal = Journal(no_look, FlightRecorder.open(tmp_path))
-    timer = StepTimer(FakeMemory(), lambda: journal)
+    timer = StepTimer(FakeMemory(), journal, stack_of)
     hooks.add(KModel, "apply_model", timer.apply_model)
     x = torch.zeros(1)
     assert model.apply_model(x, 2, c_concat=3, guidance=4) == (model, x, 2, 3, {"guidance": 4})
@@ -421,7 +426,7 @@ def test_the_step_is_written_in_the_journal_and_passes_everything_on(tmp_path):
 
 def test_by_itself_it_asks_the_system_what_its_driver_does(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Windows")
-    assert StepTimer(FakeMemory(), lambda: None)._times._driver_spills
+    assert StepTimer(FakeMemory(), None, stack_of)._times._driver_spills
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "release", lambda: "6.1")
-    assert not StepTimer(FakeMemory(), lambda: None)._times._driver_spills
+    assert not StepTimer(FakeMemory(), None, stack_of)._times._driver_spills

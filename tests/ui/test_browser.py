@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from face_server import Served, chromium, playwright, wait_until
+from support.face_server import Served, chromium, playwright, wait_until
 
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.messages import Message

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("fastapi", reason="needs fastapi (in the extra `test`)")
-from face_server import Served
-from test_settings_section import HOST
+from support.face_server import Served
+from ui.test_settings_section import HOST
 
 from lib_lora_guard.hosts.webui import ui as forge_ui
 from lib_lora_guard.memory import HostMemory, take_snapshot
@@ -154,13 +154,12 @@ def test_where_the_guard_is_not_at_work_there_are_no_settings_and_the_tab_says_s
 
 
 def takeover(*reports, plan=None, **left_out):
-    memory = types.SimpleNamespace(get_torch_device=lambda: torch.device("cpu"))
     return types.SimpleNamespace(
-        control=types.SimpleNamespace(reports=lambda: reports),
-        files=types.SimpleNamespace(left_out=left_out, missing={}),
-        api=types.SimpleNamespace(memory=memory),
-        loading=types.SimpleNamespace(plans=types.SimpleNamespace(last=plan)),
-        snapshot=lambda nvml: take_snapshot(memory.get_torch_device(), nvml),
+        reports=lambda: reports,
+        left_out=lambda: left_out,
+        device=lambda: torch.device("cpu"),
+        last_plan=lambda: plan,
+        snapshot=lambda nvml: take_snapshot(torch.device("cpu"), nvml),
     )
 
 
@@ -229,7 +228,7 @@ def test_looking_is_not_what_starts_cuda(monkeypatch):
     for name in ("mem_get_info", "current_device", "get_device_properties"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("this starts CUDA"))
     there = takeover()
-    there.api.memory.get_torch_device = torch.cuda.current_device
+    there.device = torch.cuda.current_device
     for found in (there, None):
         vram = as_json(forge_status.collect(found, InForce()))["memory"][0]
         assert vram["missing"] == "CUDA has not been started yet, and asking would start it"

@@ -11,7 +11,7 @@ import pytest
 
 if os.environ.get("LORA_GUARD_GRADIO") != "required":
     pytest.importorskip("gradio", reason="needs gradio, which comes with Forge")
-from face_server import free_port
+from support.face_server import free_port
 
 from lib_lora_guard.ui import tab
 from lib_lora_guard.ui.panel import Panel

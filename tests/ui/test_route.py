@@ -3,7 +3,7 @@
 import urllib.parse
 
 import pytest
-from face_server import Served
+from support.face_server import Served
 
 from lib_lora_guard.messages import Message
 from lib_lora_guard.messages.catalogue import TEXTS

@@ -5,7 +5,7 @@ import torch
 from support.bnb_fixture import bnb_tensors
 from support.make import rand, write_kohya
 from support.measure import assert_same, same_bits
-from test_gguf_blocks import matrix
+from weights.test_gguf_blocks import matrix
 
 from lib_lora_guard import LoraGuard
 from lib_lora_guard.errors import FileFormatError, ModeError

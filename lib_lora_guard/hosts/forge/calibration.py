@@ -19,9 +19,7 @@ Sources: Forge's `backend/memory_management.py`, `backend/modules/k_model.py`, `
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +36,6 @@ from ...runtime import corrections as forge_corrections
 from ...runtime.corrections import Corrections
 from ...runtime.step_estimates import LATENT_PIXELS, Estimates, shape_of, stored_as
 from ...weights.storage import MB, dtype_name
-from ..hooks import Hook, HookSet
 from .patches import describe
 
 log = logging.getLogger(__name__)
@@ -50,15 +47,6 @@ SETTLED_BYTES = 16 * MB
 """More than that stayed, or went, in a call: factors, workspaces, or layers that moved. The call was not of the model alone."""
 
 _Original = Callable[..., Any]
-
-
-def around(measure: _Original, body: _Original) -> _Original:
-    """The body of a hook that measures what another hook's body does."""
-
-    def both(original: _Original, *args: Any, **kwargs: Any) -> Any:
-        return measure(functools.partial(body, original), *args, **kwargs)
-
-    return both
 
 
 @dataclass
@@ -92,27 +80,6 @@ class ForgeCalibration:
         self._coming: weakref.WeakKeyDictionary[Any, tuple[Key, int, Any]] = weakref.WeakKeyDictionary()
         """By model: what its next refresh was predicted to bring, and where."""
         self._applied: weakref.WeakKeyDictionary[Any, _Applied] = weakref.WeakKeyDictionary()
-        self._laid: list[Hook] = []
-
-    # -- installing
-
-    def install_in_webui(self, hooks: HookSet) -> None:
-        """Around what Forge has loaded by now, and what of it is hooked already. May be called again: what is laid stays."""
-        for module, owner_name, name, body in (
-            ("backend.modules.k_model", "KModel", "apply_model", self.apply_model),
-            ("backend.patcher.vae", "VAE", "decode_inner", self.decode_inner),
-            ("backend.patcher.vae", "VAE", "decode_tiled_", self.decode_tiled),
-            ("modules.memmon", "MemUsageMonitor", "monitor", self.monitor_begins),
-            ("modules.memmon", "MemUsageMonitor", "read", self.monitor_reads),
-        ):
-            owner = getattr(sys.modules.get(module), owner_name, None)
-            if hasattr(owner, name):
-                self._lay(hooks, owner, name, body)
-
-    def _lay(self, hooks: HookSet, owner: Any, name: str, body: _Original) -> None:
-        if not any(hook.active and hook.owner is owner and hook.name == name for hook in self._laid):
-            hooks.add(owner, name, body)
-            self._laid.append(hooks.hooks[-1])
 
     # -- measuring
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from ...memory import Nvml, rules
-from ...memory.rules import Finding
 from ...memory.step_times import driver_spills
+from ...runtime.rule_log import RuleLog
 
 BETWEEN_DRIVER_SECONDS = 1.0
 
 
 class ForgeFree:
-    def __init__(self, memory: Any, tell: Callable[[Finding | None], None]) -> None:
+    def __init__(self, memory: Any, rule_log: RuleLog) -> None:
         """`memory`: Forge's `backend.memory_management`."""
-        self._memory, self._tell = memory, tell
+        self._memory, self._rule_log = memory, rule_log
         self.nvml: Any = Nvml() if driver_spills() else None
         """None where torch's number is right: where drivers do not spill."""
         self._answers = False
@@ -56,6 +56,6 @@ class ForgeFree:
             held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             usable, finding = rules.free_vram_bytes(torch_bytes, None if driver is None else driver + held)
             excess = max(0, torch_bytes - usable)
-            self._tell(finding)
+            self._rule_log.tell(finding)
             self._overstated[device] = (now, excess)
         return excess

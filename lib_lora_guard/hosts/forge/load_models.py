@@ -7,25 +7,27 @@ Source: Forge's `backend/memory_management.py` (`load_models_gpu`, `LoadedModel`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ...memory import rules
 from ...recorder.flight_recorder import Phase
+from ...runtime.hooks import signature_of
+from ...runtime.journal import Journal
 from ...runtime.last_plan import LastPlans
 from ...runtime.preflight import Preflight
+from ...runtime.rule_log import RuleLog
 from ...weights.storage import WIDE_DTYPES
-from ..hooks import signature_of
 from ..webui.lora_files import LoraFiles
 from .api import ForgeApi
 from .calibration import ForgeCalibration
+from .facts import about_patcher
 from .handover import Placement
 from .lora_loader import LoaderControl
 from .memory import ForgeMemory
 from .patches import device_elements
-from .phases import Journal, leaving_plan, moving_plan
+from .phases import leaving_plan, moving_plan
 
 
 def _forges_load(models: Any, memory_required: float = 0, hard_memory_preservation: float = 0) -> None:
@@ -44,15 +46,17 @@ class Loading:
         placement: Placement,
         preflight: Preflight,
         calibration: ForgeCalibration,
-        journal: Callable[[], Journal],
+        rule_log: RuleLog,
+        journal: Journal,
     ) -> None:
         self._api, self._control, self._files, self._memory = api, control, files, memory
         self._placement, self._preflight, self._calibration, self._journal = placement, preflight, calibration, journal
+        self._rule_log = rule_log
         self.plans = LastPlans(api.memory, control.resident_bytes)
         self._signature = signature_of(api.memory.load_models_gpu, _forges_load)
 
     def refresh(self, original: Any, loader: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._journal().phase(Phase.APPLY_LORA):
+        with self._journal.phase(Phase.APPLY_LORA):
             return self._control.refresh(original, loader, *args, **kwargs)
 
     def has_online_lora(self, original: Any, patcher: Any) -> bool:
@@ -71,7 +75,7 @@ class Loading:
         try:
             if stays:
                 return original(loaded, *args, **kwargs)
-            with self._journal().phase(Phase.UNLOAD, loaded.model, leaving_plan(self._api.memory, loaded)):
+            with self._journal.phase(Phase.UNLOAD, about_patcher(loaded.model), leaving_plan(self._api.memory, loaded)):
                 return original(loaded, *args, **kwargs)
         finally:
             if not stays:
@@ -99,7 +103,7 @@ class Loading:
         factors = sum(self._calibration.factor_bytes(p, self.factor_bytes(p)) for p in others)
         given["hard_memory_preservation"] += factors
         if plans:
-            self._memory.tell(rules.with_factors(0, factors)[1])
+            self._rule_log.tell(rules.with_factors(0, factors)[1])
             needs = self._memory.needs(
                 patchers, device, given.get("memory_required", 0), given["hard_memory_preservation"]
             )
@@ -113,7 +117,7 @@ class Loading:
             self._control.expect(patcher)
         planned = moving_plan(self._api.memory, patchers, device, needs.free_bytes) if plans else None
         # First the host makes room, then merges may take some.
-        with self._journal().phase(Phase.MOVE_TO_GPU, patchers[0] if patchers else None, planned):
+        with self._journal.phase(Phase.MOVE_TO_GPU, about_patcher(patchers[0]) if patchers else None, planned):
             if plans:
                 self._memory.prepare(patchers, device, needs)
             places = len(others) - len(handed_over)

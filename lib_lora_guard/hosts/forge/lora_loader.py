@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ...patching.watching import Watch, unwatched
 from ...planning.mode import Wish
 from ...recorder.crash_report import Precaution
 from ...reporting.report import ApplyReport, clean_text
+from ...runtime.live_settings import LiveSettings
 from ...settings import LoraMode
 from ...weights.storage import WIDE_DTYPES
 from .access import STATE, ForgeAccess, GuardPatches
@@ -37,18 +38,29 @@ WISHES = {LoraMode.AUTOMATIC: Wish.AUTO, LoraMode.FP16: Wish.NEVER_MERGE, LoraMo
 class LoaderControl:
     """`mode` is asked at every refresh: a request over the API may bring a mode of its own for one image."""
 
-    def __init__(self, api: ForgeApi, mode: Callable[[], LoraMode] = lambda: LoraMode.AUTOMATIC) -> None:
+    def __init__(
+        self,
+        api: ForgeApi,
+        settings: LiveSettings | None = None,
+        precautions: Callable[[torch.nn.Module | None], Collection[Precaution]] = lambda model: (),
+        watch: Watch = unwatched,
+    ) -> None:
+        """
+        Args:
+            api: Forge.
+            settings: the user's.
+            precautions: returns what to plan around after a crash, for a model.
+            watch: goes around the work of every engine.
+        """
         self._api, self._own_ways = api, OwnWays(api)
-        self.mode = mode
-        self.as_trained = False
-        """DoRA in the meaning of its trainer instead of Forge's."""
-        self.precautions: Callable[[Any], Collection[Precaution]] = lambda model: ()
-        """What is planned around after a crash, for a model."""
+        self._settings, self._precautions, self._watch = settings or LiveSettings(), precautions, watch
         self._told_no_merge = False
-        self.watch: Watch = unwatched
-        """What goes around the work of every engine."""
         self._loaders: weakref.WeakSet[Any] = weakref.WeakSet()
         self._reports: tuple[tuple[weakref.ref[Any], ApplyReport], ...] = ()
+
+    def mode(self) -> LoraMode:
+        """Returns the mode for the present image."""
+        return self._settings.mode()
 
     def refresh(
         self,
@@ -99,7 +111,7 @@ class LoaderControl:
 
     def _wish(self, mode: LoraMode, model: Any) -> Wish:
         """The mode's, without merging where that ended the last process."""
-        if mode is LoraMode.MERGE and Precaution.NO_MERGE in self.precautions(model):
+        if mode is LoraMode.MERGE and Precaution.NO_MERGE in self._precautions(model):
             if not self._told_no_merge:
                 self._told_no_merge = True
                 say(log, logging.WARNING, "flight.line", line=Precaution.NO_MERGE.message)
@@ -227,6 +239,14 @@ class LoaderControl:
         state = state_of(getattr(model, "lora_loader", None))
         return set() if state is None else state.engine.merged_layers()
 
+    def stack_of(self, model: torch.nn.Module) -> Hashable:
+        """Names the LoRAs that lie on a model, without their strengths."""
+        loader = getattr(model, "lora_loader", None)
+        state = state_of(loader)
+        if state is None or state.report is None:
+            return getattr(loader, "loaded_hash", None)
+        return state.mode, tuple(lora.label for lora in state.report.loras)
+
     def unpatched_shapes(self, model: torch.nn.Module) -> dict[str, Shape]:
         """Shapes that the merged parameters of a loaded model have without their LoRAs."""
         state = state_of(getattr(model, "lora_loader", None))
@@ -305,12 +325,12 @@ class LoaderControl:
         )
 
     def _requests(self, patches: Patches, state: LoaderState) -> list[LoraRequest]:
-        return requests_from(patches, self._api.lora.extra_weight_calculators, state.copies, self.as_trained)
+        return requests_from(patches, self._api.lora.extra_weight_calculators, state.copies, self._settings.as_trained)
 
     def _state(self, loader: Any) -> LoaderState:
         state = state_of(loader)
         if state is None:
-            state = LoaderState(Engine(self.watch))
+            state = LoaderState(Engine(self._watch))
             setattr(loader, STATE, state)
             self._loaders.add(loader)
         return state

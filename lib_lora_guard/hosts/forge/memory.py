@@ -23,14 +23,14 @@ import torch
 
 from ...memory import rules
 from ...memory.out_of_memory import is_out_of_memory
-from ...memory.rules import Finding
 from ...messages import Message, say
 from ...planning import activations
 from ...planning.eviction import Coming, Eviction, Resident, plan_eviction
 from ...planning.host_memory import swap_budget_bytes
 from ...planning.on_card import change_bytes, weights_on_card_bytes
+from ...runtime.hooks import signature_of
+from ...runtime.rule_log import RuleLog
 from ...weights.storage import MB
-from ..hooks import signature_of
 from .calibration import ForgeCalibration
 from .free_memory import ForgeFree
 from .residency import Residency
@@ -62,8 +62,27 @@ class Needs:
 
 
 class ForgeMemory:
-    def __init__(self, memory: Any, residency: Residency, calibration: ForgeCalibration | None = None) -> None:
-        """`memory`: Forge's `backend.memory_management`."""
+    def __init__(
+        self,
+        memory: Any,
+        residency: Residency,
+        rule_log: RuleLog,
+        calibration: ForgeCalibration | None = None,
+        *,
+        take_back: Callable[[Any], list[Any]] = lambda device: [],
+        ram_room_bytes: Callable[[], int | None] = lambda: None,
+        leaving: Callable[[Any, int], contextlib.AbstractContextManager[int]] | None = None,
+    ) -> None:
+        """
+        Args:
+            memory: Forge's `backend.memory_management`.
+            residency: moves parts of models.
+            rule_log: of the takeover.
+            calibration: of the takeover.
+            take_back: returns loaded models that the host has forgotten though they lie on a device.
+            ram_room_bytes: returns how much may be moved into RAM; None where that is not known.
+            leaving: wraps a whole model's move off the card; yields how much of it may go.
+        """
         self._memory, self.residency = memory, residency
         self._calibration = calibration or ForgeCalibration(memory)
         self._free_signature = signature_of(memory.free_memory, _forges_free)
@@ -71,16 +90,11 @@ class ForgeMemory:
         self._budget_signature = signature_of(budget, _forges_budget)
         self._planned = threading.local()
         """`.depth` above 0 on a thread for which room has been made already."""
-        self._said: dict[str, str] = {}
+        self._rule_log = rule_log
         self._shares: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         """Bytes on the device after the last load."""
-        self.free = ForgeFree(memory, self.tell)
-        self.take_back: Callable[[Any], list[Any]] = lambda device: []
-        """Loaded models that the host has forgotten though they lie on a device."""
-        self.ram_room_bytes: Callable[[], int | None] = lambda: None
-        """How much may be moved into RAM; None where nobody knows."""
-        self.leaving: Callable[[Any, int], contextlib.AbstractContextManager[int]] = _all_of_it
-        """Around a whole model's way off the card: how much of it may go."""
+        self.free = ForgeFree(memory, rule_log)
+        self.take_back, self.ram_room_bytes, self.leaving = take_back, ram_room_bytes, leaving or _all_of_it
 
     # -- what the host calls
 
@@ -96,7 +110,7 @@ class ForgeMemory:
         if bound.arguments.get("free_all"):
             return self._free_all(original, bound, device)
         wanted, finding = rules.request_bytes(float(asked), self._total_bytes(device))
-        self.tell(finding)
+        self._rule_log.tell(finding)
         if math.isinf(wanted):
             return self._free_all(original, bound, device)
         self.drop_abandoned()
@@ -130,17 +144,17 @@ class ForgeMemory:
         total = self._total_bytes(device)
         shares = [share for share in map(_share_of_forges_estimate, patchers) if share is not None]
         estimate, finding = rules.request_bytes(float(required) * min(shares, default=1.0), total)
-        self.tell(finding)
+        self._rule_log.tell(finding)
         inference, finding = rules.inference_bytes(float(self._memory.minimum_inference_memory()), total)
-        self.tell(finding)
+        self._rule_log.tell(finding)
         if finding is not None and hasattr(self._memory, "current_inference_memory"):
             self._memory.current_inference_memory = inference
         hard, finding = rules.request_bytes(float(hard_bytes), total)
-        self.tell(finding)
+        self._rule_log.tell(finding)
         found = self._corrected(Needs(inference, int(min(estimate, total)), int(min(hard, total))), patchers, device)
         names = " + ".join(type(patcher.model).__name__ for patcher in patchers)
         estimate = found.estimate_bytes + found.estimate_correction_bytes
-        self.tell(rules.room_for_a_step(found.inference_bytes, estimate, names)[1])
+        self._rule_log.tell(rules.room_for_a_step(found.inference_bytes, estimate, names)[1])
         return found
 
     def prepare(self, patchers: Sequence[Any], device: Any, needs: Needs) -> None:
@@ -239,22 +253,15 @@ class ForgeMemory:
             now = int(self._memory.module_size(patcher.model, include_device=device))
             before = self._shares.get(patcher.model)
             if before is not None:
-                self.tell(rules.share_on_device(before, now, was_needed=False, model=type(patcher.model).__name__))
+                self._rule_log.tell(
+                    rules.share_on_device(before, now, was_needed=False, model=type(patcher.model).__name__)
+                )
             self._shares[patcher.model] = now
 
     def forget_share(self, model: torch.nn.Module | None) -> None:
         """There is a reason: somebody needed the room."""
         if model is not None:
             self._shares.pop(model, None)
-
-    def tell(self, finding: Finding | None) -> None:
-        """Once while it stays the same: the same settings meet the same rule with every image."""
-        if finding is None or self._said.get(finding.rule) == finding.says:
-            return
-        self._said[finding.rule] = finding.says
-        quiet = finding.rule in ("LG-R01", "LG-R05", "LG-R06")
-        level = logging.INFO if quiet else logging.WARNING
-        say(log, level, "rule.line", rule=finding.rule, says=finding.says)
 
     # -- inside
 

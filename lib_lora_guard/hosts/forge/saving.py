@@ -7,14 +7,13 @@ weight at a time while it writes.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import logging
 import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,28 +27,58 @@ from ...patching.access import find_owner
 from ...patching.deferred import DeferredTensor
 from ...patching.engine import Engine
 from ...patching.merged_state import Kept, MergedState, MergedWeight
+from ...runtime.hooks import HookSet, Row, lay
 from ...weights.storage import shares_storage
-from ..hooks import HookSet
+from ..probing import attribute, module
 
 log = logging.getLogger(__name__)
 
 
 def install(hooks: HookSet, engines: Callable[[], Iterable[Engine]]) -> None:
-    """Adds to `hooks` what this Forge has of the three readers, and says what it lacks. To be called when Forge's own modules
-    are loaded; a second call does nothing. `engines` gives the engines of all models at that moment."""
+    """Lets what reads the weights of a model get them with their LoRAs, as far as this Forge has these readers.
+
+    Called when Forge's own modules are loaded. A second call does nothing. What is missing is logged.
+
+    Args:
+        hooks: gets the hooks that were laid.
+        engines: returns the engines of all models at that moment.
+    """
     saving = Saving(engines)
-    if _attempt(saving.hook_state_dict, hooks, "saving.unpatched"):
-        _attempt(saving.hook_saves, hooks, "saving.in_memory")
-    _attempt(saving.hook_control_lora, hooks, "saving.control_unpatched")
+    if _attempt(STATE_DICT_ROWS, saving, hooks, "saving.unpatched"):
+        _attempt(SAVE_ROWS, saving, hooks, "saving.in_memory")
+    _attempt(CONTROL_ROWS, saving, hooks, "saving.control_unpatched")
 
 
-def _attempt(add: Callable[[HookSet], None], hooks: HookSet, key: str) -> bool:
+def _attempt(rows: Sequence[Row[Saving]], saving: Saving, hooks: HookSet, key: str) -> bool:
     try:
-        add(hooks)
+        modules = {row.module: module(row.module) for row in rows}
+        if rows is SAVE_ROWS:
+            rows = [*rows, *_rows_of_engines(modules)]
+        lay(rows, saving, modules, hooks)
     except HostError as error:
         say(log, logging.WARNING, key, reason=error)
         return False
     return True
+
+
+def _rows_of_engines(modules: Mapping[str, ModuleType]) -> list[Row[Saving]]:
+    """Returns a row for each engine class that saves in its own way.
+
+    Raises:
+        HostError: one does not save through `safetensors.torch.save_file`: other writers cannot read a deferred tensor.
+    """
+    safetensors, utils, base = (modules[name] for name in (_SAFETENSORS, _UTILS, _ENGINES))
+    rows = []
+    for cls in _family(attribute(base, "ForgeDiffusionEngine")):
+        for name in ("save_unet", "save_checkpoint"):
+            if name not in vars(cls):
+                continue
+            used = list(getattr(inspect.unwrap(vars(cls)[name]), "__globals__", {}).values())
+            writes = any(value is safetensors or value is sys.modules["safetensors"] for value in used)
+            if not writes or not any(value is utils for value in used):
+                raise HostError(f"{cls.__name__}.{name} does not call safetensors.torch.save_file and backend.utils")
+            rows.append(Row[Saving](cls.__module__, f"{cls.__qualname__}.{name}", lambda saving: (saving.save,)))
+    return rows
 
 
 class Saving:
@@ -58,34 +87,6 @@ class Saving:
         self._present = threading.local()
         """`weights`: the patched weights of the save that this thread is in."""
 
-    def hook_state_dict(self, hooks: HookSet) -> None:
-        """Raises HostError, as its neighbours do, where the host lacks the function."""
-        utils = _module("backend.utils")
-        _add(hooks, utils, "get_state_dict_after_quant", self._state_dict_after_quant)
-
-    def hook_saves(self, hooks: HookSet) -> None:
-        engine_class = _attribute(_module("backend.diffusion_engine.base"), "ForgeDiffusionEngine")
-        safetensors, utils = _module("safetensors.torch"), _module("backend.utils")
-        owners = [
-            (cls, name)
-            for cls in _family(engine_class)
-            for name in ("save_unet", "save_checkpoint")
-            if name in vars(cls)
-        ]
-        for cls, name in owners:
-            # A deferred tensor must meet nobody who saves in another way.
-            used = list(getattr(inspect.unwrap(vars(cls)[name]), "__globals__", {}).values())
-            writes = any(value is safetensors or value is sys.modules["safetensors"] for value in used)
-            if not writes or not any(value is utils for value in used):
-                raise HostError(f"{cls.__name__}.{name} does not call safetensors.torch.save_file and backend.utils")
-        _add(hooks, safetensors, "save_file", self._save_file)
-        for cls, name in owners:
-            _add(hooks, cls, name, self._save)
-
-    def hook_control_lora(self, hooks: HookSet) -> None:
-        control_lora = _attribute(_module("backend.patcher.controlnet"), "ControlLora")
-        _add(hooks, control_lora, "pre_run", self._pre_run)
-
     def _state(self) -> MergedState:
         engines = list(self._engines())
         return MergedState(
@@ -93,7 +94,7 @@ class Saving:
             (a for engine in engines for a in engine.lifted.values()),
         )
 
-    def _save(self, original: Callable[..., Any], engine: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
+    def save(self, original: Callable[..., Any], engine: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
         if hasattr(self._present, "weights"):
             return original(engine, filename, *args, **kwargs)
         name = shown(Path(filename).name)
@@ -107,7 +108,7 @@ class Saving:
             finally:
                 del self._present.weights
 
-    def _state_dict_after_quant(
+    def state_dict_after_quant(
         self, original: Callable[..., dict[str, torch.Tensor]], model: torch.nn.Module, prefix: str = ""
     ) -> dict[str, torch.Tensor]:
         weights = self._state().of(model)
@@ -120,7 +121,7 @@ class Saving:
                 state[prefix + key] = weight.value()
         return state
 
-    def _save_file(
+    def save_file(
         self, original: Callable[..., Any], tensors: dict[str, torch.Tensor], filename: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if not any(isinstance(tensor, DeferredTensor) for tensor in tensors.values()):
@@ -139,7 +140,7 @@ class Saving:
             say(log, logging.INFO, "saving.done", name=name, gigabytes=size, count=merged)
         return None
 
-    def _pre_run(
+    def pre_run(
         self, original: Callable[..., Any], control: Any, model: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
         """The control model takes over the parameters of the model's first half, without a copy; what is patched there comes
@@ -228,20 +229,18 @@ def _family(cls: type) -> Iterator[type]:
         yield from _family(child)
 
 
-def _add(hooks: HookSet, owner: Any, name: str, body: Callable[..., Any]) -> None:
-    present = getattr(_attribute(owner, name), "lora_guard_hook", None)
-    if present is None or not present.active:
-        hooks.add(owner, name, body)
-
-
-def _module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise HostError(f"{name} cannot be imported: {error}") from error
-
-
-def _attribute(owner: Any, name: str) -> Any:
-    if not hasattr(owner, name):
-        raise HostError(f"{owner.__name__}.{name} is missing")
-    return getattr(owner, name)
+_SAFETENSORS, _UTILS, _ENGINES = "safetensors.torch", "backend.utils", "backend.diffusion_engine.base"
+STATE_DICT_ROWS: tuple[Row[Saving], ...] = (
+    Row(_UTILS, "get_state_dict_after_quant", lambda saving: (saving.state_dict_after_quant,)),
+)
+SAVE_ROWS: tuple[Row[Saving], ...] = (
+    Row(_SAFETENSORS, "save_file", lambda saving: (saving.save_file,)),
+    Row(_UTILS, "get_state_dict_after_quant", lambda saving: (saving.state_dict_after_quant,)),
+    Row(_ENGINES, "ForgeDiffusionEngine.save_unet", lambda saving: (saving.save,), is_needed=False),
+    Row(_ENGINES, "ForgeDiffusionEngine.save_checkpoint", lambda saving: (saving.save,), is_needed=False),
+)
+"""The engines that derive from this one have rows of their own where they save in their own way."""
+CONTROL_ROWS: tuple[Row[Saving], ...] = (
+    Row("backend.patcher.controlnet", "ControlLora.pre_run", lambda saving: (saving.pre_run,)),
+)
+HOOKS = (*STATE_DICT_ROWS, *SAVE_ROWS[:1], *SAVE_ROWS[2:], *CONTROL_ROWS)

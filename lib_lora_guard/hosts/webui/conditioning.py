@@ -7,9 +7,7 @@ away again. Here the key holds what lies on the text encoder instead, and more t
 
 from __future__ import annotations
 
-import copy
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -19,107 +17,16 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...adapters.base import Adapter
-from ...weights.storage import MB
+from ...runtime.hooks import Row
+from ...runtime.prompt_cache import PromptCache
 
 log = logging.getLogger(__name__)
-
-REMEMBERED_BYTES = 128 * MB
-"""RAM for encoded prompts: some 30 of Flux (4 MB each), 200 of SDXL."""
 
 _OWN_PACKAGE = __name__.partition(".")[0]
 _AESTHETIC_SCORES = ("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score")
 """Forge's options that go into the conditioning of SDXL's refiner."""
 _NETWORK_NAMES = ("lora", "lyco")
 _OWN_ARGUMENTS = ("te", "unet", "dyn")
-
-
-class PromptMemory:
-    """Encoded prompts of one model, those used longest ago leave first. Kept in RAM wherever they were made."""
-
-    def __init__(self, limit_bytes: int = REMEMBERED_BYTES) -> None:
-        self._limit_bytes = limit_bytes
-        self._known: list[tuple[Any, _Kept]] = []
-
-    def find(self, key: Any) -> tuple[Any, Any] | None:
-        """The conditioning and its infotext entries as they were made, on the same devices."""
-        # Keys hold lists and settings of the host, which cannot be hashed; a handful is compared quickly.
-        for place, (known, kept) in enumerate(self._known):
-            if known == key:
-                self._known.append(self._known.pop(place))
-                return kept.restored(), copy.copy(kept.infotext)
-        return None
-
-    def keep(self, key: Any, conds: Any, infotext: Any) -> None:
-        """Forgets what no longer fits. What is not built of known parts is not kept."""
-        try:
-            kept = _Kept(conds, infotext)
-        except _UnknownPartError as error:
-            log.debug("conditioning is not remembered: %s", error)
-            return
-        self._known = [(known, one) for known, one in self._known if known != key]
-        if kept.bytes > self._limit_bytes:
-            return
-        self._known.append((key, kept))
-        while sum(one.bytes for _, one in self._known) > self._limit_bytes:
-            self._known.pop(0)
-
-    def clear(self) -> None:
-        self._known.clear()
-
-    @property
-    def bytes(self) -> int:
-        return sum(kept.bytes for _, kept in self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-
-class _UnknownPartError(TypeError):
-    """Something in a conditioning that is neither a tensor nor built of what Forge builds one of."""
-
-
-class _Kept:
-    def __init__(self, conds: Any, infotext: Any) -> None:
-        self.bytes = 0
-        self._devices: dict[int, torch.device] = {}
-        self._conds = _mapped(conds, self._to_ram, {})
-        self.infotext = copy.copy(infotext)
-
-    def restored(self) -> Any:
-        # A copy each time: whoever uses a conditioning may write into it.
-        return _mapped(self._conds, lambda t: t.to(self._devices[id(t)], copy=True), {})
-
-    def _to_ram(self, tensor: torch.Tensor) -> torch.Tensor:
-        kept = tensor.detach().to("cpu", copy=True)
-        self._devices[id(kept)] = tensor.device
-        self.bytes += kept.numel() * kept.element_size()
-        return kept
-
-
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], done: dict[int, Any]) -> Any:
-    """`value` with every tensor changed; what occurs twice (the images of a batch) stays one object."""
-    if id(value) in done:
-        return done[id(value)]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    new: Any
-    if isinstance(value, torch.Tensor):
-        new = change(value)
-    elif isinstance(value, dict):
-        new = copy.copy(value)
-        new.update({k: _mapped(v, change, done) for k, v in value.items()})
-    elif isinstance(value, tuple):
-        parts = [_mapped(v, change, done) for v in value]
-        new = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    elif type(value) is list:
-        new = [_mapped(v, change, done) for v in value]
-    elif type(value).__module__.endswith("prompt_parser"):
-        new = copy.copy(value)
-        vars(new).update({k: _mapped(v, change, done) for k, v in vars(value).items()})
-    else:
-        raise _UnknownPartError(f"{type(value).__module__}.{type(value).__name__}")
-    done[id(value)] = new
-    return new
 
 
 class Conditioning:
@@ -131,21 +38,19 @@ class Conditioning:
         meaning: Callable[[], object],
         has_applied: Callable[[Any], bool] = lambda patcher: True,
         encoding: Callable[[], AbstractContextManager[None]] = nullcontext,
+        cache: PromptCache | None = None,
     ) -> None:
-        """`meaning`: what else decides how LoRAs act on the text encoder (the guard's mode). `has_applied` says of a patcher
-        whether its LoRAs lie on the model. `encoding` is entered while a prompt is encoded."""
+        """
+        Args:
+            shared: the WebUI's `modules.shared`.
+            meaning: returns what else decides how LoRAs act on the text encoder (the guard's mode).
+            has_applied: says of a patcher whether its LoRAs lie on the model.
+            encoding: is entered while a prompt is encoded.
+            cache: of encoded prompts.
+        """
         self._shared, self._meaning, self._has_applied = shared, meaning, has_applied
-        self._encoding = encoding
-        self._memories: weakref.WeakKeyDictionary[Any, PromptMemory] = weakref.WeakKeyDictionary()
+        self._encoding, self._cache = encoding, cache or PromptCache()
         self._numbers = _Numbers()
-
-    def forget(self) -> int:
-        """Gives back what is remembered; returns the bytes."""
-        memories = list(self._memories.values())
-        size = sum(memory.bytes for memory in memories)
-        for memory in memories:
-            memory.clear()
-        return size
 
     def cached_params(
         self, original: Callable[..., Any], processing: Any, required_prompts: Any, steps: Any, extra_network_data: Any,
@@ -178,7 +83,7 @@ class Conditioning:
         if self._is_someone_at_work():
             return original(processing, *everything)
         model = self._shared.sd_model
-        memory = self._memories.setdefault(model, PromptMemory())
+        memory = self._cache.of(model)
         if all(cache[0] is None for cache in caches):
             # Emptied: someone wants the prompt encoded anew, or the host's option says that nothing is kept.
             memory.clear()
@@ -287,3 +192,10 @@ class _Numbers:
         if isinstance(value, (list, tuple)):
             return [self.of(part) for part in value]
         return str(value)
+
+
+_OWNER = "StableDiffusionProcessing"
+ROWS: tuple[Row[Conditioning], ...] = (
+    Row("modules.processing", f"{_OWNER}.cached_params", lambda c: (c.cached_params,)),
+    Row("modules.processing", f"{_OWNER}.get_conds_with_caching", lambda c: (c.get_conds_with_caching,)),
+)

@@ -26,7 +26,8 @@ from ...files import shown
 from ...messages import Joined, say, without
 from ...models.fit import Fit, Target, fit_file
 from ...reporting.report import clean_text
-from ...weights.storage import MB, storage_of
+from ...runtime.live_settings import LiveSettings
+from ...weights.storage import storage_of
 from ..forge.patches import OWN_TENSORS
 
 log = logging.getLogger(__name__)
@@ -66,13 +67,17 @@ class LoraFiles:
     option says a number, at most `kept_files`.
     """
 
-    def __init__(self) -> None:
-        self.kept_bytes = 1024 * MB
-        self.kept_files: Callable[[], int] = lambda: 0
-        self.unpatched_shapes: Callable[[torch.nn.Module], Mapping[str, Shape]] = lambda model: {}
-        """Shapes that merged parameters of a model have without their LoRAs."""
-        self.is_host_reading: Callable[[], bool] = lambda: False
-        """True in the mode "Forge's own": then the host reads LoRA files itself."""
+    def __init__(
+        self,
+        settings: LiveSettings | None = None,
+        unpatched_shapes: Callable[[torch.nn.Module], Mapping[str, Shape]] = lambda model: {},
+    ) -> None:
+        """
+        Args:
+            settings: how much is kept, and whether the host reads LoRA files itself.
+            unpatched_shapes: returns the shapes that merged parameters of a model have without their LoRAs.
+        """
+        self._settings, self._unpatched_shapes = settings or LiveSettings(), unpatched_shapes
         self._lock = threading.Lock()
         """Around `_kept`: files are read where images are made, the settings page changes how much is kept."""
         self._kept: OrderedDict[FileKey, LoraFile] = OrderedDict()
@@ -187,12 +192,16 @@ class LoraFiles:
         self.trim()
         return file
 
+    def is_host_reading(self) -> bool:
+        """True if the host reads LoRA files itself."""
+        return self._settings.is_host_reading()
+
     def trim(self) -> None:
         """Gives back files beyond what may be kept, the one used longest ago first."""
         with self._lock:
             for old in [key for key in self._kept if key not in self._in_stack | self._last_stack]:
-                is_too_much = sum(size for _, _, size in self._kept) > self.kept_bytes
-                if is_too_much or 0 < self.kept_files() < len(self._kept):
+                is_too_much = sum(size for _, _, size in self._kept) > self._settings.kept_files_bytes()
+                if is_too_much or 0 < self._settings.kept_files() < len(self._kept):
                     del self._kept[old]
 
     def drop_unused(self) -> int:
@@ -212,7 +221,7 @@ class LoraFiles:
     def _match(self, file: LoraFile, model: torch.nn.Module) -> Fit:
         """What the file has for one model; worked out once, for nothing in it depends on the strength."""
         shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
-        shapes |= self.unpatched_shapes(model)
+        shapes |= self._unpatched_shapes(model)
         known = self._matches.setdefault(file, weakref.WeakKeyDictionary())
         if model in known and known[model][0] == shapes:
             return known[model][1]

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...files import shown
 from ...messages import Message, say
+from ...runtime.hooks import Row
 from .lora_files import LoraFiles
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ STALE = "lora guard: read again"
 class LoraStack:
     def __init__(self, networks: ModuleType, files: LoraFiles, on_changed_files: Callable[[], None]) -> None:
         """`on_changed_files`: called where a file of the stack is another than when it was last used."""
-        self._networks, self._files, self._on_changed_files = networks, files, on_changed_files
+        self._networks, self.files, self._on_changed_files = networks, files, on_changed_files
         self._versions: dict[str, tuple[int, int]] = {}
         self._read_by: object = None
 
@@ -51,7 +52,7 @@ class LoraStack:
         self._notice_changes([file for file in found.values() if file is not None])
         lists = [te_multipliers, unet_multipliers, dyn_dims]
         kept = [None if values is None else [values[i] for i in used] for values in lists]
-        with self._files.announced_stack(missing, is_empty=not used):
+        with self.files.announced_stack(missing, is_empty=not used):
             return original([names[i] for i in used], *kept)
 
     def _file(self, name: str) -> Path | None:
@@ -88,10 +89,17 @@ class LoraStack:
             is_changed |= self._versions.get(str(file), version) != version
             self._versions[str(file)] = version
         # Read by the host itself, the same files make other patches.
-        reading, before = self._files.is_host_reading(), self._read_by
+        reading, before = self.files.is_host_reading(), self._read_by
         self._read_by = reading
         if is_changed:
             self._on_changed_files()
         model = self._networks.sd_models.model_data.get_sd_model()
         if model is not None and (is_changed or reading != before):
             model.current_lora_hash = STALE
+
+
+ROWS: tuple[Row[LoraStack], ...] = (
+    Row("networks", "load_lora_state_dict", lambda stack: (stack.files.load_state,)),
+    Row("networks", "load_lora_for_models", lambda stack: (stack.files.load_for_models,)),
+    Row("networks", "load_networks", lambda stack: (stack.load_networks,)),
+)

@@ -19,25 +19,14 @@ from ...memory.allocator_text import AllocatorWish
 from ...messages import say
 from ...messages.languages import language_of, system_locale
 from ...reporting import log as reporting_log
+from ...runtime import installed
+from ...runtime.live_settings import mode_of
 from ...runtime.status import allocator_lines
-from ...settings import PREFIX, LoraMode, Settings, read
-from ...weights.storage import MB
-from ..forge import takeover as forge
+from ...settings import LoraMode, Settings, read
 
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-LOW_BITS_OPTION = "forge_unet_storage_dtype"
-"""Forge's dropdown "Diffusion in Low Bits"; several of its choices end in "(fp16 LoRA)"."""
-
-
-def mode_of(options: Mapping[str, Any]) -> LoraMode:
-    """The mode that Forge's options ask for. The dropdown's wish counts where the guard's own setting leaves it open; it
-    holds for 16-bit models too, where Forge ignores it."""
-    mode = read({PREFIX + "mode": options.get(PREFIX + "mode")})[0].mode
-    if mode is LoraMode.AUTOMATIC and "(fp16 LoRA)" in str(options.get(LOW_BITS_OPTION)):
-        return LoraMode.FP16
-    return mode
 
 
 class GuardOptions:
@@ -92,33 +81,24 @@ class GuardOptions:
                 say(log, logging.INFO, "everyday.allocator", state=line)
 
     def _is_switch_due(self) -> bool:
-        return self.settings.enable is not (forge.installed() is not None)
+        return self.settings.enable is not (installed.installed() is not None)
 
     def _connect(self) -> None:
-        takeover = forge.installed()
-        if takeover is None:
-            return
-        takeover.control.mode = self.mode
-        takeover.files.is_host_reading = lambda: self.mode() is LoraMode.OWN
-        takeover.files.kept_bytes = self.settings.kept_files_mb * MB
-        takeover.files.kept_files = self._host_file_limit
-        takeover.files.trim()
-
-    def _host_file_limit(self) -> int:
-        limit = self._options.get("lora_in_memory_limit")
-        return limit if isinstance(limit, int) else 0
+        takeover = installed.installed()
+        if takeover is not None:
+            takeover.settings.options = self._options
+            takeover.settings_changed()
 
     def _switch(self) -> None:
         if not self._is_switch_due():
             # Switched back while this waited.
             return
         if self.settings.enable:
-            forge.install()
-            for misfit in forge.install_in_webui():
+            for misfit in installed.install().install_in_webui():
                 say(log, logging.WARNING, "everyday.partly_fits", reason=misfit)
             self._connect()
         else:
-            forge.uninstall()
+            installed.uninstall()
         say(log, logging.INFO, "everyday.switched_on" if self.settings.enable else "everyday.switched_off")
 
     def _when_idle(self, work: Callable[[], None]) -> None:

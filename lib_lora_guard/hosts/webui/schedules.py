@@ -20,10 +20,10 @@ from ...messages import Joined, say
 from ...patching.strengths import set_strengths
 from ...planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, read_strengths
 from ...reporting.report import clean_text
+from ...runtime.hooks import Row
 from ..forge.access import STATE
-from ..forge.lora_loader import LoaderControl
 from ..forge.lora_loader_state import RETRY
-from ..hooks import HookSet
+from .types import Stack
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Changed:
 class Schedules:
     """The schedules of the pass that is being made, and what they have changed."""
 
-    def __init__(self, control: LoaderControl) -> None:
+    def __init__(self, control: Stack) -> None:
         self._control = control
         self._network_class: type | None = None
         self._networks: Any = None
@@ -88,12 +88,9 @@ class Schedules:
         self._changed: weakref.WeakKeyDictionary[Any, Changed] = weakref.WeakKeyDictionary()
         self._is_said = False
 
-    def install(self, hooks: HookSet, host: ScheduleHost) -> None:
+    def install(self, host: ScheduleHost) -> None:
         """Called each time Forge runs the extension's scripts: the callbacks are gone then, the hooks are not."""
-        if self._network_class is not host.lora_network.ExtraNetworkLora:
-            self._network_class, self._networks = host.lora_network.ExtraNetworkLora, host.lora_network.networks
-            hooks.add(self._network_class, "activate", self.activate)
-            hooks.add(host.samplers.Sampler, "launch_sampling", self.launch_sampling)
+        self._network_class, self._networks = host.lora_network.ExtraNetworkLora, host.lora_network.networks
         host.callbacks.on_cfg_denoiser(self.before_step)
         host.callbacks.on_app_started(lambda *_: _add_alias(host.extra_networks))
         # Switched on in a WebUI that runs, the guard sees no start any more.
@@ -260,3 +257,9 @@ def _add_alias(extra_networks: Any) -> None:
     lora = extra_networks.extra_network_registry.get("lora")
     if lora is not None and "loractl" not in extra_networks.extra_network_registry:
         extra_networks.extra_network_aliases.setdefault("loractl", lora)
+
+
+ROWS: tuple[Row[Schedules], ...] = (
+    Row("extra_networks_lora", "ExtraNetworkLora.activate", lambda schedules: (schedules.activate,)),
+    Row("modules.sd_samplers_common", "Sampler.launch_sampling", lambda schedules: (schedules.launch_sampling,)),
+)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from modules import scripts
 
 from ...reporting.report import ApplyReport, clean_text
-from ..forge import takeover as forge
+from ...runtime import installed
 
 
 class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes are not typed
@@ -19,20 +20,12 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
         return scripts.AlwaysVisible
 
     def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        takeover = forge.installed()
+        takeover = installed.installed()
         if takeover is None:
             return
         objects = p.sd_model.forge_objects_after_applying_lora
-        control = takeover.control
-        reports = [control.report(objects.unet.lora_loader)]
-        if control.is_last_stack(objects.clip.patcher):
-            # Else the prompt was remembered, and the text encoder has the stack of another image.
-            reports.append(control.report(objects.clip.patcher.lora_loader))
-        text = summary(
-            control.mode().value,
-            [r for r in reports if r is not None],
-            takeover.files.left_out | takeover.files.missing,
-        )
+        reports = takeover.image_reports(objects.unet, objects.clip.patcher)
+        text = summary(takeover.settings.mode().value, reports, takeover.left_out())
         if text:
             p.extra_generation_params["LoRA Guard"] = text
         else:
@@ -40,7 +33,7 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
             p.extra_generation_params.pop("LoRA Guard", None)
 
 
-def summary(mode: str, reports: list[ApplyReport], left_out: dict[str, str]) -> str:
+def summary(mode: str, reports: list[ApplyReport], left_out: Mapping[str, str]) -> str:
     """One line: the mode, how many keys each way of applying took, and what is missing. Empty without LoRAs."""
     loras = [lora for report in reports for lora in report.loras]
     if not loras and not left_out:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...runtime import installed
 from ...runtime.status import InForce, Machine, collect
 from ...settings import Language, read
 from ...ui import settings_section, tab
 from ...ui.language import reader_language
 from ...ui.panel import Panel
 from ...ui.route import add_route
-from ..forge import takeover as forge
 
 
 class Face:
@@ -20,7 +20,7 @@ class Face:
     def __init__(self, options: InForce | None) -> None:
         self._options = options
         machine = Machine()
-        self._panel = Panel(lambda: collect(forge.installed(), options, machine), _language)
+        self._panel = Panel(lambda: collect(installed.installed(), options, machine), _language)
 
     def add_settings(self) -> None:
         from modules import shared

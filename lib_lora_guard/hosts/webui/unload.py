@@ -13,6 +13,7 @@ from typing import Any
 
 from ...memory import rules
 from ...memory.rules import Finding
+from ...runtime.hooks import Row
 
 
 class UnloadRequests:
@@ -44,3 +45,13 @@ class UnloadRequests:
         # After the image's own overrides have been taken over.
         self._of_last_image = self._settings()
         return result
+
+
+ROWS: tuple[Row[UnloadRequests], ...] = (
+    Row(
+        "modules.processing",
+        "manage_model_and_prompt_cache",
+        lambda requests: (requests.before_image,),
+        is_needed=False,
+    ),
+)

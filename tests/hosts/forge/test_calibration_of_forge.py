@@ -197,8 +197,7 @@ class Scene:
         for name, module in self.modules.items():
             monkeypatch.setitem(sys.modules, name, module)
         guard.install()
-        guard.install_estimates(self.modules["backend.modules.k_model"])
-        guard.calibration.install_in_webui(guard.hooks)
+        guard.install_loaded(sys.modules)
         self.model = self.modules["backend.modules.k_model"].KModel(
             self, shapes or flux_shapes(hidden=3072, double=2, single=2)
         )
@@ -728,13 +727,13 @@ def test_a_second_install_keeps_measuring_and_going_gives_all_back(parts, card, 
         inside = [getattr(owner, name) for owner, name in places]
         count = len(scene.guard.hooks.hooks)
         # "Reload UI" runs the scripts again.
-        scene.guard.calibration.install_in_webui(scene.guard.hooks)
+        scene.guard.install_loaded(sys.modules)
         assert [getattr(owner, name) for owner, name in places] == inside
         assert len(scene.guard.hooks.hooks) == count
         # A module that was loaded again has a fresh class, which is hooked too.
         fresh = modules()["backend.modules.k_model"]
         sys.modules["backend.modules.k_model"] = fresh
-        scene.guard.calibration.install_in_webui(scene.guard.hooks)
+        scene.guard.install_loaded(sys.modules)
         assert fresh.KModel.apply_model.lora_guard_hook.active
         scene.guard.hooks.restore()
         for (owner, name), hooked in zip(places, inside, strict=True):
@@ -744,9 +743,8 @@ def test_a_second_install_keeps_measuring_and_going_gives_all_back(parts, card, 
         assert not hasattr(fresh.KModel.apply_model, "lora_guard_hook")
         # Switched on again, it measures as before.
         scene.guard.install()
-        scene.guard.install_estimates(scene.modules["backend.modules.k_model"])
         sys.modules["backend.modules.k_model"] = scene.modules["backend.modules.k_model"]
-        scene.guard.calibration.install_in_webui(scene.guard.hooks)
+        scene.guard.install_loaded(sys.modules)
         scene.model.takes = int(1.2 * flux_step().used_bytes)
         scene.picture()
         assert scene.needs() == pytest.approx(1.2 * flux_step().held_bytes, rel=1e-6)

@@ -37,7 +37,8 @@ def asked(monkeypatch):
 
     def made(driver):
         memory = types.SimpleNamespace(get_torch_device=lambda: CARD)
-        free = ForgeFree(memory, lambda finding: finding and told.append(finding.rule))
+        rule_log = types.SimpleNamespace(tell=lambda finding: finding and told.append(finding.rule))
+        free = ForgeFree(memory, rule_log)
         free.nvml = driver
         return free
 

@@ -712,7 +712,7 @@ def test_after_a_crash_in_unloading_as_much_leaves_as_ram_is_fast_for(scene):
     denoiser = flux(scene, 20)
     scene.load(denoiser)
     whole = bytes_on_card(denoiser.model)
-    scene.guard.cautions._planned = lambda model: {Precaution.PARTIAL_UNLOAD}
+    scene.guard.precautions.planned = lambda model: {Precaution.PARTIAL_UNLOAD}
     scene.guard.preflight.fast_bytes = lambda: 5_000
     scene.memory.free_memory(TOTAL, CARD)
     assert scene.is_loaded(denoiser)
@@ -725,10 +725,10 @@ def test_after_a_crash_in_unloading_as_much_leaves_as_ram_is_fast_for(scene):
 
 def test_an_engine_tells_the_journal_what_it_is_about_to_do(scene):
     told = []
-    scene.guard.journal.work = lambda phase, ram_bytes: told.append((phase, ram_bytes)) or contextlib.nullcontext()
+    scene.guard.journal.phase = lambda phase, plan: told.append((phase, plan)) or contextlib.nullcontext()
     denoiser = flux(scene, 5)
     with scene.guard.control._state(denoiser.lora_loader).engine.watch(Phase.MERGE, 7):
-        assert told == [(Phase.MERGE, 7)]
+        assert told == [(Phase.MERGE, {"ram": 7})]
 
 
 # -- what a model is asked

@@ -14,17 +14,17 @@ from support.fake_card import CARD, RAM, Denoiser, FakeMemory, JointTextEncoder,
 
 from lib_lora_guard.hosts.forge.api import probe
 from lib_lora_guard.hosts.forge.phases import (
-    Journal,
     decoding_plan,
     encoding_plan,
     reading_plan,
     text_encoder_plan,
 )
 from lib_lora_guard.hosts.forge.takeover import ForgeTakeover
-from lib_lora_guard.hosts.hooks import HookSet
 from lib_lora_guard.recorder.crash import last_crash
 from lib_lora_guard.recorder.crash_report import crash_report
 from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
+from lib_lora_guard.runtime.hooks import HookSet
+from lib_lora_guard.runtime.journal import Journal
 
 ROOT = Path(__file__).parents[3]
 DOUBLE = ROOT / "tests" / "forge_double"
@@ -61,7 +61,7 @@ def test_a_phase_of_the_host_has_the_plan_of_its_arguments(journal):
     def plan(host, size, name="x"):
         return None if name == "small" else {"ram": 10 // size}
 
-    journal.lay_around(hooks, Host, "work", Phase.SAVE, plan)
+    hooks.add(Host, "work", journal.around(Phase.SAVE, plan))
     host = Host()
     assert host.work(5) is Phase.SAVE
     assert host.work(5, name="small") is None, "None: this call is no such phase"
@@ -123,10 +123,9 @@ def scene():
     machine = Machine(24_000)
     memory = FakeMemory(machine, 1_000)
     parts = replace(probe(), memory=memory)
-    guard = ForgeTakeover(parts)
+    guard = ForgeTakeover(parts, journal=Journal(no_look, Notes()))
     guard.memory._total_bytes = lambda device: machine.total
     guard.memory.ram_room_bytes = lambda: None
-    guard.journal = Journal(no_look, Notes())
     guard.install()
 
     def patcher(kind, size):
@@ -153,7 +152,7 @@ def test_what_moves_is_told_with_what_it_takes(scene):
     assert (Phase.MOVE_TO_GPU, {"vram": 11_000}) in scene.told
 
 
-def test_steps_and_pictures_are_laid_around_with_their_plans(scene, monkeypatch):
+def test_steps_and_pictures_are_laid_around_with_their_plans(scene):
     class VAE:
         device, vae_dtype, first_stage_model = torch.device("cuda"), torch.float16, None
         decode_inner = encode_inner = lambda self, tensor: tensor
@@ -172,11 +171,14 @@ def test_steps_and_pictures_are_laid_around_with_their_plans(scene, monkeypatch)
 
     loader = SimpleNamespace(load_huggingface_component=lambda *arguments: arguments[1])
     models = SimpleNamespace(forge_loader=lambda sd, additional_state_dicts=None: loader)
-    monkeypatch.setitem(sys.modules, "backend.loader", loader)
+    modules = {
+        "backend.loader": loader,
+        "backend.patcher.vae": SimpleNamespace(VAE=VAE),
+        "backend.modules.k_model": SimpleNamespace(KModel=KModel),
+        "modules.sd_models": models,
+    }
     for _ in range(2):
-        scene.guard.install_vae_phases(SimpleNamespace(VAE=VAE))
-        scene.guard.install_estimates(SimpleNamespace(KModel=KModel))
-        scene.guard.install_reading(models)
+        scene.guard.install_loaded(modules)
     VAE().decode_inner(torch.zeros(1, 4, 8, 8))
     VAE().encode_inner(torch.zeros(1, 64, 64, 3))
     assert KModel().apply_model(torch.ones(1), 1.0) == 2

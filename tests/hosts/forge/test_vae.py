@@ -10,15 +10,16 @@ import torch
 
 from lib_lora_guard.errors import MemoryShortError
 from lib_lora_guard.hosts.forge.access import RAM_FLOOR_BYTES
-from lib_lora_guard.hosts.forge.vae import VaeRoom
-from lib_lora_guard.hosts.hooks import HookSet
+from lib_lora_guard.hosts.forge.vae import ForgeVae
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.planning import activations
 from lib_lora_guard.planning.host_memory import Latent
 from lib_lora_guard.recorder.crash_report import Precaution, avoid
 from lib_lora_guard.recorder.flight_recorder import Phase
-from lib_lora_guard.runtime.precautions import Cautions
+from lib_lora_guard.runtime.hooks import HookSet
+from lib_lora_guard.runtime.precautions import Precautions
 from lib_lora_guard.runtime.preflight import Preflight
+from lib_lora_guard.runtime.vae_room import VaeRoom
 
 MB, GB = 1 << 20, 1 << 30
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
@@ -86,7 +87,7 @@ class Scene:
         self.dropped, self.told = 0, []
         self.ram = Ram(fast, alive)
         self.calls = calls = []
-        cautions = Cautions(lambda model: planned)
+        cautions = Precautions(lambda model: planned)
 
         class VAE:
             """Of Forge: in tiles where its switch says so, else the whole picture; `fails` is raised by what runs whole."""
@@ -114,10 +115,11 @@ class Scene:
         self.VAE, self.vae = VAE, VAE()
         self.vae.device = device
         preflight = Preflight(lambda: self.ram, self.drop, self.told.append, cautions)
-        self.room = VaeRoom(memory, preflight, cautions)
+        self.room = ForgeVae(memory, VaeRoom(preflight), cautions)
         self.room._spills = True
         hooks = HookSet()
-        self.room.stand_in(hooks, VAE)
+        hooks.add(VAE, "decode_inner", self.room.decode_inner)
+        hooks.add(VAE, "encode_inner", self.room.encode_inner)
 
     def drop(self):
         self.ram.fast += self.dropped
@@ -182,7 +184,7 @@ def test_weights_that_are_not_on_the_card_yet_count():
 def test_a_decode_on_the_card_drops_no_prompts():
     """With little free RAM every picture would cost its successor an encoded prompt, for 36 MB."""
     scene, drops = Scene(fast=0, alive=20 << 30), []
-    scene.room._preflight._drop_caches = lambda: drops.append(1) or (8 << 20)
+    scene.room._room._preflight._drop_caches = lambda: drops.append(1) or (8 << 20)
     for _ in range(3):
         scene.decode()
     assert not drops

@@ -8,8 +8,9 @@ import pytest
 import torch
 from support.make import host_value, rand
 
-from lib_lora_guard.hosts.hooks import HookSet
-from lib_lora_guard.hosts.webui.conditioning import Conditioning, PromptMemory
+from lib_lora_guard.hosts.webui.conditioning import Conditioning
+from lib_lora_guard.runtime.hooks import HookSet
+from lib_lora_guard.runtime.prompt_cache import PromptMemory
 
 Scheduled = namedtuple("Scheduled", ["end_at_step", "cond"])
 
@@ -92,7 +93,7 @@ class World:
 
     @property
     def memory(self):
-        return self.conditioning._memories[self.model]
+        return self.conditioning._cache.of(self.model)
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_another_model_has_a_memory_of_its_own_and_takes_it_along(world):
     assert world.encoded == ["a", "b", "a"]
     del old
     gc.collect()
-    assert len(world.conditioning._memories) == 1
+    assert len(world.conditioning._cache._memories) == 1
 
 
 def test_hires_and_negative_prompts_do_not_answer_for_each_other(world):

@@ -7,9 +7,10 @@ import pytest
 
 from lib_lora_guard import settings
 from lib_lora_guard.errors import HostError
-from lib_lora_guard.hosts.forge import takeover as forge
-from lib_lora_guard.hosts.webui.options import GuardOptions, mode_of
+from lib_lora_guard.hosts.webui.options import GuardOptions
 from lib_lora_guard.reporting import log as reporting_log
+from lib_lora_guard.runtime import installed
+from lib_lora_guard.runtime.live_settings import LiveSettings, mode_of
 from lib_lora_guard.settings import Language, LoraMode, Settings
 
 
@@ -17,15 +18,20 @@ class Takeover:
     """What the options reach for, and nothing else."""
 
     def __init__(self):
-        self.control = type("Control", (), {})()
-        self.files = type("Files", (), {"trim": lambda self: None})()
+        self.settings, self.misfits = LiveSettings(), []
+
+    def settings_changed(self):
+        pass
+
+    def install_in_webui(self):
+        return self.misfits
 
 
 class Guard:
-    """In the place of the module `forge`."""
+    """In the place of `runtime.installed`."""
 
     def __init__(self):
-        self.takeover, self.calls = Takeover(), []
+        self.takeover, self.calls, self.misfits = Takeover(), [], []
 
     def installed(self):
         return self.takeover
@@ -33,10 +39,8 @@ class Guard:
     def install(self):
         self.calls.append("install")
         self.takeover = Takeover()
-
-    def install_in_webui(self):
-        self.calls.append("in webui")
-        return []
+        self.takeover.misfits = self.misfits
+        return self.takeover
 
     def uninstall(self):
         self.calls.append("uninstall")
@@ -46,8 +50,8 @@ class Guard:
 @pytest.fixture
 def guard(monkeypatch):
     guard = Guard()
-    for name in ("installed", "install", "install_in_webui", "uninstall"):
-        monkeypatch.setattr(forge, name, getattr(guard, name))
+    for name in ("installed", "install", "uninstall"):
+        monkeypatch.setattr(installed, name, getattr(guard, name))
     yield guard
     reporting_log.set_up("info")
 
@@ -114,11 +118,11 @@ def test_the_wish_of_forges_dropdown_counts_where_our_setting_leaves_it_open(own
 def test_the_takeover_asks_the_options_each_time(guard):
     options = {}
     GuardOptions(options, threading.Lock()).apply()
-    control, files = guard.takeover.control, guard.takeover.files
-    assert (control.mode(), files.is_host_reading(), files.kept_files()) == (LoraMode.AUTOMATIC, False, 0)
+    live = guard.takeover.settings
+    assert (live.mode(), live.is_host_reading(), live.kept_files()) == (LoraMode.AUTOMATIC, False, 0)
     options |= {"lora_guard_mode": "Forge's own", "lora_in_memory_limit": 3}
-    assert (control.mode(), files.is_host_reading(), files.kept_files()) == (LoraMode.OWN, True, 3)
-    assert files.kept_bytes == 1024 << 20
+    assert (live.mode(), live.is_host_reading(), live.kept_files()) == (LoraMode.OWN, True, 3)
+    assert live.kept_files_bytes() == 1024 << 20
 
 
 def test_the_level_on_the_command_line_wins(guard):
@@ -137,16 +141,16 @@ def test_switched_off_and_on_while_nothing_runs(guard):
     assert guard.calls == ["uninstall"]
     options["lora_guard_enable"] = True
     guard_options.apply()
-    assert guard.calls == ["uninstall", "install", "in webui"]
-    assert guard.takeover.control.mode() is LoraMode.AUTOMATIC
+    assert guard.calls == ["uninstall", "install"]
+    assert guard.takeover.settings.mode() is LoraMode.AUTOMATIC
     assert not lock.locked()
 
 
-def test_what_does_not_fit_is_said_when_it_is_switched_on_late_too(guard, monkeypatch, caplog):
+def test_what_does_not_fit_is_said_when_it_is_switched_on_late_too(guard, caplog):
     options = {"lora_guard_enable": False}
     guard_options = GuardOptions(options, threading.Lock())
     guard_options.apply()
-    monkeypatch.setattr(forge, "install_in_webui", lambda: [HostError("networks.foo is missing")])
+    guard.misfits.append(HostError("networks.foo is missing"))
     options["lora_guard_enable"] = True
     guard_options.apply()
     assert any("networks.foo is missing" in r.getMessage() for r in caplog.records if r.levelname == "WARNING")
@@ -177,7 +181,7 @@ def test_a_switch_that_fails_is_told_and_gives_the_lock_back(guard, monkeypatch,
     def broken():
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(forge, "uninstall", broken)
+    monkeypatch.setattr(installed, "uninstall", broken)
     lock = threading.Lock()
     GuardOptions({"lora_guard_enable": False}, lock).apply()
     assert not lock.locked()

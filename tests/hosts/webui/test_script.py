@@ -5,9 +5,11 @@ import types
 
 import pytest
 
-from lib_lora_guard.hosts.forge import takeover as forge
+from lib_lora_guard.hosts.forge.takeover import ForgeTakeover
 from lib_lora_guard.planning.mode import Choice, Mode
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
+from lib_lora_guard.runtime import installed
+from lib_lora_guard.runtime.live_settings import LiveSettings
 from lib_lora_guard.settings import LoraMode
 
 
@@ -51,15 +53,14 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
         id(unet): report(applied("a.safetensors", 300, 4), LoraReport("bad.safetensors", 1.0, refused="broken")),
         id(text): report(applied("a.safetensors", 72)),
     }
-    control = types.SimpleNamespace(
+    takeover = object.__new__(ForgeTakeover)
+    takeover.settings = LiveSettings({"lora_guard_mode": LoraMode.FP16.value})
+    takeover.control = types.SimpleNamespace(
         report=lambda loader: reports.get(id(loader)),
-        mode=lambda: LoraMode.FP16,
         is_last_stack=lambda patcher: patcher.encodes_this_prompt,
     )
-    takeover = types.SimpleNamespace(
-        control=control, files=types.SimpleNamespace(left_out={"other.safetensors": "why"}, missing={"gone": "why"})
-    )
-    monkeypatch.setattr(forge, "installed", lambda: takeover)
+    takeover.files = types.SimpleNamespace(left_out={"other.safetensors": "why"}, missing={"gone": "why"})
+    monkeypatch.setattr(installed, "installed", lambda: takeover)
     clip = types.SimpleNamespace(patcher=types.SimpleNamespace(lora_loader=text, encodes_this_prompt=True))
     p = image(types.SimpleNamespace(unet=types.SimpleNamespace(lora_loader=unet), clip=clip))
     guard_script = script.LoraGuardScript()
@@ -76,7 +77,7 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
     assert p.extra_generation_params == {}, "the next image of the batch has no LoRA"
     reports[id(unet)] = report(applied("a.safetensors", 300))
     assert guard_script.show(False) is script.scripts.AlwaysVisible
-    monkeypatch.setattr(forge, "installed", lambda: None)
+    monkeypatch.setattr(installed, "installed", lambda: None)
     p = image(None)
     guard_script.postprocess_batch(p)
     assert p.extra_generation_params == {}, "switched off it says nothing"

@@ -7,6 +7,7 @@ import pytest
 
 from lib_lora_guard.hosts.webui.unload import UnloadRequests
 from lib_lora_guard.memory.rules import Finding
+from lib_lora_guard.runtime.rule_log import RuleLog
 
 
 class Processing(SimpleNamespace):
@@ -145,13 +146,9 @@ def test_arguments_and_result_pass_through(scene):
 
 
 def test_it_is_said_once_while_it_stays_the_same(caplog):
-    """With ForgeMemory's own way of telling."""
-    from lib_lora_guard.hosts.forge.memory import ForgeMemory
-
-    memory = SimpleNamespace(load_models_gpu=lambda models: None, free_memory=lambda memory_required, device: None)
     caplog.set_level(logging.INFO, logger="lib_lora_guard")
     processing = Processing()
-    requests = UnloadRequests(processing, lambda: 1, ForgeMemory(memory, None).tell)
+    requests = UnloadRequests(processing, lambda: 1, RuleLog().tell)
     for _ in range(4):
         processing.need_global_unload = True
         requests.before_image(processing.manage_model_and_prompt_cache, None)

@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from lib_lora_guard.hosts.hooks import HookSet
+from lib_lora_guard.runtime.hooks import HookSet
 
 
 def make_owner():

@@ -1,0 +1,94 @@
+"""Makes the parts of the takeover of Forge, each from those before it. Replaces nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+
+from ...recorder.crash_report import Precaution
+from ...runtime.advice import Advice
+from ...runtime.journal import Journal
+from ...runtime.live_settings import LiveSettings
+from ...runtime.machine import Machine
+from ...runtime.precautions import Precautions
+from ...runtime.preflight import Preflight
+from ...runtime.rule_log import RuleLog
+from ...runtime.step_timer import StepTimer
+from ...runtime.vae_room import VaeRoom
+from ..webui.lora_files import LoraFiles
+from ..webui.takeover import WebTakeover
+from .api import ForgeApi
+from .calibration import ForgeCalibration
+from .checkpoint_reading import CheckpointReading
+from .facts import about_model
+from .handover import Placement
+from .load_models import Loading
+from .lora_loader import LoaderControl
+from .memory import ForgeMemory
+from .residency import Residency
+from .vae import ForgeVae
+
+
+class ForgeParts:
+    def __init__(self, api: ForgeApi, settings: LiveSettings, machine: Machine, journal: Journal) -> None:
+        """
+        Args:
+            api: Forge.
+            settings: the user's.
+            machine: reads the memory.
+            journal: of the process.
+        """
+        self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
+        self.rule_log = RuleLog()
+        self.precautions = Precautions(self._planned)
+        self.control = LoaderControl(api, settings, self._planned, journal.work)
+        self.files = LoraFiles(settings, self.control.unpatched_shapes)
+        self.advice = Advice(api.memory, self.control.reports)
+        self.web = WebTakeover(
+            settings, self.files, self.control, journal, self.rule_log, self.advice, self._memory_settings
+        )
+        self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
+        self.reading = CheckpointReading(self.preflight, self.advice.for_files)
+        self.residency = Residency(self.control.merged_layers)
+        self.placement = Placement(api, self.residency.away_bytes)
+        self.steps = StepTimer(api.memory, journal, self.control.stack_of)
+        self.calibration = ForgeCalibration(api.memory)
+        self.memory = ForgeMemory(
+            api.memory,
+            self.residency,
+            self.rule_log,
+            self.calibration,
+            take_back=self.placement.take_back,
+            ram_room_bytes=self.preflight.room_bytes,
+            leaving=self.preflight.leaving,
+        )
+        self.loading = Loading(
+            api,
+            self.control,
+            self.files,
+            self.memory,
+            self.placement,
+            self.preflight,
+            self.calibration,
+            self.rule_log,
+            journal,
+        )
+        self.vae = ForgeVae(api.memory, VaeRoom(self.preflight), self.precautions)
+
+    def drop_caches(self) -> int:
+        """Gives back what is kept in RAM for speed alone; returns the bytes."""
+        return self.web.prompts.forget() + self.files.drop_unused()
+
+    def _planned(self, model: torch.nn.Module | None) -> frozenset[Precaution]:
+        return self.journal.precautions(about_model(model))
+
+    def _memory_settings(self, modules: Mapping[str, ModuleType]) -> object:
+        memory, stream = self.api.memory, modules.get("backend.stream")
+        return (
+            getattr(memory, "current_inference_memory", None),
+            getattr(memory, "PIN_SHARED_MEMORY", None),
+            getattr(stream, "stream_activated", None),
+            str(modules["modules.sd_models"].model_data.forge_loading_parameters),
+        )

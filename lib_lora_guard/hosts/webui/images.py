@@ -1,0 +1,61 @@
+"""Stands around the making of a request's images: says what would help after one that ended for lack of memory.
+
+Sources: `modules/processing.py` (`process_images_inner`, called once for each request).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Concatenate
+
+from ...errors import LayerError
+from ...memory.out_of_memory import is_out_of_memory
+from ...messages import Joined, say
+from ...runtime.advice import Advice
+from ...runtime.hooks import P, R, Row
+from .types import Processing
+
+log = logging.getLogger(__name__)
+
+PASSES = 2
+"""Forge asks for the prompt and the negative prompt of each image in one call."""
+
+
+class Images:
+    def __init__(self, advice: Advice) -> None:
+        self._advice = advice
+
+    def process_images_inner(
+        self, original: Callable[Concatenate[Processing, P], R], p: Processing, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Stands in place of `process_images_inner`. The error goes on as it is."""
+        try:
+            return original(p, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, LayerError) or is_out_of_memory(error):
+                self._say_what_helps(p)
+            raise
+
+    def _say_what_helps(self, p: Processing) -> None:
+        try:
+            patcher = p.sd_model.forge_objects.unet
+            is_second = getattr(p, "is_hr_pass", False)
+            size = (p.hr_upscale_to_x, p.hr_upscale_to_y) if is_second else (p.width, p.height)
+            rows = PASSES * int(getattr(p, "batch_size", 1))
+
+            def needs(width: int, height: int) -> int:
+                return int(patcher.memory_required([rows, 4, height // 8, width // 8]))
+
+            said = self._advice.for_image(patcher.model, patcher.load_device, needs, size)
+        except Exception:
+            # The image's own error is what counts.
+            log.debug("no advice", exc_info=True)
+            return
+        if said:
+            say(log, logging.WARNING, "preflight.helps", advice=Joined(said, "list.semicolon"))
+
+
+ROWS: tuple[Row[Images], ...] = (
+    Row("modules.processing", "process_images_inner", lambda images: (images.process_images_inner,), is_needed=False),
+)

@@ -1,0 +1,114 @@
+"""Replaces what the hosts of the A1111 family have in common: how prompts, LoRA tags and requests are worked off.
+
+A WebUI loads these modules long after preload.py has run, and loads some of them again at "Reload UI".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+from ...errors import HostError
+from ...recorder.flight_recorder import Phase
+from ...runtime.advice import Advice
+from ...runtime.hooks import HookSet, lay
+from ...runtime.journal import Journal
+from ...runtime.live_settings import LiveSettings
+from ...runtime.prompt_cache import PromptCache
+from ...runtime.rule_log import RuleLog
+from . import conditioning, images, networks, schedules, unload
+from .lora_files import LoraFiles
+from .probe import check_networks, check_processing
+from .types import Stack
+
+log = logging.getLogger(__name__)
+
+HOOKS = (*networks.ROWS, *schedules.ROWS, *conditioning.ROWS, *images.ROWS, *unload.ROWS)
+"""Every function of the WebUI that is replaced."""
+
+
+class WebTakeover:
+    """One part after the other: where one does not fit, the others work without it."""
+
+    def __init__(
+        self,
+        settings: LiveSettings,
+        files: LoraFiles,
+        stack: Stack,
+        journal: Journal,
+        rule_log: RuleLog,
+        advice: Advice,
+        memory_settings: Callable[[Mapping[str, ModuleType]], object],
+    ) -> None:
+        """
+        Args:
+            settings: the user's.
+            files: reads LoRA files.
+            stack: the host's stacks of LoRAs.
+            journal: of the process.
+            rule_log: of the takeover.
+            advice: for images that end.
+            memory_settings: returns everything that decides how models are loaded and placed, as one value to compare.
+        """
+        self._settings, self._files, self._stack, self._journal = settings, files, stack, journal
+        self._rule_log, self._images, self._memory_settings = rule_log, images.Images(advice), memory_settings
+        self.prompts = PromptCache()
+        self.schedules = schedules.Schedules(stack)
+
+    def install(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> list[HostError]:
+        """Replaces what of the WebUI is loaded and not replaced yet.
+
+        Args:
+            hooks: gets the hooks that were laid.
+            modules: the loaded modules by name.
+
+        Returns:
+            What does not fit.
+        """
+        misfits = []
+        for install in (self._install_files, self._install_schedules, self._install_conditioning):
+            try:
+                install(hooks, modules)
+            except HostError as error:
+                misfits.append(error)
+        processing, sd_models = modules.get("modules.processing"), modules.get("modules.sd_models")
+        if processing is not None and sd_models is not None:
+            requests = unload.UnloadRequests(processing, lambda: self._memory_settings(modules), self._rule_log.tell)
+            lay(unload.ROWS, requests, modules, hooks)
+            lay(images.ROWS, self._images, modules, hooks)
+        return misfits
+
+    def uninstall(self) -> None:
+        """Gives running strengths back."""
+        self.schedules.forget()
+
+    def _install_files(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
+        """Takes over how the WebUI's LoRA extension reads files."""
+        if "networks" not in modules:
+            log.debug("the host's LoRA extension is not loaded; LoRA files stay with whatever reads them")
+            return
+        check_networks(modules["networks"])
+        stack = networks.LoraStack(modules["networks"], self._files, self._stack.require_all_refreshes)
+        lay(networks.ROWS, stack, modules, hooks)
+
+    def _install_schedules(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
+        """Lets strengths change over the steps."""
+        if "networks" in modules and "extra_networks_lora" in modules:
+            host = schedules.probe()
+            lay(schedules.ROWS, self.schedules, modules, hooks)
+            self.schedules.install(host)
+
+    def _install_conditioning(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
+        """Lets the host encode a prompt anew only where something that the text encoder sees has changed."""
+        if "modules.processing" not in modules:
+            return
+        check_processing(modules["modules.processing"])
+        conditions = conditioning.Conditioning(
+            modules["modules.shared"],
+            lambda: (self._settings.mode(), self._settings.as_trained),
+            self._stack.has_applied,
+            lambda: self._journal.phase(Phase.ENCODE_PROMPT),
+            self.prompts,
+        )
+        lay(conditioning.ROWS, conditions, modules, hooks)

@@ -1,0 +1,52 @@
+"""The objects of a WebUI that the guard works with, as far as it uses them.
+
+Sources: `modules/processing.py` and `modules/sd_models.py` of the A1111 family; the `forge_objects` of Forge and its successors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class DenoiserPatcher(Protocol):
+    """The image model with the stack of LoRAs that it shall have."""
+
+    model: torch.nn.Module
+    load_device: torch.device
+
+    def memory_required(self, input_shape: Sequence[int]) -> float: ...
+
+
+class ForgeObjects(Protocol):
+    """The parts of the loaded checkpoint."""
+
+    unet: DenoiserPatcher
+
+
+class SdModel(Protocol):
+    """The loaded checkpoint."""
+
+    forge_objects: ForgeObjects
+
+
+class Processing(Protocol):
+    """One request for images. Sizes in pixels."""
+
+    sd_model: SdModel
+    width: int
+    height: int
+    batch_size: int
+    hr_upscale_to_x: int
+    hr_upscale_to_y: int
+    is_hr_pass: bool
+
+
+class Stack(Protocol):
+    """The host's stacks of LoRAs, one a model, as the WebUI's parts see them."""
+
+    def has_applied(self, patcher: Any) -> bool: ...
+    def require_all_refreshes(self) -> None: ...
+    def was_left_to_host(self, loader: Any) -> bool: ...

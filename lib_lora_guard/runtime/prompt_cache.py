@@ -1,0 +1,126 @@
+"""Remembers encoded prompts, so that a prompt of before is not encoded again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..units import MB
+
+log = logging.getLogger(__name__)
+
+REMEMBERED_BYTES = 128 * MB
+"""RAM for encoded prompts: some 30 of Flux (4 MB each), 200 of SDXL."""
+
+
+class PromptCache:
+    """The encoded prompts of every model that lives."""
+
+    def __init__(self) -> None:
+        self._memories: weakref.WeakKeyDictionary[Any, PromptMemory] = weakref.WeakKeyDictionary()
+
+    def of(self, model: Any) -> PromptMemory:
+        """Returns the prompts of one model; models are compared by identity and held weakly."""
+        return self._memories.setdefault(model, PromptMemory())
+
+    def forget(self) -> int:
+        """Gives back everything; returns the bytes."""
+        memories = list(self._memories.values())
+        size = sum(memory.bytes for memory in memories)
+        for memory in memories:
+            memory.clear()
+        return size
+
+
+class PromptMemory:
+    """Encoded prompts of one model, those used longest ago leave first. Kept in RAM wherever they were made."""
+
+    def __init__(self, limit_bytes: int = REMEMBERED_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._known: list[tuple[Any, _Kept]] = []
+
+    def find(self, key: Any) -> tuple[Any, Any] | None:
+        """The conditioning and its infotext entries as they were made, on the same devices."""
+        # Keys hold lists and settings of the host, which cannot be hashed; a handful is compared quickly.
+        for place, (known, kept) in enumerate(self._known):
+            if known == key:
+                self._known.append(self._known.pop(place))
+                return kept.restored(), copy.copy(kept.infotext)
+        return None
+
+    def keep(self, key: Any, conds: Any, infotext: Any) -> None:
+        """Forgets what no longer fits. What is not built of known parts is not kept."""
+        try:
+            kept = _Kept(conds, infotext)
+        except _UnknownPartError as error:
+            log.debug("conditioning is not remembered: %s", error)
+            return
+        self._known = [(known, one) for known, one in self._known if known != key]
+        if kept.bytes > self._limit_bytes:
+            return
+        self._known.append((key, kept))
+        while sum(one.bytes for _, one in self._known) > self._limit_bytes:
+            self._known.pop(0)
+
+    def clear(self) -> None:
+        self._known.clear()
+
+    @property
+    def bytes(self) -> int:
+        return sum(kept.bytes for _, kept in self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+class _UnknownPartError(TypeError):
+    """Something in a conditioning that is neither a tensor nor built of what Forge builds one of."""
+
+
+class _Kept:
+    def __init__(self, conds: Any, infotext: Any) -> None:
+        self.bytes = 0
+        self._devices: dict[int, torch.device] = {}
+        self._conds = _mapped(conds, self._to_ram, {})
+        self.infotext = copy.copy(infotext)
+
+    def restored(self) -> Any:
+        # A copy each time: whoever uses a conditioning may write into it.
+        return _mapped(self._conds, lambda t: t.to(self._devices[id(t)], copy=True), {})
+
+    def _to_ram(self, tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor.detach().to("cpu", copy=True)
+        self._devices[id(kept)] = tensor.device
+        self.bytes += kept.numel() * kept.element_size()
+        return kept
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], done: dict[int, Any]) -> Any:
+    """`value` with every tensor changed; what occurs twice (the images of a batch) stays one object."""
+    if id(value) in done:
+        return done[id(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    new: Any
+    if isinstance(value, torch.Tensor):
+        new = change(value)
+    elif isinstance(value, dict):
+        new = copy.copy(value)
+        new.update({k: _mapped(v, change, done) for k, v in value.items()})
+    elif isinstance(value, tuple):
+        parts = [_mapped(v, change, done) for v in value]
+        new = type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    elif type(value) is list:
+        new = [_mapped(v, change, done) for v in value]
+    elif type(value).__module__.endswith("prompt_parser"):
+        new = copy.copy(value)
+        vars(new).update({k: _mapped(v, change, done) for k, v in vars(value).items()})
+    else:
+        raise _UnknownPartError(f"{type(value).__module__}.{type(value).__name__}")
+    done[id(value)] = new
+    return new

@@ -1,0 +1,50 @@
+"""What the memory rules have changed is logged once while it stays the same."""
+
+import logging
+
+import pytest
+
+from lib_lora_guard.memory.rules import Finding
+from lib_lora_guard.messages import Message
+from lib_lora_guard.runtime.rule_log import RuleLog
+
+
+@pytest.fixture
+def logged(caplog):
+    caplog.set_level(logging.INFO, logger="lib_lora_guard")
+    return lambda: [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def negative(megabytes, rule="LG-R03"):
+    return Finding(rule, Message("rule.negative", {"asked_mb": megabytes}))
+
+
+def test_a_finding_is_logged_once_while_it_stays_the_same(logged):
+    rules = RuleLog()
+    for _ in range(3):
+        rules.tell(negative(-5))
+    assert len(logged()) == 1
+    rules.tell(negative(-6))
+    rules.tell(negative(-5))
+    assert len(logged()) == 3, "the number has changed twice"
+
+
+def test_each_rule_is_remembered_apart(logged):
+    rules = RuleLog()
+    for _ in range(2):
+        rules.tell(negative(-5))
+        rules.tell(negative(-5, rule="LG-R02"))
+    assert [line.split(":")[0] for _, line in logged()] == ["LG-R03", "LG-R02"]
+
+
+def test_a_rule_that_changed_nothing_is_not_logged(logged):
+    RuleLog().tell(None)
+    assert logged() == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "level"), [("LG-R01", "INFO"), ("LG-R03", "WARNING"), ("LG-R05", "INFO"), ("LG-R06", "INFO")]
+)
+def test_what_usual_settings_lead_to_is_information(logged, rule, level):
+    RuleLog().tell(negative(-5, rule=rule))
+    assert [found for found, _ in logged()] == [level]
