@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lib_lora_guard"
-FORGE = {"backend", "modules", "modules_forge", "networks", "packages_3rdparty"}
-GROUND = {"messages", "errors", "version"}
+HOSTS = {"backend", "modules", "modules_forge", "networks", "packages_3rdparty"}
+GROUND = {"messages", "errors", "version", "units", "settings"}
 """Free to all."""
-PURE = {
+BELOW = {
     "messages": set(),
     "files": set(),
     "memory": set(),
@@ -25,43 +25,79 @@ PURE = {
     "replay": {"weights", "planning"},
 }
 """What each pure package may import beside itself and the ground."""
+PURE = {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting", "patching"}
+ABOVE = {
+    "runtime": {*PURE, "ui"},
+    "hosts/probing.py": set(),
+    "hosts/recognise.py": {"files", "reporting", "hosts/probing.py"},
+    "hosts/webui": {*PURE, "ui", "runtime", "hosts/probing.py"},
+    "hosts/forge": {*PURE, "ui", "runtime", "hosts/webui", "hosts/probing.py"},
+    "hosts/plain": {*PURE, "runtime"},
+}
+"""The same for what works inside a host. A host imports downwards only; `hosts/start.py` chooses the host."""
 
 
-def imported(file):
-    """`(top-level module, package inside lib_lora_guard or None)` of every import in a file."""
+def imports(file):
+    """`(top-level module, file or folder inside lib_lora_guard or None)` of every import in a file."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module.split(".")[0], None
         elif isinstance(node, ast.ImportFrom):
-            where = file.relative_to(PACKAGE.parent).parts[: -node.level]
-            target = (*where, *(node.module or "").split(".")) if node.module else where
-            yield "lib_lora_guard", target[1] if len(target) > 1 else None
+            folder = file.parents[node.level - 1]
+            target = folder.joinpath(*(node.module or "").split("."))
+            for alias in node.names:
+                yield "lib_lora_guard", next(path for path in modules(target, alias.name) if path.exists())
+
+
+def modules(target, name):
+    return target / f"{name}.py", target / name / "__init__.py", target.with_suffix(".py"), target / "__init__.py"
 
 
 def place_of(file):
     return file.relative_to(PACKAGE).parts[0]
 
 
-def test_only_hosts_import_forge_and_only_ui_imports_gradio():
-    strays = []
+def package_of(file):
+    """"models", "hosts/forge", "hosts/start.py"."""
+    parts = file.relative_to(PACKAGE).parts
+    return "/".join(parts[:2]) if parts[0] == "hosts" else parts[0].removesuffix(".py")
+
+
+def strays(package, below):
+    folder = PACKAGE / package
+    for file in [folder] if folder.suffix else sorted(folder.rglob("*.py")):
+        inside = {package_of(path) for top, path in imports(file) if path is not None} - {package, "__init__"}
+        yield from (f"{file.relative_to(PACKAGE)} imports {sub}" for sub in sorted(inside - below - GROUND))
+
+
+def test_only_hosts_import_a_host_and_only_ui_imports_gradio():
+    found = []
     for file in sorted(PACKAGE.rglob("*.py")):
-        tops = {top for top, _ in imported(file)}
-        forbidden = (set() if place_of(file) == "hosts" else FORGE) | (set() if place_of(file) == "ui" else {"gradio"})
-        strays += [f"{file.relative_to(PACKAGE)} imports {top}" for top in sorted(tops & forbidden)]
-    assert strays == []
+        tops = {top for top, _ in imports(file)}
+        forbidden = (set() if place_of(file) == "hosts" else HOSTS) | (set() if place_of(file) == "ui" else {"gradio"})
+        found += [f"{file.relative_to(PACKAGE)} imports {top}" for top in sorted(tops & forbidden)]
+    assert found == []
 
 
 def test_pure_packages_import_only_what_lies_below_them():
-    strays = []
-    for package, below in PURE.items():
-        for file in sorted((PACKAGE / package).rglob("*.py")):
-            inside = {sub for top, sub in imported(file) if top == "lib_lora_guard" and sub is not None}
-            strays += [
-                f"{file.relative_to(PACKAGE)} imports {sub}" for sub in sorted(inside - below - GROUND - {package})
-            ]
-    assert strays == []
+    assert [line for package, below in BELOW.items() for line in strays(package, below)] == []
+
+
+def test_runtime_imports_no_host_webui_no_other_host_and_a_host_only_what_lies_below_it():
+    assert [line for package, below in ABOVE.items() for line in strays(package, below)] == []
+
+
+def test_no_file_imports_in_a_circle():
+    graph = {
+        file: {path for _, path in imports(file) if path is not None and path != file}
+        for file in sorted(PACKAGE.rglob("*.py"))
+    }
+    while leaves := [file for file, below in graph.items() if not below & graph.keys()]:
+        for file in leaves:
+            del graph[file]
+    assert [str(file.relative_to(PACKAGE)) for file in graph] == []
 
 
 def test_importing_the_package_loads_neither_torch_nor_a_host():

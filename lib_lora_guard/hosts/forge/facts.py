@@ -22,7 +22,7 @@ def is_a(thing: object, module: str, name: str) -> bool:
     return any((kind.__module__, kind.__name__) == (module, name) for kind in type(thing).__mro__)
 
 
-def storage_name(model: torch.nn.Module) -> str:
+def storage_name(model: torch.nn.Module | None) -> str:
     """Returns the storage of a model's weights ("bf16", "nf4", "gguf"); empty where Forge does not say."""
     kept: str | torch.dtype = getattr(model, "storage_dtype", "")
     return kept if isinstance(kept, str) else dtype_name(kept)
@@ -35,5 +35,7 @@ def about_model(model: torch.nn.Module | None) -> ModelFacts:
 
 def about_patcher(patcher: Patcher) -> ModelFacts:
     """Describes a patcher's model and its LoRAs for the journal."""
+    # Another extension may hand over a patcher of its own that has neither.
+    model = getattr(patcher, "model", None)
     loras = tuple(describe(identifier)[0] for identifier in getattr(patcher, "lora_patches", None) or {})
-    return ModelFacts(type(patcher.model).__name__, storage_name(patcher.model), loras)
+    return ModelFacts(type(model).__name__, storage_name(model), loras)
