@@ -82,13 +82,6 @@ class MemorySnapshot:
                 yield field.name, value
 
     @property
-    def driver_disagreement_bytes(self) -> int | None:
-        """How much more the driver says is free than NVML (negative: less). None where one of them is missing."""
-        if self.vram_free.bytes is None or self.vram_free_nvml.bytes is None:
-            return None
-        return self.vram_free.bytes - self.vram_free_nvml.bytes
-
-    @property
     def usable_vram_bytes(self) -> int | None:
         """Bytes that can still be allocated on the device: free, or held by torch without being used."""
         return usable_vram_bytes(

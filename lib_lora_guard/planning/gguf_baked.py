@@ -33,10 +33,6 @@ FORGE_BLOCKS: Mapping[str, Blocks] = MappingProxyType({
 tensors; Forge treats other types as plain bytes.
 """
 
-BAKING_TEMPORARY = 3.9
-"""Times a tensor's bytes in the file: what baking it takes beside it for a moment, the new tensor included. 145 MB for the
-largest of Flux, which is less than any step takes."""
-
 
 def baked_bytes(form: str, stored_bytes: int) -> int:
     """Returns the size of `stored_bytes` of the GGUF type `form` after baking."""

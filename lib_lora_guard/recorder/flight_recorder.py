@@ -55,7 +55,6 @@ _LORAS, _NUMBERS, _DEPTH = 16, 24, 8
 class Phase(str, Enum):
     """An operation that a process may be killed in. Idle time is no phase."""
 
-    START = "start"
     LOAD_CHECKPOINT = "load_checkpoint"
     LOAD_TEXT_ENCODER = "load_text_encoder"
     MOVE_TO_GPU = "move_to_gpu"
@@ -68,7 +67,6 @@ class Phase(str, Enum):
     VAE_ENCODE = "vae_encode"
     VAE_DECODE = "vae_decode"
     UNLOAD = "unload"
-    SAVE = "save"
     OTHER = "other"
 
 

@@ -11,13 +11,16 @@ from support.make import Net
 
 from contract.host import K_WIDTH, REAL, WIDTH
 from lib_lora_guard.hosts.forge import takeover as forge
-from lib_lora_guard.planning.gguf_baked import BAKING_TEMPORARY, FORGE_BLOCKS, baked_bytes, growth_bytes
+from lib_lora_guard.planning.gguf_baked import FORGE_BLOCKS, baked_bytes, growth_bytes
 from lib_lora_guard.weights.storage import storage_of
 
 only_real = pytest.mark.skipif(not REAL, reason="the double bakes Q8_0 alone, which does not grow")
 FORMS = sorted(FORGE_BLOCKS) if REAL else ["Q8_0"]
 CPU, META = torch.device("cpu"), torch.device("meta")
 """META stands for the GPU: tensors there have sizes and no data."""
+BAKING_TEMPORARY = 3.9
+"""Memory that baking a tensor needs for a moment, the new tensor included, as a multiple of its bytes in the file. 145 MB for
+the largest of Flux: no step needs less, so the guard does not count it."""
 
 
 def size_of(parameter):

@@ -78,13 +78,6 @@ def test_usable_vram(numbers, expected):
     assert in_gb(found) == (None if expected is None else pytest.approx(expected))
 
 
-def test_how_far_driver_and_nvml_disagree():
-    assert in_gb(snapshot(vram_free=11.5, vram_free_nvml=4.5).driver_disagreement_bytes) == 7
-    assert in_gb(snapshot(vram_free=4, vram_free_nvml=5).driver_disagreement_bytes) == -1
-    assert snapshot(vram_free=4).driver_disagreement_bytes is None
-    assert snapshot(vram_free_nvml=4).driver_disagreement_bytes is None
-
-
 @pytest.mark.parametrize(
     ("numbers", "floor", "expected"),
     [
@@ -169,7 +162,8 @@ def test_budgets_are_between_nothing_and_everything(found, floor):
         assert fast <= found.ram_cgroup_room.bytes
     if alive is not None and found.system == "Linux" and found.ram_and_swap_cgroup_room.bytes is not None:
         assert alive <= found.ram_and_swap_cgroup_room.bytes
-    if usable is not None and (found.driver_disagreement_bytes or 0) > DISAGREEMENT_BYTES:
+    driver, nvml = found.vram_free.bytes, found.vram_free_nvml.bytes
+    if usable is not None and None not in (driver, nvml) and driver - nvml > DISAGREEMENT_BYTES:
         trusted = dataclasses.replace(found, vram_free=found.vram_free_nvml)
         assert usable == trusted.usable_vram_bytes
 

@@ -27,7 +27,7 @@ import sys, time
 from pathlib import Path
 from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
 recorder = FlightRecorder.open(Path(sys.argv[1]))
-with recorder.enter(Phase.START):
+with recorder.enter(Phase.ENCODE_PROMPT):
     pass
 for step in range(int(sys.argv[3])):
     with recorder.enter(Phase.SAMPLING_STEP, memory={"rss": step}):
@@ -173,7 +173,7 @@ def test_a_number_that_was_given_out_again_is_another_process(tmp_path):
 
 
 def test_of_two_processes_each_has_its_file_and_the_living_one_stays(tmp_path, recorder):
-    with recorder.enter(Phase.SAVE):
+    with recorder.enter(Phase.RESTORE):
         first, second = start(tmp_path, Phase.UNLOAD), start(tmp_path, Phase.VAE_DECODE)
         kill(first)
         assert last_crash(tmp_path).phase is Phase.UNLOAD
@@ -368,8 +368,8 @@ def test_a_second_recorder_of_one_process_starts_anew(tmp_path, recorder):
     with recorder.enter(Phase.MERGE):
         again = FlightRecorder.open(tmp_path)
         assert len(list(tmp_path.glob("*.ring"))) == 1
-        with again.enter(Phase.SAVE):
-            assert newest(tmp_path)["open"][-1][0] == "save"
+        with again.enter(Phase.RESTORE):
+            assert newest(tmp_path)["open"][-1][0] == "restore"
         again.close()
     recorder.close()
     assert list(tmp_path.iterdir()) == []
