@@ -1,4 +1,4 @@
-"""Units of memory, in bytes."""
+"""Units of memory, in bytes. They are binary, as in every program that shows VRAM and RAM: a MB is 2**20 bytes."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ MB = 1 << 20
 GB = 1 << 30
 
 FP32_BYTES = 4
-"""Of one number."""
+"""Bytes of one fp32 number."""

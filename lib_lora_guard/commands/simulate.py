@@ -14,7 +14,7 @@ from ..version import __version__
 
 SCHEMA = "lora-guard/simulate/1"
 FORGE_COMMIT = "dfdcbab6"
-"""Whose arithmetic `planning.host_memory` holds."""
+"""Whose arithmetic `replay.forge_memory` holds."""
 SENTINEL_MEANING = (
     "asks for 1e30 bytes and means: unload everything. It is no miscalculation. Forge writes \"all memory\" instead since "
     "2024-08-21."

@@ -36,7 +36,7 @@ def page(replays: tuple[Replay, ...]) -> str:
         "# Field reports, recomputed",
         f"Made by `{COMMAND}`, LoRA Guard {__version__}, from the {len(replays)} configurations in "
         f"`lib_lora_guard/replay/field_cases.py` and the memory arithmetic of Stable Diffusion WebUI Forge `{FORGE_COMMIT}` in "
-        "`lib_lora_guard/planning/host_memory.py`. Not written by hand: a test compares this page with the command.",
+        "`lib_lora_guard/replay/forge_memory.py`. Not written by hand: a test compares this page with the command.",
         summary(replays) + (f" {line}" if (line := changed(replays)) else ""),
         "A number counts as reproduced where the formula gives it to the last printed place, or within 0.02 MB where several "
         "printed numbers, each rounded, go into it. Nothing is its own proof: what goes into a formula is another line of the "

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from ..weights.storage import MB
+from ..units import MB
 
 
 @dataclass

@@ -18,9 +18,9 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from ..hosts.plain.guard import LoraGuard
+from ..units import MB
 from ..version import __version__
 from ..weights import Codec, Nf4Codec, PlainCodec, Q4_0Codec, ScaledFp8Codec, StoredLinear
-from ..weights.storage import MB
 from .measure import Measured, answers, measured, model_bits, share_present
 from .merging import MergingPatcher
 from .model import FluxShape, FluxShaped, lora_layers, random_inputs

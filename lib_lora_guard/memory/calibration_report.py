@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..messages import Message
+from ..units import MB
 from .calibration import PIXELS_OF_BUCKET, Key, Kind, correction_of
 from .calibration_file import CalibrationFile, Entry
 
-MB = 1 << 20
 _MILLION = 1_000_000
 
 

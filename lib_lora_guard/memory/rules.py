@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass
 
 from ..messages import Message
+from ..units import GB
+from ..units import MB as MB
 from .readings import trusted_free_bytes
-
-MB = 1 << 20
-GB = 1 << 30
 
 EVERYTHING_BYTES = 1e29
 """From here on a request means "unload everything". Forge requests 1e30 bytes for it, which it printed as

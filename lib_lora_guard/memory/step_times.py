@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ..messages import Message
-
-MB = 1 << 20
+from ..units import MB
 
 SLOW, VERY_SLOW = 3.0, 10.0
 """Multiples of the median. Two slow steps in a row count, or one very slow step; a single slow step does not."""

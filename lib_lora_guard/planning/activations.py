@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..units import MB
 from .host_memory import Latent, unet_estimate_bytes
 from .tokens import Picture, Tokens
 
 if TYPE_CHECKING:  # adapters need torch, and the replay does without
     from ..adapters.base import Shape
-
-MB = 1 << 20
 
 FIXED_BYTES = 10 * MB
 """Workspaces of convolutions and matrix products, at any size."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .predict import GB, MB, RAM_FLOOR_BYTES, Effect, ModelFacts, Patch, Prediction, Way
+from ..units import GB, MB
+from .limits import RAM_FLOOR_BYTES
+from .predict import Effect, ModelFacts, Patch, Prediction, Way
 
 SLIDER_MB = 64
 """Advice for "GPU Weights" is rounded up to multiples of this."""

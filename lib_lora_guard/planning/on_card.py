@@ -9,7 +9,8 @@ MB not copied.
 
 from __future__ import annotations
 
-from .host_memory import MB, swap_budget_bytes
+from ..units import MB
+from .host_memory import swap_budget_bytes
 
 SWAPPING_BYTES = 768 * MB
 """Twice the measured maximum: on Windows the desktop takes some of it, and the driver reports no error."""

@@ -32,21 +32,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from . import host_memory
-from .costs import FP32_BYTES, Cost
+from ..units import FP32_BYTES
+from ..units import GB as GB
+from ..units import MB as MB
+from .costs import Cost
 from .host_memory import PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, swap_budget_bytes
+from .limits import RAM_FLOOR_BYTES
 from .mode import Mode
 from .on_card import weights_on_card_bytes
 from .rates import CPU_MERGE_VALUES, GpuRates
-
-MB = 1 << 20
-GB = 1 << 30
 
 INFERENCE_BYTES = GB
 """Forge's default: "GPU Weights" is the card's memory less 1024 MB."""
 FIXED_SECONDS = 0.1
 """Measured: 0.07 to 0.2 s for a change that moves almost nothing on a model of 57 blocks."""
-RAM_FLOOR_BYTES = host_memory.RAM_FLOOR_BYTES
 MERGE_BYTES_PER_VALUE = 34
 """Traffic of Forge's merge in fp32: cast, product, times alpha, added, cast back."""
 

@@ -8,6 +8,7 @@ import time
 from enum import Enum
 
 from ..messages import Joined, Message
+from ..units import GB
 from .crash import Crash
 from .flight_recorder import (
     ALIVE,
@@ -23,8 +24,6 @@ from .flight_recorder import (
     Phase,
     name_only,
 )
-
-GB = 1 << 30
 
 LEAST_LEFT_BYTES = GB // 2
 """Systems stop responding, and kill processes, before the last byte is allocated."""

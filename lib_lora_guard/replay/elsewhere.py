@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from ..planning import host_memory as forge
-from ..planning.host_memory import MB, Latent, Request
+from ..planning.host_memory import Latent
+from ..units import MB
+from . import forge_memory as forge
 from . import known_models as models
 from .field_cases import thread_url
+from .forge_memory import Request
 from .lines import (
     SEVERAL_NUMBERS,
     Implied,

@@ -15,22 +15,17 @@ from dataclasses import dataclass
 
 from ..messages import Message
 from ..planning import activations
-from ..planning import host_memory as forge
 from ..planning.activations import Activations
 from ..planning.eviction import Coming, Resident, plan_eviction
-from ..planning.host_memory import (
-    GB,
-    MB,
-    PROCESS_LOADING_BYTES,
-    PROCESS_RUNNING_BYTES,
-    RAM_FLOOR_BYTES,
-    Latent,
-    Request,
-)
+from ..planning.host_memory import PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, Latent, swap_budget_bytes
+from ..planning.limits import RAM_FLOOR_BYTES
 from ..planning.on_card import weights_on_card_bytes
 from ..planning.rates import PAGEABLE_TO_GPU
 from ..planning.tokens import tokens_for
+from ..units import FP32_BYTES, GB, MB
+from . import forge_memory as forge
 from .field_cases import FieldCase, Outcome
+from .forge_memory import Request
 from .guard_readings import ELSEWHERE, MISSING, NO_VRAM, Reading, readings
 from .replay import GuardOutcome
 
@@ -175,7 +170,7 @@ def host(reading: Reading) -> Placed:
     to leave leaves whole."""
     hard = reading.lora_bytes if reading.online else 0
     free, denoiser = reading.free_bytes, reading.denoiser_bytes
-    on_card = _on_card(denoiser, free, reading.inference_bytes + hard, forge.swap_budget_bytes)
+    on_card = _on_card(denoiser, free, reading.inference_bytes + hard, swap_budget_bytes)
     left = free - on_card - hard
     rest = reading.inference_bytes
     text = forge.request_bytes(Request(reading.text_bytes, slider_rest_bytes=rest))
@@ -228,7 +223,7 @@ def _latent(reading: Reading) -> Latent:
 
 
 def _vae_value_bytes(reading: Reading) -> int:
-    return forge.FP32_BYTES if reading.architecture == "SDXL" else 2
+    return FP32_BYTES if reading.architecture == "SDXL" else 2
 
 
 def _fast_ram_bytes(ram_bytes: int) -> int:

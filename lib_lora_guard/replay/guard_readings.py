@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planning.gguf_baked import value_bytes
-from ..planning.host_memory import DEFAULT_SLIDER_REST_BYTES, FLUX_PRESET_HEIGHT, FLUX_PRESET_WIDTH, FP32_BYTES, MB
 from ..planning.rates import RATES
 from ..planning.tokens import Picture
+from ..units import FP32_BYTES, MB
 from . import known_models as models
 from .field_cases import FieldCase
+from .forge_memory import DEFAULT_SLIDER_REST_BYTES, FLUX_PRESET_HEIGHT, FLUX_PRESET_WIDTH
 
 OTHERS_MB = 1600
 """VRAM that the desktop and CUDA take where no log says it: the most that these logs show (row 25: 24575 less 22999)."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planning.gguf_baked import value_bytes
-from ..planning.host_memory import FP32_BYTES, Layer
+from ..units import FP32_BYTES
+from .forge_memory import Layer
 
 SDXL_UNET_PARAMETERS = 2_567_463_684
 VAE_PARAMETERS = 83_653_863

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..planning import host_memory as forge
-from ..planning.host_memory import MB, Latent, Request
+from ..planning.host_memory import Latent, swap_budget_bytes, unet_estimate_bytes
+from ..units import FP32_BYTES, MB
+from . import forge_memory as forge
 from . import known_models as models
 from .field_cases import FieldCase
+from .forge_memory import Request
 
 ONE_NUMBER = 0.005
 """Logs have two places."""
@@ -114,7 +116,7 @@ def progress(n: Numbers, kind: str, block: int, name: str) -> Seen:
 
 
 def estimate_mb(latent: Latent, compute_bytes: int = 2) -> float:
-    return forge.unet_estimate_bytes(latent, compute_bytes) / MB
+    return unet_estimate_bytes(latent, compute_bytes) / MB
 
 
 def implied_decode_area(request_mb: float, vae_mb: float, value_bytes: int) -> float:
@@ -198,7 +200,7 @@ def _row_24(n: Numbers) -> Iterator[Line]:
     yield remaining("text encoder", n, "text free", "text", "text remaining")
     yield size("model", n["model"], models.flux_bytes("Q8_0"), _FROM_SHAPES + ", 34 bytes for 32 values")
     yield remaining("model", n, "model free", "model", "remaining")
-    lora = sum(models.flux_lora_pairs(_HYPER_RANK)) * forge.FP32_BYTES / MB
+    lora = sum(models.flux_lora_pairs(_HYPER_RANK)) * FP32_BYTES / MB
     left = n["model request"] - forge.REQUEST_FACTOR * n["model"] - lora
     yield Implied(
         "picture behind the request",
@@ -219,7 +221,7 @@ def _row_25(n: Numbers) -> Iterator[Line]:
     yield size("model", n["model"], models.flux_bytes("bf16"), _FROM_SHAPES)
     yield request("model", n["model request"], n["model"], n["inference"])
     yield remaining("model", n, "model free", "model", "remaining")
-    budget = forge.swap_budget_bytes(n["model free"] * MB, n["inference"] * MB)
+    budget = swap_budget_bytes(n["model free"] * MB, n["inference"] * MB)
     layout = forge.distribute(models.flux_layers("bf16"), budget, models.flux_norm_bytes("bf16"))
     rule = "small layers first below max(rest / 1.3, rest - 1280)"
     yield Seen("model: GPU Loaded", n["on gpu"], layout.gpu_bytes / MB, rule)
@@ -259,7 +261,7 @@ def _row_38(n: Numbers) -> Iterator[Line]:
     yield remaining("model", n, "model free", "model", "remaining")
     yield size("VAE", n["vae"], models.VAE_PARAMETERS * 4, "its parameters in fp32")
     yield remaining("VAE", n, "vae free", "vae", "vae remaining")
-    area = implied_decode_area(n["vae request"], n["vae"], forge.FP32_BYTES)
+    area = implied_decode_area(n["vae request"], n["vae"], FP32_BYTES)
     # The area is known from the other request of the same picture, and 258048 is what it says.
     picture = Latent(1, 1, round(area))
     yield request(
@@ -267,7 +269,7 @@ def _row_38(n: Numbers) -> Iterator[Line]:
         n["model request"],
         n["model"],
         n["inference"],
-        estimate_mb(picture, forge.FP32_BYTES),
+        estimate_mb(picture, FP32_BYTES),
         f"picture of {picture.area} latent pixels, from the VAE's request in the same log; computed in fp32 like its VAE "
         "(two such pictures in fp16 need the same)",
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..files import shown
 from ..messages import Joined, Message
 from ..planning.mode import Choice, Mode
-from ..weights.storage import MB
+from ..units import MB
 
 
 @dataclass

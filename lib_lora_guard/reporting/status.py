@@ -13,7 +13,7 @@ from typing import Any
 from ..files import shown
 from ..messages import Joined, Message, in_language
 from ..messages.catalogue import ENGLISH, TEXTS
-from ..weights.storage import MB
+from ..units import MB
 from .report import ApplyReport, LoraReport
 
 _NAME_CHARACTERS = 200

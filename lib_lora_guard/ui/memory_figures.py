@@ -9,7 +9,7 @@ from ..memory.readings import MemorySnapshot, Reading, trusted_free_bytes
 from ..messages import Joined, Message
 from ..planning.last_plan import LastPlan
 from ..reporting.status import Amount, MemoryFigure, OtherPrograms, StepNeed
-from ..weights.storage import MB
+from ..units import MB
 
 WORTH_SAYING_BYTES = 256 * MB
 """Closing other programs is not worth it if they hold less VRAM than this."""

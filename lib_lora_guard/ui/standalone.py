@@ -27,8 +27,8 @@ from ..reporting.report import ApplyReport, LoraReport
 from ..reporting.ring import LogRing
 from ..reporting.status import PanelStatus, model_status
 from ..settings import Language
+from ..units import MB
 from ..version import __version__
-from ..weights.storage import MB
 from .memory_figures import memory_figures, other_programs, step_need
 from .panel import Panel
 from .route import PATH, add_route

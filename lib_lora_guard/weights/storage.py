@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..units import MB as MB
+
 FP8_DTYPES = tuple(
     getattr(torch, n)
     for n in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -19,7 +21,6 @@ FP8_DTYPES = tuple(
 """The float8 dtypes that this torch has."""
 WIDE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Floats of 16 bits and more."""
-MB = 1 << 20
 
 
 def widest_float(device: torch.device) -> torch.dtype:

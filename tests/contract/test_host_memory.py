@@ -1,4 +1,4 @@
-"""planning.host_memory against the host's own functions. On the double as far as it has them."""
+"""planning.host_memory and replay.forge_memory against the host's own functions. On the double as far as it has them."""
 
 import importlib
 import random
@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.forge_arithmetic import Loaded, as_logged, evict, vae_encode_bytes
 from support.live_memory import LiveMemory
 
 from contract.host import REAL
 from lib_lora_guard.hosts.forge import takeover as forge_host
-from lib_lora_guard.planning import host_memory as forge
 from lib_lora_guard.planning import on_card
-from lib_lora_guard.planning.host_memory import GB, Latent, Layer, Loaded, Request
+from lib_lora_guard.planning.host_memory import Latent, swap_budget_bytes, unet_estimate_bytes
+from lib_lora_guard.replay import forge_memory as forge
+from lib_lora_guard.replay.forge_memory import Layer, Request
+from lib_lora_guard.units import GB
 
 only_real = pytest.mark.skipif(not REAL, reason="the double has no arithmetic of its own")
 META = torch.device("meta")
@@ -37,7 +40,7 @@ def test_the_swap_budget_is_the_hosts(host):
     for _ in range(500):
         free, inference = draw.randrange(48 * GB), draw.randrange(-GB, 24 * GB)
         expected = host.memory.compute_model_gpu_memory_when_using_cpu_swap(free, inference)
-        assert forge.swap_budget_bytes(free, inference) == expected
+        assert swap_budget_bytes(free, inference) == expected
 
 
 @only_real
@@ -54,7 +57,7 @@ def test_the_estimate_of_a_step_is_the_hosts(host, monkeypatch, dtype, function)
         latent = Latent.of(width, height, pictures)
         shape = [pictures * 2, 16, latent.height, latent.width]
         expected = k_model.KModel.memory_required(SimpleNamespace(computation_dtype=dtype), shape)
-        mine = forge.unet_estimate_bytes(latent, 4 if upcast else dtype.itemsize, sliced_attention=sliced)
+        mine = unet_estimate_bytes(latent, 4 if upcast else dtype.itemsize, sliced_attention=sliced)
         assert mine == pytest.approx(expected, rel=1e-12)
 
 
@@ -67,7 +70,7 @@ def test_the_vaes_requests_are_the_hosts(host, dtype):
     latent = Latent.of(1024, 768, 3)
     decode = vae.memory_used_decode((3, 16, latent.height, latent.width), dtype)
     assert forge.vae_decode_bytes(latent, dtype.itemsize) == decode
-    assert forge.vae_encode_bytes(1024, 768, dtype.itemsize) == vae.memory_used_encode((3, 3, 768, 1024), dtype)
+    assert vae_encode_bytes(1024, 768, dtype.itemsize) == vae.memory_used_encode((3, 3, 768, 1024), dtype)
 
 
 class Norm(torch.nn.Module):
@@ -132,13 +135,10 @@ def test_what_the_host_prints_when_it_places_a_model(host, monkeypatch, capsys, 
     said = capsys.readouterr().out
     wanted = forge.request_bytes(Request(size, 0, rest, estimate, hard))
     assert asked == [pytest.approx(wanted)]
-    assert f"Trying to free {forge.as_logged(wanted)} for meta" in said
+    assert f"Trying to free {as_logged(wanted)} for meta" in said
     placed = forge.place(free, size, 0, rest, hard)
-    assert f"Model Require: {forge.as_logged(size)}, " in said
-    assert (
-        f"Inference Require: {forge.as_logged(rest + hard)}, Remaining: {forge.as_logged(placed.remaining_bytes)}, "
-        in said
-    )
+    assert f"Model Require: {as_logged(size)}, " in said
+    assert f"Inference Require: {as_logged(rest + hard)}, Remaining: {as_logged(placed.remaining_bytes)}, " in said
     if placed.swap_budget_bytes is None:
         assert spare >= 0
         assert "All loaded to GPU." in said
@@ -146,7 +146,7 @@ def test_what_the_host_prints_when_it_places_a_model(host, monkeypatch, capsys, 
         assert spare < 0
         layout = forge.distribute(layers, placed.swap_budget_bytes, norms)
         line = re.search(r"Swap Loaded \(\w+ method\): (.+ MB), GPU Loaded: (.+ MB)", said)
-        assert line.groups() == (forge.as_logged(layout.swapped_bytes), forge.as_logged(layout.gpu_bytes))
+        assert line.groups() == (as_logged(layout.swapped_bytes), as_logged(layout.gpu_bytes))
 
 
 @only_real
@@ -175,8 +175,8 @@ def test_the_host_places_by_the_guards_rule_what_the_guard_plans(host, monkeypat
                 said = capsys.readouterr().out
                 layout = forge.distribute(layers, max((size - short) / 1.3, size - short - 100), norms)
                 line = re.search(r"Swap Loaded \(\w+ method\): (.+ MB), GPU Loaded: (.+ MB)", said)
-                assert line.groups() == (forge.as_logged(layout.swapped_bytes), forge.as_logged(layout.gpu_bytes))
-                by_forge = forge.distribute(layers, forge.swap_budget_bytes(room[0], rest), norms)
+                assert line.groups() == (as_logged(layout.swapped_bytes), as_logged(layout.gpu_bytes))
+                by_forge = forge.distribute(layers, swap_budget_bytes(room[0], rest), norms)
                 more.append(layout.gpu_bytes - by_forge.gpu_bytes)
     finally:
         forge_host.uninstall()
@@ -211,7 +211,7 @@ def test_the_host_unloads_in_that_order(host, monkeypatch, capsys, wanted):
     host.memory.free_memory(wanted, here, [models[0]])
     left = [m.model for m in host.memory.current_loaded_models]
     host.memory.current_loaded_models.clear()
-    mine = forge.evict(
+    mine = evict(
         [Loaded(name, size, can_go=name not in ("Newest", "Elsewhere")) for name, size in sizes.items()], 100, wanted
     )
     assert [name for name, model in zip(sizes, held, strict=True) if model not in left] == sorted(

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from lib_lora_guard.memory import rules
 from lib_lora_guard.memory.readings import DISAGREEMENT_BYTES, Reading, usable_vram_bytes
-from lib_lora_guard.memory.rules import GB, MB, SHRINKING_BYTES
+from lib_lora_guard.memory.rules import SHRINKING_BYTES
 from lib_lora_guard.messages import Message
 from lib_lora_guard.messages.catalogue import TEXTS
+from lib_lora_guard.units import GB, MB
 
 TOTAL = 12 * GB
 NAN, INF = math.nan, math.inf

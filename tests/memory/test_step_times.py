@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lib_lora_guard.memory import shared_usage
 from lib_lora_guard.memory.shared_usage import CounterItem, shared_usage_bytes
-from lib_lora_guard.memory.step_times import LEAST_STEPS, MB, Slowdown, StepTimes, Verdict, driver_spills
+from lib_lora_guard.memory.step_times import LEAST_STEPS, Slowdown, StepTimes, Verdict, driver_spills
+from lib_lora_guard.units import MB
 
 NORMAL = [1.0, 1.1, 0.9, 1.0]
 

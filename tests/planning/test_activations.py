@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.forge_arithmetic import vae_encode_bytes
 
 from lib_lora_guard.planning import activations
-from lib_lora_guard.planning.activations import MB
-from lib_lora_guard.planning.host_memory import Latent, unet_estimate_bytes, vae_decode_bytes, vae_encode_bytes
+from lib_lora_guard.planning.host_memory import Latent, unet_estimate_bytes
 from lib_lora_guard.planning.tokens import Picture, tokens_for
+from lib_lora_guard.replay.forge_memory import vae_decode_bytes
+from lib_lora_guard.units import MB
 
 FILE = Path(__file__).parent / "activations.jsonl"
 HEADER, *MEASURED = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_lora_guard.planning.eviction import Coming, Resident, plan_eviction
-from lib_lora_guard.planning.host_memory import GB, MB
+from lib_lora_guard.units import GB, MB
 
 FLUX = Resident(int(9.5 * GB), int(9.4 * GB), returns=True)
 T5 = Coming(int(4.9 * GB), int(4.8 * GB), passes=2)

@@ -8,9 +8,10 @@ from support.fake_models import flux_linears, flux_shapes
 
 from lib_lora_guard.files.gguf_types import GGUF_TYPES
 from lib_lora_guard.planning.gguf_baked import FORGE_BLOCKS, baked_bytes, growth_bytes, value_bytes
-from lib_lora_guard.planning.predict import FORGE_READS, GB, INFERENCE_BYTES, ModelFacts, Way, Weight, predict
+from lib_lora_guard.planning.predict import FORGE_READS, INFERENCE_BYTES, ModelFacts, Way, Weight, predict
 from lib_lora_guard.planning.rates import RATES
 from lib_lora_guard.replay import known_models
+from lib_lora_guard.units import GB
 
 SHAPES = flux_shapes()
 LINEARS = flux_linears(SHAPES)

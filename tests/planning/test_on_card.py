@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_lora_guard.planning.host_memory import MB, swap_budget_bytes
+from lib_lora_guard.planning.host_memory import swap_budget_bytes
 from lib_lora_guard.planning.on_card import LEAST_SWAPPING_SHARE, change_bytes, weights_on_card_bytes
+from lib_lora_guard.units import MB
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,10 @@ from lib_lora_guard.planning.costs import (
     on_the_fly_cost,
     rank_of,
 )
+from lib_lora_guard.planning.limits import RAM_FLOOR_BYTES
 from lib_lora_guard.planning.mode import Mode
 from lib_lora_guard.planning.predict import (
-    GB,
-    MB,
     PROCESS_LOADING_BYTES,
-    RAM_FLOOR_BYTES,
     Effect,
     ModelFacts,
     Patch,
@@ -35,6 +33,7 @@ from lib_lora_guard.planning.predict import (
 )
 from lib_lora_guard.planning.rates import RATES
 from lib_lora_guard.planning.tokens import Picture, tokens_for
+from lib_lora_guard.units import GB, MB
 
 PICTURE = Picture(1024, 1024)
 SHAPES = flux_shapes()

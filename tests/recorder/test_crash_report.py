@@ -5,8 +5,9 @@ import time
 import pytest
 
 from lib_lora_guard.recorder.crash import Crash
-from lib_lora_guard.recorder.crash_report import GB, Precaution, avoid, crash_report, page_file_gb, ran_out_of_ram
+from lib_lora_guard.recorder.crash_report import Precaution, avoid, crash_report, page_file_gb, ran_out_of_ram
 from lib_lora_guard.recorder.flight_recorder import Phase
+from lib_lora_guard.units import GB
 
 CRASH = Crash(
     phase=Phase.MERGE,

@@ -7,12 +7,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib_lora_guard.planning import activations, eviction, host_memory
-from lib_lora_guard.planning.host_memory import MB
+from lib_lora_guard.planning.limits import RAM_FLOOR_BYTES
 from lib_lora_guard.planning.tokens import Picture
 from lib_lora_guard.replay import guard_case
 from lib_lora_guard.replay.field_cases import CASES, Outcome
 from lib_lora_guard.replay.guard_case import BADNESS, SLOW_COPY_BYTES, explained, guard_outcome, host, judge, missing
 from lib_lora_guard.replay.guard_readings import ELSEWHERE, MISSING, SDXL, readings
+from lib_lora_guard.units import MB
 
 OK, SLOW, REFUSED, OOM = Outcome.OK, Outcome.SLOW, Outcome.REFUSED, Outcome.OOM
 
@@ -181,7 +182,7 @@ def reading(**changes):
 def test_edges_of_the_outcomes():
     # RAM: exactly enough, and a byte less.
     placed = judge(reading())[1]
-    enough = placed.ram_bytes + host_memory.RAM_FLOOR_BYTES
+    enough = placed.ram_bytes + RAM_FLOOR_BYTES
     assert judge(reading(ram_bytes=enough))[0] is OK
     assert judge(reading(ram_bytes=enough - 1))[0] is SLOW
     assert judge(reading(ram_bytes=enough - 1), died_of_ram=True)[0] is REFUSED

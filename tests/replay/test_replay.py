@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from lib_lora_guard.planning import host_memory
-from lib_lora_guard.replay import known_models
+from lib_lora_guard.replay import forge_memory, guard_case, known_models
+from lib_lora_guard.replay import lines as lines_module
 from lib_lora_guard.replay.elsewhere import elsewhere, everything_line
 from lib_lora_guard.replay.field_cases import CASES, FieldCase, Outcome, thread_url
 from lib_lora_guard.replay.lines import Implied, Seen, lines
@@ -97,11 +97,12 @@ def test_no_number_is_its_own_proof(number):
 
 
 def wrong_factor(monkeypatch):
-    monkeypatch.setattr(host_memory, "REQUEST_FACTOR", 1.25)
+    monkeypatch.setattr(forge_memory, "REQUEST_FACTOR", 1.25)
 
 
 def wrong_copy(monkeypatch):
-    monkeypatch.setattr(host_memory, "FP32_BYTES", 2)
+    for module in (forge_memory, lines_module):
+        monkeypatch.setattr(module, "FP32_BYTES", 2)
 
 
 def wrong_storage(monkeypatch):
@@ -110,7 +111,8 @@ def wrong_storage(monkeypatch):
 
 
 def wrong_budget(monkeypatch):
-    monkeypatch.setattr(host_memory, "swap_budget_bytes", lambda free, inference: int((free - inference) / 1.3))
+    for module in (forge_memory, lines_module, guard_case):
+        monkeypatch.setattr(module, "swap_budget_bytes", lambda free, inference: int((free - inference) / 1.3))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lib_lora_guard.reporting.status import (
     as_json,
     model_status,
 )
-from lib_lora_guard.weights.storage import MB
+from lib_lora_guard.units import MB
 
 
 def report():

@@ -1,6 +1,6 @@
 """A Forge with a card that is not there: its `memory_management` in small, and parameters that say where they would lie.
 
-Written after what Forge does, not after its text; see `planning.host_memory` for the numbers. A parameter has a size and a
+Written after what Forge does, not after its text; see `replay.forge_memory` for the numbers. A parameter has a size and a
 device and no values, so a card of a few kilobytes is enough. `Machine` counts what goes over the bus and can run out of RAM.
 """
 

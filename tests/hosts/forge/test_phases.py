@@ -61,12 +61,12 @@ def test_a_phase_of_the_host_has_the_plan_of_its_arguments(journal):
     def plan(host, size, name="x"):
         return None if name == "small" else {"ram": 10 // size}
 
-    hooks.add(Host, "work", journal.around(Phase.OTHER, plan))
+    hooks.add(Host, "work", journal.around(Phase.RESTORE, plan))
     host = Host()
-    assert host.work(5) is Phase.OTHER
+    assert host.work(5) is Phase.RESTORE
     assert host.work(5, name="small") is None, "None: this call is no such phase"
-    assert host.work(0) is Phase.OTHER, "a plan that fails is no plan"
-    assert journal.recorder.told == [(Phase.OTHER, {"ram": 2}), (Phase.OTHER, None)]
+    assert host.work(0) is Phase.RESTORE, "a plan that fails is no plan"
+    assert journal.recorder.told == [(Phase.RESTORE, {"ram": 2}), (Phase.RESTORE, None)]
     hooks.restore()
     assert host.work(5) is None
 
@@ -221,7 +221,7 @@ with journal.phase(Phase.SAMPLING_STEP):
         if end == "forked":
             child = os.fork()
             if not child:
-                with journal.phase(Phase.OTHER):
+                with journal.phase(Phase.RESTORE):
                     os._exit(0)
             os.waitpid(child, 0)
         print("in it", flush=True)
