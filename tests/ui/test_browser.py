@@ -4,14 +4,14 @@ import re
 import time
 
 import pytest
+from support import standalone
 from support.face_server import Served, chromium, playwright, wait_until
+from support.standalone import Standalone, made_up_report
 
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.settings import Language
-from lib_lora_guard.ui import standalone
-from lib_lora_guard.ui.standalone import Standalone, made_up_report
 
 ROWS = "#lora_guard_panel .lg-line"
 STATE = "#lora_guard_panel .lg-state"

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("fastapi", reason="needs fastapi (in the extra `test`)")
 from support.face_server import Served
+from support.standalone import Standalone
 from ui.test_settings_section import HOST
 
 from lib_lora_guard.hosts.webui import ui as forge_ui
@@ -24,7 +25,6 @@ from lib_lora_guard.reporting.status import as_json
 from lib_lora_guard.runtime import status as forge_status
 from lib_lora_guard.settings import PREFIX, LoraMode, Settings
 from lib_lora_guard.ui.route import PATH
-from lib_lora_guard.ui.standalone import Standalone
 
 
 class Callbacks:

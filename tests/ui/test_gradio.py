@@ -12,11 +12,11 @@ import pytest
 if os.environ.get("LORA_GUARD_GRADIO") != "required":
     pytest.importorskip("gradio", reason="needs gradio, which comes with Forge")
 from support.face_server import free_port
+from support.standalone import Standalone
 
 from lib_lora_guard.ui import tab
 from lib_lora_guard.ui.panel import Panel
 from lib_lora_guard.ui.route import PATH, add_route
-from lib_lora_guard.ui.standalone import Standalone
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gradio's and its own dependencies'
 

@@ -4,6 +4,7 @@ import urllib.parse
 
 import pytest
 from support.face_server import Served
+from support.standalone import ROOT, Standalone
 
 from lib_lora_guard.messages import Message
 from lib_lora_guard.messages.catalogue import TEXTS
@@ -11,7 +12,6 @@ from lib_lora_guard.settings import Language
 from lib_lora_guard.ui.language import reader_language
 from lib_lora_guard.ui.panel import PAGE_LINES, labels
 from lib_lora_guard.ui.route import PATH, add_route
-from lib_lora_guard.ui.standalone import ROOT, Standalone
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
-"""The tab on a page of its own, with made-up images: `python -m lib_lora_guard.ui.standalone`. For developers and tests.
+"""The tab on a page of its own, without Forge, with made-up images: `python tests/support/standalone.py`.
 
-Needs fastapi and uvicorn (the extra `ui`), and the repository's javascript/ and style.css beside the package.
+For tests and for developers. Needs fastapi and uvicorn (the extra `test`).
 """
-
-from __future__ import annotations
 
 import argparse
 import logging
@@ -19,20 +17,20 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
-from ..memory import HostMemory, MemorySnapshot, Reading, take_snapshot
-from ..memory.nvml import GpuProcess, GpuProcesses
-from ..messages import Message
-from ..planning.last_plan import LastPlan
-from ..reporting.report import ApplyReport, LoraReport
-from ..reporting.ring import LogRing
-from ..reporting.status import PanelStatus, model_status
-from ..settings import Language
-from ..units import MB
-from ..version import __version__
-from .memory_figures import memory_figures, other_programs, step_need
-from .panel import Panel
-from .route import PATH, add_route
-from .tab import PLACE, TITLE
+from lib_lora_guard.memory import HostMemory, MemorySnapshot, Reading, take_snapshot
+from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
+from lib_lora_guard.messages import Message
+from lib_lora_guard.planning.last_plan import LastPlan
+from lib_lora_guard.reporting.report import ApplyReport, LoraReport
+from lib_lora_guard.reporting.ring import LogRing
+from lib_lora_guard.reporting.status import PanelStatus, model_status
+from lib_lora_guard.settings import Language
+from lib_lora_guard.ui.memory_figures import memory_figures, other_programs, step_need
+from lib_lora_guard.ui.panel import Panel
+from lib_lora_guard.ui.route import PATH, add_route
+from lib_lora_guard.ui.tab import PLACE, TITLE
+from lib_lora_guard.units import MB
+from lib_lora_guard.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,8 +74,9 @@ PAGE = f"""<!doctype html>
 
 
 class Standalone:
-    """A host for the tab that owns no model. `asked` counts the tab's requests; `reports`, `left_out`, `vram_free_mb`
-    and `language` may be set."""
+    """A host for the tab that owns no model. `asked` counts the tab's requests; `reports`, `left_out`, `vram_free_mb` and
+    `language` may be set.
+    """
 
     def __init__(self, language: Language = Language.AUTO) -> None:
         self.language = language
@@ -94,7 +93,7 @@ class Standalone:
         self._add_routes()
 
     def generate(self, steps: int = 20) -> None:
-        """Says what an image with two LoRAs says, one line after another."""
+        """Logs the lines of an image with two LoRAs, one after another."""
         report = made_up_report()
         self.reports = [report]
         self.left_out = {"flux_style.safetensors": "made for SD 1.x, this is Flux; use a LoRA for Flux"}
@@ -125,7 +124,7 @@ class Standalone:
         add_route(self.app, Panel(self.status, lambda: (self.language, None), lambda: self.ring))
 
         @self.app.middleware("http")
-        async def count(request, call_next):  # type: ignore[no-untyped-def]  # starlette's types differ between versions
+        async def count(request, call_next):
             self.asked += request.url.path == PATH
             return await call_next(request)
 
@@ -145,7 +144,7 @@ MADE_UP_PROGRAMS = GpuProcesses((GpuProcess(1, "browser", 640 * MB), GpuProcess(
 
 
 def made_up_card(snapshot: MemorySnapshot, free_mb: int) -> MemorySnapshot:
-    """A card of 12 GB in place of the machine's own; RAM is the real one."""
+    """Replaces the machine's card by one of 12 GB; RAM is the real one."""
     driver, nvml, torchs = Message("readings.driver"), Message("readings.nvml"), Message("readings.torch")
     return replace(
         snapshot,
@@ -160,7 +159,7 @@ def made_up_card(snapshot: MemorySnapshot, free_mb: int) -> MemorySnapshot:
 
 
 def made_up_report() -> ApplyReport:
-    """Like one of a Flux model with two LoRAs, of which one does not fit."""
+    """Returns the report of a Flux model with two LoRAs, one of which does not fit."""
     style = LoraReport("style.safetensors", 0.8, 38 * MB, 304, modes=Counter({"bypass": 290, "on_the_fly": 14}))
     style.reasons = {"bypass": {"low rank"}, "on_the_fly": {"no layer call"}}
     other = LoraReport("pose_xl.safetensors", 1.0, refused="made for SDXL, this is Flux; use a LoRA for Flux")
@@ -172,7 +171,7 @@ def _file(path: Path) -> Callable[[], FileResponse]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib_lora_guard.ui.standalone", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=7899)
     parser.add_argument("--language", choices=[known.value for known in Language], default="auto")
     given = parser.parse_args(arguments)
