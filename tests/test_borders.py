@@ -60,7 +60,7 @@ def place_of(file):
 
 
 def package_of(file):
-    """"models", "hosts/forge", "hosts/start.py"."""
+    """ "models", "hosts/forge", "hosts/start.py"."""
     parts = file.relative_to(PACKAGE).parts
     return "/".join(parts[:2]) if parts[0] == "hosts" else parts[0].removesuffix(".py")
 

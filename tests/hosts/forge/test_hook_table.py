@@ -18,7 +18,9 @@ def test_every_function_has_one_row():
 
 
 def test_the_list_in_the_docs_is_the_table():
-    section = DOCS.read_text(encoding="utf-8").partition("## What the takeover replaces in Forge")[2].partition("\n## ")[0]
+    section = (
+        DOCS.read_text(encoding="utf-8").partition("## What the takeover replaces in Forge")[2].partition("\n## ")[0]
+    )
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     listed = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
     assert sorted(listed) == sorted(names())
