@@ -1,7 +1,8 @@
-"""Decides what of a LoRA file a model can use. The one rule for applying, planning, inspecting, baking and every host.
+"""Decides which parts of a LoRA file a model can use. The single rule for applying, planning, inspecting, baking and
+all hosts.
 
-A file that was made for another model is refused as a whole. So is one with a term that no weight of this model can take.
-A difference of the wrong size is lost alone: it says nothing about the rest of the file (`adapters.fitting`).
+A file that was made for another model is refused as a whole. So is a file with a term that fits no weight of this
+model. A difference of the wrong size is lost alone: it does not concern the rest of the file (`adapters.fitting`).
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ _INPUT_PROJECTIONS = (
 
 @dataclass
 class Fit:
-    """The part of a LoRA file that a model can use, and what is left over.
+    """The part of a LoRA file that a model can use, and the rest.
 
     Attributes:
-        terms: usable terms by parameter name; empty where the file is refused.
-        skipped: keys of the file that the model has no place for.
-        lost: keys that the model has and that cannot be applied, each with the reason.
-        refused: a sentence for users, where the file as a whole cannot be used.
-        used: entries of the file that are applied.
+        terms: Usable terms by parameter name; empty if the file is refused.
+        skipped: Keys of the file without a counterpart in the model.
+        lost: Keys with a counterpart that cannot be applied, each with the reason.
+        refused: The reason if the whole file cannot be used, as a sentence for users.
+        used: Number of entries of the file that are applied.
     """
 
     terms: dict[str, list[Term]] = field(default_factory=dict)
@@ -51,19 +52,24 @@ class Fit:
 
 
 class Target:
-    """A model as a file is matched to it: its parameters' names and unpatched shapes."""
+    """A model to match files with: the names and unpatched shapes of its parameters."""
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self.shapes = shapes
 
     @cached_property
     def architecture(self) -> Architecture | None:
-        """None where the names do not tell."""
+        """The architecture; None if the names are ambiguous."""
         return detect_model(self.shapes)
 
     @cached_property
     def names(self) -> NameMap:
-        """Raises IndexError or ValueError where the names promise other shapes than the parameters have."""
+        """The names of the model.
+
+        Raises:
+            IndexError: The shapes contradict the names.
+            ValueError: The shapes contradict the names.
+        """
         return NameMap(self.shapes)
 
 
@@ -71,10 +77,10 @@ def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int 
     """Fits a whole file to a model.
 
     Args:
-        file: the LoRA, with values or from its header alone.
-        target: the model.
-        strength: the user's strength; goes into the terms.
-        origin: the file's place in the user's stack; goes into the terms.
+        file: The LoRA, with values or from its header alone.
+        target: The model.
+        strength: The user's strength, stored in the terms.
+        origin: The position of the file in the user's stack, stored in the terms.
     """
     foreign = foreign_to(file, target.architecture)
     if foreign is not None:
@@ -92,11 +98,11 @@ def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int 
 
 
 def fit_terms(terms: Mapping[str, Sequence[Term]], shapes: Mapping[str, Shape]) -> Fit:
-    """Fits terms that are matched to parameters already: by `fit_file`, by the host, or by another extension.
+    """Fits terms that are already matched to parameters: by `fit_file`, by the host, or by another extension.
 
     Args:
-        terms: by parameter name.
-        shapes: of the model's parameters without patches.
+        terms: By parameter name.
+        shapes: The model's parameters without patches.
     """
     found = Fit()
     for key, on_key in terms.items():
@@ -108,7 +114,7 @@ def fit_terms(terms: Mapping[str, Sequence[Term]], shapes: Mapping[str, Shape]) 
         try:
             wrong = misfit(on_key, shape, may_expand=is_input_projection(key))
         except Exception as error:
-            # Factors whose shapes contradict their names end in torch's own errors.
+            # If shapes of factors contradict their names, torch raises its own errors.
             log.debug("%s", key, exc_info=True)
             return Fit(
                 skipped=found.skipped,

@@ -1,9 +1,9 @@
 """Maps the module names in a LoRA file to the weights of one model.
 
-A name has three layers: the trainer's prefix (`lora_unet_`, `transformer.`, `base_model.model.`), the component it
-stands for, and the module's name inside it, in the original layout or that of diffusers. Sources of the prefixes: kohya
-sd-scripts, LyCORIS (lycoris/kohya.py, wrapper.py), PEFT and diffusers, OneTrainer, ComfyUI, XLabs, as the key maps of
-Forge and diffusers' lora_conversion_utils.py list them.
+A name has three layers. The trainer's prefix comes first (`lora_unet_`, `transformer.`, `base_model.model.`) and stands
+for a component. The rest is the module's name inside it, in the original layout or that of diffusers. Sources of the
+prefixes: kohya sd-scripts, LyCORIS (lycoris/kohya.py, wrapper.py), PEFT and diffusers, OneTrainer, ComfyUI, XLabs, as
+the key maps of Forge and diffusers' lora_conversion_utils.py list them.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class NameMap:
         """Builds the tables of names.
 
         Args:
-            shapes: Parameter names and real (dequantized) shapes: of a Forge model, of a diffusers or transformers
-                module (as in `named_parameters()`), or of a whole checkpoint's header.
+            shapes: Parameter names and real (dequantized) shapes. They may come from a Forge model, from
+                `named_parameters()` of a diffusers or transformers module, or from a whole checkpoint's header.
         """
         self._parameters: dict[str, dict[str, str]] = {}
         modules: dict[str, Shape] = {}

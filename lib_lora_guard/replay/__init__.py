@@ -1,1 +1,1 @@
-"""The configurations that users reported, calculated again. A check of the plan and a document; Forge runs none of it."""
+"""Recomputes the configurations that users reported. A check of the plan and the source of a document; unused in Forge."""

@@ -1,4 +1,4 @@
-"""Lines of logs in threads that are no configuration of their own, and what they come from. Pure."""
+"""Log lines from threads that are no configuration of their own, and the formulas that give them. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOOLS_THREAD = "https://github.com/AcademiaSD/sd-forge-fluxcontrolnet/issues/17
 
 
 def elsewhere() -> list[tuple[str, Line]]:
-    """`(thread, line)`. The numbers are those of the threads, in MB."""
+    """Returns `(thread, line)`. The numbers are those of the threads, in MB."""
     loaded = forge.request_when_loaded_bytes(Request(estimate_bytes=estimate_mb(Latent.of(1024, 1024)) * MB)) / MB
     text = models.flux_text_bytes(1, True, False) / MB
     killed = {"17.txt_mlp.2 allocation": 144.00, "merged before 17.txt_mlp.2": 179}
@@ -71,6 +71,6 @@ def elsewhere() -> list[tuple[str, Line]]:
 
 
 def everything_line() -> Seen:
-    """What old versions printed for "unload everything"."""
+    """Returns the number that old versions printed for "unload everything"."""
     seen = 953674316406250018963456.00
     return Seen("Trying to free", seen, forge.SENTINEL_BYTES / MB, "1e30 bytes", rounding=SEVERAL_NUMBERS)

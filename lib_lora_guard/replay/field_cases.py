@@ -1,7 +1,7 @@
-"""What users reported about LoRAs and memory: 54 configurations with the numbers of their logs. Pure data: facts and links.
+"""User reports about LoRAs and memory: 54 configurations with the numbers of their logs. Pure data: facts and links.
 
-VRAM and RAM are MB of 2^20 as logs print them; where only "12 GB" is known it is 12 * 1024. Empty: not known. `numbers` are
-what the log or the text says, in MB where the name has no other unit.
+VRAM and RAM are MB of 2^20 as printed in logs; if only "12 GB" is known, 12 * 1024. Empty: unknown. `numbers` are those
+of the log or the text, in MB unless the name has another unit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _URLS = {
 
 
 class Outcome(str, Enum):
-    """How it ended. The value is what tables show."""
+    """How a configuration ended. The value is shown in tables."""
 
     OK = "ok"
     SLOW = "slow"
@@ -33,17 +33,18 @@ class Outcome(str, Enum):
     UNLOAD_CHURN = "unload churn"
     OTHER = "other"
     REFUSED = "refused with a message"
-    """No user reported it: the guard's own (`guard_case`)."""
+    """Never reported: the guard's own outcome (`guard_case`)."""
 
 
 @dataclass(frozen=True)
 class FieldCase:
-    """One configuration. `vram_free_mb`: what the host found free when it placed the diffusion model."""
+    """One configuration."""
 
     number: int
     gpu: str
     vram_total_mb: float | None
     vram_free_mb: float | None
+    """Free VRAM when the host placed the diffusion model."""
     ram_mb: float | None
     system: str
     torch: str
@@ -56,7 +57,7 @@ class FieldCase:
 
 
 def thread_url(short: str) -> str:
-    """ "F1260": the thread's address."""
+    """Returns the address of a thread ("F1260")."""
     name = short.rstrip("0123456789")
     return _URLS[name] + short.removeprefix(name)
 

@@ -1,11 +1,13 @@
-"""What the guard would make of a field report: predicted with the functions it plans with, never measured. Pure, without torch.
+"""Predicts the outcome of a field report with the guard. Uses the functions that the guard plans with; nothing is
+measured. Pure, without torch.
 
-One image with a new prompt: the text encoder comes, the denoiser, the VAE's decoder. Room is made by `eviction.plan_eviction`,
-a step needs what `activations.step` says it holds (at least the slider's rest) and the LoRAs' factors, and what does not fit is
-swapped by the rule of `on_card`. Factors lie beside the weights (bypass), so there is no backup and no merge. RAM is counted as
-in `predict`. For the same image `host` counts what Forge does: only a failure that this arithmetic explains is judged.
+Simulates one image with a new prompt: the text encoder is loaded, the denoiser, the VAE's decoder.
+`eviction.plan_eviction` makes room. A step needs what `activations.step` predicts (at least the slider's rest) and the
+LoRAs' factors. Weights that do not fit are swapped by the rule of `on_card`. Factors lie beside the weights (bypass),
+so there is no backup and no merge. RAM is counted as in `predict`. For the same image `host` simulates Forge: a failure
+counts only if this arithmetic explains it.
 
-Left out: layers are no units here, so that sizes on the card are up to a layer off; the page file's size is in no report.
+Not included: single layers, so that sizes on the card are up to one layer off; the page file, which no report mentions.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from .guard_readings import ELSEWHERE, MISSING, NO_VRAM, Reading, readings
 from .replay import GuardOutcome
 
 SLOW_COPY_BYTES = int(PAGEABLE_TO_GPU)
-"""Weights copied in a step above which it is called slow: a second of copying."""
+"""A step that copies more weights counts as slow: a second of copying."""
 TEXT_ENCODER_PASSES, VAE_PASSES = 2, 1
 """As in `hosts.forge.memory`."""
 WIDE_BYTES = 2
@@ -39,21 +41,27 @@ BADNESS = {Outcome.OK: 0, Outcome.SLOW: 1, Outcome.REFUSED: 2, Outcome.OOM: 2}
 
 @dataclass(frozen=True)
 class Placed:
-    """One way to run one image. `left_bytes`: VRAM beside the denoiser's weights during a step; `peak_bytes`: used at its
-    peak; `copied_bytes`: weights copied in a step; `ram_bytes`: needed; `moved_bytes`: over the bus for a new prompt, until the
-    denoiser is whole again; `calls`: of the denoiser in a step."""
+    """One way to run one image."""
 
     on_card_bytes: int
     copied_bytes: int
+    """Weights copied in a step."""
     left_bytes: int
+    """VRAM beside the denoiser's weights during a step."""
     peak_bytes: int
+    """VRAM used at the peak of a step."""
     ram_bytes: int
+    """RAM needed."""
     calls: int = 1
+    """Calls of the denoiser in a step."""
     moved_bytes: int = 0
+    """Bytes over the bus for a new prompt, until the denoiser is whole again."""
 
 
 def guard_outcome(case: FieldCase) -> GuardOutcome | None:
-    """None where too little is known, or where this arithmetic does not give the reported failure (`missing` says which)."""
+    """Returns the outcome with the guard; None if too little is known, or if this arithmetic does not give the reported
+    failure (`missing` says which).
+    """
     if case.number in ELSEWHERE:
         return GuardOutcome(case.outcome, f"unchanged: {ELSEWHERE[case.number]}")
     judged = []
@@ -72,7 +80,7 @@ def guard_outcome(case: FieldCase) -> GuardOutcome | None:
 
 
 def missing(case: FieldCase) -> str | None:
-    """Why there is no outcome; None where there is one."""
+    """Returns the reason why there is no outcome; None if there is one."""
     if guard_outcome(case) is not None:
         return None
     if case.number in MISSING:
@@ -86,20 +94,25 @@ def missing(case: FieldCase) -> str | None:
 
 
 def judge(reading: Reading, died_of_ram: bool = False) -> tuple[Outcome, Placed]:
-    """`died_of_ram`: the page file was too small for what Forge needed; no other use of it is taken for granted then."""
+    """Returns the outcome and the placement with the guard.
+
+    `died_of_ram`: the page file was too small for Forge's need, so that no other use of it is assumed.
+    """
     placed = guard(reading)
     pages = reading.ram_bytes is not None and placed.ram_bytes > _fast_ram_bytes(reading.ram_bytes)
     if pages and died_of_ram:
         return Outcome.REFUSED, placed
     if placed.peak_bytes > reading.free_bytes:
         return Outcome.OOM, placed
-    # Others have read the same files there, so that there is a page file for them.
+    # Other users have read the same files there, so there is a page file for them.
     return (Outcome.SLOW if pages or placed.copied_bytes > SLOW_COPY_BYTES else Outcome.OK), placed
 
 
 def explained(outcome: Outcome, reading: Reading) -> str | None:
-    """What Forge does here that ends in `outcome`; None where this arithmetic gives it no reason to. A merge that failed
-    names itself in the log; where nothing failed there is nothing to explain."""
+    """Returns the behaviour of Forge that ends in `outcome`; None if this arithmetic gives no reason for it.
+
+    A failed merge is named in the log. Without a failure there is nothing to explain.
+    """
     if outcome is Outcome.OK:
         return "Forge does it"
     merges = reading.loras > 0 and not reading.online
@@ -130,7 +143,7 @@ def explained(outcome: Outcome, reading: Reading) -> str | None:
 
 
 def guard(reading: Reading) -> Placed:
-    """By the guard's own plan."""
+    """Places the image by the guard's own plan."""
     step, factors = _step(reading), reading.lora_bytes
     need = max(reading.inference_bytes, step.held_bytes + _cast_bytes(reading)) + factors
     text, vae, free = reading.text_bytes, reading.vae_bytes, reading.free_bytes
@@ -166,8 +179,9 @@ def guard(reading: Reading) -> Placed:
 
 
 def host(reading: Reading) -> Placed:
-    """By Forge's rules: the slider alone decides the placement, a merge keeps a backup of every weight, and a model that has
-    to leave leaves whole."""
+    """Places the image by Forge's rules. The slider alone decides the placement, a merge keeps a backup of every
+    weight, and models are only evicted whole.
+    """
     hard = reading.lora_bytes if reading.online else 0
     free, denoiser = reading.free_bytes, reading.denoiser_bytes
     on_card = _on_card(denoiser, free, reading.inference_bytes + hard, swap_budget_bytes)
@@ -192,7 +206,7 @@ def _on_card(size: int, free: int, need: int, budget_bytes: Callable[[float, flo
 
 
 def _peak(reading: Reading, on_card: int, step: Activations, factors: int | None = None) -> tuple[int, int]:
-    """`(bytes, calls)`: prompt and negative prompt run one after the other where both at once do not fit."""
+    """Returns `(bytes, calls)`. Prompt and negative prompt run one after the other if both at once do not fit."""
     factors = reading.lora_bytes if factors is None else factors
     beside = on_card + factors + _cast_bytes(reading, is_swapped=on_card < reading.denoiser_bytes)
     rows = tokens_for(reading.architecture, reading.picture).rows
@@ -208,13 +222,15 @@ def _step(reading: Reading) -> Activations:
 
 
 def _cast_bytes(reading: Reading, is_swapped: bool = False) -> int:
-    """The copy that casting, dequantising or swapping makes of the largest layer."""
+    """Returns the size of the copy of the largest layer that casting, dequantizing or swapping makes."""
     is_cast = not reading.is_wide or reading.compute_bytes != WIDE_BYTES
     return reading.largest_values * reading.compute_bytes if is_swapped or is_cast else 0
 
 
 def _more_products(reading: Reading) -> float:
-    """Multiplications of the factors in 16 bit, of those of the weights: both see the same tokens."""
+    """Returns the multiplications of the factors in 16 bit relative to those of the weights: both process the same
+    tokens.
+    """
     return reading.lora_bytes / 2 / reading.values
 
 
@@ -235,7 +251,7 @@ def _died_of_ram(outcome: Outcome) -> bool:
 
 
 def _why(reading: Reading, cause: str, outcome: Outcome, placed: Placed) -> str:
-    """One sentence."""
+    """Describes the outcome in one sentence."""
     fast = None if reading.ram_bytes is None else _fast_ram_bytes(reading.ram_bytes)
     if outcome is Outcome.REFUSED:
         return (
@@ -270,8 +286,9 @@ def _why(reading: Reading, cause: str, outcome: Outcome, placed: Placed) -> str:
 
 
 def _refusal(reading: Reading, placed: Placed, fast_bytes: int) -> Message:
-    """What rule LG-R08 says before files are read, or where these fit before a model is moved, without a page file. What the
-    process has already is not asked for again."""
+    """Returns the message of rule LG-R08 before files are read, or, if these fit, before a model is moved, without a
+    page file. Memory that the process already holds does not count again.
+    """
     loading = PROCESS_LOADING_BYTES + reading.file_bytes
     if loading > fast_bytes:
         what = Message("preflight.reading", {"files": "the model's files"})

@@ -1,6 +1,7 @@
-"""What the arithmetic of `guard_case` takes from a field report, row by row, and why it takes nothing from others. Pure data.
+"""The inputs that `guard_case` takes from a field report, row by row, and the reasons for rows without inputs. Pure
+data.
 
-A reading adds assumptions to a report where it is silent; each is a constant here. Where the model's storage is not named, all
+Unknown facts of a report are replaced by assumptions; each is a constant here. If the model's storage is not named, all
 four are tried.
 """
 
@@ -17,22 +18,21 @@ from .field_cases import FieldCase
 from .forge_memory import DEFAULT_SLIDER_REST_BYTES, FLUX_PRESET_HEIGHT, FLUX_PRESET_WIDTH
 
 OTHERS_MB = 1600
-"""VRAM that the desktop and CUDA take where no log says it: the most that these logs show (row 25: 24575 less 22999)."""
+"""VRAM of the desktop and CUDA if no log states it: the most that these logs show (row 25: 24575 less 22999)."""
 LORA_RANK = 32
-"""Of a LoRA whose file is not described: on every linear layer of Flux, in 16 bit, 331 MB."""
+"""Rank of a LoRA whose file is not described: on every linear layer of Flux, in 16 bit, 331 MB."""
 SDXL_LORA_MB = 200
-"""Of an SDXL LoRA whose file is not described: as large as those of row 45."""
+"""Size of an SDXL LoRA whose file is not described: that of row 45."""
 STORAGES = ("nf4", "fp8", "Q8_0", "bf16")
 _T5_BYTES = {"nf4": 1.0, "fp8": 1.0, "Q8_0": 2.0, "bf16": 2.0}
-"""Bytes per value of T5 where it is not named: NF4 and fp8 checkpoints have it in fp8."""
+"""Bytes per value of T5 if it is not named: NF4 and fp8 checkpoints contain it in fp8."""
 _PRESET = Picture(FLUX_PRESET_WIDTH, FLUX_PRESET_HEIGHT)
 SDXL = "SDXL fp16"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One image on one machine, in bytes. `free_bytes`: VRAM without our models, or as logged before the denoiser was placed;
-    `lora_bytes`: all LoRAs in 16 bit; `online`: Forge's "fp16 LoRA"; `largest_values`: of the largest layer."""
+    """One image on one machine, in bytes."""
 
     storage: str
     architecture: str
@@ -40,39 +40,46 @@ class Reading:
     text_bytes: int
     vae_bytes: int
     largest_values: int
+    """Values of the largest layer."""
     picture: Picture
     loras: int
     lora_bytes: int
+    """All LoRAs in 16 bit."""
     free_bytes: int
+    """VRAM without our models, or as logged before the denoiser was placed."""
     inference_bytes: int
     ram_bytes: int | None
     compute_bytes: int = 2
     online: bool = False
+    """True with Forge's "fp16 LoRA"."""
 
     @property
     def is_wide(self) -> bool:
+        """True if the weights are stored in 16 bit."""
         return self.storage in ("bf16", SDXL)
 
     @property
     def values(self) -> float:
-        """Of the denoiser."""
+        """Values of the denoiser."""
         return models.SDXL_UNET_PARAMETERS if self.storage == SDXL else models.flux_bytes("fp8")
 
     @property
     def file_bytes(self) -> int:
-        """Of the model's files, as they lie in RAM while they are read."""
+        """Size of the model's files in RAM while they are read."""
         return self.denoiser_bytes + self.text_bytes + self.vae_bytes
 
 
 @dataclass(frozen=True)
 class _Row:
-    """`lora_mb`: of all LoRAs together, None where the file is not described; `t5_bytes`: per value."""
+    """The facts of one report."""
 
     storages: tuple[str, ...]
     loras: int
     picture: Picture = _PRESET
     lora_mb: float | None = None
+    """All LoRAs together; None if the file is not described."""
     t5_bytes: float | None = None
+    """Bytes per value."""
     compute_bytes: int | None = None
     online: bool = False
 
@@ -82,7 +89,7 @@ def _flux_lora_mb(rank: int) -> float:
 
 
 _HYPER_MB = _flux_lora_mb(64)
-"""Of row 24: its request fits a LoRA of rank 64."""
+"""The LoRA of row 24: its request fits rank 64."""
 _ROWS: dict[int, _Row] = {
     1: _Row(("fp8",), 1),
     2: _Row(("nf4",), 1),
@@ -110,7 +117,7 @@ _ROWS: dict[int, _Row] = {
     29: _Row(("nf4",), 0, t5_bytes=1),
     30: _Row(("nf4",), 0),
     34: _Row(("fp8",), 0),
-    # 258048 latent pixels, computed in fp32, by the requests in its log (`replay_lines`).
+    # 258048 latent pixels, computed in fp32, by the requests in its log (`lines`).
     38: _Row((SDXL,), 1, Picture(4032, 4096), compute_bytes=FP32_BYTES),
 }
 
@@ -128,7 +135,7 @@ MISSING: dict[int, str] = {
     36: "no model named",
     37: "neither the model's storage nor its LoRAs are known",
 }
-"""Why there is no reading."""
+"""Reasons for rows without a reading."""
 
 _NOT_RUN = "the guard leaves this host's loading alone"
 ELSEWHERE: dict[int, str] = {
@@ -139,11 +146,11 @@ ELSEWHERE: dict[int, str] = {
     **dict.fromkeys((49, 50), f"reForge of that time: {_NOT_RUN}"),
     **dict.fromkeys((52, 53, 54), "ComfyUI: the guard does not run there"),
 }
-"""Why the outcome stays as it is: the cause lies where the guard does nothing."""
+"""Reasons why an outcome stays as it is: the guard does not touch its cause."""
 
 
 def readings(case: FieldCase) -> tuple[Reading, ...]:
-    """One for each storage that the model may have; empty where too little is known."""
+    """Returns one reading for each storage that the model may have; none if too little is known."""
     row = _ROWS.get(case.number)
     if row is None or (case.vram_free_mb is None and case.vram_total_mb is None):
         return ()

@@ -1,8 +1,8 @@
-"""Sizes of well-known models as Forge counts them, from their published shapes. Pure: what logs show can be recomputed.
+"""Sizes of well-known models as Forge counts them, computed from their published shapes to reproduce logs. Pure.
 
-Shapes: the published configurations of FLUX.1, CLIP-L, CLIP-G and T5-XXL; totals of SDXL's U-Net and of the two VAEs. How
-much a value takes: `module_size` of Forge dfdcbab6 (`backend/memory_management.py`), which counts NF4 as 0.55 bytes a value;
-what stays in fp32: `backend/loader.py`, `backend/text_processing/classic_engine.py` and `backend/nn/`.
+Shapes: the published configurations of FLUX.1, CLIP-L, CLIP-G and T5-XXL; totals of SDXL's U-Net and of the two VAEs.
+Bytes per value: `module_size` of Forge dfdcbab6 (`backend/memory_management.py`), which counts NF4 as 0.55. Parts that
+stay in fp32: `backend/loader.py`, `backend/text_processing/classic_engine.py` and `backend/nn/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .forge_memory import Layer
 
 SDXL_UNET_PARAMETERS = 2_567_463_684
 VAE_PARAMETERS = 83_653_863
-"""Of SD and SDXL: 4 latent channels."""
+"""The VAE of SD and SDXL: 4 latent channels."""
 FLUX_VAE_PARAMETERS = 83_819_683
 """16 latent channels."""
 
@@ -57,10 +57,10 @@ CLIP_G_PARAMETERS = 694_659_840
 CLIP_L_PROJECTION = 768 * 768
 CLIP_L_WIDTH, CLIP_G_WIDTH = 768, 1280
 _CLIP_ROWS = 49408 + 77
-"""Of the embeddings: tokens and positions."""
+"""Rows of the embeddings: tokens and positions."""
 _T5_MATRICES = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
 _T5_WIDE = 32128 * 4096 + 49 * 4096 + 32 * 64
-"""Token embedding, norms and position biases: in fp32 whatever the file has."""
+"""Token embedding, norms and position biases: always in fp32, whatever the file has."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Storage:
 FLUX_STORAGES = {
     "bf16": Storage(2, 2, 2, 2),
     "fp8": Storage(1, 1, 1, 1),
-    # A low-bit model is not cast as a whole, so that the norms stay as they were made.
+    # A low-bit model is not cast as a whole, so its norms keep their dtype.
     "nf4": Storage(0.55, 0.55, 2, FP32_BYTES),
     "Q8_0": Storage(value_bytes("Q8_0"), 2, 2, FP32_BYTES),
 }
-"""GGUF once it is baked; Q8_0 takes the same in the file."""
+"""GGUF after baking; Q8_0 has the same size in the file."""
 
 
 def flux_matrices(with_guidance: bool = True) -> list[tuple[tuple[int, int], bool]]:
-    """Shapes of all linear layers, and whether they are in a block. FLUX.1-schnell has no guidance."""
+    """Returns the shapes of all linear layers, and whether they are in a block. FLUX.1-schnell has no guidance."""
     blocks = [shape for _ in range(FLUX_DOUBLE_BLOCKS) for shape in FLUX_DOUBLE.values()]
     blocks += [shape for _ in range(FLUX_SINGLE_BLOCKS) for shape in FLUX_SINGLE.values()]
     others = _EMBEDDERS | (_GUIDANCE if with_guidance else {})
@@ -92,7 +92,7 @@ def flux_matrices(with_guidance: bool = True) -> list[tuple[tuple[int, int], boo
 
 
 def flux_layers(storage: str) -> list[Layer]:
-    """FLUX.1-dev's linear layers, as Forge places them; `flux_norm_bytes` is what it does not swap."""
+    """Returns FLUX.1-dev's linear layers, as Forge places them. It does not swap the rest, `flux_norm_bytes`."""
     size = FLUX_STORAGES[storage]
     return [
         Layer(rows * columns * (size.block_bytes if in_block else size.other_bytes), rows * size.bias_bytes)
@@ -101,12 +101,12 @@ def flux_layers(storage: str) -> list[Layer]:
 
 
 def flux_norm_bytes(storage: str) -> float:
-    """The norms' scales of query and key."""
+    """Returns the size of the norms' scales of query and key."""
     return _NORM_VALUES * FLUX_STORAGES[storage].norm_bytes
 
 
 def flux_bytes(storage: str, with_guidance: bool = True) -> float:
-    """FLUX.1's transformer: "Model Require" of KModel."""
+    """Returns the size of FLUX.1's transformer: "Model Require" of KModel."""
     size = FLUX_STORAGES[storage]
     weights = sum(
         rows * columns * (size.block_bytes if in_block else size.other_bytes) + rows * size.bias_bytes
@@ -116,15 +116,24 @@ def flux_bytes(storage: str, with_guidance: bool = True) -> float:
 
 
 def flux_matrices_before(block: str, index: int, name: str) -> int:
-    """How many of the 304 matrices of Flux's blocks come before this one in the model's order: `block` "double" or "single"."""
+    """Returns how many of the 304 matrices of Flux's blocks precede this one in the model's order.
+
+    Args:
+        block: "double" or "single".
+        index: The number of the block.
+        name: The matrix inside it.
+    """
     if block == "double":
         return index * len(FLUX_DOUBLE) + list(FLUX_DOUBLE).index(name)
     return FLUX_DOUBLE_BLOCKS * len(FLUX_DOUBLE) + index * len(FLUX_SINGLE) + list(FLUX_SINGLE).index(name)
 
 
 def flux_lora_pairs(rank: int) -> list[int]:
-    """Values of each pair of factors of a LoRA on every linear layer of FLUX.1-dev, split as diffusers names them: query, key
-    and value apart, in single blocks the first half of the feed-forward too."""
+    """Returns the values of each pair of factors of a LoRA on every linear layer of FLUX.1-dev.
+
+    Layers are split as in diffusers: query, key and value are separate, in single blocks the first half of the
+    feed-forward too.
+    """
     half = FLUX_WIDTH + 4 * FLUX_WIDTH
     square = [2 * FLUX_WIDTH] * 3
     double = [rows + columns for name, (rows, columns) in _STREAM.items() if name != "attn.qkv"] + square
@@ -135,23 +144,26 @@ def flux_lora_pairs(rank: int) -> list[int]:
 
 
 def t5_bytes(matrix_bytes: float) -> float:
-    """T5-XXL's encoder with its matrices in fp16 (2), fp8 (1) or Q8_0 (34 / 32)."""
+    """Returns the size of T5-XXL's encoder with its matrices in fp16 (2), fp8 (1) or Q8_0 (34 / 32)."""
     return _T5_MATRICES * matrix_bytes + _T5_WIDE * FP32_BYTES
 
 
 def clip_embedding_growth_bytes(width: int) -> float:
-    """What a CLIP in fp16 grows by when its embeddings are turned to fp32, which the first prompt does."""
+    """Returns the growth of a CLIP in fp16 when the first prompt converts its embeddings to fp32."""
     return _CLIP_ROWS * width * 2
 
 
 def flux_text_bytes(matrix_bytes: float, with_projection: bool, after_first_prompt: bool) -> float:
-    """JointTextEncoder of Flux: CLIP-L in fp16 and T5. `with_projection`: the file has CLIP-L's text projection."""
+    """Returns the size of Flux's JointTextEncoder: CLIP-L in fp16 and T5.
+
+    `with_projection`: the file has CLIP-L's text projection.
+    """
     clip = CLIP_L_PARAMETERS + (CLIP_L_PROJECTION if with_projection else 0)
     grown = clip_embedding_growth_bytes(CLIP_L_WIDTH) if after_first_prompt else 0
     return clip * 2 + t5_bytes(matrix_bytes) + grown
 
 
 def sdxl_text_bytes(after_first_prompt: bool) -> float:
-    """JointTextEncoder of SDXL in fp16: CLIP-L and CLIP-G."""
+    """Returns the size of SDXL's JointTextEncoder in fp16: CLIP-L and CLIP-G."""
     grown = clip_embedding_growth_bytes(CLIP_L_WIDTH + CLIP_G_WIDTH) if after_first_prompt else 0
     return (CLIP_L_PARAMETERS + CLIP_G_PARAMETERS) * 2 + grown

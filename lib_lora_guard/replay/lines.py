@@ -1,8 +1,8 @@
-"""Which number of which log comes out of which formula. Pure.
+"""The numbers of the logs and the formulas that reproduce them. Pure.
 
-Nothing is its own proof: what goes into a formula is another line of the log, a shape of the published model, or a setting,
-never the number that is compared. Where one input had to be solved for instead (the size of a picture that nobody wrote
-down), the line is `Implied`, which proves little by itself, and is not counted.
+No number proves itself. The input of a formula is another line of the log, a shape of the published model, or a
+setting. It is never the number that is compared. If an input had to be solved for (the size of an image that the report
+does not state), the line is `Implied`. It proves little by itself and is not counted.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .field_cases import FieldCase
 from .forge_memory import Request
 
 ONE_NUMBER = 0.005
-"""Logs have two places."""
+"""Logs have two decimal places."""
 SEVERAL_NUMBERS = 0.02
-"""A difference of three such numbers, itself printed; a sum of two, one of them times 1.3, is off by less."""
+"""For a printed difference of three such numbers. A sum of two, one of them times 1.3, has a smaller error."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One number of a log, and what the formula gives. `assumed`: an input that the log does not show, and why this one."""
+    """One number of a log, and the result of the formula."""
 
     name: str
     seen: float
@@ -33,20 +33,23 @@ class Seen:
     formula: str
     unit: str = "MB"
     assumed: str = ""
+    """An input that the log does not show, and the reason for its value."""
     rounding: float = ONE_NUMBER
 
     @property
     def off(self) -> float:
+        """The difference, computed minus seen."""
         return self.computed - self.seen
 
     @property
     def is_reproduced(self) -> bool:
+        """True if the difference is explained by rounding."""
         return abs(self.off) <= self.rounding
 
 
 @dataclass(frozen=True)
 class Implied:
-    """An input that the log does not show, solved for: `solved` must be a whole number to make sense."""
+    """An input that the log does not show, solved for. `solved` must be a whole number to make sense."""
 
     name: str
     solved: float
@@ -60,7 +63,7 @@ Numbers = Mapping[str, float]
 
 
 def lines(case: FieldCase) -> tuple[Line, ...]:
-    """All lines of one configuration; empty where no formula is known for what it shows."""
+    """Returns all lines of one configuration; none if no formula is known for its numbers."""
     rule = _RULES.get(case.number)
     if rule is None:
         return ()
@@ -68,32 +71,33 @@ def lines(case: FieldCase) -> tuple[Line, ...]:
 
 
 def remaining(name: str, n: Numbers, free: str, model: str | None, seen: str) -> Seen:
-    """ "Remaining" of a placement. `model` None: everything was on the GPU already."""
+    """Reproduces "Remaining" of a placement. `model` None: everything was on the GPU already."""
     placed = forge.place(n[free] * MB, n[model] * MB if model else 0, 0, n["inference"] * MB)
     left = placed.remaining_bytes / MB
     return Seen(f"{name}: Remaining", n[seen], left, "free - model - inference", rounding=SEVERAL_NUMBERS)
 
 
 def request(name: str, seen: float, model: float, rest: float, estimate: float = 0, assumed: str = "") -> Seen:
-    """The request for free VRAM before a model is loaded."""
+    """Reproduces the request for free VRAM before a model is loaded."""
     wanted = forge.request_bytes(Request(model * MB, 0, rest * MB, estimate * MB)) / MB
     rule = "1.3 * model + max(slider rest, estimate)"
     return Seen(f"{name}: Trying to free", seen, wanted, rule, assumed=assumed, rounding=SEVERAL_NUMBERS)
 
 
 def early_request(name: str, seen: float, model: float, rest: float, estimate: float = 0, assumed: str = "") -> Seen:
-    """The same in August 2024, for a model that may be loaded already."""
+    """Reproduces that request of August 2024, for a model that may be loaded already."""
     wanted = forge.early_request_bytes(model * MB, rest * MB, estimate * MB) / MB
     rule = "1.3 * whole model + max(slider rest, estimate)"
     return Seen(f"{name}: Trying to free", seen, wanted, rule, assumed=assumed, rounding=SEVERAL_NUMBERS)
 
 
 def size(name: str, seen: float, count: float, of: str) -> Seen:
+    """Compares the size of a model in a log with `count` bytes."""
     return Seen(f"{name}: size", seen, count / MB, of)
 
 
 def merging(shapes: Mapping[str, tuple[int, int]], n: Numbers, block: int, name: str) -> Seen:
-    """What a merge tried to allocate when it failed: one fp32 tensor of the layer."""
+    """Reproduces the allocation that failed in a merge: one fp32 tensor of the layer."""
     rows, columns = shapes[name]
     return Seen(
         f"merge of {name}: Tried to allocate",
@@ -104,7 +108,7 @@ def merging(shapes: Mapping[str, tuple[int, int]], n: Numbers, block: int, name:
 
 
 def progress(n: Numbers, kind: str, block: int, name: str) -> Seen:
-    """How many weights were merged before the one that failed."""
+    """Reproduces how many weights were merged before the one that failed."""
     return Seen(
         f"weights merged before {name} of block {block}",
         n[f"merged before {block}.{name}"],
@@ -116,11 +120,12 @@ def progress(n: Numbers, kind: str, block: int, name: str) -> Seen:
 
 
 def estimate_mb(latent: Latent, compute_bytes: int = 2) -> float:
+    """Returns Forge's estimate for a step, in MB."""
     return unet_estimate_bytes(latent, compute_bytes) / MB
 
 
 def implied_decode_area(request_mb: float, vae_mb: float, value_bytes: int) -> float:
-    """Latent pixels of the picture whose decode led to this request."""
+    """Returns the latent pixels of the image whose decode led to this request."""
     decode = request_mb - forge.REQUEST_FACTOR * vae_mb
     return decode / (forge.vae_decode_bytes(Latent(1, 1, 1), value_bytes) / MB)
 
@@ -165,11 +170,13 @@ def _row_11(n: Numbers) -> Iterator[Line]:
 
 
 def slider(n: Numbers, weights: str, inference: str) -> Seen:
+    """Reproduces the inference memory for a setting of "GPU Weights"."""
     rest = forge.slider_rest_bytes(n["VRAM"] * MB, n[weights] * MB) / MB
     return Seen(f"slider at {n[weights]:.0f}: inference_memory", n[inference], rest, "VRAM - slider, not clamped")
 
 
 def percent(n: Numbers, weights: str, seen: str) -> Seen:
+    """Reproduces the share for weights for a setting of "GPU Weights"."""
     share = forge.weights_percent(n["VRAM"] * MB, n[weights] * MB)
     return Seen(f"slider at {n[weights]:.0f}: share for weights", n[seen], share, "100 - inference / VRAM", "%")
 
@@ -262,7 +269,7 @@ def _row_38(n: Numbers) -> Iterator[Line]:
     yield size("VAE", n["vae"], models.VAE_PARAMETERS * 4, "its parameters in fp32")
     yield remaining("VAE", n, "vae free", "vae", "vae remaining")
     area = implied_decode_area(n["vae request"], n["vae"], FP32_BYTES)
-    # The area is known from the other request of the same picture, and 258048 is what it says.
+    # The area is known from the other request of the same image: 258048.
     picture = Latent(1, 1, round(area))
     yield request(
         "model",

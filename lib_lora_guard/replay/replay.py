@@ -1,7 +1,7 @@
-"""Field reports against Forge's arithmetic, and against the guard. Pure.
+"""Compares field reports with Forge's arithmetic and with the guard. Pure.
 
-Each configuration of `field_cases` is recomputed as far as its log and the known formulas go; where they do not go, a
-reason stands. The guard's column is a function that the caller gives: nothing here knows what the guard would do.
+Each configuration of `field_cases` is recomputed as far as its log and the known formulas allow; otherwise there is a
+reason. The caller supplies the function for the guard's column.
 """
 
 from __future__ import annotations
@@ -61,45 +61,48 @@ _REASONS: dict[int, str] = {
 
 @dataclass(frozen=True)
 class GuardOutcome:
-    """What the guard would make of a configuration. `why`: one sentence; `numbers`: in MB where the name has no other
-    unit."""
+    """The predicted outcome of a configuration with the guard."""
 
     outcome: Outcome
     why: str
+    """One sentence."""
     numbers: Mapping[str, float] = field(default_factory=dict)
+    """In MB, unless the name has another unit."""
 
 
 Guard = Callable[[FieldCase], "GuardOutcome | None"]
-"""The guard's column: None where it cannot say."""
+"""Predicts the guard's outcome; None if it cannot."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """One configuration. `reason_if_none`: why nothing was recomputed, None where something was."""
+    """One recomputed configuration."""
 
     case: FieldCase
     seen: tuple[Seen, ...]
     implied: tuple[Implied, ...]
     reason_if_none: str | None
+    """The reason if nothing was recomputed."""
     guard: GuardOutcome | None = None
 
     @property
     def reproduced(self) -> int:
-        """Numbers of the log that the formulas give."""
+        """Number of log values that the formulas reproduce."""
         return sum(line.is_reproduced for line in self.seen)
 
     @property
     def is_reproduced(self) -> bool:
-        """True where there are numbers and all of them come out."""
+        """True if there are numbers and all of them are reproduced."""
         return bool(self.seen) and self.reproduced == len(self.seen)
 
     @property
     def is_changed(self) -> bool:
-        """True where the guard makes it end otherwise."""
+        """True if the outcome with the guard differs."""
         return self.guard is not None and self.guard.outcome is not self.case.outcome
 
 
 def replay(case: FieldCase, guard: Guard | None = None) -> Replay:
+    """Recomputes one configuration."""
     found = lines(case)
     seen = tuple(line for line in found if isinstance(line, Seen))
     implied = tuple(line for line in found if isinstance(line, Implied))
@@ -108,5 +111,5 @@ def replay(case: FieldCase, guard: Guard | None = None) -> Replay:
 
 
 def replay_all(guard: Guard | None = None, cases: Sequence[FieldCase] = CASES) -> tuple[Replay, ...]:
-    """All configurations, in their order."""
+    """Recomputes all configurations, in their order."""
     return tuple(replay(case, guard) for case in cases)
