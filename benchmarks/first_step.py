@@ -2,14 +2,14 @@
 
     FORGE_ROOT=... python benchmarks/first_step.py --free-gb 12 --out results.jsonl
 
-Measures the cost of a change of LoRA, strength or prompt, in seconds and in bytes over the bus. Three modules with the
-sizes of Flux-dev (11.9 G parameters, fp8), T5-XXL (4.6 G, fp8) and a VAE decoder (bf16), with random weights, use the
-GPU in the order of an image: prompt, steps, decode. The WebUI itself does not run on this machine, so Forge's cache of
-the last conditioning, whose key contains every LoRA, is rebuilt here in a few lines.
+Measures the cost of a change of LoRA, strength or prompt, in seconds and in bytes over the bus. Three modules with
+random weights use the GPU in the order of an image: prompt, steps, decode. Their sizes are those of T5-XXL (4.6 G,
+fp8), Flux-dev (11.9 G parameters, fp8) and a VAE decoder (bf16). The WebUI itself does not run on this machine. So
+Forge's cache of the last conditioning, whose key contains every LoRA, is rebuilt here in a few lines.
 
 `--changes N` measures how much of the model stays on the GPU over N changes of the LoRA. `--alternate N` measures the
-bytes over the bus of N whole images, each with a new prompt, every second one with another LoRA, and with Forge's
-memory request for decoding an image of 1024x1024.
+bytes over the bus of N whole images. Each has a new prompt, every second one another LoRA, and the decode requests the
+memory that Forge requests for 1024x1024.
 """
 
 import argparse

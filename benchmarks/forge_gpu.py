@@ -6,12 +6,17 @@ Forge.
 FORGE_ROOT needs only Forge's backend/, modules_forge/ and packages_3rdparty/. A second process holds all VRAM except
 `--free-gb`. The model has Flux-dev's shapes with random weights (lib_lora_guard.demo.model on Forge's layers). The LoRA
 changes all matrices of the blocks; its delta has 2 % of the weights' rms. One process runs every way in turn, each from
-the unpatched model: `guard`, `fp16 LoRA` (Forge's on-the-fly merge) and `automatic` (Forge's merge, last because it
-leaves its backups).
+the unpatched model. The ways are `guard`, `fp16 LoRA` (Forge's on-the-fly merge) and `automatic` (Forge's merge, last
+because it leaves its backups).
 
-Printed and written per way: seconds to apply, to change the strength, to remove; seconds per step without and with the
-LoRA; VRAM and RAM peaks; the share of the LoRA that the layers' outputs show (1 = all of it) and its relative error
-against float64; the whole model's output against that of fp16 LoRA; and whether all weights were restored.
+Printed and written per way:
+
+- seconds to apply, to change the strength, to remove;
+- seconds per step without and with the LoRA;
+- VRAM and RAM peaks;
+- the share of the LoRA that the layers' outputs show (1 = all of it) and its relative error against float64;
+- the whole model's output against that of fp16 LoRA;
+- whether all weights were restored.
 """
 
 import argparse

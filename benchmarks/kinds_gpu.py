@@ -1,10 +1,9 @@
-"""Every adapter kind in every mode on a GPU, on every storage of our own, against an fp64 merge; and the cost of a
-merge there.
+"""Every adapter kind in every mode and storage on a GPU, against an fp64 merge; and the cost of a merge there.
 
     python benchmarks/kinds_gpu.py
 
 Needs no Forge. Prints one line per case and the number of wrong cases. A case is wrong if its error exceeds 1e-4 of the
-LoRA's contribution in fp32 (2e-2 with bf16 activations), or if a weight was not restored bit for bit on the GPU.
+LoRA's contribution in fp32 (2e-2 with bf16 activations). It is also wrong if a weight was not restored bit for bit.
 """
 
 import sys

@@ -3,17 +3,19 @@
     FORGE_ROOT=... python benchmarks/real_oom.py --out oom.jsonl [--seconds 300]
 
 The operations are applying, changing, removing, unloading, moving and a step. Afterwards everything is compared with
-its correct state. The model is a Flux of few blocks of the real width in Forge's own classes, computed in fp32, so that
-rounding cannot hide a wrong LoRA.
+its correct state. The model is a Flux of few blocks of the real width in Forge's own classes. It computes in fp32, so
+that rounding cannot hide a wrong LoRA.
 
 Each attempt makes a placement (all of the model on the card, or a part) and applies a stack. Then the ballast leaves
 only some megabytes, and the operation and a step run. "layer" is a step in which all memory is taken away between a
 layer's own product and its LoRA. Afterwards the memory is returned, and the stack is applied again and removed. Outputs
 are compared with references made with enough memory, weights with the originals bit for bit.
 
-An attempt ends in an `image` (within LIMIT of its reference, relative to the LoRA's contribution), in `words` (an error
-of ours, or an image reported to be without the LoRA), or in the `host`'s own out-of-memory error, in a layer or a move
-without LoRAs. Everything else is wrong.
+An attempt ends in one of three ways; everything else is wrong:
+
+- `image`: within LIMIT of its reference, relative to the LoRA's contribution;
+- `words`: an error of ours, or an image reported to be without the LoRA;
+- `host`: the host's own out-of-memory error, in a layer or a move without LoRAs.
 """
 
 import argparse

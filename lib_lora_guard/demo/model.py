@@ -1,8 +1,8 @@
 """A transformer with the shape of Flux (double-stream and single-stream blocks), our own code, for demo and benchmarks.
 
 Shapes as in the published Flux.1 checkpoints (state-dict keys and sizes): fused qkv, query/key RMS norms with a raw
-`scale`, one modulation layer per stream, `linear1` of single blocks = qkv + MLP. Built from `torch.nn.Linear`, so that
-a host that replaces torch's layers while a model is constructed (Forge does) gets its own.
+`scale`, one modulation layer per stream, `linear1` of single blocks = qkv + MLP. Built from `torch.nn.Linear`: a host
+that replaces torch's layers while a model is constructed (Forge does) gets its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Computes what would make room for a model: smaller formats, a smaller image, fewer LoRAs. Pure.
 
-Bytes per value are those that a model has in Forge: GGUF after baking (`planning.gguf_baked`), NF4 with one fp32 scale
+Bytes per value are those of a model in Forge. GGUF counts after baking (`planning.gguf_baked`), NF4 with one fp32 scale
 for 64 values (bitsandbytes' block size). Only matrices are stored in blocks; convolutions, norms and biases stay in 16
 bit.
 """

@@ -1,8 +1,8 @@
 """Decides how much of a model that does not fit is placed on the card: the guard's rule. Pure.
 
 Forge leaves a quarter of the room free for swapping, at most 1.25 GB. A measurement (`benchmarks/memory_matrix.py`,
-rows with swapped weights, Forge's swap method "Queue") showed that torch needs much less. Beside the weights, the
-factors and a step's activations it took at most 379 MB: gaps between weights (275 MB of it in SDXL) and copies of
+rows with swapped weights, Forge's swap method "Queue") showed that torch needs much less. It took at most 379 MB beside
+the weights, the factors and a step's activations. These are gaps between weights (275 MB of it in SDXL) and copies of
 swapped layers. About a gigabyte stayed unused while weights were copied in every step. Every MB used for weights is a
 MB not copied.
 """

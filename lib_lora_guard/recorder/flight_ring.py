@@ -1,8 +1,8 @@
 """The format of the flight recorder's file: slots of equal size, written in turn, each with a number and a checksum.
 
-A slot has the magic, the record's number (8 bytes), the length of its body (2), CRC-32 of number, length and body (4),
-and the body, all little-endian. A killed process may leave the newest slot half written. Its checksum reveals that, and
-the slot before it is complete, since every record has its own slot.
+A slot, all little-endian: the magic, the record's number (8 bytes), the length of its body (2), CRC-32 (4), the body.
+The CRC covers number, length and body. A killed process may leave the newest slot half written. Its checksum reveals
+that, and the slot before it is complete, since every record has its own slot.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ LARGEST_STATE_BYTES = 1 << 16
 class Bnb4Decoder(Decoder):
     """Decodes one weight. The parts do not contain the shape, so a decoder is made for one shape.
 
-    `parts`: `data`, the packed bytes in any shape and dtype; `absmax`, one float per block, or one uint8 per block with
-    `nested_absmax`, `nested_code` (256) and `offset` (1). Never transposed, unlike bitsandbytes for data of shape (1,
-    n).
+    `parts`: `data`, the packed bytes in any shape and dtype; `absmax`, one float per block. Nested: `absmax`, one uint8
+    per block, with `nested_absmax`, `nested_code` (256) and `offset` (1). Never transposed, unlike bitsandbytes for
+    data of shape (1, n).
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Decodes GGUF formats with blocks of 32 values.
 
-Source: the ggml block structures (`block_q4_0` and so on). A block begins with its fp16 scale d and, in the "_1" types,
-its fp16 minimum m; value = d * (q - centre), or d * q + m. The two halves of a block share bytes: value i in the low
-nibbles, value i + 16 in the high ones. Numbers are little-endian, as on all machines that torch supports.
+Source: the ggml block structures (`block_q4_0` and so on). A block begins with its fp16 scale d; in the "_1" types its
+fp16 minimum m follows. value = d * (q - centre), or d * q + m. The two halves of a block share bytes: value i in the
+low nibbles, value i + 16 in the high ones. Numbers are little-endian, as on all machines that torch supports.
 """
 
 from __future__ import annotations

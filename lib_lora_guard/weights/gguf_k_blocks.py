@@ -72,8 +72,8 @@ class Q5KDecoder(BlockDecoder):
 class Q6KDecoder(BlockDecoder):
     """128 bytes of low nibbles, 64 of high two bits, 16 signed scales, d; centre 32.
 
-    Each half of the block is stored separately: 64 bytes with values 0..63 in the low and 64..127 in the high nibbles,
-    32 bytes with value i in field i // 32.
+    Each half of the block is stored separately. 64 bytes have values 0..63 in the low and 64..127 in the high nibbles.
+    32 bytes have value i in field i // 32.
     """
 
     format = "Q6_K"
