@@ -1,7 +1,8 @@
 """What a LoRA file says: one module per kind of adapter. Pure torch; knows neither models nor hosts."""
 
-from .base import Adapter, LowRank, Slice, Term, apply_terms
+from .base import Adapter, Slice, Term, apply_terms
 from .boft import BoftAdapter, PeftBoftAdapter
+from .forms import LowRank
 from .glora import GloraAdapter
 from .ia3 import Ia3Adapter
 from .loha import LohaAdapter

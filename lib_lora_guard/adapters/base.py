@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..errors import LoraMismatchError, Message
+from .forms import CheapForward
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,99 +42,6 @@ class Slice:
             end = self.start + self.length
             raise LoraMismatchError.of("lora.outside", start=self.start, end=end, dim=self.dim, shape=list(shape))
         return (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """An additive term `scale * up @ down`: `up` is `(out, rank)`, `down` is `(rank, in * kernel)`, both flattened.
-
-    `mid` is the Tucker core `(rank_up, rank_down, *kernel)` of a LoCon; then `down` is `(rank_down, in)`.
-    `row_scale` `(out,)` and `column_scale` `(in,)`, fp32, multiply the rows of `up` and the input channels of `down`:
-    kept apart because a product in the factors' own dtype would be rounded.
-    """
-
-    up: torch.Tensor
-    down: torch.Tensor
-    scale: float
-    mid: torch.Tensor | None = None
-    row_scale: torch.Tensor | None = None
-    column_scale: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.up.shape[1]
-
-    def dense_up(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-        """`up` as `(out, rank)` with the row scale multiplied in."""
-        if self.row_scale is None:
-            return self.up.to(device=device, dtype=dtype)
-        up = self.up.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
-        return (up * self.row_scale.to(device).unsqueeze(1)).to(dtype)
-
-    def dense_down(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-        """`down` as `(rank, in * kernel)` with the Tucker core and the column scale multiplied in."""
-        wide = dtype if self.column_scale is None else torch.promote_types(dtype, torch.float32)
-        down = self.down.to(device=device, dtype=wide)
-        if self.mid is not None:
-            mid = self.mid.to(device=device, dtype=wide)
-            down = torch.einsum("ri...,ij->rj...", mid, down).flatten(1)
-        if self.column_scale is not None:
-            columns = self.column_scale.to(device)
-            kernel = down.shape[1] // columns.shape[0]
-            down = down * columns.repeat_interleave(kernel)
-        return down.to(dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class KhatriRao:
-    """An additive term `scale * (a1 @ b1) * (a2 @ b2)`, elementwise: a low-rank term of rank r1 * r2."""
-
-    a1: torch.Tensor
-    b1: torch.Tensor
-    a2: torch.Tensor
-    b2: torch.Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.a1.shape[1] * self.a2.shape[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Kronecker:
-    """An additive term `scale * left (x) right`: `left` `(a, b)`, `right` `(c, d, *kernel)`; a side may be a product."""
-
-    left: tuple[torch.Tensor, ...]
-    right: tuple[torch.Tensor, ...]
-    scale: float
-
-
-@dataclass(frozen=True, eq=False)
-class OutputScale:
-    """Row `i` of the weight is multiplied by `1 + strength * difference[i]`; the bias is not."""
-
-    difference: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class InputScale:
-    """Column (input channel) `i` of the weight is multiplied by `1 + strength * difference[i]`."""
-
-    difference: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Decomposed:
-    """DoRA on a low-rank delta: `by_row`, `magnitude` scales rows, else columns. It is divided by the norms of the weight
-    with the delta (`patched_norm`), or without it as the host does by row."""
-
-    delta: LowRank
-    magnitude: torch.Tensor
-    by_row: bool
-    patched_norm: bool
-
-
-CheapForward = LowRank | KhatriRao | Kronecker | OutputScale | InputScale | Decomposed
 
 
 @dataclass(frozen=True, eq=False)

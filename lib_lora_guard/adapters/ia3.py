@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from .base import Adapter, InputScale, OutputScale, RowFunction, Shape, mismatch
+from .base import Adapter, RowFunction, Shape, mismatch
+from .forms import InputScale, OutputScale
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, Kronecker, RowFunction, Shape, add_delta, check_rank, mismatch, product_of
+from .base import Adapter, RowFunction, Shape, add_delta, check_rank, mismatch, product_of
 from .dora import check_magnitude, decompose
+from .forms import Kronecker
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, Decomposed, LowRank, RowFunction, Shape, check_rank, mismatch, product_of
+from .base import Adapter, RowFunction, Shape, check_rank, mismatch, product_of
 from .dora import check_magnitude, decompose, is_by_row
+from .forms import Decomposed, LowRank
 from .whole import WIDEST
 
 

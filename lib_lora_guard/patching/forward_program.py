@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..adapters import Term
-from ..adapters.base import (
+from ..adapters import Slice, Term
+from ..adapters.forms import (
     CheapForward,
     Decomposed,
     InputScale,
@@ -16,7 +16,6 @@ from ..adapters.base import (
     Kronecker,
     LowRank,
     OutputScale,
-    Slice,
 )
 from ..planning.cheap import form_of
 from .forward_steps import KhatriRaoStep, KroneckerStep, LowRankStep, ScaleStep, Step

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from ..adapters import Slice
-from ..adapters.base import KhatriRao, Kronecker, LowRank
+from ..adapters.forms import KhatriRao, Kronecker, LowRank
 from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from ..weights.storage import MB

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..adapters import Term, apply_terms
-from ..adapters.base import Decomposed, product_of
+from ..adapters.base import product_of
+from ..adapters.forms import Decomposed
 from ..planning.cheap import form_of
 from ..weights.storage import widest_float
 from .access import ModelAccess, Site

@@ -1,88 +1,86 @@
-"""Whether a stack can be carried by the layer's call instead of its weight: exactly, and for less. Pure.
+"""Decides if a stack can run in the layer's call instead of its weight, exactly and for less. Pure.
 
-The forms themselves are what an adapter's `cheap_forward` describes; `patching.forward_program` runs them.
+`adapters.forms` describes the forms; `patching.forward_program` runs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from ..adapters import Term
-from ..adapters.base import (
-    CheapForward,
-    Decomposed,
-    InputScale,
-    KhatriRao,
-    Kronecker,
-    LowRank,
-    OutputScale,
-    RowFunction,
-    product_of,
-)
-
-KHATRI_RAO_RANK = 256
-"""Largest r1 * r2 of a LoHa that goes through the layer's call (rank 16). Measured at 4608 tokens (docs/gpu.md): rank 16
-costs as much as on the weight side and takes no memory there, rank 32 costs more."""
+from ..adapters.base import RowFunction
+from ..adapters.forms import CheapForward
 
 
-def has_cheap_form(terms: Sequence[Term], shape: tuple[int, ...]) -> bool:
-    """True when every term of the stack has an exact cheap form in its place on a weight of `shape`."""
-    return all(form_of(term, shape, is_first=index == 0) is not None for index, term in enumerate(terms))
+def forms_of(terms: Sequence[Term], shape: tuple[int, ...]) -> tuple[CheapForward, ...] | None:
+    """The exact cheap form of every term of a stack, in order; None if one of them has none in its place.
+
+    Args:
+        terms: the stack on one weight, in the order it is applied.
+        shape: the weight's real shape, `(out, in)` or `(out, in / groups, *kernel)`.
+    """
+    forms = []
+    for index, term in enumerate(terms):
+        form = form_of(term, shape, is_first=index == 0)
+        if form is None:
+            return None
+        forms.append(form)
+    return tuple(forms)
 
 
 def pays(terms: Sequence[Term], one_token: bool) -> bool:
-    """True when the cheap forms of a stack cost less than the weight side. `one_token`: the layer sees one token a
-    picture instead of thousands."""
-    for form in (term.adapter.cheap_forward() for term in terms):
-        if isinstance(form, KhatriRao) and form.rank > KHATRI_RAO_RANK:
-            return False
-        # With many tokens two products and two temporaries of the output's size cost more than the weight side, in time
-        # and in memory (measured, docs/gpu.md: +25 % against +13 %, 254 MB against none).
-        if isinstance(form, Kronecker) and not one_token:
-            return False
-    return True
+    """True if the cheap forms of a stack cost less than patching the weight.
+
+    Args:
+        terms: the stack on one weight.
+        one_token: the layer sees one token a picture instead of thousands.
+    """
+    forms = (term.adapter.cheap_forward() for term in terms)
+    return all(form is None or form.pays(one_token) for form in forms)
+
+
+def has_cheap_form(terms: Sequence[Term], shape: tuple[int, ...]) -> bool:
+    """True if `forms_of` has a form for every term."""
+    return forms_of(terms, shape) is not None
 
 
 def form_of(term: Term, shape: tuple[int, ...], is_first: bool) -> CheapForward | None:
-    """The cheap form of one term, its row permutation already in the factors; None where only the weight side is exact."""
+    """The exact cheap form of one term; None if only patching the weight is exact.
+
+    Args:
+        term: its row function, if it reorders rows, is worked into the form.
+        shape: the weight's real shape.
+        is_first: no other term of the stack comes before this one.
+    """
     form, part = term.adapter.cheap_forward(), term.part
     if form is None or (part is not None and part.dim > 1):
         return None
-    on_input = part is not None and part.dim == 1
-    if on_input and (term.strength_model != 1.0 or isinstance(form, (OutputScale, InputScale, Decomposed))):
+    if part is not None and part.dim == 1 and (term.strength_model != 1.0 or not form.adds_delta):
+        return None
+    # The input is scaled before the layer's own product: nothing may lie between.
+    if form.scales_input and (not is_first or part is not None or term.strength_model != 1.0):
         return None
     target = shape if part is None else part.shape_in(shape)
-    scales_input = isinstance(form, InputScale) or (isinstance(form, Decomposed) and not form.by_row)
-    # The input is scaled before the layer's own product: nothing may lie between.
-    if scales_input and (not is_first or part is not None or term.strength_model != 1.0):
-        return None
-    low_rank = form.delta if isinstance(form, Decomposed) else form
-    if isinstance(low_rank, LowRank) and not _fills(low_rank, target):
+    if not form.fits(target):
         return None
     if term.function is None:
         return form
     order = row_order(term.function, target[0])
-    return replace(form, up=form.up[order]) if isinstance(form, LowRank) and order is not None else None
+    return None if order is None else form.with_rows(order)
 
 
 def row_order(function: RowFunction, rows: int) -> torch.Tensor | None:
-    """`order` with `function(delta) == delta[order]`, or None where the function is anything but a reordering of rows."""
+    """`order` with `function(delta) == delta[order]`; None if `function` does anything but reorder rows."""
     probe = torch.arange(2.0 * rows).reshape(2, rows).t().contiguous()
     try:
         result = function(probe.clone())
     except Exception:
-        # Whatever it is, it is not meant for rows alone: the weight side gives it the whole delta.
+        # It may need the whole delta, which only the weight side has.
         return None
     if not isinstance(result, torch.Tensor) or result.shape != probe.shape:
         return None
     order = result[:, 0].long()
     is_permutation = torch.equal(order.sort().values, torch.arange(rows)) and torch.equal(result, probe[order])
     return order if is_permutation else None
-
-
-def _fills(low_rank: LowRank, shape: tuple[int, ...]) -> bool:
-    kernel = 1 if low_rank.mid is None else product_of(low_rank.mid.shape[2:])
-    return (low_rank.up.shape[0], low_rank.down.shape[1] * kernel) == (shape[0], product_of(shape[1:]))

@@ -10,17 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..adapters import Adapter, GloraAdapter, LoraAdapter, Term
-from ..adapters.base import (
-    CheapForward,
-    Decomposed,
-    InputScale,
-    KhatriRao,
-    Kronecker,
-    LowRank,
-    OutputScale,
-    Shape,
-    product_of,
-)
+from ..adapters.base import Shape, product_of
 from .cheap import form_of
 
 FP32_BYTES = 4
@@ -39,7 +29,7 @@ class Cost:
 def bypass_bytes(terms: Sequence[Term], shape: Shape, compute_bytes: int) -> int:
     """Device bytes of the factors, as `patching.bypass.Bypass.device_bytes` counts them. Terms without a cheap form: 0."""
     forms = (form_of(term, shape, is_first=index == 0) for index, term in enumerate(terms))
-    return sum(_resident(form, compute_bytes) for form in forms if form is not None)
+    return sum(form.device_bytes(compute_bytes) for form in forms if form is not None)
 
 
 def bypass_cost(terms: Sequence[Term], shape: Shape, tokens: int, compute_bytes: int) -> Cost:
@@ -51,10 +41,10 @@ def bypass_cost(terms: Sequence[Term], shape: Shape, tokens: int, compute_bytes:
         if form is None:
             continue
         target = shape if term.part is None else term.part.shape_in(shape)
-        flops += 2.0 * tokens * _values_touched(form, target)
+        flops += form.flops(target, tokens)
         inputs.add((target[1], term.part if term.part is not None and term.part.dim == 1 else None))
         # What is joined is added at once; other kinds have a pass of their own.
-        outputs[term.part if isinstance(form, (LowRank, Decomposed)) else index] = target[0]
+        outputs[term.part if form.joins else index] = target[0]
     moved = tokens * (sum(width for width, _ in inputs) + 2 * sum(outputs.values())) * compute_bytes
     return Cost(bypass_bytes(terms, shape, compute_bytes), 0, flops, float(moved))
 
@@ -91,33 +81,6 @@ def rank_of(adapter: Adapter) -> int | None:
     if isinstance(adapter, GloraAdapter):
         return min(adapter.b1.shape)  # (out, rank) or, in the old layout, (rank, in)
     return None
-
-
-def _resident(form: CheapForward, compute_bytes: int) -> int:
-    if isinstance(form, Decomposed):
-        return _resident(form.delta, compute_bytes)
-    if isinstance(form, LowRank):
-        kernel = 1 if form.mid is None else product_of(form.mid.shape[2:])
-        return (form.up.numel() + form.rank * form.down.shape[1] * kernel) * compute_bytes
-    if isinstance(form, KhatriRao):
-        return sum(t.numel() * t.element_size() for t in (form.a1, form.b1, form.a2, form.b2))
-    if isinstance(form, Kronecker):
-        left = form.left[0].shape[0] * form.left[-1].shape[1]
-        whole = form.right[0].shape[0] * form.right[-1][0].numel()
-        return (left + min(whole, sum(t.numel() for t in form.right))) * compute_bytes
-    return 0  # a scale per channel is no more than a bias
-
-
-def _values_touched(form: CheapForward, shape: Shape) -> int:
-    """Multiplications per token."""
-    if isinstance(form, (OutputScale, InputScale)):
-        return shape[0]
-    if isinstance(form, Kronecker):
-        # left on all columns of the right side's result, right on all rows of the left side's.
-        right_rows = form.right[0].shape[0]
-        return product_of(shape[1:]) * right_rows + form.left[-1].shape[1] * shape[0]
-    rank = form.delta.rank if isinstance(form, Decomposed) else form.rank
-    return rank * (shape[0] + product_of(shape[1:]))
 
 
 def _product_flops(terms: Sequence[Term], values: int) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..adapters import DiffAdapter, ForeignAdapter, NestedAdapter, SetAdapter, Term
-from ..adapters.base import LowRank
+from ..adapters.forms import LowRank
 from ..errors import Message, ModeError, about
 from .cheap import has_cheap_form, pays
 
