@@ -22,7 +22,7 @@ from lib_lora_guard.adapters.base import apply_terms
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.merging import merge
 from lib_lora_guard.patching.on_the_fly import WeightTerms
-from lib_lora_guard.planning.cheap import has_cheap_form, pays
+from lib_lora_guard.planning.cheap import forms_of, pays
 from lib_lora_guard.weights import Nf4Codec, PlainCodec, ScaledFp8Codec, StoredLinear
 
 TOKENS = 4608
@@ -39,10 +39,12 @@ def stacks(shape):
     out, inner = shape
 
     def lora(rank, magnitude=None):
-        return LoraAdapter(normal(out, rank), normal(rank, inner), rank / 2, None, magnitude)
+        return LoraAdapter(normal(out, rank), normal(rank, inner), alpha=rank / 2, magnitude=magnitude)
 
     def loha(rank):
-        return LohaAdapter(normal(out, rank), normal(rank, inner), normal(out, rank), normal(rank, inner), rank / 2)
+        return LohaAdapter(
+            normal(out, rank), normal(rank, inner), normal(out, rank), normal(rank, inner), alpha=rank / 2
+        )
 
     rows = torch.rand(out, 1).add_(0.5)
     return {
@@ -54,9 +56,9 @@ def stacks(shape):
         "LoHa rank 8": [loha(8)],
         "LoHa rank 16": [loha(16)],
         "LoHa rank 32": [loha(32)],
-        "LoKr factor 8": [LokrAdapter(normal(8, 8), normal(out // 8, inner // 8), 1.0)],
+        "LoKr factor 8": [LokrAdapter(normal(8, 8), normal(out // 8, inner // 8), alpha=1.0)],
         "LoKr factor 8, rank 16": [
-            LokrAdapter(normal(8, 8), None, 16.0, None, None, normal(out // 8, 16), normal(16, inner // 8))
+            LokrAdapter(normal(8, 8), w2a=normal(out // 8, 16), w2b=normal(16, inner // 8), alpha=16.0)
         ],
         "DoRA rank 16, rows": [lora(16, rows)],
         "DoRA rank 16, columns": [lora(16, torch.rand(1, inner).add_(0.5))],
@@ -103,14 +105,16 @@ def measure_stack(layer, x, terms, shape, repeats):
     def run():
         return layer(x)
 
+    forms = forms_of(terms, shape)
+    exact = None not in forms
     row = {
         "base_ms": seconds(run, repeats),
-        "auto": "bypass" if has_cheap_form(terms, shape) and pays(terms, one_token=False) else "on_the_fly",
+        "auto": "bypass" if exact and pays(forms, one_token=False) else "on_the_fly",
     }
     base_mb = peak_mb(run)
     magnitudes = {i: getattr(t.adapter, "magnitude", None) for i, t in enumerate(terms)}
     ratios = {i: torch.ones(m.numel()) for i, m in magnitudes.items() if m is not None}
-    if has_cheap_form(terms, shape):
+    if exact:
         handles = Bypass("k", tuple(terms), shape, ratios).attach(layer)
         row["bypass_ms"] = seconds(run, repeats)
         row["bypass_extra_mb"] = peak_mb(run) - base_mb

@@ -243,6 +243,7 @@ class Prediction:
     def patches(self):
         """Returns the costs of the stack on each weight, by the guard's rules."""
         from lib_lora_guard.adapters import LoraAdapter, Term
+        from lib_lora_guard.planning.cheap import forms_of
         from lib_lora_guard.planning.costs import bypass_cost, on_the_fly_cost
         from lib_lora_guard.planning.mode import Mode, WeightFacts, Wish, choose_mode
         from lib_lora_guard.planning.predict import Patch
@@ -255,14 +256,15 @@ class Prediction:
             key = f"diffusion_model.{name}.weight"
             weight = self.stored[key]
             factors = [self._factor(out, self.case.rank), self._factor(self.case.rank, inner)]
-            terms = [Term(LoraAdapter(*factors, 1.0), 1.0) for _ in range(self.case.loras)]
+            terms = [Term(LoraAdapter(*factors, alpha=1.0), 1.0) for _ in range(self.case.loras)]
             mode = choose_mode(WeightFacts(key, weight.shape, weight.format, weight.wide, True, True), terms, wish).mode
-            cost = bypass_cost if mode is Mode.BYPASS else on_the_fly_cost
-            tokens = self.tokens.of(key, weight.shape)
-            args = (terms, weight.shape, tokens if mode is Mode.BYPASS else tokens > 0, self.compute_bytes)
+            shape, tokens = weight.shape, self.tokens.of(key, weight.shape)
+            if mode is Mode.BYPASS:
+                guard = bypass_cost(terms, forms_of(terms, shape), shape, tokens, self.compute_bytes)
+            else:
+                guard = on_the_fly_cost(terms, shape, tokens > 0, self.compute_bytes)
             stored = weight.memory_bytes(self.compute_bytes)
             file_bytes = sum(term.adapter.bytes for term in terms)
-            guard = cost(*args)
             found.append(
                 Patch(key, weight.values, stored, weight.format, weight.wide, True, mode, file_bytes, guard, guard)
             )

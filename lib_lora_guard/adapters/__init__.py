@@ -1,4 +1,7 @@
-"""What a LoRA file says: one module per kind of adapter. Pure torch; knows neither models nor hosts."""
+"""The meaning of a LoRA file: one module per kind of adapter, which registers itself when it is imported here.
+
+Pure torch; knows neither models nor hosts.
+"""
 
 from .base import Adapter, Slice, Term, apply_terms
 from .boft import BoftAdapter, PeftBoftAdapter

@@ -1,7 +1,7 @@
-"""What every kind of adapter can do, and how adapters stack on one weight.
+"""The interface that every kind of adapter implements, and the rules by which adapters stack on one weight.
 
 Terms used throughout: *weight* is the base weight in its real shape, `(out, in)` for a linear layer and
-`(out, in / groups, *kernel)` for a convolution; *strength* is the number the user typed; *scale* is what the file
+`(out, in / groups, *kernel)` for a convolution; *strength* is the number the user typed; *scale* is the number the file
 itself asks for (alpha / rank).
 """
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Shape = tuple[int, ...]
-RowFunction = Callable[[torch.Tensor], torch.Tensor]
+RowFunction = Callable[["torch.Tensor"], "torch.Tensor"]
+"""A function that a host applies to a delta before it is added."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,112 @@ class Slice:
     length: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This part of `tensor`, as a view."""
         return tensor.narrow(self.dim, self.start, self.length)
 
     def shape_in(self, shape: Shape) -> Shape:
-        """Shape of this part of a weight of `shape`; raises LoraMismatchError where it does not lie inside."""
+        """The shape of this part of a weight of `shape`.
+
+        Raises:
+            LoraMismatchError: the part does not lie inside the weight.
+        """
         if not (0 <= self.dim < len(shape) and self.start >= 0 and 0 < self.length <= shape[self.dim] - self.start):
             end = self.start + self.length
             raise LoraMismatchError.of("lora.outside", start=self.start, end=end, dim=self.dim, shape=list(shape))
         return (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
 
 
+@dataclass(frozen=True)
+class PatchCost:
+    """The cost of patching a temporary copy of a weight, counted in tensors of the weight's size.
+
+    Attributes:
+        passes: how often a kernel reads or writes such a tensor.
+        copies: how many of them lie beside the temporary weight at a time.
+        in_fp32: the copies are fp32 instead of the compute dtype.
+    """
+
+    passes: int
+    copies: int
+    in_fp32: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter(ABC):
-    """What one LoRA file says about one weight. Frozen: converted with `map`, never changed in place."""
+    """The change that one LoRA file makes to one weight.
+
+    Frozen: convert it with `map`, never change it in place.
+    """
 
     kind: ClassVar[str]
-    additive: ClassVar[bool] = True
-    """True when the delta does not depend on the weight, so that the order in a stack is of no matter."""
+    """The name of the kind in logs, tables and messages."""
+    is_whole_tensor: ClassVar[bool] = False
+    """True if the adapter holds as many numbers as the weight (or is made by another extension)."""
+    stands_alone: ClassVar[bool] = False
+    """True if a wrong size says nothing about the other adapters of the file."""
+
+    @abstractmethod
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        """Compares the factors with a weight, before anything is computed.
+
+        Args:
+            shape: the weight's real shape.
+            may_expand: the weight is a model's input projection, which FLUX-tools LoRAs widen.
+
+        Raises:
+            LoraMismatchError: the adapter does not fit.
+        """
+
+    @abstractmethod
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        """Returns the patched weight, in the dtype of `weight`.
+
+        Args:
+            weight: scratch memory. It may be changed in place and returned, or left and replaced.
+            strength: the user's number.
+            function: is applied to an additive delta before it is added.
+        """
+
+    def rows(self, start: int, length: int) -> Adapter | None:
+        """The adapter for `length` rows of the weight from `start`, seen alone.
+
+        None if rows depend on one another or the cut goes through a block.
+        """
+        return None
+
+    def cheap_forward(self) -> CheapForward | None:
+        """The same change in a cheap form; None if only patching the weight is exact."""
+        return None
+
+    def patch_cost(self) -> PatchCost:
+        """The cost of `patch` on a temporary weight. Unless a kind says less: some ten tensors, in fp32."""
+        return PatchCost(passes=20, copies=3, in_fp32=True)
+
+    def forge_patch_cost(self) -> PatchCost:
+        """The cost of the same in Forge's own code. Unless a kind says less: two products, multiplied, scaled, added."""
+        return PatchCost(passes=10, copies=3)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that the factors show; None for kinds without one."""
+        return None
+
+    @property
+    def is_dora(self) -> bool:
+        """True if a magnitude is taken and the norms of the weight are needed."""
+        return False
+
+    @property
+    def covers_bias(self) -> bool:
+        """True if the adapter is for the bias of the layer too."""
+        return False
+
+    def with_dora_as_trained(self) -> Self:
+        """The adapter with a DoRA in its trainer's meaning instead of the host's; itself without a magnitude."""
+        return self
 
     def tensors(self) -> Iterable[torch.Tensor]:
+        """The tensors it holds."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
@@ -65,39 +153,17 @@ class Adapter(ABC):
 
     @property
     def bytes(self) -> int:
+        """Bytes of its tensors in their present dtypes."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def identity(self) -> tuple[object, ...]:
-        """Equal for two adapters that hold the same tensor objects and numbers: what a change need not redo."""
+        """Equal for two adapters that hold the same tensor objects and numbers: a change need not redo these."""
         values = (getattr(self, field.name) for field in fields(self))
         return type(self), *(v if v is None or isinstance(v, (int, float, str)) else id(v) for v in values)
 
-    @abstractmethod
-    def check(self, shape: Shape, *, may_expand: bool) -> None:
-        """Raises LoraMismatchError unless this adapter fits a weight of `shape`.
-
-        `may_expand`: the weight is a model's input projection, which FLUX-tools LoRAs widen.
-        """
-
-    @abstractmethod
-    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
-        """The patched weight. `weight` is scratch: it may be changed in place and returned, or left and replaced.
-
-        Works in the dtype of `weight`. `function` is applied to an additive delta before it is added.
-        """
-
-    def rows(self, start: int, length: int) -> Adapter | None:
-        """What this adapter says about `length` rows of the weight from `start`, seen alone; None where rows depend on
-        one another or the cut falls inside a block."""
-        return None
-
-    def cheap_forward(self) -> CheapForward | None:
-        """The same as a cheap change of what the layer's call takes or returns; None where only the weight side has it."""
-        return None
-
 
 LARGEST_NUMBER = 1e30
-"""Of strengths and alphas: their product with each other and with the factors must fit into fp32."""
+"""Limit for strengths and alphas: their product with each other and with the factors must fit into fp32."""
 
 _STRENGTH, _MODEL_STRENGTH = Message("lora.strength"), Message("lora.model_strength")
 _ALPHA = Message("lora.alpha")
@@ -105,7 +171,16 @@ _ALPHA = Message("lora.alpha")
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One adapter of one LoRA on one weight, with everything the host asks of it."""
+    """One adapter of one LoRA on one weight, with everything the host asks of it.
+
+    Attributes:
+        adapter: the change.
+        strength: the user's number for the LoRA.
+        strength_model: the host's number for the weight itself, multiplied in before the change.
+        part: the part of the weight that is changed; None for all of it.
+        function: is applied to an additive delta before it is added.
+        origin: the LoRA's place in the user's order.
+    """
 
     adapter: Adapter
     strength: float
@@ -113,13 +188,17 @@ class Term:
     part: Slice | None = None
     function: RowFunction | None = None
     origin: int = 0
-    """Which LoRA of the stack this came from (its place in the user's order)."""
 
     def identity(self) -> tuple[object, ...]:
+        """Equal for two terms that change a weight alike."""
         return self.adapter.identity(), self.strength, self.strength_model, self.part, self.function
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
-        """Raises LoraMismatchError unless this term can be applied to a weight of `shape`."""
+        """Checks the numbers and the adapter against a weight; `Adapter.check` explains the arguments.
+
+        Raises:
+            LoraMismatchError: the term cannot be applied.
+        """
         alpha = getattr(self.adapter, "alpha", None)
         for number, name in ((self.strength, _STRENGTH), (self.strength_model, _MODEL_STRENGTH), (alpha, _ALPHA)):
             if number is not None and not abs(number) < LARGEST_NUMBER:
@@ -130,10 +209,14 @@ class Term:
 
 
 def apply_terms(weight: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
-    """`weight` with the whole stack applied in order, as `merge_lora_to_weight` of the host defines it.
+    """Applies a whole stack in order, as `merge_lora_to_weight` of the host defines it.
 
-    `weight` is scratch of the caller's, in the dtype to compute in. The result may be another tensor, of another
-    shape where a FLUX-tools LoRA widens an input projection.
+    Args:
+        weight: scratch memory of the caller, in the dtype to compute in.
+        terms: the stack; each has passed `Term.check`.
+
+    Returns:
+        The patched weight. It may be another tensor, and wider if a FLUX-tools LoRA widens an input projection.
     """
     for term in terms:
         target = weight if term.part is None else term.part.of(weight)
@@ -148,15 +231,15 @@ def apply_terms(weight: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
 
 
 def add_delta(weight: torch.Tensor, delta: torch.Tensor, factor: float, function: RowFunction | None) -> torch.Tensor:
-    """`weight += function(factor * delta)`, in place."""
+    """Adds `function(factor * delta)` to `weight` in place."""
     if function is None:
         return weight.add_(delta.to(weight.dtype), alpha=factor)
     return weight.add_(function((delta * factor).to(weight.dtype)))
 
 
 LARGEST_RANK = 512
-"""Below this a rank is never refused. Above it, one larger than both sides of the weight says nothing that a smaller one
-could not, and a file of some kilobytes could ask for gigabytes of products."""
+"""A rank up to this is never refused. A larger one than both sides of the weight adds nothing that a smaller one could
+not, and lets a file of some kilobytes ask for gigabytes of products."""
 
 
 def check_rank(rank: int, shape: Shape) -> None:
@@ -166,12 +249,18 @@ def check_rank(rank: int, shape: Shape) -> None:
 
 
 def mismatch(what: str, found: Sequence[int], wanted: Sequence[int]) -> LoraMismatchError:
+    """The error for a delta of another size than the weight: `what` gives `found` instead of `wanted`."""
     return LoraMismatchError.of("lora.size", what=what, found=list(found), wanted=list(wanted))
 
 
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in RAM of a tensor that may be mapped from a file: a trainer that overwrites the file would change it, one
-    that truncates it would kill the process. Raises LoraMismatchError for values that are not finite."""
+    """Copies a tensor that may be mapped from a file into RAM of our own.
+
+    A trainer that overwrites the file would change a mapped tensor; one that truncates it would kill the process.
+
+    Raises:
+        LoraMismatchError: a value is not finite.
+    """
     with torch.inference_mode(False), torch.no_grad():
         copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
         check_values(copy)
@@ -179,7 +268,15 @@ def own_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
-    """Raises LoraMismatchError for values that are not finite floating-point numbers (or whole ones, where those will do)."""
+    """Checks that a tensor holds finite floating-point numbers.
+
+    Args:
+        tensor: on the meta device only its dtype is checked.
+        whole_numbers: integers and truth values are allowed too.
+
+    Raises:
+        LoraMismatchError: the dtype is another one, or a value is not finite.
+    """
     if not (tensor.is_floating_point() or (whole_numbers and not tensor.is_complex())):
         raise LoraMismatchError.of("lora.not_floating", dtype=str(tensor.dtype))
     if tensor.is_meta:
@@ -191,7 +288,5 @@ def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
 
 
 def product_of(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+    """The number of values in a tensor of `shape`."""
+    return math.prod(shape)

@@ -1,8 +1,8 @@
 """BOFT: a rotation built of butterfly stages (arXiv 2311.06243), as LyCORIS (output rows) and peft (input) train it.
 
-Every stage is block-diagonal after a shuffle of the channels, so that `m` stages of small blocks mix channels that lie
-far apart. Strength moves each stage and the row scale from the identity, as for OFT (`oft.py`); that of the stages is
-what LyCORIS `make_weight(scale)` does.
+Every stage is block-diagonal after a shuffle of the channels, so that `m` stages of small blocks mix channels that are far
+apart. Strength moves each stage and the row scale from the identity, as for OFT (`oft.py`); LyCORIS `make_weight(scale)`
+does so with the stages. Files of LyCORIS are read by `oft.py`: their keys are those of OFT.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 
 from ..errors import LoraMismatchError
 from .base import Adapter, RowFunction, Shape, mismatch, product_of
-from .oft import bounded, cayley_less_one, check_rows, finish, scale_rows, skew_of, turn_columns, widened
+from .kinds import Found, Kind, register
+from .rotations import bounded, cayley_less_one, check_rows, finish, scale_rows, skew_of, turn_columns, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,6 @@ class BoftAdapter(Adapter):
     """
 
     kind: ClassVar[str] = "boft"
-    additive: ClassVar[bool] = False
     blocks: torch.Tensor
     alpha: float | None = None
     rescale: torch.Tensor | None = None
@@ -55,11 +55,12 @@ class BoftAdapter(Adapter):
 
 @dataclass(frozen=True, eq=False)
 class PeftBoftAdapter(Adapter):
-    """`W' = factor * W B^T` over the flattened input side: `blocks` `(m, n, b, b)` (`boft_R`), `n * b == in * kernel`;
-    `factor` (`boft_s`) one number per output row. Stages and shuffle as in peft `tuners/boft/layer.py`."""
+    """`W' = factor * W B^T` over the flattened input side, with `blocks` `(m, n, b, b)` (`boft_R`), `n * b == in * kernel`.
+
+    `factor` (`boft_s`) has one number per output row. Stages and shuffle as in peft `tuners/boft/layer.py`.
+    """
 
     kind: ClassVar[str] = "boft"
-    additive: ClassVar[bool] = False
     blocks: torch.Tensor
     factor: torch.Tensor | None = None
 
@@ -92,7 +93,7 @@ class PeftBoftAdapter(Adapter):
 
 
 def _check_blocks(blocks: torch.Tensor, has_matrix: bool, channels: int, shape: Shape) -> int:
-    """The block size; raises LoraMismatchError unless the blocks turn `channels` channels."""
+    """The block size. Raises LoraMismatchError unless the blocks turn `channels` channels."""
     if blocks.dim() != 4 or blocks.shape[2] != blocks.shape[3] or not all(blocks.shape):
         raise LoraMismatchError.of(
             "lora.wrong_form", what="BOFT blocks", wanted="(m, n, b, b)", found=list(blocks.shape)
@@ -102,3 +103,10 @@ def _check_blocks(blocks: torch.Tensor, has_matrix: bool, channels: int, shape: 
     if not has_matrix or count * size != channels or count % 2 ** (stages - 1):
         raise mismatch("BOFT", (count * size,), shape)
     return size
+
+
+def _make_peft(found: Found) -> PeftBoftAdapter:
+    return PeftBoftAdapter(**found.fields)
+
+
+register(Kind("peft_boft", _make_peft, peft_keys={"boft_R": "blocks", "boft_s": "factor"}))

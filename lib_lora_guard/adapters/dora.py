@@ -1,14 +1,19 @@
-"""DoRA's magnitude step, in the host's meaning of it (arXiv 2402.09353; Forge `backend/patcher/lora.py`).
+"""DoRA's magnitude step, as the host computes it or as the trainers mean it (arXiv 2402.09353).
 
-Axis and norm follow the host: on the output axis (`magnitude.shape[0] == out`) the norm is that of the *unpatched*
-weight, on the input axis that of the patched one. docs/architecture.md says where training tools differ.
+A magnitude with one number per row makes the rows of the patched weight that long. The host (Forge
+`backend/patcher/lora.py`) divides by the norms of the *unpatched* weight there, peft (`tuners/lora/variants.py`) and
+LyCORIS (`functional/general.py`, `wd_on_out=True`, its default) by those of the *patched* one. A magnitude with one
+number per input column (LyCORIS `wd_on_out=False`) divides by the norms of the patched weight for all of them.
+
+Strength s goes straight from W to the result at strength 1, `(1 - s) W + s m (W + D) / norm`. The trainers go other ways,
+which do not give W back at 0: peft scales D (`m (W + s D) / |W + s D|`, `set_scale`), LyCORIS the magnitude's part
+(`(W + D) (1 + s (m / |W + D| - 1))`, `make_weight(scale)`).
 """
 
 from __future__ import annotations
 
 import torch
 
-from .as_trained import decompose_as_trained
 from .base import RowFunction, Shape, mismatch
 
 
@@ -26,32 +31,32 @@ def decompose(
     function: RowFunction | None,
     as_trained: bool = False,
 ) -> torch.Tensor:
-    """`weight` moved by `strength` towards its magnitude-normalised sum with `delta` (the delta holds alpha / rank).
+    """Moves `weight`, in place, by `strength` towards its magnitude-normalised sum with `delta`.
 
-    `as_trained` asks for the trainer's meaning instead of the host's, see `as_trained.py`.
-    Computed in fp32 and rounded once: magnitude / norm is near 1, and in bf16 the steps there are larger than most of what
-    a DoRA changes.
+    Computed in fp32 at least and rounded once: magnitude / norm is near 1, and in bf16 the steps there are larger than most
+    of what a DoRA changes.
+
+    Args:
+        weight: `(out, in, ...)`.
+        delta: as many values; holds alpha / rank.
+        magnitude: `(out, ...)` scales rows; any other shape with one number per input channel scales columns.
+        strength: the user's number.
+        function: is applied to the delta first.
+        as_trained: divide rows by the norms of the patched weight, as the trainers do.
     """
-    if as_trained:
-        return decompose_as_trained(weight, delta, magnitude, strength, function)
     base = weight.to(torch.promote_types(weight.dtype, torch.float32))
     delta = delta.reshape(weight.shape)
     if function is not None:
         delta = function(delta)
     patched = base + delta
-    magnitude = magnitude.to(base)
-    if is_by_row(magnitude, tuple(weight.shape)):
-        norm = _norm(base, keep_dim=0)
-        magnitude = magnitude.reshape(-1, *[1] * (weight.dim() - 1))
-    else:
-        norm = _norm(patched, keep_dim=1)
-        magnitude = magnitude.reshape(1, -1, *[1] * (weight.dim() - 2))
-    patched.mul_(magnitude / (norm + torch.finfo(base.dtype).eps))
+    by_row = is_by_row(magnitude, tuple(weight.shape))
+    norm = _norm(base if by_row and not as_trained else patched, keep_dim=0 if by_row else 1)
+    patched.mul_(magnitude.to(base).reshape(norm.shape) / (norm + torch.finfo(base.dtype).eps))
     return weight.copy_(torch.lerp(base, patched, strength) if strength != 1.0 else patched)
 
 
 def is_by_row(magnitude: torch.Tensor, shape: Shape) -> bool:
-    """True where `magnitude` has one number per row of a weight of `shape` (a square weight is read by its first dimension)."""
+    """True if `magnitude` has one number per row of a weight of `shape`; a square weight is read by its first dimension."""
     return magnitude.dim() > 0 and magnitude.shape[0] == magnitude.numel() == shape[0]
 
 

@@ -1,74 +1,68 @@
-"""What the end of a tensor's name in a LoRA file means: which field of which kind of adapter.
+"""Reads the meaning of a tensor's name in a LoRA file: module, kind of adapter, field.
 
-Names, from files the trainers write: kohya sd-scripts (`lora_down.weight`), PEFT and diffusers (`lora_A.weight`,
-`lora.down.weight`), LyCORIS 4 (`hada_*`, `lokr_*`, `oft_blocks`), ComfyUI and BFL (`diff_b`, `set_weight`, `lora_B.bias`).
+The kinds bring their keys (`kinds.Kind`). Trainers whose files they are taken from: kohya sd-scripts
+(`lora_down.weight`), PEFT and diffusers (`lora_A.weight`, `lora.down.weight`), LyCORIS 4 (`hada_*`, `lokr_*`,
+`oft_blocks`), ComfyUI and BFL (`diff_b`, `set_weight`, `lora_B.bias`).
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Container
+from typing import NamedTuple
 
-_UP, _DOWN = ("lora_up", "lora_B", "lora.up", "lora_linear_layer.up"), ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down")  # fmt: skip
-
-_FIELDS: dict[str, tuple[str, str]] = {
-    **{f"{up}.weight": ("lora", "up") for up in _UP},
-    **{f"{down}.weight": ("lora", "down") for down in _DOWN},
-    "lora_mid.weight": ("lora", "mid"),
-    "lora_B.bias": ("lora_bias", "diff"),
-    **{f"hada_w{side}_{ab}": ("loha", f"w{side}{ab}") for side in (1, 2) for ab in "ab"},
-    **{f"hada_t{side}": ("loha", f"t{side}") for side in (1, 2)},
-    **{f"lokr_w{side}": ("lokr", f"w{side}") for side in (1, 2)},
-    **{f"lokr_w{side}_{ab}": ("lokr", f"w{side}{ab}") for side in (1, 2) for ab in "ab"},
-    "lokr_t2": ("lokr", "t2"),
-    **{f"{ab}{side}.weight": ("glora", f"{ab}{side}") for side in (1, 2) for ab in "ab"},
-    "bm.weight": ("glora", "core"),
-    "oft_blocks": ("oft", "blocks"),
-    "rescale": ("oft", "rescale"),
-    "oft_R.weight": ("peft_oft", "packed"),
-    "boft_R": ("peft_boft", "blocks"),
-    "boft_s": ("peft_boft", "factor"),
-    "ia3_l": ("peft_ia3", "weight"),
-    "on_input": ("ia3", "on_input"),
-    "diff": ("diff", "diff"),
-    "w_norm": ("diff", "diff"),
-    "set_weight": ("set", "value"),
-    "diff_b": ("bias", "diff"),
-    "b_norm": ("bias", "diff"),
-    "base_layer.bias": ("set_bias", "value"),
-    "alpha": ("scale", "alpha"),
-    "scalar": ("scale", "scalar"),
-    "dora_scale": ("scale", "magnitude"),
-    # PEFT's magnitudes are always those of the rows, whatever their shape looks like.
-    "lora_magnitude_vector": ("scale", "row_magnitude"),
-    "lora_magnitude_vector.weight": ("scale", "row_magnitude"),
-}
-_ATTACHED = re.compile(r"^(?P<module>.+_lora[12]?)\.(?P<field>up|down)\.weight$")
-"""Attention processors of old diffusers and XLabs: `...processor.to_q_lora.up.weight`, `...processor.qkv_lora1.down.weight`."""
-_ADAPTER_NAME = re.compile(
-    r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+|oft_R|boft_R|boft_s|ia3_l)\.(?!weight$|bias$)[^.]+(?=\.(?:weight|bias)$|$)"
-)
-"""PEFT may put the adapter's own name between: `lora_A.default.weight`, `lora_A.style.weight`."""
+from .kinds import KINDS, MOST_PARTS, Kind
 
 
-@dataclass(frozen=True)
-class KeyMeaning:
-    """`module` as written; `kind` "scale" is for fields that belong to whichever kind the module has."""
+class KeyMeaning(NamedTuple):
+    """The meaning of one name.
+
+    Attributes:
+        module: as written in the file.
+        kind: None for fields that belong to whichever kind the module has (alpha, magnitude).
+        field: of the kind's adapter.
+    """
 
     module: str
-    kind: str
+    kind: Kind | None
     field: str
 
 
-def meaning_of(key: str) -> KeyMeaning | None:
-    """What a key says, or None where it is not a LoRA key."""
-    key = _ADAPTER_NAME.sub(r".\1", key)
-    # The longest suffix has the say: "lora.up.weight" before "up.weight".
-    end = len(key)
-    dots = [place for place in range(end) if key[place] == "."][-3:]
-    for dot in dots:
-        if (known := _FIELDS.get(key[dot + 1 :])) is not None:
-            return KeyMeaning(key[:dot], *known)
-    if (attached := _ATTACHED.match(key)) is not None:
-        return KeyMeaning(attached["module"], "lora", attached["field"])
+def meaning_of(key: str, names: Container[str] = ()) -> KeyMeaning | None:
+    """The meaning of a tensor's name; None if it is no LoRA key.
+
+    Args:
+        key: the name in the file.
+        names: all names in the file. Some names mean something only beside others.
+    """
+    module, *parts = key.rsplit(".", MOST_PARTS)
+    written = _with_adapter_name(parts)
+    if written is not None:
+        suffix, count = written
+        return KeyMeaning(key.rsplit(".", count)[0], *KINDS.keys[suffix])
+    # The longest end has the say: "lora.up.weight" before "up.weight".
+    for count in range(len(parts), 0, -1):
+        suffix = ".".join(parts[-count:])
+        known = KINDS.keys.get(suffix)
+        if known is not None:
+            return KeyMeaning(key[: -len(suffix) - 1], *known)
+    for kind in KINDS.claims:
+        claimed = kind.claim(key, names) if kind.claim is not None else None
+        if claimed is not None:
+            module, field = claimed
+            return KeyMeaning(module, kind, field)
     return None
+
+
+def _with_adapter_name(parts: list[str]) -> tuple[str, int] | None:
+    """Finds the adapter's own name that PEFT may put inside: `lora_A.style.weight`, `boft_R.default`.
+
+    Returns:
+        The key without it, and how many parts of the name they are together.
+    """
+    if len(parts) > 2 and parts[-3] in KINDS.peft_heads and parts[-1] in ("weight", "bias") and parts[-2]:
+        key, count = f"{parts[-3]}.{parts[-1]}", 3
+    elif len(parts) > 1 and parts[-2] in KINDS.peft_heads and parts[-1] not in ("weight", "bias", ""):
+        key, count = parts[-2], 2
+    else:
+        return None
+    return (key, count) if key in KINDS.peft_keys else None

@@ -8,32 +8,34 @@ from typing import ClassVar
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, RowFunction, Shape, add_delta, check_rank, mismatch, product_of
-from .dora import check_magnitude, decompose
+from .base import RowFunction, Shape, check_rank, mismatch, product_of
+from .kinds import Found, HostTuple, Kind, register
+from .ranked import RankedAdapter
 
 
 @dataclass(frozen=True, eq=False)
-class GloraAdapter(Adapter):
+class GloraAdapter(RankedAdapter):
     """New layout: `a1` `(in, rank)`, `a2` `(rank, in)`, `b1` `(out, rank)`, `b2` `(rank, in * kernel)`.
-    Old layout: `a1` `(rank, in)`, `a2` `(in, rank)`, `b1` `(rank, in)`, `b2` `(out, rank)`, with `W @ a2 @ a1 + b2 @ b1`."""
+
+    Old layout: `a1` `(rank, in)`, `a2` `(in, rank)`, `b1` `(rank, in)`, `b2` `(out, rank)`, with `W @ a2 @ a1 + b2 @ b1`.
+    """
 
     kind: ClassVar[str] = "glora"
-    additive: ClassVar[bool] = False
     a1: torch.Tensor
     a2: torch.Tensor
     b1: torch.Tensor
     b2: torch.Tensor
-    alpha: float | None = None
-    magnitude: torch.Tensor | None = None
-    as_trained: bool = False
+
+    @property
+    def rank(self) -> int | None:
+        """The smaller side of `b1`, which is the rank in both layouts."""
+        return min(self.b1.shape)
 
     def is_old(self, shape: Shape) -> bool:
-        """Which layout the factors have; a square weight of both readings is taken as old, as the host does."""
-        a1, a2, b1, b2 = self.a1.shape, self.a2.shape, self.b1.shape, self.b2.shape
-        old = b2[1] == b1[0] == a1[0] == a2[1]
-        new = b2[0] == b1[1] == a1[1] == a2[0]
+        """True if the factors have the old layout; a square weight that fits both is read as old, as the host does."""
+        old, new = self._readings()
         if old and new:
-            return a2[0] == shape[0] == shape[1]
+            return self.a2.shape[0] == shape[0] == shape[1]
         return old
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
@@ -54,14 +56,11 @@ class GloraAdapter(Adapter):
         columns = product_of(shape[1:]) if old else shape[1]
         if (a_in.shape[0], product_of(a_out.shape[1:])) != (columns, columns):
             raise mismatch("GLoRA a1/a2", (a_in.shape[0], product_of(a_out.shape[1:])), shape)
-        if self.magnitude is not None:
-            check_magnitude(self.magnitude, shape)
+        self.check_magnitude(shape)
 
     def rows(self, start: int, length: int) -> GloraAdapter | None:
-        a1, a2, b1, b2 = self.a1.shape, self.a2.shape, self.b1.shape, self.b2.shape
-        old = b2[1] == b1[0] == a1[0] == a2[1]
-        new = b2[0] == b1[1] == a1[1] == a2[0]
-        # Of a square weight both readings fit, and the shape of a part would change the choice between them.
+        old, new = self._readings()
+        # If both readings fit, the shape of a part would change the choice between them.
         if old == new or self.magnitude is not None:
             return None
         if old:
@@ -78,7 +77,32 @@ class GloraAdapter(Adapter):
             delta = torch.einsum("oi...,ir->or...", weight, a1)
             delta = torch.einsum("or...,rj->oj...", delta, a2).reshape(weight.shape)
             delta = delta + (b1 @ b2).reshape(weight.shape)
-        scale = 1.0 if self.alpha is None else self.alpha / rank
-        if self.magnitude is not None:
-            return decompose(weight, delta.mul_(scale), self.magnitude, strength, function, self.as_trained)
-        return add_delta(weight, delta, strength * scale, function)
+        return self.add(weight, delta, self.scale_for(rank), strength, function)
+
+    def _readings(self) -> tuple[bool, bool]:
+        """True for each layout, old and new, that the shapes of the factors allow."""
+        a1, a2, b1, b2 = self.a1.shape, self.a2.shape, self.b1.shape, self.b2.shape
+        return b2[1] == b1[0] == a1[0] == a2[1], b2[0] == b1[1] == a1[1] == a2[0]
+
+
+def _make(found: Found) -> GloraAdapter:
+    factors = dict(found.fields)
+    core = factors.pop("core", None)
+    if core is not None:
+        # A Tucker core, multiplied into the factor that has the kernel without one.
+        b2 = factors["b2"]
+        made = core.shape[0] * b2[0].numel() * product_of(core.shape[2:])
+        if made > 64 * (core.numel() + b2.numel()):
+            raise LoraMismatchError.of("lora.core")
+        factors["b2"] = torch.einsum("ri...,ij->rj...", core, b2.flatten(1).to(core))
+    return GloraAdapter(**factors, **found.shared)
+
+
+register(
+    Kind(
+        "glora",
+        _make,
+        keys={"a1.weight": "a1", "a2.weight": "a2", "b1.weight": "b1", "b2.weight": "b2", "bm.weight": "core"},
+        host=HostTuple(GloraAdapter, ("a1", "a2", "b1", "b2", "alpha"), ("magnitude",)),
+    )
+)

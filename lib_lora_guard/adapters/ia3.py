@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,22 +10,30 @@ import torch
 
 from .base import Adapter, RowFunction, Shape, mismatch
 from .forms import InputScale, OutputScale
+from .kinds import Found, Kind, register
+
+_LYCORIS, _PEFT = 0.0, 1.0
+"""The number that changes nothing. LyCORIS (`modules/ia3.py`) stores a difference from one, peft (`tuners/ia3/layer.py`)
+the factor."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ia3Adapter(Adapter):
     """`W' = W * (1 + s (weight - centre))`, by input column where `on_input`, else by output row.
 
-    `weight` holds one number per channel in any shape: `(n,)`, `(n, 1)`, `(1, n)`, `(1, n, 1, 1)`. `centre` is the value
-    that changes nothing: 0 in LyCORIS (`modules/ia3.py`: a difference from one), 1 in peft (`tuners/ia3/layer.py`: the
-    factor). A 1-D weight is a bias: peft scales it along with the rows, LyCORIS does not.
+    `weight` holds one number per channel in any shape: `(n,)`, `(n, 1)`, `(1, n)`, `(1, n, 1, 1)`. `centre` is the number
+    that changes nothing. A 1-D weight is a bias: peft scales it along with the rows, LyCORIS does not.
     """
 
     kind: ClassVar[str] = "ia3"
-    additive: ClassVar[bool] = False
     weight: torch.Tensor
     on_input: bool
-    centre: float = 0.0
+    centre: float = _LYCORIS
+
+    @property
+    def covers_bias(self) -> bool:
+        """True for peft's factors of the output: they are for all that the layer returns."""
+        return self.centre == _PEFT and not self.on_input
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         axis = 1 if self.on_input else 0
@@ -48,3 +57,34 @@ class Ia3Adapter(Adapter):
     def cheap_forward(self) -> OutputScale | InputScale:
         difference = self.weight.flatten().float() - self.centre
         return InputScale(difference) if self.on_input else OutputScale(difference)
+
+
+def _weight_beside_on_input(key: str, names: Container[str]) -> tuple[str, str] | None:
+    """LyCORIS calls the factors `weight`, like a whole tensor: only `on_input` beside them tells."""
+    module, dot, field = key.rpartition(".")
+    return (module, field) if dot and field == "weight" and f"{module}.on_input" in names else None
+
+
+def _make_lycoris(found: Found) -> Ia3Adapter:
+    return Ia3Adapter(found.fields["weight"], bool(found.fields["on_input"]))
+
+
+def _make_peft(found: Found) -> Ia3Adapter:
+    weight = found.fields["weight"]
+    # A linear layer's (1, in) and (out, 1) differ; a convolution's (1, n, 1, 1) does not say which it is.
+    on_input = weight.dim() == 2 and weight.shape[0] == 1
+    if weight.dim() != 2:
+        on_input = bool(found.settings.is_feedforward(found.module))
+    return Ia3Adapter(weight, on_input, centre=_PEFT)
+
+
+register(
+    Kind(
+        "ia3",
+        _make_lycoris,
+        keys={"on_input": "on_input"},
+        claim=_weight_beside_on_input,
+        numbers=frozenset({"on_input"}),
+    )
+)
+register(Kind("peft_ia3", _make_peft, peft_keys={"ia3_l": "weight"}))

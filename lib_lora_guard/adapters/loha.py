@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, RowFunction, Shape, add_delta, check_rank, mismatch, product_of
-from .dora import check_magnitude, decompose, is_by_row
+from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
+from .dora import is_by_row
 from .forms import KhatriRao
+from .kinds import HostTuple, Kind, Size, register
+from .ranked import RankedAdapter, make_ranked, rank_along
 
 
 @dataclass(frozen=True, eq=False)
-class LohaAdapter(Adapter):
-    """`w?a` `(out, rank)`, `w?b` `(rank, in * kernel)`; with Tucker cores `t?` `(rank, rank, *kernel)`:
-    `w?a` `(rank, out)`, `w?b` `(rank, in)`."""
+class LohaAdapter(RankedAdapter):
+    """`w?a` `(out, rank)`, `w?b` `(rank, in * kernel)`.
+
+    With Tucker cores `t?` `(rank, rank, *kernel)`: `w?a` `(rank, out)`, `w?b` `(rank, in)`.
+    """
 
     kind: ClassVar[str] = "loha"
     w1a: torch.Tensor
     w1b: torch.Tensor
     w2a: torch.Tensor
     w2b: torch.Tensor
-    alpha: float | None = None
     t1: torch.Tensor | None = None
     t2: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
-    as_trained: bool = False
 
     @property
-    def additive(self) -> bool:  # type: ignore[override]  # an instance answers what the class only defaults
-        return self.magnitude is None
+    def rank(self) -> int | None:
+        """The rank of the first product, as the host counts it."""
+        return rank_along(self.w1b)
 
-    @property
-    def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.w1b.shape[0]
+    def patch_cost(self) -> PatchCost:
+        # Two products, one multiplied with the other and added.
+        return PatchCost(passes=8, copies=2) if self.magnitude is None else super().patch_cost()
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         for a, b, core in ((self.w1a, self.w1b, self.t1), (self.w2a, self.w2b, self.t2)):
@@ -55,8 +59,7 @@ class LohaAdapter(Adapter):
                 )
             if gives != (shape[0], product_of(shape[1:])):
                 raise mismatch("LoHa", gives, shape)
-        if self.magnitude is not None:
-            check_magnitude(self.magnitude, shape)
+        self.check_magnitude(shape)
 
     def rows(self, start: int, length: int) -> LohaAdapter | None:
         magnitude = self.magnitude
@@ -79,9 +82,7 @@ class LohaAdapter(Adapter):
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         first = _product(self.w1a, self.w1b, self.t1, weight)
         delta = first.mul_(_product(self.w2a, self.w2b, self.t2, weight)).reshape(weight.shape)
-        if self.magnitude is not None:
-            return decompose(weight, delta.mul_(self.scale), self.magnitude, strength, function, self.as_trained)
-        return add_delta(weight, delta, strength * self.scale, function)
+        return self.add(weight, delta, self.scale, strength, function)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -89,3 +90,26 @@ def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None, like: 
     if core is None:
         return a @ b
     return torch.einsum("rs...,si,ro->oi...", core.to(like), b, a).flatten(1)
+
+
+def _size(shapes: Mapping[str, Shape]) -> Size:
+    a, b = shapes.get("w1a", ()), shapes.get("w1b", ())
+    return (a[0] if a else None), (b[1] if len(b) > 1 else None)
+
+
+register(
+    Kind(
+        "loha",
+        partial(make_ranked, LohaAdapter),
+        peft_keys={
+            "hada_w1_a": "w1a",
+            "hada_w1_b": "w1b",
+            "hada_w2_a": "w2a",
+            "hada_w2_b": "w2b",
+            "hada_t1": "t1",
+            "hada_t2": "t2",
+        },
+        host=HostTuple(LohaAdapter, ("w1a", "w1b", "alpha", "w2a", "w2b"), ("t1", "t2", "magnitude")),
+        size=_size,
+    )
+)

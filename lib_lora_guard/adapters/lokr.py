@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, RowFunction, Shape, add_delta, check_rank, mismatch, product_of
-from .dora import check_magnitude, decompose
+from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
 from .forms import Kronecker
+from .kinds import Found, HostTuple, Kind, Size, register
+from .ranked import RankedAdapter, make_ranked, rank_along
 
 
 @dataclass(frozen=True, eq=False)
-class LokrAdapter(Adapter):
-    """`delta = w1 (x) w2`. A side is whole (`w1`, `w2`) or a product (`w1a @ w1b`, `w2a @ w2b`); a convolution's
-    second side may have a Tucker core `t2` `(rank, rank, *kernel)` with `w2a` `(rank, out)` and `w2b` `(rank, in)`."""
+class LokrAdapter(RankedAdapter):
+    """`delta = w1 (x) w2`. A side is whole (`w1`, `w2`) or a product (`w1a @ w1b`, `w2a @ w2b`).
+
+    A convolution's second side may have a Tucker core `t2` `(rank, rank, *kernel)` with `w2a` `(rank, out)` and `w2b`
+    `(rank, in)`.
+    """
 
     kind: ClassVar[str] = "lokr"
     w1: torch.Tensor | None = None
     w2: torch.Tensor | None = None
-    alpha: float | None = None
     w1a: torch.Tensor | None = None
     w1b: torch.Tensor | None = None
     w2a: torch.Tensor | None = None
     w2b: torch.Tensor | None = None
     t2: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
-    as_trained: bool = False
 
     @property
-    def additive(self) -> bool:  # type: ignore[override]  # an instance answers what the class only defaults
-        return self.magnitude is None
+    def rank(self) -> int | None:
+        """The rank of a factorised side (of the second one if both are); None if both are whole: nothing scales them."""
+        second = rank_along(self.w2b) if self.w2 is None else None
+        return second if second is not None or self.w1 is not None else rank_along(self.w1b)
 
-    @property
-    def scale(self) -> float:
-        """alpha / rank of a factorised side (the second one where both are); 1 where both sides are whole."""
-        rank = None
-        if self.w1 is None and self.w1b is not None:
-            rank = self.w1b.shape[0]
-        if self.w2 is None and self.w2b is not None:
-            rank = self.w2b.shape[0]
-        return 1.0 if self.alpha is None or rank is None else self.alpha / rank
+    def patch_cost(self) -> PatchCost:
+        # One product, added.
+        return PatchCost(passes=4, copies=2) if self.magnitude is None else super().patch_cost()
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         for factor in (self.w1b, self.w2b):
@@ -51,7 +49,7 @@ class LokrAdapter(Adapter):
         if self.t2 is not None and self.t2.dim() > 1:
             check_rank(max(self.t2.shape[:2]), shape)
         try:
-            left, right = self._sides(torch.empty(0, device="meta"), meta=True)
+            left, right = self._sides(None)
         except (RuntimeError, ValueError, IndexError) as error:
             raise LoraMismatchError.of("lora.no_product", what="LoKr factors", found=str(error)) from None
         if left.dim() != 2 or right.dim() < 2 or any(not all(t.shape) for t in self.tensors()):
@@ -60,8 +58,7 @@ class LokrAdapter(Adapter):
         gives = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1], *right.shape[2:])
         if (gives[0], product_of(gives[1:])) != (shape[0], product_of(shape[1:])):
             raise mismatch("LoKr", gives, shape)
-        if self.magnitude is not None:
-            check_magnitude(self.magnitude, shape)
+        self.check_magnitude(shape)
 
     def rows(self, start: int, length: int) -> LokrAdapter | None:
         right = self.w2 if self.w2 is not None else self.w2a
@@ -89,15 +86,15 @@ class LokrAdapter(Adapter):
         left, right = self._sides(weight)
         left = left.reshape(*left.shape, *[1] * (right.dim() - 2))
         delta = torch.kron(left, right.contiguous()).reshape(weight.shape)
-        if self.magnitude is not None:
-            return decompose(weight, delta.mul_(self.scale), self.magnitude, strength, function, self.as_trained)
-        return add_delta(weight, delta, strength * self.scale, function)
+        return self.add(weight, delta, self.scale, strength, function)
 
-    def _sides(self, like: torch.Tensor, meta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sides(self, like: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sides multiplied out, with the dtype and device of `like`; on the meta device for None."""
+
         def get(tensor: torch.Tensor | None) -> torch.Tensor:
             if tensor is None:
                 raise ValueError("a factor is missing")
-            return tensor.to("meta") if meta else tensor.to(like)
+            return tensor.to("meta") if like is None else tensor.to(like)
 
         left = get(self.w1) if self.w1 is not None else get(self.w1a) @ get(self.w1b)
         if self.w2 is not None:
@@ -107,3 +104,44 @@ class LokrAdapter(Adapter):
         else:
             right = torch.einsum("rs...,si,ro->oi...", get(self.t2), get(self.w2b), get(self.w2a))
         return left, right
+
+
+def _make(found: Found) -> LokrAdapter:
+    adapter = make_ranked(LokrAdapter, found)
+    if adapter.alpha is not None or adapter.rank is not None or adapter.w1 is None:
+        return adapter
+    # PEFT scales whole sides too; LyCORIS, and with it the adapter, does not.
+    rank = found.settings.rank_for(found.module)
+    alpha = None if rank is None else found.settings.alpha_for(found.module, rank)
+    return adapter if rank is None or alpha is None else replace(adapter, w1=adapter.w1.float() * (alpha / rank))
+
+
+def _size(shapes: Mapping[str, Shape]) -> Size:
+    (out1, in1), (out2, in2) = (_side_size(shapes, side) for side in "12")
+    return (out1 * out2 if out1 and out2 else None), (in1 * in2 if in1 and in2 else None)
+
+
+def _side_size(shapes: Mapping[str, Shape], side: str) -> Size:
+    if whole := shapes.get(f"w{side}"):
+        return whole[0], whole[1] if len(whole) > 1 else None
+    a, b = shapes.get(f"w{side}a"), shapes.get(f"w{side}b")
+    return (a[0] if a else None), (b[1] if b and len(b) > 1 else None)
+
+
+register(
+    Kind(
+        "lokr",
+        _make,
+        peft_keys={
+            "lokr_w1": "w1",
+            "lokr_w1_a": "w1a",
+            "lokr_w1_b": "w1b",
+            "lokr_w2": "w2",
+            "lokr_w2_a": "w2a",
+            "lokr_w2_b": "w2b",
+            "lokr_t2": "t2",
+        },
+        host=HostTuple(LokrAdapter, ("w1", "w2", "alpha", "w1a", "w1b", "w2a", "w2b"), ("t2", "magnitude")),
+        size=_size,
+    )
+)

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from ..errors import LoraMismatchError
-from .base import Adapter, RowFunction, Shape, check_rank, mismatch, product_of
-from .dora import check_magnitude, decompose, is_by_row
+from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
+from .dora import is_by_row
 from .forms import Decomposed, LowRank
-from .whole import WIDEST
+from .kinds import Found, HostTuple, Kind, Size, register
+from .ranked import RankedAdapter, make_ranked, rank_along
+from .whole import WIDEST, DiffAdapter
 
 
 @dataclass(frozen=True, eq=False)
-class LoraAdapter(Adapter):
-    """`up` `(out, rank, ...)`, `down` `(rank, in, ...)`; with `mid` `(rank, rank, *kernel)` both outer ones are 1x1.
-
-    `alpha` None means that the file states no scale (1 is used). `magnitude` makes it a DoRA, by default in the host's
-    meaning, with `as_trained` in that of the trainers (`as_trained.py`).
-    """
+class LoraAdapter(RankedAdapter):
+    """`up` `(out, rank, ...)`, `down` `(rank, in, ...)`; with `mid` `(rank, rank, *kernel)` both outer ones are 1x1."""
 
     kind: ClassVar[str] = "lora"
     up: torch.Tensor
     down: torch.Tensor
-    alpha: float | None = None
     mid: torch.Tensor | None = None
-    magnitude: torch.Tensor | None = None
-    as_trained: bool = False
 
     @property
-    def additive(self) -> bool:  # type: ignore[override]  # an instance answers what the class only defaults
-        return self.magnitude is None
+    def rank(self) -> int | None:
+        """The rank of `down`, as the host counts it."""
+        return rank_along(self.down)
 
-    @property
-    def scale(self) -> float:
-        """alpha / rank; the rank is that of `down`, as the host counts it."""
-        return 1.0 if self.alpha is None else self.alpha / self.down.shape[0]
+    def patch_cost(self) -> PatchCost:
+        # One product, added in place: a read and a write.
+        return PatchCost(passes=2, copies=0) if self.magnitude is None else super().patch_cost()
 
-    def delta_shape(self) -> tuple[int, int]:
-        """`(out, in * kernel)` of the product."""
-        kernel = 1 if self.mid is None else product_of(self.mid.shape[2:])
-        return self.up.shape[0], product_of(self.down.shape[1:]) * kernel
+    def forge_patch_cost(self) -> PatchCost:
+        # Product (1), times alpha (2), added (3).
+        return PatchCost(passes=6, copies=2) if self.magnitude is None else super().forge_patch_cost()
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         if self.up.dim() < 2 or self.down.dim() < 2 or not all(self.up.shape) or not all(self.down.shape):
@@ -57,15 +53,14 @@ class LoraAdapter(Adapter):
             up, down = list(self.up.shape), list(self.down.shape)
             raise LoraMismatchError.of("lora.up_down", up=up, down=down, core=core)
         check_rank(max(inner_up, self.down.shape[0]), shape)
-        rows, columns = self.delta_shape()
+        kernel = 1 if self.mid is None else product_of(self.mid.shape[2:])
+        rows, columns = self.up.shape[0], product_of(self.down.shape[1:]) * kernel
         wanted = (shape[0], product_of(shape[1:]))
-        if rows != wanted[0] or (
-            columns != wanted[1] and not (may_expand and len(shape) == 2 and columns <= WIDEST * shape[1])
-        ):
+        widens = may_expand and len(shape) == 2 and columns <= WIDEST * shape[1]
+        if rows != wanted[0] or (columns != wanted[1] and not widens):
             raise mismatch("up @ down", (rows, columns), shape)
-        if self.magnitude is not None:
-            # Widened, an input projection has the columns of the LoRA.
-            check_magnitude(self.magnitude, shape if columns <= wanted[1] else (rows, columns))
+        # Widened, an input projection has the columns of the LoRA.
+        self.check_magnitude(shape if columns <= wanted[1] else (rows, columns))
 
     def rows(self, start: int, length: int) -> LoraAdapter | None:
         magnitude = self.magnitude
@@ -88,7 +83,7 @@ class LoraAdapter(Adapter):
         down = LowRank(self.up, self.down.flatten(1), 1.0, self.mid).dense_down(dtype, device)
         weight, down = _widen(weight, down)
         if self.magnitude is not None:
-            return decompose(weight, (up @ down).mul_(self.scale), self.magnitude, strength, function, self.as_trained)
+            return self.add(weight, up @ down, self.scale, strength, function)
         factor = strength * self.scale
         if function is not None:
             return weight.add_(function((up @ down).mul_(factor).reshape(weight.shape)))
@@ -105,3 +100,53 @@ def _widen(weight: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torc
     elif missing < 0:
         down = torch.nn.functional.pad(down, (0, -missing))
     return weight, down
+
+
+_ATTACHED = re.compile(r"^(?P<module>.+_lora[12]?)\.(?P<field>up|down)\.weight$")
+
+
+def _attached(key: str, names: Container[str]) -> tuple[str, str] | None:
+    """Attention processors of old diffusers and XLabs: `...processor.to_q_lora.up.weight`, `...qkv_lora1.down.weight`."""
+    found = _ATTACHED.match(key)
+    return None if found is None else (found["module"], found["field"])
+
+
+def _make(found: Found) -> LoraAdapter:
+    adapter = make_ranked(LoraAdapter, found)
+    if adapter.alpha is not None and adapter.rank == 0:
+        up, down = list(adapter.up.shape), list(adapter.down.shape)
+        raise LoraMismatchError.of("lora.no_pair", up=up, down=down)
+    return adapter
+
+
+def _make_bias(found: Found) -> DiffAdapter:
+    """The bias that PEFT trains beside the factors (`lora_bias=True`); alpha / rank scales it too."""
+    scale = found.weight.scale if isinstance(found.weight, LoraAdapter) else 1.0
+    return DiffAdapter(**found.fields, scale=scale)
+
+
+def _size(shapes: Mapping[str, Shape]) -> Size:
+    up, down = shapes.get("up", ()), shapes.get("down", ())
+    return (up[0] if up else None), (down[1] if len(down) > 1 else None)
+
+
+register(
+    Kind(
+        "lora",
+        _make,
+        keys={
+            "lora_up.weight": "up",
+            "lora_down.weight": "down",
+            "lora.up.weight": "up",
+            "lora.down.weight": "down",
+            "lora_linear_layer.up.weight": "up",
+            "lora_linear_layer.down.weight": "down",
+            "lora_mid.weight": "mid",
+        },
+        peft_keys={"lora_B.weight": "up", "lora_A.weight": "down"},
+        claim=_attached,
+        host=HostTuple(LoraAdapter, ("up", "down", "alpha"), ("mid", "magnitude")),
+        size=_size,
+    )
+)
+register(Kind("lora_bias", _make_bias, peft_keys={"lora_B.bias": "diff"}, parameter="bias"))

@@ -1,22 +1,28 @@
-"""Adapters that carry a whole tensor: a difference, a replacement, a patched other weight, another program's own kind."""
+"""Adapters that carry a whole tensor: a difference, a replacement, a patched other weight, another extension's own kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
-from .base import Adapter, RowFunction, Shape, Term, add_delta, apply_terms, mismatch
+from .base import Adapter, PatchCost, RowFunction, Shape, Term, add_delta, apply_terms, mismatch
+from .kinds import Found, HostTuple, Kind, Size, register
 
 
 @dataclass(frozen=True, eq=False)
 class DiffAdapter(Adapter):
-    """`weight += strength * scale * diff`. A 4-D diff may be larger than an input convolution, which then grows
-    (inpainting). `scale` is 1 but for the bias of a PEFT LoRA (`lora_B.bias`), which alpha / rank scales too."""
+    """`weight += strength * scale * diff`.
+
+    A 4-D diff may be larger than an input convolution, which then grows (inpainting). `scale` is 1 but for the bias of a
+    PEFT LoRA (`lora_B.bias`), which alpha / rank scales too.
+    """
 
     kind: ClassVar[str] = "diff"
+    is_whole_tensor: ClassVar[bool] = True
+    stands_alone: ClassVar[bool] = True
     diff: torch.Tensor
     scale: float = 1.0
 
@@ -27,6 +33,12 @@ class DiffAdapter(Adapter):
 
     def rows(self, start: int, length: int) -> DiffAdapter:
         return replace(self, diff=self.diff.narrow(0, start, length))
+
+    def patch_cost(self) -> PatchCost:
+        return PatchCost(passes=3, copies=2)
+
+    def forge_patch_cost(self) -> PatchCost:
+        return PatchCost(passes=3, copies=3)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         if strength == 0.0:
@@ -45,7 +57,7 @@ WIDEST = 8
 
 
 def _widens(diff: Shape, shape: Shape) -> bool:
-    """True where `diff` has more input channels than a weight of `shape` and is the same otherwise."""
+    """True if `diff` has more input channels than a weight of `shape` and is the same otherwise."""
     return (diff[0], *diff[2:]) == (shape[0], *shape[2:]) and diff[1] <= WIDEST * shape[1]
 
 
@@ -59,10 +71,10 @@ def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class SetAdapter(Adapter):
-    """The weight is replaced; the strength has no say, as in the host."""
+    """Replaces the weight; the strength has no effect, as in the host."""
 
     kind: ClassVar[str] = "set"
-    additive: ClassVar[bool] = False
+    is_whole_tensor: ClassVar[bool] = True
     value: torch.Tensor
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
@@ -71,6 +83,9 @@ class SetAdapter(Adapter):
 
     def rows(self, start: int, length: int) -> SetAdapter:
         return replace(self, value=self.value.narrow(0, start, length))
+
+    def patch_cost(self) -> PatchCost:
+        return PatchCost(passes=2, copies=2)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         return weight.copy_(self.value)
@@ -81,6 +96,8 @@ class NestedAdapter(Adapter):
     """A difference that is itself a patched tensor: `weight += strength * apply(terms, base)` (host: a list value)."""
 
     kind: ClassVar[str] = "nested"
+    is_whole_tensor: ClassVar[bool] = True
+    stands_alone: ClassVar[bool] = True
     base: torch.Tensor
     terms: tuple[Term, ...] = ()
 
@@ -113,13 +130,58 @@ class ForeignAdapter(Adapter):
     """A kind that another extension registered with the host (`extra_weight_calculators`)."""
 
     kind: ClassVar[str] = "foreign"
-    additive: ClassVar[bool] = False
+    is_whole_tensor: ClassVar[bool] = True
     name: str
     value: Any
     calculate: Callable[[torch.Tensor, float, Any], torch.Tensor]
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
-        """Only its owner knows what fits."""
+        """Accepts every weight: only the other extension knows what fits."""
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         return self.calculate(weight, strength, self.value)
+
+
+def _make_diff(found: Found) -> DiffAdapter:
+    return DiffAdapter(**found.fields)
+
+
+def _make_set(found: Found) -> SetAdapter:
+    return SetAdapter(**found.fields)
+
+
+_CONTROL_LORA = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
+
+
+def _norm_of_a_control_lora(key: str, names: Container[str]) -> tuple[str, str] | None:
+    """BFL's control LoRAs carry whole norms beside their factors, under the model's own names."""
+    if key.endswith("_norm.scale") and all(name in names for name in _CONTROL_LORA):
+        return key.removesuffix(".scale"), "value"
+    return None
+
+
+def _size(shapes: Mapping[str, Shape]) -> Size:
+    diff = shapes.get("diff", ())
+    return (diff[0] if diff else None), (diff[1] if len(diff) > 1 else None)
+
+
+register(
+    Kind(
+        "diff",
+        _make_diff,
+        keys={"diff": "diff", "w_norm": "diff"},
+        host=HostTuple(DiffAdapter, ("diff",)),
+        size=_size,
+    )
+)
+register(
+    Kind(
+        "set",
+        _make_set,
+        keys={"set_weight": "value"},
+        claim=_norm_of_a_control_lora,
+        host=HostTuple(SetAdapter, ("value",)),
+    )
+)
+register(Kind("bias", _make_diff, keys={"diff_b": "diff", "b_norm": "diff"}, parameter="bias"))
+register(Kind("set_bias", _make_set, keys={"base_layer.bias": "value"}, parameter="bias"))

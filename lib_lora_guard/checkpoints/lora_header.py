@@ -20,7 +20,6 @@ from ..files.safetensors_file import FORMATS
 from ..models.architecture import Architecture, detect_lora
 from ..models.routes import flatten
 from ..models.text import CLIP_G, CLIP_H, CLIP_L, HINTS
-from ..planning.costs import rank_of
 from ..weights.storage import dtype_name
 
 _TRAINER = re.compile(r"^(base_model_model_|lycoris_|lora_)")
@@ -85,8 +84,8 @@ def _facts(file: LoraFile, header: FileHeader) -> LoraFacts:
     for (module, _), adapter in file.adapters.items():
         kinds[adapter.kind] += 1
         parts[_part(module, made_for)] += 1
-        dora += getattr(adapter, "magnitude", None) is not None
-        rank, alpha = rank_of(adapter), getattr(adapter, "alpha", None)
+        dora += adapter.is_dora
+        rank, alpha = adapter.rank, getattr(adapter, "alpha", None)
         if rank is not None:
             ranks[rank] += 1
         if isinstance(alpha, float):

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..adapters import Term
+from ..adapters.kinds import KINDS
 from ..checkpoints.lora_header import LoraFacts, damaged_where_torch_refuses
 from ..checkpoints.model_header import DENOISER, TEXT, Checkpoint, Parameter
 from ..errors import ModeError
 from ..files import shown
 from ..models.fit import Fit, fit_file
+from ..planning.cheap import Forms, forms_of
 from ..planning.costs import bypass_bytes, bypass_cost, forge_on_the_fly_cost, on_the_fly_cost
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode
-from ..planning.predict import FORGE_KINDS, Patch
+from ..planning.predict import Patch
 from ..planning.tokens import Tokens
 
 
@@ -59,7 +61,7 @@ def plan_stack(
         lora = StackedLora(facts, strength, fit)
         stacked.append(lora)
         if fit.refused is None:
-            lora.unknown_to_forge = sorted({kind for kind in facts.kinds if kind not in FORGE_KINDS})
+            lora.unknown_to_forge = sorted({kind for kind in facts.kinds if kind not in KINDS.host})
             if not fit.terms:
                 fit.refused = _nothing_fits(checkpoint, facts, fit)
         for key, terms in fit.terms.items():
@@ -75,8 +77,9 @@ def plan_stack(
             for origin in {term.origin for term in terms}:
                 stacked[origin].fit.lost.append(str(error))
             continue
-        _count(stacked, parameter, terms, choice, compute_bytes)
-        patches.append(_patch(parameter, terms, choice, tokens, compute_bytes))
+        forms = forms_of(terms, parameter.shape)
+        _count(stacked, terms, forms, choice, compute_bytes)
+        patches.append(_patch(parameter, terms, forms, choice, tokens, compute_bytes))
     return Stack(stacked, patches)
 
 
@@ -99,24 +102,26 @@ def _facts(parameter: Parameter) -> WeightFacts:
 
 
 def _count(
-    stacked: Sequence[StackedLora], parameter: Parameter, terms: Sequence[Term], choice: Choice, compute_bytes: int
+    stacked: Sequence[StackedLora], terms: Sequence[Term], forms: Forms, choice: Choice, compute_bytes: int
 ) -> None:
     for origin in sorted({term.origin for term in terms}):
-        own = [term for term in terms if term.origin == origin]
         share = stacked[origin].modes.setdefault(choice.mode.value, ModeShare())
         share.count += 1
         share.reasons.add(choice.reason)
         if choice.mode is Mode.BYPASS:
-            share.bytes += bypass_bytes(own, parameter.shape, compute_bytes)
+            own = tuple(form for term, form in zip(terms, forms, strict=True) if term.origin == origin)
+            share.bytes += bypass_bytes(own, compute_bytes)
         else:
-            share.bytes += sum(term.adapter.bytes for term in own)
+            share.bytes += sum(term.adapter.bytes for term in terms if term.origin == origin)
 
 
-def _patch(parameter: Parameter, terms: Sequence[Term], choice: Choice, tokens: Tokens, compute_bytes: int) -> Patch:
+def _patch(
+    parameter: Parameter, terms: Sequence[Term], forms: Forms, choice: Choice, tokens: Tokens, compute_bytes: int
+) -> Patch:
     in_denoiser = parameter.part == DENOISER
     seen = tokens.of(parameter.name, parameter.shape) if in_denoiser else 0
     if choice.mode is Mode.BYPASS:
-        guard = bypass_cost(terms, parameter.shape, seen, compute_bytes)
+        guard = bypass_cost(terms, forms, parameter.shape, seen, compute_bytes)
     else:
         guard = on_the_fly_cost(terms, parameter.shape, seen > 0, compute_bytes)
     return Patch(
@@ -130,5 +135,5 @@ def _patch(parameter: Parameter, terms: Sequence[Term], choice: Choice, tokens: 
         file_bytes=sum(term.adapter.bytes for term in terms),
         guard=guard,
         forge=forge_on_the_fly_cost(terms, parameter.shape, seen > 0, compute_bytes),
-        has_norms=any(getattr(term.adapter, "magnitude", None) is not None for term in terms),
+        has_norms=any(term.adapter.is_dora for term in terms),
     )

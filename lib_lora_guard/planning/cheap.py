@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -13,37 +14,28 @@ from ..adapters import Term
 from ..adapters.base import RowFunction
 from ..adapters.forms import CheapForward
 
+Forms: TypeAlias = tuple[CheapForward | None, ...]
+"""The cheap form of each term of a stack, in order; None for a term that only the weight side has exactly."""
 
-def forms_of(terms: Sequence[Term], shape: tuple[int, ...]) -> tuple[CheapForward, ...] | None:
-    """The exact cheap form of every term of a stack, in order; None if one of them has none in its place.
+
+def forms_of(terms: Sequence[Term], shape: tuple[int, ...]) -> Forms:
+    """Derives the exact cheap form of every term of a stack in its place.
 
     Args:
         terms: the stack on one weight, in the order it is applied.
         shape: the weight's real shape, `(out, in)` or `(out, in / groups, *kernel)`.
     """
-    forms = []
-    for index, term in enumerate(terms):
-        form = form_of(term, shape, is_first=index == 0)
-        if form is None:
-            return None
-        forms.append(form)
-    return tuple(forms)
+    return tuple([form_of(term, shape, is_first=index == 0) for index, term in enumerate(terms)])
 
 
-def pays(terms: Sequence[Term], one_token: bool) -> bool:
-    """True if the cheap forms of a stack cost less than patching the weight.
+def pays(forms: Forms, one_token: bool) -> bool:
+    """True if these forms cost less than patching the weight.
 
     Args:
-        terms: the stack on one weight.
+        forms: those of a stack.
         one_token: the layer sees one token a picture instead of thousands.
     """
-    forms = (term.adapter.cheap_forward() for term in terms)
     return all(form is None or form.pays(one_token) for form in forms)
-
-
-def has_cheap_form(terms: Sequence[Term], shape: tuple[int, ...]) -> bool:
-    """True if `forms_of` has a form for every term."""
-    return forms_of(terms, shape) is not None
 
 
 def form_of(term: Term, shape: tuple[int, ...], is_first: bool) -> CheapForward | None:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..adapters import DiffAdapter, ForeignAdapter, NestedAdapter, SetAdapter, Term
+from ..adapters import Term
 from ..adapters.forms import LowRank
 from ..errors import Message, ModeError, about
-from .cheap import has_cheap_form, pays
+from .cheap import forms_of, pays
 
 
 class Mode(str, Enum):
@@ -74,15 +74,16 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
         return Choice(Mode.MERGE, Message("reason.asked"))
     if wish is Wish.PREFER_MERGE and facts.wide:
         return Choice(Mode.MERGE, Message("reason.asked"))
-    if wish is Wish.AUTO and facts.wide and any(isinstance(term.adapter, WHOLE_TENSOR_KINDS) for term in terms):
+    if wish is Wish.AUTO and facts.wide and any(term.adapter.is_whole_tensor for term in terms):
         # As many numbers as the weight itself: on the fly they would take its size again in VRAM (or, where another
         # extension calculates them, be calculated again in every step).
         return Choice(Mode.MERGE, Message("reason.large"))
-    exact = facts.can_bypass and has_cheap_form(terms, facts.shape)
+    forms = forms_of(terms, facts.shape)
+    exact = facts.can_bypass and None not in forms
     if exact and wish is Wish.BYPASS:
         return Choice(Mode.BYPASS, Message("reason.asked"))
-    if exact and wish is not Wish.ON_THE_FLY and pays(terms, facts.one_token):
-        plain = all(isinstance(term.adapter.cheap_forward(), LowRank) for term in terms)
+    if exact and wish is not Wish.ON_THE_FLY and pays(forms, facts.one_token):
+        plain = all(isinstance(form, LowRank) for form in forms)
         return Choice(Mode.BYPASS, Message("reason.low_rank" if plain else "reason.cheap"))
     if facts.can_on_the_fly:
         asked = exact and wish is Wish.ON_THE_FLY
@@ -93,6 +94,3 @@ def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUT
     if facts.wide:
         return Choice(Mode.MERGE, Message("reason.direct"))
     raise ModeError(about(facts.key, Message("reason.hidden_weight", {"format": facts.format})))
-
-
-WHOLE_TENSOR_KINDS = (DiffAdapter, SetAdapter, NestedAdapter, ForeignAdapter)

@@ -53,8 +53,6 @@ FORGE_QUANTISES = ("Q4_0", "Q5_0", "Q8_0")
 """GGUF types that Forge can write. It can read the K-types and the others below, but raises when it merges into them.
 """
 FORGE_READS = (*FORGE_QUANTISES, "Q4_1", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-FORGE_KINDS = ("lora", "loha", "lokr", "glora", "diff", "set")
-"""Kinds that Forge's own LoRA reader supports."""
 
 
 class Way(str, Enum):

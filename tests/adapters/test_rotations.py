@@ -11,7 +11,6 @@ from support.from_keys import patched
 from support.make import rand
 from support.measure import assert_same, same_bits
 
-from lib_lora_guard.adapters.as_trained import decompose_as_trained
 from lib_lora_guard.adapters.boft import BoftAdapter, PeftBoftAdapter
 from lib_lora_guard.adapters.dora import decompose
 from lib_lora_guard.adapters.ia3 import Ia3Adapter
@@ -44,7 +43,6 @@ def adapters(shape):
 def test_strength_0_is_the_weight_and_low_precision_is_rounded_once(shape):
     weight = rand(*shape, seed=9, scale=0.3)
     for name, adapter in adapters(shape):
-        assert not adapter.additive, name
         assert same_bits(patched(adapter, weight, 0.0), weight), name
         for dtype in (torch.bfloat16, torch.float16):
             low = weight.to(dtype)
@@ -157,9 +155,9 @@ def test_dora_as_trained_agrees_with_the_host_on_the_input_axis_only():
     weight, delta = rand(*LINEAR, seed=9), rand(*LINEAR, seed=8, scale=0.3)
     columns, rows = rand(1, 16, seed=7).abs() + 1, rand(24, 1, seed=7).abs() + 1
     for strength in (1.0, 0.5):
-        ours = decompose_as_trained(weight.clone(), delta, columns, strength, None)
+        ours = decompose(weight.clone(), delta, columns, strength, None, as_trained=True)
         assert_same(ours, decompose(weight.clone(), delta, columns, strength, None), weight)
-    trained = decompose_as_trained(weight.clone(), delta, rows, 1.0, None)
+    trained = decompose(weight.clone(), delta, rows, 1.0, None, as_trained=True)
     # Rows of the trained weight are as long as the magnitude says; the host's are not.
     assert torch.allclose(trained.norm(dim=1, keepdim=True), rows, rtol=1e-5)
     assert not torch.allclose(decompose(weight.clone(), delta, rows, 1.0, None).norm(dim=1, keepdim=True), rows, 0.01)
@@ -168,6 +166,6 @@ def test_dora_as_trained_agrees_with_the_host_on_the_input_axis_only():
 def test_dora_as_trained_in_low_precision_and_with_a_function():
     weight, delta = rand(*LINEAR, seed=9).bfloat16(), rand(*LINEAR, seed=8, scale=0.3)
     rows = rand(24, seed=7).abs() + 1
-    wanted = decompose_as_trained(weight.float(), delta.flip(0), rows, 0.8, None)
-    result = decompose_as_trained(weight.clone(), delta, rows, 0.8, lambda d: d.flip(0))
+    wanted = decompose(weight.float(), delta.flip(0), rows, 0.8, None, as_trained=True)
+    result = decompose(weight.clone(), delta, rows, 0.8, lambda d: d.flip(0), as_trained=True)
     assert same_bits(result, wanted.bfloat16())

@@ -12,12 +12,12 @@ from lib_lora_guard.adapters import LoraAdapter, Slice, Term, parse_term
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.planning import activations
 from lib_lora_guard.planning.advice import advice
+from lib_lora_guard.planning.cheap import forms_of
 from lib_lora_guard.planning.costs import (
     bypass_bytes,
     bypass_cost,
     forge_on_the_fly_cost,
     on_the_fly_cost,
-    rank_of,
 )
 from lib_lora_guard.planning.limits import RAM_FLOOR_BYTES
 from lib_lora_guard.planning.mode import Mode
@@ -43,7 +43,7 @@ BYTES = {"bf16": 2.0, "fp8_e4m3fn": 1.0, "nf4": 0.5 + 4 / 64, "Q8_0": 34 / 32}
 
 def meta_lora(shape, rank):
     up, down = torch.empty(shape[0], rank, device="meta"), torch.empty(rank, shape[1], device="meta")
-    return LoraAdapter(up.bfloat16(), down.bfloat16(), 8.0)
+    return LoraAdapter(up.bfloat16(), down.bfloat16(), alpha=8.0)
 
 
 def flux(form, rank=16, loras=1, mode=Mode.BYPASS):
@@ -62,7 +62,10 @@ def flux(form, rank=16, loras=1, mode=Mode.BYPASS):
     for name, shape in LINEARS.items():
         terms = [Term(meta_lora(shape, rank), 1.0) for _ in range(loras)]
         seen = tokens.of(name, shape)
-        guard = (bypass_cost if mode is Mode.BYPASS else on_the_fly_cost)(terms, shape, seen, 2)
+        if mode is Mode.BYPASS:
+            guard = bypass_cost(terms, forms_of(terms, shape), shape, seen, 2)
+        else:
+            guard = on_the_fly_cost(terms, shape, seen > 0, 2)
         patches.append(
             Patch(
                 name, math.prod(shape), size[name], form, wide, True, mode,
@@ -247,36 +250,37 @@ KINDS = ["lora", "loha", "lokr", "lokr_factors", "lokr_left"]
 def test_bytes_are_those_that_the_bypass_counts(kind, dtype):
     shape = (24, 16)
     terms = (parse_term([0.8, host_value(kind, shape, 1), 1.0, None, None], {}),)
-    assert bypass_bytes(terms, shape, dtype.itemsize) == Bypass("k", terms, shape).device_bytes(dtype) > 0
+    assert bypass_bytes(forms_of(terms, shape), dtype.itemsize) == Bypass("k", terms, shape).device_bytes(dtype) > 0
 
 
 @pytest.mark.parametrize("dora", ["output", "input"])
 def test_bytes_of_a_dora_are_those_that_the_bypass_counts(dora):
     terms = (parse_term([0.8, host_value("lora", (24, 16), 1, dora=dora), 1.0, None, None], {}),)
     bypass = Bypass("k", terms, (24, 16), {0: torch.ones(24 if dora == "output" else 16)})
-    assert bypass_bytes(terms, (24, 16), 2) == bypass.device_bytes(torch.bfloat16) == 2 * 4 * (24 + 16)
+    assert bypass_bytes(forms_of(terms, (24, 16)), 2) == bypass.device_bytes(torch.bfloat16) == 2 * 4 * (24 + 16)
 
 
 def test_bytes_of_convolutions_and_of_stacks():
     conv = (24, 16, 3, 3)
     tucker = (parse_term([1.0, host_value("lora_mid", conv, 1), 1.0, None, None], {}),)
-    assert bypass_bytes(tucker, conv, 2) == Bypass("k", tucker, conv).device_bytes(torch.bfloat16)
+    assert bypass_bytes(forms_of(tucker, conv), 2) == Bypass("k", tucker, conv).device_bytes(torch.bfloat16)
     pair = (
         parse_term([1.0, host_value("lora", (24, 16), 1), 1.0, None, None], {}),
         parse_term([1.0, host_value("loha", (24, 16), 2), 1.0, None, None], {}),
     )
-    assert bypass_bytes(pair, (24, 16), 2) == Bypass("k", pair, (24, 16)).device_bytes(torch.bfloat16)
+    assert bypass_bytes(forms_of(pair, (24, 16)), 2) == Bypass("k", pair, (24, 16)).device_bytes(torch.bfloat16)
 
 
 def test_cost_of_a_bypass_by_hand():
     tokens, shape, rank = 100, (64, 32), 4
-    cost = bypass_cost([Term(meta_lora(shape, rank), 1.0)], shape, tokens, 2)
+    one = [Term(meta_lora(shape, rank), 1.0)]
+    cost = bypass_cost(one, forms_of(one, shape), shape, tokens, 2)
     assert cost.step_flops == 2 * tokens * rank * (64 + 32)
     assert cost.step_bytes == tokens * (32 + 2 * 64) * 2
     assert cost.resident_bytes == rank * (64 + 32) * 2
     # Two LoRAs on one half of the rows: the input is read once, half of the output is read and written.
     half = [Term(meta_lora((32, 32), rank), 1.0, part=Slice(0, 32, 32)) for _ in range(2)]
-    cost = bypass_cost(half, shape, tokens, 2)
+    cost = bypass_cost(half, forms_of(half, shape), shape, tokens, 2)
     assert cost.step_flops == 2 * 2 * tokens * rank * (32 + 32)
     assert cost.step_bytes == tokens * (32 + 2 * 32) * 2
 
@@ -296,4 +300,4 @@ def test_cost_on_the_fly_by_hand():
     ("kind", "rank"), [("lora", 4), ("loha", 4), ("lokr", None), ("lokr_factors", 4), ("glora_old", 4)]
 )
 def test_rank_of_every_kind(kind, rank):
-    assert rank_of(parse_term([1.0, host_value(kind, (24, 16), 1), 1.0, None, None], {}).adapter) == rank
+    assert parse_term([1.0, host_value(kind, (24, 16), 1), 1.0, None, None], {}).adapter.rank == rank

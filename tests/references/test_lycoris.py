@@ -14,7 +14,7 @@ from support.from_keys import adapter_from, delta_of, patched
 from support.make import gen
 from support.measure import assert_same, contribution_error, fp32_limit
 
-from lib_lora_guard.adapters.as_trained import decompose_as_trained
+from lib_lora_guard.adapters.dora import decompose
 
 pytest.importorskip("lycoris", reason="lycoris-lora writes the reference")
 from lycoris.modules import boft, diag_oft, dylora, full, glora, ia3, locon, loha, lokr, norms
@@ -183,15 +183,20 @@ def test_dora_as_trained(module, base, options, tmp_path):
     tensors = from_file(wrapped, tmp_path)
     delta, magnitude = delta_of(adapter_from(tensors), weight), tensors["dora_scale"]
     whole = reference_weight(wrapped, weight, 1.0)
+
+    def normed(delta, strength):
+        return decompose(weight.clone(), delta, magnitude, strength, None, as_trained=True)
+
     for strength in STRENGTHS:
-        result = decompose_as_trained(weight.clone(), delta, magnitude, strength, None, rule="lycoris")
+        # LyCORIS takes the part of the way from the plain sum instead of the weight.
+        result = torch.lerp(weight + delta, normed(delta, 1.0), strength)
         assert_same(result, reference_weight(wrapped, weight, strength), weight)
-        blended = decompose_as_trained(weight.clone(), delta, magnitude, strength, None)
+        blended = normed(delta, strength)
         assert_same(blended, torch.lerp(weight, whole, strength), weight)
-    assert torch.equal(decompose_as_trained(weight.clone(), delta, magnitude, 0.0, None), weight)
-    ignored = decompose_as_trained(weight.clone(), delta, torch.ones_like(magnitude), 1.0, None)
+    assert torch.equal(normed(delta, 0.0), weight)
+    ignored = decompose(weight.clone(), delta, torch.ones_like(magnitude), 1.0, None, as_trained=True)
     assert contribution_error(ignored, whole, weight) > 0.01
-    halved = decompose_as_trained(weight.clone(), delta / 2, magnitude, 1.0, None)
+    halved = normed(delta / 2, 1.0)
     assert contribution_error(halved, whole, weight) > 0.01
 
 

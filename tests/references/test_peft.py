@@ -10,7 +10,7 @@ from support.from_keys import adapter_from, delta_of, patched
 from support.make import gen
 from support.measure import assert_same, contribution_error, fp32_limit
 
-from lib_lora_guard.adapters.as_trained import decompose_as_trained
+from lib_lora_guard.adapters.dora import decompose
 from lib_lora_guard.adapters.ia3 import Ia3Adapter
 
 peft = pytest.importorskip("peft", reason="peft writes the reference")
@@ -142,12 +142,11 @@ def test_dora_as_trained(rslora, strength, tmp_path):
         # A convolution's has the shape of a factor per input channel, and is one per output row.
         magnitude = magnitude.reshape(-1, *[1] * (weight.dim() - 1))
         delta = delta_of(adapter_from(tensors, alpha=6.0 * (2.0 if rslora else 1.0)), weight)
-        result = decompose_as_trained(weight.clone(), delta, magnitude, strength, None, rule="peft")
+        # peft's strength scales the delta and leaves the magnitude whole.
+        result = decompose(weight.clone(), delta * strength, magnitude, 1.0, None, as_trained=True)
         assert_same(result, reference, weight)
-        if strength == 1.0:
-            assert_same(decompose_as_trained(weight.clone(), delta, magnitude, 1.0, None), reference, weight)
         for wrong in (delta * 1.05, torch.zeros_like(delta)):
-            result = decompose_as_trained(weight.clone(), wrong, magnitude, strength, None, rule="peft")
+            result = decompose(weight.clone(), wrong * strength, magnitude, 1.0, None, as_trained=True)
             assert_seen(result, reference, weight)
 
 

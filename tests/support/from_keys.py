@@ -12,7 +12,7 @@ from lib_lora_guard.adapters.files import parse_tensors
 def adapter_from(tensors, alpha=None, rank=4, **more):
     """The adapter that holds `tensors` (suffix -> tensor); `alpha` where the file keeps it outside its tensors.
 
-    A magnitude (`dora_scale`, `lora_magnitude_vector`) is left out: `decompose_as_trained` takes it.
+    A magnitude (`dora_scale`, `lora_magnitude_vector`) is left out: `decompose` takes it.
     """
     left_out = ("dora_scale", "lora_magnitude_vector", "diff_b", "b_norm")
     named = {f"m.{suffix}": tensor for suffix, tensor in tensors.items() if suffix not in left_out}

@@ -19,7 +19,6 @@ from ...adapters.patch_tuples import Calculators, parse_term, parse_value
 from ...errors import LoraMismatchError, Message, about, named, reason
 from ...memory.out_of_memory import is_out_of_memory
 from ...patching.engine import LoraRequest
-from ...planning.mode import WHOLE_TENSOR_KINDS
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +92,7 @@ def _readable_term(
 ) -> Term:
     term = parse_term(entry, calculators, origin)
     adapter = term.adapter.map(copies)
-    if as_trained and getattr(adapter, "magnitude", None) is not None:
-        adapter = replace(adapter, as_trained=True)  # type: ignore[call-arg]  # what has a magnitude has this too
-    return replace(term, adapter=adapter)
+    return replace(term, adapter=adapter.with_dora_as_trained() if as_trained else adapter)
 
 
 def describe(identifier: Any) -> tuple[str, float]:
@@ -114,6 +111,6 @@ def device_elements(lora_patches: Patches, calculators: Calculators, merges_whol
             for entry in entries:
                 with contextlib.suppress(Exception):
                     adapter = parse_value(entry[1], calculators)
-                    if not (merges_whole_tensors and isinstance(adapter, WHOLE_TENSOR_KINDS)):
+                    if not (merges_whole_tensors and adapter.is_whole_tensor):
                         total += sum(tensor.numel() for tensor in adapter.tensors())
     return total
