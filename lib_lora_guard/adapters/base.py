@@ -117,7 +117,7 @@ class Adapter(ABC):
         return PatchCost(passes=20, copies=3, in_fp32=True)
 
     def forge_patch_cost(self) -> PatchCost:
-        """The cost of the same in Forge's own code. Unless a kind says less: two products, multiplied, scaled, added."""
+        """The cost of the same in Forge's own code. Unless a kind says less: two products, multiplied and added."""
         return PatchCost(passes=10, copies=3)
 
     @property

@@ -1,8 +1,8 @@
 """BOFT: a rotation built of butterfly stages (arXiv 2311.06243), as LyCORIS (output rows) and peft (input) train it.
 
-Every stage is block-diagonal after a shuffle of the channels, so that `m` stages of small blocks mix channels that are far
-apart. Strength moves each stage and the row scale from the identity, as for OFT (`oft.py`); LyCORIS `make_weight(scale)`
-does so with the stages. Files of LyCORIS are read by `oft.py`: their keys are those of OFT.
+Every stage is block-diagonal after a shuffle of the channels, so that `m` stages of small blocks mix channels that are
+far apart. Strength moves each stage and the row scale from the identity, as for OFT (`oft.py`); LyCORIS
+`make_weight(scale)` does so with the stages. Files of LyCORIS are read by `oft.py`: their keys are those of OFT.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ class BoftAdapter(Adapter):
 
 @dataclass(frozen=True, eq=False)
 class PeftBoftAdapter(Adapter):
-    """`W' = factor * W B^T` over the flattened input side, with `blocks` `(m, n, b, b)` (`boft_R`), `n * b == in * kernel`.
+    """`W' = factor * W B^T` over the flattened input side.
 
-    `factor` (`boft_s`) has one number per output row. Stages and shuffle as in peft `tuners/boft/layer.py`.
+    `blocks` `(m, n, b, b)` (`boft_R`), `n * b == in * kernel`; `factor` (`boft_s`) has one number per output row. Stages
+    and shuffle as in peft `tuners/boft/layer.py`.
     """
 
     kind: ClassVar[str] = "boft"

@@ -5,8 +5,8 @@ A magnitude with one number per row makes the rows of the patched weight that lo
 LyCORIS (`functional/general.py`, `wd_on_out=True`, its default) by those of the *patched* one. A magnitude with one
 number per input column (LyCORIS `wd_on_out=False`) divides by the norms of the patched weight for all of them.
 
-Strength s goes straight from W to the result at strength 1, `(1 - s) W + s m (W + D) / norm`. The trainers go other ways,
-which do not give W back at 0: peft scales D (`m (W + s D) / |W + s D|`, `set_scale`), LyCORIS the magnitude's part
+Strength s goes straight from W to the result at strength 1, `(1 - s) W + s m (W + D) / norm`. The trainers go other
+ways, which do not give W back at 0: peft scales D (`m (W + s D) / |W + s D|`, `set_scale`), LyCORIS the magnitude's part
 (`(W + D) (1 + s (m / |W + D| - 1))`, `make_weight(scale)`).
 """
 
@@ -33,8 +33,8 @@ def decompose(
 ) -> torch.Tensor:
     """Moves `weight`, in place, by `strength` towards its magnitude-normalised sum with `delta`.
 
-    Computed in fp32 at least and rounded once: magnitude / norm is near 1, and in bf16 the steps there are larger than most
-    of what a DoRA changes.
+    Computed in fp32 at least and rounded once: magnitude / norm is near 1, and in bf16 the steps there are larger than
+    most of what a DoRA changes.
 
     Args:
         weight: `(out, in, ...)`.
@@ -56,7 +56,7 @@ def decompose(
 
 
 def is_by_row(magnitude: torch.Tensor, shape: Shape) -> bool:
-    """True if `magnitude` has one number per row of a weight of `shape`; a square weight is read by its first dimension."""
+    """True if `magnitude` has one number for each row of `shape`. A square weight is read by rows."""
     return magnitude.dim() > 0 and magnitude.shape[0] == magnitude.numel() == shape[0]
 
 

@@ -1,6 +1,6 @@
-"""What a LoRA file says beside its tensors: PEFT keeps alpha, rsLoRA and the like in a configuration.
+"""Reads the settings of a LoRA file beside its tensors: PEFT keeps alpha, rsLoRA and the like in a configuration.
 
-Where it lies: diffusers 0.35 and later write it as JSON into the safetensors metadata (`lora_adapter_metadata`, with the
+Its places: diffusers 0.35 and later write it as JSON into the safetensors metadata (`lora_adapter_metadata`, with the
 component's name before each entry where a pipeline was saved); PEFT writes `adapter_config.json` beside the file.
 """
 
@@ -33,8 +33,15 @@ class PeftSettings:
     entries: Mapping[str, Any] = field(default_factory=dict)
 
     def alpha_for(self, module: str, rank: int) -> float | None:
-        """The alpha that gives `alpha / rank` the scale the configuration asks for; None where it states none. Raises
-        LoraMismatchError for one that nothing can be multiplied with."""
+        """The alpha that gives `alpha / rank` the scale of the configuration; None if it states none.
+
+        Args:
+            module: its name as written in the file.
+            rank: the rank that the module's factors show.
+
+        Raises:
+            LoraMismatchError: the alpha is too large, or no finite number.
+        """
         alpha = _match(self.entries.get("alpha_pattern"), module)
         if alpha is None:
             alpha = self.entries.get("lora_alpha", self.entries.get("alpha"))
@@ -46,13 +53,13 @@ class PeftSettings:
         return alpha * math.sqrt(rank) if self.entries.get("use_rslora") is True else float(alpha)
 
     def rank_for(self, module: str) -> int | None:
-        """The rank the configuration states, for kinds whose tensors do not show it."""
+        """The rank in the configuration, for kinds whose tensors do not show it; None if it states none."""
         rank = _match(self.entries.get("rank_pattern"), module)
         rank = self.entries.get("r") if rank is None else rank
         return rank if isinstance(rank, int) and 0 < rank < 1_000_000 else None
 
     def is_feedforward(self, module: str) -> bool | None:
-        """IA3: whether this module's factors are for its input; None where the configuration does not say."""
+        """True if an IA3 scales this module's input; None if the configuration does not say."""
         names = self.entries.get("feedforward_modules")
         if isinstance(names, str):
             return _matches(names, module)
@@ -63,7 +70,7 @@ class PeftSettings:
 
     @property
     def cayley_terms(self) -> int | None:
-        """OFT: how many terms of the Neumann series; None for the exact Cayley transform."""
+        """Terms of OFT's Neumann series; None for the exact Cayley transform."""
         if self.entries.get("use_cayley_neumann") is False:
             return None
         terms = self.entries.get("num_cayley_neumann_terms", 5)
@@ -71,18 +78,25 @@ class PeftSettings:
 
 
 class FileSettings:
-    """The configurations of one file, by component; one without a component is for all modules."""
+    """The configurations of one file, by component."""
 
     def __init__(self, by_component: Mapping[str, PeftSettings]) -> None:
+        """Keeps the configurations; that of the empty name is for all other modules."""
         self._by_component = by_component
 
     def of(self, module: str) -> PeftSettings:
+        """The configuration for a module, by the first part of its name; empty if there is none."""
         component = module.partition(".")[0]
         return self._by_component.get(component) or self._by_component.get("") or PeftSettings()
 
 
 def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
-    """The settings that belong to a file. What is not valid JSON is left out with a warning: the tensors may do without."""
+    """Finds the settings of a file. Text that is not valid JSON is left out with a warning: the tensors may do without.
+
+    Args:
+        path: the file; PEFT's configuration lies beside it.
+        metadata: the text entries of its header.
+    """
     text = metadata.get("lora_adapter_metadata")
     if text is None and path.name.startswith("adapter_model"):
         beside = path.with_name("adapter_config.json")
@@ -106,7 +120,7 @@ def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
 
 
 def _match(pattern: Any, module: str) -> int | float | None:
-    """PEFT's rule: a key of the pattern is the end of the module's path, or a regular expression for it."""
+    """The number for a module by PEFT's rule: a key is the end of the module's path, or a regular expression for it."""
     if not isinstance(pattern, dict):
         return None
     for start in (0, *(n + 1 for n, c in enumerate(module) if c == ".")):

@@ -1,7 +1,7 @@
 """Cheap forms: the change an adapter makes, written for a layer's input or output instead of its weight.
 
-Each form is exact and answers for its own fit and cost. `patching.forward_program` runs them; docs/architecture.md lists
-the formulas under "What equals what".
+Each form is exact and answers for its own fit and cost. `patching.forward_program` runs them. The formulas are in
+docs/architecture.md, "What equals what".
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from .ranked import RankedAdapter
 class GloraAdapter(RankedAdapter):
     """New layout: `a1` `(in, rank)`, `a2` `(rank, in)`, `b1` `(out, rank)`, `b2` `(rank, in * kernel)`.
 
-    Old layout: `a1` `(rank, in)`, `a2` `(in, rank)`, `b1` `(rank, in)`, `b2` `(out, rank)`, with `W @ a2 @ a1 + b2 @ b1`.
+    Old layout: `a1` `(rank, in)`, `a2` `(in, rank)`, `b1` `(rank, in)`, `b2` `(out, rank)`; `W @ a2 @ a1 + b2 @ b1`.
     """
 
     kind: ClassVar[str] = "glora"

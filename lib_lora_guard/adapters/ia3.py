@@ -13,16 +13,16 @@ from .forms import InputScale, OutputScale
 from .kinds import Found, Kind, register
 
 _LYCORIS, _PEFT = 0.0, 1.0
-"""The number that changes nothing. LyCORIS (`modules/ia3.py`) stores a difference from one, peft (`tuners/ia3/layer.py`)
-the factor."""
+"""The number that changes nothing. LyCORIS (`modules/ia3.py`) stores a difference from one, peft
+(`tuners/ia3/layer.py`) the factor."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ia3Adapter(Adapter):
     """`W' = W * (1 + s (weight - centre))`, by input column where `on_input`, else by output row.
 
-    `weight` holds one number per channel in any shape: `(n,)`, `(n, 1)`, `(1, n)`, `(1, n, 1, 1)`. `centre` is the number
-    that changes nothing. A 1-D weight is a bias: peft scales it along with the rows, LyCORIS does not.
+    `weight` holds one number per channel in any shape: `(n,)`, `(n, 1)`, `(1, n)`, `(1, n, 1, 1)`. `centre` is the
+    number that changes nothing. A 1-D weight is a bias: peft scales it along with the rows, LyCORIS does not.
     """
 
     kind: ClassVar[str] = "ia3"

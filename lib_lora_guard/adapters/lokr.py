@@ -34,7 +34,7 @@ class LokrAdapter(RankedAdapter):
 
     @property
     def rank(self) -> int | None:
-        """The rank of a factorised side (of the second one if both are); None if both are whole: nothing scales them."""
+        """The rank of a factorised side, the second before the first; None if both are whole: alpha scales neither."""
         second = rank_along(self.w2b) if self.w2 is None else None
         return second if second is not None or self.w1 is not None else rank_along(self.w1b)
 

@@ -1,4 +1,4 @@
-"""LoRA and LoCon: `delta = alpha / rank * up @ down` (arXiv 2106.09685), for convolutions with an optional Tucker core."""
+"""LoRA and LoCon: `delta = alpha / rank * up @ down` (arXiv 2106.09685); convolutions may have a Tucker core."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ _ATTACHED = re.compile(r"^(?P<module>.+_lora[12]?)\.(?P<field>up|down)\.weight$"
 
 
 def _attached(key: str, names: Container[str]) -> tuple[str, str] | None:
-    """Attention processors of old diffusers and XLabs: `...processor.to_q_lora.up.weight`, `...qkv_lora1.down.weight`."""
+    """Attention processors of old diffusers and XLabs: `...to_q_lora.up.weight`, `...qkv_lora1.down.weight`."""
     found = _ATTACHED.match(key)
     return None if found is None else (found["module"], found["field"])
 

@@ -1,8 +1,8 @@
-"""OFT: a weight turned by a block-diagonal rotation (arXiv 2306.07280), as LyCORIS, kohya's sd-scripts and peft train it.
+"""OFT: a weight turned by a block-diagonal rotation (arXiv 2306.07280), as LyCORIS, sd-scripts and peft train it.
 
 Strength moves every factor, rotation and row scale, by that share from the identity: `I + s (F - I)`. LyCORIS
-(`make_weight(scale)`) does so with the rotation but leaves its row scale whole, so that strength 0 would still change the
-weight. peft has no strength for OFT.
+(`make_weight(scale)`) does so with the rotation but leaves its row scale whole, so that strength 0 would still change
+the weight. peft has no strength for OFT.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ class OftAdapter(Adapter):
 class PeftOftAdapter(Adapter):
     """Turns the input: `W' = W R^T` over the flattened input side.
 
-    `packed` `(n, b (b - 1) / 2)` holds the upper triangle of each block, `n * b == in * kernel`; one block is shared by the
-    whole input (`block_share`).
+    `packed` `(n, b (b - 1) / 2)` holds the upper triangle of each block, `n * b == in * kernel`; one block is shared by
+    the whole input (`block_share`).
 
-    `terms` is the length of the Neumann series that peft takes for Cayley's transform (its default is 5); None is the exact
-    one. Only `adapter_config.json` says (`use_cayley_neumann`, `num_cayley_neumann_terms`), and it matters: the series
-    approaches the transform of S, the exact formula is that of -S (peft `tuners/oft/layer.py`).
+    `terms` is the length of the Neumann series that peft takes for Cayley's transform (its default is 5); None is the
+    exact one. Only `adapter_config.json` says (`use_cayley_neumann`, `num_cayley_neumann_terms`), and it matters: the
+    series approaches the transform of S, the exact formula is that of -S (peft `tuners/oft/layer.py`).
     """
 
     kind: ClassVar[str] = "oft"

@@ -1,4 +1,4 @@
-"""What LoRA, LoHa, LoKr and GLoRA share: a scale of alpha / rank, and a magnitude that makes each of them a DoRA."""
+"""The base of LoRA, LoHa, LoKr and GLoRA: a scale of alpha / rank, and a magnitude that makes each of them a DoRA."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RankedAdapter(Adapter):
     def add(
         self, weight: torch.Tensor, delta: torch.Tensor, scale: float, strength: float, function: RowFunction | None
     ) -> torch.Tensor:
-        """Adds `scale * delta` to `weight` by `strength`, through the magnitude if there is one. `delta` may be changed."""
+        """Adds `scale * delta` to `weight` by `strength`, through the magnitude if there is one. `delta` is scratch."""
         if self.magnitude is not None:
             return decompose(weight, delta.mul_(scale), self.magnitude, strength, function, self.as_trained)
         return add_delta(weight, delta, strength * scale, function)

@@ -1,4 +1,4 @@
-"""Adapters that carry a whole tensor: a difference, a replacement, a patched other weight, another extension's own kind."""
+"""Adapters that carry a whole tensor: a difference, a replacement, a nested stack, another extension's own kind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .kinds import Found, HostTuple, Kind, Size, register
 class DiffAdapter(Adapter):
     """`weight += strength * scale * diff`.
 
-    A 4-D diff may be larger than an input convolution, which then grows (inpainting). `scale` is 1 but for the bias of a
-    PEFT LoRA (`lora_B.bias`), which alpha / rank scales too.
+    A 4-D diff may be larger than an input convolution, which then grows (inpainting). `scale` is 1 but for the bias of
+    a PEFT LoRA (`lora_B.bias`), which alpha / rank scales too.
     """
 
     kind: ClassVar[str] = "diff"

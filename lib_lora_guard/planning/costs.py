@@ -1,4 +1,4 @@
-"""The cost of the stack on one weight, in memory and per step, by the mode it is carried in. Pure: shapes and dtypes decide.
+"""The cost of the stack on one weight, in memory and per step, in each mode. Pure: shapes and dtypes decide.
 
 Sources: for the guard the code of `patching.forward_steps` and `adapters`; for Forge its `merge_lora_to_weight`.
 Traffic is counted in passes: one for each time a kernel reads or writes a tensor of the weight's size.

@@ -1,243 +1,201 @@
-"""Every kind of patch tuple against the written-out reference, in float64 and with planted faults."""
+"""A kind of adapter that this file makes up: one call registers it, and everything knows it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
-from support.make import host_value, rand
-from support.measure import assert_same, assert_same_and_faults_seen
-from support.reference import merge_reference
+from safetensors.torch import save_file
+from support.make import rand
+from support.measure import assert_same
 
-from lib_lora_guard.adapters import apply_terms, parse_term
-from lib_lora_guard.errors import LoraMismatchError
-
-LINEAR, CONV = (24, 16), (12, 8, 3, 3)
-ADDITIVE = [
-    ("lora", LINEAR),
-    ("lora", CONV),
-    ("lora_mid", CONV),
-    ("loha", LINEAR),
-    ("loha", CONV),
-    ("loha_mid", CONV),
-    ("lokr", LINEAR),
-    ("lokr", CONV),
-    ("lokr_factors", LINEAR),
-    ("lokr_mid", CONV),
-    ("diff", LINEAR),
-    ("diff", CONV),
-]
-SQUARE = (16, 16)
-MORE = [
-    ("lokr_left", LINEAR),
-    ("glora_old", LINEAR),
-    ("glora_old", SQUARE),
-    ("glora", SQUARE),
-    ("glora_conv", CONV),
-    ("loha_plain", LINEAR),
-]
-OTHERS = [("glora", LINEAR), ("set", LINEAR), ("nested", LINEAR)]
+from lib_lora_guard import LoraGuard
+from lib_lora_guard.adapters import Adapter, Term
+from lib_lora_guard.adapters.base import PatchCost, add_delta, mismatch
+from lib_lora_guard.adapters.files import read_lora_header
+from lib_lora_guard.adapters.forms import LowRank
+from lib_lora_guard.adapters.kinds import KINDS, HostTuple, Kind, register, unregister
+from lib_lora_guard.adapters.patch_tuples import parse_value, value_of
+from lib_lora_guard.errors import LoraFileError
+from lib_lora_guard.models.evidence import Evidence
+from lib_lora_guard.planning.costs import on_the_fly_cost
 
 
-def entry(kind, shape, seed=1, strength=0.8, strength_model=1.0, offset=None, function=None, **more):
-    return [strength, host_value(kind, shape, seed, **more), strength_model, offset, function]
+@dataclass(frozen=True, eq=False)
+class OuterAdapter(Adapter):
+    """`delta = gain * rows x columns`: the made-up kind. It has a cheap form."""
+
+    kind: ClassVar[str] = "outer"
+    rows_factor: torch.Tensor
+    columns_factor: torch.Tensor
+    gain: float = 1.0
+
+    @property
+    def rank(self):
+        return 1
+
+    def check(self, shape, *, may_expand):
+        gives = (self.rows_factor.numel(), self.columns_factor.numel())
+        if gives != tuple(shape):
+            raise mismatch("outer product", gives, shape)
+
+    def patch(self, weight, strength, function):
+        delta = torch.outer(self.rows_factor.to(weight), self.columns_factor.to(weight))
+        return add_delta(weight, delta, strength * self.gain, function)
+
+    def cheap_forward(self):
+        return LowRank(self.rows_factor[:, None], self.columns_factor[None, :], self.gain)
+
+    def patch_cost(self):
+        return PatchCost(passes=3, copies=1)
 
 
-def run_on(weight):
-    return lambda terms: apply_terms(weight.clone(), terms)
+@dataclass(frozen=True, eq=False)
+class GateAdapter(Adapter):
+    """`W' = W (1 + s gate)`, elementwise: another one, which only the weight side has."""
+
+    kind: ClassVar[str] = "gate"
+    gate: torch.Tensor
+
+    def check(self, shape, *, may_expand):
+        if tuple(self.gate.shape) != tuple(shape):
+            raise mismatch("gate", self.gate.shape, shape)
+
+    def patch(self, weight, strength, function):
+        return weight.mul_(1 + strength * self.gate.to(weight))
 
 
-def check(entries, weight):
-    terms = [parse_term(e, {}) for e in entries]
-    for term in terms:
-        term.check(tuple(weight.shape), may_expand=False)
-    reference = merge_reference(entries, weight)
-    assert_same_and_faults_seen(run_on(weight), terms, reference, weight, limit=1e-10)
+def make_outer(found):
+    return OuterAdapter(**{**found.fields, "gain": float(found.fields.get("gain", 1.0))})
 
 
-@pytest.mark.parametrize(("kind", "shape"), [*ADDITIVE, *MORE, ("glora", LINEAR), ("nested", LINEAR)])
-def test_kind_alone(kind, shape):
-    check([entry(kind, shape)], rand(*shape, seed=9).double())
-
-
-@pytest.mark.parametrize("axis", ["output", "input"])
-@pytest.mark.parametrize(
-    ("kind", "shape"), [("lora", LINEAR), ("lora", CONV), ("loha", LINEAR), ("lokr", LINEAR), ("glora", LINEAR)]
+OUTER = Kind(
+    "outer",
+    make_outer,
+    keys={"outer_gain": "gain"},
+    peft_keys={"outer_rows": "rows_factor", "outer_columns": "columns_factor"},
+    numbers=frozenset({"gain"}),
+    host=HostTuple(OuterAdapter, ("rows_factor", "columns_factor"), ("gain",)),
+    size=lambda shapes: (shapes["rows_factor"][0], shapes["columns_factor"][0]),
 )
-def test_dora(kind, shape, axis):
-    check([entry(kind, shape, dora=axis)], rand(*shape, seed=9).double())
+GATE = Kind("gate", lambda found: GateAdapter(**found.fields), keys={"gate_weight": "gate"})
 
 
-def test_set_ignores_the_strength():
-    weight = rand(*LINEAR, seed=9).double()
-    wanted = entry("set", LINEAR, strength=0.1)
-    assert torch.equal(run_on(weight)([parse_term(wanted, {})]), wanted[1][1][0].double())
+@pytest.fixture
+def made_up_kinds():
+    register(OUTER)
+    register(GATE)
+    yield
+    unregister("outer")
+    unregister("gate")
 
 
-@pytest.mark.parametrize(("kind", "shape"), [*ADDITIVE, ("glora", LINEAR)])
-def test_strength_model_scales_the_base(kind, shape):
-    check([entry(kind, shape, strength_model=0.5)], rand(*shape, seed=9).double())
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 24), torch.nn.Linear(24, 8)
+        for seed, parameter in enumerate(self.parameters()):
+            parameter.data.copy_(rand(*parameter.shape, seed=seed, scale=0.1))
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.second(self.first(x))
 
 
-@pytest.mark.parametrize("offset", [(0, 8, 8), (1, 4, 8)])
-@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff", "glora"])
-def test_offset_changes_only_its_part(kind, offset):
-    shape = (8, LINEAR[1]) if offset[0] == 0 else (LINEAR[0], 8)
-    weight = rand(*LINEAR, seed=9).double()
-    wanted = entry(kind, shape, offset=offset)
-    check([wanted], weight)
-    patched = run_on(weight)([parse_term(wanted, {})])
-    rest = [i for i in range(weight.shape[offset[0]]) if not offset[1] <= i < offset[1] + offset[2]]
-    assert torch.equal(
-        patched.index_select(offset[0], torch.tensor(rest)), weight.index_select(offset[0], torch.tensor(rest))
+X = rand(5, 16, seed=40)
+ROWS, COLUMNS, GATE_OF_SECOND = rand(24, seed=41), rand(16, seed=42), rand(8, 24, seed=43)
+
+
+def write(path, **more):
+    tensors = {"first.outer_rows": ROWS, "first.outer_columns.default": COLUMNS, "first.outer_gain": torch.tensor(2)}
+    save_file({**tensors, "second.gate_weight": GATE_OF_SECOND, **more}, str(path))
+    return path
+
+
+def patched_by_hand(strength):
+    model = Model()
+    model.first.weight += strength * 2 * torch.outer(ROWS, COLUMNS)
+    model.second.weight *= 1 + strength * GATE_OF_SECOND
+    return model(X)
+
+
+@pytest.mark.usefixtures("made_up_kinds")
+class TestMadeUpKinds:
+    @pytest.mark.parametrize(
+        ("mode", "counts"),
+        [("auto", (1, 1, 0)), ("bypass", (1, 1, 0)), ("on_the_fly", (0, 2, 0)), ("merge", (0, 0, 2))],
     )
+    def test_are_read_planned_applied_and_removed(self, mode, counts, tmp_path):
+        path, model = write(tmp_path / "made_up.safetensors"), Model()
+        base = model(X)
+        guard = LoraGuard(model)
+        report = guard.apply([(path, 0.7)], mode=mode)
+        (lora,) = report.loras
+        assert (lora.used, lora.skipped, lora.lost) == (2, [], [])
+        assert tuple(lora.modes[name] for name in ("bypass", "on_the_fly", "merge")) == counts
+        assert_same(model(X), patched_by_hand(0.7), base)
+        guard.remove()
+        assert torch.equal(model(X), base)
+
+    def test_of_a_wrong_size_are_refused_with_their_own_words(self, tmp_path):
+        path, model = write(tmp_path / "made_up.safetensors", **{"first.outer_rows": rand(20, seed=1)}), Model()
+        with pytest.raises(ValueError, match=r"made_up\.safetensors.*outer product gives \[20, 16\]"):
+            LoraGuard(model).apply([(path, 1.0)])
+
+    def test_without_a_field_are_incomplete(self, tmp_path):
+        save_file({"first.outer_rows": ROWS}, str(tmp_path / "half.safetensors"))
+        with pytest.raises(LoraFileError, match=r"incomplete .a outer without 'columns_factor'"):
+            read_lora_header(tmp_path / "half.safetensors")
+
+    def test_are_known_from_the_header_alone_with_their_single_numbers(self, tmp_path):
+        file = read_lora_header(write(tmp_path / "made_up.safetensors"))
+        assert {key: adapter.kind for key, adapter in file.adapters.items()} == {
+            ("first", "weight"): "outer",
+            ("second", "weight"): "gate",
+        }
+        assert file.adapters["first", "weight"].gain == 2.0
+
+    def test_tell_the_size_of_their_modules(self, tmp_path):
+        shapes = read_lora_header(write(tmp_path / "made_up.safetensors")).shapes
+        assert Evidence.of_lora(shapes).names == {"first": (24, 16), "second": (None, None)}
+
+    def test_are_read_from_patches_of_the_host_and_written_as_such(self):
+        adapter = parse_value(("outer", (ROWS, COLUMNS)), {})
+        assert value_of(adapter) == ("outer", (ROWS, COLUMNS, 1.0))
+        assert value_of(GateAdapter(GATE_OF_SECOND))[0] == "lora_guard"
+        assert ("outer" in KINDS.host, "gate" in KINDS.host) == (True, False)
+
+    def test_say_what_they_cost(self):
+        adapter = OuterAdapter(ROWS, COLUMNS)
+        cost = on_the_fly_cost([Term(adapter, 1.0)], (24, 16), True, 2)
+        assert (cost.workspace_bytes, cost.step_bytes, cost.step_flops) == (24 * 16 * 2, 3 * 24 * 16 * 2, 2 * 24 * 16)
+        by_default = on_the_fly_cost([Term(GateAdapter(GATE_OF_SECOND), 1.0)], (8, 24), True, 2)
+        assert by_default.workspace_bytes == 3 * 4 * 8 * 24
 
 
-@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "glora"])
-def test_function_swaps_rows(kind):
-    check([entry(kind, LINEAR, function=lambda d: d.flip(0))], rand(*LINEAR, seed=9).double())
+def test_a_kind_that_is_not_registered_is_unknown(tmp_path):
+    model = Model()
+    with pytest.raises(LoraFileError, match="no LoRA keys found"):
+        LoraGuard(model).apply([(write(tmp_path / "made_up.safetensors"), 1.0)])
 
 
-def test_stack_is_applied_in_order():
-    stack = [
-        entry("lora", LINEAR, 1),
-        entry("glora", LINEAR, 2),
-        entry("diff", LINEAR, 3),
-        entry("loha", LINEAR, 4, dora="output"),
-        entry("lokr", LINEAR, 5),
-    ]
-    weight = rand(*LINEAR, seed=9).double()
-    check(stack, weight)
-    # glora and DoRA look at the weight, so another order is another result: the test above is able to see it.
-    with pytest.raises(AssertionError, match="contribution"):
-        assert_same(
-            run_on(weight)([parse_term(e, {}) for e in reversed(stack)]), merge_reference(stack, weight), weight, 1e-3
-        )
-
-
-def test_a_nested_patch_can_be_applied_again_and_again():
-    weight = rand(*LINEAR, seed=9).double()
-    terms = [parse_term(entry("nested", LINEAR), {})]
-    assert torch.equal(run_on(weight)(terms), run_on(weight)(terms))
-
-
-@pytest.mark.parametrize("axis", ["output", "input"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dora_on_a_16_bit_weight_is_rounded_once(dtype, axis):
-    """Magnitudes near the norms, as training leaves them: one step of bf16 at 1.0 is more than what they change."""
-    weight = rand(64, 96, seed=1, scale=0.02).to(dtype)
-    up, down = rand(64, 4, seed=2, scale=0.01), rand(4, 96, seed=3, scale=0.01)
-    norms = weight.double().norm(dim=1 if axis == "output" else 0, keepdim=True)
-    magnitude = (norms * (1 + 0.005 * rand(*norms.shape, seed=4).double())).float()
-    entries = [[1.0, ("lora", (up, down, 4.0, None, magnitude)), 1.0, None, None]]
-    true = merge_reference(entries, weight.double())
-    found = apply_terms(weight.clone(), [parse_term(entries[0], {})])
-    once = (true.to(dtype).double() - true).norm()
-    # The product of the factors is rounded before; it is small, so it adds little.
-    assert float((found.double() - true).norm() / once) <= 1.1
-
-
-def test_a_difference_may_have_ones_at_the_end_of_its_shape():
-    weight, diff = rand(8, 6, seed=1), rand(8, 6, 1, 1, seed=2)
-    term = parse_term([0.5, (diff,), 1.0, None, None], {})
-    term.check((8, 6), may_expand=False)
-    assert torch.allclose(apply_terms(weight.clone(), [term]), weight + 0.5 * diff[:, :, 0, 0])
-
-
-def test_a_widening_dora_may_scale_the_columns_it_brings():
-    value = host_value("lora", (24, 40), 1, dora="input")
-    parse_term([1.0, value, 1.0, None, None], {}).check((24, 16), may_expand=True)
-
-
-def test_foreign_kind_is_calculated_by_its_owner():
-    calculators = {"theirs": lambda weight, strength, v: weight + strength * v[0].to(weight)}
-    value = rand(*LINEAR, seed=3)
-    weight = rand(*LINEAR, seed=9).double()
-    entries = [[0.5, ("theirs", (value,)), 1.0, None, None]]
-    assert_same(
-        run_on(weight)([parse_term(e, calculators) for e in entries]),
-        merge_reference(entries, weight, calculators),
-        weight,
-        1e-12,
-    )
-
-
-def test_flux_tools_lora_widens_an_input_projection():
-    weight = rand(24, 16, seed=9).double()
-    term = parse_term(entry("lora", (24, 40)), {})
-    term.check((24, 16), may_expand=True)
-    patched = apply_terms(weight.clone(), [term])
-    up, down, alpha = term.adapter.up.double(), term.adapter.down.double(), 2.0
-    wanted = torch.cat([weight, torch.zeros(24, 24, dtype=torch.double)], 1) + 0.8 * (alpha / 4) * up @ down
-    assert patched.shape == (24, 40)
-    assert_same(patched, wanted, torch.cat([weight, torch.zeros(24, 24, dtype=torch.double)], 1), 1e-12)
-    with pytest.raises(LoraMismatchError, match=r"gives \[24, 40\], the weight is \[24, 16\]"):
-        term.check((24, 16), may_expand=False)
-
-
-def test_inpaint_diff_grows_a_convolution():
-    weight, diff = rand(8, 4, 3, 3, seed=1), rand(8, 9, 3, 3, seed=2)
-    patched = apply_terms(weight.clone(), [parse_term([1.0, (diff,), 1.0, None, None], {})])
-    assert patched.shape == (8, 9, 3, 3)
-    assert torch.allclose(patched[:, :4], weight + diff[:, :4])
-    assert torch.allclose(patched[:, 4:], diff[:, 4:])
-
-
+@pytest.mark.usefixtures("made_up_kinds")
 @pytest.mark.parametrize(
-    ("kind", "made_for", "applied_to", "message"),
+    "kind",
     [
-        ("lora", (24, 16), (24, 32), r"up @ down gives \[24, 16\], the weight is \[24, 32\]"),
-        ("lora", (24, 16), (16, 24), r"up @ down gives \[24, 16\]"),
-        ("lora_mid", CONV, (12, 8, 5, 5), r"up @ down gives \[12, 72\]"),
-        ("loha", (24, 16), (24, 32), r"LoHa gives \[24, 16\]"),
-        ("lokr", (24, 16), (24, 32), r"LoKr gives \[24, 16\]"),
-        ("lokr_factors", (24, 16), (12, 16), r"LoKr gives \[24, 16\]"),
-        ("glora", (24, 16), (24, 32), r"GLoRA"),
-        ("diff", (24, 16), (24, 32), r"diff gives \[24, 16\]"),
-        ("set", (24, 16), (24, 32), r"set gives \[24, 16\]"),
-        ("nested", (24, 16), (24, 32), r"nested patch gives \[24, 16\]"),
+        Kind("outer", make_outer),
+        Kind("other", make_outer, keys={"outer_rows": "rows_factor"}),
+        Kind("other", make_outer, keys={"alpha": "gain"}),
+        Kind("other", make_outer, keys={"a.b.c.d": "gain"}),
     ],
+    ids=["name", "key of another kind", "key that all share", "key of four parts"],
 )
-def test_a_wrong_shape_is_named_before_anything_is_computed(kind, made_for, applied_to, message):
-    term = parse_term(entry(kind, made_for), {})
-    with pytest.raises(LoraMismatchError, match=message):
-        term.check(applied_to, may_expand=False)
+def test_a_name_or_key_that_is_taken_or_never_looked_at_is_refused(kind):
+    with pytest.raises(ValueError, match=kind.name):
+        register(kind)
+    assert "other" not in KINDS.host
 
 
-@pytest.mark.parametrize("offset", [(0, 20, 8), (2, 0, 4), (0, -1, 4), (0, 0, 0)])
-def test_an_offset_outside_the_weight_is_refused(offset):
-    with pytest.raises(LoraMismatchError, match="addresses entries"):
-        parse_term(entry("lora", (8, 16), offset=offset), {}).check(LINEAR, may_expand=False)
-
-
-@pytest.mark.parametrize(
-    ("patch", "message"),
-    [
-        ([1.0, ("nonsense", ()), 1.0, None, None], "kind 'nonsense' is not known"),
-        ([1.0, ("lora", (1, 2)), 1.0, None, None], "does not have the fields"),
-        ([1.0, "text", 1.0, None, None], "type str is not known"),
-        ([1.0], "1 fields, 5 are expected"),
-    ],
-)
-def test_an_unknown_patch_is_refused_in_words(patch, message):
-    with pytest.raises(LoraMismatchError, match=message):
-        parse_term(patch, {})
-
-
-def test_factors_of_zero_rank_are_refused():
-    term = parse_term([1.0, ("lora", (torch.zeros(24, 0), torch.zeros(0, 16), 1.0, None, None)), 1.0, None, None], {})
-    with pytest.raises(LoraMismatchError, match="no pair of matrices"):
-        term.check(LINEAR, may_expand=False)
-
-
-@pytest.mark.parametrize(("kind", "shape"), [*ADDITIVE, *OTHERS])
-def test_map_converts_every_tensor_and_the_bytes_are_counted(kind, shape):
-    adapter = parse_term(entry(kind, shape), {}).adapter
-    half = adapter.map(lambda t: t.half())
-    assert all(t.dtype == torch.float16 for t in half.tensors())
-    assert half.bytes * 2 == adapter.bytes > 0
-
-
-def test_identity_sees_tensors_and_numbers():
-    value = host_value("lora", LINEAR, 1)
-    term = parse_term([0.8, value, 1.0, None, None], {})
-    assert term.identity() == parse_term([0.8, value, 1.0, None, None], {}).identity()
-    assert term.identity() != parse_term([0.9, value, 1.0, None, None], {}).identity()
-    assert term.identity() != parse_term([0.8, host_value("lora", LINEAR, 1), 1.0, None, None], {}).identity()
+def test_to_remove_a_kind_that_is_not_there_is_an_error():
+    with pytest.raises(KeyError):
+        unregister("outer")
