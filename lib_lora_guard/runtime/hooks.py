@@ -143,7 +143,13 @@ class Row(Generic[T]):
     is_needed: bool = True
 
 
-def lay(rows: Iterable[Row[T]], takeover: T, modules: Mapping[str, ModuleType], hooks: HookSet) -> None:
+def lay(
+    rows: Iterable[Row[T]],
+    takeover: T,
+    modules: Mapping[str, ModuleType],
+    hooks: HookSet,
+    others: Iterable[tuple[type, str, Layer]] = (),
+) -> None:
     """Replaces the functions of all `rows`, or none of them. A function that is hooked already is left as it is.
 
     Args:
@@ -151,6 +157,7 @@ def lay(rows: Iterable[Row[T]], takeover: T, modules: Mapping[str, ModuleType], 
         takeover: what the rows' layers are made from.
         modules: the host's, by name.
         hooks: gets the hooks that were laid.
+        others: methods that belong to the rows and have no fixed place: class, name, layer.
 
     Raises:
         HostError: a needed function is missing.
@@ -169,4 +176,7 @@ def lay(rows: Iterable[Row[T]], takeover: T, modules: Mapping[str, ModuleType], 
             layers = [] if is_hooked(function) else row.layers(takeover)
             if layers:
                 laid.add(owner, name, stacked(layers))
+        for cls, name, layer in others:
+            if not is_hooked(vars(cls)[name]):
+                laid.add(cls, name, layer)
     hooks.hooks += laid.hooks

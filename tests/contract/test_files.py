@@ -321,7 +321,7 @@ def test_the_files_of_one_stack_stay_whatever_their_size(guarded, tmp_path, monk
     assert reads[3:] == ["a.safetensors"], "what the last two stacks do not use is given back"
 
 
-def test_as_trained_is_a_setting_of_the_takeover_and_the_tuples_stay_the_hosts(guarded, tmp_path, x):
+def test_as_trained_is_a_setting_of_the_takeover_and_the_tuples_stay_the_hosts(guarded, tmp_path, x, monkeypatch):
     up, down = rand(32, 4, seed=2, scale=0.1), rand(4, 32, seed=3, scale=0.1)
     name = "lora_unet_blocks_0_proj"
     tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.dora_scale": rand(32, 1, seed=4).abs() + 0.5}  # fmt: skip
@@ -331,7 +331,7 @@ def test_as_trained_is_a_setting_of_the_takeover_and_the_tuples_stay_the_hosts(g
     patched = weight + up @ down
     pictures = {}
     for as_trained, norm in ((False, weight), (True, patched)):
-        guarded.guard.settings.as_trained = as_trained
+        monkeypatch.setattr(guarded.guard.settings, "as_trained", as_trained)
         new = patched * tensors[f"{name}.dora_scale"] / norm.norm(dim=1, keepdim=True)
         wanted = torch.func.functional_call(patcher.model, {**dense, "blocks.0.proj.weight": new}, (x,))
         changed, _ = load(LoraFiles(), patcher, tmp_path / "d.safetensors", 1.0)

@@ -66,7 +66,7 @@ class Forge:
             types.SimpleNamespace(on_cfg_denoiser=self.on_denoiser.append, on_app_started=self.app_started.append),
         )
         self.schedules = Schedules(host.guard.control)
-        self.schedules.install(host.guard.hooks, self.parts)
+        forge_schedules.install(self.schedules, host.guard.hooks, self.parts)
 
     def load_networks(self, params_list):
         loaded, wanted = self.parts.lora_network.networks.loaded_networks, []
@@ -432,7 +432,7 @@ def test_the_other_name_of_the_tag_and_a_reloaded_ui(forge):
     assert aliases == {"loractl": host.network}
     hooks = len(host.host.guard.hooks.hooks)
     host.on_denoiser.clear()
-    host.schedules.install(host.host.guard.hooks, host.parts)
+    forge_schedules.install(host.schedules, host.host.guard.hooks, host.parts)
     assert (len(host.host.guard.hooks.hooks), len(host.on_denoiser)) == (hooks, 1)
     check_steps(host, patcher, dense, host.picture(f"style:{RAMP}"), *[[("style", at(RAMP, n))] for n in range(STEPS)])
 

@@ -52,23 +52,22 @@ def install(hooks: HookSet, engines: Callable[[], Iterable[Engine]]) -> None:
 def _attempt(rows: Sequence[Row[Saving]], saving: Saving, hooks: HookSet, key: str) -> bool:
     try:
         modules = {row.module: module(row.module) for row in rows}
-        if rows is SAVE_ROWS:
-            rows = [*rows, *_rows_of_engines(modules)]
-        lay(rows, saving, modules, hooks)
+        engines = _engines(modules) if rows is SAVE_ROWS else []
+        lay(rows, saving, modules, hooks, [(cls, name, saving.save) for cls, name in engines])
     except HostError as error:
         say(log, logging.WARNING, key, reason=error)
         return False
     return True
 
 
-def _rows_of_engines(modules: Mapping[str, ModuleType]) -> list[Row[Saving]]:
-    """Returns a row for each engine class that saves in its own way.
+def _engines(modules: Mapping[str, ModuleType]) -> list[tuple[type, str]]:
+    """Returns each engine class with the name of each function by which it saves in its own way.
 
     Raises:
         HostError: one does not save through `safetensors.torch.save_file`: other writers cannot read a deferred tensor.
     """
     safetensors, utils, base = (modules[name] for name in (_SAFETENSORS, _UTILS, _ENGINES))
-    rows = []
+    found = []
     for cls in _family(attribute(base, "ForgeDiffusionEngine")):
         for name in ("save_unet", "save_checkpoint"):
             if name not in vars(cls):
@@ -77,8 +76,8 @@ def _rows_of_engines(modules: Mapping[str, ModuleType]) -> list[Row[Saving]]:
             writes = any(value is safetensors or value is sys.modules["safetensors"] for value in used)
             if not writes or not any(value is utils for value in used):
                 raise HostError(f"{cls.__name__}.{name} does not call safetensors.torch.save_file and backend.utils")
-            rows.append(Row[Saving](cls.__module__, f"{cls.__qualname__}.{name}", lambda saving: (saving.save,)))
-    return rows
+            found.append((cls, name))
+    return found
 
 
 class Saving:

@@ -20,7 +20,7 @@ from ...messages import Joined, say
 from ...patching.strengths import set_strengths
 from ...planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, read_strengths
 from ...reporting.report import clean_text
-from ...runtime.hooks import Row
+from ...runtime.hooks import HookSet, Row, lay
 from ..forge.access import STATE
 from ..forge.lora_loader_state import RETRY
 from .types import Stack
@@ -88,8 +88,8 @@ class Schedules:
         self._changed: weakref.WeakKeyDictionary[Any, Changed] = weakref.WeakKeyDictionary()
         self._is_said = False
 
-    def install(self, host: ScheduleHost) -> None:
-        """Called each time Forge runs the extension's scripts: the callbacks are gone then, the hooks are not."""
+    def register(self, host: ScheduleHost) -> None:
+        """Registers the callbacks before each step and at the start of the WebUI."""
         self._network_class, self._networks = host.lora_network.ExtraNetworkLora, host.lora_network.networks
         host.callbacks.on_cfg_denoiser(self.before_step)
         host.callbacks.on_app_started(lambda *_: _add_alias(host.extra_networks))
@@ -257,6 +257,16 @@ def _add_alias(extra_networks: Any) -> None:
     lora = extra_networks.extra_network_registry.get("lora")
     if lora is not None and "loractl" not in extra_networks.extra_network_registry:
         extra_networks.extra_network_aliases.setdefault("loractl", lora)
+
+
+def install(schedules: Schedules, hooks: HookSet, host: ScheduleHost) -> None:
+    """Lays the hooks that are not there yet, and registers the callbacks.
+
+    Called each time the WebUI runs the extension's scripts: the callbacks are gone then, the hooks are not.
+    """
+    modules = {"extra_networks_lora": host.lora_network, "modules.sd_samplers_common": host.samplers}
+    lay(ROWS, schedules, modules, hooks)
+    schedules.register(host)
 
 
 ROWS: tuple[Row[Schedules], ...] = (

@@ -95,9 +95,7 @@ class WebTakeover:
     def _install_schedules(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
         """Lets strengths change over the steps."""
         if "networks" in modules and "extra_networks_lora" in modules:
-            host = schedules.probe()
-            lay(schedules.ROWS, self.schedules, modules, hooks)
-            self.schedules.install(host)
+            schedules.install(self.schedules, hooks, schedules.probe())
 
     def _install_conditioning(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
         """Lets the host encode a prompt anew only where something that the text encoder sees has changed."""
