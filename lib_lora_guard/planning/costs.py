@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from ..adapters import Term
 from ..adapters.base import PatchCost, Shape, product_of
+from ..units import FP32_BYTES
 from .cheap import Forms
-
-FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
