@@ -1,9 +1,11 @@
-"""What the engine needs to know of a model, and what it may do to it. Hosts implement `ModelAccess`."""
+"""The seam between the engine and a host: one parameter in its place, and a model whose parameters can be patched."""
 
 from __future__ import annotations
 
+import weakref
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -16,7 +18,11 @@ from .on_the_fly import WeightTerms
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One parameter in its place. `layer` is the module that owns it under `name`."""
+    """One parameter in its place.
+
+    `layer` is the module that owns it under `name`. `storage` tells its format and its real shape, also where the bytes
+    are packed. `can_bypass` and `can_on_the_fly` tell whether the layer's own code allows these modes.
+    """
 
     key: str
     layer: torch.nn.Module
@@ -27,11 +33,16 @@ class Site:
 
     @property
     def shape(self) -> Shape:
+        """The real shape of the weight, `(out, in, ...)`."""
         return self.storage.shape
 
     @property
     def parameter(self) -> torch.nn.Parameter:
-        """The parameter that is there now: hosts replace Parameter objects, so none is kept."""
+        """The parameter that is there now. Hosts replace Parameter objects, so the site keeps none.
+
+        Raises:
+            TypeError: Another object has taken its place.
+        """
         value = getattr(self.layer, self.name)
         if not isinstance(value, torch.nn.Parameter):
             raise TypeError(f"{self.key} is a {type(value).__name__}, not a parameter")
@@ -39,44 +50,98 @@ class Site:
 
 
 class ModelAccess(Protocol):
-    """A model as one host holds it."""
+    """A model as one host holds it. `name` is shown to the user."""
 
     name: str
 
     def site(self, key: str) -> Site | None:
-        """The parameter called `key`, or None where the model has none of that name."""
+        """Returns the parameter called `key`, or None if the model has none of that name."""
 
     def dense(self, site: Site) -> torch.Tensor:
-        """A new fp32 tensor with the dequantised values of the parameter, where the parameter lies."""
+        """Returns the dequantised values as a new fp32 tensor, on the device of the parameter."""
 
     def rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
-        """New fp32 tensor with the dequantised values of `length` rows from `start`, on `device`; no other row is made
-        dense."""
+        """Returns `length` dequantised rows as a new fp32 tensor on `device`. No other row is made dense.
+
+        Args:
+            site: The parameter.
+            start: The first row.
+            length: The number of rows.
+            device: The device of the result; the parameter may lie on another one.
+        """
 
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
-        """The values of a layer's bias as its forward pass adds them, wherever they lie; None where there is none."""
+        """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
-        """Puts `value` in the place of the parameter."""
+        """Replaces the parameter by `value`."""
 
     def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        """Lets the layer's forward pass add `terms` to its temporary weight; None takes that back. Idempotent."""
+        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back. Idempotent."""
 
     def device(self) -> torch.device:
-        """The device the model computes on."""
+        """Returns the device the model computes on."""
 
     def backup_budget(self) -> BackupBudget:
-        """What backups of merged weights may take at this moment."""
+        """Measures how much memory backups of merged weights may take now."""
 
     def is_in_force(self) -> bool:
-        """False while someone else has taken the patching of this model over. Asked at every call of a layer."""
+        """Returns False while another extension patches this model itself. Asked at every call of a layer."""
 
     def compute_dtype(self) -> torch.dtype:
-        """The dtype activations have in this model, for byte counts before the first forward pass."""
+        """Returns the dtype of the model's activations, for byte counts before the first forward pass."""
+
+
+class ModuleAccess(ABC):
+    """The part of `ModelAccess` that is the same for every host whose model is a `torch.nn.Module`.
+
+    The module is held weakly, so that a model that its owner drops is freed.
+    """
+
+    gone: ClassVar[str] = "{name} has been unloaded"
+    """The text of the error after the module was freed."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.name = type(model).__name__
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module.
+
+        Raises:
+            ReferenceError: It was freed.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError(self.gone.format(name=self.name))
+        return model
+
+    @abstractmethod
+    def decoded_rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
+        """Returns `length` rows from `start` as plain numbers of any dtype on any device; it may be a view.
+
+        `device` is where the caller wants them: decoding there saves a copy.
+        """
+
+    def dense(self, site: Site) -> torch.Tensor:
+        """Returns the dequantised values as a new fp32 tensor, on the device of the parameter."""
+        if not site.shape:
+            return site.parameter.detach().to(torch.float32, copy=True)
+        return self.rows(site, 0, site.shape[0], site.parameter.device)
+
+    def rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
+        """Returns `length` dequantised rows from `start` as a new fp32 tensor on `device`."""
+        values = self.decoded_rows(site, start, length, device)
+        return torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
+
+    def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
+        """Replaces the parameter by `value`."""
+        setattr(site.layer, site.name, value)
 
 
 def find_owner(model: torch.nn.Module, key: str) -> tuple[torch.nn.Module, str] | None:
-    """The module that owns parameter `key` and the parameter's name in it; None where there is none."""
+    """Returns the module that owns parameter `key` and the parameter's name in it; None if there is none."""
     path, _, name = key.rpartition(".")
     owner: object = model
     for part in path.split(".") if path else ():
@@ -87,17 +152,19 @@ def find_owner(model: torch.nn.Module, key: str) -> tuple[torch.nn.Module, str] 
 
 
 def is_linear(layer: torch.nn.Module) -> bool:
-    """True for torch's Linear; hosts add their own classes. Not for `MultiheadAttention.out_proj`, which is never called:
-    the attention reads its weight."""
+    """Returns True for torch's Linear; hosts add their own classes.
+
+    `MultiheadAttention.out_proj` is excluded: it is never called, the attention reads its weight.
+    """
     return isinstance(layer, torch.nn.Linear) and not isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
 def is_plain_convolution(layer: torch.nn.Module) -> bool:
-    """True for a convolution whose cheap forward is exact: one group, not transposed."""
+    """Returns True for a convolution whose cheap forward is exact: one group, not transposed."""
     return isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)) and layer.groups == 1
 
 
 def plain_bias(layer: torch.nn.Module) -> torch.Tensor | None:
-    """The bias of a layer that stores it as plain numbers."""
+    """Returns the bias of a layer that stores it as plain numbers."""
     bias = getattr(layer, "bias", None)
     return bias.detach() if isinstance(bias, torch.Tensor) else None

@@ -1,9 +1,9 @@
-"""One attachment per patched weight: what was done to it and how to take it back. Attach and detach are idempotent."""
+"""One attachment per patched weight: it applies the stack to the weight and takes it back. Both are idempotent."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from enum import Enum
 from typing import Any, ClassVar
 
 import torch
@@ -11,18 +11,21 @@ import torch
 from ..adapters import Term, apply_terms
 from ..errors import LoraMismatchError, Message, about
 from ..memory.out_of_memory import is_out_of_memory
+from ..planning.cheap import Forms, forms_of
 from ..planning.mode import Choice, Mode
-from ..weights.storage import MB, dtype_name, storage_of, widest_float
+from ..units import MB
+from ..weights.storage import dtype_name, storage_of
 from .access import ModelAccess, Site
 from .backup import Backup, Where, moved, parameter_bytes
 from .bypass import Bypass
-from .merging import SLICE_BYTES, merge
+from .merging import CPU, SLICE_BYTES, is_finite, merge
 from .norms import ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
+from .plan import PlannedWeight, is_same_term
 
 
 class UnusableTermsError(LoraMismatchError):
-    """What these terms make of this weight cannot be used; the LoRAs they come from must be left out."""
+    """The terms give this weight values that cannot be used. The LoRAs they come from must be left out."""
 
     def __init__(self, key: str, terms: tuple[Term, ...], message: str) -> None:
         super().__init__(message)
@@ -30,25 +33,47 @@ class UnusableTermsError(LoraMismatchError):
 
 
 class Attachment(ABC):
+    """One planned weight, carried out on a model."""
+
     mode: ClassVar[Mode]
 
-    def __init__(self, access: ModelAccess, site: Site, terms: tuple[Term, ...], choice: Choice) -> None:
-        self.access, self.site, self.terms, self.choice = access, site, terms, choice
+    def __init__(self, access: ModelAccess, planned: PlannedWeight) -> None:
+        self.access, self.planned = access, planned
 
-    def identity(self) -> list[object]:
-        return [self.mode, *(term.identity() for term in self.terms)]
+    @property
+    def site(self) -> Site:
+        """The parameter in its place."""
+        return self.planned.site
 
-    def is_same(self, choice: Choice, terms: tuple[Term, ...]) -> bool:
-        return self.identity() == [choice.mode, *(term.identity() for term in terms)]
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The stack on it, in order."""
+        return self.planned.terms
+
+    @property
+    def choice(self) -> Choice:
+        """The mode with its reason."""
+        return self.planned.choice
+
+    def carries_out(self, planned: PlannedWeight) -> bool:
+        """Returns True if `planned` is what this attachment does already: same layer, mode, terms and strengths."""
+        return (
+            self.mode is planned.mode
+            and self.site.layer is planned.site.layer
+            and len(self.terms) == len(planned.terms)
+            and all(map(is_same_term, self.terms, planned.terms))
+        )
 
     @abstractmethod
-    def attach(self) -> None: ...
+    def attach(self) -> None:
+        """Applies the stack."""
 
     @abstractmethod
-    def detach(self) -> None: ...
+    def detach(self) -> None:
+        """Takes it back: the weight has its original bits."""
 
-    def drop_device_copies(self) -> None:  # noqa: B027  # nothing to drop is the right answer for most
-        """Frees what lies on a GPU for this attachment only; the next forward pass makes it again."""
+    def drop_device_copies(self) -> None:  # noqa: B027  # most attachments keep none
+        """Frees this attachment's copies on a GPU; the next forward pass makes them again."""
 
     @property
     def device_bytes(self) -> int:
@@ -62,32 +87,43 @@ class Attachment(ABC):
 
 
 class BypassAttachment(Attachment):
+    """The stack goes through hooks on the layer; the weight stays as it is.
+
+    Args:
+        access: The model.
+        planned: The weight and its stack.
+        device: The device that the norms for a DoRA are computed on.
+        old: The attachment on this weight so far. Norms and device copies that still hold are taken over from it, and
+            a merge tells what the weight was before.
+    """
+
     mode = Mode.BYPASS
 
     def __init__(
-        self,
-        access: ModelAccess,
-        site: Site,
-        terms: tuple[Term, ...],
-        choice: Choice,
-        device: torch.device,
-        old: Attachment | None = None,
+        self, access: ModelAccess, planned: PlannedWeight, device: torch.device, old: Attachment | None = None
     ) -> None:
-        super().__init__(access, site, terms, choice)
-        older = old if isinstance(old, BypassAttachment) and old.site.layer is site.layer else None
-        if older is not None and ratio_identity(older.terms) == ratio_identity(terms):
+        super().__init__(access, planned)
+        site, terms, forms = planned.site, planned.terms, _forms(planned)
+        if old is not None and old.site.layer is not site.layer:
+            old = None
+        older = old if isinstance(old, BypassAttachment) else None
+        if older is not None and older.has_ratios_of(planned):
             ratios = older.ratios
         else:
-            under = None
-            if isinstance(old, MergeAttachment) and old.site.layer is site.layer:
-                under = old.backup.parameter(site.parameter.device)
+            if isinstance(old, MergeAttachment):
+                site = site_of(site, old.backup.parameter(site.parameter.device))
             with torch.inference_mode(False), torch.no_grad():
-                ratios = ratios_of(access, site if under is None else site_of(site, under), terms, device)
+                ratios = ratios_of(access, site, terms, forms, device)
         self.ratios: dict[int, torch.Tensor] = ratios
-        self.hook = Bypass(site.key, terms, site.shape, ratios, access.bias, access.is_in_force)
+        self.hook = Bypass(planned.site.key, terms, planned.site.shape, ratios, access.bias, access.is_in_force, forms)
         if older is not None:
             self.hook.share_factors_with(older.hook)
         self._handles: list[Any] = []
+
+    def has_ratios_of(self, planned: PlannedWeight) -> bool:
+        """Returns True if the DoRAs of `planned` have the norms that are known here."""
+        mine = ratio_identity(self.terms, _forms(self.planned))
+        return mine == ratio_identity(planned.terms, _forms(planned))
 
     def attach(self) -> None:
         if not self._handles:
@@ -110,11 +146,13 @@ class BypassAttachment(Attachment):
 
 
 class OnTheFlyAttachment(Attachment):
+    """The layer's forward pass applies the stack to its temporary weight; the parameter stays as it is."""
+
     mode = Mode.ON_THE_FLY
 
-    def __init__(self, access: ModelAccess, site: Site, terms: tuple[Term, ...], choice: Choice) -> None:
-        super().__init__(access, site, terms, choice)
-        self.weight_terms = WeightTerms(site.key, terms)
+    def __init__(self, access: ModelAccess, planned: PlannedWeight) -> None:
+        super().__init__(access, planned)
+        self.weight_terms = WeightTerms(planned.site.key, planned.terms)
 
     def attach(self) -> None:
         self.access.set_weight_terms(self.site, self.weight_terms)
@@ -134,90 +172,105 @@ class OnTheFlyAttachment(Attachment):
         return self.weight_terms.is_resident
 
 
+class MergeState(Enum):
+    """The value that a merged parameter has."""
+
+    NEW = "the original, which this merge has never replaced"
+    MERGED = "the merged value"
+    RESTORED = "the original, put back"
+    UNKNOWN = "the original or the merged value: a change ended half way"
+    STRAYED = "either of the two, in RAM instead of on its device: a change ended half way"
+
+
 class MergeAttachment(Attachment):
     """The parameter is replaced by a patched one; `backup` has the original, bit for bit.
 
     The new value is computed in fp32 from the original, never from an earlier merge, and only when it is put in place:
     two patched copies of a whole model would not fit beside it. It keeps the storage dtype of 16-bit and wider weights;
     anything narrower would round the LoRA away, so small fp8 parameters are held in fp32 while a LoRA is on them.
+
+    `state` changes in `_put` alone:
+
+        NEW, RESTORED, UNKNOWN, STRAYED  --attach-->           MERGED
+        MERGED, UNKNOWN, STRAYED         --detach, suspend-->  RESTORED
+        any, if that ends half way       -->                   UNKNOWN or STRAYED; either way can be tried again
+
+    Args:
+        access: The model.
+        planned: The weight and its stack.
+        device: The device that the merge is computed on.
+        backup: The original.
     """
 
     mode = Mode.MERGE
 
-    def __init__(
-        self,
-        access: ModelAccess,
-        site: Site,
-        terms: tuple[Term, ...],
-        choice: Choice,
-        device: torch.device,
-        backup: Backup,
-    ) -> None:
-        super().__init__(access, site, terms, choice)
+    def __init__(self, access: ModelAccess, planned: PlannedWeight, device: torch.device, backup: Backup) -> None:
+        super().__init__(access, planned)
         self.backup = backup
+        self.state = MergeState.NEW
         self._compute_device = device
-        self._strayed_from: torch.device | None = None
-        self._was_attached = False
-        self._is_in_place: bool | None = False
-        """None where a change ended half way: then either way has to be gone again."""
-        self._merged: torch.nn.Parameter | None = None
-        if parameter_bytes(site.parameter) <= KEPT_BYTES:
-            # An earlier merge may lie there: the original is in its backup.
-            self._merged = self._merge(self._from_backup())
+        self._home: torch.device | None = None
+        """The device that a strayed parameter belongs on."""
+        self._ready: torch.nn.Parameter | None = None
+        """The merged value of a small parameter, computed before anything is changed."""
+        if parameter_bytes(planned.site.parameter) <= KEPT_BYTES:
+            # An earlier merge may be in place: the original is in its backup.
+            self._ready = self._merge(self._from_backup())
 
     def attach(self) -> None:
-        if self._is_in_place:
+        if self.state is MergeState.MERGED:
             # A rollback of a detach that has changed nothing.
             return
-        # At first the original itself lies there, since a change takes everything off before it puts anything on. A
-        # rollback comes again, and then anything may lie there.
-        source = self._from_backup if self._was_attached else lambda: self.site.parameter
-        self._was_attached = True
-        merged = self._merged if self._merged is not None else self._merge(source())
-        # The model may have moved since the value was made, and the value may lie in RAM for want of room: put in place,
-        # it frees what it replaces.
-        device = self._strayed_from or self.site.parameter.device
-        if self._merged is not None:
-            # What it would free is small: better a failure that has changed nothing.
-            merged = moved(merged, device)
-        self._is_in_place = None
-        if merged.device != device:
-            self._strayed_from = device
-            self.access.set_parameter(self.site, merged)
-            merged = moved(merged, device)
-        self.access.set_parameter(self.site, merged)
-        self._strayed_from, self._is_in_place = None, True
+        # A new merge finds the original in place: a change takes everything off before it puts anything on. A rollback
+        # attaches again, and then the parameter may hold anything.
+        is_new, device = self.state is MergeState.NEW, self._device()
+        if self._ready is None:
+            merged = self._merge(self.site.parameter if is_new else self._from_backup())
+        else:
+            # Moved before anything is changed: if the device has no room for it, nothing has changed.
+            merged = moved(self._ready, device)
+        self._put(merged, device, MergeState.MERGED)
 
     def detach(self) -> None:
-        if self._is_in_place is False:
-            # The original lies there still: to put it there takes memory that there may not be.
+        if self.state in (MergeState.NEW, MergeState.RESTORED):
+            # Putting the original in its own place could need memory that is not there.
             return
-        # Where an attach ended half way, the parameter lies in RAM and belongs elsewhere.
-        self._put_original(self._strayed_from or self.site.parameter.device)
+        self._restore(self._device())
 
-    def lift(self) -> None:
-        """Puts the original back where it is kept, not where the weight lies: for when the host is about to move it."""
-        device = self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU
-        self._put_original(device)
+    def suspend(self) -> None:
+        """Puts the original back where its backup lies, not where the weight lies: the host is about to move it."""
+        self._restore(self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU)
 
-    def _put_original(self, device: torch.device) -> None:
+    def _restore(self, device: torch.device) -> None:
         try:
-            original: torch.nn.Parameter | None = self.backup.parameter(device)
+            original = self.backup.parameter(device)
         except Exception as error:
-            if self._merged is not None or device == CPU or not is_out_of_memory(error):
+            if self._ready is not None or device == CPU or not is_out_of_memory(error):
                 raise
             original = None
-        self._is_in_place = None
-        if original is None:
-            # What takes the place of the merged weight first needs no room beside it: that is free then.
-            self._strayed_from = device
-            self.access.set_parameter(self.site, self.backup.parameter(CPU))
-            original = moved(self.site.parameter, device)
-        self.access.set_parameter(self.site, original)
-        self._strayed_from, self._is_in_place = None, False
+        # Out of the handler, the error no longer holds what was allocated.
+        self._put(self.backup.parameter(CPU) if original is None else original, device, MergeState.RESTORED)
+
+    def _put(self, value: torch.nn.Parameter, device: torch.device, done: MergeState) -> None:
+        """Makes `value` the parameter, on `device`, and then the state `done`.
+
+        A value that lies elsewhere goes in as it is first: what it replaces is freed and makes room on the device.
+        """
+        if value.device != device:
+            self.state, self._home = MergeState.STRAYED, device
+            self.access.set_parameter(self.site, value)
+            value = moved(value, device)
+        elif self.state is not MergeState.STRAYED:
+            self.state = MergeState.UNKNOWN
+        self.access.set_parameter(self.site, value)
+        self.state, self._home = done, None
+
+    def _device(self) -> torch.device:
+        """Where the parameter belongs. The model may have been moved since this attachment was made."""
+        return self._home or self.site.parameter.device
 
     def _from_backup(self) -> torch.nn.Parameter:
-        """The original; out of VRAM where it is kept there, else in RAM."""
+        """Returns the original: out of VRAM if its backup lies there, else in RAM."""
         return self.backup.parameter(self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU)
 
     def _merge(self, original: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -229,32 +282,30 @@ class MergeAttachment(Attachment):
                 on_device = self._compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
                 small = MOVED_SLICE_BYTES if data.device != on_device else SLICE_BYTES
                 merged = merge(data, self.terms, device=on_device, out_dtype=dtype, slice_bytes=small)
-                was_finite = _is_finite(data)
+                was_finite = is_finite(data)
             else:
                 dense = self.access.dense(site_of(self.site, original))
-                was_finite = _is_finite(dense)
+                was_finite = is_finite(dense)
                 merged = apply_terms(dense, self.terms).to(dtype).contiguous()
-            if was_finite and not _is_finite(merged):
+            if was_finite and not is_finite(merged):
                 why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
                 raise UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
             return torch.nn.Parameter(merged, requires_grad=False)
 
 
-CPU = torch.device("cpu")
 KEPT_BYTES = 1 * MB
-"""Parameters up to this size (norms, biases) are merged before anything is changed, where they lie."""
+"""Parameters up to this size (norms, biases) are merged before anything is changed, on the device where they lie."""
 MOVED_SLICE_BYTES = 4 * MB
 """Slices of a weight that is patched on the GPU and lies in RAM: smaller ones overlap better with the copies
 (measured: 96 ms against 218 ms for a weight of 126 MB, H200)."""
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # NaN and Inf survive a sum, which needs no mask of the tensor's size; in fp64 no sum of fp32 numbers overflows.
-    return math.isfinite(float(tensor.sum(dtype=widest_float(tensor.device))))
+def _forms(planned: PlannedWeight) -> Forms:
+    return forms_of(planned.terms, planned.site.shape) if planned.forms is None else planned.forms
 
 
 def site_of(site: Site, parameter: torch.nn.Parameter) -> Site:
-    """The same place with another parameter in it: what lay under a merge."""
+    """Returns the same place with another parameter in it, such as the one under a merge."""
     return Site(site.key, _Holder(parameter), "value", storage_of(parameter), False, False)
 
 

@@ -1,4 +1,4 @@
-"""Exact copies of the parameters that merges replace, in the best place there is: spare VRAM, RAM, a file.
+"""Backups: exact copies of the parameters that merges replace, in the best place there is: spare VRAM, RAM, a file.
 
 A parameter that lies in RAM already is its own backup: no second copy, and the model gets back the very object.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -17,12 +17,12 @@ import torch
 from ..errors import Joined, Message, ModeError, RestoreError, about, reason
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.probe import BackupBudget, default_spool_dir
-from ..weights.storage import MB
+from ..units import MB
 from .spool import Region, Spool
 
 
 class Where(str, Enum):
-    """The value is what logs and reports show."""
+    """A kind of memory that a backup lies in. The value is what logs and reports show."""
 
     VRAM = "vram"
     RAM = "ram"
@@ -31,12 +31,18 @@ class Where(str, Enum):
 
 @dataclass(frozen=True)
 class Place:
+    """The memory that a backup lies in, and why it lies there."""
+
     where: Where
     reason: str
 
 
 def choose_place(size_bytes: int, budget: BackupBudget) -> Place:
-    """The best place with room for `size_bytes`. Raises ModeError where there is none."""
+    """Chooses the best place with room for `size_bytes`.
+
+    Raises:
+        ModeError: There is none.
+    """
     for where, spare, why in (
         (Where.VRAM, budget.vram_spare_bytes, "spare VRAM"),
         (Where.RAM, budget.ram_spare_bytes, "no spare VRAM"),
@@ -48,29 +54,31 @@ def choose_place(size_bytes: int, budget: BackupBudget) -> Place:
 
 
 class Backup(ABC):
-    """One original, held until `release`."""
+    """One original parameter, held until `release`."""
 
     def __init__(self, key: str, size_bytes: int, place: Place) -> None:
         self.key, self.bytes, self.place = key, size_bytes, place
 
     @abstractmethod
     def parameter(self, device: torch.device) -> torch.nn.Parameter:
-        """The original bit for bit on `device`; the very object where that is kept and lies there.
+        """Returns the original bit for bit on `device`: the very object if that is kept and lies there.
 
-        Raises RestoreError where it is lost.
+        Raises:
+            RestoreError: It is lost.
         """
 
     @abstractmethod
     def release(self) -> None:
-        """Gives the room back. Idempotent."""
+        """Frees its memory. Idempotent."""
 
     @property
     @abstractmethod
-    def is_released(self) -> bool: ...
+    def is_released(self) -> bool:
+        """True after `release`."""
 
 
 class HeldBackup(Backup):
-    """The object itself, in VRAM or RAM."""
+    """The Parameter object itself, in VRAM or RAM."""
 
     def __init__(self, key: str, original: torch.nn.Parameter, place: Place) -> None:
         super().__init__(key, parameter_bytes(original), place)
@@ -90,12 +98,12 @@ class HeldBackup(Backup):
 
 
 class SpooledBackup(Backup):
-    """The bytes in the spool file; read anew for every call."""
+    """The bytes, in the spool file. Every call reads them anew."""
 
     def __init__(self, key: str, spool: Spool, region: Region, place: Place, requires_grad: bool) -> None:
         super().__init__(key, region.bytes, place)
         self._spool, self._region, self._requires_grad = spool, region, requires_grad
-        # A backup that is dropped without a word must not keep the file.
+        # A backup that is dropped without `release` must not keep the file.
         self._free = weakref.finalize(self, spool.free, region)
 
     def parameter(self, device: torch.device) -> torch.nn.Parameter:
@@ -112,7 +120,12 @@ class SpooledBackup(Backup):
 
 
 class BackupStore:
-    """The backups of one model. `budget` is asked before every backup and says what is spare at that moment."""
+    """The backups of one model.
+
+    Args:
+        budget: Returns the memory that is spare at that moment; called before every backup.
+        spool_dir: The folder for backups on disk; None for the default one.
+    """
 
     def __init__(self, budget: Callable[[], BackupBudget], spool_dir: Path | None = None) -> None:
         self._budget = budget
@@ -120,22 +133,31 @@ class BackupStore:
         self._backups: weakref.WeakSet[Backup] = weakref.WeakSet()
 
     def keep(self, key: str, parameter: torch.nn.Parameter, offloaded: torch.Tensor | None = None) -> Backup:
-        """A backup of `parameter`, which stays as it is. `offloaded`: the same values in RAM, from before the host moved
-        them; then nothing is copied. Raises ModeError where it can be kept nowhere."""
+        """Backs `parameter` up, which stays as it is.
+
+        Args:
+            key: The parameter's name, for errors.
+            parameter: The parameter.
+            offloaded: The same values in RAM, from before the host moved them to its device. They become the backup,
+                and nothing is copied.
+
+        Raises:
+            ModeError: There is no room for it anywhere.
+        """
         with torch.inference_mode(False), torch.no_grad():
             backup = self._keep(key, parameter, offloaded)
         self._backups.add(backup)
         return backup
 
     def release_all_but(self, needed: Iterable[Backup]) -> None:
-        """Gives back the room of all backups that are not `needed`."""
+        """Releases every backup that is not in `needed`."""
         keep = {id(backup) for backup in needed}
         for backup in list(self._backups):
             if id(backup) not in keep:
                 backup.release()
 
     def bytes(self, where: Where | None = None) -> int:
-        """Bytes of the originals that are kept, in one place or in all."""
+        """Returns the bytes of the originals that are kept, in one place or in all."""
         live = [backup for backup in self._backups if not backup.is_released]
         return sum(backup.bytes for backup in live if where in (None, backup.place.where))
 
@@ -147,7 +169,7 @@ class BackupStore:
             return HeldBackup(key, original, Place(Where.RAM, "the copy the host loaded it from"))
         size, budget = parameter_bytes(parameter), self._budget()
         if not is_plain(parameter):
-            # Attributes of another program's class are not among the bytes.
+            # The attributes of a host's parameter class are not among its bytes.
             budget = replace(budget, disk_spare_bytes=0)
         place = _choose(key, size, budget)
         if place.where is Where.RAM:
@@ -156,24 +178,81 @@ class BackupStore:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-            # Less was there than the budget said.
+            # There was less RAM than the budget said.
             place = _choose(key, size, replace(budget, vram_spare_bytes=0, ram_spare_bytes=0))
         if place.where is Where.VRAM:
             return HeldBackup(key, parameter, place)
         return SpooledBackup(key, self._spool, self._spool.write(key, parameter), place, parameter.requires_grad)
 
 
+REMEASURE_BYTES = 256 * MB
+"""Backups of this size later the spare memory is measured again. A measurement takes milliseconds, and a model has
+hundreds of norms and biases."""
+
+
+class Budget:
+    """The memory that backups of the present change may take.
+
+    It is measured once, and again after REMEASURE_BYTES of backups. (An object of its own, so that engine and store form
+    no reference cycle.)
+    """
+
+    def __init__(self) -> None:
+        self._measure: Callable[[], BackupBudget] = lambda: BackupBudget(0, 0, 0)
+        self._measured: BackupBudget | None = None
+        self._taken_bytes = 0
+
+    def start(self, measure: Callable[[], BackupBudget]) -> None:
+        """Begins a change of a model whose spare memory `measure` returns."""
+        self._measure, self._measured, self._taken_bytes = measure, None, 0
+
+    def take(self, backup: Backup) -> None:
+        """Counts a backup that was made since the last measurement."""
+        self._taken_bytes += backup.bytes
+
+    def __call__(self) -> BackupBudget:
+        if self._measured is None or self._taken_bytes > REMEASURE_BYTES:
+            self._measured, self._taken_bytes = self._measure(), 0
+        # Each backup since counts against every place: that errs on the safe side.
+        vram, ram, disk = (
+            max(0, spare - self._taken_bytes)
+            for spare in (
+                self._measured.vram_spare_bytes,
+                self._measured.ram_spare_bytes,
+                self._measured.disk_spare_bytes,
+            )
+        )
+        return BackupBudget(vram, ram, disk)
+
+
+class Originals(Mapping[str, torch.nn.Parameter]):
+    """The unpatched parameters of everything merged, by name. Each is read from its backup when it is asked for."""
+
+    def __init__(self, backups: Mapping[str, Backup]) -> None:
+        self._backups = backups
+
+    def __getitem__(self, key: str) -> torch.nn.Parameter:
+        return self._backups[key].parameter(torch.device("cpu"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._backups)
+
+    def __len__(self) -> int:
+        return len(self._backups)
+
+
 def parameter_bytes(parameter: torch.Tensor) -> int:
-    """Of the data as it lies there: blocks count, not the weights in them."""
+    """Returns the bytes of the data as stored: of packed blocks, not of the weights in them."""
     return parameter.data.numel() * parameter.data.element_size()
 
 
 def lies_in_ram(parameter: torch.Tensor) -> bool:
+    """Returns True for a tensor in the memory of the CPU."""
     return parameter.device.type == "cpu"
 
 
 def is_plain(parameter: torch.nn.Parameter) -> bool:
-    """True where shape, dtype and bytes are all there is to it."""
+    """Returns True if shape, dtype and bytes are all there is to the parameter."""
     return type(parameter) is torch.nn.Parameter and not vars(parameter)
 
 
@@ -182,7 +261,7 @@ def _is_like(offloaded: torch.Tensor, parameter: torch.nn.Parameter) -> bool:
 
 
 def moved(parameter: torch.nn.Parameter, device: torch.device) -> torch.nn.Parameter:
-    """`parameter` on `device`: the very object where it lies there already. Classes of other programs move themselves."""
+    """Returns `parameter` on `device`: the very object if it lies there already. A host's own classes move themselves."""
     if parameter.device == device:
         return parameter
     data = parameter.to(device)

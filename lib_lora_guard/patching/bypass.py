@@ -1,4 +1,4 @@
-"""Bypass: the cheap forward of a stack, added in place to what the layer returns. The weight is never touched."""
+"""Bypass: a stack's cheap forward, added in place to the output of the layer. The weight is never touched."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from ..adapters import LowRank, Term
 from ..errors import LoraGuardError
+from ..planning.cheap import Forms, forms_of
 from .access import plain_bias
 from .device_cache import DeviceCache
 from .forward_program import BiasOf, Program, compile_program
@@ -21,8 +22,17 @@ from .low_rank import JoinedLowRank
 class Bypass:
     """Forward hooks for one linear or convolution layer.
 
-    `ratios` has magnitude over norm of the DoRAs in the stack, see `patching.norms`. While `in_force` says no, the layer
-    answers as it does without the hooks: someone else patches its weight.
+    Args:
+        key: The name of the weight, for errors.
+        terms: The stack on it, in order.
+        shape: The shape of the weight, `(out, in, ...)`.
+        ratios: Magnitude over norm of each DoRA, by place in the stack, from `norms.ratios_of`.
+        bias_of: Returns the bias of a layer.
+        in_force: Asked at every call. While it returns False the hooks do nothing: another extension patches the weight.
+        forms: The cheap form of each term; None to derive them.
+
+    Raises:
+        TypeError: A term has no cheap form.
     """
 
     def __init__(
@@ -33,20 +43,22 @@ class Bypass:
         ratios: Mapping[int, torch.Tensor] | None = None,
         bias_of: BiasOf = plain_bias,
         in_force: Callable[[], bool] = lambda: True,
+        forms: Forms | None = None,
     ) -> None:
         self.key, self.shape, self._in_force = key, shape, in_force
         self._ratios, self._bias_of = ratios or {}, bias_of
-        self.program = compile_program(terms, shape, self._ratios, bias_of)
+        self._forms = forms_of(terms, shape) if forms is None else forms
+        self.program = compile_program(terms, self._forms, shape, self._ratios, bias_of)
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         self._said: set[str] = set()
         # Per thread: two threads may run one model.
-        self._true_input = threading.local()
+        self._unscaled_input = threading.local()
 
     def __reduce__(self) -> str:
         raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
 
     def attach(self, layer: torch.nn.Module) -> list[Any]:
-        """Hooks `layer`; returns handles to remove the hooks with."""
+        """Hooks `layer` and returns handles that remove the hooks."""
         handles: list[Any] = [layer.register_forward_hook(self, with_kwargs=True)]
         if self.program.input_scale is not None:
             handles.append(layer.register_forward_pre_hook(self.scale_input, with_kwargs=True))
@@ -56,18 +68,18 @@ class Bypass:
     def scale_input(
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before the layer's own product: its input, scaled per channel. The true one is kept for the steps after it."""
+        """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one."""
         if not self._in_force():
             return args, kwargs
         x = args[0] if args else next(iter(kwargs.values()))
         with naming_the_layer(self.key):
             scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
             per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
-            self._true_input.x = x
+            self._unscaled_input.x = x
             if x.requires_grad and torch.is_grad_enabled():
                 scaled = (x * per_channel).to(x.dtype)
             else:
-                # In fp32 inside the kernel, without a copy of that size.
+                # The kernel multiplies in fp32, without an fp32 copy of the input.
                 scaled = torch.mul(x, per_channel, out=torch.empty_like(x))
         if args:
             return (scaled, *args[1:]), kwargs
@@ -78,7 +90,7 @@ class Bypass:
     ) -> torch.Tensor:
         if not self._in_force():
             return output
-        x = getattr(self._true_input, "x", None)
+        x = getattr(self._unscaled_input, "x", None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
         without_batch = x.dim() == len(self.shape) - 1 and len(self.shape) > 2
@@ -93,46 +105,48 @@ class Bypass:
         return call.output.squeeze(0) if without_batch else call.output
 
     def _forget_input(self, layer: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """Last of all, and after an exception too: an activation must not outlive its call."""
-        self._true_input.x = None
+        """Runs last, and after an exception too: an activation must not outlive its call."""
+        self._unscaled_input.x = None
 
     @property
     def low_rank(self) -> JoinedLowRank | None:
-        """The whole stack, where it is nothing but low-rank terms in one step: then strengths are a matter of scales."""
+        """The whole stack, if it is low-rank terms in one step; else None. Then strengths are scales alone."""
         steps = self.program.steps
         if len(steps) != 1 or not isinstance(steps[0], LowRankStep):
             return None
-        return steps[0].joined if all(isinstance(form, LowRank) for form in self.program.forms) else None
+        return steps[0].joined if all(isinstance(form, LowRank) for form in self._forms) else None
 
     def at_strengths(self, terms: Sequence[Term]) -> Program:
-        """The program for `terms`, which differ from the present ones in strengths alone. No factor moves: it has those on
-        the device."""
-        program = compile_program(terms, self.shape, self._ratios, self._bias_of, self.program.forms)
+        """Compiles `terms`, which differ from the present ones in strengths alone. The factors on a device stay there."""
+        program = compile_program(terms, self._forms, self.shape, self._ratios, self._bias_of)
         for new, old in zip(program.steps, self.program.steps, strict=True):
             new.share_factors_with(old)
         return program
 
     def exchange(self, program: Program) -> Program:
-        """Puts `program` (of `at_strengths`) in place, and returns the one it had: the next call of the layer runs it."""
+        """Replaces the program by one of `at_strengths`, for the next call of the layer, and returns the earlier one."""
         before, self.program = self.program, program
         self._scales.drop()
         return before
 
     def share_factors_with(self, older: Bypass) -> None:
-        """Takes over the device copies of a stack that differs in strengths alone."""
+        """Takes the device copies over from the bypass of a stack that differs in strengths alone."""
         for mine, theirs in zip(self.program.steps, older.program.steps, strict=False):
             mine.share_factors_with(theirs)
 
     def drop_device_copies(self) -> None:
+        """Frees the copies on devices; the next call of the layer makes them again."""
         self._scales.drop()
         for step in self.program.steps:
             step.drop_device_copies()
 
     def device_bytes(self, dtype: torch.dtype) -> int:
+        """Returns the bytes of the factors on a device that computes in `dtype`."""
         return sum(step.device_bytes(dtype) for step in self.program.steps)
 
     @property
     def is_resident(self) -> bool:
+        """True while copies on a device exist."""
         return any(step.is_resident for step in self.program.steps)
 
     def _input_scale(self) -> torch.Tensor:

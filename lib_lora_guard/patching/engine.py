@@ -1,6 +1,6 @@
-"""Brings one model from the stack it has to the stack it should have: validate, plan, prepare, then change.
+"""Brings one model from its present stack of LoRAs to the requested one: validate, plan, prepare, commit.
 
-Nothing of the model is touched before everything that can fail has been done; the change itself is a transaction.
+The model is not touched before everything that can fail early has been done; the change itself is a transaction.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import torch
 from ..adapters import Term
 from ..adapters.base import Shape
 from ..errors import LoraMismatchError, ModeError, RestoreError, about, reason
-from ..memory.probe import BackupBudget
 from ..messages import say
 from ..models.fit import Fit, fit_terms
-from ..planning.mode import Choice, Mode, Wish, choose_mode
+from ..planning.mode import Mode, Wish
 from ..recorder.flight_recorder import Phase
 from ..reporting.report import ApplyReport, LoraReport
-from ..weights.storage import MB
 from .access import ModelAccess, Site
 from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment, UnusableTermsError
-from .backup import Backup, BackupStore
-from .merge_room import facts_of, with_room
+from .backup import BackupStore, Budget, Originals
+from .merge_room import with_room
+from .plan import Plan, PlannedWeight, plan_weights
 from .transaction import Transaction
 from .watching import Watch, merges_in, ram_for_backups, ram_for_merges, unwatched
 
@@ -35,11 +34,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LoraRequest:
-    """One LoRA of a stack: what it says about each parameter, or why it could not be read.
+    """One LoRA of a stack: its terms for each parameter, or the reason why it could not be read.
 
-    `terms` maps parameter names to the terms on them; `skipped_keys` are keys of the file that the model has no
-    place for, `lost` keys (with reasons) that it has and that cannot be applied; `refused` is a sentence for the user,
-    and a refused LoRA is left out as a whole.
+    Args:
+        label: The LoRA's name for the user.
+        strength: The strength the user asked for, for the report; each term has its own.
+        terms: The terms by parameter name.
+        skipped_keys: Keys of the file that the model has no place for.
+        lost: Keys, with reasons, that the model has and that cannot be applied.
+        refused: A sentence for the user. A refused LoRA is left out as a whole.
     """
 
     label: str
@@ -56,37 +59,42 @@ class LoraRequest:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the factors in RAM."""
         return sum(term.adapter.bytes for terms in self.terms.values() for term in terms)
 
 
 class Engine:
-    """The patches on one model. Holds the layers it patched through the attachments and nothing else of the model."""
+    """The LoRAs on one model. It holds the patched layers, through the attachments, and nothing else of the model.
+
+    Args:
+        watch: Entered around the phases that a process can die of: backing up, merging, restoring.
+    """
 
     def __init__(self, watch: Watch = unwatched) -> None:
-        """`watch` goes around what a process can die of: backing up, merging, putting back."""
         self.watch = watch
         self._attached: dict[str, Attachment] = {}
-        self._lifted: dict[str, Attachment] = {}
+        self._suspended: dict[str, Attachment] = {}
         self._unfinished: list[Callable[[], object]] = []
-        self._budget = _Budget()
+        self._budget = Budget()
         self._backups = BackupStore(self._budget)
         self._offloaded: Mapping[str, torch.Tensor] = {}
 
     @property
     def attached(self) -> Mapping[str, Attachment]:
+        """The attachments of the present stack, by parameter name."""
         return self._attached
 
     @property
-    def lifted(self) -> Mapping[str, Attachment]:
-        """The merges that `lift_merges` took off and that the stack still has."""
-        return self._lifted
+    def suspended(self) -> Mapping[str, Attachment]:
+        """The merges that `suspend_merges` took off and that the stack still has."""
+        return self._suspended
 
     def originals(self) -> Originals:
-        """The unpatched parameters of everything merged, by name."""
+        """Returns the unpatched parameters of everything merged, by name."""
         return Originals({key: a.backup for key, a in self._attached.items() if isinstance(a, MergeAttachment)})
 
     def _release_backups(self) -> None:
-        """Gives back what no merge needs any more; nothing while an undo is open that may need it."""
+        """Releases the backups that no merge needs any more; none while an unfinished undo may need one."""
         if not self._unfinished:
             self._backups.release_all_but(a.backup for a in self._attached.values() if isinstance(a, MergeAttachment))
 
@@ -97,10 +105,19 @@ class Engine:
         wish: Wish = Wish.AUTO,
         leave_out: bool = True,
     ) -> ApplyReport:
-        """Replaces the current stack by `stack`. On an exception the model has the old stack.
+        """Replaces the present stack by `stack`. On an exception the model has the old stack.
 
-        A LoRA that does not fit is left out and named in the report, the others are applied; with `leave_out` False it
-        raises LoraMismatchError instead.
+        Args:
+            access: The model.
+            stack: The LoRAs, in order.
+            wish: The requested mode.
+            leave_out: A LoRA that does not fit is left out and named in the report, and the others are applied. False
+                raises instead.
+
+        Raises:
+            LoraMismatchError: A LoRA does not fit, and `leave_out` is False.
+            ModeError: The requested mode cannot be had, or there is no room for a backup.
+            RestoreError: An earlier change could not be undone, and still cannot.
         """
         try:
             return self._change(access, stack, wish, leave_out)
@@ -117,13 +134,13 @@ class Engine:
             if report.refused is not None and not leave_out:
                 raise LoraMismatchError(about(report.label, report.refused))
         while True:
-            planned = self._plan(access, accepted, reports, wish)
+            plan = self._plan(accepted, reports, wish)
             if wish is not Wish.MERGE:
-                planned = with_room(planned, self._attached, self._offloaded, self._budget, device, access.name)
+                plan = with_room(plan, self._attached, self._offloaded, self._budget, device, access.name)
             try:
-                to_back_up = ram_for_backups(planned.values(), self._attached, self._offloaded)
+                to_back_up = ram_for_backups(plan.values(), self._attached, self._offloaded)
                 with self.watch(Phase.BACKUP, to_back_up) if to_back_up else contextlib.nullcontext():
-                    prepared = self._prepare(access, planned, device)
+                    prepared = self._prepare(access, plan, device)
                 self.commit(prepared)
                 break
             except UnusableTermsError as error:
@@ -134,9 +151,11 @@ class Engine:
                 for origin in {term.origin for term in error.terms}:
                     accepted.pop(origin, None)
                     reports[origin].refused = reason(error)
-        for _, terms, choice in planned.values():
-            for origin in {term.origin for term in terms}:
-                reports[origin].count(choice)
+        for key, planned in plan.items():
+            # An attachment that stays may have terms that came from other places in the stack.
+            self._attached[key].planned = planned
+            for origin in planned.origins:
+                reports[origin].count(planned.choice)
         return ApplyReport(
             model=access.name,
             loras=reports,
@@ -146,25 +165,32 @@ class Engine:
             milliseconds=(time.perf_counter() - started) * 1000,
         )
 
-    def lift_merges(self) -> bool:
-        """Takes the merges off and leaves each original where it is kept (RAM): before the host moves the model, so that it
-        moves originals, and no second copy of them lies beside the merged ones. True where there were any; the next
-        `change` merges again. What cannot be lifted stays merged."""
+    def suspend_merges(self) -> bool:
+        """Takes the merges off until the next `change`, and leaves each original where its backup lies (RAM).
+
+        For a host that is about to move the model: it moves originals, and no second copy of them lies beside the merged
+        weights. Merges that cannot be taken off stay.
+
+        Returns:
+            True if there were any merges.
+        """
         merges = {key: a for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
         if not merges:
             return False
         with self.watch(Phase.RESTORE, 0):
             for key, attachment in merges.items():
-                attachment.lift()
-                self._lifted[key] = self._attached.pop(key)
+                attachment.suspend()
+                self._suspended[key] = self._attached.pop(key)
         self._release_backups()
         return True
 
     @contextlib.contextmanager
     def offloaded(self, copies: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """`copies`: parameters in RAM as they were before the host moved them to its device. A merge that happens within
-        keeps them as its backups instead of copying."""
-        # What could not be put back yet is no original.
+        """Makes merges inside the block keep `copies` as their backups, instead of copying.
+
+        `copies`: parameters in RAM, by name, as they were before the host moved them to its device.
+        """
+        # A weight that could not be restored yet is no original.
         self._offloaded = {} if self._unfinished else copies
         try:
             yield
@@ -172,7 +198,7 @@ class Engine:
             self._offloaded = {}
 
     def fitting(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> set[int]:
-        """Which LoRAs of `stack` (by place) could be read and fit the model. Changes nothing."""
+        """Returns the places in `stack` of the LoRAs that could be read and fit the model. Changes nothing."""
         return set(self._validate(access, stack)[0])
 
     def unpatched_shapes(self) -> dict[str, Shape]:
@@ -180,24 +206,30 @@ class Engine:
         return {key: a.site.shape for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
 
     def merged_layers(self) -> set[torch.nn.Module]:
+        """Returns the layers that have a merged parameter."""
         return {a.site.layer for a in self._attached.values() if isinstance(a, MergeAttachment)}
 
     def drop_device_copies(self) -> None:
+        """Frees the factors' copies on devices; the next forward pass makes them again."""
         for attachment in self._attached.values():
             attachment.drop_device_copies()
 
     def device_bytes(self) -> int:
-        """Bytes of the factors on a device while the model runs there."""
+        """Returns the bytes of the factors on a device while the model runs there."""
         return sum(a.device_bytes for a in self._attached.values())
 
     def resident_bytes(self) -> int:
-        """Bytes of the factors that lie on a device right now."""
+        """Returns the bytes of the factors that lie on a device right now."""
         return sum(a.device_bytes for a in self._attached.values() if a.is_resident)
 
     def detach_all(self) -> bool:
-        """Takes everything off without a transaction, for when one has failed; False where something would not go."""
-        attached, self._attached, self._lifted = self._attached, {}, {}
-        # What an undo was still to put back goes as well: done later, it would lie on the model unknown to everyone.
+        """Takes everything off without a transaction, after one has failed.
+
+        Returns:
+            False if something could not be taken off; the next change tries it again.
+        """
+        attached, self._attached, self._suspended = self._attached, {}, {}
+        # Attachments that an undo was still to put back go as well: put back later, no stack would hold them.
         waiting, self._unfinished = self._unfinished, []
         owners = [owner for undo in waiting if isinstance(owner := getattr(undo, "__self__", None), Attachment)]
         leaving = dict.fromkeys((*attached.values(), *owners))
@@ -238,7 +270,7 @@ class Engine:
         return accepted, reports
 
     def _site(self, access: ModelAccess, key: str) -> Site | None:
-        """The site as it is without LoRAs: a merge may have given the parameter another shape or dtype."""
+        """Returns the site as it is without LoRAs: a merge may have given the parameter another shape or dtype."""
         site, old = access.site(key), self._attached.get(key)
         if site is not None and isinstance(old, MergeAttachment) and old.site.layer is site.layer:
             return replace(site, storage=old.site.storage)
@@ -246,60 +278,49 @@ class Engine:
 
     def _plan(
         self,
-        access: ModelAccess,
         accepted: Mapping[int, Mapping[str, tuple[Site, list[Term]]]],
         reports: Sequence[LoraReport],
         wish: Wish,
-    ) -> dict[str, tuple[Site, tuple[Term, ...], Choice]]:
-        merged: dict[str, tuple[Site, list[Term]]] = {}
+    ) -> Plan:
+        stacks: dict[str, tuple[Site, list[Term]]] = {}
         for fitting in accepted.values():
             for key, (site, terms) in fitting.items():
-                merged.setdefault(key, (site, []))[1].extend(terms)
-        planned = {}
-        for key, (site, terms) in merged.items():
-            try:
-                planned[key] = (site, tuple(terms), choose_mode(facts_of(site), terms, wish))
-            except ModeError as error:
-                if wish is Wish.MERGE:
-                    raise
-                for origin in {term.origin for term in terms}:
-                    reports[origin].skipped.append(reason(error))
-                    reports[origin].lost.append(reason(error))
-        return planned
+                stacks.setdefault(key, (site, []))[1].extend(terms)
 
-    def _prepare(
-        self,
-        access: ModelAccess,
-        planned: Mapping[str, tuple[Site, tuple[Term, ...], Choice]],
-        device: torch.device,
-    ) -> dict[str, Attachment]:
+        def report_lost(origins: set[int], error: ModeError) -> None:
+            for origin in origins:
+                reports[origin].skipped.append(reason(error))
+                reports[origin].lost.append(reason(error))
+
+        present = {key: one.planned for key, one in (self._suspended | self._attached).items()}
+        return plan_weights(stacks, wish, present, report_lost)
+
+    def _prepare(self, access: ModelAccess, plan: Plan, device: torch.device) -> dict[str, Attachment]:
         target: dict[str, Attachment] = {}
-        for key, (site, terms, choice) in planned.items():
+        for key, planned in plan.items():
             old = self._attached.get(key)
-            if choice.mode is Mode.BYPASS:
-                if old is not None and old.site.layer is site.layer and old.is_same(choice, terms):
-                    target[key] = old
-                    continue
-                new: Attachment = BypassAttachment(access, site, terms, choice, device, old)
-            elif choice.mode is Mode.ON_THE_FLY:
-                new = OnTheFlyAttachment(access, site, terms, choice)
-            else:
-                under = old.backup if isinstance(old, MergeAttachment) and old.site.layer is site.layer else None
-                if under is not None and old is not None and old.is_same(choice, terms):
-                    target[key] = old
-                    continue
-                backup = under
-                if backup is None:
-                    backup = self._backups.keep(key, site.parameter, self._offloaded.get(key))
-                    self._budget.take(backup)
-                new = MergeAttachment(access, site, terms, choice, device, backup)
-            target[key] = (
-                old if old is not None and old.site.layer is site.layer and old.identity() == new.identity() else new
-            )
+            keeps = old is not None and old.carries_out(planned)
+            target[key] = old if old is not None and keeps else self._attachment(access, planned, device, old)
         return target
 
+    def _attachment(
+        self, access: ModelAccess, planned: PlannedWeight, device: torch.device, old: Attachment | None
+    ) -> Attachment:
+        """Returns a new attachment for `planned`, with what still holds of `old`, which is on this weight now."""
+        if planned.mode is Mode.BYPASS:
+            return BypassAttachment(access, planned, device, old)
+        if planned.mode is Mode.ON_THE_FLY:
+            return OnTheFlyAttachment(access, planned)
+        key, site = planned.site.key, planned.site
+        if isinstance(old, MergeAttachment) and old.site.layer is site.layer:
+            backup = old.backup
+        else:
+            backup = self._backups.keep(key, site.parameter, self._offloaded.get(key))
+            self._budget.take(backup)
+        return MergeAttachment(access, planned, device, backup)
+
     def commit(self, target: dict[str, Attachment]) -> None:
-        """Puts `target` in the place of what is attached: all of it, or on an exception what was there."""
+        """Replaces the attachments by `target`. On an exception the model has the earlier ones."""
         before = self._attached
         transaction = Transaction()
         try:
@@ -313,12 +334,16 @@ class Engine:
                 with self.watch(Phase.MERGE, ram_for_merges(merges)) if merges else contextlib.nullcontext():
                     for new in coming:
                         transaction.do(new.attach, new.detach)
-                self._attached, self._lifted = target, {}
+                self._attached, self._suspended = target, {}
         finally:
             self._unfinished += transaction.failed
 
     def finish_undoing(self) -> None:
-        """Tries again what an earlier failure could not undo. Raises RestoreError where it still cannot."""
+        """Tries again what an earlier failure could not undo.
+
+        Raises:
+            RestoreError: It still cannot be undone.
+        """
         waiting, self._unfinished = self._unfinished, []
         for number, undo in enumerate(waiting):
             try:
@@ -326,53 +351,3 @@ class Engine:
             except Exception as error:
                 self._unfinished = waiting[number:]
                 raise RestoreError.of("memory.not_restored", error=reason(error)) from error
-
-
-class Originals(Mapping[str, torch.nn.Parameter]):
-    """Reads what was merged over from its backups, when it is asked for."""
-
-    def __init__(self, backups: Mapping[str, Backup]) -> None:
-        self._backups = backups
-
-    def __getitem__(self, key: str) -> torch.nn.Parameter:
-        return self._backups[key].parameter(torch.device("cpu"))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._backups)
-
-    def __len__(self) -> int:
-        return len(self._backups)
-
-
-class _Budget:
-    """What the model of the present change may spend on backups: measured once, and again after every REMEASURE_BYTES,
-    because a measurement takes milliseconds and a model has hundreds of norms and biases. (An object of its own, so that
-    the engine is no reference cycle.)"""
-
-    def __init__(self) -> None:
-        self._ask: Callable[[], BackupBudget] = lambda: BackupBudget(0, 0, 0)
-        self._measured: BackupBudget | None = None
-        self._taken_bytes = 0
-
-    def start(self, ask: Callable[[], BackupBudget]) -> None:
-        self._ask, self._measured, self._taken_bytes = ask, None, 0
-
-    def take(self, backup: Backup) -> None:
-        self._taken_bytes += backup.bytes
-
-    def __call__(self) -> BackupBudget:
-        if self._measured is None or self._taken_bytes > REMEASURE_BYTES:
-            self._measured, self._taken_bytes = self._ask(), 0
-        # Whatever was kept since counts against every place: rather too little than too much.
-        vram, ram, disk = (
-            max(0, spare - self._taken_bytes)
-            for spare in (
-                self._measured.vram_spare_bytes,
-                self._measured.ram_spare_bytes,
-                self._measured.disk_spare_bytes,
-            )
-        )
-        return BackupBudget(vram, ram, disk)
-
-
-REMEASURE_BYTES = 256 * MB

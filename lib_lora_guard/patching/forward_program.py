@@ -1,4 +1,4 @@
-"""Turns a stack into the steps of a bypass. Forms and rules: design table "What equals what" in docs/architecture.md."""
+"""Compiles a stack into the steps of a bypass. The forms and rules are in docs/architecture.md, "What equals what"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from ..adapters import Slice, Term
 from ..adapters.forms import (
-    CheapForward,
     Decomposed,
     InputScale,
     KhatriRao,
@@ -17,40 +16,51 @@ from ..adapters.forms import (
     LowRank,
     OutputScale,
 )
-from ..planning.cheap import form_of
+from ..planning.cheap import Forms
 from .forward_steps import KhatriRaoStep, KroneckerStep, LowRankStep, ScaleStep, Step
 from .low_rank import Entry
 
 BiasOf = Callable[[torch.nn.Module], "torch.Tensor | None"]
+"""Returns the bias of a layer as its forward pass adds it; None if it has none."""
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """`input_scale` (fp32, per input channel) is for what the layer's own product sees; the steps see the true input.
-    `forms` has the cheap form of each term: all of it that does not depend on strengths."""
+    """The steps of a bypass, in order.
+
+    `input_scale` (fp32, one per input channel) is multiplied into the input before the layer's own product. The steps see
+    the unscaled input.
+    """
 
     steps: tuple[Step, ...]
     input_scale: torch.Tensor | None
-    forms: tuple[CheapForward, ...]
 
 
 def compile_program(
     terms: Sequence[Term],
+    forms: Forms,
     shape: tuple[int, ...],
     ratios: Mapping[int, torch.Tensor],
     bias_of: BiasOf,
-    forms: Sequence[CheapForward] | None = None,
 ) -> Program:
-    """`terms` must satisfy `planning.cheap.has_cheap_form` for `shape`; `ratios` has, by place in the stack, each DoRA's
-    magnitude over the norm (fp32); `forms` are those of an earlier program for the same adapters. Raises TypeError for a
-    term without a cheap form."""
-    forms = _forms_of(terms, shape) if forms is None else forms
+    """Compiles `terms`, at their strengths, into steps.
+
+    Args:
+        terms: The stack, in order.
+        forms: The cheap form of each term.
+        shape: The shape of the weight.
+        ratios: By place in the stack, each DoRA's magnitude over the norm (fp32), from `norms.ratios_of`.
+        bias_of: Returns the bias of a layer.
+
+    Raises:
+        TypeError: A term has no cheap form.
+    """
     steps: list[Step] = []
     low_ranks: list[Entry] = []
     input_scale: torch.Tensor | None = None
 
     def scale_rows(factor: torch.Tensor | float, part: Slice | None) -> None:
-        # What was added before is scaled too, so it must be in the output by then.
+        # Earlier terms are scaled too, so they must be in the output by then.
         flush()
         steps.append(ScaleStep(factor, part, bias_of))
 
@@ -82,15 +92,7 @@ def compile_program(
             else:
                 input_scale = scale
                 low_ranks.append(Entry(replace(form.delta, column_scale=ratio), strength, term.part))
-    flush()
-    return Program(tuple(steps), input_scale, tuple(forms))
-
-
-def _forms_of(terms: Sequence[Term], shape: tuple[int, ...]) -> list[CheapForward]:
-    forms = []
-    for index, term in enumerate(terms):
-        form = form_of(term, shape, is_first=index == 0)
-        if form is None:
+        else:
             raise TypeError(f"a term of kind '{term.adapter.kind}' has no cheap form")
-        forms.append(form)
-    return forms
+    flush()
+    return Program(tuple(steps), input_scale)

@@ -5,18 +5,16 @@ In bypass and on the fly the parameters stay as they are, so a reader of `state_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from enum import Enum
 
 import torch
 
-from ..errors import LoraMismatchError
 from ..messages import Message
 from ..planning.mode import Mode
-from ..weights.storage import FP8_DTYPES, dtype_name, widest_float
+from ..weights.storage import FP8_DTYPES, dtype_name
 from .attachments import Attachment, UnusableTermsError
-from .merging import merge
+from .merging import is_finite, keep_shape, merge
 
 
 class Kept(str, Enum):
@@ -38,14 +36,14 @@ class MergedWeight:
     `dtype` and `shape` are those of the value, `format` is the storage's name for people.
     """
 
-    def __init__(self, attachment: Attachment, is_lifted: bool, device: torch.device) -> None:
+    def __init__(self, attachment: Attachment, is_suspended: bool, device: torch.device) -> None:
         site, parameter = attachment.site, attachment.site.parameter
         self._attachment, self._device = attachment, device
         self.format = site.storage.format
         self.dtype = parameter.dtype
         self.shape = tuple(parameter.detach().size())
         is_plain = self.format == dtype_name(parameter.dtype) and _scale_of(site.layer) is None
-        if attachment.mode is Mode.MERGE and not is_lifted:
+        if attachment.mode is Mode.MERGE and not is_suspended:
             # Small fp8 parameters are held in fp32 while a LoRA is on them.
             self.dtype = next((d for d in FP8_DTYPES if dtype_name(d) == self.format), self.dtype)
             self.kept = Kept.IN_PLACE if self.dtype == parameter.dtype else Kept.ROUNDED
@@ -55,7 +53,7 @@ class MergedWeight:
             self.kept = Kept.ROUNDED
         else:
             self.kept = Kept.LEFT_OUT
-        if not self.is_in_parameter and not _keep_shape(attachment):
+        if not self.is_in_parameter and not keep_shape(attachment.terms, self.shape):
             # A LoRA that widens a weight; whatever else does not say its shape before it is applied.
             self.shape = tuple(self.value().shape)
 
@@ -83,7 +81,7 @@ class MergedWeight:
                 # Every fp8 number is one of fp16's too.
                 source = data if self.kept is Kept.EXACT else data.to(torch.float16)
                 merged = merge(source, self._attachment.terms, device=self._device, out_dtype=self.dtype)
-            if _is_finite(data) and not _is_finite(merged):
+            if is_finite(data) and not is_finite(merged):
                 key, terms = self._attachment.site.key, self._attachment.terms
                 facts = {"key": key, "dtype": dtype_name(self.dtype)}
                 raise UnusableTermsError(key, terms, Message("saving.overflow", facts))
@@ -91,14 +89,14 @@ class MergedWeight:
 
 
 class MergedState:
-    """Everything patched on some models. `lifted`: merges that were taken off for a while only, as an engine does before
+    """Everything patched on some models. `suspended`: merges that were taken off for a while only, as an engine does before
     its host moves the model."""
 
-    def __init__(self, attached: Iterable[Attachment], lifted: Iterable[Attachment] = ()) -> None:
+    def __init__(self, attached: Iterable[Attachment], suspended: Iterable[Attachment] = ()) -> None:
         self._places: dict[tuple[torch.nn.Module, str], tuple[Attachment, bool]] = {}
-        for attachments, is_lifted in ((lifted, True), (attached, False)):
+        for attachments, is_suspended in ((suspended, True), (attached, False)):
             for attachment in attachments:
-                self._places[attachment.site.layer, attachment.site.name] = attachment, is_lifted
+                self._places[attachment.site.layer, attachment.site.name] = attachment, is_suspended
 
     def of(self, module: torch.nn.Module) -> dict[str, MergedWeight]:
         """The patched parameters of `module`, a model or a part of one, by the names its own `state_dict()` has."""
@@ -107,11 +105,13 @@ class MergedState:
         for path, layer in module.named_modules(remove_duplicate=False):
             for name in layer._parameters:
                 if (layer, name) in self._places:
-                    attachment, is_lifted = self._places[layer, name]
+                    attachment, is_suspended = self._places[layer, name]
                     access = attachment.access
                     if access not in devices:
                         devices[access] = access.device()
-                    weights[f"{path}.{name}" if path else name] = MergedWeight(attachment, is_lifted, devices[access])
+                    weights[f"{path}.{name}" if path else name] = MergedWeight(
+                        attachment, is_suspended, devices[access]
+                    )
         return weights
 
 
@@ -119,19 +119,3 @@ def _scale_of(layer: torch.nn.Module) -> torch.Tensor | None:
     """The scale of a scaled fp8 weight, under the name that checkpoints and Forge have for it."""
     scale = getattr(layer, "scale_weight", None)
     return scale if isinstance(scale, torch.Tensor) else None
-
-
-def _keep_shape(attachment: Attachment) -> bool:
-    shape = tuple(attachment.site.parameter.detach().size())
-    try:
-        for term in attachment.terms:
-            term.check(shape, may_expand=False)
-    except LoraMismatchError:
-        return False
-    return True
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # In fp64 no sum of finite numbers overflows; torch adds up no fp8.
-    summed = tensor.to(torch.float16) if tensor.dtype in FP8_DTYPES else tensor
-    return math.isfinite(float(summed.sum(dtype=widest_float(tensor.device))))

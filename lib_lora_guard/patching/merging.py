@@ -1,11 +1,12 @@
-"""The patched value of one weight, computed in fp32 a few rows at a time, so that a merge needs little beyond its result.
+"""Merges a stack into one weight, in fp32 and a few rows at a time: a merge needs little memory beyond its result.
 
-A row slice of a sum, a replacement or a row-wise norm has the same bits as the same rows of the whole. A slice of a matrix
-product may differ in the last bits of fp32: the library that multiplies picks the order of its sums by the matrix's size.
+A row slice of a sum, a replacement or a row-wise norm has the same bits as the same rows of the whole. A slice of a
+matrix product may differ in the last bits of fp32: the BLAS library picks the order of its sums by the matrix's size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -15,9 +16,11 @@ import torch
 from ..adapters.base import Shape, Slice, Term, apply_terms, mismatch, product_of
 from ..errors import LoraMismatchError, Message
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
-from ..weights.storage import MB
+from ..units import MB
+from ..weights.storage import FP8_DTYPES, widest_float
 
 SLICE_BYTES = 64 * MB
+"""Bytes of a slice in the dtype it is computed in."""
 SMALLEST_SLICE_BYTES = 1 * MB
 """Below this a slice saves nothing: allocators hand out 2 MB blocks, and each slice costs a dozen kernel starts."""
 
@@ -32,26 +35,42 @@ def merge(
     out_dtype: torch.dtype,
     slice_bytes: int = SLICE_BYTES,
 ) -> torch.Tensor:
-    """`original` with `terms` applied: a new contiguous tensor of `out_dtype`, rounded once.
+    """Applies `terms` to `original` and returns a new contiguous tensor, rounded once.
 
-    `original` is plain data of 16, 32 or 64 bits (64 are computed as such, all others in fp32); it is only read.
-    Computed on `device` in row slices of `slice_bytes`, whole where a term needs the whole weight or changes its shape.
-    The result lies where `original` lies, or in RAM where there is no room for it: look at its `device`.
-    Out of memory: in halves of the slice down to SMALLEST_SLICE_BYTES, then on the CPU. Raises MemoryError where that
-    is not enough either.
+    It is computed in row slices; whole if a term needs the whole weight or changes its shape. Out of memory, slices are
+    halved down to SMALLEST_SLICE_BYTES; then the CPU computes. The result lies where `original` lies, or in RAM if there
+    is no room for it: look at its `device`.
+
+    Args:
+        original: Plain data, `(out, in, ...)`, of 16, 32 or 64 bits; it is only read. 64 bits are computed in fp64, all
+            others in fp32.
+        terms: The stack, in order.
+        device: The device to compute on.
+        out_dtype: The dtype of the result.
+        slice_bytes: Bytes of a row slice in the dtype it is computed in.
+
+    Raises:
+        MemoryError: Neither the device nor the CPU has room.
     """
     data, terms = original.detach(), tuple(terms)
     with torch.inference_mode(False), torch.no_grad():
         size = min(slice_bytes, data.numel() * _compute_dtype(data).itemsize)
-        if _keep_shape(terms, tuple(data.shape)) and _slices(terms, 0, data, size) is not None:
+        if keep_shape(terms, tuple(data.shape)) and _slices(terms, 0, data, size) is not None:
             return _merge_slices(data, terms, device, out_dtype, size)
         return _merge_whole(data, terms, device, out_dtype)
 
 
 def term_rows(term: Term, start: int, length: int, shape: Shape) -> Term | Literal["nothing"] | None:
-    """What `term` on a weight of `shape` does to `length` of its rows from `start`, as a term on these rows alone.
+    """Returns the term that does to these rows alone what `term` does to them in the whole weight.
 
-    "nothing" where it leaves these rows alone, None where it cannot be told from these rows.
+    Args:
+        term: A term on the whole weight.
+        start: The first row.
+        length: The number of rows.
+        shape: The shape of the whole weight.
+
+    Returns:
+        The term on the rows; "nothing" if `term` does not touch them; None if these rows alone do not tell.
     """
     if term.function is not None or not shape:
         return None
@@ -72,7 +91,7 @@ def _merge_slices(
     done = 0
     for place, size in _attempts(device, slice_bytes):
         try:
-            # None: this size would cut through a block of a term; another one will not.
+            # None: slices of this size would cut through a block of a term. Another size will not.
             for start, length, row_terms in _slices(terms, done, data, size) or ():
                 _merge_rows(data.narrow(0, start, length), row_terms, result.narrow(0, start, length), place)
                 done = start + length
@@ -86,7 +105,7 @@ def _merge_slices(
 
 
 def _merge_rows(rows: torch.Tensor, terms: Sequence[Term], result: torch.Tensor, device: torch.device) -> None:
-    # A function of its own: its names let go of one slice before the next one is made, and after a failure.
+    # A function of its own: its locals are freed before the next slice is made, and after a failure.
     scratch = _scratch(rows, device)
     patched = apply_terms(scratch, terms)
     if patched.shape != rows.shape:
@@ -112,12 +131,12 @@ def _merge_whole(
 def _patched(data: torch.Tensor, terms: tuple[Term, ...], device: torch.device, out_dtype: torch.dtype) -> torch.Tensor:
     scratch = _scratch(data, device)
     patched = apply_terms(scratch, terms)
-    # A kind of another program may return a tensor it goes on using.
+    # A kind of another extension may return a tensor that it goes on using.
     return patched.to(dtype=out_dtype, copy=patched is not scratch).contiguous()
 
 
 def _attempts(device: torch.device, slice_bytes: int) -> Iterator[tuple[torch.device, int]]:
-    """Where and in slices of how many bytes to try: ever smaller on `device`, then the same on the CPU."""
+    """Yields device and bytes of a slice to try: ever smaller slices on `device`, then the same on the CPU."""
     for place in dict.fromkeys((device, CPU)):
         size = slice_bytes
         yield place, size
@@ -129,8 +148,10 @@ def _attempts(device: torch.device, slice_bytes: int) -> Iterator[tuple[torch.de
 def _slices(
     terms: tuple[Term, ...], done: int, data: torch.Tensor, slice_bytes: int
 ) -> list[tuple[int, int, list[Term]]] | None:
-    """`(start, length, terms on these rows)` for the rows from `done` on, in the largest slices that are within
-    `slice_bytes` and cut through no block of a term; None where there are none."""
+    """Cuts the rows from `done` on into `(start, length, terms on these rows)`.
+
+    The slices are the largest ones within `slice_bytes` that cut through no block of a term; None if there are none.
+    """
     if data.dim() == 0 or data.numel() == 0:
         return None
     shape = tuple(data.shape)
@@ -149,14 +170,14 @@ def _slices(
 
 
 def _row_counts(total: int, most: int) -> Iterator[int]:
-    """Sizes of a slice to try: `most`, then what divides `total` evenly, as the blocks of a Kronecker product do."""
+    """Yields rows of a slice to try: `most`, then divisors of `total`, as the blocks of a Kronecker product are."""
     yield min(most, total)
-    # Smaller ones than a sixteenth would be hundreds of slices.
+    # Below a sixteenth of `most` there would be hundreds of slices.
     yield from (rows for rows in range(min(most, total) - 1, most // 16, -1) if total % rows == 0)
 
 
-def _keep_shape(terms: tuple[Term, ...], shape: Shape) -> bool:
-    """True where every term fits `shape` as it is: one that would widen or grow the weight does not."""
+def keep_shape(terms: Sequence[Term], shape: Shape) -> bool:
+    """Returns True if every term fits `shape` as it is. A term that would widen or grow the weight does not."""
     try:
         for term in terms:
             term.check(shape, may_expand=False)
@@ -165,17 +186,25 @@ def _keep_shape(terms: tuple[Term, ...], shape: Shape) -> bool:
     return True
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Returns True if `tensor` has neither NaN nor infinity. Both survive a sum, which needs no mask of its size."""
+    # torch has no sum of fp8; every fp8 number is one of fp16.
+    summed = tensor.to(torch.float16) if tensor.dtype in FP8_DTYPES else tensor
+    # In fp64 no sum of finite fp32 numbers overflows.
+    return math.isfinite(float(summed.sum(dtype=widest_float(tensor.device))))
+
+
 def _compute_dtype(data: torch.Tensor) -> torch.dtype:
     return torch.float64 if data.dtype == torch.float64 else torch.float32
 
 
 def _scratch(data: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of `data` to compute in. It goes to the device as it is, 16-bit data in half the bytes."""
+    """Copies `data` into memory to compute in. It goes to the device in its own dtype: 16 bits are half the bytes."""
     return torch.empty(data.shape, dtype=_compute_dtype(data), device=device).copy_(data.to(device))
 
 
 def _room(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory on `device`, or in RAM where there is none left."""
+    """Allocates uninitialised memory on `device`, or in RAM if the device is full."""
     for place in dict.fromkeys((device, CPU)):
         try:
             return torch.empty(shape, dtype=dtype, device=place)

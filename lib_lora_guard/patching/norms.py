@@ -1,4 +1,4 @@
-"""Row and column norms of a stored weight, for DoRA: one pass over its rows, so that no dense copy of it is ever whole."""
+"""Row and column norms of a stored weight, for DoRA. One pass over its rows: it is never dense as a whole."""
 
 from __future__ import annotations
 
@@ -9,32 +9,47 @@ import torch
 from ..adapters import Term, apply_terms
 from ..adapters.base import product_of
 from ..adapters.forms import Decomposed
-from ..planning.cheap import form_of
+from ..planning.cheap import Forms
+from ..units import FP32_BYTES, MB
 from ..weights.storage import widest_float
 from .access import ModelAccess, Site
 
-PASS_BYTES = 64 << 20
-"""fp32 bytes of a weight that are dense at a time."""
+PASS_BYTES = 64 * MB
+"""Bytes of a weight, in fp32, that are dense at a time."""
 
 
-def ratios_of(access: ModelAccess, site: Site, terms: Sequence[Term], device: torch.device) -> dict[int, torch.Tensor]:
-    """Magnitude over norm of each DoRA in a stack (fp32, in RAM), by place in the stack. Computed on `device`.
+def ratios_of(
+    access: ModelAccess, site: Site, terms: Sequence[Term], forms: Forms, device: torch.device
+) -> dict[int, torch.Tensor]:
+    """Computes magnitude over norm of each DoRA in a stack.
 
     The norms are those of the weight as the terms before leave it, with or without the DoRA's own delta as its form says,
     plus eps as in the host (Forge `backend/patcher/lora.py`).
+
+    Args:
+        access: The model.
+        site: The weight, `(out, in, ...)`.
+        terms: The stack on it, in order.
+        forms: The cheap form of each term.
+        device: The device to compute on.
+
+    Returns:
+        One value per row `(out,)` or column `(in,)`, fp32 and in RAM, by place in the stack.
     """
     result = {}
-    for index, term in enumerate(terms):
-        form = form_of(term, site.shape, is_first=index == 0)
+    for index, (term, form) in enumerate(zip(terms, forms, strict=True)):
         if isinstance(form, Decomposed):
             norm = _pass(access, site, terms[:index], term, form, device)
             result[index] = form.magnitude.float() / norm
     return result
 
 
-def ratio_identity(terms: Sequence[Term]) -> list[object]:
-    """Equal for two stacks whose ratios are equal: all that comes before the last DoRA, and that without its strength."""
-    last = max((i for i, t in enumerate(terms) if isinstance(t.adapter.cheap_forward(), Decomposed)), default=-1)
+def ratio_identity(terms: Sequence[Term], forms: Forms) -> list[object]:
+    """Returns a value that is equal for two stacks with equal ratios.
+
+    It holds everything before the last DoRA, and that DoRA without its strength. `forms`: the cheap form of each term.
+    """
+    last = max((i for i, form in enumerate(forms) if isinstance(form, Decomposed)), default=-1)
     if last < 0:
         return []
     end = terms[last]
@@ -45,9 +60,9 @@ def _pass(
     access: ModelAccess, site: Site, before: Sequence[Term], term: Term, form: Decomposed, device: torch.device
 ) -> torch.Tensor:
     rows = site.shape[0]
-    step = max(1, PASS_BYTES // (4 * product_of(site.shape[1:])))
+    step = max(1, PASS_BYTES // (FP32_BYTES * product_of(site.shape[1:])))
     if before or term.part is not None:
-        # Other terms may need the whole weight, and a part may lie across two passes; such stacks are rare.
+        # Other terms may need the whole weight, and a part may extend over two passes. Such stacks are rare.
         step = rows
     by_row: list[torch.Tensor] = []
     wide = widest_float(device)
@@ -69,5 +84,5 @@ def _pass(
             others = [d for d in range(target.dim()) if d != 1]
             by_column += target.square().sum(dim=others, dtype=wide)
     norm = torch.cat(by_row) if form.by_row else by_column.sqrt().float()
-    # Kept in RAM like the factors: a device copy is made when the layer runs there.
+    # In RAM, like the factors: a device copy is made when the layer runs there.
     return norm.cpu() + torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""What an engine does that a process can die of, for whoever keeps a record of it."""
+"""The phases of a change that a process can die of, announced to a watch such as the flight recorder."""
 
 from __future__ import annotations
 
@@ -6,39 +6,49 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..planning.mode import Choice, Mode
+from ..planning.mode import Mode
 from ..recorder.flight_recorder import Phase
-from .access import Site
 from .attachments import Attachment, MergeAttachment
 from .backup import lies_in_ram, parameter_bytes
+from .plan import PlannedWeight
 
 Watch = Callable[[Phase, int], contextlib.AbstractContextManager[object]]
-"""Given the phase and the bytes of RAM it may take; entered once for all layers of a phase, and only where there are any."""
+"""Takes the phase and the bytes of RAM that it may need. Entered once for all layers of a phase, if there are any."""
 
 
 def unwatched(phase: Phase, ram_bytes: int) -> contextlib.AbstractContextManager[object]:
+    """A watch that does nothing."""
     return contextlib.nullcontext()
 
 
 def merges_in(attachments: Iterable[Attachment]) -> list[MergeAttachment]:
+    """Returns the merges among `attachments`."""
     return [one for one in attachments if isinstance(one, MergeAttachment)]
 
 
 def ram_for_merges(merges: Iterable[MergeAttachment]) -> int:
-    """Of weights that lie in RAM: the merged value comes beside the original. On a device it takes the original's place."""
+    """Returns the bytes of RAM for the merged values of weights in RAM, beside their originals.
+
+    On a device a merged value takes the original's place.
+    """
     return sum(parameter_bytes(one.site.parameter) for one in merges if lies_in_ram(one.site.parameter))
 
 
 def ram_for_backups(
-    planned: Iterable[tuple[Site, Any, Choice]], attached: Mapping[str, Attachment], offloaded: Mapping[str, Any]
+    planned: Iterable[PlannedWeight], attached: Mapping[str, Attachment], offloaded: Mapping[str, Any]
 ) -> int:
-    """Of weights about to be merged for the first time that lie on a device, and that no copy in RAM is left of: the most
-    that their backups take, which may find room on the device or on the disk instead."""
+    """Returns the most bytes of RAM that backups of weights on a device can take. They may go to VRAM or disk instead.
+
+    Args:
+        planned: The weights of the next stack. Those that are merged for the first time need a backup.
+        attached: The attachments of the present stack, by name.
+        offloaded: Weights that the host has left a copy of in RAM, by name: that copy is the backup.
+    """
     return sum(
-        parameter_bytes(site.parameter)
-        for site, _, choice in planned
-        if choice.mode is Mode.MERGE
-        and site.key not in offloaded
-        and not isinstance(attached.get(site.key), MergeAttachment)
-        and not lies_in_ram(site.parameter)
+        parameter_bytes(one.site.parameter)
+        for one in planned
+        if one.mode is Mode.MERGE
+        and one.site.key not in offloaded
+        and not isinstance(attached.get(one.site.key), MergeAttachment)
+        and not lies_in_ram(one.site.parameter)
     )

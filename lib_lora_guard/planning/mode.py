@@ -1,7 +1,7 @@
-"""Which treatment a weight gets. Pure: facts in, a choice with its reason out.
+"""Chooses how the LoRAs on one weight are applied. Pure: facts in, a choice with its reason out.
 
-The choice depends on storage, kind, shape and the user's wish, never on the memory that happens to be free, so that
-the same seed gives the same picture on every card.
+The choice depends on storage, kind, shape and the requested mode. It never depends on free memory, so the same seed
+gives the same picture on every card.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import Enum
 from ..adapters import Term
 from ..adapters.forms import LowRank
 from ..errors import Message, ModeError, about
-from .cheap import forms_of, pays
+from .cheap import Forms, forms_of, pays
 
 
 class Mode(str, Enum):
@@ -25,20 +25,42 @@ class Mode(str, Enum):
 
 
 class Wish(str, Enum):
-    """What the user asked for. AUTO leaves it to the rules below, NEVER_MERGE leaves all of it to them but merging where
-    there is another way; PREFER_MERGE merges where the storage keeps all of the LoRA and is AUTO elsewhere."""
+    """The mode that a caller requests for a whole stack; `choose_mode` turns it into a Mode for each weight."""
 
     AUTO = "auto"
+    """The rules of `choose_mode`."""
     BYPASS = "bypass"
     ON_THE_FLY = "on_the_fly"
     MERGE = "merge"
+    """Merge every weight, and fail on storage that would round the LoRA away."""
     NEVER_MERGE = "never_merge"
+    """AUTO, but merge only weights that have no other mode."""
     PREFER_MERGE = "prefer_merge"
+    """Merge where the storage keeps all of the LoRA; AUTO elsewhere."""
+
+
+REQUESTABLE = (Wish.AUTO, Wish.BYPASS, Wish.ON_THE_FLY, Wish.MERGE)
+"""The documented values of a `mode` argument. The other two belong to settings of a host."""
+
+
+def requested(mode: str) -> Wish:
+    """Returns the wish that a `mode` argument names.
+
+    Raises:
+        ModeError: `mode` is none of the documented names.
+    """
+    for wish in REQUESTABLE:
+        if wish.value == mode:
+            return wish
+    raise ModeError(f"mode must be one of {', '.join(wish.value for wish in REQUESTABLE)}, not {mode!r}")
 
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What the choice may look at. `can_*` say what the layer's own code allows."""
+    """Everything about a weight that the choice may depend on.
+
+    `wide` is storage of 16 bits or more. `can_bypass` and `can_on_the_fly` tell what the layer's own code allows.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -52,45 +74,68 @@ class WeightFacts:
 
 @dataclass(frozen=True)
 class Choice:
+    """The mode of one weight, and the reason for it.
+
+    `forms` are the cheap forms of its terms (`planning.cheap.forms_of`), for whatever carries the choice out. They are
+    None where the choice needed none.
+    """
+
     mode: Mode
     reason: Message
+    forms: Forms | None = None
 
 
-def choose_mode(facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUTO) -> Choice:
-    """The mode for one weight and its stack.
+def choose_mode(
+    facts: WeightFacts, terms: Sequence[Term], wish: Wish = Wish.AUTO, forms: Forms | None = None
+) -> Choice:
+    """Chooses the mode for one weight and its stack.
 
-    Raises ModeError where no mode keeps the LoRA: a wish that this storage cannot carry, or a low-bit weight that no
-    layer call reaches.
+    Args:
+        facts: The weight.
+        terms: Its stack, in order.
+        wish: The requested mode.
+        forms: The cheap forms of `terms`, where an earlier choice has derived them. None: they are derived if needed.
+
+    Raises:
+        ModeError: No mode keeps the LoRA. Either this storage cannot carry the requested mode, or no call of a layer
+            reaches a low-bit weight.
     """
-    if len(facts.shape) < 2:
-        return Choice(Mode.MERGE, Message("reason.small"))
-    if not (facts.can_bypass or facts.can_on_the_fly):
-        if facts.wide:
-            return Choice(Mode.MERGE, Message("reason.no_call"))
-        raise ModeError(about(facts.key, Message("reason.outside_layers", {"format": facts.format})))
-    if wish is Wish.MERGE:
-        if not facts.wide:
-            raise ModeError(about(facts.key, Message("reason.rounds_away", {"format": facts.format})))
-        return Choice(Mode.MERGE, Message("reason.asked"))
-    if wish is Wish.PREFER_MERGE and facts.wide:
-        return Choice(Mode.MERGE, Message("reason.asked"))
-    if wish is Wish.AUTO and facts.wide and any(term.adapter.is_whole_tensor for term in terms):
-        # As many numbers as the weight itself: on the fly they would take its size again in VRAM (or, where another
-        # extension calculates them, be calculated again in every step).
-        return Choice(Mode.MERGE, Message("reason.large"))
-    forms = forms_of(terms, facts.shape)
+    must_merge = _reason_to_merge(facts, terms, wish)
+    if must_merge is not None:
+        return Choice(Mode.MERGE, must_merge, forms)
+    if forms is None:
+        forms = forms_of(terms, facts.shape)
     exact = facts.can_bypass and None not in forms
     if exact and wish is Wish.BYPASS:
-        return Choice(Mode.BYPASS, Message("reason.asked"))
+        return Choice(Mode.BYPASS, Message("reason.asked"), forms)
     if exact and wish is not Wish.ON_THE_FLY and pays(forms, facts.one_token):
         plain = all(isinstance(form, LowRank) for form in forms)
-        return Choice(Mode.BYPASS, Message("reason.low_rank" if plain else "reason.cheap"))
+        return Choice(Mode.BYPASS, Message("reason.low_rank" if plain else "reason.cheap"), forms)
     if facts.can_on_the_fly:
         asked = exact and wish is Wish.ON_THE_FLY
         why = "reason.asked" if asked else "reason.cheaper_on_weight" if exact else "reason.needs_weight"
-        return Choice(Mode.ON_THE_FLY, Message(why))
+        return Choice(Mode.ON_THE_FLY, Message(why), forms)
     if exact:
-        return Choice(Mode.BYPASS, Message("reason.no_weight"))
+        return Choice(Mode.BYPASS, Message("reason.no_weight"), forms)
     if facts.wide:
-        return Choice(Mode.MERGE, Message("reason.direct"))
+        return Choice(Mode.MERGE, Message("reason.direct"), forms)
     raise ModeError(about(facts.key, Message("reason.hidden_weight", {"format": facts.format})))
+
+
+def _reason_to_merge(facts: WeightFacts, terms: Sequence[Term], wish: Wish) -> Message | None:
+    """The reason to merge that holds whatever the cheap forms are; None where they decide."""
+    if len(facts.shape) < 2:
+        return Message("reason.small")
+    if not (facts.can_bypass or facts.can_on_the_fly):
+        if facts.wide:
+            return Message("reason.no_call")
+        raise ModeError(about(facts.key, Message("reason.outside_layers", {"format": facts.format})))
+    if wish is Wish.MERGE and not facts.wide:
+        raise ModeError(about(facts.key, Message("reason.rounds_away", {"format": facts.format})))
+    if wish is Wish.MERGE or (wish is Wish.PREFER_MERGE and facts.wide):
+        return Message("reason.asked")
+    if wish is Wish.AUTO and facts.wide and any(term.adapter.is_whole_tensor for term in terms):
+        # As many numbers as the weight itself: on the fly they would take its size again in VRAM, or, where another
+        # extension calculates them, be calculated again in every step.
+        return Message("reason.large")
+    return None

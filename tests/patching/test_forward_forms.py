@@ -10,6 +10,7 @@ from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.plain.guard import PlainAccess
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.norms import ratios_of
+from lib_lora_guard.planning.cheap import forms_of
 
 LINEAR, CONV, POINT = (24, 16), (12, 8, 3, 3), (12, 8, 1, 1)
 
@@ -40,7 +41,11 @@ def run(layer, terms, x):
     access = PlainAccess(model)
     site = access.site("0.weight")
     hook = Bypass(
-        "0.weight", tuple(terms), site.shape, ratios_of(access, site, terms, torch.device("cpu")), access.bias
+        "0.weight",
+        tuple(terms),
+        site.shape,
+        ratios_of(access, site, terms, forms_of(terms, site.shape), torch.device("cpu")),
+        access.bias,
     )
     handles = hook.attach(layer)
     try:
@@ -48,7 +53,7 @@ def run(layer, terms, x):
     finally:
         for handle in handles:
             handle.remove()
-        assert getattr(hook._true_input, "x", None) is None
+        assert getattr(hook._unscaled_input, "x", None) is None
 
 
 def check(layer, entries, x):
@@ -140,7 +145,12 @@ def test_a_layer_without_bias_and_one_called_by_keyword():
     site = PlainAccess(model := torch.nn.Sequential(layer)).site("0.weight")
     assert access.name == "Sequential"
     assert model is not None
-    hook = Bypass("k", tuple(terms), site.shape, ratios_of(PlainAccess(model), site, terms, torch.device("cpu")))
+    hook = Bypass(
+        "k",
+        tuple(terms),
+        site.shape,
+        ratios_of(PlainAccess(model), site, terms, forms_of(terms, site.shape), torch.device("cpu")),
+    )
     positional = run(layer, terms, x)
     handles = hook.attach(layer)
     assert torch.equal(layer(input=x), positional)

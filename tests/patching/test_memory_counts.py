@@ -18,6 +18,7 @@ from lib_lora_guard.patching import attachments, norms
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.patching.low_rank import JoinedLowRank
 from lib_lora_guard.patching.merging import merge
+from lib_lora_guard.planning.cheap import forms_of
 from lib_lora_guard.planning.mode import Mode, Wish
 from lib_lora_guard.weights import PlainCodec, Q8_0Codec, ScaledFp8Codec, StoredLinear, codec
 
@@ -295,7 +296,7 @@ def test_ratios_of_a_dora_need_some_passes_and_never_the_whole_weight(form, axis
         site = access.site("layer.weight")
         terms = [term("lora", (rows, 512), dora=axis)]
         with LiveMemory(*model.parameters(), *terms[0].adapter.tensors()) as memory:
-            found = norms.ratios_of(access, site, terms, torch.device("cpu"))
+            found = norms.ratios_of(access, site, terms, forms_of(terms, site.shape), torch.device("cpu"))
         assert found[0].shape == ((rows,) if axis == "output" else (512,))
         peaks.append(memory.peak_bytes - found[0].nbytes)
     # 4 MB and 16 MB of fp32 weight.

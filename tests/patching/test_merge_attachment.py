@@ -11,8 +11,9 @@ from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.plain.guard import PlainAccess
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.patching import attachments, backup
-from lib_lora_guard.patching.attachments import MergeAttachment
+from lib_lora_guard.patching.attachments import MergeAttachment, MergeState
 from lib_lora_guard.patching.backup import HeldBackup, Place, Where
+from lib_lora_guard.patching.plan import PlannedWeight
 from lib_lora_guard.planning.mode import Choice, Mode
 
 CPU, CARD = torch.device("cpu"), torch.device("meta")
@@ -28,8 +29,8 @@ class Case:
         original = self.here()
         terms = (parse_term([1.0, host_value("lora", tuple(original.shape), 1), 1.0, None, None], {}, 0),)
         kept = HeldBackup(KEY, original, Place(Where.RAM, "no spare VRAM"))
-        choice = Choice(Mode.MERGE, "wished")
-        self.merge = MergeAttachment(self.access, self.access.site(KEY), terms, choice, CARD, kept)
+        planned = PlannedWeight(self.access.site(KEY), terms, Choice(Mode.MERGE, "wished"))
+        self.merge = MergeAttachment(self.access, planned, CARD, kept)
         self.merge._merge = lambda source: torch.nn.Parameter(torch.ones_like(source, device=CPU), requires_grad=False)
         self.access.set_parameter(self.merge.site, torch.nn.Parameter(original.to(CARD), requires_grad=False))
         moved = backup.moved
@@ -91,7 +92,7 @@ def test_a_large_one_makes_room_for_its_original(large):
     large.merge.detach()
     assert large.here() is not merged
     assert large.here().device == CARD
-    assert large.merge._strayed_from is None
+    assert large.merge.state is MergeState.RESTORED
 
 
 def test_a_large_one_whose_place_was_taken_meanwhile_strays_and_comes_back(large):
@@ -133,9 +134,9 @@ def test_a_detach_that_ended_while_the_parameter_was_set_is_done_again(small, mo
     assert small.here() is not merged
 
 
-def test_what_was_lifted_is_put_on_again(small):
+def test_a_suspended_merge_can_be_attached_again(small):
     small.merge.attach()
-    small.merge.lift()
+    small.merge.suspend()
     assert small.here() is small.merge.backup.parameter(CPU)
     small.merge.attach()
-    assert small.here() is small.merge._merged
+    assert small.here() is small.merge._ready

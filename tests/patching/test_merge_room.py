@@ -77,7 +77,7 @@ def on_gpu(monkeypatch, tmp_path):
 
 
 def _as_on_a_device(original):
-    return lambda site, terms, device: original(site, terms, torch.device("cuda"))
+    return lambda planned, device: original(planned, torch.device("cuda"))
 
 
 @pytest.fixture

@@ -67,8 +67,8 @@ def applied(model, stack, wish=Wish.AUTO):
     return engine
 
 
-def state_of(engine, lifted=()):
-    return MergedState(engine.attached.values(), lifted)
+def state_of(engine, suspended=()):
+    return MergedState(engine.attached.values(), suspended)
 
 
 def truth(values, stack, strengths=STRENGTHS):
@@ -168,17 +168,17 @@ def test_fp8_with_a_scale_beside_it_stays_as_stored():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
-def test_merges_that_are_lifted_for_a_while_are_not_lost(dtype):
+def test_merges_that_are_suspended_for_a_while_are_not_lost(dtype):
     model = Net(32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     engine = applied(model, stack_of(model), Wish.PREFER_MERGE)
     wanted = {key: weight.value().clone() for key, weight in state_of(engine).of(model).items()}
-    lifted = {k: a for k, a in engine.attached.items() if a.mode is Mode.MERGE}
-    assert engine.lift_merges()
+    suspended = {k: a for k, a in engine.attached.items() if a.mode is Mode.MERGE}
+    assert engine.suspend_merges()
     assert all(same_bits(p, before[k]) for k, p in model.named_parameters())
-    merged = state_of(engine, lifted.values()).of(model)
+    merged = state_of(engine, suspended.values()).of(model)
     assert set(merged) == set(wanted)
     for key, weight in merged.items():
         assert not weight.is_in_parameter
@@ -192,9 +192,9 @@ def test_a_lora_that_widens_a_weight_says_the_new_shape():
     engine = applied(model, [{"img_in.weight": [((wider,), None)]}, {}])
     merged = model.img_in.weight.detach().clone()
     assert merged.shape == (16, 12, 1, 1)
-    lifted = dict(engine.attached)
-    engine.lift_merges()
-    weight = state_of(engine, lifted.values()).of(model)["img_in.weight"]
+    suspended = dict(engine.attached)
+    engine.suspend_merges()
+    weight = state_of(engine, suspended.values()).of(model)["img_in.weight"]
     assert weight.shape == (16, 12, 1, 1)
     assert same_bits(weight.value(), merged)
 
@@ -202,9 +202,9 @@ def test_a_lora_that_widens_a_weight_says_the_new_shape():
 def test_values_that_do_not_fit_are_named():
     model = torch.nn.Sequential(torch.nn.Linear(16, 16).half()).requires_grad_(False)
     engine = applied(model, [{"0.weight": [(host_value("lora", (16, 16), 3), None)]}] * 2)
-    engine.attached["0.weight"].terms = tuple(
-        dataclasses.replace(term, strength=1e6) for term in engine.attached["0.weight"].terms
-    )
+    attachment = engine.attached["0.weight"]
+    too_strong = tuple(dataclasses.replace(term, strength=1e6) for term in attachment.terms)
+    attachment.planned = attachment.planned.with_terms(too_strong)
     with pytest.raises(UnusableTermsError, match=r"0\.weight does not fit into fp16"):
         state_of(engine).of(model)["0.weight"].value()
 

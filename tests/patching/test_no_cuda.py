@@ -18,7 +18,7 @@ from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.plain.guard import LoraGuard, PlainAccess
 from lib_lora_guard.memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from lib_lora_guard.memory.probe import measure_budget
-from lib_lora_guard.patching import attachments, merged_state, norms
+from lib_lora_guard.patching import merging, norms
 from lib_lora_guard.patching.device_cache import DeviceCache
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.planning.mode import Mode, Wish
@@ -135,7 +135,7 @@ def test_every_mode_works_and_is_taken_off_without_cuda(no_cuda, codec, wish):
 @pytest.mark.parametrize("wish", WISHES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_mode_needs_64_bit_floats_on_the_device(monkeypatch, kind, wish):
-    for module in (attachments, merged_state, norms):
+    for module in (merging, norms):
         monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
     model = build(None)
     weights, base, engine = dense(model), output(model), Engine()

@@ -63,8 +63,8 @@ def test_lifting_and_taking_off():
     watched = Watched()
     watched.change(stack(KEYS[0]))
     watched.told.clear()
-    assert watched.engine.lift_merges()
-    assert not watched.engine.lift_merges()
+    assert watched.engine.suspend_merges()
+    assert not watched.engine.suspend_merges()
     assert watched.told == [(Phase.RESTORE, 0)]
     watched.change(stack(KEYS[0]))
     watched.told.clear()
@@ -78,7 +78,7 @@ def test_bypass_tells_nothing():
     for requests in (stack(*KEYS), stack(*KEYS, strength=0.5), []):
         assert watched.change(requests, Wish.NEVER_MERGE) == []
     watched.change(stack(*KEYS), Wish.NEVER_MERGE)
-    watched.engine.lift_merges()
+    watched.engine.suspend_merges()
     watched.engine.detach_all()
     assert watched.told == []
 

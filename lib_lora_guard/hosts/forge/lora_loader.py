@@ -194,12 +194,12 @@ class LoaderControl:
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
-                lifted = state.engine.lift_merges()
+                suspended = state.engine.suspend_merges()
         except Exception:
             # Moved with its LoRAs it is as right as before, only larger.
             say(log, logging.ERROR, "host.not_lifted", exc_info=True, model=type(loader.model).__name__)
-            lifted = True
-        if lifted:
+            suspended = True
+        if suspended:
             loader.loaded_hash = RETRY
 
     @contextlib.contextmanager
@@ -220,7 +220,7 @@ class LoaderControl:
 
     def has_applied(self, patcher: Any) -> bool:
         """True where what lies on the model is what `patcher` asks for: not after a change that failed, and not while its
-        merges are lifted for a move."""
+        merges are suspended for a move."""
         applied: bool = patcher.lora_loader.loaded_hash == hash_of(patcher.lora_patches)
         return applied
 

@@ -90,7 +90,7 @@ class Saving:
         engines = list(self._engines())
         return MergedState(
             (a for engine in engines for a in engine.attached.values()),
-            (a for engine in engines for a in engine.lifted.values()),
+            (a for engine in engines for a in engine.suspended.values()),
         )
 
     def save(self, original: Callable[..., Any], engine: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,14 +14,14 @@ import torch
 
 from ...adapters.base import Shape
 from ...adapters.files import LoraFile, read_lora_file
-from ...errors import LoraGuardError, LoraMismatchError, ModeError, about
+from ...errors import LoraGuardError, LoraMismatchError, about
 from ...files import shown
 from ...memory.probe import BackupBudget, measure_budget
 from ...models.fit import Target, fit_file
 from ...patching.access import Site, find_owner, is_linear, is_plain_convolution, plain_bias
 from ...patching.engine import Engine, LoraRequest
 from ...patching.on_the_fly import WeightTerms
-from ...planning.mode import Wish
+from ...planning.mode import requested
 from ...reporting.report import ApplyReport
 from ...weights.storage import MB, storage_of
 from ...weights.stored_linear import StoredLinear
@@ -57,10 +57,7 @@ class LoraGuard:
         file that cannot be read, LoraMismatchError for one that does not fit, ModeError for a merge into low-bit
         weights; after an exception the model has the stack it had before.
         """
-        try:
-            wish = Wish(mode)
-        except ValueError:
-            raise ModeError(f"mode must be one of {', '.join(w.value for w in Wish)}, not {mode!r}") from None
+        wish = requested(mode)
         if isinstance(stack, (str, Path)) or not all(
             isinstance(item, (tuple, list)) and len(item) == 2 for item in stack
         ):
