@@ -19,7 +19,7 @@ from .access import ModelAccess, Site
 from .backup import Backup, Where, moved, parameter_bytes
 from .bypass import Bypass
 from .merging import CPU, SLICE_BYTES, is_finite, merge
-from .norms import ratio_identity, ratios_of
+from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
 from .plan import PlannedWeight, is_same_term
 
@@ -110,10 +110,9 @@ class BypassAttachment(Attachment):
         if older is not None and older.has_ratios_of(planned):
             ratios = older.ratios
         else:
-            if isinstance(old, MergeAttachment):
+            if isinstance(old, MergeAttachment) and has_dora(forms):
                 site = site_of(site, old.backup.parameter(site.parameter.device))
-            with torch.inference_mode(False), torch.no_grad():
-                ratios = ratios_of(access, site, terms, forms, device)
+            ratios = ratios_of(access, site, terms, forms, device)
         self.ratios: dict[int, torch.Tensor] = ratios
         self.hook = Bypass(planned.site.key, terms, planned.site.shape, ratios, access.bias, access.is_in_force, forms)
         if older is not None:

@@ -18,6 +18,11 @@ PASS_BYTES = 64 * MB
 """Bytes of a weight, in fp32, that are dense at a time."""
 
 
+def has_dora(forms: Forms) -> bool:
+    """Returns True if a stack with these cheap forms needs norms."""
+    return any(isinstance(form, Decomposed) for form in forms)
+
+
 def ratios_of(
     access: ModelAccess, site: Site, terms: Sequence[Term], forms: Forms, device: torch.device
 ) -> dict[int, torch.Tensor]:
@@ -39,8 +44,10 @@ def ratios_of(
     result = {}
     for index, (term, form) in enumerate(zip(terms, forms, strict=True)):
         if isinstance(form, Decomposed):
-            norm = _pass(access, site, terms[:index], term, form, device)
-            result[index] = form.magnitude.float() / norm
+            # Tensors made in inference mode could not be used in a forward pass outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                norm = _pass(access, site, terms[:index], term, form, device)
+                result[index] = form.magnitude.float() / norm
     return result
 
 

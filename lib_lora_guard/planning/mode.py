@@ -39,6 +39,12 @@ class Wish(str, Enum):
     """Merge where the storage keeps all of the LoRA; AUTO elsewhere."""
 
 
+_ASKED = Message("reason.asked")
+_LOW_RANK, _CHEAP, _NO_WEIGHT = Message("reason.low_rank"), Message("reason.cheap"), Message("reason.no_weight")
+_CHEAPER_ON_WEIGHT, _NEEDS_WEIGHT = Message("reason.cheaper_on_weight"), Message("reason.needs_weight")
+_SMALL, _NO_CALL = Message("reason.small"), Message("reason.no_call")
+_LARGE, _DIRECT = Message("reason.large"), Message("reason.direct")
+
 REQUESTABLE = (Wish.AUTO, Wish.BYPASS, Wish.ON_THE_FLY, Wish.MERGE)
 """The documented values of a `mode` argument. The other two belong to settings of a host."""
 
@@ -107,35 +113,34 @@ def choose_mode(
         forms = forms_of(terms, facts.shape)
     exact = facts.can_bypass and None not in forms
     if exact and wish is Wish.BYPASS:
-        return Choice(Mode.BYPASS, Message("reason.asked"), forms)
+        return Choice(Mode.BYPASS, _ASKED, forms)
     if exact and wish is not Wish.ON_THE_FLY and pays(forms, facts.one_token):
         plain = all(isinstance(form, LowRank) for form in forms)
-        return Choice(Mode.BYPASS, Message("reason.low_rank" if plain else "reason.cheap"), forms)
+        return Choice(Mode.BYPASS, _LOW_RANK if plain else _CHEAP, forms)
     if facts.can_on_the_fly:
         asked = exact and wish is Wish.ON_THE_FLY
-        why = "reason.asked" if asked else "reason.cheaper_on_weight" if exact else "reason.needs_weight"
-        return Choice(Mode.ON_THE_FLY, Message(why), forms)
+        return Choice(Mode.ON_THE_FLY, _ASKED if asked else _CHEAPER_ON_WEIGHT if exact else _NEEDS_WEIGHT, forms)
     if exact:
-        return Choice(Mode.BYPASS, Message("reason.no_weight"), forms)
+        return Choice(Mode.BYPASS, _NO_WEIGHT, forms)
     if facts.wide:
-        return Choice(Mode.MERGE, Message("reason.direct"), forms)
+        return Choice(Mode.MERGE, _DIRECT, forms)
     raise ModeError(about(facts.key, Message("reason.hidden_weight", {"format": facts.format})))
 
 
 def _reason_to_merge(facts: WeightFacts, terms: Sequence[Term], wish: Wish) -> Message | None:
     """The reason to merge that holds whatever the cheap forms are; None where they decide."""
     if len(facts.shape) < 2:
-        return Message("reason.small")
+        return _SMALL
     if not (facts.can_bypass or facts.can_on_the_fly):
         if facts.wide:
-            return Message("reason.no_call")
+            return _NO_CALL
         raise ModeError(about(facts.key, Message("reason.outside_layers", {"format": facts.format})))
     if wish is Wish.MERGE and not facts.wide:
         raise ModeError(about(facts.key, Message("reason.rounds_away", {"format": facts.format})))
     if wish is Wish.MERGE or (wish is Wish.PREFER_MERGE and facts.wide):
-        return Message("reason.asked")
+        return _ASKED
     if wish is Wish.AUTO and facts.wide and any(term.adapter.is_whole_tensor for term in terms):
         # As many numbers as the weight itself: on the fly they would take its size again in VRAM, or, where another
         # extension calculates them, be calculated again in every step.
-        return Message("reason.large")
+        return _LARGE
     return None
