@@ -1,0 +1,1 @@
+"""Applies LoRAs to a model and takes them off again: engine, attachments, backups, transaction. Knows no host."""

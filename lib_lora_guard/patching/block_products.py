@@ -1,4 +1,4 @@
-"""One block of low-rank factors times a layer's input, added to its output: whole, in slices, or with the CPU's help."""
+"""Adds the product of one block of low-rank factors to a layer's output: whole, in slices, or on the CPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .layer_call import LayerCall
 from .low_rank import Block, Scale
 
 InRam = Callable[[], tuple[Block, Scale]]
-"""Gives the same block in RAM and in fp32, made when it is asked for."""
+"""Makes the same block in RAM and in fp32."""
 
 
 def add_to_linear(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) -> None:
-    """Tokens in ever smaller slices where memory ends, and then on the CPU."""
+    """Adds the product for all tokens. Out of memory, the slices get smaller; then the CPU computes."""
     for flat_in, flat_out in call.flat():
         _add_to_rows(call, block, scale, in_ram, flat_in, flat_out)
 
@@ -24,7 +24,7 @@ def add_to_linear(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) ->
 def _add_to_rows(
     call: LayerCall, block: Block, scale: Scale, in_ram: InRam, all_in: torch.Tensor, flat_out: torch.Tensor
 ) -> None:
-    """`all_in`: every column of the input."""
+    """Adds the product for `flat_out`. `all_in` has every column of the input."""
     flat_in = all_in if block.part is None else all_in.narrow(1, block.part.start, block.part.length)
     down = block.down
 
@@ -44,7 +44,7 @@ def _add_to_rows(
                     raise
                 if not call.has_other_memory:
                     raise call.out_of_memory() from error
-            # The first output has its part already: another run would add it twice, so that want of RAM ends it here.
+            # The first output has its share already, and another run would add it twice: without RAM it ends here.
             try:
                 add_on_cpu(start, length, number)
             except Exception as error:
@@ -61,7 +61,7 @@ def _add_to_rows(
 
 
 def add_to_convolution(call: LayerCall, block: Block, scale: Scale, in_ram: InRam) -> None:
-    """All of it at once, and where memory ends on the CPU: what is missing of it."""
+    """Adds the product for all pictures at once. Out of memory, the CPU computes the outputs that are missing."""
     done = 0
     try:
         for _ in _outputs_of_convolution(call, block, scale):
@@ -75,10 +75,10 @@ def add_to_convolution(call: LayerCall, block: Block, scale: Scale, in_ram: InRa
 
 
 def _outputs_of_convolution(call: LayerCall, block: Block, scale: Scale) -> Iterator[None]:
-    """Adds one output of the block after the other; where it raises, nothing of the next one is added."""
+    """Adds one output of the block after the other, and yields after each. An error adds nothing of the next one."""
     x = call.input_of(block.part)
     down = block.down.reshape(block.down.shape[0], x.shape[1], *call.shape[2:])
-    # The layer's own convolution carries stride, dilation and padding mode as they are at this moment (tiling).
+    # The layer's own convolution has stride, dilation and padding mode as they are now (Forge's tiling changes them).
     activation = call.layer._conv_forward(x, down, None)
     spatial = [1] * (activation.dim() - 2)
     if scale.per_rank is not None:

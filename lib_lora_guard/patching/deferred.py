@@ -1,4 +1,4 @@
-"""Tensors that are calculated when somebody uses them, for code that passes a whole state dict on and reads it later."""
+"""Tensors whose values are computed at their first use, for code that passes a whole state dict on and reads it later."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from torch.utils._pytree import tree_map_only
 
 
 class DeferredTensor(torch.Tensor):
-    """Has dtype, shape and device, and no memory. `read()` gives the values, new each time or the very memory they lie in.
+    """A tensor with dtype, shape and device, and no memory.
 
-    A clone of it is deferred too, so that copying a state dict costs nothing: it is no snapshot. Every other operation of
-    torch works on a copy of the values, so that no view or in-place operation reaches what `read` reads; writing into the
-    deferred tensor itself raises RuntimeError, writing into a view of it changes the view alone. Whoever asks for its memory
-    (numpy, a storage) gets an error of torch's. Pickled and deep-copied it is a plain tensor.
+    A clone of it is deferred too, so copying a state dict costs nothing; it is no snapshot. Every other operation of
+    torch works on a copy of the values: no view and no in-place operation reaches the memory that `read` returns.
+    Writing into the deferred tensor raises RuntimeError; writing into a view of it changes the view alone. Access to its
+    memory (numpy, a storage) ends in an error of torch's. Pickled or deep-copied it is a plain tensor.
+
+    Args:
+        read: Returns the values: a new tensor each time, or always the memory they lie in.
+        dtype: The dtype of the values.
+        shape: Their shape.
+        device: Their device.
     """
 
-    # Operations come to `__torch_dispatch__` alone, below Python's functions.
+    # All operations arrive at `__torch_dispatch__`, below torch's functions in Python.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own value for this
 
     @staticmethod
@@ -36,7 +42,7 @@ class DeferredTensor(torch.Tensor):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> DeferredTensor:
-        """What lies in `tensor` when it is read."""
+        """Defers a tensor that exists: the values are those it has when it is read."""
         return cls(lambda: tensor, tensor.dtype, tuple(tensor.size()), tensor.device)
 
     @classmethod
@@ -50,7 +56,7 @@ class DeferredTensor(torch.Tensor):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and isinstance(_argument(args, kwargs or {}, place, argument.name), cls):
                 raise RuntimeError(f"{func}: a deferred tensor cannot be written into; clone its values first")
-        # Views made in inference mode would have to be views of an inference tensor.
+        # In inference mode a view must be one of an inference tensor, and the values are none.
         with torch.inference_mode(False), torch.no_grad():
             real_args, real_kwargs = tree_map_only(cls, cls._copy, (args, dict(kwargs or {})))
             return func(*real_args, **real_kwargs)
@@ -59,12 +65,12 @@ class DeferredTensor(torch.Tensor):
         return self.read().clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return memo.setdefault(id(self), self._copy())  # type: ignore[no-any-return]  # what is kept there is what was put there
+        return memo.setdefault(id(self), self._copy())  # type: ignore[no-any-return]  # the memo holds what was put there
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self._copy().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's has no types
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes an argument of its own use
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes an argument for its own use
         return f"DeferredTensor({list(self.shape)}, {self.dtype}, {self.device})"
 
 

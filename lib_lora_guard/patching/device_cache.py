@@ -1,8 +1,8 @@
 """Device copies of LoRA factors: made on first use, kept while the model is in use, dropped when it is unloaded.
 
-On the CPU nothing is kept: a cast per call is cheap there and a second copy in RAM is what users run out of. The key
-holds the stream, because Forge's Async swap makes weights on a stream of its own and a copy made on another one
-would need an event per use.
+On the CPU nothing is kept: a cast per call is cheap there, and RAM for second copies is scarce. The key holds the
+stream: Forge's Async swap makes weights on a stream of its own, and a copy from another stream would need an event
+per use.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import torch
 
 T = TypeVar("T")
 Key = tuple[torch.device, torch.dtype, int]
+"""Device, dtype and stream."""
 
 
 class DeviceCache(Generic[T]):
+    """Values by device, dtype and stream; `len` counts those that are kept."""
+
     def __init__(self) -> None:
         self._values: dict[Key, T] = {}
 
     def get(self, device: torch.device, dtype: torch.dtype, make: Callable[[], T]) -> T:
-        """The value for this device, dtype and current stream; `make` runs outside inference mode."""
+        """Returns the value for this device, dtype and current stream. `make` makes it, outside inference mode."""
         if device.type == "cpu":
             return _outside_inference(make)
         key = (device, dtype, _stream_id(device))
@@ -30,6 +33,7 @@ class DeviceCache(Generic[T]):
         return self._values[key]
 
     def drop(self) -> None:
+        """Frees all values."""
         self._values.clear()
 
     def __len__(self) -> int:
@@ -37,7 +41,7 @@ class DeviceCache(Generic[T]):
 
 
 def _outside_inference(make: Callable[[], T]) -> T:
-    # A tensor made in inference mode can never again be changed outside it.
+    # A tensor made in inference mode cannot be changed outside it.
     with torch.inference_mode(False), torch.no_grad():
         return make()
 
@@ -45,5 +49,5 @@ def _outside_inference(make: Callable[[], T]) -> T:
 def _stream_id(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.current_stream(device).cuda_stream)
-    # Forge swaps on streams of its own on Intel's GPUs too.
+    # Forge uses streams for swapping on Intel's GPUs too.
     return int(torch.xpu.current_stream(device).sycl_queue) if device.type == "xpu" else 0

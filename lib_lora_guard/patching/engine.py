@@ -54,7 +54,7 @@ class LoraRequest:
 
     @classmethod
     def of(cls, label: str, strength: float, fit: Fit) -> LoraRequest:
-        """The request for what of a file fits the model."""
+        """Makes the request from the part of a file that fits the model."""
         return cls(label, strength, fit.terms, tuple(fit.skipped), tuple(fit.lost), fit.refused)
 
     @property
@@ -202,7 +202,7 @@ class Engine:
         return set(self._validate(access, stack)[0])
 
     def unpatched_shapes(self) -> dict[str, Shape]:
-        """Shapes that merged parameters have without their LoRAs, which may have widened them."""
+        """Returns the shapes that merged parameters have without their LoRAs, which may have widened them."""
         return {key: a.site.shape for key, a in self._attached.items() if isinstance(a, MergeAttachment)}
 
     def merged_layers(self) -> set[torch.nn.Module]:

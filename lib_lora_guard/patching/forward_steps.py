@@ -1,4 +1,4 @@
-"""What a bypass does with a layer's output, one class per cheap form. Each is exact for the whole weight or a part of it."""
+"""The steps of a bypass, one class per cheap form. Each changes a layer's output exactly, for a whole weight or a part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..adapters import Slice
 from ..adapters.forms import KhatriRao, Kronecker, LowRank
 from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
-from ..weights.storage import MB
+from ..units import MB
 from . import in_ram
 from .block_products import InRam, add_to_convolution, add_to_linear
 from .device_cache import DeviceCache
@@ -23,12 +23,18 @@ from .low_rank import Block, Entry, JoinedLowRank, Output, Scale, balanced, join
 
 _T = TypeVar("_T")
 Parts = tuple[tuple[Block, Scale], ...]
+"""Blocks of factors, each with what its product is multiplied with."""
 
 
 class Step(ABC):
     """One exact change of a layer's output."""
 
     def run(self, call: LayerCall) -> None:
+        """Changes the output of `call`.
+
+        Raises:
+            LayerError: Out of memory.
+        """
         try:
             (self.on_linear if call.is_linear else self.on_convolution)(call)
         except Exception as error:
@@ -37,39 +43,42 @@ class Step(ABC):
             raise call.out_of_memory() from error
 
     @abstractmethod
-    def on_linear(self, call: LayerCall) -> None: ...
+    def on_linear(self, call: LayerCall) -> None:
+        """Changes the output of a linear layer."""
 
     @abstractmethod
-    def on_convolution(self, call: LayerCall) -> None: ...
+    def on_convolution(self, call: LayerCall) -> None:
+        """Changes the output of a convolution."""
 
     def share_factors_with(self, older: Step) -> None:  # noqa: B027  # most steps keep nothing
-        """Takes over the device copies of a step that differs in its strength alone."""
+        """Takes the device copies over from a step that differs in its strength alone."""
 
     def device_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes kept on a device while the model runs there."""
+        """Returns the bytes of the factors on a device that computes in `dtype`."""
         return 0
 
     def drop_device_copies(self) -> None:  # noqa: B027  # most steps keep nothing
-        """Frees what lies on a device for this step."""
+        """Frees the copies on devices; the next call makes them again."""
 
     @property
     def is_resident(self) -> bool:
+        """True while copies on a device exist."""
         return False
 
 
 class ProductStep(Step):
     """`y += scale * up @ (down @ x)` for some blocks of factors, on the device the layer runs on.
 
-    Where that has no room, not even for a slice, the CPU calculates what is missing.
+    If the device has no room, not even for a slice of tokens, the CPU computes the rest.
     """
 
     @abstractmethod
     def parts(self, call: LayerCall) -> Parts:
-        """The blocks where the output lies, in its dtype."""
+        """Returns the blocks on the device of the output, in its dtype."""
 
     @abstractmethod
     def parts_in_ram(self, call: LayerCall) -> Parts:
-        """The same blocks in RAM and in fp32."""
+        """Returns the same blocks in RAM and in fp32."""
 
     def on_linear(self, call: LayerCall) -> None:
         self._add(call, add_to_linear, in_ram.add_to_linear)
@@ -93,7 +102,7 @@ class ProductStep(Step):
             on_device(call, block, scale, functools.partial(_nth, blocks_in_ram, number))
 
     def _parts_on_device(self, call: LayerCall) -> Parts | None:
-        """None where the device has no room for them and RAM may have."""
+        """Returns None if the device has no room for them and RAM may have."""
         try:
             return _again_without_cache(lambda: self.parts(call), call, lambda: self.device_bytes(call.output.dtype))
         except LayerError:
@@ -103,7 +112,12 @@ class ProductStep(Step):
 
 
 class LowRankStep(ProductStep):
-    """All joined entries."""
+    """Low-rank terms, joined along the rank.
+
+    Args:
+        entries: The terms.
+        shape: The shape of the weight.
+    """
 
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.joined = JoinedLowRank(entries, shape)
@@ -130,7 +144,10 @@ class LowRankStep(ProductStep):
 
 
 class KhatriRaoStep(ProductStep):
-    """A LoHa of small rank as the low-rank pair it is. The pair is made for each call: kept, it would be r times the file."""
+    """A LoHa of small rank, as the low-rank pair that it equals.
+
+    Every call makes the pair anew: kept, it would take r times the memory of the file.
+    """
 
     def __init__(self, form: KhatriRao, strength: float, part: Slice | None) -> None:
         self.form, self.strength, self.part = form, strength, part
@@ -163,7 +180,7 @@ class KhatriRaoStep(ProductStep):
         wide = torch.float32 if dtype == torch.float16 else dtype
 
         def make() -> tuple[torch.Tensor, ...]:
-            # In the file's dtype: small numbers would be subnormal in fp16 before they are multiplied.
+            # In the file's dtype: in fp16 small numbers would be subnormal before they are multiplied.
             return tuple(t.to(device) for t in self._factors())
 
         a1, b1, a2, b2 = (t.to(wide) for t in self._copies.get(device, dtype, make))
@@ -176,8 +193,10 @@ class KhatriRaoStep(ProductStep):
 
 
 class KroneckerStep(Step):
-    """LoKr: with x as `(b, d)`, `(left (x) right) x = left X right^T`: two small products instead of one of the weight's
-    size. Never joined with other terms. A factorised side is multiplied out only where that makes it smaller."""
+    """LoKr: with x as `(b, d)`, `(left (x) right) x = left X right^T`: two small products instead of one of weight size.
+
+    It is never joined with other terms. A factorised side is multiplied out only if that makes it smaller.
+    """
 
     def __init__(self, form: Kronecker, strength: float, part: Slice | None) -> None:
         self.form, self.strength, self.part = form, strength, part
@@ -207,7 +226,7 @@ class KroneckerStep(Step):
         return len(self._copies) > 0
 
     def _sides(self, call: LayerCall) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], float]:
-        """Left, the matrices of the right side in the order they are applied in, and what the result is multiplied with."""
+        """Returns the left matrix, the right matrices in the order they are applied, and the scale of the result."""
         device, dtype = call.output.device, call.output.dtype
 
         def make() -> tuple[torch.Tensor, tuple[torch.Tensor, ...], float]:
@@ -217,7 +236,7 @@ class KroneckerStep(Step):
                 rights = [rights[1] @ rights[0]]
             scale = self.form.scale
             if dtype == torch.float16:
-                # Powers of two for each factor: its numbers must not be subnormal, no activation on the way too large.
+                # Powers of two for each factor: no number of it may be subnormal, and no activation too large.
                 factors = [*rights, left]
                 for number, factor in enumerate(factors):
                     unit = factor * _to_unit(factor)
@@ -262,7 +281,7 @@ class KroneckerStep(Step):
     def on_convolution(self, call: LayerCall) -> None:
         left, (right, *rest), scale = self._sides(call)
         x, target = call.input_of(self.part), call.output_of(self.part)
-        # The second side as a convolution, with the first side's columns as further batches.
+        # The right side as a convolution, with the left side's columns as further batches.
         inner = call.layer._conv_forward(x.reshape(x.shape[0] * left.shape[1], -1, *x.shape[2:]), right, None)
         for matrix in rest:
             inner = torch.matmul(matrix, inner.flatten(2))
@@ -271,7 +290,13 @@ class KroneckerStep(Step):
 
 
 class ScaleStep(Step):
-    """Rows of the weight multiplied by `factor`: `y = factor * (y - b) + b`. The bias stays out of it."""
+    """Rows of the weight multiplied by `factor`: `y = factor * (y - b) + b`. The bias b is not scaled.
+
+    Args:
+        factor: One number, or one per row of the weight.
+        part: The rows; None for all.
+        bias_of: Returns the bias of a layer.
+    """
 
     def __init__(
         self,
@@ -291,7 +316,7 @@ class ScaleStep(Step):
     def on_convolution(self, call: LayerCall) -> None:
         target = call.output_of(self.part)
         spatial = [1] * (0 if call.is_linear else target.dim() - 2)
-        # fp32 whatever the activations are: near 1 the steps of bf16 are larger than most of what is scaled.
+        # fp32 whatever the activations are: near 1 the steps of bf16 are larger than most of the change.
         factor = self._copies.get(
             target.device, torch.float32, lambda: torch.as_tensor(self.factor, dtype=torch.float32).to(target.device)
         )
@@ -314,20 +339,20 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _product(side: tuple[torch.Tensor, ...], device: torch.device) -> torch.Tensor:
-    """A side of a LoKr in fp32; its convolution dimensions stay."""
+    """Multiplies a side of a LoKr out, in fp32. Its convolution dimensions stay."""
     if len(side) == 1:
         return side[0].to(device=device, dtype=torch.float32)
     return side[0].to(device=device, dtype=torch.float32) @ side[1].to(device=device, dtype=torch.float32)
 
 
 def _to_unit(matrix: torch.Tensor) -> float:
-    """The power of two that brings the largest entry of `matrix` to between 1 and 2."""
+    """Returns the power of two that brings the largest entry of `matrix` to between 1 and 2."""
     largest = float(matrix.abs().max())
     return 2.0 ** -math.floor(math.log2(largest)) if largest > 0 and math.isfinite(largest) else 1.0
 
 
 def _shift_to_one(matrix: torch.Tensor) -> torch.Tensor:
-    """A power of two at most 1 per row, such that the row makes no input larger."""
+    """Returns a power of two, at most 1, per row: with it the row makes no input larger."""
     return torch.exp2(-matrix.abs().sum(1).clamp_min(1.0).log2().ceil())
 
 

@@ -1,26 +1,26 @@
-"""The last rung before a layer gives up for want of VRAM: its low-rank product on the CPU, added to the output bit by bit.
+"""The last resort for a layer without VRAM: its low-rank product on the CPU, added to the output piece by piece.
 
-It takes nothing on the device: a piece of the output comes to RAM, gets its share there and is copied back over itself (where
-the output is not contiguous, torch makes one piece of PIECE_BYTES on the device for that). Everything is summed in fp32,
-whatever the activations are: CPUs are slow in 16 bits, and the result is rounded once, in a convolution once for each output.
+It needs no memory on the device: a piece of the output is copied to RAM, added to there and copied back over itself. (If
+the output is not contiguous, torch makes one piece of PIECE_BYTES on the device for that.) Sums are in fp32 whatever the
+activations are: CPUs are slow in 16 bits, and the result is rounded once, in a convolution once for each output.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..weights.storage import MB
+from ..units import MB
 from .layer_call import LayerCall
 from .low_rank import Block, Scale
 
 PIECE_BYTES = 1 * MB
-"""Of the wider one of input and output, in its own dtype."""
+"""Bytes of a piece of the wider one of input and output, in its own dtype."""
 
 CPU = torch.device("cpu")
 
 
 def add_to_linear(call: LayerCall, block: Block, scale: Scale) -> None:
-    """Adds what `block`, in RAM and in fp32, gives for all tokens."""
+    """Adds the product of `block` (in RAM, fp32) for all tokens."""
     for flat_in, flat_out in call.flat():
         add_to_rows(call, block, scale, flat_in, flat_out)
 
@@ -28,14 +28,22 @@ def add_to_linear(call: LayerCall, block: Block, scale: Scale) -> None:
 def add_to_rows(
     call: LayerCall, block: Block, scale: Scale, flat_in: torch.Tensor, flat_out: torch.Tensor, first_output: int = 0
 ) -> None:
-    """What the outputs of `block` from `first_output` on give for these tokens: `flat_in` (tokens, in) has all columns,
-    whatever part of them the block reads; `flat_out` is `(tokens, out)`."""
+    """Adds the product of `block` for some tokens.
+
+    Args:
+        call: The call of the layer.
+        block: The factors, in RAM and fp32.
+        scale: The number, or the numbers per rank, that the product is multiplied with.
+        flat_in: `(tokens, in)` with all columns, also if the block reads a part of them.
+        flat_out: `(tokens, out)`; it is changed in place.
+        first_output: The block's outputs before this one are left out.
+    """
     call.say_once("memory.on_the_cpu")
     wider = max(flat_in.shape[1], flat_out.shape[1])
     step = max(1, PIECE_BYTES // (wider * flat_out.element_size()))
     for first in range(0, flat_in.shape[0], step):
         count = min(step, flat_in.shape[0] - first)
-        # Whole rows: only these are one piece of memory, which is copied without another one beside it.
+        # Whole rows are contiguous, so that no second piece is needed for the copy.
         x = flat_in.narrow(0, first, count).to(CPU).float()
         if block.part is not None:
             x = x.narrow(1, block.part.start, block.part.length)
@@ -52,7 +60,7 @@ def add_to_rows(
 
 
 def add_to_convolution(call: LayerCall, block: Block, scale: Scale, first_output: int = 0) -> None:
-    """The same for a convolution: one picture of the batch and a few channels at a time."""
+    """Adds the product of `block` to a convolution's output: one picture of the batch and a few channels at a time."""
     call.say_once("memory.on_the_cpu")
     x = call.input_of(block.part)
     down = block.down.reshape(block.down.shape[0], x.shape[1], *call.shape[2:])

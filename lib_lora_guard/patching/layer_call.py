@@ -1,4 +1,4 @@
-"""One call of a patched layer, and what to do when memory ends inside it."""
+"""One call of a patched layer, and the ways out when it runs out of memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALLEST_CHUNK_TOKENS = 256
 
 @dataclass
 class LayerCall:
-    """`x` is what the layer was called with, in the dtype of `output`; steps write into `output`."""
+    """Input and output of one call. `x` is the layer's input in the dtype of `output`; steps write into `output`."""
 
     key: str
     layer: Any
@@ -33,43 +33,55 @@ class LayerCall:
     shape: tuple[int, ...]
     """Shape of the weight."""
     said: set[str] = field(default_factory=set)
-    """What has been said of this layer, for as long as its LoRAs stay: for `say_once`."""
+    """The sentences that were logged about this layer since its LoRAs came, for `say_once`."""
 
     @property
     def has_other_memory(self) -> bool:
-        """True where RAM is not what the layer has run out of."""
+        """True if the layer runs on a device, so that RAM is another memory."""
         return not lies_in_ram(self.output)
 
     @property
     def is_linear(self) -> bool:
+        """True for a linear layer, False for a convolution."""
         return len(self.shape) == 2
 
     @property
     def channel_dim(self) -> int:
-        """The dimension of `x` and `output` that the weight's columns and rows belong to."""
+        """The dimension of the channels, counted from the end: the weight's columns in `x`, its rows in `output`."""
         return 1 - len(self.shape)
 
     def input_of(self, part: Slice | None) -> torch.Tensor:
+        """Returns the input channels that belong to `part` of the weight."""
         return self.x if part is None or part.dim == 0 else self.x.narrow(self.channel_dim, part.start, part.length)
 
     def output_of(self, part: Slice | None) -> torch.Tensor:
+        """Returns a view of the output channels that belong to `part` of the weight."""
         if part is None or part.dim == 1:
             return self.output
         return self.output.narrow(self.channel_dim, part.start, part.length)
 
     def flat(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Input and output of a linear layer as `(tokens, features)`, without a copy of the input: what is no such view as a
-        whole (Flux passes a part of the tokens of each picture) comes picture by picture. The output is made contiguous for
-        it."""
+        """Yields input and output of a linear layer as `(tokens, features)`, without a copy of the input.
+
+        An input that is no such view as a whole comes picture by picture: Flux passes a part of each picture's tokens.
+        The output is made contiguous.
+        """
         self.output = self.output.contiguous()
         yield from _flattened(self.x, self.output)
 
     def in_chunks(
         self, total: int, add: Callable[[int, int], None], otherwise: Callable[[int, int], None] | None = None
     ) -> None:
-        """Runs `add(start, length)` over all tokens, in halves of halves where memory ends. `add` allocates before it
-        writes, so that it can be run again. Where the smallest chunk is too much and RAM is another memory, `otherwise` gets
-        all that is left."""
+        """Runs `add(start, length)` over all tokens. Out of memory, the chunks are halved.
+
+        Args:
+            total: The number of tokens.
+            add: Adds the product for some tokens. It allocates before it writes, so that it can be run again.
+            otherwise: Gets all remaining tokens if even the smallest chunk fails and RAM is another memory.
+
+        Raises:
+            LayerError: Even the smallest chunk finds no memory.
+        """
         start, length = 0, total
         while start < total:
             try:
@@ -85,7 +97,7 @@ class LayerCall:
             else:
                 start += length
                 continue
-            # Out here the error, which held on to what had been allocated, is gone.
+            # Outside the handler the error no longer holds what was allocated.
             length //= 2
             give_back_cached_memory()
             if length < SMALLEST_CHUNK_TOKENS and otherwise is not None:
@@ -93,18 +105,23 @@ class LayerCall:
                 return
 
     def say_once(self, sentence: str) -> None:
-        """Logs a sentence about this layer, the first time that it is true of it."""
+        """Logs a sentence about this layer, the first time only. `sentence` is its key in the catalogue."""
         if sentence not in self.said:
             self.said.add(sentence)
             say(log, logging.INFO, sentence, key=self.key)
 
     def out_of_memory(self) -> LayerError:
+        """Returns the error for a layer that finds no memory."""
         return LayerError(about(self.key, Message("memory.layer" if self.is_linear else "memory.convolution")))
 
 
 @contextlib.contextmanager
 def naming_the_layer(key: str) -> Iterator[None]:
-    """Where memory ends in the block, the error says in which layer. Every other error passes as it is."""
+    """Turns an out-of-memory error in the block into one that names the layer. Other errors pass unchanged.
+
+    Raises:
+        LayerError: The block ran out of memory.
+    """
     try:
         yield
     except Exception as error:
@@ -117,7 +134,7 @@ def _flattened(x: torch.Tensor, output: torch.Tensor) -> Iterator[tuple[torch.Te
     try:
         rows = x.view(-1, x.shape[-1])
     except RuntimeError:
-        # Two dimensions always are such a view.
+        # This ends: two dimensions always are such a view.
         for part, result in zip(x, output, strict=True):
             yield from _flattened(part, result)
     else:

@@ -1,8 +1,8 @@
-"""Several low-rank terms on one weight as few matrix products on the layer's input and output.
+"""Joins the low-rank terms on one weight into few matrix products on the layer's input and output.
 
 For every part of the input that terms read (the whole, or one slice) the `down` factors are joined along the rank;
 every part of the output gets its own `up`. Strengths are not folded into the factors: one strength is the `alpha` of
-the last product, several are a vector over the rank, so a change of strength moves nothing.
+the last product, several are a vector over the rank. So a change of strength moves no factor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Block:
-    """All terms that read the same part of the input. `down` is `(rank, in * kernel)`."""
+    """All terms that read one part of the input. `down` is `(rank, in * kernel)`."""
 
     down: torch.Tensor
     part: Slice | None
@@ -37,7 +37,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Scale:
-    """What a block's rank activation is multiplied with: one number, or one per rank."""
+    """The factor of a block's rank activation: one number, or one per rank `(rank,)`, fp32."""
 
     alpha: float
     per_rank: torch.Tensor | None
@@ -53,14 +53,17 @@ class Entry:
 
 
 class ScaleVectors:
-    """Scales with one value per rank, on their devices, for all layers that ask for the same ones: a change of strengths
-    copies a handful of vectors to a device instead of one per layer (measured on an H200: 3 LoRAs on 304 layers, 41 ms)."""
+    """Scales with one value per rank, on their devices, shared by all layers that need the same ones.
+
+    A change of strengths copies a handful of vectors to a device instead of one per layer (measured on an H200: 3 LoRAs
+    on 304 layers, 41 ms).
+    """
 
     def __init__(self) -> None:
         self._vectors: dict[tuple[tuple[int, ...], tuple[float, ...]], DeviceCache[torch.Tensor]] = {}
 
     def get(self, ranks: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
-        """`scales[i]` for each of `ranks[i]` ranks. fp32 whatever the activations are: in bf16 0.85 would be 0.8516."""
+        """Returns `scales[i]` repeated `ranks[i]` times. fp32 whatever the activations are: in bf16 0.85 is 0.8516."""
 
         def make() -> torch.Tensor:
             return torch.tensor(scales, dtype=torch.float32).repeat_interleave(torch.tensor(ranks)).to(device)
@@ -71,11 +74,17 @@ class ScaleVectors:
         return cache.get(device, torch.float32, make)
 
     def drop(self) -> None:
+        """Frees all vectors."""
         self._vectors.clear()
 
 
 class JoinedLowRank:
-    """The entries must fit a weight of `shape` (`planning.cheap.form_of` says so)."""
+    """Low-rank terms on one weight, joined.
+
+    Args:
+        entries: The terms. They must fit the weight (`planning.cheap.form_of` checks that).
+        shape: The shape of the weight.
+    """
 
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -90,32 +99,38 @@ class JoinedLowRank:
         self._made: tuple[tuple[Block, ...], tuple[tuple[Block, Scale], ...]] | None = None
 
     def scales_at(self, strengths: Iterable[float]) -> tuple[float, ...]:
-        """What each entry is multiplied with at these strengths of the entries."""
+        """Returns the factor of each entry at these strengths."""
         return tuple(s * entry.factors.scale for s, entry in zip(strengths, self._entries, strict=True))
 
     def exchange(self, scales: tuple[float, ...], vectors: ScaleVectors) -> tuple[float, ...]:
-        """Puts other scales (of `scales_at`) in place and returns those it had. `vectors` are shared by all layers whose
-        strengths change together."""
+        """Replaces the scales and returns the earlier ones.
+
+        Args:
+            scales: The new ones, from `scales_at`.
+            vectors: Shared by all layers whose strengths change together.
+        """
         before, self._scales, self.vectors = self._scales, scales, vectors
         self._made = None
         return before
 
     def share_factors_with(self, older: JoinedLowRank) -> None:
-        """Takes over device copies of a stack that differs in strengths alone."""
+        """Takes the device copies over from a stack that differs in strengths alone."""
         if self._factor_identity() == older._factor_identity():
             self._blocks = older._blocks
 
     def drop_device_copies(self) -> None:
+        """Frees the copies on devices; the next call makes them again."""
         self._blocks.drop()
         self._made = None
         self.vectors.drop()
 
     @property
     def is_resident(self) -> bool:
+        """True while copies on a device exist."""
         return len(self._blocks) > 0
 
     def device_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the joined factors on a device, in `dtype`."""
+        """Returns the bytes of the joined factors on a device, in `dtype`."""
         size = torch.empty(0, dtype=dtype).element_size()
         total = 0
         for factors in self._all_factors():
@@ -124,11 +139,11 @@ class JoinedLowRank:
         return total * size
 
     def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Block, Scale], ...]:
-        """The blocks and their scales on `device`."""
+        """Returns the blocks and their scales on `device`."""
         join = joins_on(device)
         blocks = self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join)))
         if not join:
-            # Nothing is kept on the CPU: these may be copies of the factors in another dtype.
+            # Not kept on the CPU: these may be copies of the factors in another dtype.
             return tuple(zip(blocks, self._make_scales(device, join), strict=True))
         made = self._made
         if made is None or made[0] is not blocks:
@@ -136,7 +151,10 @@ class JoinedLowRank:
         return made[1]
 
     def parts_in_ram(self, join: bool) -> tuple[tuple[Block, Scale], ...]:
-        """The same in RAM and in fp32; nothing of it is kept. `join` as it is on the device: then block is block."""
+        """Returns the blocks and their scales in RAM and in fp32. Nothing of them is kept.
+
+        `join`: as on the device, so that the blocks correspond one to one.
+        """
         cpu = torch.device("cpu")
         blocks = self._blocks.get(cpu, torch.float32, lambda: tuple(self._make_blocks(cpu, torch.float32, join)))
         return tuple(zip(blocks, self._make_scales(cpu, join), strict=True))
@@ -183,31 +201,36 @@ class JoinedLowRank:
 
 
 def joins_on(device: torch.device) -> bool:
-    """On the CPU terms are not joined: joining is a copy."""
+    """Returns True if terms are joined on `device`. On the CPU they are not: joining is a copy."""
     return device.type != "cpu"
 
 
 LARGEST_ACTIVATION = 3e4
-"""Activations that a 16-bit model may have; fp16 ends at 65504 and Forge clips at 32768."""
+"""The largest activation that a 16-bit model may have; fp16 ends at 65504 and Forge clips at 32768."""
 
 
 def balanced(factors: LowRank, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`up` and `down` on `device`. In fp16 a power of two per rank goes from `down` to `up`, so that the activation
-    between them stays finite for inputs up to LARGEST_ACTIVATION. Powers of two change no bit, but where an entry of
-    `down` becomes subnormal (an error of 3e-8, absolute)."""
+    """Returns `up` and `down` on `device`, in `dtype`.
+
+    In fp16 a power of two per rank goes from `down` to `up`, so that the activation between them stays finite for inputs
+    up to LARGEST_ACTIVATION. Powers of two change no bit, unless an entry of `down` becomes subnormal (an absolute error
+    of 3e-8).
+    """
     if dtype != torch.float16:
         return factors.dense_up(dtype, device), factors.dense_down(dtype, device)
     up, down = factors.dense_up(torch.float32, device), factors.dense_down(torch.float32, device)
     shift = shift_for_fp16(down)
-    # Unless an entry of `up` would no longer fit into fp16 itself: with scales near 1 such results do not fit either.
+    # Less if an entry of `up` would leave fp16's range: with scales near 1 such results leave it anyway.
     largest = up.abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny)
     shift = torch.maximum(shift, torch.exp2((largest / torch.finfo(dtype).max).log2().ceil()).clamp(max=1.0))
     return (up / shift).to(dtype), (down * shift.unsqueeze(1)).to(dtype)
 
 
 def shift_for_fp16(matrix: torch.Tensor) -> torch.Tensor:
-    """A power of two at most 1 per row of `matrix` (fp32), such that `shift * row @ x` stays inside fp16 for every x of
-    entries up to LARGEST_ACTIVATION."""
+    """Returns a power of two, at most 1, per row of `matrix` (fp32).
+
+    With it `shift * row @ x` stays inside fp16 for every x with entries up to LARGEST_ACTIVATION.
+    """
     largest = matrix.abs().sum(1).clamp_min(torch.finfo(torch.float32).tiny) * LARGEST_ACTIVATION
     return torch.exp2((torch.finfo(torch.float16).max / largest).log2().floor()).clamp(max=1.0)
 

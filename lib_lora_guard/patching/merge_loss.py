@@ -1,4 +1,4 @@
-"""How much of a LoRA a low-bit weight would keep if it were merged: the number for those who ask for merging there."""
+"""Measures how much of a LoRA a low-bit weight would keep after merging: the number for users who ask for a merge there."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ from .attachments import Attachment, MergeAttachment
 ENCODERS: dict[str, Codec] = {codec.format: codec for codec in (Nf4Codec(), Q4_0Codec(), Q8_0Codec())} | {
     dtype_name(dtype): PlainCodec(dtype, dtype_name(dtype)) for dtype in FP8_DTYPES
 }
-"""Formats that a merged weight could be rounded to; the other GGUF types cannot be written back at all."""
+"""Formats that a merged weight can be rounded to. No other GGUF type can be written."""
 
 LEAST_VALUES = 1 << 16
-"""A smaller weight says little of the others."""
+"""Values of the weight that is measured, if there is one of this size: a smaller one is not typical of the others."""
 
 
 @dataclass(frozen=True)
 class MergeLoss:
-    """`cosine` between the delta that would be left and the true one, measured on the weight `key`: 1 is all of it. None
-    where nothing can be written in this format."""
+    """The loss on one model, measured on one of its weights.
+
+    Attributes:
+        key: The weight that was measured.
+        format: Its storage.
+        weights: How many low-bit weights of the model have a LoRA and were not merged.
+        cosine: The cosine between the delta that would be left and the true one; 1 is all of it. None if nothing can be
+            written in this format.
+    """
 
     key: str
     format: str
@@ -33,8 +40,10 @@ class MergeLoss:
 
 
 def merge_loss(attachments: Iterable[Attachment]) -> MergeLoss | None:
-    """Measured on one of the low-bit weights that were not merged; None where there are none. Takes some fp32 copies of that
-    weight, where it lies."""
+    """Measures the loss on one of the low-bit weights that were not merged; None if there are none.
+
+    It needs some fp32 copies of that weight, on its device.
+    """
     low_bit = [a for a in attachments if not isinstance(a, MergeAttachment) and not a.site.storage.wide]
     if not low_bit:
         return None

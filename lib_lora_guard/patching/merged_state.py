@@ -1,6 +1,6 @@
-"""What a model's weights would be with their LoRAs merged in: one at a time, for whoever reads the parameters themselves.
+"""A model's weights with their LoRAs merged in, one at a time, for code that reads the parameters themselves.
 
-In bypass and on the fly the parameters stay as they are, so a reader of `state_dict()` sees nothing of the LoRAs.
+In bypass and on the fly the parameters stay as they are, so that `state_dict()` has nothing of the LoRAs.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from .merging import is_finite, keep_shape, merge
 
 
 class Kept(str, Enum):
-    """What becomes of the LoRA in the merged value. The value is what logs show."""
+    """How much of the LoRA the merged value has. The enum's value is what logs show."""
 
     IN_PLACE = "in place"
-    """The parameter has it already."""
+    """All: the parameter has it already."""
     EXACT = "exact"
-    """Merged in fp32 and rounded once, to the 16 or more bits of the weight."""
+    """All: merged in fp32 and rounded once, to the 16 or more bits of the weight."""
     ROUNDED = "rounded"
-    """Merged and rounded to plain fp8, which most of a LoRA does not survive."""
+    """A part: merged and rounded to plain fp8, which most of a LoRA does not survive."""
     LEFT_OUT = "left out"
-    """The storage can only be read (4-bit, GGUF) or has scales of its own (scaled fp8): the weight stays as stored."""
+    """None: the storage can only be read (4-bit, GGUF) or has scales of its own (scaled fp8). The weight is as stored."""
 
 
 class MergedWeight:
-    """One patched parameter, by `value()`; nothing is calculated or kept before and after that call.
+    """One patched parameter. `value()` computes it; nothing is kept before or after that call.
 
-    `dtype` and `shape` are those of the value, `format` is the storage's name for people.
+    Attributes:
+        dtype: The dtype of the value.
+        shape: The shape of the value.
+        format: The storage's name for people.
+        kept: How much of the LoRA the value has.
     """
 
     def __init__(self, attachment: Attachment, is_suspended: bool, device: torch.device) -> None:
@@ -54,22 +58,25 @@ class MergedWeight:
         else:
             self.kept = Kept.LEFT_OUT
         if not self.is_in_parameter and not keep_shape(attachment.terms, self.shape):
-            # A LoRA that widens a weight; whatever else does not say its shape before it is applied.
+            # A LoRA that widens a weight, or a kind that does not tell its shape before it is applied.
             self.shape = tuple(self.value().shape)
 
     @property
     def is_in_parameter(self) -> bool:
-        """True where `value()` is the parameter's own memory."""
+        """True if `value()` is the parameter's own memory."""
         return self.kept in (Kept.IN_PLACE, Kept.LEFT_OUT)
 
     @property
     def parameter(self) -> torch.nn.Parameter:
+        """The parameter as it is now."""
         return self._attachment.site.parameter
 
     def value(self) -> torch.Tensor:
-        """The weight with its LoRAs, where the weight lies (or in RAM for want of room).
+        """Returns the weight with its LoRAs, on the device of the weight (or in RAM for want of room).
 
-        Raises UnusableTermsError where the LoRA makes it infinite, MemoryError where there is no room.
+        Raises:
+            UnusableTermsError: The LoRA makes it infinite.
+            MemoryError: There is no room.
         """
         with torch.inference_mode(False), torch.no_grad():
             data = self.parameter.detach()
@@ -78,7 +85,7 @@ class MergedWeight:
             if self._attachment.mode is Mode.MERGE and data.dtype != self.dtype:
                 merged = data.to(self.dtype)
             else:
-                # Every fp8 number is one of fp16's too.
+                # fp16 has every number of fp8.
                 source = data if self.kept is Kept.EXACT else data.to(torch.float16)
                 merged = merge(source, self._attachment.terms, device=self._device, out_dtype=self.dtype)
             if is_finite(data) and not is_finite(merged):
@@ -89,8 +96,12 @@ class MergedWeight:
 
 
 class MergedState:
-    """Everything patched on some models. `suspended`: merges that were taken off for a while only, as an engine does before
-    its host moves the model."""
+    """All patched parameters of some models.
+
+    Args:
+        attached: The attachments of the models' engines.
+        suspended: Merges that an engine has taken off until its next change.
+    """
 
     def __init__(self, attached: Iterable[Attachment], suspended: Iterable[Attachment] = ()) -> None:
         self._places: dict[tuple[torch.nn.Module, str], tuple[Attachment, bool]] = {}
@@ -99,7 +110,7 @@ class MergedState:
                 self._places[attachment.site.layer, attachment.site.name] = attachment, is_suspended
 
     def of(self, module: torch.nn.Module) -> dict[str, MergedWeight]:
-        """The patched parameters of `module`, a model or a part of one, by the names its own `state_dict()` has."""
+        """Returns the patched parameters of `module`, a model or a part of one, by their names in its `state_dict()`."""
         weights: dict[str, MergedWeight] = {}
         devices: dict[object, torch.device] = {}
         for path, layer in module.named_modules(remove_duplicate=False):
@@ -116,6 +127,6 @@ class MergedState:
 
 
 def _scale_of(layer: torch.nn.Module) -> torch.Tensor | None:
-    """The scale of a scaled fp8 weight, under the name that checkpoints and Forge have for it."""
+    """Returns the scale of a scaled fp8 weight, which checkpoints and Forge call `scale_weight`."""
     scale = getattr(layer, "scale_weight", None)
     return scale if isinstance(scale, torch.Tensor) else None

@@ -1,4 +1,4 @@
-"""On the fly: the delta goes into the temporary weight that a layer makes for its forward pass, never into the parameter."""
+"""On the fly: the stack is applied to the temporary weight of a layer's forward pass, never to the parameter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from .layer_call import naming_the_layer
 
 
 class WeightTerms:
-    """The stack of one weight, ready to be applied to a dequantised or cast copy of it on any device."""
+    """The stack of one weight, for a dequantised or cast copy of it on any device.
+
+    Args:
+        key: The name of the weight, for errors.
+        terms: The stack, in order.
+    """
 
     def __init__(self, key: str, terms: Sequence[Term]) -> None:
         self.key = key
@@ -23,10 +28,14 @@ class WeightTerms:
         self._copies: DeviceCache[tuple[Term, ...]] = DeviceCache()
 
     def apply(self, weight: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor:
-        """The patched weight, in the dtype of `weight`.
+        """Returns the patched weight, in the dtype of `weight`.
 
-        `weight` is written into only when it is proven not to be the memory of `parameter`. Raises LayerError where memory
-        ends: some terms may be in `weight` by then, so there is no second attempt.
+        Args:
+            weight: The temporary weight. It is changed in place, unless it shares the memory of `parameter`.
+            parameter: The layer's own parameter.
+
+        Raises:
+            LayerError: Out of memory. Some terms may be in `weight` by then, so there is no second attempt.
         """
         with naming_the_layer(self.key):
             terms = self._copies.get(weight.device, weight.dtype, lambda: self._on(weight.device, weight.dtype))
@@ -34,20 +43,23 @@ class WeightTerms:
             return apply_terms(scratch, terms)
 
     def exchange(self, terms: Sequence[Term]) -> None:
-        """Puts `terms`, which differ from the present ones in strengths alone, in place. The factors on a device stay."""
+        """Replaces the terms by `terms`, which differ from them in strengths alone. The factors on a device stay."""
         self.terms = tuple(terms)
         self._copies.drop()
 
     def drop_device_copies(self) -> None:
+        """Frees the factors' copies on devices; the next forward pass makes them again."""
         self._copies.drop()
         self._adapters.drop()
 
     @property
     def is_resident(self) -> bool:
+        """True while copies on a device exist."""
         return len(self._adapters) > 0
 
     @property
     def device_bytes(self) -> int:
+        """Bytes of the factors on a device while sampling."""
         return sum(term.adapter.bytes for term in self.terms)
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Term, ...]:
@@ -55,7 +67,7 @@ class WeightTerms:
             return self.terms
 
         def moved() -> tuple[Adapter, ...]:
-            # In the file's own dtype: what an adapter must not round (a DoRA's magnitude) only it knows.
+            # In the file's own dtype: only the adapter knows what must not be rounded (a DoRA's magnitude).
             return tuple(t.adapter.map(lambda x: x.to(device)) for t in self.terms)
 
         adapters = self._adapters.get(device, dtype, moved)

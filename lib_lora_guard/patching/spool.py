@@ -1,7 +1,7 @@
-"""Tensors kept in a file: raw bytes out, the same bits back in. One file per spool, gone with its last tensor.
+"""Tensors kept in a file, bit for bit. Each spool has one file, which is deleted with its last tensor.
 
-The file is open for as long as it exists, so that nobody else can take it away: Windows refuses, elsewhere its contents
-stay with the handle. What a killed process leaves behind is removed by the next one, which reads from the name whose it was.
+The file is open for as long as it exists, so that no other program can remove its contents: Windows refuses, elsewhere
+they stay with the handle. The file of a killed process is deleted by the next one; its name tells whose it was.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ import torch
 from ..errors import Message, ModeError, RestoreError, about, reason
 from ..memory.probe import disk_spare_bytes
 from ..recorder.processes import is_running
-from ..weights.storage import MB
+from ..units import MB
 
 CHUNK_BYTES = 16 * MB
-"""What passes through RAM at a time on the way between a GPU and the disk."""
+"""Bytes in RAM at a time on the way between a GPU and the disk."""
 
 _NAME = re.compile(r"lora-guard-(\d{1,9})-(\d{1,15})-[0-9a-f]+\.spool")
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One tensor in the file. `checksum` is CRC-32: it is there for torn and foreign writes, not against an opponent, and
-    it is three times as fast as BLAKE2."""
+    """One tensor in the file: `bytes` from `start` on.
+
+    `checksum` is CRC-32. It detects torn and foreign writes, not an attack, and is three times as fast as BLAKE2.
+    """
 
     start: int
     bytes: int
@@ -46,7 +48,7 @@ class Region:
 
 
 class Spool:
-    """Not for several threads at once."""
+    """Tensors in one file in `folder`. Not thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,9 +59,13 @@ class Spool:
         remove_stale_files(folder)
 
     def write(self, key: str, tensor: torch.Tensor) -> Region:
-        """Raises ModeError where the disk does not take it; then the file is as before."""
+        """Writes a tensor. `key` names it in errors.
+
+        Raises:
+            ModeError: The disk does not take it; the file is as before.
+        """
         stride = torch.empty_like(tensor, device="meta").stride()
-        # Gaps and overlaps between rows are not kept; any order of the dimensions is.
+        # The order of the dimensions is kept; gaps and overlaps between rows are not.
         dense = tensor.detach() if tensor.stride() == stride else tensor.detach().clone()
         flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
         spare = disk_spare_bytes(self.folder)
@@ -82,13 +88,17 @@ class Spool:
         return region
 
     def read(self, key: str, region: Region, device: torch.device) -> torch.Tensor:
-        """A new tensor with the bits that were written. Raises RestoreError where the file no longer has them."""
+        """Reads a tensor back into a new one on `device`.
+
+        Raises:
+            RestoreError: The file no longer has its bits.
+        """
         flat = torch.empty(region.bytes, dtype=torch.uint8, device=device)
         if self._file is None or region not in self._live:
             raise self._lost(key, "it was released")
         start, checksum = region.start, 0
         for chunk in _chunks(flat):
-            # What goes wrong on the device's side is said as what it is: the file still has the bits.
+            # Outside the try: an error of the device is no loss, the file still has the bits.
             staged = chunk if device.type == "cpu" else torch.empty_like(chunk, device="cpu")
             try:
                 self._file.seek(start)
@@ -106,11 +116,13 @@ class Spool:
         return RestoreError(about(key, Message("memory.spool_lost", {"path": str(self.path), "error": problem})))
 
     def free(self, region: Region) -> None:
+        """Gives the region's room back. Idempotent."""
         self._live.discard(region)
         self._delete_if_empty()
 
     @property
     def bytes(self) -> int:
+        """Bytes of the tensors in the file."""
         return sum(region.bytes for region in self._live)
 
     def _open(self) -> FileIO:
@@ -119,7 +131,7 @@ class Spool:
             started_ms = round(psutil.Process().create_time() * 1000)
             path = self.folder / f"lora-guard-{os.getpid()}-{started_ms}-{secrets.token_hex(4)}.spool"
             self._file, self.path = FileIO(path, "x+"), path
-            # Runs when this object dies and when the interpreter ends, once.
+            # Runs once: when this object is freed, or when the interpreter ends.
             self._close = weakref.finalize(self, _close_and_delete, self._file, path)
         return self._file
 
@@ -129,7 +141,7 @@ class Spool:
             self._file = self._close = None
 
     def _free_start(self, size: int) -> int:
-        """Where `size` bytes lie free: the first gap that is large enough, or the end."""
+        """Returns the offset of `size` free bytes: the first gap that is large enough, or the end."""
         start = 0
         for region in sorted(self._live, key=lambda r: r.start):
             if region.start - start >= size:
@@ -139,7 +151,7 @@ class Spool:
 
 
 def remove_stale_files(folder: Path) -> None:
-    """Deletes spool files whose process is gone. One that cannot be deleted is in use, or not ours to delete."""
+    """Deletes spool files whose process is gone. A file that cannot be deleted is in use, or belongs to another user."""
     try:
         found = list(folder.iterdir())
     except OSError:
@@ -164,7 +176,7 @@ def _chunks(flat: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _write(file: FileIO, chunk: torch.Tensor, checksum: int) -> int:
-    """Writes a CPU byte tensor; the checksum with it. An unbuffered file may take less than it is given."""
+    """Writes a byte tensor in RAM and returns the checksum with it. An unbuffered write may take only a part."""
     view = _memory(chunk)
     checksum = zlib.crc32(view, checksum)
     while len(view):
@@ -184,7 +196,7 @@ def _read(file: FileIO, chunk: torch.Tensor, checksum: int) -> int:
 
 
 def _memory(chunk: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU byte tensor, which has to outlive the view."""
+    """Returns the memory of a contiguous byte tensor in RAM. The tensor has to outlive it."""
     if chunk.numel() == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_ubyte * chunk.numel()).from_address(chunk.data_ptr())).cast("B")

@@ -1,4 +1,4 @@
-"""All or nothing: every change is recorded with its undo before the next one starts."""
+"""A transaction: every change is recorded with its undo before the next one starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ log = logging.getLogger(__name__)
 
 
 class Transaction:
-    """`with Transaction() as t: t.do(change, undo)`. An exception in the block undoes what was done, last first.
+    """Undoes its changes, last first, if its block ends in an exception.
 
-    `undo` must be right whether `change` ran wholly, in part or not at all. An undo that itself fails does not stop
-    the others; it is kept in `failed`, to be tried again when what stopped it (memory, mostly) is over.
+    >>> with Transaction() as transaction:
+    ...     transaction.do(change, undo)
+
+    An undo that fails does not stop the others. It is kept in `failed`, to be tried again when its cause (memory,
+    mostly) is over.
     """
 
     def __init__(self) -> None:
@@ -23,6 +26,7 @@ class Transaction:
         self.failed: list[Callable[[], object]] = []
 
     def do(self, change: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Makes a change. `undo` must be right whether `change` ran wholly, in part or not at all."""
         self._undo.append(undo)
         change()
 
@@ -36,6 +40,7 @@ class Transaction:
             self.rollback()
 
     def rollback(self) -> None:
+        """Undoes the changes, last first."""
         while self._undo:
             undo = self._undo.pop()
             try:

@@ -128,7 +128,7 @@ def choose_mode(
 
 
 def _reason_to_merge(facts: WeightFacts, terms: Sequence[Term], wish: Wish) -> Message | None:
-    """The reason to merge that holds whatever the cheap forms are; None where they decide."""
+    """Returns the reason to merge, if there is one whatever the cheap forms are; None if the forms decide."""
     if len(facts.shape) < 2:
         return _SMALL
     if not (facts.can_bypass or facts.can_on_the_fly):

@@ -18,7 +18,7 @@ from ...errors import LoraGuardError, LoraMismatchError, about
 from ...files import shown
 from ...memory.probe import BackupBudget, measure_budget
 from ...models.fit import Target, fit_file
-from ...patching.access import Site, find_owner, is_linear, is_plain_convolution, plain_bias
+from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution, plain_bias
 from ...patching.engine import Engine, LoraRequest
 from ...patching.on_the_fly import WeightTerms
 from ...planning.mode import requested
@@ -126,19 +126,10 @@ def _identity(path: Path) -> tuple[str, int, int]:
     return str(path.resolve()), status.st_mtime_ns, status.st_size
 
 
-class PlainAccess:
+class PlainAccess(ModuleAccess):
     """Any module as the engine sees it; our own StoredLinear layers are known, all others are dense."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = weakref.ref(model)
-        self.name = type(model).__name__
-
-    @property
-    def model(self) -> torch.nn.Module:
-        model = self._model()
-        if model is None:
-            raise ReferenceError(f"the {self.name} this guard was made for is gone")
-        return model
+    gone = "the {name} this guard was made for is gone"
 
     def shapes(self) -> Shapes:
         """Names and real shapes of all parameters; those that hold a stored weight's scales are left out."""
@@ -171,23 +162,13 @@ class PlainAccess:
             and (stored or is_linear(layer) or isinstance(layer, torch.nn.modules.conv._ConvNd)),
         )
 
-    def dense(self, site: Site) -> torch.Tensor:
+    def decoded_rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
         if isinstance(site.layer, StoredLinear) and site.name == "weight":
-            return site.layer.decode(torch.float32).clone()
-        return site.parameter.detach().to(torch.float32, copy=True)
-
-    def rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
-        if isinstance(site.layer, StoredLinear) and site.name == "weight":
-            values = site.layer.decode_rows(start, length, torch.float32)
-        else:
-            values = site.parameter.detach().narrow(0, start, length)
-        return torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
+            return site.layer.decode_rows(start, length, torch.float32)
+        return site.parameter.detach().narrow(0, start, length)
 
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         return plain_bias(layer)
-
-    def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
-        setattr(site.layer, site.name, value)
 
     def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
         layer: Any = site.layer
