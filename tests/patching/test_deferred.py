@@ -67,7 +67,7 @@ def test_operations_give_plain_tensors_with_the_right_values(operation, inferenc
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_looking_and_copying_read_nothing(inference):
+def test_attributes_and_clones_do_not_compute_the_values(inference):
     source = Source()
     with torch.inference_mode(inference):
         copied = source.deferred.clone().clone()
@@ -83,7 +83,7 @@ def test_looking_and_copying_read_nothing(inference):
 
 
 @pytest.mark.parametrize("write", [lambda t: t.mul_(2), lambda t: t.copy_(VALUES), lambda t: t.zero_()])
-def test_writing_into_one_is_an_error_not_a_loss(write):
+def test_writing_into_a_deferred_tensor_raises(write):
     source = Source()
     with pytest.raises(RuntimeError, match="cannot be written into"):
         write(source.deferred)
@@ -91,7 +91,7 @@ def test_writing_into_one_is_an_error_not_a_loss(write):
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")  # safetensors with older torch
-def test_whoever_wants_its_memory_gets_an_error_not_rubbish(tmp_path):
+def test_access_to_its_memory_raises_instead_of_reading_rubbish(tmp_path):
     deferred = Source().deferred
     with pytest.raises((RuntimeError, TypeError)):
         deferred.numpy()
@@ -105,7 +105,7 @@ def test_whoever_wants_its_memory_gets_an_error_not_rubbish(tmp_path):
     assert same_bits(torch.load(kept)["a"], VALUES)
 
 
-def test_of_reads_what_lies_there_at_that_moment():
+def test_a_deferred_tensor_has_the_values_at_the_time_of_reading():
     values = VALUES.clone()
     deferred = DeferredTensor.of(values).clone()
     values.add_(1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patching.terms import term
 from support.make import Net, host_value, rand
 from support.measure import assert_same, live_tensors, same_bits
 from support.reference import merge_reference
@@ -89,7 +90,7 @@ def reference(weights, *loras):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_stacks_equal_the_reference_and_removal_is_exact(codec):
+def test_any_stack_equals_the_reference_and_removal_restores_every_bit(codec):
     model = build(codec)
     weights, before, engine = dense(model), [(n, p.data.clone()) for n, p in model.named_parameters()], Engine()
     base, a, b = output(model), everything(1), everything(20, 2)
@@ -142,7 +143,7 @@ STEPS = [
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the step", "after the step"])
 @pytest.mark.parametrize(("owner", "name"), STEPS, ids=lambda v: getattr(v, "__name__", v))
-def test_a_failure_at_any_step_leaves_the_old_stack_whole(owner, name, after):
+def test_a_failure_at_any_step_leaves_the_old_stack_applied(owner, name, after):
     """Every occurrence of every step fails once: in applying, changing and removing."""
     old, new = stack_of((everything(1), 0.7)), stack_of((everything(40), 0.5), (everything(1), 0.3))
     failures = 0
@@ -183,7 +184,7 @@ def random_changes(model, engine, count=300):
         yield loras
 
 
-def test_three_hundred_random_changes_leave_values_tensors_and_models_as_they_were(nothing_of_others):
+def test_three_hundred_random_changes_leak_no_tensor_and_no_object(nothing_of_others):
     model, engine = build("fp8"), Engine()
     weights, before, base = dense(model), [p.data.clone() for p in model.parameters()], output(model)
     tensors, alive = set(), []
@@ -216,7 +217,7 @@ print(*(process.memory_info().rss for _ in random_changes(build("fp8"), Engine()
 """
 
 
-def test_three_hundred_random_changes_leave_resident_memory_as_it_was():
+def test_three_hundred_random_changes_leak_no_resident_memory():
     """In a process of its own: what other tests left in this one's heap moves its resident memory by megabytes."""
     tests = Path(__file__).parents[1]
     command = [sys.executable, "-c", RESIDENT]
@@ -239,7 +240,7 @@ def test_three_hundred_random_changes_leave_resident_memory_as_it_was():
     ),
     st.sampled_from(sorted(CODECS)),
 )
-def test_any_sequence_of_changes_and_failures_ends_where_it_should(steps, codec):
+def test_any_sequence_of_changes_and_failures_ends_with_the_last_stack_that_succeeded(steps, codec):
     model, engine = build(codec), Engine()
     weights, base = dense(model), output(model)
     pool = [everything(s, 1 + s % 2) for s in range(4)]
@@ -263,7 +264,7 @@ def test_any_sequence_of_changes_and_failures_ends_where_it_should(steps, codec)
     assert torch.equal(output(model), base)
 
 
-def test_a_change_touches_only_what_changed():
+def test_a_change_keeps_the_attachments_of_weights_that_do_not_change():
     model, engine = build("bf16"), Engine()
     a, b = everything(1), everything(30, 4)
     parsed_a = request("a", a, 0.5, 0)
@@ -274,7 +275,7 @@ def test_a_change_touches_only_what_changed():
     assert {k for k in after if after[k] is before[k]} == set(a) - set(b)
 
 
-def test_a_lora_that_does_not_fit_is_left_out_whole():
+def test_a_lora_with_one_weight_of_another_shape_is_left_out_as_a_whole():
     model, engine = build(), Engine()
     weights, base = dense(model), output(model)
     good, bad = everything(1), {**everything(2), "blocks.1.proj.weight": host_value("lora", (64, 80), 3)}
@@ -287,7 +288,7 @@ def test_a_lora_that_does_not_fit_is_left_out_whole():
     assert (report.loras[0].used, report.loras[1].used) == (0, len(good))
 
 
-def test_keys_the_model_has_not_are_counted_and_the_rest_is_applied():
+def test_keys_that_the_model_lacks_are_counted_and_the_rest_is_applied():
     model, engine = build(), Engine()
     weights, base, good = dense(model), output(model), everything(1)
     report = engine.change(
@@ -316,7 +317,7 @@ def test_merging_16_bit_weights_rounds_once_and_keeps_the_originals():
     assert all(same_bits(p.data, before[n]) for n, p in model.named_parameters())
 
 
-def test_the_engine_lets_the_model_go():
+def test_an_engine_does_not_keep_its_model_alive():
     model, engine = build("bf16"), Engine()
     gone = weakref.ref(model)
     engine.change(PlainAccess(model), stack_of((everything(1), 0.5)))
@@ -325,7 +326,7 @@ def test_the_engine_lets_the_model_go():
     assert gone() is None
 
 
-def test_what_could_not_be_undone_is_tried_again_before_anything_else(monkeypatch, caplog):
+def test_an_undo_that_failed_is_tried_again_before_the_next_change(monkeypatch, caplog):
     """An undo that fails (memory ended there too) leaves a weight patched; nothing may build on that."""
     model, engine = build("bf16"), Engine()
     base = output(model)
@@ -370,7 +371,7 @@ def test_a_convolution_that_a_difference_has_widened_takes_other_loras_afterward
     assert same_bits(model["conv_in"].weight.data, before)
 
 
-def test_a_difference_of_another_size_is_lost_alone_and_said():
+def test_a_difference_of_another_size_alone_is_left_out_and_reported():
     model, engine = build(), Engine()
     weights, base, good = dense(model), output(model), everything(1)
     patches = {**good, "blocks.0.norm.weight": (rand(48, seed=1),)}
@@ -382,7 +383,7 @@ def test_a_difference_of_another_size_is_lost_alone_and_said():
     )
 
 
-def test_a_weight_that_no_mode_can_carry_is_said_to_be_lost():
+def test_a_weight_that_no_mode_can_patch_is_reported_as_lost():
     model, engine = torch.nn.ModuleDict({"e": torch.nn.Embedding(8, 4)}), Engine()
     model["e"].weight = torch.nn.Parameter(torch.zeros(8, 4).to(torch.float8_e4m3fn), requires_grad=False)
     terms = {"e.weight": [parse_term([1.0, host_value("lora", (8, 4), 1), 1.0, None, None], {})]}
@@ -403,7 +404,7 @@ def test_a_layer_that_is_never_called_is_merged():
     assert torch.equal(model(x, x, x)[0], base)
 
 
-def test_detach_all_restores_what_it_can_and_says_when_it_could_not(monkeypatch, caplog):
+def test_taking_everything_off_restores_all_it_can_and_reports_a_failure(monkeypatch, caplog):
     model, engine = build("bf16"), Engine()
     base = output(model)
     engine.change(PlainAccess(model), stack_of((everything(1), 0.5)))
@@ -416,3 +417,21 @@ def test_detach_all_restores_what_it_can_and_says_when_it_could_not(monkeypatch,
     assert "could not be restored" in caplog.text
     assert engine.detach_all()
     assert torch.equal(output(model), base)
+
+
+def test_no_mode_leaks_a_tensor():
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 64).requires_grad_(False)})
+    engine, access, x = Engine(), PlainAccess(model), rand(4, 64, seed=1)
+    pool = [[term("lora", (64, 64), 1), term("lora", (64, 64), 2, dora="output")], [term("lokr", (64, 64))]]
+
+    def round_trip():
+        for wish in (Wish.AUTO, Wish.ON_THE_FLY, Wish.MERGE):
+            for terms in pool:
+                engine.change(access, [LoraRequest("a", 1.0, {"layer.weight": terms})], wish)
+                model["layer"](x)
+        engine.change(access, [])
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    first = round_trip()
+    assert [round_trip() for _ in range(3)] == [first] * 3

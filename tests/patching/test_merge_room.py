@@ -93,7 +93,7 @@ def assert_same_picture(found, expected, plain):
     assert gap <= 1e-4 * size + 1e-6 * expected.norm()
 
 
-def test_with_room_all_are_merged_and_the_memory_is_looked_at_once(lines):
+def test_with_enough_ram_everything_is_merged_and_memory_is_measured_once(lines):
     bench = Bench()
     bench.change(loras())
     assert set(bench.modes().values()) == {Mode.MERGE}
@@ -101,7 +101,7 @@ def test_with_room_all_are_merged_and_the_memory_is_looked_at_once(lines):
     assert lines() == []
 
 
-def test_the_rest_goes_through_the_layers_calls(lines):
+def test_weights_that_ram_has_no_room_for_use_bypass_and_the_log_says_so(lines):
     plain, whole = Bench().change(), Bench().change(loras())
     room = Bench().total(*MATRICES[:3]) + 1
     bench = Bench(ram=room)
@@ -119,7 +119,7 @@ def test_the_rest_goes_through_the_layers_calls(lines):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 400_000), st.integers(0, 3))
-def test_merges_never_take_more_than_there_is(ram, seed):
+def test_merges_never_need_more_ram_than_is_free(ram, seed):
     bench = Bench(ram=ram)
     found = bench.change(loras(seed=seed))
     merged = [key for key, mode in bench.modes().items() if mode is Mode.MERGE]
@@ -130,7 +130,7 @@ def test_merges_never_take_more_than_there_is(ram, seed):
     assert_same_picture(found, Bench().change(loras(seed=seed)), Bench().change())
 
 
-def test_what_can_only_be_merged_has_the_first_claim():
+def test_weights_that_can_only_be_merged_get_ram_first():
     needed = Bench().total(*SMALL)
     # A matrix would fit if it came first.
     bench = Bench(ram=needed + Bench().total(min(MATRICES, key=Bench().bytes.get)) - 1)
@@ -138,7 +138,7 @@ def test_what_can_only_be_merged_has_the_first_claim():
     assert {key for key, mode in bench.modes().items() if mode is Mode.MERGE} == set(SMALL)
 
 
-def test_what_is_merged_already_needs_no_more_room():
+def test_weights_that_are_merged_already_need_no_more_ram():
     bench = Bench()
     bench.change(loras())
     bench.spare, bench.asked = BackupBudget(0, 0, 0), 0
@@ -148,7 +148,7 @@ def test_what_is_merged_already_needs_no_more_room():
     assert_same_picture(found, Bench().change(loras(), strength=0.5), Bench().change())
 
 
-def test_room_that_is_back_is_used_at_the_next_change():
+def test_ram_that_is_free_again_is_used_at_the_next_change():
     bench = Bench(ram=0)
     bench.change(loras())
     assert set(bench.modes().values()) == {Mode.BYPASS}
@@ -157,21 +157,21 @@ def test_room_that_is_back_is_used_at_the_next_change():
     assert set(bench.modes().values()) == {Mode.MERGE}
 
 
-def test_small_merges_ask_nobody(monkeypatch):
+def test_small_merges_start_without_measuring_memory(monkeypatch):
     monkeypatch.setattr(merge_room, "LEAST_BYTES", GB)
     bench = Bench(ram=0)
     bench.change(loras())
     assert (bench.asked, set(bench.modes().values())) == (0, {Mode.MERGE})
 
 
-def test_a_strict_wish_is_kept():
+def test_a_strict_request_to_merge_is_kept_without_free_ram():
     bench = Bench(ram=0)
     bench.change(loras(), wish=Wish.MERGE)
     assert set(bench.modes().values()) == {Mode.MERGE}
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_backups_of_weights_on_a_card_go_to_no_disk_that_bypass_spares():
+def test_weights_on_a_card_use_bypass_rather_than_backups_on_disk():
     bench = Bench(ram=0, disk=GB)
     found = bench.change(loras(), vectors())
     merged = {key: one for key, one in bench.engine.attached.items() if isinstance(one, MergeAttachment)}
@@ -183,7 +183,7 @@ def test_backups_of_weights_on_a_card_go_to_no_disk_that_bypass_spares():
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_spare_vram_is_room():
+def test_spare_vram_counts_for_weights_on_a_card_alone():
     need = Bench().total(*MATRICES[:3])
     bench = Bench(ram=0, vram=need)
     bench.change(loras(MATRICES[:4]))
@@ -197,7 +197,7 @@ def test_spare_vram_is_room():
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_copies_that_the_host_has_need_no_room():
+def test_weights_that_the_host_keeps_a_copy_of_need_no_ram():
     bench = Bench(ram=0)
     copies = {name: p.data.clone() for name, p in bench.model.named_parameters()}
     with bench.engine.offloaded(copies):
@@ -207,7 +207,7 @@ def test_copies_that_the_host_has_need_no_room():
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_whole_weights_go_to_the_disk_because_nobody_reserved_vram_for_them(lines):
+def test_differences_as_large_as_the_weight_go_to_the_disk_on_a_card(lines):
     differences = {name: host_value("diff", SHAPES[name], n) for n, name in enumerate(MATRICES)}
     bench = Bench(ram=0, disk=GB)
     bench.change(differences, wish=Wish.AUTO)
@@ -219,7 +219,7 @@ def test_whole_weights_go_to_the_disk_because_nobody_reserved_vram_for_them(line
         nowhere.change(differences, wish=Wish.AUTO)
 
 
-def test_whole_weights_in_ram_are_added_on_the_fly_on_the_cpu():
+def test_differences_as_large_as_the_weight_are_added_on_the_fly_on_the_cpu():
     differences = {name: host_value("diff", SHAPES[name], n) for n, name in enumerate(MATRICES)}
     bench = Bench(ram=0)
     found = bench.change(differences, wish=Wish.AUTO)

@@ -110,7 +110,7 @@ def test_wide_weights_are_the_fp32_merge_rounded_once_in_every_mode(dtype, wish)
             assert same_bits(weight.parameter, before[key]), "the parameter was changed"
 
 
-def test_parts_of_a_model_go_by_their_own_names():
+def test_a_part_of_a_model_has_the_names_of_its_own_state_dict():
     model = Net(32)
     engine = applied(model, stack_of(model))
     part = model.blocks[1]
@@ -148,7 +148,7 @@ def test_plain_fp8_is_merged_and_rounded_to_fp8_as_stock_does():
 
 
 @pytest.mark.parametrize("codec", [Nf4Codec(), Q8_0Codec(), ScaledFp8Codec()], ids=lambda codec: codec.format)
-def test_low_bit_weights_stay_as_stored(codec):
+def test_4_bit_gguf_and_scaled_fp8_weights_stay_as_stored(codec):
     model = torch.nn.Sequential(StoredLinear(codec, rand(64, 64, seed=1), rand(64, seed=2)))
     engine = applied(model, [{"0.weight": [(host_value("lora", (64, 64), 3), None)]}] * 2)
     stored = model[0].weight.detach().clone()
@@ -168,7 +168,7 @@ def test_fp8_with_a_scale_beside_it_stays_as_stored():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8])
-def test_merges_that_are_suspended_for_a_while_are_not_lost(dtype):
+def test_suspended_merges_are_in_the_merged_state(dtype):
     model = Net(32)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -185,7 +185,7 @@ def test_merges_that_are_suspended_for_a_while_are_not_lost(dtype):
         assert same_bits(weight.value(), wanted[key]), key
 
 
-def test_a_lora_that_widens_a_weight_says_the_new_shape():
+def test_a_lora_that_widens_a_weight_has_the_new_shape():
     model = torch.nn.Module()
     model.img_in = torch.nn.Conv2d(8, 16, 1, bias=False).requires_grad_(False)
     wider = rand(16, 12, 1, 1, seed=4)
@@ -199,7 +199,7 @@ def test_a_lora_that_widens_a_weight_says_the_new_shape():
     assert same_bits(weight.value(), merged)
 
 
-def test_values_that_do_not_fit_are_named():
+def test_the_error_for_values_beyond_fp16_names_the_weight():
     model = torch.nn.Sequential(torch.nn.Linear(16, 16).half()).requires_grad_(False)
     engine = applied(model, [{"0.weight": [(host_value("lora", (16, 16), 3), None)]}] * 2)
     attachment = engine.attached["0.weight"]

@@ -151,13 +151,13 @@ def test_no_mode_needs_64_bit_floats_on_the_device(monkeypatch, kind, wish):
     assert torch.equal(output(model), base)
 
 
-def test_64_bit_floats_are_used_where_they_are():
+def test_64_bit_floats_are_used_on_devices_that_have_them():
     for device, dtype in {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}.items():
         assert widest_float(torch.device(device)) is dtype
     assert widest_float(torch.device("privateuseone")) is widest_float(torch.device("xpu")) is torch.float32
 
 
-def test_memory_running_out_is_seen_on_other_devices():
+def test_out_of_memory_errors_of_other_devices_are_recognised():
     for text in ("MPS backend out of memory (MPS allocated: 9 GB)", "There is not enough GPU video memory available!"):
         assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
@@ -176,7 +176,7 @@ def test_a_lora_file_is_applied_without_cuda(no_cuda, tmp_path):
     assert torch.equal(output(model), base)
 
 
-def test_memory_questions_have_an_answer_without_cuda(no_cuda):
+def test_free_memory_can_be_measured_without_cuda(no_cuda):
     budget = measure_budget(torch.device("cpu"), 0)
     assert budget.vram_spare_bytes == 0
     assert budget.ram_spare_bytes > 0
@@ -186,7 +186,7 @@ def test_memory_questions_have_an_answer_without_cuda(no_cuda):
 
 
 @pytest.mark.parametrize("device", ["mps", "privateuseone", "cpu"])
-def test_copies_of_factors_need_no_cuda_on_other_devices(no_cuda, device):
+def test_device_copies_need_no_cuda_on_other_devices(no_cuda, device):
     cache, made = DeviceCache(), []
     for _ in range(2):
         cache.get(torch.device(device), torch.float16, lambda: made.append(device) or device)

@@ -3,7 +3,7 @@ import pytest
 from lib_lora_guard.patching.transaction import Transaction
 
 
-def test_success_keeps_everything():
+def test_a_block_that_ends_well_keeps_its_changes():
     done = []
     with Transaction() as t:
         t.do(lambda: done.append(1), lambda: done.append(-1))
@@ -12,7 +12,7 @@ def test_success_keeps_everything():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_undoes_in_reverse_the_failed_step_included(error):
+def test_an_exception_undoes_all_changes_last_first_the_failed_one_included(error):
     done = []
 
     def fail():

@@ -49,7 +49,7 @@ class Watched:
         return self.told
 
 
-def test_merging_and_putting_back():
+def test_merging_and_restoring_are_announced_with_their_ram():
     watched = Watched()
     size = BYTES[KEYS[0]] + BYTES[KEYS[1]]
     assert watched.change(stack(*KEYS[:2])) == [(Phase.MERGE, size)]
@@ -59,7 +59,7 @@ def test_merging_and_putting_back():
     assert watched.change([]) == [(Phase.RESTORE, 0)]
 
 
-def test_lifting_and_taking_off():
+def test_suspending_merges_and_taking_all_off_are_announced_once():
     watched = Watched()
     watched.change(stack(KEYS[0]))
     watched.told.clear()
@@ -73,7 +73,7 @@ def test_lifting_and_taking_off():
     assert watched.told == [(Phase.RESTORE, 0)]
 
 
-def test_bypass_tells_nothing():
+def test_bypass_is_not_announced():
     watched = Watched()
     for requests in (stack(*KEYS), stack(*KEYS, strength=0.5), []):
         assert watched.change(requests, Wish.NEVER_MERGE) == []
@@ -83,7 +83,7 @@ def test_bypass_tells_nothing():
     assert watched.told == []
 
 
-def test_backing_up_is_told_where_weights_lie_on_a_device(monkeypatch):
+def test_backups_of_weights_on_a_device_are_announced(monkeypatch):
     monkeypatch.setattr(watching, "lies_in_ram", lambda parameter: False)
     watched = Watched()
     seen = []
@@ -124,7 +124,7 @@ def test_a_change_that_fails_ends_its_phase(monkeypatch):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([Wish.PREFER_MERGE, Wish.NEVER_MERGE])), max_size=6))
-def test_the_watch_changes_nothing(changes):
+def test_a_watched_engine_gives_the_bits_of_an_unwatched_one(changes):
     """The same sequence with and without one: the same bits."""
     watched, plain = Watched(), Net(32, depth=2)
     plain.load_state_dict(watched.model.state_dict())

@@ -1,6 +1,5 @@
-"""What LoRAs cost in memory, counted: storages that a bypass makes, RAM beyond the file, the workspace of norms and merges."""
+"""The memory that LoRAs cost in bypass, counted: storages that a call makes, and RAM beyond the file."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -8,21 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from patching.terms import term
 from safetensors.torch import save_file
 from support.live_memory import LiveMemory
-from support.make import host_value, rand
+from support.make import rand
 
-from lib_lora_guard.adapters import Ia3Adapter, Term, parse_term
+from lib_lora_guard.adapters import Ia3Adapter, Term
 from lib_lora_guard.hosts.plain.guard import PlainAccess
-from lib_lora_guard.patching import attachments, norms
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.patching.low_rank import JoinedLowRank
-from lib_lora_guard.patching.merging import merge
-from lib_lora_guard.planning.cheap import forms_of
 from lib_lora_guard.planning.mode import Mode, Wish
-from lib_lora_guard.weights import PlainCodec, Q8_0Codec, ScaledFp8Codec, StoredLinear, codec
+from lib_lora_guard.units import MB
+from lib_lora_guard.weights import (
+    PlainCodec,
+    Q8_0Codec,
+    ScaledFp8Codec,
+    StoredLinear,
+)
 
-MB = 1 << 20
 OUT, IN, TOKENS = 384, 256, 512
 """Weight 98304 values, input 131072, output 196608: a new storage of each size is told by its size alone."""
 CHANNELS_OUT, CHANNELS_IN, SIDE = 112, 96, 32
@@ -33,10 +35,6 @@ CHANNELS_OUT, CHANNELS_IN, SIDE = 112, 96, 32
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def term(kind, shape, seed=1, strength=0.8, model=1.0, **more):
-    return parse_term([strength, host_value(kind, shape, seed, **more), model, None, None], {})
 
 
 def ia3(size, on_input):
@@ -100,7 +98,7 @@ def bypass_of(model, terms):
 
 @pytest.mark.parametrize("joined", [False, True], ids=["as on the CPU", "joined as on a GPU"])
 @pytest.mark.parametrize(("kind", "dtype", "index"), CASES)
-def test_a_bypass_allocates_nothing_of_the_weights_size(kind, dtype, index, joined, monkeypatch):
+def test_a_call_allocates_nothing_of_the_size_of_the_weight(kind, dtype, index, joined, monkeypatch):
     """Beyond what the base forward allocates: nothing at all, but where `forms` says that a form needs it, and why.
 
     In fp32 convolutions alone: those of 16 bits take torch a second each on a CPU, and our own steps are the same.
@@ -132,7 +130,7 @@ def test_a_bypass_allocates_nothing_of_the_weights_size(kind, dtype, index, join
 
 
 @pytest.mark.parametrize(("kind", "outputs"), [("lora", 1), ("loha", 1), ("ia3 by row", 0), ("dora by row", 1)])
-def test_a_convolution_in_channels_last_takes_one_output_for_each_low_rank_term(kind, outputs):
+def test_a_convolution_in_channels_last_allocates_one_output_for_each_low_rank_adapter(kind, outputs):
     """Its output cannot be viewed as (channels, pixels), so what is added to it is made apart first."""
     layer, shape, x = layers("conv", torch.float32)
     layer, x = (t.to(memory_format=torch.channels_last) for t in (layer, x))
@@ -146,7 +144,7 @@ def test_a_convolution_in_channels_last_takes_one_output_for_each_low_rank_term(
     assert patched.sizes.count(output.nbytes) - base.sizes.count(output.nbytes) == outputs
 
 
-def test_the_count_sees_a_temporary_that_is_given_back_at_once():
+def test_the_count_of_these_tests_sees_a_temporary_that_is_freed_at_once():
     x = rand(100, 100, seed=1)
     with LiveMemory(x) as memory:
         for _ in range(3):
@@ -157,8 +155,6 @@ def test_the_count_sees_a_temporary_that_is_given_back_at_once():
     assert (memory.peak_bytes, memory.live_bytes, kept.nbytes) == (40_000, 40_000, 40_000)
 
 
-# RAM.
-
 LAYERS, LAYER, RANK = 400, 256, 128
 """100 MB of factors on 100 MB of weights, both fp32."""
 MOST_ABOVE_THE_FILE = 64 * MB
@@ -166,6 +162,7 @@ MOST_ABOVE_THE_FILE = 64 * MB
 KEPT_BY_PYTHON = 24 * MB
 """RSS after removal need not be what it was to the byte: Python keeps arenas, torch its own small blocks. One forgotten
 factor of each layer would be 50 MB. What glibc alone keeps of freed blocks for the next LoRA is asked back first."""
+
 
 CHILD = """
 import ctypes, gc, json, sys, threading, time
@@ -247,7 +244,7 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", ["bypass", "on_the_fly"])
-def test_ram_beyond_the_file_is_bounded_and_given_back(mode, files):
+def test_ram_beyond_the_file_is_bounded_and_freed_with_the_lora(mode, files):
     large, small = files
     size = large.stat().st_size
     assert size > 100 * 1000 * 1000
@@ -269,93 +266,3 @@ def test_ram_beyond_the_file_is_bounded_and_given_back(mode, files):
     assert result["second"]["peak"] - result["again"]["peak"] < KEPT_BY_PYTHON
     assert result["live with"][1] - result["live before"][1] >= 0.99 * size
     assert result["live after"] == result["live before"], "tensors (count, bytes) that nothing should hold"
-
-
-# Norms and merges.
-
-
-def stored(columns, rows, form):
-    weight, bias = rand(rows, columns, seed=1, scale=0.05), None
-    if form == "fp32":
-        layer = torch.nn.Linear(1, 1, bias=False)
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        return layer
-    return StoredLinear({"Q8_0": Q8_0Codec(), "fp8": ScaledFp8Codec()}[form], weight, bias)
-
-
-@pytest.mark.parametrize("form", ["fp32", "fp8", "Q8_0"])
-@pytest.mark.parametrize("axis", ["output", "input"])
-def test_ratios_of_a_dora_need_some_passes_and_never_the_whole_weight(form, axis, monkeypatch):
-    """Live at a time: the rows of a pass decoded, those with the delta, their squares or the like; each one pass large."""
-    monkeypatch.setattr(norms, "PASS_BYTES", MB)
-    monkeypatch.setattr(codec, "SLICE_VALUES", 1 << 16)
-    peaks = []
-    for rows in (2048, 8192):
-        model = torch.nn.ModuleDict({"layer": stored(512, rows, form)})
-        access = PlainAccess(model)
-        site = access.site("layer.weight")
-        terms = [term("lora", (rows, 512), dora=axis)]
-        with LiveMemory(*model.parameters(), *terms[0].adapter.tensors()) as memory:
-            found = norms.ratios_of(access, site, terms, forms_of(terms, site.shape), torch.device("cpu"))
-        assert found[0].shape == ((rows,) if axis == "output" else (512,))
-        peaks.append(memory.peak_bytes - found[0].nbytes)
-    # 4 MB and 16 MB of fp32 weight.
-    assert max(peaks) <= 5.25 * MB
-    assert peaks[1] - peaks[0] <= 0.25 * MB, "it grows with the weight"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff", "glora"])
-def test_a_merge_needs_its_result_and_a_few_slices(kind, dtype):
-    for rows in (2048, 8192):
-        weight, terms = rand(rows, 512, seed=1).to(dtype), [term(kind, (rows, 512))]
-        if kind == "lokr":
-            sides = rand(rows // 32, 16, seed=2), rand(32, 32, seed=3)
-            terms = [parse_term([0.8, ("lokr", (sides[0], sides[1], None, *[None] * 6)), 1.0, None, None], {})]
-        with LiveMemory(weight, *terms[0].adapter.tensors()) as memory:
-            result = merge(weight, terms, device=torch.device("cpu"), out_dtype=dtype, slice_bytes=MB)
-        # The rows in fp32, their delta, and another of that size where one delta is made of two (LoHa), or its factors in
-        # the dtype of the weight.
-        assert memory.peak_bytes - result.nbytes <= 4.5 * MB, f"{memory.peak_bytes / MB:.1f} MB for {rows} rows"
-
-
-def test_a_lokr_of_few_large_blocks_is_merged_whole():
-    """A slice has to hold whole blocks: two of 4096 rows make the weight. Then the weight in fp32 and its delta."""
-    weight, terms = rand(8192, 512, seed=1), [term("lokr", (8192, 512))]
-    with LiveMemory(weight, *terms[0].adapter.tensors()) as memory:
-        merge(weight, terms, device=torch.device("cpu"), out_dtype=torch.float32, slice_bytes=MB)
-    assert memory.peak_bytes <= 2.25 * weight.nbytes
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_merge_into_a_model_needs_the_new_weight_and_a_few_slices(dtype, monkeypatch):
-    """The original lies in RAM and is its own backup. Whether the result is finite is asked in slices too."""
-    monkeypatch.setattr(attachments, "SLICE_BYTES", MB)
-    layer = torch.nn.Linear(512, 8192, bias=False).to(dtype).requires_grad_(False)
-    model = torch.nn.ModuleDict({"layer": layer})
-    access = PlainAccess(model)
-    lora = term("lora", (8192, 512))
-    original = layer.weight
-    with LiveMemory(original, *lora.adapter.tensors()) as memory:
-        Engine().change(access, [LoraRequest("a", 1.0, {"layer.weight": [lora]})], Wish.MERGE)
-    assert layer.weight is not original
-    above = memory.peak_bytes - original.nbytes
-    assert above <= 4.5 * MB, f"{above / MB:.1f} MB beside the new weight of {original.nbytes / MB:.1f} MB"
-
-
-def test_live_tensors_are_the_same_before_and_after_in_every_mode():
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 64).requires_grad_(False)})
-    engine, access, x = Engine(), PlainAccess(model), rand(4, 64, seed=1)
-    pool = [[term("lora", (64, 64), 1), term("lora", (64, 64), 2, dora="output")], [term("lokr", (64, 64))]]
-
-    def round_trip():
-        for wish in (Wish.AUTO, Wish.ON_THE_FLY, Wish.MERGE):
-            for terms in pool:
-                engine.change(access, [LoraRequest("a", 1.0, {"layer.weight": terms})], wish)
-                model["layer"](x)
-        engine.change(access, [])
-        gc.collect()
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
-    first = round_trip()
-    assert [round_trip() for _ in range(3)] == [first] * 3

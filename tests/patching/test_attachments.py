@@ -1,22 +1,29 @@
-"""A merged parameter that lies on a device which is full: what has failed half way is put right, what has changed nothing stays.
+"""Attachments alone. A merge on a full device: a change that failed half way is put right, one that changed nothing stays.
 
-The meta device stands for the card; what is looked at is which object lies where.
+The meta device stands for the card; what is checked is which object lies where.
 """
 
 import pytest
 import torch
+from patching.terms import term
+from support.live_memory import LiveMemory
 from support.make import Net, host_value
 
 from lib_lora_guard.adapters import parse_term
+from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.plain.guard import PlainAccess
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.patching import attachments, backup
 from lib_lora_guard.patching.attachments import MergeAttachment, MergeState
 from lib_lora_guard.patching.backup import HeldBackup, Place, Where
+from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.patching.plan import PlannedWeight
-from lib_lora_guard.planning.mode import Choice, Mode
+from lib_lora_guard.planning.mode import Choice, Mode, Wish
+from lib_lora_guard.units import MB
 
 CPU, CARD = torch.device("cpu"), torch.device("meta")
+
+
 KEY = "blocks.0.proj.weight"
 
 
@@ -61,30 +68,32 @@ def large(monkeypatch):
     return Case(monkeypatch)
 
 
-def test_a_small_one_that_finds_no_room_changes_nothing(small):
+def test_a_small_merge_that_finds_no_room_changes_nothing(small):
     before, small.full = small.here(), True
     with pytest.raises(OutOfMemory):
         small.merge.attach()
     assert small.here() is before
     small.merge.detach()
     assert small.here() is before, "the original was put where it lies already"
+    assert small.merge.state is MergeState.NEW
 
 
-def test_taking_off_what_finds_no_room_leaves_it_merged_and_the_rollback_needs_none(small):
+def test_a_small_original_that_finds_no_room_leaves_the_weight_merged(small):
     small.merge.attach()
     merged, small.full = small.here(), True
     with pytest.raises(OutOfMemory):
         small.merge.detach()
     assert small.here() is merged
+    assert small.merge.state is MergeState.MERGED
     small.merge.attach()
-    assert small.here() is merged
+    assert small.here() is merged, "the rollback of a restore that has changed nothing needs no memory"
     small.full = False
     small.merge.detach()
     assert small.here() is not merged
     assert small.here().device == CARD
 
 
-def test_a_large_one_makes_room_for_its_original(large):
+def test_a_large_merge_makes_room_for_its_original(large):
     """The card has no place for a second copy, and the merged weight's own place is enough."""
     large.merge.attach()
     merged = large.here()
@@ -95,31 +104,35 @@ def test_a_large_one_makes_room_for_its_original(large):
     assert large.merge.state is MergeState.RESTORED
 
 
-def test_a_large_one_whose_place_was_taken_meanwhile_strays_and_comes_back(large):
+def test_a_large_original_whose_room_was_taken_waits_in_ram_and_comes_back(large):
     large.merge.attach()
     large.full = True
     with pytest.raises(OutOfMemory):
         large.merge.detach()
     assert large.here() is large.merge.backup.parameter(CPU)
+    assert large.merge.state is MergeState.STRAYED
     large.full = False
     large.merge.detach()
     assert large.here().device == CARD
+    assert large.merge.state is MergeState.RESTORED
 
 
 @pytest.mark.parametrize("again", ["attach", "detach"])
-def test_a_large_one_that_strayed_to_ram_goes_back_to_its_device(large, again):
+def test_a_large_merge_that_waits_in_ram_goes_back_to_its_device(large, again):
     large.full = True
     with pytest.raises(OutOfMemory):
         large.merge.attach()
     assert large.here().device == CPU
+    assert large.merge.state is MergeState.STRAYED
     large.full = False
     getattr(large.merge, again)()
     assert large.here().device == CARD
+    assert large.merge.state is (MergeState.MERGED if again == "attach" else MergeState.RESTORED)
     large.merge.detach()
     assert large.here().device == CARD
 
 
-def test_a_detach_that_ended_while_the_parameter_was_set_is_done_again(small, monkeypatch):
+def test_a_restore_that_failed_while_the_parameter_was_set_is_done_again(small, monkeypatch):
     small.merge.attach()
 
     def broken(site, parameter):
@@ -130,8 +143,10 @@ def test_a_detach_that_ended_while_the_parameter_was_set_is_done_again(small, mo
         with pytest.raises(RuntimeError, match="planted"):
             small.merge.detach()
     merged = small.here()
+    assert small.merge.state is MergeState.UNKNOWN
     small.merge.detach()
     assert small.here() is not merged
+    assert small.merge.state is MergeState.RESTORED
 
 
 def test_a_suspended_merge_can_be_attached_again(small):
@@ -140,3 +155,29 @@ def test_a_suspended_merge_can_be_attached_again(small):
     assert small.here() is small.merge.backup.parameter(CPU)
     small.merge.attach()
     assert small.here() is small.merge._ready
+
+
+def test_a_backup_that_is_lost_leaves_the_weight_merged(large):
+    large.merge.attach()
+    merged = large.here()
+    large.merge.backup.release()
+    with pytest.raises(RestoreError):
+        large.merge.detach()
+    assert large.here() is merged
+    assert large.merge.state is MergeState.MERGED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_merge_into_a_model_needs_the_memory_of_the_new_weight_and_a_few_slices(dtype, monkeypatch):
+    """The original lies in RAM and is its own backup. Whether the result is finite is asked in slices too."""
+    monkeypatch.setattr(attachments, "SLICE_BYTES", MB)
+    layer = torch.nn.Linear(512, 8192, bias=False).to(dtype).requires_grad_(False)
+    model = torch.nn.ModuleDict({"layer": layer})
+    access = PlainAccess(model)
+    lora = term("lora", (8192, 512))
+    original = layer.weight
+    with LiveMemory(original, *lora.adapter.tensors()) as memory:
+        Engine().change(access, [LoraRequest("a", 1.0, {"layer.weight": [lora]})], Wish.MERGE)
+    assert layer.weight is not original
+    above = memory.peak_bytes - original.nbytes
+    assert above <= 4.5 * MB, f"{above / MB:.1f} MB beside the new weight of {original.nbytes / MB:.1f} MB"

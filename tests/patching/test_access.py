@@ -1,0 +1,76 @@
+"""What an access finds in a model, and what is left when the model is gone."""
+
+import gc
+
+import pytest
+import torch
+from support.make import rand
+
+from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.patching.access import ModuleAccess, find_owner, is_linear, is_plain_convolution
+
+
+@pytest.fixture
+def model():
+    return torch.nn.ModuleDict({"a": torch.nn.Sequential(torch.nn.Linear(3, 4)), "conv": torch.nn.Conv2d(2, 5, 3)})
+
+
+def test_the_owner_of_a_parameter_is_found_by_its_dotted_name(model):
+    assert find_owner(model, "a.0.weight") == (model["a"][0], "weight")
+    assert find_owner(model["a"][0], "bias") == (model["a"][0], "bias")
+
+
+@pytest.mark.parametrize("key", ["a.0", "a.1.weight", "a.0.weights", "a.0.in_features", "b.weight", "", "."])
+def test_names_of_no_parameter_have_no_owner(model, key):
+    assert find_owner(model, key) is None
+
+
+def test_layers_whose_call_uses_their_weight_as_it_is():
+    attention = torch.nn.MultiheadAttention(8, 2)
+    assert is_linear(torch.nn.Linear(2, 2))
+    assert not is_linear(attention.out_proj), "it is never called: the attention reads its weight"
+    assert is_plain_convolution(torch.nn.Conv1d(4, 4, 3))
+    assert not is_plain_convolution(torch.nn.Conv2d(4, 4, 3, groups=2))
+    assert not is_plain_convolution(torch.nn.ConvTranspose2d(4, 4, 3))
+
+
+def test_a_parameter_that_was_replaced_is_seen_and_another_object_in_its_place_raises(model):
+    site = PlainAccess(model).site("a.0.weight")
+    other = torch.nn.Parameter(rand(4, 3, seed=1))
+    model["a"][0].weight = other
+    assert site.parameter is other
+    del model["a"][0].weight
+    model["a"][0].weight = rand(4, 3, seed=1)
+    with pytest.raises(TypeError, match=r"^a\.0\.weight is a Tensor, not a parameter$"):
+        _ = site.parameter
+
+
+class Halves(ModuleAccess):
+    """A host that stores twice the values, as fp16."""
+
+    def decoded_rows(self, site, start, length, device):
+        return site.parameter.detach().narrow(0, start, length) / 2
+
+
+@pytest.mark.parametrize("key", ["a.0.weight", "a.0.bias", "conv.weight"])
+def test_decoded_rows_of_a_host_come_as_new_fp32_tensors(model, key):
+    model.half()
+    site, access = PlainAccess(model).site(key), Halves(model)
+    wanted = site.parameter.detach().float() / 2
+    rows, dense = access.rows(site, 1, 2, torch.device("cpu")), access.dense(site)
+    assert torch.equal(rows, wanted[1:3])
+    assert torch.equal(dense, wanted)
+    assert rows.dtype == dense.dtype == torch.float32
+    dense.zero_()
+    assert torch.equal(access.dense(site), wanted)
+
+
+@pytest.mark.parametrize(
+    ("access_class", "text"),
+    [(Halves, "Sequential has been unloaded"), (PlainAccess, "the Sequential this guard was made for is gone")],
+)
+def test_an_access_does_not_keep_its_model_alive(access_class, text):
+    access = access_class(torch.nn.Sequential())
+    gc.collect()
+    with pytest.raises(ReferenceError, match=f"^{text}$"):
+        _ = access.model

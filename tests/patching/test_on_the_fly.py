@@ -1,0 +1,70 @@
+"""A stack on the temporary weight of a forward pass: in place where that is safe, never in the parameter."""
+
+import dataclasses
+
+import pytest
+import torch
+from patching.terms import term
+from support.make import rand
+from support.measure import same_bits
+
+from lib_lora_guard.adapters import apply_terms
+from lib_lora_guard.errors import LayerError
+from lib_lora_guard.memory.out_of_memory import OutOfMemory
+from lib_lora_guard.patching import on_the_fly
+from lib_lora_guard.patching.on_the_fly import WeightTerms
+
+SHAPE = (8, 6)
+
+
+@pytest.fixture
+def stack():
+    return [term("lora", SHAPE, 1), term("loha", SHAPE, 2, -0.4)]
+
+
+def test_a_temporary_weight_is_changed_in_place(stack):
+    parameter = rand(*SHAPE, seed=5)
+    weight = parameter.clone()
+    patched = WeightTerms("k", stack).apply(weight, parameter)
+    assert patched is weight
+    assert same_bits(patched, apply_terms(parameter.clone(), stack))
+
+
+@pytest.mark.parametrize("view", [lambda p: p, lambda p: p[:], lambda p: p.t().t()], ids=["itself", "slice", "view"])
+def test_a_weight_that_shares_the_memory_of_the_parameter_is_copied(stack, view):
+    parameter = rand(*SHAPE, seed=5)
+    before = parameter.clone()
+    patched = WeightTerms("k", stack).apply(view(parameter), parameter)
+    assert same_bits(patched, apply_terms(before.clone(), stack))
+    assert same_bits(parameter, before)
+
+
+def test_other_strengths_count_at_the_next_call(stack):
+    terms, base = WeightTerms("k", stack), rand(*SHAPE, seed=5)
+    terms.apply(base.clone(), None)
+    weaker = [dataclasses.replace(one, strength=one.strength / 2) for one in stack]
+    terms.exchange(weaker)
+    assert same_bits(terms.apply(base.clone(), None), apply_terms(base.clone(), weaker))
+
+
+def test_device_copies_are_made_once_and_dropped(stack):
+    """The meta device stands for a card; its copies have no values."""
+    terms, weight = WeightTerms("k", stack), torch.empty(SHAPE, device="meta")
+    assert not terms.is_resident
+    terms.apply(weight, None)
+    (made,) = terms._adapters._values.values()
+    terms.exchange(stack)
+    terms.apply(weight, None)
+    assert list(terms._adapters._values.values()) == [made], "another strength moves no factor"
+    assert terms.device_bytes == sum(one.adapter.bytes for one in stack)
+    terms.drop_device_copies()
+    assert not terms.is_resident
+
+
+def test_the_error_when_memory_ends_names_the_layer(stack, monkeypatch):
+    def no_memory(weight, terms):
+        raise OutOfMemory[0]("planted")
+
+    monkeypatch.setattr(on_the_fly, "apply_terms", no_memory)
+    with pytest.raises(LayerError, match=r"^blocks\.0\.weight: "):
+        WeightTerms("blocks.0.weight", stack).apply(rand(*SHAPE, seed=5), None)
