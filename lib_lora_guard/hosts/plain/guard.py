@@ -21,9 +21,11 @@ from ...models.fit import Target, fit_file
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution, plain_bias
 from ...patching.engine import Engine, LoraRequest
 from ...patching.on_the_fly import WeightTerms
+from ...planning.host_memory import RAM_FLOOR_BYTES
 from ...planning.mode import requested
 from ...reporting.report import ApplyReport
-from ...weights.storage import MB, storage_of
+from ...units import MB
+from ...weights.storage import storage_of
 from ...weights.stored_linear import StoredLinear
 
 Shapes = dict[str, Shape]
@@ -112,8 +114,6 @@ class LoraGuard:
         return LoraRequest.of(name, strength, fit)
 
 
-RAM_FLOOR_BYTES = 2048 * MB
-"""Backups leave this much RAM alone: below it Windows starts to swap."""
 VRAM_RESERVE_BYTES = 2048 * MB
 """Backups leave this much VRAM to the forward pass."""
 
