@@ -372,7 +372,7 @@ def test_forges_own_mode_is_forges_own(guarded, host):
         guarded.guard = forge.install()
 
 
-def test_what_cannot_be_lifted_stays_merged_and_the_next_change_is_right(guarded, monkeypatch, caplog):
+def test_a_merge_that_cannot_be_suspended_stays_and_the_next_change_is_right(guarded, monkeypatch, caplog):
     from lib_lora_guard.patching.attachments import MergeAttachment
 
     merge_everything(guarded)
@@ -380,7 +380,7 @@ def test_what_cannot_be_lifted_stays_merged_and_the_next_change_is_right(guarded
     base = run(patcher)
     changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense), 0.8))
     with_lora = run(changed)
-    original, calls = MergeAttachment.lift, []
+    original, calls = MergeAttachment.suspend, []
 
     def failing(self):
         calls.append(self)
@@ -388,13 +388,13 @@ def test_what_cannot_be_lifted_stays_merged_and_the_next_change_is_right(guarded
             raise MemoryError("planted")
         original(self)
 
-    monkeypatch.setattr(MergeAttachment, "lift", failing)
+    monkeypatch.setattr(MergeAttachment, "suspend", failing)
     # Another test may have set up the console, which ends what reaches caplog, or have left caplog on the logger.
     monkeypatch.setattr(logging.getLogger("lib_lora_guard"), "propagate", True)
     caplog.set_level(logging.ERROR)
     guarded.memory.unload_all_models()
     assert len({id(r) for r in caplog.records if r.levelno >= logging.ERROR}) == 1
-    monkeypatch.setattr(MergeAttachment, "lift", original)
+    monkeypatch.setattr(MergeAttachment, "suspend", original)
     guarded.load(changed)
     assert same_bits(run(changed), with_lora)
     guarded.load(patcher)

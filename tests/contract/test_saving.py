@@ -549,13 +549,13 @@ def test_another_forge_is_left_alone_and_said(host, saving, monkeypatch, caplog,
     del Elsewhere.save_unet
 
 
-def test_merges_lifted_for_a_move_are_saved_too(host, saving, tmp_path):
+def test_merges_suspended_for_a_move_are_saved_too(host, saving, tmp_path):
     saving()
     setup = Setup(host).apply()
     setup.engine.save_checkpoint(str(tmp_path / "before.safetensors"))
     host.memory.unload_all_models()
     norm = setup.net.blocks[0].norm.weight
-    assert same_bits(norm, setup.states[0]["blocks.0.norm.weight"]), "nothing was lifted, nothing is tested"
+    assert same_bits(norm, setup.states[0]["blocks.0.norm.weight"]), "nothing was suspended, nothing is tested"
     setup.engine.save_checkpoint(str(tmp_path / "after.safetensors"))
     before, after = load_file(tmp_path / "before.safetensors"), load_file(tmp_path / "after.safetensors")
     assert before.keys() == after.keys()
