@@ -243,7 +243,6 @@ class Prediction:
     def patches(self):
         """Returns the costs of the stack on each weight, by the guard's rules."""
         from lib_lora_guard.adapters import LoraAdapter, Term
-        from lib_lora_guard.planning.cheap import forms_of
         from lib_lora_guard.planning.costs import bypass_cost, on_the_fly_cost
         from lib_lora_guard.planning.mode import Mode, WeightFacts, Wish, choose_mode
         from lib_lora_guard.planning.predict import Patch
@@ -257,10 +256,11 @@ class Prediction:
             weight = self.stored[key]
             factors = [self._factor(out, self.case.rank), self._factor(self.case.rank, inner)]
             terms = [Term(LoraAdapter(*factors, alpha=1.0), 1.0) for _ in range(self.case.loras)]
-            mode = choose_mode(WeightFacts(key, weight.shape, weight.format, weight.wide, True, True), terms, wish).mode
+            choice = choose_mode(WeightFacts(key, weight.shape, weight.format, weight.wide, True, True), terms, wish)
+            mode = choice.mode
             shape, tokens = weight.shape, self.tokens.of(key, weight.shape)
             if mode is Mode.BYPASS:
-                guard = bypass_cost(terms, forms_of(terms, shape), shape, tokens, self.compute_bytes)
+                guard = bypass_cost(terms, choice.forms, shape, tokens, self.compute_bytes)
             else:
                 guard = on_the_fly_cost(terms, shape, tokens > 0, self.compute_bytes)
             stored = weight.memory_bytes(self.compute_bytes)

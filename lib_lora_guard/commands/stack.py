@@ -15,7 +15,6 @@ from ..checkpoints.model_header import DENOISER, TEXT, Checkpoint, Parameter
 from ..errors import ModeError
 from ..files import shown
 from ..models.fit import Fit, fit_file
-from ..planning.cheap import Forms, forms_of
 from ..planning.costs import bypass_bytes, bypass_cost, forge_on_the_fly_cost, on_the_fly_cost
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode
 from ..planning.predict import Patch
@@ -77,9 +76,8 @@ def plan_stack(
             for origin in {term.origin for term in terms}:
                 stacked[origin].fit.lost.append(str(error))
             continue
-        forms = forms_of(terms, parameter.shape)
-        _count(stacked, terms, forms, choice, compute_bytes)
-        patches.append(_patch(parameter, terms, forms, choice, tokens, compute_bytes))
+        _count(stacked, terms, choice, compute_bytes)
+        patches.append(_patch(parameter, terms, choice, tokens, compute_bytes))
     return Stack(stacked, patches)
 
 
@@ -101,27 +99,23 @@ def _facts(parameter: Parameter) -> WeightFacts:
     )
 
 
-def _count(
-    stacked: Sequence[StackedLora], terms: Sequence[Term], forms: Forms, choice: Choice, compute_bytes: int
-) -> None:
+def _count(stacked: Sequence[StackedLora], terms: Sequence[Term], choice: Choice, compute_bytes: int) -> None:
     for origin in sorted({term.origin for term in terms}):
         share = stacked[origin].modes.setdefault(choice.mode.value, ModeShare())
         share.count += 1
         share.reasons.add(choice.reason)
-        if choice.mode is Mode.BYPASS:
-            own = tuple(form for term, form in zip(terms, forms, strict=True) if term.origin == origin)
+        if choice.mode is Mode.BYPASS and choice.forms is not None:
+            own = tuple(form for term, form in zip(terms, choice.forms, strict=True) if term.origin == origin)
             share.bytes += bypass_bytes(own, compute_bytes)
         else:
             share.bytes += sum(term.adapter.bytes for term in terms if term.origin == origin)
 
 
-def _patch(
-    parameter: Parameter, terms: Sequence[Term], forms: Forms, choice: Choice, tokens: Tokens, compute_bytes: int
-) -> Patch:
+def _patch(parameter: Parameter, terms: Sequence[Term], choice: Choice, tokens: Tokens, compute_bytes: int) -> Patch:
     in_denoiser = parameter.part == DENOISER
     seen = tokens.of(parameter.name, parameter.shape) if in_denoiser else 0
-    if choice.mode is Mode.BYPASS:
-        guard = bypass_cost(terms, forms, parameter.shape, seen, compute_bytes)
+    if choice.mode is Mode.BYPASS and choice.forms is not None:
+        guard = bypass_cost(terms, choice.forms, parameter.shape, seen, compute_bytes)
     else:
         guard = on_the_fly_cost(terms, parameter.shape, seen > 0, compute_bytes)
     return Patch(
