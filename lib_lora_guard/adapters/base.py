@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from ..errors import LoraMismatchError, Message
+from ..files.header_tensor import is_tensor
+from ..lazy_torch import torch
 from .forms import CheapForward
 
 if TYPE_CHECKING:
@@ -143,12 +143,12 @@ class Adapter(ABC):
         """The tensors it holds."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
+            if is_tensor(value):
                 yield value
 
     def map(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """A copy with every tensor converted (copied out of a file, moved to a device)."""
-        changed = {f.name: convert(v) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        changed = {f.name: convert(v) for f in fields(self) if is_tensor(v := getattr(self, f.name))}
         return replace(self, **changed)
 
     @property
@@ -281,10 +281,17 @@ def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
         raise LoraMismatchError.of("lora.not_floating", dtype=str(tensor.dtype))
     if tensor.is_meta:
         return
-    # NaN and Inf survive a sum, and a sum is one pass without a mask of the tensor's size. fp8 has no sum.
-    wide = tensor if tensor.element_size() > 1 else tensor.float()
-    if tensor.is_floating_point() and not math.isfinite(float(wide.sum(dtype=torch.float64))):
+    if tensor.is_floating_point() and not math.isfinite(_sum(tensor)):
         raise LoraMismatchError.of("lora.not_finite")
+
+
+def _sum(tensor: torch.Tensor) -> float:
+    """A sum, which is not finite if a value is not: one pass, and no mask of the tensor's size."""
+    if tensor.numel() == 1:
+        return float(tensor)
+    # torch has no sum of fp8.
+    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    return float(wide.sum(dtype=torch.float64))
 
 
 def product_of(shape: Sequence[int]) -> int:

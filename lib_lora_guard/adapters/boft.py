@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from ..errors import LoraMismatchError
+from ..lazy_torch import torch
 from .base import Adapter, RowFunction, Shape, mismatch, product_of
 from .kinds import Found, Kind, register
 from .rotations import bounded, cayley_less_one, check_rows, finish, scale_rows, skew_of, turn_columns, widened

@@ -12,8 +12,7 @@ ways, which do not give W back at 0: peft scales D (`m (W + s D) / |W + s D|`, `
 
 from __future__ import annotations
 
-import torch
-
+from ..lazy_torch import torch
 from .base import RowFunction, Shape, mismatch
 
 

@@ -7,15 +7,16 @@ the tensors, and each kind makes its own adapters (`kinds`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
+from typing import cast
 
 from ..errors import FileFormatError, Joined, LoraFileError, LoraMismatchError, Message, about, reason
-from ..files import TensorEntry, open_header, read_tensors, shown
-from ..files.safetensors_file import FORMATS
+from ..files import FileHeader, open_header, read_tensors, shown
+from ..files.header_tensor import header_tensors
+from ..lazy_torch import torch
 from .base import Adapter, check_values
 from .file_keys import KeyMeaning, meaning_of
 from .file_settings import FileSettings, settings_of
@@ -55,46 +56,59 @@ def read_lora_file(path: str | Path, as_trained: bool = False) -> LoraFile:
     Raises:
         LoraFileError: the file is missing, broken or no LoRA; the message names it and says what to do.
     """
-    return _read(Path(path), as_trained, values=True)
+    header = open_lora(path)
+    with _as_lora_errors():
+        tensors = read_tensors(header)
+    return _parsed(header, tensors, as_trained)
 
 
-def read_lora_header(path: str | Path) -> LoraFile:
-    """Reads the header alone: the adapters have shapes and dtypes, on torch's meta device, and no values.
-
-    Only the single numbers (alpha) are read.
+def open_lora(path: str | Path) -> FileHeader:
+    """Reads the header of a LoRA file.
 
     Raises:
-        LoraFileError: the file is missing, broken or no LoRA.
+        LoraFileError: the file is missing, broken or no safetensors file.
     """
-    return _read(Path(path), as_trained=False, values=False)
-
-
-def _read(path: Path, as_trained: bool, values: bool) -> LoraFile:
-    try:
+    with _as_lora_errors():
         header = open_header(path)
-        if header.container != "safetensors":
-            raise _refusal(shown(path.name), Message("lora.container", {"container": header.container}))
-        wanted = [name for name, entry in header.tensors.items() if values or _is_number(name, entry.shape)]
-        tensors = read_tensors(header, wanted)
-        if not values:
-            tensors = {name: tensors.get(name, _without_values(entry)) for name, entry in header.tensors.items()}
+    if header.container != "safetensors":
+        raise _refusal(shown(header.path.name), Message("lora.container", {"container": header.container}))
+    return header
+
+
+def lora_of_header(header: FileHeader) -> LoraFile:
+    """Makes adapters of a header, without torch: they hold `HeaderTensor`s, which have shapes and dtypes.
+
+    Only the single numbers (alpha) are read from the file.
+
+    Raises:
+        LoraFileError: the file is no LoRA, contradicts itself or cannot be read.
+    """
+    numbers = [name for name, entry in header.tensors.items() if _is_number(name, entry.shape)]
+    with _as_lora_errors():
+        tensors = header_tensors(header, numbers)
+    # Adapters take them for tensors of torch: a HeaderTensor acts as one.
+    return _parsed(header, cast(Tensors, tensors), as_trained=False)
+
+
+def _parsed(header: FileHeader, tensors: Tensors, as_trained: bool) -> LoraFile:
+    file = parse_tensors(header.path, tensors, settings_of(header.path, header.metadata), as_trained)
+    return replace(file, metadata=header.metadata)
+
+
+@contextmanager
+def _as_lora_errors() -> Iterator[None]:
+    try:
+        yield
     except LoraFileError:
         raise
     except FileFormatError as error:
         raise LoraFileError(reason(error)) from error
-    file = parse_tensors(path, tensors, settings_of(path, header.metadata), as_trained)
-    return replace(file, metadata=header.metadata)
 
 
 def _is_number(name: str, shape: tuple[int, ...]) -> bool:
     """True for a tensor of one value that an adapter holds as a number."""
     meaning = meaning_of(name) if math.prod(shape) == 1 else None
     return meaning is not None and (meaning.kind is None or meaning.field in meaning.kind.numbers)
-
-
-def _without_values(entry: TensorEntry) -> torch.Tensor:
-    dtype = getattr(torch, FORMATS[entry.format][1] or "uint8", torch.uint8)
-    return torch.empty(entry.shape, dtype=dtype, device="meta")
 
 
 def parse_tensors(

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
+from ..lazy_torch import torch
 
 KHATRI_RAO_RANK = 256
 """Largest r1 * r2 of a LoHa that uses bypass (rank 16). Measured at 4608 tokens (docs/gpu.md): rank 16 costs as much as

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from ..errors import LoraMismatchError
+from ..lazy_torch import torch
 from .base import RowFunction, Shape, check_rank, mismatch, product_of
 from .kinds import Found, HostTuple, Kind, register
 from .ranked import RankedAdapter

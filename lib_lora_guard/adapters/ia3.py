@@ -6,8 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
+from ..lazy_torch import torch
 from .base import Adapter, RowFunction, Shape, mismatch
 from .forms import InputScale, OutputScale
 from .kinds import Found, Kind, register

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
-import torch
-
 from ..errors import LoraMismatchError
+from ..lazy_torch import torch
 from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
 from .dora import is_by_row
 from .forms import KhatriRao

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from ..errors import LoraMismatchError
+from ..lazy_torch import torch
 from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
 from .forms import Kronecker
 from .kinds import Found, HostTuple, Kind, Size, register

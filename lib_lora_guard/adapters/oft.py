@@ -11,9 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from ..errors import LoraMismatchError
+from ..lazy_torch import torch
 from .base import Adapter, RowFunction, Shape, mismatch, product_of
 from .boft import BoftAdapter
 from .kinds import Found, Kind, register

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
+from ..lazy_torch import torch
 from .base import Adapter, PatchCost, RowFunction, Shape, add_delta
 from .dora import check_magnitude, decompose
 from .kinds import Found

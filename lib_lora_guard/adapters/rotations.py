@@ -6,8 +6,7 @@ gives a skew matrix `S`, which Cayley's transform `(I + S)(I - S)^-1` makes a ro
 
 from __future__ import annotations
 
-import torch
-
+from ..lazy_torch import torch
 from .base import RowFunction, Shape, mismatch
 
 

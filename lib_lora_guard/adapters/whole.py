@@ -6,8 +6,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-
+from ..lazy_torch import torch
 from .base import Adapter, PatchCost, RowFunction, Shape, Term, add_delta, apply_terms, mismatch
 from .kinds import Found, HostTuple, Kind, Size, register
 

@@ -1,7 +1,7 @@
-"""What lies in a model or LoRA file, read from its header alone, its tensors in our own memory, and writing new files.
+"""Reads headers and tensors of model and LoRA files, and writes new files.
 
-Knows the two formats that carry data and nothing else. Pickles (.pt, .ckpt, .bin, .pth) are refused: they can carry code
-that runs on loading.
+Knows the two formats that hold data alone. Pickles (.pt, .ckpt, .bin, .pth) are refused: they can hold code that runs on
+loading. Headers are read without torch.
 """
 
 from __future__ import annotations
@@ -9,18 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from ..errors import FileFormatError, Message
+from ..lazy_torch import torch
 from . import gguf_file, safetensors_file
-from .header import MAX_HEADER_BYTES, FileHeader, TensorEntry, opened, refusal, shown
+from .header import MAX_HEADER_BYTES, FileHeader, TensorEntry, opened, read_bytes, refusal, shown
 from .safetensors_writer import Entry, write_safetensors
 
-__all__ = ["Entry", "FileHeader", "TensorEntry", "open_header", "read_tensors", "shown", "write_safetensors"]
+__all__ = [
+    "Entry",
+    "FileHeader",
+    "TensorEntry",
+    "open_header",
+    "read_bytes",
+    "read_tensors",
+    "shown",
+    "write_safetensors",
+]
 
 
 def open_header(path: str | Path) -> FileHeader:
-    """What the file holds; its format is told by its first bytes, never by its name. Raises FileFormatError."""
+    """Reads a header. The first bytes of the file tell its format, never its name.
+
+    Raises:
+        FileFormatError: The file cannot be read, or is in no known format or damaged.
+    """
     path = Path(path)
     with opened(path) as (file, _):
         head = file.read(16)
@@ -32,14 +44,22 @@ def open_header(path: str | Path) -> FileHeader:
 
 
 def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The named tensors (None: all) of either format, in our own memory; see the two modules. Raises FileFormatError."""
+    """Reads tensors of either format into memory of their own, as `safetensors_file` and `gguf_file` say.
+
+    Args:
+        header: The file's header.
+        names: The tensors in the order asked for; None for all.
+
+    Raises:
+        FileFormatError: A tensor cannot be read, or the file was changed since the header was read.
+    """
     if header.container == "gguf":
         return gguf_file.read_tensors(header, names)
     return safetensors_file.read_tensors(header, names)
 
 
 def _looks_like_safetensors(head: bytes) -> bool:
-    # A pickle's first bytes could be a length, but then no JSON object follows.
+    # A pickle's first bytes may look like a length, but no JSON object follows them.
     return int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES and head[8:].lstrip(b" \t\n\r")[:1] == b"{"
 
 

@@ -1,7 +1,7 @@
 """Walks the header of a GGUF file with a small buffer, and never past a limit.
 
-Each length is compared with what is left before anything is read or allocated, so that a length of 2^63 in a file of
-100 bytes costs nothing.
+Each length is compared with the bytes left before anything is read or allocated, so that a length of 2^63 in a file of
+100 bytes takes no memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .header import MAX_HEADER_BYTES, damaged, refusal
 
 _BUFFER_BYTES = 1 << 18
 _MAX_SKIPPED_ITEMS = 4_000_000
-"""Strings and arrays that may be stepped over in one file, one by one; the largest tokenizers have a tenth of it."""
+"""Strings and arrays skipped one by one in one file. The largest tokenizers have a tenth of it."""
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
@@ -55,9 +55,20 @@ _SCALARS: dict[ValueType, struct.Struct] = {
 
 
 class Cursor:
-    """Reads `file` from its beginning; `at` is the next byte, `left` what is left. Raises FileFormatError."""
+    """Reads a file from its beginning. `at` is the next byte.
+
+    The argument `what` of its methods names in errors what is read. All methods raise FileFormatError for a header that is
+    too short, too long or broken.
+    """
 
     def __init__(self, path: Path, file: FileIO, size: int) -> None:
+        """Starts at the first byte.
+
+        Args:
+            path: The file, for errors.
+            file: The open file.
+            size: Its size, in bytes.
+        """
         self.path, self.at = path, 0
         self._size = size
         self._limit = min(size, MAX_HEADER_BYTES)
@@ -66,9 +77,11 @@ class Cursor:
 
     @property
     def left(self) -> int:
+        """The bytes that may still be read."""
         return self._limit - self.at
 
     def take(self, count: int, what: str) -> bytes:
+        """Reads `count` bytes."""
         self._check(count, what)
         data = self._file.read(count)
         if len(data) < count:
@@ -77,24 +90,28 @@ class Cursor:
         return data
 
     def skip(self, count: int, what: str) -> None:
+        """Skips `count` bytes."""
         self._check(count, what)
         self._file.seek(count, 1)
         self.at += count
 
     def u32(self, what: str) -> int:
+        """Reads a number of 32 bits."""
         return int(_U32.unpack(self.take(4, what))[0])
 
     def u64(self, what: str) -> int:
+        """Reads a number of 64 bits."""
         return int(_U64.unpack(self.take(8, what))[0])
 
     def sized_bytes(self, limit: int, what: str) -> bytes:
-        """A string: its length in 8 bytes, then its bytes."""
+        """Reads a string of at most `limit` bytes: its length in 8 bytes, then its bytes."""
         count = self.u64(what)
         if count > limit:
             raise damaged(self.path, f"expected text of at most {limit} bytes, found {count}", what)
         return self.take(count, what)
 
     def value_type(self, what: str) -> ValueType:
+        """Reads the type of a metadata value."""
         number = self.u32(what)
         try:
             return ValueType(number)
@@ -102,7 +119,7 @@ class Cursor:
             raise damaged(self.path, f"expected a value type from 0 to 12, found {number}", what) from None
 
     def scalar(self, kind: ValueType, what: str) -> str:
-        """A number or truth value as text; FLOAT32 with the 9 digits that tell any two apart."""
+        """Reads a number or truth value as text. FLOAT32 gets 9 digits, which distinguish any two values."""
         form = _SCALARS[kind]
         value = form.unpack(self.take(form.size, what))[0]
         if kind is ValueType.BOOL:
@@ -110,7 +127,14 @@ class Cursor:
         return f"{value:.9g}" if kind is ValueType.FLOAT32 else str(value)
 
     def skip_items(self, item: ValueType, count: int, what: str, nesting: int) -> None:
-        """Steps over an array's values without keeping any."""
+        """Skips the values of an array.
+
+        Args:
+            item: Their type.
+            count: Their number.
+            what: Its name in errors.
+            nesting: How deep arrays may still lie in arrays.
+        """
         if item in _SCALARS:
             self.skip(count * _SCALARS[item].size, what)
             return

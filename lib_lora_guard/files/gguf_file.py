@@ -1,8 +1,8 @@
 """GGUF: fixed numbers, key-value metadata, tensor infos, then the aligned data.
 
 Source: the format's description (github.com/ggml-org/ggml, docs/gguf.md). Version 2 and 3 are laid out alike; version 1
-counted in 32 bits; big-endian files have the same magic and a version whose bytes are swapped. Sizes of a tensor are
-written innermost first, torch wants them outermost first.
+counted in 32 bits. Big-endian files have the same magic and a version whose bytes are swapped. The sizes of a tensor are
+written innermost first; torch wants them outermost first.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
+from ..lazy_torch import torch
 from .gguf_cursor import Cursor, ValueType
 from .gguf_types import GGUF_TYPES, PLAIN
 from .header import (
@@ -31,13 +30,17 @@ from .header import (
 )
 
 MAGIC = b"GGUF"
+"""The first bytes of the file."""
 MAX_NAME_BYTES = 1 << 16
 MAX_TEXT_BYTES = 64_000_000
+"""Bytes of one text in the metadata."""
 MAX_ALIGNMENT = 1 << 16
 DEFAULT_ALIGNMENT = 32
+"""In bytes, where the metadata states none."""
 SHORT_ARRAY = 16
-"""Arrays of up to so many values are kept in the metadata as text, of longer ones the length."""
+"""Arrays of up to 16 values become text in the metadata; of longer arrays the length is kept."""
 MAX_NESTING = 4
+"""How deep arrays may lie in arrays."""
 
 _LEAST_PAIR_BYTES = 8 + 4 + 1
 """An empty key, a type, a value of one byte."""
@@ -46,7 +49,11 @@ _LEAST_INFO_BYTES = 8 + 4 + 8 + 4 + 8
 
 
 def read_header(path: str | Path) -> FileHeader:
-    """What a GGUF file holds. Raises FileFormatError with the file's name, the key and what to do."""
+    """Reads the header of a GGUF file.
+
+    Raises:
+        FileFormatError: The file cannot be read or breaks the format's rules.
+    """
     path = Path(path)
     with opened(path) as (file, facts):
         cursor = Cursor(path, file, facts.st_size)
@@ -74,21 +81,30 @@ def read_header(path: str | Path) -> FileHeader:
 
 
 def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The named tensors (None: all) in our own memory: block types as they lie, uint8 of (rows, bytes of a row), where
-    rows are all sizes but the last; the others with their type and shape. Raises FileFormatError, also for a file
-    changed since `header`."""
+    """Reads tensors into memory of their own.
+
+    Tensors of block types become uint8 of (rows, bytes of a row), where rows are all sizes but the last. The others have
+    their dtype and shape.
+
+    Args:
+        header: The file's header.
+        names: The tensors in the order asked for; None for all.
+
+    Raises:
+        FileFormatError: A name is not in the header, or the file was changed since the header was read.
+    """
     return read_entries(header, names, _typed)
 
 
 _DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
 }  # fmt: skip
 
 
 def _typed(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
     if entry.format in PLAIN:
-        return buffer.view(_DTYPES[entry.format]).reshape(entry.shape)
+        return buffer.view(getattr(torch, _DTYPES[entry.format])).reshape(entry.shape)
     return buffer.reshape(count_values(entry.shape[:-1]) or 1, -1)
 
 
@@ -126,9 +142,9 @@ def _name(cursor: Cursor, seen: Iterable[str]) -> str:
 
 
 def _value(cursor: Cursor, kind: ValueType, key: str) -> str:
-    """One metadata value as text."""
+    """Reads one metadata value as text."""
     if kind is ValueType.STRING:
-        # Descriptions in the wild are not always UTF-8; they are only shown, so that is no reason to refuse a model.
+        # Real descriptions are not always UTF-8. They are only shown, so the file is not refused for it.
         return cursor.sized_bytes(MAX_TEXT_BYTES, key).decode("utf-8", "replace")
     if kind is not ValueType.ARRAY:
         return cursor.scalar(kind, key)
@@ -152,7 +168,7 @@ def _alignment(path: Path, kind: ValueType, text: str) -> int:
 
 
 def _info(cursor: Cursor, name: str) -> tuple[tuple[int, ...], int, int]:
-    """Shape in torch's order, type number, offset in the data."""
+    """Reads the shape in torch's order, the type number and the offset in the data."""
     count = cursor.u32(name)
     if not 1 <= count <= MAX_DIMS:
         raise damaged(cursor.path, f"expected 1 to {MAX_DIMS} sizes, found {count}", name)

@@ -1,8 +1,8 @@
-"""GGUF tensor types by their number: name, values in a block, bytes of a block.
+"""The GGUF tensor types by their number: name, values in a block, bytes of a block.
 
 Source: the GGUF description (github.com/ggml-org/ggml, docs/gguf.md) and the block structs of ggml-common.h. Numbers
-that the format took back (4, 5, 31 to 33, 36 to 38) are missing on purpose. Types that nothing here can decode are
-listed all the same: the header of such a file can still be shown.
+that the format took back (4, 5, 31 to 33, 36 to 38) are missing on purpose. Types without a decoder here are listed
+too: the header of such a file can still be shown.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 
 class GgufType(NamedTuple):
+    """One type: its name, the values in a block, and the bytes of a block."""
+
     name: str
     block: int
     block_bytes: int
@@ -33,4 +35,4 @@ GGUF_TYPES: dict[int, GgufType] = {
 }  # fmt: skip
 
 PLAIN = frozenset({"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"})
-"""Types whose values stand alone, so that torch has a dtype for them."""
+"""Types without blocks: torch has a dtype for each."""

@@ -1,11 +1,11 @@
-"""What every container has in common: a header as data, the one line of a refusal, and reading bytes into our own memory.
+"""Parts shared by both file formats: the header as data, one-line errors, and reading bytes into memory of our own.
 
 Why files are read here instead of through safetensors' `safe_open`:
 - A mapped file that a trainer rewrites or truncates kills the process (SIGBUS, or an access violation on Windows) when
-  the next byte is touched. A plain read comes back short instead, and that is an error with a name.
-- A JSON object may hold a key twice; most readers keep one of the two in silence. Here both are seen.
-- The header alone says what is in a file. It lies in front, so a file of 24 GB answers in milliseconds.
-- One header type serves safetensors and GGUF, and hostile files are met with limits instead of with memory.
+  the next byte is touched. A plain read returns fewer bytes instead, which is an error with a name.
+- A JSON object may hold a key twice, and most readers silently keep one of the two. Here both are seen.
+- The header lies in front and describes the whole file, so a file of 24 GB is described in milliseconds.
+- One header type serves safetensors and GGUF, and limits keep hostile files from taking memory.
 """
 
 from __future__ import annotations
@@ -18,24 +18,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-
-import torch
+from typing import TypeVar
 
 from ..errors import FileFormatError, Message, about
+from ..lazy_torch import torch
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library; GGUF files, tokenizers included, stay far below it."""
 MAX_ENTRIES = 1_000_000
+"""Tensors in one file."""
 MAX_DIMS = 8
+"""Sizes of one tensor."""
 MAX_VALUES = 2**63 - 1
-"""Torch counts values, and the system counts bytes of a file, in signed 64 bit."""
+"""torch counts values, and the system counts bytes of a file, in signed 64 bit."""
 SHOWN_CHARACTERS = 120
+"""Characters shown of a name from a file."""
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file. `format` is the name its container uses ("BF16", "F8_E4M3", "Q4_K"); `shape` is in torch's
-    order, (out, in); `start` counts bytes from the beginning of the file."""
+    """One tensor of a file.
+
+    Attributes:
+        name: Its name in the file.
+        format: The container's name for its type: "BF16", "F8_E4M3", "Q4_K".
+        shape: Sizes in torch's order, (out, in).
+        start: Its first byte, counted from the beginning of the file.
+        bytes: Its bytes in the file.
+    """
 
     name: str
     format: str
@@ -46,9 +58,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What a file says it holds, checked against its size. `container` is "safetensors" or "gguf"; `tensors` is in the
-    header's own order; `metadata` is text as written, so clean it before showing it. `modified_ns` is the time of the
-    last change, by which a file that was written since is noticed (None: not looked at)."""
+    """The header of a file, compared with the file's size.
+
+    Attributes:
+        path: The file.
+        container: "safetensors" or "gguf".
+        tensors: The tensors by name, in the header's own order.
+        metadata: Text as written; it must be cleaned before it is shown.
+        bytes: The file's size.
+        modified_ns: The time of the last change, which shows that the file was written since; None if not compared.
+    """
 
     path: Path
     container: str
@@ -59,7 +78,12 @@ class FileHeader:
 
 
 def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """Text from a file made fit for a message: control characters become '?', the middle of long text is left out."""
+    """Makes text from a file fit for a message: control characters become '?', the middle of long text is left out.
+
+    Args:
+        text: The text.
+        limit: Characters to keep.
+    """
     if len(text) > limit:
         head = (limit - 3) // 2
         text = f"{text[:head]}...{text[-(limit - 3 - head) :]}"
@@ -67,19 +91,35 @@ def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def refusal(path: Path, text: str, key: str | None = None) -> FileFormatError:
-    """The error for `path`, in one line; `text` may be a Message, `key` is a name found in the file."""
+    """Returns the error for a file, in one line.
+
+    Args:
+        path: The file.
+        text: The reason, which may be a Message.
+        key: The name in the file that it is about.
+    """
     what = text if key is None else about(shown(key) or "(empty name)", text)
     return FileFormatError(about(shown(path.name), what))
 
 
 def damaged(path: Path, detail: str, key: str | None = None) -> FileFormatError:
-    """The error for a file that breaks the rules of its format. `detail`, for those who write such files, is English."""
+    """Returns the error for a file that breaks the rules of its format.
+
+    Args:
+        path: The file.
+        detail: The rule, in English: it is for authors of programs that write such files.
+        key: The name in the file that it is about.
+    """
     return refusal(path, Message("file.damaged", {"detail": detail}), key)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[FileIO, os.stat_result]]:
-    """The open file and its facts. Raises FileFormatError where the system cannot open or read it."""
+    """Opens a file and reads its facts.
+
+    Raises:
+        FileFormatError: The system cannot open or read it.
+    """
     if not path.is_file():
         raise FileFormatError(about(shown(str(path)), Message("file.missing")))
     try:
@@ -90,14 +130,14 @@ def opened(path: Path) -> Iterator[tuple[FileIO, os.stat_result]]:
 
 
 def count_values(shape: Sequence[int]) -> int | None:
-    """The product of `shape`, or None where torch could not count that far. A 0 does not excuse the other sizes."""
+    """Returns the product of `shape`; None if torch cannot count that far. Sizes beside a 0 are counted all the same."""
     count = math.prod(shape)
     others = count or math.prod(size for size in shape if size)
     return count if others <= MAX_VALUES else None
 
 
 def find_overlap(tensors: Iterable[TensorEntry]) -> tuple[TensorEntry, TensorEntry] | None:
-    """Two tensors that claim the same bytes, or None."""
+    """Returns two tensors that share bytes of the file; None if there are none."""
     previous = None
     for entry in sorted((entry for entry in tensors if entry.bytes), key=lambda entry: entry.start):
         if previous is not None and entry.start < previous.start + previous.bytes:
@@ -107,7 +147,11 @@ def find_overlap(tensors: Iterable[TensorEntry]) -> tuple[TensorEntry, TensorEnt
 
 
 def check_size(path: Path, tensors: Mapping[str, TensorEntry], size: int) -> None:
-    """Raises FileFormatError where the tensors need more bytes than the file has."""
+    """Compares the end of the last tensor with the file's size.
+
+    Raises:
+        FileFormatError: The file is too short.
+    """
     needed = max((entry.start + entry.bytes for entry in tensors.values()), default=0)
     if needed > size:
         raise refusal(path, Message("file.too_short", {"wanted": needed, "found": size}))
@@ -116,41 +160,75 @@ def check_size(path: Path, tensors: Mapping[str, TensorEntry], size: int) -> Non
 def read_entries(
     header: FileHeader, names: Iterable[str] | None, typed: Callable[[TensorEntry, torch.Tensor], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The named tensors (None: all), in the order asked for, each in memory of its own and outside inference mode.
+    """Reads tensors, each into memory of its own and outside inference mode.
 
-    `typed` gives a flat uint8 tensor its type and shape. Raises FileFormatError for a name the header lacks and for a
-    file that was changed since the header was read, or while this reads.
+    Args:
+        header: The file's header.
+        names: Tensors in the order asked for; None for all.
+        typed: Gives a flat uint8 tensor its type and shape.
+
+    Raises:
+        FileFormatError: A name is not in the header, or the file was changed since the header was read.
     """
+
+    def read(entry: TensorEntry, file: FileIO) -> torch.Tensor:
+        # On the CPU whatever the host's default device is: the address below must be writable memory.
+        buffer = torch.empty(entry.bytes, dtype=torch.uint8, device="cpu")
+        if entry.bytes:
+            # Filled in place: a bytearray under the tensor would be filled with zeros first.
+            memory = (ctypes.c_ubyte * entry.bytes).from_address(buffer.data_ptr())
+            _fill(memoryview(memory).cast("B"), header, entry, file)
+        return typed(entry, buffer)
+
+    with torch.inference_mode(False):
+        return _read_each(header, names, read)
+
+
+def read_bytes(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, bytes]:
+    """Reads the bytes of small tensors as they lie in the file, without torch.
+
+    Args:
+        header: The file's header.
+        names: The tensors in the order asked for; None for all.
+
+    Raises:
+        FileFormatError: A name is not in the header, or the file was changed since the header was read.
+    """
+
+    def read(entry: TensorEntry, file: FileIO) -> bytes:
+        buffer = bytearray(entry.bytes)
+        _fill(memoryview(buffer), header, entry, file)
+        return bytes(buffer)
+
+    return _read_each(header, names, read)
+
+
+def _read_each(
+    header: FileHeader, names: Iterable[str] | None, read: Callable[[TensorEntry, FileIO], _Read]
+) -> dict[str, _Read]:
     wanted = dict.fromkeys(header.tensors if names is None else names)
     for name in wanted:
         if name not in header.tensors:
             raise refusal(header.path, Message("file.no_tensor"), name)
     entries = sorted((header.tensors[name] for name in wanted), key=lambda entry: entry.start)
-    tensors: dict[str, torch.Tensor] = {}
-    with opened(header.path) as (file, facts), torch.inference_mode(False):
+    found: dict[str, _Read] = {}
+    with opened(header.path) as (file, facts):
         _check_unchanged(header, facts)
         for entry in entries:
-            tensors[entry.name] = typed(entry, _read_bytes(header, entry, file))
+            found[entry.name] = read(entry, file)
         _check_unchanged(header, os.fstat(file.fileno()))
-    return {name: tensors[name] for name in wanted}
+    return {name: found[name] for name in wanted}
 
 
-def _read_bytes(header: FileHeader, entry: TensorEntry, file: FileIO) -> torch.Tensor:
-    # On the CPU whatever default device the host has set: the address below must be one that we may write to.
-    buffer = torch.empty(entry.bytes, dtype=torch.uint8, device="cpu")
-    if not entry.bytes:
-        return buffer
-    # Torch's own memory, written in place: a bytearray under the tensor would be filled with zeros first.
-    view = memoryview((ctypes.c_ubyte * entry.bytes).from_address(buffer.data_ptr())).cast("B")
+def _fill(view: memoryview, header: FileHeader, entry: TensorEntry, file: FileIO) -> None:
     file.seek(entry.start)
     done = 0
     while done < entry.bytes:
-        # Systems return less than asked for above 2 GB; nothing at all means that the file ends here.
+        # Systems return less than asked for above 2 GB. No byte at all means that the file ends here.
         got = file.readinto(view[done:])
         if not got:
             raise refusal(header.path, Message("file.cut_short", {"wanted": entry.bytes, "found": done}), entry.name)
         done += got
-    return buffer
 
 
 def _check_unchanged(header: FileHeader, facts: os.stat_result) -> None:

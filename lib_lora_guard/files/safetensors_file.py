@@ -6,14 +6,14 @@ version 0.8 of the library does: holes and bytes past the last tensor are refuse
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import FileFormatError, Message
+from ..lazy_torch import torch
 from .header import (
     MAX_DIMS,
     MAX_HEADER_BYTES,
@@ -25,6 +25,7 @@ from .header import (
     damaged,
     find_overlap,
     opened,
+    read_bytes,
     read_entries,
     refusal,
     shown,
@@ -41,11 +42,15 @@ FORMATS: dict[str, tuple[int, str | None]] = {
     "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"), "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
     "F4": (4, "float4_e2m1fn_x2"), "F6_E2M3": (6, None), "F6_E3M2": (6, None),
 }  # fmt: skip
-"""Name in the file -> (bits of a value, torch's name for it or None). Which of them torch has depends on its version."""
+"""Name in the file -> (bits of a value, torch's name or None). An older torch may lack some of them."""
 
 
 def read_header(path: str | Path) -> FileHeader:
-    """What a safetensors file holds. Raises FileFormatError with the file's name, the key and what to do."""
+    """Reads the header of a safetensors file.
+
+    Raises:
+        FileFormatError: The file cannot be read or breaks the format's rules.
+    """
     path = Path(path)
     with opened(path) as (file, facts):
         size = facts.st_size
@@ -70,7 +75,16 @@ def read_header(path: str | Path) -> FileHeader:
 
 
 def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The named tensors (None: all) in our own memory. Raises FileFormatError, also for a file changed since `header`."""
+    """Reads tensors into memory of their own.
+
+    Args:
+        header: The file's header.
+        names: The tensors in the order asked for; None for all.
+
+    Raises:
+        FileFormatError: A name is not in the header, torch lacks a dtype, or the file was changed since the header was
+            read.
+    """
 
     def typed(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
         dtype = getattr(torch, FORMATS[entry.format][1] or "", None)
@@ -83,6 +97,37 @@ def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict
         return buffer.view(dtype).reshape(shape)
 
     return read_entries(header, names, typed)
+
+
+def read_numbers(header: FileHeader, names: Iterable[str]) -> dict[str, float | None]:
+    """Reads tensors that hold one number each, without torch where Python knows the format.
+
+    Returns:
+        The numbers by name; None for one that is complex.
+
+    Raises:
+        FileFormatError: A number cannot be read, or the file was changed since the header was read.
+    """
+    names = list(names)
+    known = [name for name in names if header.tensors[name].format in _NUMBERS]
+    others = [name for name in names if header.tensors[name].format not in _NUMBERS]
+    numbers: dict[str, float | None] = {}
+    for name, raw in read_bytes(header, known).items():
+        form = header.tensors[name].format
+        # bf16 is the upper half of an fp32.
+        numbers[name] = float(_NUMBERS[form].unpack(bytes(2) + raw if form == "BF16" else raw)[0])
+    for name, tensor in read_tensors(header, others).items() if others else ():
+        numbers[name] = None if tensor.is_complex() else float(tensor)
+    return numbers
+
+
+_NUMBERS = {
+    form: struct.Struct(f"<{code}")
+    for form, code in {
+        "BOOL": "?", "U8": "B", "I8": "b", "U16": "H", "I16": "h", "U32": "I", "I32": "i", "U64": "Q", "I64": "q",
+        "F16": "e", "BF16": "f", "F32": "f", "F64": "d",
+    }.items()
+}  # fmt: skip
 
 
 def _read_fully(file: FileIO, length: int) -> bytes:
@@ -133,12 +178,12 @@ def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> Te
 
 
 def _is_sizes(value: object) -> bool:
-    # bool is an int in Python; in JSON it is not a number.
+    # A JSON truth value is no size, though Python's bool is an int.
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_VALUES for item in value)
 
 
 def _check_covered(path: Path, tensors: dict[str, TensorEntry], data_start: int, size: int) -> None:
-    """As the library does: sorted by place, each tensor starts where the one before ends, and the last ends the file."""
+    """Checks as the library does that tensors fill the file: each starts where the one before ends, the last ends the file."""
     if pair := find_overlap(tensors.values()):
         raise damaged(path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}", pair[1].name)
     end = data_start

@@ -1,7 +1,7 @@
 """Walks the JSON of a safetensors header one member at a time.
 
-Such a header has two levels and no more, so nothing here nests: a hostile one costs no more memory than its own entries,
-and never the stack. Names are checked for being there once, at every level.
+Such a header has exactly two levels, so nothing here recurses: a hostile header takes no more memory than its entries,
+and never the stack. A name that occurs twice is an error at every level.
 """
 
 from __future__ import annotations
@@ -22,12 +22,22 @@ _ENTRY = re.compile(r"\{[^{}]{0,1000}\}")
 
 
 class Scanner:
-    """Walks the JSON of one header; `at` is the next character. `members` yields a key, then its value must be read."""
+    """Walks the JSON of one header. `at` is the next character.
+
+    All methods raise FileFormatError for what is not expected there.
+    """
 
     def __init__(self, path: Path, text: str) -> None:
+        """Starts before the header's object.
+
+        Args:
+            path: The file, for errors.
+            text: The header.
+        """
         self.path, self.text, self.at = path, text, 0
 
     def members(self) -> Iterator[str]:
+        """Yields the keys of an object. The caller must read the value before it asks for the next key."""
         seen: set[str] = set()
         self._expect("{")
         if self._next() == "}":
@@ -48,17 +58,19 @@ class Scanner:
             self._expect(",")
 
     def string(self, what: str, key: str | None = None) -> str:
+        """Reads a string. `what` and `key` name it in errors."""
         if self._next() != '"':
             raise self._broken(f"{what} in quotes", key)
         try:
             text, end = _PLAIN.raw_decode(self.text, self.at)
-            text.encode("utf-8")  # half of a surrogate pair is no character: it could not be printed or saved
+            text.encode("utf-8")  # raises for half of a surrogate pair, which could not be printed or saved
         except ValueError:
             raise self._broken(f"{what} in valid JSON", key) from None
         self.at = end
         return str(text)
 
     def entry(self, name: str) -> dict[str, Any]:
+        """Reads the object that describes the tensor `name`."""
         self._next()
         found = _ENTRY.match(self.text, self.at)
         if found is None:
@@ -77,11 +89,12 @@ class Scanner:
         return entry
 
     def end(self) -> None:
+        """Checks that nothing but blanks follows."""
         if self._next():
             raise self._broken("the end of the header")
 
     def _next(self) -> str:
-        """The next character that is no blank, or '' at the end; it stays unread."""
+        """Returns the next character that is no blank, or '' at the end, without reading it."""
         mark = self.text[self.at : self.at + 1]
         if mark in _BLANKS and (blanks := _SPACE.match(self.text, self.at)):
             self.at = blanks.end()

@@ -1,8 +1,8 @@
 """Writes safetensors files one tensor at a time, so that a file may be far larger than the memory.
 
 Source: the format's own description (github.com/huggingface/safetensors, README "Format"). As its library does, the
-header ends on a multiple of 8 bytes and the tensors with the widest values come first: then every tensor begins where
-its dtype may begin.
+header ends on a multiple of 8 bytes, and tensors with the widest values come first: so every tensor is aligned to its
+dtype.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ import ctypes
 import json
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..lazy_torch import torch
+from ..units import GB
 from .header import MAX_HEADER_BYTES, shown
 from .safetensors_file import FORMATS
 
 SLICE_BYTES = 64 << 20
-"""Written in one go; also what is copied of a tensor that does not lie in RAM in one piece."""
+"""Bytes written at once, and copied at once of a tensor that is not contiguous in RAM."""
 _ALIGNMENT = 8
 
 Progress = Callable[[int, int], None]
@@ -33,8 +31,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be: `load` is called once, when its turn to be written has come, and must keep what `dtype` and `shape`
-    promise."""
+    """A tensor to write. `load` is called once, when it is to be written, and returns a tensor of `dtype` and `shape`."""
 
     name: str
     dtype: torch.dtype
@@ -43,23 +40,32 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """The bytes that it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_safetensors(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None, progress: Progress | None = None
 ) -> None:
-    """Writes a new file beside `path`, which takes its place when it is complete; until then `path` stays as it was.
+    """Writes a new file beside `path` and renames it to `path` when it is complete; until then `path` is unchanged.
 
-    `progress` is told the bytes of tensors that are written and all of them. Tensors with the widest values come first,
-    otherwise the order is that of `entries`. What `load` gives is let go of before the next one is called.
-    Raises OSError where there is no folder, no room on the disk, or no right to write; ValueError for entries that
-    cannot be written or that load as something else. No partial file is left, not even by KeyboardInterrupt.
+    Tensors with the widest values come first, otherwise the order is that of `entries`. Each tensor is released before
+    the next one is loaded. No partial file is left, not even by KeyboardInterrupt.
+
+    Args:
+        path: The file.
+        entries: The tensors.
+        metadata: The text entries of the header.
+        progress: Called with the bytes of tensors written so far and in total.
+
+    Raises:
+        OSError: There is no folder, no room on the disk, or no right to write.
+        ValueError: An entry cannot be written, or loads as another dtype or shape.
     """
     header = _header(entries, metadata or {})
     total = sum(entry.bytes for entry in entries)
     _check_place(path, len(header) + total)
-    partial = path.with_name(f"{path.name[:40]}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f"{path.name[:40]}.{os.urandom(4).hex()}.partial")
     try:
         with partial.open("xb", buffering=0) as file:
             _write(file, memoryview(header))
@@ -77,7 +83,7 @@ def write_safetensors(
 
 
 def format_of(dtype: torch.dtype) -> str | None:
-    """What the format calls a dtype of torch's ("BF16"), or None where it has no name for it."""
+    """Returns the format's name for a dtype ("BF16"); None if it has none."""
     return next((form for form, (_, name) in FORMATS.items() if str(dtype) == f"torch.{name}"), None)
 
 
@@ -111,6 +117,8 @@ def _check_place(path: Path, needed_bytes: int) -> None:
         raise OSError(f"{shown(str(path.parent))}: no such folder; make it first, or choose another place")
     if path.is_dir():
         raise OSError(f"{shown(str(path))}: is a folder; give the name of a file in it")
+    import shutil
+
     free = shutil.disk_usage(path.parent).free
     if needed_bytes > free:
         raise OSError(
@@ -120,14 +128,14 @@ def _check_place(path: Path, needed_bytes: int) -> None:
 
 
 def _gb(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GB"
+    return f"{count / GB:.2f} GB"
 
 
 def _replace(partial: Path, path: Path) -> None:
     try:
         partial.replace(path)
     except OSError as error:
-        # Windows does not let go of a file that a program has open.
+        # Windows does not replace a file that a program has open.
         raise OSError(
             f"{shown(path.name)}: cannot be replaced ({error.strerror or error}); close the program that uses it, or "
             "choose another name"
@@ -135,7 +143,7 @@ def _replace(partial: Path, path: Path) -> None:
 
 
 def _write_entry(file: FileIO, entry: Entry) -> Iterator[int]:
-    """The bytes of each slice written."""
+    """Writes a tensor and yields the bytes of each slice written."""
     tensor = entry.load()
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
         raise ValueError(
@@ -146,7 +154,7 @@ def _write_entry(file: FileIO, entry: Entry) -> Iterator[int]:
         size = piece.numel() * piece.element_size()
         if not size:
             continue
-        # Torch's own memory: numpy has no bf16 and no fp8.
+        # The tensor's own memory: numpy has no bf16 and no fp8.
         view = memoryview((ctypes.c_ubyte * size).from_address(piece.data_ptr())).cast("B")
         for start in range(0, size, SLICE_BYTES):
             part = view[start : start + SLICE_BYTES]
@@ -155,7 +163,7 @@ def _write_entry(file: FileIO, entry: Entry) -> Iterator[int]:
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor in contiguous pieces in RAM: itself where it is one, else small copies of its rows."""
+    """Yields contiguous pieces in RAM: the tensor itself if it is one, else small copies of its rows."""
     size = tensor.numel() * tensor.element_size()
     plain = not (tensor.is_conj() or tensor.is_neg())
     if tensor.is_cpu and tensor.is_contiguous() and plain:
@@ -170,5 +178,5 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _write(file: FileIO, data: memoryview) -> None:
     while data:
-        # The system may take less than it is given.
+        # The system may write less than it is given.
         data = data[file.write(data) or 0 :]

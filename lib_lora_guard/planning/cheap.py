@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import torch
-
 from ..adapters import Term
 from ..adapters.base import RowFunction
 from ..adapters.forms import CheapForward
+from ..lazy_torch import torch
 
 Forms: TypeAlias = tuple[CheapForward | None, ...]
 """The cheap form of each term of a stack, in order; None for a term that only the weight side has exactly."""

@@ -23,7 +23,7 @@ from support.hostile_loras import (
 )
 
 from lib_lora_guard import LoraGuard
-from lib_lora_guard.adapters.files import read_lora_file, read_lora_header
+from lib_lora_guard.adapters.files import lora_of_header, open_lora, read_lora_file
 from lib_lora_guard.errors import LoraFileError, LoraMismatchError
 
 pytestmark = pytest.mark.usefixtures("warm", "no_grad")
@@ -59,6 +59,10 @@ FILES = {
     "a GLoRA core of one dimension": (glora("conv", t(4, 2), t(2, 4), t(8, 2), t(2, 4), bm__weight=t(2)), "conv"),
     "a GLoRA core of another rank": (glora("conv", t(4, 2), t(2, 4), t(8, 2), t(3, 4), bm__weight=t(2, 2, 3, 3)), "conv"),
 }  # fmt: skip
+
+
+def read_lora_header(path):
+    return lora_of_header(open_lora(path))
 
 
 @pytest.mark.parametrize("read", [read_lora_file, read_lora_header])

@@ -12,7 +12,7 @@ from support.measure import assert_same
 from lib_lora_guard import LoraGuard
 from lib_lora_guard.adapters import Adapter, Term
 from lib_lora_guard.adapters.base import PatchCost, add_delta, mismatch
-from lib_lora_guard.adapters.files import read_lora_header
+from lib_lora_guard.adapters.files import lora_of_header, open_lora
 from lib_lora_guard.adapters.forms import LowRank
 from lib_lora_guard.adapters.kinds import KINDS, HostTuple, Kind, register, unregister
 from lib_lora_guard.adapters.patch_tuples import parse_value, value_of
@@ -145,10 +145,10 @@ class TestMadeUpKinds:
     def test_without_a_field_are_incomplete(self, tmp_path):
         save_file({"first.outer_rows": ROWS}, str(tmp_path / "half.safetensors"))
         with pytest.raises(LoraFileError, match=r"incomplete .a outer without 'columns_factor'"):
-            read_lora_header(tmp_path / "half.safetensors")
+            lora_of_header(open_lora(tmp_path / "half.safetensors"))
 
     def test_are_known_from_the_header_alone_with_their_single_numbers(self, tmp_path):
-        file = read_lora_header(write(tmp_path / "made_up.safetensors"))
+        file = lora_of_header(open_lora(write(tmp_path / "made_up.safetensors")))
         assert {key: adapter.kind for key, adapter in file.adapters.items()} == {
             ("first", "weight"): "outer",
             ("second", "weight"): "gate",
@@ -156,7 +156,7 @@ class TestMadeUpKinds:
         assert file.adapters["first", "weight"].gain == 2.0
 
     def test_tell_the_size_of_their_modules(self, tmp_path):
-        shapes = read_lora_header(write(tmp_path / "made_up.safetensors")).shapes
+        shapes = lora_of_header(open_lora(write(tmp_path / "made_up.safetensors"))).shapes
         assert Evidence.of_lora(shapes).names == {"first": (24, 16), "second": (None, None)}
 
     def test_are_read_from_patches_of_the_host_and_written_as_such(self):
