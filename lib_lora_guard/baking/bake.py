@@ -21,7 +21,7 @@ from ..errors import LoraMismatchError
 from ..files import Entry, write_safetensors
 from ..files.safetensors_writer import Progress
 from ..patching.merging import CPU, merge
-from ..weights.storage import dtype_name
+from ..weights.dtype_names import dtype_name
 from .dtypes import compute_dtype, dtype_for, rounded
 from .effect import Effect
 from .source import ModelSource, by_row

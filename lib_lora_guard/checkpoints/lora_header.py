@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself, from its header and single numbers."""
+"""Facts of a LoRA file, from its header and its single numbers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..adapters.base import product_of
-from ..adapters.files import LoraFile, read_lora_header
+from ..adapters.files import LoraFile, lora_of_header, open_lora
 from ..errors import LoraFileError, LoraGuardError
-from ..files import FileHeader, open_header, shown
+from ..files import FileHeader, shown
 from ..files.safetensors_file import FORMATS
 from ..models.architecture import Architecture, detect_lora
 from ..models.routes import flatten
 from ..models.text import CLIP_G, CLIP_H, CLIP_L, HINTS
-from ..weights.storage import dtype_name
+from ..weights.dtype_names import dtype_name
 
 _TRAINER = re.compile(r"^(base_model_model_|lycoris_|lora_)")
 _CLIPS = {"te": "CLIP-L", "te1": "CLIP-L", CLIP_L: "CLIP-L", "te2": "CLIP-G", CLIP_G: "CLIP-G", CLIP_H: "CLIP-H"}
@@ -38,14 +36,20 @@ SHOWN_METADATA = (
     "ss_output_name",
     "ss_resolution",
 )
+"""Metadata entries that are shown, beside `modelspec.*`."""
 _MAX_TAGS_CHARACTERS = 4_000_000
 SHOWN_WORDS = 8
+"""The number of trained words shown."""
 VALUE_CHARACTERS = 200
+"""Characters shown of a metadata value."""
 
 
 @dataclass(frozen=True)
 class LoraFacts:
-    """Counters are by modules, `dtypes` by tensors. `scales` holds alpha over rank, of the modules that have both."""
+    """The facts of one file.
+
+    Counters count modules, `dtypes` counts tensors. `scales` holds alpha over rank of the modules that have both.
+    """
 
     file: LoraFile
     header: FileHeader
@@ -60,17 +64,24 @@ class LoraFacts:
 
     @property
     def name(self) -> str:
+        """The file's name, fit to be shown."""
         return shown(self.file.path.name)
 
     @property
     def bytes(self) -> int:
+        """The bytes of all factors in memory."""
         return sum(adapter.bytes for adapter in self.file.adapters.values())
 
 
 def read_facts(path: Path) -> LoraFacts:
-    """Raises LoraFileError for a file that is no LoRA."""
+    """Reads the facts of a LoRA file.
+
+    Raises:
+        LoraFileError: The file is no LoRA, or its factors do not go together.
+    """
     with damaged_where_torch_refuses(path):
-        return _facts(read_lora_header(path), open_header(path))
+        header = open_lora(path)
+        return _facts(lora_of_header(header), header)
 
 
 def _facts(file: LoraFile, header: FileHeader) -> LoraFacts:
@@ -99,7 +110,11 @@ def _facts(file: LoraFile, header: FileHeader) -> LoraFacts:
 
 @contextmanager
 def damaged_where_torch_refuses(path: Path) -> Iterator[None]:
-    """Factors of shapes that cannot be what their names say end in torch's own errors, several layers down."""
+    """Turns torch's own errors into one that names the file: torch raises them for factors of impossible shapes.
+
+    Raises:
+        LoraFileError: torch raised an error.
+    """
     try:
         yield
     except LoraGuardError:
@@ -112,18 +127,18 @@ def damaged_where_torch_refuses(path: Path) -> Iterator[None]:
 
 
 def metadata_of_interest(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Entries that say what the file is, made fit to be shown."""
+    """Returns the entries that describe the file, fit to be shown."""
     wanted = [*SHOWN_METADATA, *sorted(key for key in metadata if key.startswith("modelspec."))]
     return {
         shown(key): shown(metadata[key], VALUE_CHARACTERS)
         for key in wanted
-        # Previews are pictures in base64.
+        # Thumbnails are pictures in base64.
         if metadata.get(key) and "thumbnail" not in key
     }
 
 
 def trained_words(metadata: Mapping[str, str]) -> list[str]:
-    """The words a kohya file was trained with, the most frequent first."""
+    """Returns the words that a kohya file was trained with, the most frequent first."""
     text = metadata.get("ss_tag_frequency", "")
     if not text or len(text) > _MAX_TAGS_CHARACTERS:
         return []
@@ -140,7 +155,7 @@ def trained_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def counted(values: Mapping[object, int] | Counter[int] | Counter[float] | Counter[str]) -> str:
-    """ "16 (300), 32 (4)", the most frequent first; without a number where there is one value."""
+    """Returns "16 (300), 32 (4)", the most frequent first; a single value has no count."""
     ordered = sorted(values.items(), key=lambda item: -item[1])
     if len(ordered) == 1:
         return _text(ordered[0][0])
@@ -165,5 +180,4 @@ def _part(module: str, made_for: Architecture | None) -> str:
 
 
 def _dtype(form: str) -> str:
-    dtype = getattr(torch, FORMATS[form][1] or "", None)
-    return dtype_name(dtype) if isinstance(dtype, torch.dtype) else form
+    return dtype_name(FORMATS[form][1] or form)

@@ -1,6 +1,6 @@
-"""A model file as its header shows it: real shapes, how each weight is stored, and which part of the model it is.
+"""Facts of a model file, from its header: real shapes, storage formats, and the part of the model of each parameter.
 
-Sources: the prefixes of whole checkpoints as `models.names` has them; bitsandbytes' state-dict layout (`weights.bnb4`);
+Sources: the prefixes of whole checkpoints as `models.names` has them; bitsandbytes' state-dict layout (`weights.bnb4_layout`);
 scaled fp8 as ComfyUI and Forge read it (a `scale_weight` beside the weight, a `scaled_fp8` marker in the file).
 """
 
@@ -11,20 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..adapters.base import Shape, product_of
 from ..adapters.file_keys import meaning_of
 from ..errors import FileFormatError
-from ..files import FileHeader, TensorEntry, open_header, read_tensors, shown
+from ..files import FileHeader, TensorEntry, open_header, read_bytes, shown
 from ..files.safetensors_file import FORMATS
 from ..models.architecture import Architecture, detect_model
 from ..models.fit import Target
 from ..models.names import DENOISER_PREFIXES
 from ..models.text import find_encoders
 from ..planning.gguf_baked import FORGE_BLOCKS, baked_bytes
-from ..weights.bnb4 import LEVELS, from_file_parts
-from ..weights.storage import WIDE_DTYPES, dtype_name
+from ..weights.bnb4_layout import KINDS, LARGEST_STATE_BYTES, Part, find_in_file, state_key
+from ..weights.dtype_names import WIDE_DTYPE_NAMES, dtype_name
 
 DENOISER, TEXT, VAE, OTHER = "denoiser", "text_encoders", "vae", "other"
 _VAE = ("first_stage_model.", "vae.")
@@ -32,6 +30,7 @@ _TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder.",
 _OTHER = ("control_model.", "model_ema.")
 
 _QUANT_STATE = ".quant_state.bitsandbytes__"
+_BESIDE_4_BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale")
 _WIDE_GGUF = ("F64", "F32", "F16", "BF16")
 _NOT_CALLED = ("embedding", "shared.weight", "relative_attention_bias", "pos_embed", "position_ids", "logit_scale")
@@ -40,7 +39,10 @@ _NOT_CALLED = ("embedding", "shared.weight", "relative_attention_bias", "pos_emb
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter. `shape` is the real one; `bytes` what it takes in the file, its scales included."""
+    """One parameter.
+
+    `shape` is the real one, `bytes` its size in the file with its scales, `wide` is True for floats of 16 bits and more.
+    """
 
     name: str
     shape: Shape
@@ -51,6 +53,7 @@ class Parameter:
 
     @property
     def values(self) -> int:
+        """The number of values."""
         return product_of(self.shape)
 
     @property
@@ -59,18 +62,20 @@ class Parameter:
         return len(self.shape) > 1 and not any(word in self.name for word in _NOT_CALLED)
 
     def memory_bytes(self, compute_bytes: int) -> int:
-        """Bytes as Forge holds it: 16, 32 and 64-bit weights all in the compute dtype, the others as they are."""
+        """Returns the bytes in Forge's memory: floats of 16 bits and more take the compute dtype, the others stay."""
         if self.wide and self.part == DENOISER and self.format not in _WIDE_GGUF:
             return self.values * compute_bytes
         return baked_bytes(self.format, self.bytes)
 
     def placed_bytes(self, compute_bytes: int) -> int:
-        """What Forge places it by: GGUF by its bytes in the file, which are not baked yet."""
+        """Returns the bytes that Forge places it by: for GGUF those in the file, as it bakes them later."""
         return self.bytes if self.format in FORGE_BLOCKS else self.memory_bytes(compute_bytes)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """The facts of one model file, its parameters by name."""
+
     header: FileHeader
     parameters: Mapping[str, Parameter]
     architecture: Architecture | None
@@ -78,10 +83,15 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, Shape]:
+        """The real shapes of all parameters."""
         return {name: parameter.shape for name, parameter in self.parameters.items()}
 
     def target(self) -> Target:
-        """The model as LoRA files are matched to it. Raises FileFormatError where its names promise other shapes than it has."""
+        """Returns the model as LoRA files are matched to it.
+
+        Raises:
+            FileFormatError: The shapes do not go with the names.
+        """
         target = Target(self.shapes)
         try:
             _ = target.names, target.architecture
@@ -90,10 +100,11 @@ class Checkpoint:
         return target
 
     def of_part(self, part: str) -> list[Parameter]:
+        """Returns the parameters of one part of the model."""
         return [parameter for parameter in self.parameters.values() if parameter.part == part]
 
     def formats(self) -> Counter[str]:
-        """Formats of the denoiser's layers by the values stored in them."""
+        """Counts the values of the denoiser's layers by storage format."""
         counted: Counter[str] = Counter()
         for parameter in self.of_part(DENOISER):
             if parameter.is_layer:
@@ -102,18 +113,19 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads the header, and from bitsandbytes files the few bytes that say a weight's shape.
+    """Reads the header, and from bitsandbytes files the few bytes that hold a weight's shape.
 
-    Raises FileFormatError for what is no model file.
+    Raises:
+        FileFormatError: The file cannot be read or is no model.
     """
     header = open_header(path)
     _refuse_lora(header)
-    small = [name for name in header.tensors if _QUANT_STATE in name]
-    states = read_tensors(header, small) if small else {}
+    small = [n for n, entry in header.tensors.items() if _QUANT_STATE in n and entry.bytes <= LARGEST_STATE_BYTES]
+    states = read_bytes(header, small) if small else {}
     shapes: dict[str, Shape] = {}
     stored: dict[str, tuple[str, bool, int]] = {}
     for name, entry in header.tensors.items():
-        # Lone numbers (versions, markers) are no parameters.
+        # Single numbers (versions, markers) are no parameters.
         if not entry.shape or _belongs_to_another(name, header.tensors):
             continue
         form, wide, shape, size = _storage(header, entry, states)
@@ -154,54 +166,49 @@ def _refuse_lora(header: FileHeader) -> None:
 
 
 def _belongs_to_another(name: str, tensors: Mapping[str, TensorEntry]) -> bool:
-    """Scales and states, which are counted with their weight."""
+    """Returns True for scales and states, which are counted with their weight."""
     if name.endswith(_SCALES) or name == "scaled_fp8" or _QUANT_STATE in name:
         return True
     head, _, last = name.rpartition(".")
-    return last in ("absmax", "quant_map", "nested_absmax", "nested_quant_map") and head in tensors
+    return last in _BESIDE_4_BIT and head in tensors
 
 
-def _storage(
-    header: FileHeader, entry: TensorEntry, states: Mapping[str, torch.Tensor]
-) -> tuple[str, bool, Shape, int]:
-    """Format, whether it is 16 bits or wider, real shape, bytes with scales."""
+def _storage(header: FileHeader, entry: TensorEntry, states: Mapping[str, bytes]) -> tuple[str, bool, Shape, int]:
+    """Returns the format, whether it is a float of 16 bits or more, the real shape, and the bytes with scales."""
     if header.container == "gguf":
         return entry.format, entry.format in _WIDE_GGUF, entry.shape, entry.bytes
-    state = next((key for kind in LEVELS if (key := f"{entry.name}{_QUANT_STATE}{kind}") in states), None)
-    if state is not None:
+    if any(state_key(entry.name, kind) in header.tensors for kind in KINDS):
         return _bnb(header, entry, states)
-    dtype = getattr(torch, FORMATS[entry.format][1] or "", None)
-    if entry.name.endswith(".weight") and len(entry.shape) > 1 and dtype is torch.uint8:
+    dtype = FORMATS[entry.format][1]
+    if entry.name.endswith(".weight") and len(entry.shape) > 1 and dtype == "uint8":
         raise FileFormatError(
             f"{shown(header.path.name)}: {shown(entry.name)}: expected a weight whose shape can be told, found uint8 "
             "without a bitsandbytes state; use the model in fp8, NF4 or GGUF"
         )
-    form = dtype_name(dtype) if isinstance(dtype, torch.dtype) else entry.format
+    form = dtype_name(dtype or entry.format)
     scale = header.tensors.get(entry.name.removesuffix(".weight") + ".scale_weight")
-    return form, dtype in WIDE_DTYPES, entry.shape, entry.bytes + (scale.bytes if scale else 0)
+    return form, dtype in WIDE_DTYPE_NAMES, entry.shape, entry.bytes + (scale.bytes if scale else 0)
 
 
-def _bnb(header: FileHeader, entry: TensorEntry, states: Mapping[str, torch.Tensor]) -> tuple[str, bool, Shape, int]:
-    """The state's JSON is read, the sizes of the rest are checked against it, on torch's meta device."""
-    parts, size = {}, 0
-    for name in (
-        entry.name,
-        *(f"{entry.name}.{part}" for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
-    ):
-        if (found := header.tensors.get(name)) is not None:
-            dtype = getattr(torch, FORMATS[found.format][1] or "", torch.uint8)
-            parts[name] = torch.empty(found.shape, dtype=dtype, device="meta")
-            size += found.bytes
-    own = {name: state for name, state in states.items() if name.startswith(entry.name + _QUANT_STATE)}
+def _bnb(header: FileHeader, entry: TensorEntry, states: Mapping[str, bytes]) -> tuple[str, bool, Shape, int]:
+    """Reads the state's JSON and compares the sizes of the other parts with it."""
+    counted = [entry.name, *(f"{entry.name}.{part}" for part in _BESIDE_4_BIT)]
+    names = [*counted, *(state_key(entry.name, kind) for kind in KINDS)]
+    stored = {name: _part(header.tensors[name]) for name in names if name in header.tensors}
+    size = sum(stored[name].bytes for name in counted if name in stored)
     try:
-        decoder, _ = from_file_parts({**parts, **own}, entry.name)
+        layout = find_in_file(stored, states.__getitem__, entry.name).layout
     except FileFormatError as error:
         raise FileFormatError(f"{shown(header.path.name)}: {shown(str(error), 300)}") from None
-    return decoder.format, False, decoder.shape, size
+    return layout.format, False, layout.shape, size
+
+
+def _part(entry: TensorEntry) -> Part:
+    return Part(entry.shape, dtype_name(FORMATS[entry.format][1] or entry.format), entry.bytes)
 
 
 def _parts(shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Which part of the model each parameter belongs to."""
+    """Returns the part of the model of each parameter."""
     encoders = tuple(prefix for prefix in find_encoders(shapes) if prefix)
     is_encoder = not encoders and "" in find_encoders(shapes)
     prefix = next((p for p in DENOISER_PREFIXES if p and any(name.startswith(p) for name in shapes)), "")

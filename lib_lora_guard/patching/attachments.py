@@ -14,7 +14,8 @@ from ..memory.out_of_memory import is_out_of_memory
 from ..planning.cheap import Forms, forms_of
 from ..planning.mode import Choice, Mode
 from ..units import MB
-from ..weights.storage import dtype_name, storage_of
+from ..weights.dtype_names import dtype_name
+from ..weights.storage import storage_of
 from .access import ModelAccess, Site
 from .backup import Backup, Where, moved, parameter_bytes
 from .bypass import Bypass

@@ -9,7 +9,8 @@ import torch
 
 from ..adapters import apply_terms
 from ..weights import Codec, Nf4Codec, PlainCodec, Q4_0Codec, Q8_0Codec
-from ..weights.storage import FP8_DTYPES, dtype_name
+from ..weights.dtype_names import dtype_name
+from ..weights.storage import FP8_DTYPES
 from .attachments import Attachment, MergeAttachment
 
 ENCODERS: dict[str, Codec] = {codec.format: codec for codec in (Nf4Codec(), Q4_0Codec(), Q8_0Codec())} | {

@@ -12,9 +12,10 @@ import torch
 
 from ..messages import Message
 from ..planning.mode import Mode
-from ..weights.storage import FP8_DTYPES, dtype_name
+from ..weights.dtype_names import dtype_name
+from ..weights.storage import FP8_DTYPES
 from .attachments import Attachment, UnusableTermsError
-from .merging import is_finite, keep_shape, merge
+from .merging import merge
 
 
 class Kept(str, Enum):

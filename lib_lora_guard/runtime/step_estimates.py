@@ -20,7 +20,8 @@ from ..models.architecture import Architecture, detect_model
 from ..planning import activations
 from ..planning.activations import Activations
 from ..planning.tokens import ONE_PASS, Picture, tokens_for
-from ..weights.storage import dtype_name, storage_of
+from ..weights.dtype_names import dtype_name
+from ..weights.storage import storage_of
 from .corrections import Corrections
 
 log = logging.getLogger(__name__)

@@ -8,26 +8,22 @@ by bitsandbytes' kernels: they have the levels built in.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..errors import FileFormatError
-from .codec import AnyParts, Decoder, Parts, found
+from .bnb4_layout import Bnb4Layout, Part, find_in_file
+from .codec import AnyParts, Decoder, Parts
+from .dtype_names import dtype_name
 from .nf4 import NF4_LEVELS, values_of_bytes
-from .storage import dtype_name
 
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_LEVELS = (*(v / 12 for v in _FP4_TWELFTHS), *(-v / 12 for v in _FP4_TWELFTHS))
 """A sign, two bits of exponent and one of mantissa, divided by the largest value; index 8 is minus zero."""
 
 LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
-NESTED_PARTS = ("nested_absmax", "nested_code", "offset")
-LARGEST_STATE_BYTES = 1 << 16
-"""The JSON of a real file has about 200 bytes."""
 
 
 class Bnb4Decoder(Decoder):
@@ -52,46 +48,16 @@ class Bnb4Decoder(Decoder):
         Raises:
             FileFormatError: One of them is invalid.
         """
-        if quant_type not in LEVELS:
-            raise FileFormatError(f"bitsandbytes 4-bit: expected quant_type nf4 or fp4, found {quant_type!r}")
-        if not shape or not all(_is_count(n) for n in shape):
-            raise FileFormatError(f"{quant_type}: expected a shape of positive whole numbers, found {shape!r}")
-        if not _is_count(blocksize) or blocksize % 2 or not _is_count(nested_blocksize):
-            raise FileFormatError(
-                f"{quant_type}: expected an even number of values a block and a positive one of nested blocks, found "
-                f"{blocksize!r} and {nested_blocksize!r}"
-            )
-        self.format = quant_type
-        self.shape = tuple(shape)
+        self.layout = Bnb4Layout(quant_type, tuple(shape), blocksize, nested_blocksize)
+        self.format, self.shape = self.layout.format, self.layout.shape
         self.block, self.block_bytes = blocksize, blocksize // 2
-        self.nested_blocksize = nested_blocksize
 
     def bytes_of(self, shape: Sequence[int]) -> int:
         return (math.prod(shape) + 1) // 2
 
     def shape_of(self, parts: AnyParts) -> tuple[int, int]:
-        values = math.prod(self.shape)
-        blocks = -(-values // self.block)
-        self._expect("bytes of data", _bytes_in(parts["data"]), self.bytes_of(self.shape))
-        self._expect("values of absmax", parts["absmax"].numel(), blocks)
-        nested = [name for name in NESTED_PARTS if name in parts]
-        if (parts["absmax"].dtype == torch.uint8) != (len(nested) == len(NESTED_PARTS)) or 0 < len(nested) < 3:
-            raise FileFormatError(
-                f"{self.format}: expected absmax in float, or in uint8 with {', '.join(NESTED_PARTS)}, found "
-                f"{dtype_name(parts['absmax'].dtype)} with {', '.join(nested) or 'none of them'}"
-            )
-        if nested:
-            self._expect("values of nested_absmax", parts["nested_absmax"].numel(), -(-blocks // self.nested_blocksize))
-            self._expect("values of nested_code", parts["nested_code"].numel(), 256)
-            self._expect("values of offset", parts["offset"].numel(), 1)
-        return self.shape[0], values // self.shape[0]
-
-    def _expect(self, what: str, count: int, wanted: int) -> None:
-        if count != wanted:
-            raise FileFormatError(
-                f"{self.format}: expected {wanted} {what} for shape {list(self.shape)} in blocks of {self.block}, found "
-                f"{count}; the file is damaged"
-            )
+        self.layout.check({name: _facts(part) for name, part in parts.items()})
+        return self.shape[0], math.prod(self.shape[1:])
 
     def _values(self, parts: AnyParts, start: int, length: int) -> torch.Tensor:
         columns = math.prod(self.shape[1:])
@@ -113,7 +79,7 @@ class Bnb4Decoder(Decoder):
         if "nested_absmax" not in parts:
             return absmax.float()
         code = parts["nested_code"].reshape(-1).float().index_select(0, absmax.int())
-        nested_block = torch.arange(start, end, device=absmax.device) // self.nested_blocksize
+        nested_block = torch.arange(start, end, device=absmax.device) // self.layout.nested_block
         scale = parts["nested_absmax"].reshape(-1).float().index_select(0, nested_block)
         return code.mul_(scale).add_(parts["offset"].float().reshape(()))
 
@@ -156,51 +122,14 @@ def from_file_parts(tensors: AnyParts, name: str) -> tuple[Bnb4Decoder, Parts]:
     Raises:
         FileFormatError: A part is missing or does not fit.
     """
-    states = [key for key in (f"{name}.quant_state.bitsandbytes__{kind}" for kind in LEVELS) if key in tensors]
-    if len(states) != 1:
-        raise FileFormatError(
-            f"{name}: expected one {name}.quant_state.bitsandbytes__nf4 or __fp4, found {len(states)}; the file is not "
-            "of bitsandbytes' 4-bit layout"
-        )
-    state = _state(tensors[states[0]], states[0])
-    try:
-        parts = {"data": tensors[name], "absmax": tensors[f"{name}.absmax"]}
-        if f"{name}.nested_absmax" in tensors:
-            parts["nested_absmax"] = tensors[f"{name}.nested_absmax"]
-            parts["nested_code"] = tensors[f"{name}.nested_quant_map"]
-            parts["offset"] = torch.tensor(float(state["nested_offset"]), device=parts["data"].device)
-        shape, kind = state["shape"], state["quant_type"]
-        decoder = Bnb4Decoder(
-            kind if isinstance(kind, str) else repr(kind),
-            tuple(shape) if isinstance(shape, list) else (),
-            state["blocksize"],
-            state.get("nested_blocksize", 256),
-        )
-        decoder.shape_of(parts)
-    except KeyError as error:
-        raise FileFormatError(f"{name}: {error.args[0]} is missing; the file is damaged") from None
-    except (TypeError, ValueError, OverflowError) as error:
-        raise FileFormatError(f"{name}: {error}") from None
-    return decoder, parts
+    stored = {key: _facts(tensor) for key, tensor in tensors.items() if key.startswith(name)}
+    found = find_in_file(stored, lambda key: bytes(tensors[key].flatten().tolist()), name)
+    parts = {part: tensors[key] for part, key in found.keys.items()}
+    if found.offset is not None:
+        parts["offset"] = torch.tensor(found.offset, device=parts["data"].device)
+    layout = found.layout
+    return Bnb4Decoder(layout.format, layout.shape, layout.block, layout.nested_block), parts
 
 
-def _state(stored: torch.Tensor, key: str) -> Mapping[str, Any]:
-    if stored.dtype != torch.uint8 or stored.numel() > LARGEST_STATE_BYTES:
-        raise FileFormatError(
-            f"{key}: expected JSON in at most {LARGEST_STATE_BYTES} bytes of uint8, found {found(stored)}"
-        )
-    try:
-        state = json.loads(bytes(stored.flatten().tolist()))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{key}: expected JSON, found {type(error).__name__}: {error}") from None
-    if not isinstance(state, dict):
-        raise FileFormatError(f"{key}: expected a JSON object, found {type(state).__name__}")
-    return state
-
-
-def _bytes_in(data: torch.Tensor) -> int:
-    return data.numel() * data.element_size()
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _facts(tensor: torch.Tensor) -> Part:
+    return Part(tuple(tensor.shape), dtype_name(tensor.dtype), tensor.numel() * tensor.element_size())

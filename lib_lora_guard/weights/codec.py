@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..errors import FileFormatError
-from .storage import FP8_DTYPES, dtype_name
+from .dtype_names import dtype_name
+from .storage import FP8_DTYPES
 
 Parts = dict[str, torch.Tensor]
 """The named tensors of one stored weight."""

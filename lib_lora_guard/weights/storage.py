@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..units import MB as MB
+from .dtype_names import WIDE_DTYPE_NAMES, dtype_name
 
 FP8_DTYPES = tuple(
     getattr(torch, n)
@@ -19,7 +20,7 @@ FP8_DTYPES = tuple(
     if hasattr(torch, n)
 )
 """The float8 dtypes that this torch has."""
-WIDE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WIDE_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in WIDE_DTYPE_NAMES)
 """Floats of 16 bits and more."""
 
 
@@ -69,21 +70,6 @@ def scales_bytes(parameter: torch.Tensor) -> int:
     kept = [getattr(one, name, None) for one in (state, nested) for name in ("absmax", "code")]
     tensors = [one for one in (*kept, getattr(state, "offset", None)) if isinstance(one, torch.Tensor)]
     return sum(one.numel() * one.element_size() for one in tensors)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the common short name: bf16, fp16, fp32, fp8_e4m3fn."""
-    name = str(dtype).removeprefix("torch.")
-    for long, short in (
-        ("bfloat16", "bf16"),
-        ("float16", "fp16"),
-        ("float32", "fp32"),
-        ("float64", "fp64"),
-        ("float8", "fp8"),
-    ):
-        if name.startswith(long):
-            return short + name[len(long) :]
-    return name
 
 
 def shares_storage(a: torch.Tensor, b: torch.Tensor | None) -> bool:

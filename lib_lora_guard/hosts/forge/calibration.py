@@ -35,7 +35,8 @@ from ...planning.activations import Activations
 from ...runtime import corrections as forge_corrections
 from ...runtime.corrections import Corrections
 from ...runtime.step_estimates import LATENT_PIXELS, Estimates, shape_of, stored_as
-from ...weights.storage import MB, dtype_name
+from ...weights.dtype_names import dtype_name
+from ...weights.storage import MB
 from .patches import describe
 
 log = logging.getLogger(__name__)

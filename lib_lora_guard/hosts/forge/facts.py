@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...runtime.journal import ModelFacts
-from ...weights.storage import dtype_name
+from ...weights.dtype_names import dtype_name
 from .patches import describe
 from .types import Patcher
 

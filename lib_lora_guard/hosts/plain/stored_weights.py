@@ -16,7 +16,8 @@ from ...files import FileHeader, open_header, read_tensors, shown
 from ...weights import GGUF_DECODERS, PlainCodec, ScaledFp8Codec, StoredLinear
 from ...weights.bnb4 import from_file_parts
 from ...weights.codec import Decoder, Parts
-from ...weights.storage import FP8_DTYPES, WIDE_DTYPES, dtype_name
+from ...weights.dtype_names import dtype_name
+from ...weights.storage import FP8_DTYPES, WIDE_DTYPES
 
 
 def load_stored(model: torch.nn.Module, path: str | Path, prefix: str = "") -> list[str]:
