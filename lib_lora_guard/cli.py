@@ -14,23 +14,31 @@ from .errors import LoraGuardError
 from .planning.rates import DEFAULT_GPU, rates_of
 from .version import __version__
 
-# torch and rich are imported by the commands that need them: help answers at once.
+# Each command imports its own modules when it runs, so that help and commands on headers never load torch.
 
 _BAKE_DTYPES = ("keep", "bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2")
 """The keys of `baking.DTYPES`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 on success, 1 on an error that is explained in one line, 130 when interrupted.
+    """Runs one command.
 
-    Wrong usage ends in SystemExit with 2, as argparse has it."""
+    Args:
+        argv: The words after the program's name; None takes those of this process.
+
+    Returns:
+        The exit code: 0 on success, 1 after an error that was printed in one line, 130 if interrupted.
+
+    Raises:
+        SystemExit: With 2 for wrong usage, with 0 after help and the version, as argparse does.
+    """
     parser = _parser()
     options = parser.parse_args(argv)
     if options.command is None:
         parser.print_help()
         return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A console or file that lacks a letter of some name shows '?' for it.
+        # Names may hold letters that the console's encoding lacks: they are printed as '?'.
         sys.stdout.reconfigure(errors="replace")
     run: Callable[[Any], None] = options.run
     try:
@@ -47,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(text: str) -> str:
-    """Names from files may carry anything; a terminal must not obey them."""
+    """Replaces control characters: names from files must not steer the terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -191,14 +199,12 @@ def _add_common(command: argparse.ArgumentParser, run: Callable[[Any], None]) ->
 
 
 def _add_debug(command: argparse.ArgumentParser) -> None:
-    # Also after the command's name; where it is not given there, what stands before it stays.
+    # Accepted after the command's name too. SUPPRESS keeps the value given before the name.
     command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _plan(options: Any) -> None:
     from .commands.plan import PlanRequest, make_plan
-    from .commands.plan_json import plan_document
-    from .commands.plan_text import print_plan
     from .planning.mode import Wish
     from .planning.tokens import Picture
 
@@ -208,8 +214,12 @@ def _plan(options: Any) -> None:
         PlanRequest(options.model, options.loras, options.vram, options.ram, picture, options.gpu, Wish(options.mode))
     )
     if options.json:
+        from .commands.plan_json import plan_document
+
         _print_json(plan_document(result))
     else:
+        from .commands.plan_text import print_plan
+
         print_plan(_console(), result)
     result.check_usable()
 
@@ -267,7 +277,7 @@ def _page(replays: Any, target: Path | None) -> None:
     if target is None:
         print(text, end="")
     else:
-        # The same bytes on every system.
+        # Written as bytes, so that line ends are the same on every system.
         target.write_bytes(text.encode("utf-8"))
 
 

@@ -1,1 +1,1 @@
-"""The commands `plan` and `inspect`: files in, tables or JSON out. What they say is decided in planning/ and models/."""
+"""The commands: each makes a result, which is printed as a page or as one JSON document. planning/ and models/ decide."""

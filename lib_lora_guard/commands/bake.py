@@ -1,4 +1,4 @@
-"""`lora-guard bake`: a stack of LoRAs merged into a new checkpoint file."""
+"""`lora-guard bake`: merges a stack of LoRAs into a new checkpoint file."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..demo.measure import Measured, measured
 from ..errors import LoraFileError
 from ..files import shown
 from ..messages import Message
-from ..planning.predict import GB, MB
+from ..units import GB, MB
 from ..version import __version__
-from .plan_text import MESSAGE_CHARACTERS, say
+from .page import MESSAGE_CHARACTERS, say
 
 SCHEMA = "lora-guard/bake/1"
 FAITHFUL = 0.95
-"""Below this cosine a third of what was written is noise, measured against the LoRAs themselves."""
+"""Below this cosine between the change written and the LoRAs' own, a third of the change is noise."""
 SHOWN_KEYS = 10
 
 
 @dataclass(frozen=True)
 class BakeRequest:
-    """What the user asked. `dtype` None: each tensor its own."""
+    """The user's request. With `dtype` None each tensor keeps its own dtype."""
 
     model: Path
     loras: Sequence[tuple[Path, float]]
@@ -42,7 +42,7 @@ class BakeRequest:
 
 @dataclass(frozen=True)
 class BakeResult:
-    """Everything `bake` says. `factor_bytes`: the tensors of the LoRA files."""
+    """The result of `bake`. `factor_bytes` counts the tensors of the LoRA files."""
 
     request: BakeRequest
     loras: list[BakedLora]
@@ -51,7 +51,7 @@ class BakeResult:
     factor_bytes: int
 
     def advice(self) -> list[Message]:
-        """What to do about numbers that the new file could not hold."""
+        """Returns advice on numbers that the new file could not hold."""
         lines = []
         coarse = [form for form, cosine in self.report.cosines.items() if not cosine >= FAITHFUL]
         if any(form.startswith("fp8") for form in coarse):
@@ -64,8 +64,18 @@ class BakeResult:
 
 
 def make_baked(request: BakeRequest, console: Console) -> BakeResult:
-    """Writes the new file and shows how far it is. Raises FileFormatError, LoraFileError, LoraMismatchError, and OSError
-    where the file cannot be written; then there is none."""
+    """Writes the new file and shows the progress. No file is left after an error.
+
+    Args:
+        request: The user's request.
+        console: Shows the progress bar; a console that is no terminal shows none.
+
+    Raises:
+        FileFormatError: The model file cannot be read.
+        LoraFileError: A LoRA file cannot be read.
+        LoraMismatchError: A LoRA does not fit the model.
+        OSError: The new file cannot be written.
+    """
     check_output(request.output, [request.model, *(path for path, _ in request.loras)], request.force)
     with measured() as cost:
         checkpoint = read_checkpoint(request.model)
@@ -95,7 +105,7 @@ def _progress(console: Console) -> Progress:
 
 
 def bake_document(result: BakeResult) -> dict[str, Any]:
-    """As one JSON document."""
+    """Returns the result as one JSON document."""
     report = result.report
     return {
         "schema": SCHEMA,
@@ -128,7 +138,7 @@ def bake_document(result: BakeResult) -> dict[str, Any]:
 
 
 def print_baked(console: Console, result: BakeResult) -> None:
-    """As a page of text."""
+    """Prints the result as a page of text."""
     report = result.report
     for lora in result.loras:
         facts = {"name": lora.name, "strength": f"{lora.strength:g}", "used": lora.fit.used}

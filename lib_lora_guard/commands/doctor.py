@@ -1,4 +1,4 @@
-"""`lora-guard doctor`: what this machine looks like to the guard, and what it has learned about it."""
+"""`lora-guard doctor`: reports the facts of this machine that the guard works with, and what it has measured there."""
 
 from __future__ import annotations
 
@@ -10,39 +10,53 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from ..files import shown
+from ..lazy_torch import is_loaded, torch
 from ..memory import MemorySnapshot, Nvml, take_snapshot
 from ..memory.allocator_machine import availability, look
 from ..memory.allocator_text import CUDA_VARIABLE, variable_in_force
 from ..memory.calibration import FILE_NAME
 from ..memory.calibration_file import CalibrationFile
 from ..memory.calibration_report import Kept, kept_in
+from ..memory.torch_build import torch_build
 from ..messages import Joined, Message
 from ..recorder.crash import Crash, last_crash
 from ..recorder.crash_report import crash_report
+from ..units import GB
 from ..version import __version__
-from .plan_text import say
+from .page import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SCHEMA = "lora-guard/doctor/1"
 DATA = Path(__file__).resolve().parents[2] / "data"
-"""Where Forge's guard keeps its files: in the extension's folder, beside the package."""
+"""The folder of the guard's files in Forge: in the extension's folder, beside the package."""
 
 LARGEST = 5
-"""Corrections that are shown."""
+"""The number of corrections shown."""
 
-_GB = 1 << 30
 _FLIGHTS = ("flight-*.ring", "flight-*.told")
 
 
 @dataclass(frozen=True)
 class Examination:
-    """`card`: "" where there is none that torch can use, and `card_line` says so. `allocator`: by option, why it cannot be
-    set (None: it can)."""
+    """The facts of this machine.
+
+    Attributes:
+        data: The folder of the guard's files.
+        card: The card's name; "" if torch can use none.
+        card_line: A sentence about the card.
+        snapshot: The memory.
+        backend: torch's CUDA allocator.
+        variable: The environment variable that configures it.
+        variable_text: The variable's value; None if it is not set.
+        allocator: By option, why it cannot be set; None if it can.
+        corrections: Corrected memory estimates, the largest first.
+        crash: The last process that died while it was at work.
+    """
 
     data: Path
     card: str
@@ -57,9 +71,13 @@ class Examination:
 
 
 def examine(data: Path) -> Examination:
-    """Starts CUDA where there is a card: Forge's guard sees it started, and this process ends in a moment."""
+    """Reads the facts. Starts CUDA if there is a card, so that the numbers are those that the guard sees in Forge.
+
+    Args:
+        data: The folder of the guard's files.
+    """
     device, card, card_line = _card()
-    nvml = Nvml() if device.type == "cuda" else None
+    nvml = Nvml() if device is not None and device.type == "cuda" else None
     try:
         snapshot = take_snapshot(device, nvml)
     finally:
@@ -82,13 +100,22 @@ def examine(data: Path) -> Examination:
 
 
 def forget(data: Path) -> int:
-    """Forgets every correction, and says how many that were. Raises OSError where the file cannot be deleted."""
+    """Forgets every correction.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        OSError: The file cannot be deleted.
+    """
     return CalibrationFile(data / FILE_NAME).delete()
 
 
 def known_crash(data: Path) -> Crash | None:
-    """The newest crash in the flight recorder's files, told or not. `last_crash` takes what it tells of, and Forge's next
-    start has yet to hear it and to plan around it: so it gets copies."""
+    """Returns the newest crash in the flight recorder's files, reported or not.
+
+    `last_crash` marks a crash as reported, and Forge's next start must still find it. So it reads copies.
+    """
     with tempfile.TemporaryDirectory(prefix="lora-guard-") as place:
         for file in (found for pattern in _FLIGHTS for found in data.glob(pattern)):
             with contextlib.suppress(OSError):
@@ -97,7 +124,7 @@ def known_crash(data: Path) -> Crash | None:
 
 
 def print_examination(console: Console, found: Examination, language: str) -> None:
-    """As a page of text."""
+    """Prints the facts as a page of text."""
 
     def tell(key: str, facts: dict[str, Any] | None = None, style: str = "", indent: str = "") -> None:
         say(console, indent + Message(key, facts).text(language), style)
@@ -109,7 +136,7 @@ def print_examination(console: Console, found: Examination, language: str) -> No
         say(console, "  " + line.text(language))
     for key, number in _sums(found.snapshot).items():
         if number is not None:
-            tell(f"doctor.{key}", {"gb": number / _GB}, indent="  ")
+            tell(f"doctor.{key}", {"gb": number / GB}, indent="  ")
     text = Message("doctor.unset") if found.variable_text is None else shown(found.variable_text)
     tell("doctor.allocator", {"backend": found.backend, "variable": found.variable, "text": text}, "bold")
     for why, names in _by_reason(found.allocator.items()):
@@ -139,12 +166,13 @@ def _print_corrections(console: Console, found: Examination, language: str) -> N
 
 
 def print_forgotten(console: Console, data: Path, count: int, language: str) -> None:
+    """Prints how many corrections were forgotten."""
     facts = {"count": count, "file": shown(str(data / FILE_NAME), 300)}
     say(console, Message("doctor.forgotten", facts).text(language))
 
 
 def examination_document(found: Examination) -> dict[str, Any]:
-    """As one JSON document, in English."""
+    """Returns the facts as one JSON document, in English."""
     memory = {
         name: {
             "bytes": reading.bytes,
@@ -175,11 +203,14 @@ def examination_document(found: Examination) -> dict[str, Any]:
 
 
 def forgotten_document(data: Path, count: int) -> dict[str, Any]:
-    """As one JSON document."""
+    """Returns the number of forgotten corrections as one JSON document."""
     return {"schema": SCHEMA, "version": __version__, "data": str(data), "corrections_forgotten": count}
 
 
-def _card() -> tuple[torch.device, str, Message]:
+def _card() -> tuple[torch.device | None, str, Message]:
+    """Returns the device, its name and a line about it. The device is None if torch was not asked: it could find no card."""
+    if not (is_loaded() or torch_build().may_have_card()):
+        return None, "", Message("doctor.no_card")
     if not torch.cuda.is_available():
         return torch.device("cpu"), "", Message("doctor.no_card")
     try:
@@ -196,7 +227,7 @@ def _versions() -> dict[str, str]:
     return {
         "guard": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": torch_build().version,
         "system": platform.platform(),
     }
 
@@ -204,19 +235,19 @@ def _versions() -> dict[str, str]:
 def _known(snapshot: MemorySnapshot) -> list[Message]:
     known = [(name, reading) for name, reading in snapshot.readings() if reading.bytes is not None]
     return [
-        Message("doctor.reading", {"name": _title(name), "gb": (reading.bytes or 0) / _GB, "source": reading.source})
+        Message("doctor.reading", {"name": _title(name), "gb": (reading.bytes or 0) / GB, "source": reading.source})
         for name, reading in known
     ]
 
 
 def _missing(snapshot: MemorySnapshot) -> list[Message]:
-    """A line for each reason: on a machine without a card, one for all that a card would tell."""
+    """Returns a line for each reason: without a card, one line for all of the card's numbers."""
     missing = [(_title(name), reading.missing) for name, reading in snapshot.readings() if reading.bytes is None]
     return [Message("doctor.missing", {"names": names, "why": why}) for why, names in _by_reason(missing)]
 
 
 def _by_reason(reasons: Iterable[tuple[str, Message | None]]) -> list[tuple[Message | None, Joined]]:
-    """`(reason, names)`, in the order in which the reasons come."""
+    """Groups names by reason, in the order of the reasons."""
     names: dict[Message | None, list[str]] = {}
     for name, why in reasons:
         names.setdefault(why, []).append(name)

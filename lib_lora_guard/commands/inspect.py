@@ -1,39 +1,55 @@
-"""`lora-guard inspect`: what a LoRA file is, and what of it fits a model, from the headers."""
+"""`lora-guard inspect`: describes a LoRA file, and what of it fits a model, from the headers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.lora_header import LoraFacts, counted, metadata_of_interest, read_facts, trained_words
-from ..checkpoints.model_header import Checkpoint, read_checkpoint
 from ..files import shown
-from ..models.fit import Fit
-from ..planning.mode import Wish
-from ..planning.predict import MB
-from ..planning.tokens import Picture, tokens_for
+from ..units import MB
 from ..version import __version__
-from .plan_json import SHOWN_KEYS, counts
-from .plan_text import MESSAGE_CHARACTERS, say
-from .stack import plan_stack
+from .page import MESSAGE_CHARACTERS, SHOWN_KEYS, counts, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..checkpoints.model_header import Checkpoint
+    from ..models.fit import Fit
 
 SCHEMA = "lora-guard/inspect/1"
 
 
 def inspect(path: Path, model: Path | None) -> tuple[LoraFacts, Checkpoint | None, Fit | None]:
-    """The file, and with `model` how it fits. Raises LoraFileError, FileFormatError."""
+    """Reads the headers.
+
+    Args:
+        path: The LoRA file.
+        model: A checkpoint to compare it with; None for none.
+
+    Returns:
+        The LoRA's facts; with a model also the checkpoint, and what of the LoRA fits it.
+
+    Raises:
+        LoraFileError: The first file is no LoRA.
+        FileFormatError: The second file is no model.
+    """
     facts = read_facts(path)
     if model is None:
         return facts, None, None
+    # Imported here: a LoRA file alone needs none of this.
+    from ..checkpoints.model_header import read_checkpoint
+    from ..planning.mode import Wish
+    from ..planning.tokens import Picture, tokens_for
+    from .stack import plan_stack
+
     checkpoint = read_checkpoint(model)
     tokens = tokens_for(checkpoint.architecture, Picture(1024, 1024))
     return facts, checkpoint, plan_stack(checkpoint, [(facts, 1.0)], Wish.AUTO, tokens, 2).loras[0].fit
 
 
 def inspect_document(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> dict[str, Any]:
-    """As one JSON document."""
+    """Returns the facts as one JSON document."""
     unknown = facts.file.unknown_keys
     return {
         "schema": SCHEMA,
@@ -75,7 +91,7 @@ def _fit(checkpoint: Checkpoint, fit: Fit) -> dict[str, Any]:
 
 
 def print_facts(console: Console, facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> None:
-    """As a page of text."""
+    """Prints the facts as a page of text."""
     made_for = facts.made_for.value if facts.made_for else "an architecture that its names and sizes do not show"
     say(console, f"{facts.name}: LoRA for {made_for}", "bold")
     rows = [

@@ -1,4 +1,4 @@
-"""`lora-guard plan`: what a stack of LoRAs on a model will cost, from the headers of the files."""
+"""`lora-guard plan`: predicts the cost of a stack of LoRAs on a model from the headers of the files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .stack import Stack, plan_stack
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What the user asked. `vram_bytes`: what Forge finds free; `ram_bytes`: what is installed."""
+    """The user's request. `vram_bytes` is what Forge finds free, `ram_bytes` what is installed."""
 
     model: Path
     loras: Sequence[tuple[Path, float]]
@@ -35,7 +35,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """Everything `plan` says. `predictions` (the guard first) is empty where no LoRA can be used."""
+    """The result of `plan`. `predictions` (the guard's first) is empty if no LoRA can be used."""
 
     request: PlanRequest
     checkpoint: Checkpoint
@@ -47,7 +47,11 @@ class PlanResult:
     advice: list[str]
 
     def check_usable(self) -> None:
-        """Raises LoraMismatchError where no LoRA can be used."""
+        """Checks that a LoRA can be used.
+
+        Raises:
+            LoraMismatchError: The model can use none of them.
+        """
         reasons = [f"{lora.facts.name}: {lora.fit.refused}" for lora in self.stack.loras if lora.fit.refused]
         if reasons and len(reasons) == len(self.stack.loras):
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
@@ -55,7 +59,13 @@ class PlanResult:
 
 
 def make_plan(request: PlanRequest) -> PlanResult:
-    """Reads the headers and predicts. Raises FileFormatError, LoraFileError, ModeError."""
+    """Reads the headers and predicts.
+
+    Raises:
+        FileFormatError: The model file cannot be read or is no model.
+        LoraFileError: A LoRA file cannot be read or is no LoRA.
+        ModeError: The model cannot have the mode asked for.
+    """
     compute_bytes = request.rates.compute_bytes
     checkpoint = read_checkpoint(request.model)
     facts = [(read_facts(path), strength) for path, strength in request.loras]
@@ -75,7 +85,7 @@ def make_plan(request: PlanRequest) -> PlanResult:
 
 
 def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, compute_bytes: int) -> ModelFacts:
-    """The file as the predictions see it."""
+    """Returns the facts of a checkpoint that the predictions need."""
     denoiser = checkpoint.of_part(DENOISER)
     shapes = {parameter.name: parameter.shape for parameter in denoiser}
     formats = checkpoint.formats()
@@ -94,12 +104,13 @@ def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, comput
 
 
 LINE_CHARACTERS = 300
+"""Characters shown of a line with names from a file in it."""
 MOST_UNMATCHED = 12
-"""Forge drops a LoRA with more keys left over than this."""
+"""Forge drops a LoRA that has more keys left over than this."""
 
 
 def _beside(checkpoint: Checkpoint, stack: Stack) -> list[str]:
-    """What the numbers do not show."""
+    """Returns warnings that the numbers do not show."""
     lines = []
     for lora in stack.loras:
         if lora.fit.refused:

@@ -1,8 +1,7 @@
-"""The plan as one JSON document. Names are stable: what is added later gets new names."""
+"""The plan as one JSON document. Its names are stable: additions get new names."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from ..checkpoints.model_header import DENOISER, OTHER, TEXT, VAE, Checkpoint
@@ -10,15 +9,15 @@ from ..files import shown
 from ..planning.predict import Prediction
 from ..planning.rates import BANDWIDTH_EFFICIENCY, CPU_MERGE_VALUES, EFFICIENCY, GpuRates
 from ..version import __version__
+from .page import SHOWN_KEYS, counts
 from .plan import PlanResult
 from .stack import StackedLora
 
 SCHEMA = "lora-guard/plan/1"
-SHOWN_KEYS = 20
-"""Keys listed of those skipped or lost; their number is always given."""
 
 
 def plan_document(result: PlanResult) -> dict[str, Any]:
+    """Returns the document."""
     request = result.request
     return {
         "schema": SCHEMA,
@@ -44,11 +43,6 @@ def plan_document(result: PlanResult) -> dict[str, Any]:
     }
 
 
-def counts(counter: Counter[Any]) -> dict[str, int]:
-    """Values as text, the most frequent first."""
-    return {f"{value:g}" if isinstance(value, float) else str(value): count for value, count in counter.most_common()}
-
-
 def _model(result: PlanResult) -> dict[str, Any]:
     checkpoint = result.checkpoint
     return {
@@ -67,6 +61,7 @@ def _model(result: PlanResult) -> dict[str, Any]:
 
 
 def part_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Returns the bytes in the file by part of the model."""
     return {part: sum(p.bytes for p in checkpoint.of_part(part)) for part in (DENOISER, TEXT, VAE, OTHER)}
 
 

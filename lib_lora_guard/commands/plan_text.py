@@ -1,4 +1,4 @@
-"""The plan as a page of text. Nothing from a file is read as markup: it comes in as plain `Text`."""
+"""The plan as a page of text. Names from files are printed as plain `Text`, never as markup."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..checkpoints.lora_header import counted
 from ..files import shown
 from ..planning.mode import Wish
-from ..planning.predict import GB, INFERENCE_BYTES, MB, Prediction
+from ..planning.predict import INFERENCE_BYTES, Prediction
 from ..planning.rates import CPU_MERGE_VALUES, EFFICIENCY, GIGA, GpuRates
+from ..units import GB, MB
+from .page import MESSAGE_CHARACTERS, say
 from .plan import PlanResult
 from .plan_json import part_bytes
 from .stack import StackedLora
 
 _PARTS = {"denoiser": "U-Net or transformer", "text_encoders": "text encoders", "vae": "VAE", "other": "other"}
-MESSAGE_CHARACTERS = 300
 
 _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
     ("VRAM peak while sampling", lambda p: _gb(p.vram_peak_bytes)),
@@ -37,6 +37,7 @@ _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
 
 
 def print_plan(console: Console, result: PlanResult) -> None:
+    """Prints the page."""
     _print_model(console, result)
     for lora in result.stack.loras:
         _print_lora(console, lora)
@@ -62,11 +63,6 @@ def print_plan(console: Console, result: PlanResult) -> None:
     say(console, "")
     for line in result.advice:
         say(console, f"- {shown(line, MESSAGE_CHARACTERS)}")
-
-
-def say(console: Console, text: str, style: str = "") -> None:
-    """One paragraph of plain text: no markup, no colours of numbers, no emoji codes."""
-    console.print(Text(text, style=style), highlight=False)
 
 
 def _print_model(console: Console, result: PlanResult) -> None:
@@ -123,7 +119,7 @@ def _assumed(rates: GpuRates) -> str:
 
 
 def _gb(count: int) -> str:
-    """ "9.5 GB", "146 MB", "0"."""
+    """Returns "9.5 GB", "146 MB" or "0"."""
     if not count:
         return "0"
     return f"{count / GB:.1f} GB" if count >= GB else f"{count / MB:.0f} MB"

@@ -1,20 +1,20 @@
-"""`lora-guard simulate`: what users' logs show, recomputed with the host's own arithmetic."""
+"""`lora-guard simulate`: recomputes the numbers in users' logs with the host's own arithmetic."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from ..planning.host_memory import MB
 from ..replay.elsewhere import elsewhere, everything_line
 from ..replay.guard_case import missing
 from ..replay.lines import Implied, Line, Seen
 from ..replay.replay import Guard, GuardOutcome, Replay, replay, replay_all
+from ..units import MB
 from ..version import __version__
 
 SCHEMA = "lora-guard/simulate/1"
 FORGE_COMMIT = "dfdcbab6"
-"""Whose arithmetic `replay.forge_memory` holds."""
+"""The commit whose arithmetic `replay.forge_memory` holds."""
 SENTINEL_MEANING = (
     "asks for 1e30 bytes and means: unload everything. It is no miscalculation. Forge writes \"all memory\" instead since "
     "2024-08-21."
@@ -22,19 +22,25 @@ SENTINEL_MEANING = (
 
 
 def simulate(row: int | None = None, guard: Guard | None = None) -> tuple[Replay, ...]:
-    """One configuration by its number, or all. `guard`: what the guard would make of each (see `replay.replay`)."""
+    """Recomputes the configurations.
+
+    Args:
+        row: The number of one configuration; None for all.
+        guard: Predicts the guard's outcome of a configuration; None predicts nothing.
+    """
     if row is None:
         return replay_all(guard)
     return tuple(replay(one.case, guard) for one in replay_all() if one.case.number == row)
 
 
 def sentinel_line() -> str:
-    """The line as old versions of Forge printed it, from the formula."""
+    """Returns the line as old versions of Forge printed it, from the formula."""
     line = everything_line()
     return f"{line.name} {line.computed:.2f} MB"
 
 
 def summary(replays: tuple[Replay, ...]) -> str:
+    """Returns a sentence on how many numbers come out."""
     recomputed = [one for one in replays if one.seen]
     numbers = sum(len(one.seen) for one in recomputed)
     right = sum(one.reproduced for one in recomputed)
@@ -45,11 +51,11 @@ def summary(replays: tuple[Replay, ...]) -> str:
 
 
 def changed(replays: tuple[Replay, ...]) -> str | None:
-    """How many outcomes the guard changes and to what; None where no guard was asked."""
+    """Returns a sentence on the outcomes that the guard changes; None if there are no predictions."""
     judged = [one for one in replays if one.guard is not None]
     if not judged:
         return None
-    # Without numbers nothing was computed: the cause lies elsewhere.
+    # An outcome without numbers was not computed: its cause lies elsewhere.
     computed = sum(bool(one.guard and one.guard.numbers) for one in judged)
     turns = Counter(
         f"{one.case.outcome.value} to {one.guard.outcome.value}" for one in judged if one.guard and one.is_changed
@@ -63,7 +69,7 @@ def changed(replays: tuple[Replay, ...]) -> str | None:
 
 
 def simulate_document(replays: tuple[Replay, ...]) -> dict[str, Any]:
-    """Names are stable: what is added later gets new names."""
+    """Returns one JSON document. Its names are stable: additions get new names."""
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -121,33 +127,33 @@ def _guard(outcome: GuardOutcome) -> dict[str, Any]:
 
 
 def shown_number(line: Seen, value: float) -> str:
-    """As logs have it: two places of a size, none of a count."""
+    """Returns a number as logs print it: two places of a size, none of a count."""
     return f"{value:.0f}" if line.unit == "weights" else f"{value:.2f}"
 
 
 def shown_off(line: Seen) -> str:
-    """ "as logged", "within rounding" or by how much the formula is off."""
+    """Returns "as logged", "within rounding" or the difference."""
     if shown_number(line, line.computed) == shown_number(line, line.seen):
         return "as logged"
     return "within rounding" if line.is_reproduced else f"off by {shown_number(line, line.off)} {line.unit}"
 
 
 def shown_result(one: Replay) -> str:
-    """One cell: how much came out, or why nothing was recomputed."""
+    """Returns a cell: how many numbers come out, or why there is none."""
     if one.reason_if_none is not None:
         return one.reason_if_none
     return f"{one.reproduced} of {len(one.seen)} numbers come out"
 
 
 def shown_guard(one: Replay) -> str:
-    """One cell: the outcome with its sentence, or why there is none."""
+    """Returns a cell: the predicted outcome with its sentence, or why there is none."""
     if one.guard is not None:
         return f"{one.guard.outcome.value}: {one.guard.why}"
     return f"not predicted: {missing(one.case) or 'not asked'}"
 
 
 def shown_machine(one: Replay) -> str:
-    """Card, VRAM and RAM in one cell: "RTX 3060 12 GB, RAM 32 GB"."""
+    """Returns card, VRAM and RAM in one cell: "RTX 3060 12 GB, RAM 32 GB"."""
     case = one.case
     vram = "" if case.vram_total_mb is None else f"{case.vram_total_mb / 1024:.0f} GB"
     card = " ".join(part for part in (case.gpu, "" if vram and vram in case.gpu else vram) if part)

@@ -1,4 +1,4 @@
-"""The replay as the page docs/replay.md. It holds no date and no commit of our own, so that it stays what the command gives."""
+"""The replay as the page docs/replay.md. It names no date and no commit of this project, so that it does not age."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMAND = "lora-guard simulate --markdown --write docs/replay.md"
 
 
 def page(replays: tuple[Replay, ...]) -> str:
-    """The whole page, ending in a line break."""
+    """Returns the whole page, ending in a line break."""
     reasons = Counter(one.reason_if_none for one in replays if one.reason_if_none)
     parts = [
         "# Field reports, recomputed",
@@ -85,7 +85,7 @@ def _configurations(replays: tuple[Replay, ...]) -> str:
 
 
 def _with_guard(replays: tuple[Replay, ...]) -> list[str]:
-    """What the predictions rest on, and their numbers; nothing where no guard was asked."""
+    """Returns the assumptions and numbers of the predictions; nothing if there are none."""
     computed = [one for one in replays if one.guard is not None and one.guard.numbers]
     if not computed:
         return []
@@ -117,7 +117,7 @@ def _with_guard(replays: tuple[Replay, ...]) -> list[str]:
 
 
 def _about_rows(computed: Sequence[Replay]) -> list[str]:
-    """What the table does not say by itself."""
+    """Returns remarks that the table does not show by itself."""
     judged = [(str(one.case.number), one.guard) for one in computed if one.guard is not None]
     more = [row for row, guard in judged if _copies_more_mb(guard) > 0]
     close = [row for row, guard in judged if 0 < _short_of_ram_mb(guard) < CLOSE_MB]
@@ -142,7 +142,7 @@ def _copies_more_mb(outcome: GuardOutcome) -> float:
 
 
 def _short_of_ram_mb(outcome: GuardOutcome) -> float:
-    """What Forge lacks; 0 where it is not known."""
+    """Returns the RAM that Forge lacks; 0 if unknown."""
     found = outcome.numbers
     return found["Forge: RAM needed"] - found["RAM there"] if "RAM there" in found else 0
 
@@ -179,7 +179,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _section(name: str, table: str) -> str:
-    """Between the marks that tests/test_docs.py looks for."""
+    """Puts a table between the marks that tests/test_docs.py looks for."""
     return f"<!-- {name} -->\n{table}\n<!-- end of {name} -->"
 
 
@@ -191,6 +191,6 @@ _HOSTS = {
 
 
 def _short(url: str) -> str:
-    """ "Forge 1261"."""
+    """Returns "Forge 1261" for an address."""
     parts = url.split("/")
     return f"{_HOSTS.get(parts[4], parts[4])} {parts[-1]}"

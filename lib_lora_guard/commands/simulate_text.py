@@ -1,4 +1,4 @@
-"""The replay on a console."""
+"""The replay as pages on a console."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..replay.guard_case import missing
 from ..replay.replay import Replay
-from .plan_text import say
+from .page import say
 from .simulate import (
     SENTINEL_MEANING,
     changed,
@@ -22,12 +22,13 @@ from .simulate import (
 
 
 def print_overview(console: Console, replays: tuple[Replay, ...]) -> None:
+    """Prints all configurations as one table."""
     with_guard = any(one.guard is not None for one in replays)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
     longest = max((len(word) for one in replays for word in one.case.model.split()), default=0)
     for name in ("machine", "model", "outcome", "recomputed", *(["with the guard"] if with_guard else [])):
-        # No word of a model's name is cut.
+        # Wide enough for the longest word of a model's name.
         table.add_column(name, min_width=longest if name == "model" else None)
     for one in replays:
         cells = [str(one.case.number), shown_machine(one), one.case.model, one.case.outcome.value, shown_result(one)]
@@ -41,6 +42,7 @@ def print_overview(console: Console, replays: tuple[Replay, ...]) -> None:
 
 
 def print_detail(console: Console, one: Replay) -> None:
+    """Prints one configuration with its numbers."""
     case = one.case
     say(console, f"{case.number}: {shown_machine(one)}, {case.host}, {case.model or 'model not named'}", "bold")
     known = {"LoRAs": case.loras, "system": case.system, "torch": case.torch, "outcome": case.outcome.value}

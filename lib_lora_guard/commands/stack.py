@@ -1,4 +1,4 @@
-"""A stack of LoRAs on a model, both from their headers: which weights get which mode, and what is left out.
+"""Matches a stack of LoRAs to a model, both read from their headers, and chooses the mode of every weight.
 
 `models.fit` and `planning.mode` decide, as for a loaded model.
 """
@@ -32,7 +32,10 @@ class ModeShare:
 
 @dataclass
 class StackedLora:
-    """One LoRA of the stack and what of it the model can use. `unknown_to_forge`: kinds that Forge's own reader drops."""
+    """One LoRA of the stack, and what of it the model can use.
+
+    `modes` is by the mode's name. `unknown_to_forge` are the kinds that Forge's own reader drops.
+    """
 
     facts: LoraFacts
     strength: float
@@ -43,6 +46,8 @@ class StackedLora:
 
 @dataclass(frozen=True)
 class Stack:
+    """The LoRAs in the user's order, and one patch for each weight that they change."""
+
     loras: list[StackedLora]
     patches: list[Patch]
 
@@ -50,7 +55,18 @@ class Stack:
 def plan_stack(
     checkpoint: Checkpoint, loras: Sequence[tuple[LoraFacts, float]], wish: Wish, tokens: Tokens, compute_bytes: int
 ) -> Stack:
-    """Matches every LoRA and chooses the mode of every weight. Raises ModeError for a wish this model cannot have."""
+    """Matches every LoRA and chooses the mode of every weight.
+
+    Args:
+        checkpoint: The model.
+        loras: The LoRAs and their strengths, in the user's order.
+        wish: The mode asked for.
+        tokens: Tokens that the layers of the denoiser see.
+        compute_bytes: Bytes of one number in the compute dtype.
+
+    Raises:
+        ModeError: The model cannot have the mode asked for.
+    """
     target = checkpoint.target()
     stacked = []
     merged: dict[str, list[Term]] = {}

@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from ..lazy_torch import torch
 from ..messages import Message
 from .allocator_text import COLLECT, EXPANDABLE, SPLIT
 from .allocator_torch import setter
+from .torch_build import torch_build
 
 WINDOWS_SINCE = (2, 14)
 """The first torch with the pull request for Windows. Whether a build contains it, the read-back and the test allocation
@@ -43,20 +43,22 @@ class Machine:
     """True if torch takes options while it runs."""
 
 
-def look(device: torch.device) -> Machine:
-    """Reads the facts of this process for models on `device`."""
-    cuda = device.type == "cuda" and torch.cuda.is_available()
-    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+def look(device: torch.device | None) -> Machine:
+    """Reads the facts of this process for models on `device` (None: on the CPU, without asking torch)."""
+    kind = "cpu" if device is None else device.type
+    cuda = kind == "cuda" and torch.cuda.is_available()
+    build = torch_build()
+    version = re.match(r"(\d+)\.(\d+)", build.version)
     kernel = platform.release().lower()
     return Machine(
-        device="cuda" if cuda else _DEVICE_NAMES.get(device.type, "CPU" if device.type == "cuda" else device.type),
+        device="cuda" if cuda else _DEVICE_NAMES.get(kind, "CPU" if kind == "cuda" else kind),
         torch_version=(int(version[1]), int(version[2])) if version else (0, 0),
         backend=torch.cuda.get_allocator_backend() if cuda else "",
-        rocm=torch.version.hip is not None,
+        rocm=build.rocm,
         system=platform.system(),
         wsl="microsoft" in kernel,
         tegra="tegra" in kernel or Path("/etc/nv_tegra_release").exists(),
-        can_set=setter() is not None,
+        can_set=cuda and setter() is not None,
     )
 
 

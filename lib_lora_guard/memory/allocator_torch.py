@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from ..lazy_torch import torch
 
 _SETTERS = ("_cuda_cudaCachingAllocator_set_allocator_settings", "_accelerator_setAllocatorSettings")
 """Functions of `torch._C`: up to 2.8, and since 2.9. If both exist, the CUDA function is preferred: it surely reaches

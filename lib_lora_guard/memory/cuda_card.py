@@ -12,9 +12,8 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..errors import LoraGuardError
+from ..lazy_torch import torch
 
 _PCI_ID_BYTES = 32
 """The driver writes 13 bytes with the final zero; longer domains need more."""

@@ -15,15 +15,17 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
 from ..errors import LoraGuardError
 from ..messages import Message
 from .cuda_card import Card, which_card
 from .readings import Reading
+
+if TYPE_CHECKING:
+    import torch
 
 SOURCE = Message("readings.nvml")
 

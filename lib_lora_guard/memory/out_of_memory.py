@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-OutOfMemory: tuple[type[BaseException], ...] = (
-    getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError),
-    MemoryError,
-)
+from ..lazy_torch import is_loaded, torch
 
+if TYPE_CHECKING:
+    OutOfMemory: tuple[type[BaseException], ...]
+    """torch's error and Python's."""
 
 _MESSAGES = (
     "DefaultCPUAllocator",
@@ -24,7 +24,7 @@ loaded, Apple's allocator, DirectML's allocator.
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True if another attempt with less memory may succeed."""
-    if isinstance(error, OutOfMemory):
+    if isinstance(error, _types() if is_loaded() else MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
@@ -36,3 +36,14 @@ def give_back_cached_memory() -> None:
             kind.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def __getattr__(name: str) -> object:
+    # torch's error is asked for where it is caught: `memory` is also imported where no torch is loaded.
+    if name == "OutOfMemory":
+        return _types()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _types() -> tuple[type[BaseException], ...]:
+    return getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError), MemoryError

@@ -10,8 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from ..lazy_torch import torch
 from .control_groups import ControlGroups
 from .readings import MemorySnapshot, fast_ram_bytes, usable_vram_bytes
 from .snapshot import group_room, read_ram, read_vram

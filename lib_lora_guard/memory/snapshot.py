@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
+from ..lazy_torch import is_loaded, torch
 from ..messages import Message
 from . import windows
 from .control_groups import ControlGroups
@@ -68,16 +68,18 @@ class HostMemory:
         return _lines(self._status, "VmHWM")[0]
 
 
-def take_snapshot(device: torch.device, nvml: Nvml | None = None, host: HostMemory | None = None) -> MemorySnapshot:
+def take_snapshot(
+    device: torch.device | None, nvml: Nvml | None = None, host: HostMemory | None = None
+) -> MemorySnapshot:
     """Returns the memory of `device` and of this machine now.
 
     Args:
-        device: The device that the models run on.
+        device: The device that the models run on; None for the CPU, without asking torch.
         nvml: Asks NVML too, which takes longer.
         host: Constant facts to reuse.
     """
     host = host or HostMemory()
-    vram = read_vram(device) if torch.cuda.is_initialized() else _no_vram(_why_no_vram(device))  # type: ignore[no-untyped-call]  # torch's own
+    vram = _vram(device)
     card = _nvml_memory(nvml, device)
     ours = vram.reserved if card.ours.bytes is None else card.ours
     ram_total, ram_available = read_ram()
@@ -118,6 +120,12 @@ class Vram:
     active: Reading
 
 
+def _vram(device: torch.device | None) -> Vram:
+    if device is None or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
+        return _no_vram(_why_no_vram(device))
+    return read_vram(device)
+
+
 def read_vram(device: torch.device) -> Vram:
     """Reads the memory of a CUDA device (ROCm too) from the driver and torch's allocator. Initializes CUDA."""
     if device.type != "cuda":
@@ -152,14 +160,13 @@ def _no_vram(why: Message) -> Vram:
     return Vram(driver, driver, ours, ours)
 
 
-def _why_no_vram(device: torch.device) -> Message:
-    if device.type != "cuda":
-        return Message("readings.not_cuda", {"device": device.type})
-    return NOT_STARTED
+def _why_no_vram(device: torch.device | None) -> Message:
+    kind = "cpu" if device is None else device.type
+    return NOT_STARTED if kind == "cuda" else Message("readings.not_cuda", {"device": kind})
 
 
-def _nvml_memory(nvml: Nvml | None, device: torch.device) -> NvmlMemory:
-    if nvml is not None:
+def _nvml_memory(nvml: Nvml | None, device: torch.device | None) -> NvmlMemory:
+    if nvml is not None and device is not None:
         return nvml.memory(device)
     none = Reading(None, NVML, NOT_ASKED)
     return NvmlMemory(none, none, none, none)
@@ -213,6 +220,8 @@ def _refused(error: OSError) -> Reading:
 
 
 def _pinned() -> Reading:
+    if not is_loaded():
+        return Reading(None, PINNED, NOT_STARTED)
     statistics: Any = getattr(torch.cuda, "host_memory_stats_as_nested_dict", None)  # since torch 2.7
     if statistics is None:
         return Reading(None, PINNED, NOT_COUNTED)
