@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -217,10 +218,17 @@ with recorder.enter(Phase.MERGE, model="flux1-dev", storage="bf16", loras=["styl
 """
 
 
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("died")
+    assert subprocess.run([sys.executable, "-c", DIES, str(folder)], cwd=ROOT).returncode == 9
+    return folder
+
+
 @pytest.fixture
-def died(tmp_path):
-    assert subprocess.run([sys.executable, "-c", DIES, str(tmp_path)], cwd=ROOT).returncode == 9
-    return tmp_path
+def died(left_behind, tmp_path):
+    """What one killed process has left, for a test of its own."""
+    return Path(shutil.copytree(left_behind, tmp_path, dirs_exist_ok=True))
 
 
 def test_how_the_last_process_died(died, capsys):

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -168,15 +166,3 @@ def test_the_guards_column_appears_where_there_is_a_guard():
     assert simulate_document(replays)["configurations"][2]["guard"] == {
         "outcome": "ok", "why": "bypass for 3", "numbers": {"peak": 2.5},
     }  # fmt: skip
-
-
-def test_neither_help_nor_the_table_needs_torch():
-    code = (
-        "import sys\nfrom lib_lora_guard import cli\n"
-        "try: cli.main(['simulate', '--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'rich'} & set(sys.modules)))\n"
-        "cli.main(['simulate', '--json'])\nprint('torch' in sys.modules)"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "[]" in shown.stdout.splitlines()
-    assert shown.stdout.splitlines()[-1] == "False"
