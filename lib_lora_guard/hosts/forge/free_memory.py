@@ -1,5 +1,6 @@
-"""How much of the card is free, in place of Forge's `get_free_memory`: without what other programs hold and Windows calls free
-all the same. Source: Forge's `backend/memory_management.py`.
+"""Corrects how much of the card is free: without what other programs hold and Windows still calls free.
+
+Source: Forge's `backend/memory_management.py` (`get_free_memory`).
 """
 
 from __future__ import annotations
@@ -7,51 +8,67 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Concatenate, TypeAlias
 
 import torch
 
 from ...memory import Nvml, rules
 from ...memory.step_times import driver_spills
+from ...runtime.hooks import P
 from ...runtime.rule_log import RuleLog
+from .types import MemoryManagement
 
 BETWEEN_DRIVER_SECONDS = 1.0
 
+Free: TypeAlias = int | tuple[int, int]
+"""Bytes; or all of them, and those that torch holds without using them."""
+
 
 class ForgeFree:
-    def __init__(self, memory: Any, rule_log: RuleLog) -> None:
-        """`memory`: Forge's `backend.memory_management`."""
+    """Asks the driver's library where torch's number may be wrong."""
+
+    def __init__(self, memory: MemoryManagement, rule_log: RuleLog) -> None:
+        """
+        Args:
+            memory: Forge's `backend.memory_management`.
+            rule_log: gets what the rules change.
+        """
         self._memory, self._rule_log = memory, rule_log
-        self.nvml: Any = Nvml() if driver_spills() else None
-        """None where torch's number is right: where drivers do not spill."""
+        self.nvml: Nvml | None = Nvml() if driver_spills() else None
+        """None if torch's number is right: the driver does not spill into RAM."""
         self._answers = False
-        self._overstated: dict[Any, tuple[float, int]] = {}
-        """By device: when it was asked, and how much more than NVML torch called free."""
+        self._overstated: dict[torch.device, tuple[float, int]] = {}
+        """By device: when the driver was asked, and how much more than the driver torch called free."""
 
     @property
     def is_believed(self) -> bool:
-        """False where torch may be wrong by gigabytes and the driver's library says nothing."""
+        """False if torch may be wrong by gigabytes and the driver's library does not answer."""
         return self.nvml is None or self._answers
 
-    def get_free_memory(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Bytes, or a pair of them whose first counts, as Forge's."""
-        found = original(*args, **kwargs)
+    def get_free_memory(
+        self,
+        original: Callable[Concatenate[torch.device | None, P], Free],
+        dev: torch.device | None = None,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Free:
+        """Stands in place of `get_free_memory`. Of a pair the first number is corrected."""
+        found = original(dev, *args, **kwargs)
         if self.nvml is None:
             return found
-        device = (args[0] if args else kwargs.get("dev")) or self._memory.get_torch_device()
-        if getattr(device, "type", "") != "cuda":
+        device = dev or self._memory.get_torch_device()
+        if device.type != "cuda":
             return found
-        is_pair = isinstance(found, tuple)
-        total = int(found[0] if is_pair else found)
-        total = max(0, total - self._overstated_bytes(device, total))
-        return (total, *found[1:]) if is_pair else total
+        total = int(found[0] if isinstance(found, tuple) else found)
+        total = max(0, total - self._overstated_bytes(self.nvml, device, total))
+        return (total, *found[1:]) if isinstance(found, tuple) else total
 
-    def _overstated_bytes(self, device: Any, torch_bytes: int) -> int:
-        """Asked once in a while: attention asks for free memory in every layer."""
+    def _overstated_bytes(self, nvml: Nvml, device: torch.device, torch_bytes: int) -> int:
+        """Asks once in a while: attention asks for free memory in every layer."""
         asked, excess = self._overstated.get(device, (-math.inf, 0))
         now = time.monotonic()
         if now - asked > BETWEEN_DRIVER_SECONDS:
-            driver = self.nvml.memory(device).free.bytes
+            driver = nvml.memory(device).free.bytes
             self._answers = driver is not None
             held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             usable, finding = rules.free_vram_bytes(torch_bytes, None if driver is None else driver + held)

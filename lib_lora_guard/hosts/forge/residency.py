@@ -1,7 +1,7 @@
-"""Parts of a loaded model leave the device for a while and come back: instead of the whole model, several times too much.
+"""Moves layers of a loaded model off the device for a while and back, where the whole model would be several times too much.
 
-A layer that has left runs as Forge's own swapped layers do, its weight copied to the device in each call, so the model can
-go on working meanwhile. Source of that form: Forge's `LoadedModel.model_load` and `model_unload`.
+A layer that has left runs as Forge's own swapped layers do: its weight is copied to the device in each call, so the model
+can go on working. Source of that form: Forge's `LoadedModel.model_load` and `model_unload`.
 """
 
 from __future__ import annotations
@@ -9,53 +9,67 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 import torch
 
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import say
 from ...weights.storage import MB, scales_bytes
+from .facts import loaded_module
+from .types import LoadedModel
 
 log = logging.getLogger(__name__)
 
 CAST, CAST_BEFORE = "parameters_manual_cast", "prev_parameters_manual_cast"
-"""Forge's attributes of a layer: whether its weight is brought along in each call, and what it was before swapping."""
+"""Forge's attributes of a layer: whether its weight is copied to the device in each call, and the value before swapping."""
 
 
 class Residency:
-    """`merged_layers` gives the layers of a model that have a LoRA merged into them: these stay, for their originals lie in
-    RAM already and the patched weights would be a second copy."""
+    """Knows which layers have left, and brings them back."""
 
     def __init__(self, merged_layers: Callable[[torch.nn.Module], Collection[torch.nn.Module]]) -> None:
+        """
+        Args:
+            merged_layers: returns the layers of a model that have a LoRA merged into them. These stay: their originals lie in
+                RAM already, and the patched weights would be a second copy.
+        """
         self._merged_layers = merged_layers
         self._away: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet[torch.nn.Module]] = (
             weakref.WeakKeyDictionary()
         )
         self._was_accelerated: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
-    def swappable_bytes(self, loaded: Any) -> int:
-        """What `shrink` can take of a loaded model at most."""
+    def swappable_bytes(self, loaded: LoadedModel) -> int:
+        """Returns the bytes that `shrink` can take of a loaded model at most."""
         return sum(size for size, _ in self._candidates(loaded))
 
     def away_bytes(self, model: torch.nn.Module) -> int:
-        """What `shrink` has taken of a model and `grow` has not brought back."""
+        """Returns the bytes that `shrink` has taken of a model and `grow` has not brought back."""
         return sum(_bytes_of(layer) for layer in self._away.get(model, ()))
 
-    def shrink(self, loaded: Any, wanted_bytes: int) -> int:
-        """Moves layers off the device until `wanted_bytes` are free there, or none is left that may go. Returns the bytes
-        moved. Raises what moving raises, with every layer either moved as a whole or where it was."""
+    def shrink(self, loaded: LoadedModel, wanted_bytes: int) -> int:
+        """Moves layers off the device until `wanted_bytes` have left it, or none is left that may go.
+
+        Returns:
+            The bytes moved.
+
+        Raises:
+            Exception: what moving raises; every layer has then moved whole or stayed.
+        """
+        model = loaded_module(loaded)
+        if model is None:
+            return 0
         moved = 0
-        for size, layer in self._fewest(self._candidates(loaded), wanted_bytes):
-            self._move_away(loaded, layer)
+        for size, layer in _fewest(self._candidates(loaded), wanted_bytes):
+            self._move_away(loaded, model, layer)
             moved += size
         return moved
 
-    def grow(self, loaded: Any, room_bytes: int) -> int:
-        """Brings back what `shrink` took, as far as `room_bytes` and the device itself go. Returns the bytes moved."""
-        model = loaded.real_model
-        away = self._away.get(model)
-        if not away:
+    def grow(self, loaded: LoadedModel, room_bytes: int) -> int:
+        """Brings back what `shrink` took, as far as `room_bytes` and the device itself go; returns the bytes moved."""
+        model = loaded_module(loaded)
+        away = None if model is None else self._away.get(model)
+        if model is None or not away:
             return 0
         moved = 0
         for layer in sorted(away, key=_bytes_of):
@@ -68,7 +82,7 @@ class Residency:
                 layer.to(loaded.model.offload_device)
                 if not is_out_of_memory(error):
                     raise
-                # Less is free than the driver said: the rest goes on running swapped.
+                # Less is free than the driver said: the rest stays swapped.
                 break
             _restore_cast(layer)
             away.discard(layer)
@@ -80,15 +94,15 @@ class Residency:
             say(log, logging.INFO, "memory.grown", model=type(model).__name__, size_mb=moved / MB)
         return moved
 
-    def forget(self, loaded: Any) -> None:
-        """The host moves the whole model: what is away is nothing of its own any more."""
-        model = getattr(loaded, "real_model", None)
+    def forget(self, loaded: LoadedModel) -> None:
+        """Called when Forge moves the whole model: nothing of it is away any more."""
+        model = loaded_module(loaded)
         if model is not None:
             self._away.pop(model, None)
             self._was_accelerated.pop(model, None)
 
-    def _candidates(self, loaded: Any) -> list[tuple[int, torch.nn.Module]]:
-        model = getattr(loaded, "real_model", None)
+    def _candidates(self, loaded: LoadedModel) -> list[tuple[int, torch.nn.Module]]:
+        model = loaded_module(loaded)
         if model is None:
             return []
         merged = self._merged_layers(model)
@@ -98,21 +112,7 @@ class Residency:
             if (size := _bytes_on(layer, loaded.device)) and layer not in merged
         ]
 
-    def _fewest(
-        self, candidates: list[tuple[int, torch.nn.Module]], wanted_bytes: int
-    ) -> Iterator[tuple[int, torch.nn.Module]]:
-        """Large layers first, and in the end the smallest one that closes the gap: few copies, little too much."""
-        left = wanted_bytes
-        rest = sorted(candidates, key=lambda candidate: -candidate[0])
-        while left > 0 and rest:
-            enough = [candidate for candidate in rest if candidate[0] >= left]
-            chosen = enough[-1] if enough else rest[0]
-            rest.remove(chosen)
-            left -= chosen[0]
-            yield chosen
-
-    def _move_away(self, loaded: Any, layer: torch.nn.Module) -> None:
-        any_layer: Any = layer
+    def _move_away(self, loaded: LoadedModel, model: torch.nn.Module, layer: torch.nn.Module) -> None:
         # Everything of a layer or nothing: `Module.to` goes parameter by parameter.
         try:
             layer.to(loaded.model.offload_device)
@@ -120,19 +120,31 @@ class Residency:
             layer.to(loaded.device)
             raise
         if not hasattr(layer, CAST_BEFORE):
-            any_layer.prev_parameters_manual_cast = any_layer.parameters_manual_cast
-        any_layer.parameters_manual_cast = True
-        away = self._away.get(loaded.real_model)
+            setattr(layer, CAST_BEFORE, getattr(layer, CAST))
+        setattr(layer, CAST, True)
+        away = self._away.get(model)
         if away is None:
-            away = self._away[loaded.real_model] = weakref.WeakSet()
-            self._was_accelerated[loaded.real_model] = bool(loaded.model_accelerated)
+            away = self._away[model] = weakref.WeakSet()
+            self._was_accelerated[model] = bool(loaded.model_accelerated)
         away.add(layer)
-        # Forge gives the layers their own way of casting back where this is set, when it unloads the model.
+        # If this is set, Forge gives the layers their own way of casting back when it unloads the model.
         loaded.model_accelerated = True
 
 
+def _fewest(candidates: list[tuple[int, torch.nn.Module]], wanted_bytes: int) -> Iterator[tuple[int, torch.nn.Module]]:
+    """Chooses large layers first, and last the smallest one that closes the gap: few copies, little too much."""
+    left = wanted_bytes
+    rest = sorted(candidates, key=lambda candidate: -candidate[0])
+    while left > 0 and rest:
+        enough = [candidate for candidate in rest if candidate[0] >= left]
+        chosen = enough[-1] if enough else rest[0]
+        rest.remove(chosen)
+        left -= chosen[0]
+        yield chosen
+
+
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The layers that Forge can run swapped."""
+    """Returns the layers that Forge can run swapped."""
     return (layer for layer in model.modules() if hasattr(layer, CAST) and next(layer.children(), None) is None)
 
 
@@ -142,12 +154,12 @@ def _bytes_of(layer: torch.nn.Module) -> int:
 
 
 def _bytes_on(layer: torch.nn.Module, device: torch.device) -> int:
-    """0 unless all of the layer lies on `device`: half-swapped layers stay as Forge placed them."""
+    """Returns 0 unless all of the layer lies on `device`: half-swapped layers stay as Forge placed them."""
     parameters = list(layer.parameters(recurse=False))
     return _bytes_of(layer) if parameters and all(p.device == device for p in parameters) else 0
 
 
-def _restore_cast(layer: Any) -> None:
+def _restore_cast(layer: torch.nn.Module) -> None:
     if hasattr(layer, CAST_BEFORE):
-        layer.parameters_manual_cast = layer.prev_parameters_manual_cast
-        del layer.prev_parameters_manual_cast
+        setattr(layer, CAST, getattr(layer, CAST_BEFORE))
+        delattr(layer, CAST_BEFORE)

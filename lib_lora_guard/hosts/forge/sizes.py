@@ -1,7 +1,7 @@
-"""Quantised weights count as what they take on the card.
+"""Counts quantised weights as what they take on the card.
 
 GGUF: Forge places a model by the file's sizes and then bakes it, which can make it grow. NF4 and FP4: Forge counts a tenth of
-the packed bytes for the scales, which take an eighth in blocks of 64: 150 MB of a Flux that nobody had reserved.
+the packed bytes for the scales, which take an eighth in blocks of 64: 150 MB of a Flux that were not reserved.
 
 Source: Forge's `backend/memory_management.py` (`module_size`, which every decision of placement and eviction asks),
 `backend/operations_gguf.py` (`ParameterGGUF`: `gguf_cls`, `baked`) and `backend/operations_bnb.py` (`ForgeParams4bit`).
@@ -10,11 +10,12 @@ Source: Forge's `backend/memory_management.py` (`module_size`, which every decis
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Concatenate, TypeAlias
 
 import torch
 
 from ...planning.gguf_baked import growth_bytes
+from ...runtime.hooks import P
 from ...weights.storage import scales_bytes
 
 _FOUR_BIT = ("nf4", "fp4")
@@ -24,31 +25,48 @@ FORGES_VALUE_BYTES, VALUE_BYTES, SCALE_BYTES = 0.55, 0.5, 4
 """Of a weight that is quantised when it gets to the card: by Forge's count, packed, and of one block's scale."""
 USUAL_BLOCK = 64
 
+Size: TypeAlias = float | tuple[float, float, float]
+"""Bytes of a model; split: of all of it, of its own `weight`, and of the rest."""
 
-def module_size(original: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """In place of `module_size`: the host's own number, and by how much its weights take more or less."""
-    found = original(module, *args, **kwargs)
-    exclude, include, is_split = _asked(*args, **kwargs)
+
+def module_size(
+    original: Callable[Concatenate[torch.nn.Module, torch.device | None, torch.device | None, bool, P], Size],
+    module: torch.nn.Module,
+    exclude_device: torch.device | None = None,
+    include_device: torch.device | None = None,
+    return_split: bool = False,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> Size:
+    """Stands in place of `module_size`: Forge's own number, and by how much the weights take more or less.
+
+    Args:
+        original: Forge's.
+        module: the model.
+        exclude_device: leaves out what lies on this device.
+        include_device: counts only what lies on this device.
+        return_split: asks for the bytes of `weight` and of the rest, too.
+        args: what a newer Forge passes.
+        kwargs: the same.
+    """
+    found = original(module, exclude_device, include_device, return_split, *args, **kwargs)
     is_baked = bool(getattr(module, "gguf_baked", False))
     whole, weight = 0.0, 0.0
     for name, parameter in [] if is_baked else module.named_parameters():
         more = _more_bytes(parameter)
-        if more and parameter.device != exclude and include in (None, parameter.device):
+        if more and parameter.device != exclude_device and include_device in (None, parameter.device):
             whole += more
             weight += more if name == "weight" else 0
     if not whole:
         return found
-    return (found[0] + whole, found[1] + weight, found[2] + whole - weight) if is_split else found + whole
+    if isinstance(found, tuple):
+        return found[0] + whole, found[1] + weight, found[2] + whole - weight
+    return found + whole
 
 
-def _asked(exclude_device: Any = None, include_device: Any = None, return_split: bool = False) -> tuple[Any, Any, bool]:
-    return exclude_device, include_device, return_split
-
-
-def _more_bytes(parameter: Any) -> float:
-    """Than the host counts."""
-    kind = getattr(parameter, "quant_type", None)
-    if kind in _FOUR_BIT:
+def _more_bytes(parameter: torch.nn.Parameter) -> float:
+    """Returns how much a weight takes beyond Forge's count; negative for less."""
+    if getattr(parameter, "quant_type", None) in _FOUR_BIT:
         return _more_than_packed(parameter)
     gguf_class = getattr(parameter, "gguf_cls", None)
     if gguf_class is None or getattr(parameter, "baked", False):
@@ -57,11 +75,11 @@ def _more_bytes(parameter: Any) -> float:
     return growth_bytes(gguf_class.__name__, data.numel() * data.element_size())
 
 
-def _more_than_packed(parameter: Any) -> float:
+def _more_than_packed(parameter: torch.nn.Parameter) -> float:
     values: int = parameter.data.numel()
     if parameter.data.element_size() == 1:
         scales = scales_bytes(parameter)
-        # Without its scales a packed weight cannot be read: then the host's guess is as good as any.
+        # Without its scales a packed weight cannot be read: then Forge's guess is as good as any.
         return scales - values * FORGES_SCALES if scales else 0
     block = getattr(parameter, "blocksize", None) or USUAL_BLOCK
     return float(values * (VALUE_BYTES + SCALE_BYTES / block - FORGES_VALUE_BYTES))
