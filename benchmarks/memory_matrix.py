@@ -218,15 +218,15 @@ class Prediction:
 
     def needs(self):
         """Returns the needs, as the takeover of `load_models_gpu` will compute them."""
-        from lib_lora_guard.hosts.forge.memory import Needs
+        from lib_lora_guard.runtime.needs import Needs
 
         rows, *rest = self.denoiser.latent(self.case.size_px).shape
         # Forge's sampling_prepare passes two rows per image.
         estimate = self.patcher.memory_required([2 * rows, *rest])
-        factors = self.takeover.loading.factor_bytes(self.patcher)
+        factors = self.takeover.loras.factor_bytes(self.patcher)
         if self.denoiser.device.type == "cpu":
             return Needs(self.denoiser.memory.minimum_inference_memory(), int(estimate), int(factors))
-        return self.takeover.memory.needs([self.patcher], self.denoiser.device, estimate, factors)
+        return self.takeover.reservations.needs([self.patcher], self.denoiser.device, estimate, factors)
 
     def placed(self, needs):
         """Returns `(bytes on the card, swapped bytes)` by Forge's own functions with the guard's numbers."""
@@ -234,7 +234,7 @@ class Prediction:
         free, size = memory.get_free_memory(device), memory.module_size(model)
         if free - size - needs.free_bytes >= 0:
             return size, 0
-        with self.takeover.memory.planned():
+        with self.takeover.eviction.planned():
             budget = memory.compute_model_gpu_memory_when_using_cpu_swap(free, needs.free_bytes)
         whole, extras, _ = memory.build_module_profile(model, budget)
         placed = sum(layer.total_mem for layer in whole) + sum(layer.extra_mem for layer in extras)

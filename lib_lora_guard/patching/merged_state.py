@@ -15,7 +15,7 @@ from ..planning.mode import Mode
 from ..weights.dtype_names import dtype_name
 from ..weights.storage import FP8_DTYPES
 from .attachments import Attachment, UnusableTermsError
-from .merging import merge
+from .merging import is_finite, keep_shape, merge
 
 
 class Kept(str, Enum):

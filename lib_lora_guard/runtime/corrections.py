@@ -1,12 +1,12 @@
-"""The corrections of this machine's estimates as Forge needs them: opened when a card is in use, told of a picture's largest
-peaks, and written a few times a picture at most."""
+"""The corrections of this machine's estimates, as a host needs them: opened when a card is in use, told of a picture's largest
+peaks, and written a few times a picture at most.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,23 +17,27 @@ log = logging.getLogger(__name__)
 
 
 class Corrections:
-    """Of the process, not of one takeover. Without a folder nothing is corrected and nothing kept. Any thread may call."""
+    """Belongs to the process, not to one takeover. Any thread may call."""
 
     def __init__(self, folder: Path | None = None) -> None:
+        """
+        Args:
+            folder: of the file; without one nothing is corrected and nothing kept.
+        """
         self.folder = folder
         self._kept: Calibration | None = None
         self._lock = threading.Lock()
         self._waiting: dict[Key, tuple[int, int]] = {}
-        """Measured and not recorded yet: `(predicted, measured)`, the largest of each."""
+        """Measured and not recorded yet: the `(predicted, measured)` of each key's largest peak, in bytes."""
         self._of_picture: dict[Key, int] = {}
-        """The largest that was recorded for this picture."""
+        """The largest peak that was recorded for this picture."""
         self._repeated: dict[Key, tuple[int, int, int]] = {}
-        """What was recorded last, `(predicted, measured)`, and how often in a row."""
+        """The `(predicted, measured)` that was recorded last, and how often in a row."""
 
-    def open_for(self, device: Any) -> bool:
-        """True where peaks of models on `device` are measured: a CUDA card (ROCm's too) that is at work already. Starts
-        nothing, and asks torch nothing about any other device."""
-        if self.folder is None or getattr(device, "type", "") != "cuda":
+    def open_for(self, device: torch.device | None) -> bool:
+        """True if peaks of models on `device` are measured: a CUDA card (ROCm's too) that is in use already. Starts nothing, and
+        asks torch nothing about any other device."""
+        if self.folder is None or device is None or device.type != "cuda":
             return False
         with self._lock:
             if self._kept is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
@@ -42,19 +46,24 @@ class Corrections:
             return self._kept is not None
 
     def bytes(self, key: Key, predicted_bytes: int) -> int:
-        """What to add to a prediction; see `Calibration.correction_bytes`. 0 before a card is at work."""
+        """Returns what to add to a prediction; see `Calibration.correction_bytes`. 0 before a card is in use."""
         return 0 if self._kept is None else self._kept.correction_bytes(key, predicted_bytes)
 
     def held(self, key: Key, predicted: Activations) -> int:
-        """What has to be free for a part that is predicted to use and hold so much. What is measured is what it uses; what
-        torch holds for that grows with it."""
+        """Returns what has to be free for a part of the work. Peaks measure what it uses; what torch holds for that grows with
+        it.
+
+        Args:
+            key: of the correction.
+            predicted: bytes that the part uses and holds, before any correction.
+        """
         used = predicted.used_bytes
         if used <= 0:
             return predicted.held_bytes
         return max(0, predicted.held_bytes + self.bytes(key, used) * predicted.held_bytes // used)
 
     def note(self, key: Key, predicted_bytes: int, measured_bytes: int | None) -> None:
-        """One measured peak; None where it could not be measured. Touches no file: steps come by the dozen."""
+        """Takes one measured peak; None if it could not be measured. Touches no file: steps come by the dozen."""
         if measured_bytes is None:
             return
         with self._lock:
@@ -62,7 +71,7 @@ class Corrections:
                 self._waiting[key] = (predicted_bytes, measured_bytes)
 
     def settle(self, is_new_picture: bool = False) -> None:
-        """Records what was noted, all of it in one go."""
+        """Records what was noted, all of it in one write."""
         with self._lock:
             waiting, self._waiting = self._waiting, {}
             if is_new_picture:
@@ -76,18 +85,18 @@ class Corrections:
         kept.record_all(news)
 
     def _is_news(self, kept: Calibration, key: Key, predicted: int, measured: int) -> bool:
-        """False where the last REMEMBERED measurements said the same: one more changes nothing."""
+        """False if the last REMEMBERED measurements said the same: one more changes nothing."""
         before = self._repeated.get(key, (0, 0, 0))
         times = before[2] + 1 if before[:2] == (predicted, measured) else 1
         self._repeated[key] = (predicted, measured, times)
-        # Somebody may have reset the file meanwhile.
+        # The user may have reset the file meanwhile.
         return times <= REMEMBERED or kept.measurements(key) < REMEMBERED
 
 
 OF_PROCESS = Corrections()
-"""Like the journal: switching the guard off and on forgets nothing. Without a folder until `keep_calibration`."""
+"""As the journal: switching the guard off and on forgets nothing. Without a folder until `keep_calibration`."""
 
 
 def keep_calibration(folder: Path) -> None:
-    """Corrections are kept in a file in `folder` from now on. Nothing is read or written before a card is at work."""
+    """Keeps corrections in a file in `folder` from now on. Nothing is read or written before a card is in use."""
     OF_PROCESS.folder = folder

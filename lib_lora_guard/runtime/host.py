@@ -5,6 +5,7 @@ A host's own objects may fit as they are. Where they do not, the host has a smal
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
 from typing import Protocol
 
 import torch
@@ -34,4 +35,128 @@ class TotalMemory(Protocol):
 
     def get_total_memory(self, dev: torch.device | None = ...) -> int:
         """Returns the bytes of memory that a device has."""
+        ...
+
+
+class HostModel(Protocol):
+    """A model with the stack of LoRAs that it shall have. Several of them may share one `model`."""
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+    @property
+    def load_device(self) -> torch.device: ...
+    @property
+    def lora_patches(self) -> Sized:
+        """The stack; empty without LoRAs."""
+        ...
+
+
+class PlacedModel(Protocol):
+    """A model that the host has placed on a device, whole or in part."""
+
+    @property
+    def module(self) -> torch.nn.Module: ...
+
+    def is_for(self, model: HostModel) -> bool:
+        """True if it was placed for exactly this one; False for another stack on the same module."""
+        ...
+
+    def returns(self) -> bool:
+        """True if the same image needs it again after others have run, like the denoiser."""
+        ...
+
+    def swappable_bytes(self) -> int:
+        """Returns the bytes that `shrink` can take at most."""
+        ...
+
+    def away_bytes(self) -> int:
+        """Returns the bytes that `shrink` has taken and `grow` has not brought back."""
+        ...
+
+    def shrink(self, wanted_bytes: int) -> int:
+        """Moves layers into RAM until `wanted_bytes` have left the device, or none is left that may go.
+
+        Returns:
+            The bytes moved.
+
+        Raises:
+            Exception: what moving raises; every layer has then moved whole or stayed.
+        """
+        ...
+
+    def grow(self, room_bytes: int) -> int:
+        """Brings back what `shrink` took, as far as `room_bytes` and the device go; returns the bytes moved."""
+        ...
+
+    def unload(self) -> None:
+        """Moves the whole model into RAM; the host lists it no more. Raises what moving raises."""
+        ...
+
+
+class DeviceMemory(Protocol):
+    """The host's devices and the models on them. Sizes are of weights as they lie, or as the host will place them."""
+
+    def total_bytes(self, device: torch.device) -> int: ...
+    def free_bytes(self, device: torch.device) -> int: ...
+
+    def size_bytes(
+        self, model: torch.nn.Module, on: torch.device | None = None, outside: torch.device | None = None
+    ) -> int:
+        """Returns the size of a model, or of its part `on` a device or `outside` of one."""
+        ...
+
+    def inference_bytes(self) -> float:
+        """Returns what the user's setting leaves free for computing. It may be out of any range, or NaN."""
+        ...
+
+    def set_inference_bytes(self, size_bytes: int) -> None:
+        """Puts a setting right that is out of range."""
+        ...
+
+    def placed(self, model: HostModel) -> PlacedModel | None:
+        """Returns what is placed of a model, for it or for another stack on its module."""
+        ...
+
+    def placed_on(self, device: torch.device, but: Sequence[HostModel]) -> Sequence[PlacedModel]:
+        """Returns the models on a device in eviction order (least recently used first), without the modules of `but`."""
+        ...
+
+    def take_back(self, device: torch.device) -> Sequence[HostModel]:
+        """Lists again what lies on a device and was forgotten by the host, so that it can leave.
+
+        Returns:
+            The models. The host forgets them again once nothing holds them.
+        """
+        ...
+
+    def drop_abandoned(self) -> None:
+        """Takes models off the host's list that nothing holds any more."""
+        ...
+
+    def empty_cache(self) -> None:
+        """Gives back what the allocator holds of the devices without using it."""
+        ...
+
+    def passes(self, models: Sequence[HostModel]) -> int | None:
+        """Returns how often models run before others need the room; None for often, or unknown."""
+        ...
+
+    def knows_swapping(self) -> bool:
+        """True if the VRAM that swapping takes was measured for the host's way of swapping, and free VRAM is known."""
+        ...
+
+
+class ModelFormats(Protocol):
+    """The host's way to say how a model is stored and computed."""
+
+    def network_name(self, model: torch.nn.Module) -> str:
+        """Returns the class name of the network itself, without the host's wrapper."""
+        ...
+
+    def storage_name(self, model: torch.nn.Module) -> str:
+        """Returns the storage of the weights ("bf16", "nf4", "gguf"); empty if the host does not say."""
+        ...
+
+    def compute_dtype(self, model: torch.nn.Module) -> torch.dtype:
+        """Returns the dtype that the model computes in."""
         ...

@@ -1,23 +1,25 @@
-"""Remembers what the last image model was loaded with. Source of the sizes: Forge's `module_size`."""
+"""Remembers what the last image model was loaded with."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from ..hosts.forge.memory import Needs
 from ..planning.last_plan import LastPlan
+from .host import DeviceMemory
+from .needs import Needs
 
 
 class LastPlans:
-    """One plan, of the denoiser that was loaded last; text encoders and VAEs come and go beside it."""
+    """Keeps one plan, of the denoiser that was loaded last; text encoders and VAEs come and go beside it."""
 
-    def __init__(self, memory: Any, resident_bytes: Callable[[Any], int]) -> None:
-        """`memory`: Forge's `backend.memory_management`; `resident_bytes`: what LoRAs of a loader hold on the device."""
-        self._memory, self._resident_bytes = memory, resident_bytes
+    def __init__(self, memory: DeviceMemory) -> None:
+        """
+        Args:
+            memory: the host's.
+        """
+        self._memory = memory
         self._noted: tuple[weakref.ref[torch.nn.Module], LastPlan] | None = None
         """Replaced as a whole: it is read from other threads."""
 
@@ -27,20 +29,21 @@ class LastPlans:
         noted = self._noted
         return None if noted is None or noted[0]() is None else noted[1]
 
-    def note(self, patchers: Sequence[Any], device: Any, needs: Needs, coming_factor_bytes: int) -> None:
-        """After a load, with the LoRAs in place. `coming_factor_bytes`: what of `needs.hard_bytes` was for LoRAs."""
-        denoisers = [patcher for patcher in patchers if hasattr(patcher.model, "diffusion_model")]
-        if not denoisers:
-            return
-        model = denoisers[0].model
-        loader = getattr(denoisers[0], "lora_loader", None)
+    def note(self, model: torch.nn.Module, device: torch.device, needs: Needs, resident_bytes: int) -> None:
+        """Keeps the plan of a load, once its LoRAs are in place.
+
+        Args:
+            model: the denoiser.
+            device: where it runs.
+            needs: of the load.
+            resident_bytes: LoRA factors on the device. Those of `needs` come in the model's first call.
+        """
         plan = LastPlan(
             type(model).__name__,
-            int(self._memory.module_size(model)),
-            int(self._memory.module_size(model, include_device=device)),
-            # Those that are still to come get there in the model's first call.
-            coming_factor_bytes + (0 if loader is None else self._resident_bytes(loader)),
+            self._memory.size_bytes(model),
+            self._memory.size_bytes(model, on=device),
+            needs.factor_bytes + resident_bytes,
             max(needs.inference_bytes, needs.estimate_bytes),
-            max(0, needs.hard_bytes - coming_factor_bytes),
+            max(0, needs.hard_bytes - needs.factor_bytes),
         )
         self._noted = weakref.ref(model), plan

@@ -169,7 +169,7 @@ def test_the_host_places_by_the_guards_rule_what_the_guard_plans(host, monkeypat
                 patcher.load_device = META
                 capsys.readouterr()
                 # The card is none of CUDA's here: nobody but this test plans for it.
-                with takeover.memory.planned():
+                with takeover.eviction.planned():
                     memory.load_models_gpu([patcher])
                 memory.current_loaded_models.clear()
                 said = capsys.readouterr().out

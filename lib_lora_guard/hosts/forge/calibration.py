@@ -1,16 +1,16 @@
-"""Measures what loading, applying LoRAs, a step and a decode take of the card while Forge makes images, beside what was
-predicted for exactly that, and corrects the next predictions by it (`memory/calibration.py`).
+"""Measures the VRAM that loading, applying LoRAs, a step and a decode take while Forge makes images, compares it with what was
+predicted for exactly that, and corrects the next predictions (`memory/calibration.py`).
 
-What is compared is bytes in use at the peak, beside those in use before (`memory/calibration_peaks.py` says why):
+Compared are bytes in use at the peak beside those in use before (`memory/calibration_peaks.py` says why):
 
 load    a model's weights, for one that was not on the card and goes there whole
 apply   what the card lacks of LoRA factors; they are brought there in the first call of the model
 step    one call of the model: its rows are part of the key, so prompt and negative prompt in one call and in two are apart
 decode  the VAE's decoder, one picture, whole
 
-Left out: a call that others work in too (ControlNets, patches of attention or blocks), one after which something stayed on
-the card that was not there before, decoding in tiles or several pictures, and whatever ran while another thread used the
-card. On every other device than a CUDA card nothing is done at all.
+Left out: a call that other extensions work in (ControlNets, patches of attention or blocks), a call after which something
+stayed on the card that was not there before, decoding in tiles or several pictures, and whatever ran while another thread
+used the card. On every other device than a CUDA card nothing is done at all.
 
 Sources: Forge's `backend/memory_management.py`, `backend/modules/k_model.py`, `backend/sampling/sampling_function.py`,
 `backend/patcher/vae.py`, `modules/memmon.py`.
@@ -22,9 +22,9 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, Protocol
 
 import torch
 
@@ -32,31 +32,39 @@ from ...memory.calibration import Key, Kind, resolution_bucket, stack_signature
 from ...memory.calibration_peaks import Part, Peaks
 from ...planning import activations
 from ...planning.activations import Activations
-from ...runtime import corrections as forge_corrections
 from ...runtime.corrections import Corrections
-from ...runtime.step_estimates import LATENT_PIXELS, Estimates, shape_of, stored_as
+from ...runtime.hooks import P, R
+from ...runtime.step_estimates import LATENT_PIXELS, Estimates, shape_of
+from ...units import MB
 from ...weights.dtype_names import dtype_name
-from ...weights.storage import MB
+from . import facts
+from .facts import is_denoiser, loaded_module, network_name, patches_of, storage_name
 from .patches import describe
+from .types import LoadedModel, LoraLoader, MemoryManagement, Patcher, Vae
 
 log = logging.getLogger(__name__)
 
 FORGES_OPTIONS = frozenset({"cond_or_uncond", "sigmas", "cond_mark", "cond_indices", "uncond_indices"})
-"""What Forge itself tells the model with each call. Anything more comes from somebody who works in the call."""
+"""What Forge itself puts into `transformer_options`. Anything else comes from an extension that works in the call."""
 
 SETTLED_BYTES = 16 * MB
-"""More than that stayed, or went, in a call: factors, workspaces, or layers that moved. The call was not of the model alone."""
+"""If more than that stayed or went in a call, it was not of the model alone: factors, workspaces, or layers that moved."""
 
-_Original = Callable[..., Any]
+
+class Monitor(Protocol):
+    """`modules.memmon.MemUsageMonitor`: shows the peaks of an image."""
+
+    run_flag: threading.Event
 
 
 @dataclass
 class _Decode:
-    """One call of the VAE's decoder. `is_whole`: not in tiles, and not several pictures."""
+    """One call of the VAE's decoder."""
 
     key: Key
     predicted: Activations
     is_whole: bool
+    """False in tiles, and for several pictures."""
 
 
 @dataclass
@@ -69,47 +77,78 @@ class _Applied:
     stays_bytes: int
 
 
+class _Decoding(threading.local):
+    now: _Decode | None = None
+    """The decode that this thread is in."""
+
+
 class ForgeCalibration:
-    def __init__(self, memory: Any, corrections: Corrections | None = None, peaks: Peaks | None = None) -> None:
-        """`memory`: Forge's `backend.memory_management`."""
+    """Its measuring methods are layers around Forge's functions: `layer(original, *args, **kwargs)`, all of them outermost."""
+
+    def __init__(self, memory: MemoryManagement, corrections: Corrections, peaks: Peaks | None = None) -> None:
+        """
+        Args:
+            memory: Forge's `backend.memory_management`.
+            corrections: of the process.
+            peaks: for tests.
+        """
         self._memory = memory
-        self.corrections = corrections or forge_corrections.OF_PROCESS
-        self.estimates = Estimates(self.corrections)
+        self.corrections = corrections
+        self.estimates = Estimates(corrections, facts)
         self.peaks = peaks or Peaks()
-        self._decoding = threading.local()
-        """`.now`: what this thread decodes."""
-        self._coming: weakref.WeakKeyDictionary[Any, tuple[Key, int, Any]] = weakref.WeakKeyDictionary()
-        """By model: what its next refresh was predicted to bring, and where."""
-        self._applied: weakref.WeakKeyDictionary[Any, _Applied] = weakref.WeakKeyDictionary()
+        self._decoding = _Decoding()
+        self._coming: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Key, int, torch.device]] = (
+            weakref.WeakKeyDictionary()
+        )
+        """By model: the prediction of what its next refresh brings, and where."""
+        self._applied: weakref.WeakKeyDictionary[torch.nn.Module, _Applied] = weakref.WeakKeyDictionary()
 
     # -- measuring
 
-    def load_models_gpu(self, original: _Original, models: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-        """What comes and leaves in here is nobody's; it is the end of the steps before it."""
+    def load_models_gpu(
+        self,
+        original: Callable[Concatenate[list[Patcher], P], R],
+        models: Iterable[Patcher],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Measures `load_models_gpu` so that its peaks are attributed to no part around it. It ends the steps before it, whose
+        peaks are recorded first."""
         patchers = list(models)
         device = patchers[0].load_device if patchers else None
         if not self.corrections.open_for(device):
             return original(patchers, *args, **kwargs)
-        self.corrections.settle(is_new_picture=any(hasattr(one.model, "diffusion_model") for one in patchers))
+        self.corrections.settle(is_new_picture=any(is_denoiser(one.model) for one in patchers))
         with self.peaks.part(device):
             return original(patchers, *args, **kwargs)
 
-    def model_load(self, original: _Original, loaded: Any, *args: Any, **kwargs: Any) -> Any:
-        device, model = loaded.device, getattr(loaded.model, "model", None)
+    def model_load(
+        self,
+        original: Callable[Concatenate[LoadedModel, float, P], R],
+        loaded: LoadedModel,
+        model_gpu_memory_when_using_cpu_swap: float = -1,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Measures `LoadedModel.model_load` of a model that goes to the card whole."""
+        budget, device = model_gpu_memory_when_using_cpu_swap, loaded.device
         if not self.corrections.open_for(device):
-            return original(loaded, *args, **kwargs)
-        budget = next(iter((*args, *kwargs.values())), -1)
+            return original(loaded, budget, *args, **kwargs)
+        model = loaded.model.model
         predicted = int(self._memory.module_size(model, exclude_device=device))
         is_whole = budget < 0 and not self._memory.module_size(model, include_device=device)
-        # Before it is packed or baked on its way, as `load_bytes` asks.
+        # As `load_bytes` asks: before the model is packed or baked on its way.
         key = load_key(model)
         with self.peaks.part(device) as part:
-            result = original(loaded, *args, **kwargs)
+            result = original(loaded, budget, *args, **kwargs)
         if is_whole:
             self.corrections.note(key, predicted, part.peak_bytes)
         return result
 
-    def refresh(self, original: _Original, loader: Any, *args: Any, **kwargs: Any) -> Any:
+    def refresh(
+        self, original: Callable[Concatenate[LoraLoader, P], R], loader: LoraLoader, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Measures `LoraLoader.refresh`, if `factor_bytes` was asked for its model before."""
         coming = self._coming.pop(loader.model, None)
         if coming is None:
             return original(loader, *args, **kwargs)
@@ -120,25 +159,32 @@ class ForgeCalibration:
             self._applied[loader.model] = _Applied(key, predicted, part.peak_bytes, part.stays_bytes)
         return result
 
-    def apply_model(self, original: _Original, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """One call of the denoiser: `(x, t, c_concat, ..., control, transformer_options)`."""
+    def apply_model(
+        self,
+        original: Callable[Concatenate[torch.nn.Module, P], R],
+        model: torch.nn.Module,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Measures one call of the denoiser, `KModel.apply_model(x, t, c_concat, ..., control, transformer_options)`."""
         x = args[0] if args else kwargs.get("x")
         if not isinstance(x, torch.Tensor) or not self.corrections.open_for(x.device):
             return original(model, *args, **kwargs)
-        has_company = kwargs.get("control") is not None or _others(kwargs.get("transformer_options"))
-        is_alone = not has_company and not self._is_swapped(model)
+        options = kwargs.get("transformer_options")
+        is_shared = kwargs.get("control") is not None or (isinstance(options, Mapping) and _has_others(options))
+        is_alone = not is_shared and not self._is_swapped(model)
         with self.peaks.part(x.device) as part:
             result = original(model, *args, **kwargs)
         self._after_call(model, x, result, part, is_alone)
         return result
 
-    def _is_swapped(self, model: Any) -> bool:
-        """Layers outside the card are copied there in each call, which is not the step's own: counted as such it would keep
-        a model swapped that fits again."""
+    def _is_swapped(self, model: torch.nn.Module) -> bool:
+        """Returns True if layers are copied to the card in each call. These copies are not the step's own: counted as such they
+        would keep a model swapped that fits again."""
         loaded = self._memory.current_loaded_models
-        return any(getattr(one, "real_model", None) is model and one.model_accelerated for one in loaded)
+        return any(loaded_module(one) is model and one.model_accelerated for one in loaded)
 
-    def _after_call(self, model: Any, x: torch.Tensor, result: Any, part: Part, is_alone: bool) -> None:
+    def _after_call(self, model: torch.nn.Module, x: torch.Tensor, result: R, part: Part, is_alone: bool) -> None:
         applied = self._applied.pop(model, None)
         if part.peak_bytes is None:
             return
@@ -152,48 +198,63 @@ class ForgeCalibration:
         try:
             found = self.estimates.step(model, shape_of(x.shape))
         except (TypeError, ValueError, IndexError, OverflowError):
-            # Another extension's model, or another shape than pictures have.
+            # Another extension's model, or a shape that is not a picture's.
             log.debug("a step is not measured", exc_info=True)
             return
         if found is not None:
             self.corrections.note(found[0], found[1].used_bytes, part.peak_bytes)
 
-    def decode_inner(self, original: _Original, vae: Any, *args: Any, **kwargs: Any) -> Any:
+    def decode_inner(
+        self, original: Callable[Concatenate[Vae, P], R], vae: Vae, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Measures `VAE.decode_inner(samples_in)`."""
         samples = args[0] if args else kwargs.get("samples_in")
-        device = getattr(vae, "device", None)
-        decode = _decode_of(vae, samples) if self.corrections.open_for(device) else None
+        decode = None
+        if isinstance(samples, torch.Tensor) and self.corrections.open_for(vae.device):
+            decode = _decode_of(vae, samples.shape)
         if decode is None:
             return original(vae, *args, **kwargs)
-        with self._while_decoding(decode), self.peaks.part(device) as part:
+        with self._while_decoding(decode), self.peaks.part(vae.device) as part:
             result = original(vae, *args, **kwargs)
         if decode.is_whole:
             self.corrections.note(decode.key, decode.predicted.used_bytes, part.peak_bytes)
         self.corrections.settle()
         return result
 
-    def decode_tiled(self, original: _Original, vae: Any, *args: Any, **kwargs: Any) -> Any:
-        """Asked for, or after the whole picture ran out of memory."""
-        decode = getattr(self._decoding, "now", None)
+    def decode_tiled(
+        self, original: Callable[Concatenate[Vae, P], R], vae: Vae, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Notes that the present decode is in tiles (`VAE.decode_tiled_`): as requested, or after the whole picture ran out of
+        memory."""
+        decode = self._decoding.now
         if decode is not None:
             decode.is_whole = False
         return original(vae, *args, **kwargs)
 
     @contextlib.contextmanager
     def _while_decoding(self, decode: _Decode) -> Iterator[None]:
-        before, self._decoding.now = getattr(self._decoding, "now", None), decode
+        before, self._decoding.now = self._decoding.now, decode
         try:
             yield
         finally:
             self._decoding.now = before
 
-    def monitor_begins(self, original: _Original, monitor: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of `MemUsageMonitor.monitor`: it shows the peaks of the image that begins here."""
+    def monitor_begins(
+        self, original: Callable[Concatenate[Monitor, P], R], monitor: Monitor, *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Wraps `MemUsageMonitor.monitor`, which shows the peaks of the image that begins here."""
         if not monitor.run_flag.is_set():
             self.peaks.forget()
         return original(monitor, *args, **kwargs)
 
-    def monitor_reads(self, original: _Original, monitor: Any, *args: Any, **kwargs: Any) -> Any:
-        """In place of `MemUsageMonitor.read`: with the peaks that were reset meanwhile."""
+    def monitor_reads(
+        self,
+        original: Callable[Concatenate[Monitor, P], MutableMapping[str, int]],
+        monitor: Monitor,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> MutableMapping[str, int]:
+        """Wraps `MemUsageMonitor.read`: adds the peaks that the measurements have reset meanwhile."""
         data = original(monitor, *args, **kwargs)
         for name, peak in (("active_peak", self.peaks.active_peak), ("reserved_peak", self.peaks.reserved_peak)):
             if peak and name in data:
@@ -202,64 +263,66 @@ class ForgeCalibration:
 
     # -- correcting
 
-    def factor_bytes(self, patcher: Any, predicted_bytes: int) -> int:
-        """What the factors of a patcher that is about to be loaded take of the device, corrected."""
-        device, stack = patcher.load_device, getattr(patcher, "lora_patches", None)
+    def factor_bytes(self, patcher: Patcher, predicted_bytes: int) -> int:
+        """Corrects a prediction of the VRAM for LoRA factors, and measures the next refresh against it.
+
+        Args:
+            patcher: is about to be loaded.
+            predicted_bytes: for its factors that are not on the device yet.
+        """
+        device, stack = patcher.load_device, patches_of(patcher)
         self._coming.pop(patcher.model, None)
         if predicted_bytes <= 0 or not stack or not self.corrections.open_for(device):
             return predicted_bytes
         key = Key(
             Kind.APPLY,
-            _name_of(patcher.model),
-            stored_as(patcher.model),
+            network_name(patcher.model),
+            storage_name(patcher.model),
             stack=stack_signature(describe(identifier)[0] for identifier in stack),
         )
         self._coming[patcher.model] = key, predicted_bytes, device
         return max(0, predicted_bytes + self.corrections.bytes(key, predicted_bytes))
 
-    def load_bytes(self, patchers: Iterable[Any], device: Any) -> int:
-        """What to add to the weights of models that are about to be loaded."""
+    def load_bytes(self, models: Iterable[torch.nn.Module], device: torch.device) -> int:
+        """Returns what to add to the weights of models that are about to be loaded."""
         if not self.corrections.open_for(device):
             return 0
-        sizes = [(p.model, int(self._memory.module_size(p.model, exclude_device=device))) for p in patchers]
+        sizes = [(model, int(self._memory.module_size(model, exclude_device=device))) for model in models]
         return sum(self.corrections.bytes(load_key(model), size) for model, size in sizes)
 
     def decode_bytes(self) -> int:
-        """What to add to the estimate of what this thread is about to decode; 0 where it does not."""
-        decode = getattr(self._decoding, "now", None)
+        """Returns what to add to the estimate of the decode that this thread is in; 0 outside a decode."""
+        decode = self._decoding.now
         if decode is None:
             return 0
         return self.corrections.held(decode.key, decode.predicted) - int(decode.predicted.held_bytes)
 
 
-def load_key(model: Any) -> Key:
-    """Models of one name can be of many sizes: text encoders, above all."""
+def load_key(model: torch.nn.Module) -> Key:
+    """Returns the key of a load. Models of one name can have many sizes: text encoders, above all."""
     millions = sum(parameter.nelement() for parameter in model.parameters()) // 1_000_000
-    return Key(Kind.LOAD, f"{_name_of(model)} {millions}M", stored_as(model))
+    return Key(Kind.LOAD, f"{network_name(model)} {millions}M", storage_name(model))
 
 
-def _name_of(model: Any) -> str:
-    return type(getattr(model, "diffusion_model", model)).__name__
-
-
-def _others(options: Any) -> bool:
-    """True where somebody else works in this call. What a patch is made of is their business: it may have no truth."""
-    told = (value for name, value in (options or {}).items() if name not in FORGES_OPTIONS)
-    # An array has no truth, and whatever equality it likes.
+def _has_others(options: Mapping[str, Any]) -> bool:
+    """Returns True if `transformer_options` holds anything that Forge does not put there. Values are never used as booleans:
+    arrays raise then."""
+    foreign = (value for name, value in options.items() if name not in FORGES_OPTIONS)
+    # Nor are they compared: an array's equality is an array.
     return any(
         not (value is None or value is False or (isinstance(value, (dict, list, tuple)) and not value))
-        for value in told
+        for value in foreign
     )
 
 
-def _decode_of(vae: Any, samples: Any) -> _Decode | None:
-    """None for what is not one of Forge's VAEs, or no latent."""
+def _decode_of(vae: Vae, shape: torch.Size) -> _Decode | None:
+    """Returns None for another extension's VAE, and for what is no latent."""
     try:
-        pictures, height, width = shape_of(samples.shape)
-        asked = float(vae.memory_used_decode(samples.shape, vae.vae_dtype))
+        pictures, height, width = shape_of(shape)
+        asked = float(vae.memory_used_decode(shape, vae.vae_dtype))
         used = int(asked * activations.DECODE_WHERE_FORGE_HAS)
         held = int(asked * activations.VAE_HOLDS_WHERE_FORGE_HAS)
-        name = f"{type(vae.first_stage_model).__name__} {int(samples.shape[1])}"
+        name = f"{type(vae.first_stage_model).__name__} {int(shape[1])}"
         size = resolution_bucket(width * LATENT_PIXELS, height * LATENT_PIXELS)
         key = Key(Kind.DECODE, name, dtype_name(vae.vae_dtype), size)
     except (AttributeError, TypeError, ValueError, IndexError, OverflowError):

@@ -35,20 +35,24 @@ def with_fresh_key_map(
 
 
 START: tuple[Row[ForgeParts], ...] = (
-    Row(_LORA, "LoraLoader.refresh", lambda g: (g.calibration.refresh, g.loading.refresh)),
+    Row(
+        _LORA,
+        "LoraLoader.refresh",
+        lambda g: (g.calibration.refresh, g.journal.around(Phase.APPLY_LORA), g.control.refresh),
+    ),
     Row("backend.operations", "merge_lora_to_weight", lambda g: (g.control.merge_lora_to_weight,)),
-    Row(_PATCHER, "ModelPatcher.has_online_lora", lambda g: (g.loading.has_online_lora,)),
-    Row(_MEMORY, "LoadedModel.model_load", lambda g: (g.calibration.model_load, g.loading.model_load)),
+    Row(_PATCHER, "ModelPatcher.has_online_lora", lambda g: (g.loras.has_online_lora,)),
+    Row(_MEMORY, "LoadedModel.model_load", lambda g: (g.calibration.model_load, g.loras.model_load)),
     Row(_MEMORY, "LoadedModel.model_unload", lambda g: (g.loading.model_unload,)),
     Row(_MEMORY, "unload_model_clones", lambda g: (g.loading.unload_model_clones,)),
     Row(_MEMORY, "load_models_gpu", lambda g: (g.calibration.load_models_gpu, g.loading.load_models_gpu)),
     Row(_MEMORY, "module_size", lambda g: (module_size,)),
-    Row(_MEMORY, "free_memory", lambda g: (g.memory.free_memory,)),
-    Row(_MEMORY, "get_free_memory", lambda g: (g.memory.free.get_free_memory,)),
+    Row(_MEMORY, "free_memory", lambda g: (g.eviction.free_memory,)),
+    Row(_MEMORY, "get_free_memory", lambda g: (g.free.get_free_memory,)),
     Row(
         _MEMORY,
         "compute_model_gpu_memory_when_using_cpu_swap",
-        lambda g: (g.memory.weights_on_card,),
+        lambda g: (g.eviction.weights_on_card,),
         is_needed=False,
     ),
     Row(

@@ -9,11 +9,14 @@ import torch
 
 from ...recorder.crash_report import Precaution
 from ...runtime.advice import Advice
+from ...runtime.corrections import Corrections
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
+from ...runtime.needs import Reservations
 from ...runtime.precautions import Precautions
 from ...runtime.preflight import Preflight
+from ...runtime.room import Room
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
 from ...runtime.vae_room import VaeRoom
@@ -22,23 +25,29 @@ from ..webui.takeover import WebTakeover
 from .api import ForgeApi
 from .calibration import ForgeCalibration
 from .checkpoint_reading import CheckpointReading
+from .eviction import ForgeEviction
 from .facts import about_model
+from .free_memory import ForgeFree
 from .handover import Placement
 from .load_models import Loading
 from .lora_loader import LoaderControl
+from .lora_loading import LoraLoading
 from .memory import ForgeMemory
 from .residency import Residency
 from .vae import ForgeVae
 
 
 class ForgeParts:
-    def __init__(self, api: ForgeApi, settings: LiveSettings, machine: Machine, journal: Journal) -> None:
+    def __init__(
+        self, api: ForgeApi, settings: LiveSettings, machine: Machine, journal: Journal, corrections: Corrections
+    ) -> None:
         """
         Args:
             api: Forge.
             settings: the user's.
             machine: reads the memory.
             journal: of the process.
+            corrections: of the process.
         """
         self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
         self.rule_log = RuleLog()
@@ -52,28 +61,17 @@ class ForgeParts:
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
         self.residency = Residency(self.control.merged_layers)
-        self.placement = Placement(api, self.residency.away_bytes)
+        self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
         self.steps = StepTimer(api.memory, journal, self.control.stack_of)
-        self.calibration = ForgeCalibration(api.memory)
-        self.memory = ForgeMemory(
-            api.memory,
-            self.residency,
-            self.rule_log,
-            self.calibration,
-            take_back=self.placement.take_back,
-            ram_room_bytes=self.preflight.room_bytes,
-            leaving=self.preflight.leaving,
-        )
+        self.calibration = ForgeCalibration(api.memory, corrections)
+        self.free = ForgeFree(api.memory, self.rule_log)
+        self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free)
+        self.room = Room(self.memory, self.preflight, self.rule_log)
+        self.eviction = ForgeEviction(self.memory, self.room, self.rule_log)
+        self.reservations = Reservations(self.memory, self.rule_log, self.calibration)
+        self.loras = LoraLoading(api.lora, self.control, self.files, self.calibration)
         self.loading = Loading(
-            api,
-            self.control,
-            self.files,
-            self.memory,
-            self.placement,
-            self.preflight,
-            self.calibration,
-            self.rule_log,
-            journal,
+            self.memory, self.reservations, self.room, self.eviction, self.placement, self.loras, journal
         )
         self.vae = ForgeVae(api.memory, VaeRoom(self.preflight), self.precautions)
 

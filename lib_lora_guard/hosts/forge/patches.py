@@ -19,6 +19,7 @@ from ...adapters.patch_tuples import Calculators, parse_term, parse_value
 from ...errors import LoraMismatchError, Message, about, named, reason
 from ...memory.out_of_memory import is_out_of_memory
 from ...patching.engine import LoraRequest
+from . import types
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def describe(identifier: Any) -> tuple[str, float]:
     return str(identifier), 1.0
 
 
-def device_elements(lora_patches: Patches, calculators: Calculators, merges_whole_tensors: bool) -> int:
+def device_elements(lora_patches: types.Patches, calculators: Calculators, merges_whole_tensors: bool) -> int:
     """Numbers that the factors will take on a device. Merged ones take none; what cannot be read takes none either."""
     total = 0
     for patches in lora_patches.values():

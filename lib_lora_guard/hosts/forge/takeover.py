@@ -18,6 +18,7 @@ from ...planning.last_plan import LastPlan
 from ...recorder.crash_report import crash_report
 from ...reporting.report import ApplyReport
 from ...runtime import installed as at_work
+from ...runtime.corrections import OF_PROCESS, Corrections
 from ...runtime.hooks import HookSet, lay
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
@@ -35,15 +36,23 @@ log = logging.getLogger(__name__)
 class ForgeTakeover(ForgeParts):
     """The parts, and the hooks that put them in place of Forge's functions. One per process; see `install`."""
 
-    def __init__(self, api: ForgeApi, settings: LiveSettings | None = None, journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        api: ForgeApi,
+        settings: LiveSettings | None = None,
+        journal: Journal | None = None,
+        corrections: Corrections | None = None,
+    ) -> None:
         """
         Args:
             api: Forge.
             settings: the user's.
             journal: of the process.
+            corrections: of the process.
         """
         machine = Machine(api.memory.get_torch_device)
-        super().__init__(api, settings or LiveSettings(), machine, journal or Journal(machine.snapshot))
+        journal, corrections = journal or Journal(machine.snapshot), corrections or Corrections()
+        super().__init__(api, settings or LiveSettings(), machine, journal, corrections)
         self.hooks = HookSet()
 
     def install(self) -> None:
@@ -118,7 +127,7 @@ _settings, _journal = LiveSettings(), None
 
 def _make() -> ForgeTakeover:
     global _journal
-    takeover = ForgeTakeover(probe(), _settings, _journal)
+    takeover = ForgeTakeover(probe(), _settings, _journal, OF_PROCESS)
     _journal = takeover.journal
     return takeover
 

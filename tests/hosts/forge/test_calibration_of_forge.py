@@ -185,14 +185,13 @@ class Scene:
         self.memory = FakeMemory(self.machine, 1 * GB)
         self.device, self.parts_of_host = device, parts
         self.allocator = Allocator(self.machine)
-        monkeypatch.setattr(forge_corrections, "OF_PROCESS", Corrections(folder))
-        guard = self.guard = ForgeTakeover(replace(parts, memory=self.memory))
+        guard = self.guard = ForgeTakeover(replace(parts, memory=self.memory), corrections=Corrections(folder))
         guard.calibration.peaks = Peaks(self.allocator)
-        guard.memory._total_bytes = lambda device: self.machine.total
-        guard.memory.ram_room_bytes = lambda: None
+        guard.memory.total_bytes = lambda device: self.machine.total
+        guard.preflight.room_bytes = lambda: None
         guard.control.refresh = self.refresh
         self.factor_bytes, self.applied = 0, lambda: None
-        guard.loading.factor_bytes = lambda patcher: self.factor_bytes if patcher is self.unet else 0
+        guard.loras.factor_bytes = lambda patcher: self.factor_bytes if patcher is self.unet else 0
         self.modules = modules()
         for name, module in self.modules.items():
             monkeypatch.setitem(sys.modules, name, module)
@@ -306,8 +305,8 @@ def test_the_next_load_makes_that_room(scene):
     scene.model.takes = int(1.2 * flux_step().used_bytes)
     scene.picture()
     asked = []
-    needs = scene.guard.memory.needs
-    scene.guard.memory.needs = lambda *args: asked.append(needs(*args)) or asked[-1]
+    needs = scene.guard.reservations.needs
+    scene.guard.reservations.needs = lambda *args: asked.append(needs(*args)) or asked[-1]
     scene.sample(steps=1)
     assert asked[0].estimate_bytes == scene.needs() > flux_step().held_bytes
     assert asked[0].estimate_correction_bytes == 0, "the step is corrected where it is estimated"
@@ -441,13 +440,13 @@ def test_loading_is_measured_and_counts_beside_the_weights(scene):
     scene.text.model.to = converts
     scene.memory.load_models_gpu([scene.text])
     scene.memory.free_memory(1e30, CARD, free_all=True)
-    needs = scene.guard.memory.needs([scene.text], CARD, 0, 0)
+    needs = scene.guard.reservations.needs([scene.text], CARD, 0, 0)
     assert needs.hard_bytes == 0
     assert needs.hard_correction_bytes == 0, "not recorded before the next load"
     scene.memory.load_models_gpu([scene.text])
-    assert scene.guard.memory.needs([scene.text], CARD, 0, 0).hard_correction_bytes == 0, "it is there already"
+    assert scene.guard.reservations.needs([scene.text], CARD, 0, 0).hard_correction_bytes == 0, "it is there already"
     scene.memory.free_memory(1e30, CARD, free_all=True)
-    needs = scene.guard.memory.needs([scene.text], CARD, 0, 7)
+    needs = scene.guard.reservations.needs([scene.text], CARD, 0, 7)
     assert (needs.hard_bytes, needs.hard_correction_bytes) == (7, 120 * MB)
     assert needs.free_bytes == needs.inference_bytes + 7 + 120 * MB
 
@@ -475,7 +474,7 @@ def test_factors_come_in_the_first_call(scene):
     assert (found["apply"], found["step"]) == (1, 1)
     assert scene.needs() == flux_step().held_bytes, "and they are not the step's"
     # What LoadedModel.model_load took has not got the LoRA's part in it.
-    assert scene.guard.calibration.load_bytes([scene.unet], CARD) == 0
+    assert scene.guard.calibration.load_bytes([scene.unet.model], CARD) == 0
     # Another patcher with that LoRA is asked for 100 MB and gets what they took, less the 1 MB that the step returned.
     other = scene.unet.clone()
     returned = 16 * 128 * 128 * 2
@@ -484,8 +483,8 @@ def test_factors_come_in_the_first_call(scene):
     other.lora_patches = {("other.safetensors", 1.0, 1.0, False): {}}
     assert scene.guard.calibration.factor_bytes(other, 100 * MB) == 100 * MB
     asked = []
-    needs = scene.guard.memory.needs
-    scene.guard.memory.needs = lambda *args: asked.append(needs(*args)) or asked[-1]
+    needs = scene.guard.reservations.needs
+    scene.guard.reservations.needs = lambda *args: asked.append(needs(*args)) or asked[-1]
     scene.unet = scene.unet.clone()
     scene.sample(steps=1)
     assert asked[0].hard_bytes == 130 * MB - returned
@@ -496,8 +495,8 @@ def test_a_decode_gets_the_room_it_took(scene, share, expected):
     held = int(DECODE_ASKED * activations.VAE_HOLDS_WHERE_FORGE_HAS)
     scene.vae.takes = used_by_decode() + int(share * used_by_decode())
     asked = []
-    needs = scene.guard.memory.needs
-    scene.guard.memory.needs = lambda *args: asked.append(needs(*args)) or asked[-1]
+    needs = scene.guard.reservations.needs
+    scene.guard.reservations.needs = lambda *args: asked.append(needs(*args)) or asked[-1]
     scene.picture()
     scene.decode()
     first, second = asked[-2], asked[-1]
@@ -506,7 +505,7 @@ def test_a_decode_gets_the_room_it_took(scene, share, expected):
     assert second.estimate_correction_bytes == pytest.approx(expected * held, rel=1e-6)
     assert second.free_bytes == pytest.approx((1 + expected) * held, rel=1e-6)
     # Loading anything else gets none of it.
-    assert scene.guard.memory.needs([scene.text], CARD, 5, 0).estimate_correction_bytes == 0
+    assert scene.guard.reservations.needs([scene.text], CARD, 5, 0).estimate_correction_bytes == 0
 
 
 def test_tiles_and_several_pictures_are_no_measurement(scene):
@@ -539,8 +538,8 @@ def test_corrections_end_with_the_card(parts, card, tmp_path):
         scene.decode()
         scene.machine.total = int(1.1 * DECODE_ASKED * activations.VAE_HOLDS_WHERE_FORGE_HAS)
         asked = []
-        needs = scene.guard.memory.needs
-        scene.guard.memory.needs = lambda *args: asked.append(needs(*args)) or asked[-1]
+        needs = scene.guard.reservations.needs
+        scene.guard.reservations.needs = lambda *args: asked.append(needs(*args)) or asked[-1]
         scene.decode()
         assert asked[0].estimate_correction_bytes > 0
         assert asked[0].free_bytes == scene.machine.total
@@ -664,7 +663,7 @@ def test_on_the_cpu_torchs_cuda_is_not_touched(parts, tmp_path, monkeypatch):
         assert calibration.apply_model(lambda *args: "step", scene.model, Latent(LATENT, RAM), 1) == "step"
         assert calibration.decode_inner(lambda *args: "picture", scene.vae, Latent(LATENT, RAM)) == "picture"
         assert calibration.factor_bytes(scene.unet, 5) == 5
-        assert calibration.load_bytes([scene.unet], RAM) == calibration.decode_bytes() == 0
+        assert calibration.load_bytes([scene.unet.model], RAM) == calibration.decode_bytes() == 0
         assert scene.needs() == flux_step().held_bytes
         monkeypatch.undo()
     assert not (tmp_path / "data").exists()
@@ -864,9 +863,11 @@ def test_off_and_on_after_another_extension_has_wrapped(scene, name):
     ours = getattr(scene.memory, name)
     setattr(scene.memory, name, lambda *args, **kwargs: ours(*args, **kwargs))
     scene.guard.uninstall()
-    again = scene.guard = ForgeTakeover(replace(scene.parts_of_host, memory=scene.memory))
-    again.memory._total_bytes = lambda device: scene.machine.total
-    again.memory.ram_room_bytes = lambda: None
+    again = scene.guard = ForgeTakeover(
+        replace(scene.parts_of_host, memory=scene.memory), corrections=scene.guard.calibration.corrections
+    )
+    again.memory.total_bytes = lambda device: scene.machine.total
+    again.preflight.room_bytes = lambda: None
     again.calibration.peaks, again.control.refresh = Peaks(scene.allocator), scene.refresh
     again.install()
     scene.memory.load_models_gpu([scene.text], memory_required=GB)

@@ -73,8 +73,8 @@ class Scene:
         self.guard = None
         if guarded:
             self.guard = ForgeTakeover(replace(parts, memory=self.memory))
-            self.guard.memory._total_bytes = lambda device: self.machine.total
-            self.guard.memory.ram_room_bytes = lambda: None
+            self.guard.memory.total_bytes = lambda device: self.machine.total
+            self.guard.preflight.room_bytes = lambda: None
             self.guard.install()
 
     def patcher(self, kind, sizes, fixed=0):
@@ -87,14 +87,14 @@ class Scene:
         self.memory.free_memory(1e30, CARD, free_all=True)
 
     def away(self, patcher):
-        return self.guard.memory.residency.away_bytes(patcher.model)
+        return self.guard.residency.away_bytes(patcher.model)
 
     def is_loaded(self, patcher):
         return any(one.model is patcher for one in self.memory.current_loaded_models)
 
     @property
     def residency(self):
-        return self.guard.memory.residency
+        return self.guard.residency
 
     def close(self):
         self.memory.current_loaded_models.clear()
@@ -693,7 +693,7 @@ def test_nothing_is_moved_into_ram_that_is_not_there(scene, lines):
     """The page file has 100 bytes left: the denoiser stays whole, and what comes is placed beside it."""
     denoiser, decoder = flux(scene, 20), scene.patcher(IntegratedAutoencoderKL, [400] * 8)
     scene.load(denoiser)
-    scene.guard.memory.ram_room_bytes = lambda: 100
+    scene.guard.preflight.room_bytes = lambda: 100
     scene.load(decoder, required=6_000)
     scene.memory.free_memory(TOTAL, CARD)
     scene.load(denoiser, required=20_000)
@@ -702,7 +702,7 @@ def test_nothing_is_moved_into_ram_that_is_not_there(scene, lines):
     assert_as_built(denoiser.model)
     assert scene.is_loaded(decoder)
     assert any(line.startswith("Denoiser could not leave the card for lack of RAM") for line in lines())
-    scene.guard.memory.ram_room_bytes = lambda: TOTAL
+    scene.guard.preflight.room_bytes = lambda: TOTAL
     scene.memory.free_memory(10_000, CARD)
     assert scene.machine.free() >= 10_000
 
@@ -953,7 +953,7 @@ BUDGET = "compute_model_gpu_memory_when_using_cpu_swap"
 def budgets(scene, places=1):
     """Not planned, and planned; by position and by Forge's names."""
     budget = getattr(scene.memory, BUDGET)
-    with scene.guard.memory.planned(places):
+    with scene.guard.eviction.planned(places):
         planned = budget(14_000, 1_000)
         assert budget(current_free_mem=14_000, inference_memory=1_000) == planned
     assert budget(inference_memory=1_000, current_free_mem=14_000) == budget(14_000, 1_000)
@@ -978,7 +978,7 @@ def test_where_swapping_was_not_measured_forges_rule_stays(scene, monkeypatch):
         assert budgets(scene) == (10_000, 13_000 - 768)
     # Windows, where torch may call free what others hold: only with the driver's own number.
     asked = types.SimpleNamespace(free=types.SimpleNamespace(bytes=None))
-    scene.guard.memory.free.nvml = types.SimpleNamespace(memory=lambda device: asked)
+    scene.guard.free.nvml = types.SimpleNamespace(memory=lambda device: asked)
     assert budgets(scene) == (10_000, 10_000)
     asked.free.bytes = 14_000
     scene.memory.get_free_memory(CARD)

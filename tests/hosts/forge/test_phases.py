@@ -124,8 +124,8 @@ def scene():
     memory = FakeMemory(machine, 1_000)
     parts = replace(probe(), memory=memory)
     guard = ForgeTakeover(parts, journal=Journal(no_look, Notes()))
-    guard.memory._total_bytes = lambda device: machine.total
-    guard.memory.ram_room_bytes = lambda: None
+    guard.memory.total_bytes = lambda device: machine.total
+    guard.preflight.room_bytes = lambda: None
     guard.install()
 
     def patcher(kind, size):

@@ -109,7 +109,7 @@ def test_it_is_counted_once(scene):
         scene.load(text)
         scene.load(denoiser, required=2_000)
         assert bytes_on_card(denoiser.model) == 17_696
-        assert scene.guard.memory._memory.module_size(denoiser.model, include_device=CARD) == 17_696
+        assert scene.memory.module_size(denoiser.model, include_device=CARD) == 17_696
         assert scene.machine.free() >= 2_000
         scene.load(vae(scene))
 
@@ -144,7 +144,7 @@ def test_a_plan_goes_with_its_model(scene):
 
 
 def test_factors_on_the_card_are_in_the_plan(scene, monkeypatch):
-    monkeypatch.setattr(scene.guard.loading.plans, "_resident_bytes", lambda loader: 123)
+    monkeypatch.setattr(scene.guard.control, "resident_bytes", lambda loader: 123)
     denoiser = flux(scene, 5)
     scene.load(denoiser, hard=50)
     assert (scene.guard.loading.plans.last.factor_bytes, scene.guard.loading.plans.last.other_bytes) == (123, 50)

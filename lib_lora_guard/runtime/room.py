@@ -1,0 +1,185 @@
+"""Makes room on a device before the host loads models, and moves no more than is missing.
+
+`planning.eviction` decides which models leave and how much of them, `planning.on_card` how much of a placed model stays.
+Here these decisions are carried out on the host's models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from ..memory import rules
+from ..memory.out_of_memory import is_out_of_memory
+from ..messages import Message, say
+from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
+from ..planning.on_card import change_bytes
+from ..weights.storage import MB
+from .host import DeviceMemory, HostModel, PlacedModel
+from .needs import Needs, names_of
+from .preflight import Preflight
+from .rule_log import RuleLog
+
+log = logging.getLogger(__name__)
+
+
+class Room:
+    """Evicts models from a device, and shrinks and grows those that stay."""
+
+    def __init__(self, memory: DeviceMemory, ram: Preflight, rule_log: RuleLog) -> None:
+        """
+        Args:
+            memory: the host's.
+            ram: says how much may be moved into RAM.
+            rule_log: gets what the rules find.
+        """
+        self._memory, self._ram, self._rule_log = memory, ram, rule_log
+        self._shares: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+        """Bytes of each model on the device after its last load."""
+
+    def prepare(self, models: Sequence[HostModel], device: torch.device, needs: Needs) -> None:
+        """Makes room for `models`, of which some may be placed already, and brings back what had to leave before."""
+        outside = sum(self._outside_bytes(one, device) for one in models)
+        coming = Coming(outside, outside, self._memory.passes(models))
+        plan = self.make_room(device, coming, needs.free_bytes, models)
+        if plan.swapped_bytes and coming.passes is not None:
+            size_mb = plan.swapped_bytes / MB
+            say(log, logging.INFO, "memory.swapped", model=names_of(models), size_mb=size_mb, passes=coming.passes)
+        for one in models:
+            placed = self._memory.placed(one)
+            if placed is not None:
+                self._fit(placed, device, needs.free_bytes, may_leave=placed.is_for(one))
+
+    def make_room(
+        self, device: torch.device, coming: Coming, need_bytes: int, staying: Sequence[HostModel]
+    ) -> Eviction:
+        """Carries out `plan_eviction`.
+
+        Args:
+            device: where room is missing.
+            coming: what will be placed.
+            need_bytes: has to be free beside it.
+            staying: these models, and other stacks on their modules, may not leave.
+        """
+        free = self._memory.free_bytes(device)
+        if coming.outside_bytes + need_bytes > free:
+            self._memory.take_back(device)
+        leaving = self._memory.placed_on(device, but=staying)
+        residents = [self._resident(one, device) for one in leaving]
+        plan = plan_eviction(coming, need_bytes, free, residents)
+        has_moved = False
+        for one, resident, wanted in zip(leaving, residents, plan.leaving_bytes, strict=True):
+            if wanted:
+                has_moved |= self._send_away(one, resident, wanted)
+        if has_moved:
+            self._memory.empty_cache()
+        self._memory.drop_abandoned()
+        return plan
+
+    def moving(self) -> contextlib.AbstractContextManager[None]:
+        """Wraps a load: after a crash in one, caches in RAM are given back first."""
+        return self._ram.careful("moving")
+
+    def give_back_unused(self, device: torch.device, need_bytes: int) -> None:
+        """Empties torch's cache after a load if it holds more unused VRAM than a step takes of it. Baking GGUF weights leaves
+        gigabytes of old pieces; on Windows they push other programs, or the step itself, into RAM."""
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if unused > need_bytes:
+            log.debug("%d bytes of the card are held and not used after a load", unused)
+            self._memory.empty_cache()
+
+    def watch_share(self, models: Sequence[HostModel], device: torch.device) -> None:
+        """Records how much of each model is on the device after a load, and logs a share that has shrunk for no reason."""
+        for one in models:
+            now = self._memory.size_bytes(one.model, on=device)
+            before = self._shares.get(one.model)
+            if before is not None:
+                name = type(one.model).__name__
+                self._rule_log.tell(rules.share_on_device(before, now, was_needed=False, model=name))
+            self._shares[one.model] = now
+
+    def forget_share(self, model: torch.nn.Module | None) -> None:
+        """Called when a share shrinks for a reason: the room was needed."""
+        if model is not None:
+            self._shares.pop(model, None)
+
+    def _outside_bytes(self, model: HostModel, device: torch.device) -> int:
+        placed = self._memory.placed(model)
+        if placed is not None and placed.is_for(model):
+            # The host does not place it again: only what `shrink` took can come back.
+            return placed.away_bytes()
+        return self._memory.size_bytes(model.model, outside=device)
+
+    def _fit(self, placed: PlacedModel, device: torch.device, need_bytes: int, may_leave: bool) -> None:
+        """Changes how much of a placed model is on the device. It was placed for a smaller picture or fewer LoRAs and no other
+        model can make room; or it had to shrink, and there is room again."""
+        on_card = self._memory.size_bytes(placed.module, on=device)
+        outside = self._memory.size_bytes(placed.module, outside=device)
+        room = self._memory.free_bytes(device) - need_bytes
+        away = placed.away_bytes()
+        change = change_bytes(on_card, outside, away, room) if self._memory.knows_swapping() else room
+        if change < 0 and may_leave:
+            self._shrink(placed, min(-change, placed.swappable_bytes()))
+        else:
+            placed.grow(change)
+
+    def _resident(self, placed: PlacedModel, device: torch.device) -> Resident:
+        on_device = self._memory.size_bytes(placed.module, on=device)
+        return Resident(on_device, min(on_device, placed.swappable_bytes()), placed.returns())
+
+    def _send_away(self, placed: PlacedModel, resident: Resident, wanted_bytes: int) -> bool:
+        """Returns True if something may have left."""
+        if wanted_bytes < resident.on_device_bytes:
+            return self._shrink(placed, wanted_bytes)
+        name = type(placed.module).__name__
+        with self._ram.leaving(placed.module, wanted_bytes) as may_leave:
+            if may_leave < resident.on_device_bytes:
+                return self._shrink(placed, min(may_leave, resident.swappable_bytes))
+            if not self._fits_in_ram(name, wanted_bytes):
+                return False
+            self.forget_share(placed.module)
+            try:
+                # Layer by layer first: if RAM runs out on the way, the model can still run.
+                placed.shrink(wanted_bytes)
+                placed.unload()
+                say(log, logging.INFO, "memory.left", model=name, size_mb=resident.on_device_bytes / MB)
+            except Exception as error:
+                _log_or_raise(error, name)
+            return True
+
+    def _shrink(self, placed: PlacedModel, wanted_bytes: int) -> bool:
+        """Returns True if something may have left."""
+        name = type(placed.module).__name__
+        if not self._fits_in_ram(name, wanted_bytes):
+            return False
+        self.forget_share(placed.module)
+        try:
+            moved = placed.shrink(wanted_bytes)
+        except Exception as error:
+            _log_or_raise(error, name)
+            return True
+        if moved:
+            say(log, logging.INFO, "memory.shrunk", model=name, size_mb=moved / MB)
+        return moved > 0
+
+    def _fits_in_ram(self, name: str, size_bytes: int) -> bool:
+        """False if the page file has no room for what would be moved: the system would end the process for that."""
+        room = self._ram.room_bytes()
+        if room is None or size_bytes <= room:
+            return True
+        error = Message("memory.ram_room", {"room_mb": room / MB, "size_mb": size_bytes / MB})
+        say(log, logging.WARNING, "memory.not_moved", model=name, error=error)
+        return False
+
+
+def _log_or_raise(error: Exception, name: str) -> None:
+    """Logs that a model stays for lack of RAM; raises every other error."""
+    if not is_out_of_memory(error):
+        raise error
+    # Python's own MemoryError has no text.
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    say(log, logging.WARNING, "memory.not_moved", model=name, error=why)
