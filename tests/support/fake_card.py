@@ -4,13 +4,12 @@ Written after what Forge does, not after its text; see `replay.forge_memory` for
 device and no values, so a card of a few kilobytes is enough. `Machine` counts what goes over the bus and can run out of RAM.
 """
 
-import enum
-import sys
 import weakref
 
 import torch
 
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
+from support.forge_memory import MemoryManagement
 
 CARD, RAM = torch.device("cuda", 0), torch.device("cpu")
 NO_RAM = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
@@ -95,7 +94,7 @@ class Layer(torch.nn.Module):
 
 
 class Norm(torch.nn.Module):
-    """Always runs where the model runs."""
+    runs_where_its_model_runs = True
 
     def __init__(self, machine, size):
         super().__init__()
@@ -141,177 +140,16 @@ JointTextEncoder.__module__ = "backend.patcher.clip"
 IntegratedAutoencoderKL.__module__ = "backend.nn.vae"
 
 
-class VRAMState(enum.Enum):
-    DISABLED, NO_VRAM, LOW_VRAM, NORMAL_VRAM, HIGH_VRAM = range(5)
-
-
-class FakeMemory:
-    """What the guard sees of Forge's `backend.memory_management`. Its functions call each other by name, as a module's do."""
-
-    __name__ = "backend.memory_management"
-    VRAMState = VRAMState
+class FakeMemory(MemoryManagement):
+    """Forge's memory management on a machine that is not there."""
 
     def __init__(self, machine, rest):
+        super().__init__(rest)
         self.machine = machine
-        self.current_loaded_models = []
-        self.current_inference_memory = rest
-        self.vram_state, self.ALWAYS_VRAM_OFFLOAD, self.PIN_SHARED_MEMORY = VRAMState.NORMAL_VRAM, False, False
-        self.calls = []
-        """What reached the host's own `free_memory`: `(asked, free_all)`."""
-        self.LoadedModel = _loaded_model_class(self)
-
-    def get_torch_device(self):
-        # What looks at the machine's memory shall not ask a card that is not there.
-        return RAM
-
-    def minimum_inference_memory(self):
-        return self.current_inference_memory
 
     def get_free_memory(self, dev=None, torch_free_too=False):
         free = self.machine.free() if dev in (None, CARD) else 1 << 40
         return (free, 0) if torch_free_too else free
-
-    def module_size(self, module, exclude_device=None, include_device=None, return_split=False):
-        return sum(
-            p.nelement() * p.element_size()
-            for p in module.parameters()
-            if p.device != exclude_device and include_device in (None, p.device)
-        )
-
-    def soft_empty_cache(self, force=False):
-        pass
-
-    def unload_model_clones(self, model):
-        for old in [one for one in self.current_loaded_models if model.is_clone(one.model)]:
-            self.current_loaded_models.remove(old)
-            old.model_unload(avoid_model_moving=True)
-
-    def free_memory(self, memory_required, device, keep_loaded=[], free_all=False):  # noqa: B006  # the host's signature
-        self.calls.append((memory_required, free_all))
-        loaded = self.current_loaded_models
-        for place in range(len(loaded) - 1, -1, -1):
-            if sys.getrefcount(loaded[place].model) <= 2:
-                loaded.pop(place).model_unload(avoid_model_moving=True)
-        wanted = 1e30 if free_all else memory_required
-        unloads_all = self.ALWAYS_VRAM_OFFLOAD or self.vram_state == VRAMState.NO_VRAM
-        for one in reversed(list(loaded)):
-            if not unloads_all and self.get_free_memory(device) > wanted:
-                break
-            if one.device == device and one not in keep_loaded:
-                loaded.remove(one)
-                one.model_unload()
-
-    def compute_model_gpu_memory_when_using_cpu_swap(self, current_free_mem, inference_memory):
-        return int(max(0, (current_free_mem - inference_memory) / 1.3))
-
-    def load_models_gpu(self, models, memory_required=0, hard_memory_preservation=0):
-        to_free = max(self.minimum_inference_memory(), memory_required) + hard_memory_preservation
-        to_leave = self.minimum_inference_memory() + hard_memory_preservation
-        coming, there = [], []
-        for patcher in models:
-            one = self.LoadedModel(patcher)
-            (there if one in self.current_loaded_models else coming).append(one)
-        for one in there:
-            place = self.current_loaded_models.index(one)
-            self.current_loaded_models.insert(0, self.current_loaded_models.pop(place))
-        if not coming:
-            self.free_memory(to_free, CARD, there)
-            return
-        for one in coming:
-            self.unload_model_clones(one.model)
-        sizes = {}
-        for one in coming:
-            outside = self.module_size(one.model.model, exclude_device=one.device)
-            inside = self.module_size(one.model.model, include_device=one.device)
-            sizes[id(one)] = outside, inside
-        needed = sum(outside + 0.25 * inside for outside, inside in sizes.values())
-        self.free_memory(needed * 1.3 + to_free, CARD, there)
-        for one in coming:
-            outside, inside = sizes[id(one)]
-            budget = -1
-            if self.vram_state in (VRAMState.LOW_VRAM, VRAMState.NORMAL_VRAM):
-                room = self.get_free_memory(CARD) - to_leave
-                if room < outside:
-                    free = self.get_free_memory(CARD)
-                    budget = inside or self.compute_model_gpu_memory_when_using_cpu_swap(free, to_leave)
-            if self.vram_state == VRAMState.NO_VRAM:
-                budget = 0
-            one.model_load(budget)
-            self.current_loaded_models.insert(0, one)
-
-
-def _loaded_model_class(memory):
-    class LoadedModel:
-        """A class of its own for each host: hooks are set on it."""
-
-        def __init__(self, patcher):
-            self.model, self.device, self.model_accelerated = patcher, patcher.load_device, False
-
-        def __eq__(self, other):
-            return self.model is other.model
-
-        __hash__ = None
-
-        def model_load(self, model_gpu_memory_when_using_cpu_swap=-1):
-            budget = model_gpu_memory_when_using_cpu_swap
-            try:
-                self.real_model = self.model.forge_patch_model(self.device if budget < 0 else None)
-                self.model.current_device = self.model.load_device
-            except Exception:
-                self.model.forge_unpatch_model(self.model.offload_device)
-                self.model_unload()
-                raise
-            if budget >= 0:
-                self._place(budget)
-            self.model.refresh_loras()
-
-        def _place(self, budget):
-            norms = [m for m in self.real_model.modules() if isinstance(m, Norm)]
-            layers = [m for m in self.real_model.modules() if hasattr(m, "parameters_manual_cast")]
-            used = sum(map(size_of, norms))
-            swapped, with_bias, whole = [], [], []
-            for layer in sorted(layers, key=_bias_bytes):
-                fits = used + _bias_bytes(layer) < budget
-                (with_bias if fits else swapped).append(layer)
-                used += _bias_bytes(layer) if fits else 0
-            for layer in sorted(with_bias, key=_weight_bytes):
-                if used + _weight_bytes(layer) < budget:
-                    whole.append(layer)
-                    used += _weight_bytes(layer)
-            half = [layer for layer in with_bias if layer not in whole]
-            # What leaves goes first here, so that a model that lies on the card in part never needs room twice.
-            for layer in [*swapped, *half]:
-                layer.prev_parameters_manual_cast = layer.parameters_manual_cast
-                layer.parameters_manual_cast = True
-            for layer in swapped:
-                layer.to(self.model.offload_device)
-            for layer in half:
-                layer.weight = torch.nn.Parameter(layer.weight.to(self.model.offload_device), requires_grad=False)
-            for layer in half:
-                if layer.bias is not None:
-                    layer.bias = torch.nn.Parameter(layer.bias.to(self.device), requires_grad=False)
-            for module in [*norms, *whole]:
-                module.to(self.device)
-            self.model_accelerated = True
-
-        def model_unload(self, avoid_model_moving=False):
-            if self.model_accelerated:
-                for layer in self.real_model.modules():
-                    if hasattr(layer, "prev_parameters_manual_cast"):
-                        layer.parameters_manual_cast = layer.prev_parameters_manual_cast
-                        del layer.prev_parameters_manual_cast
-                self.model_accelerated = False
-            self.model.forge_unpatch_model(None if avoid_model_moving else self.model.offload_device)
-
-    return LoadedModel
-
-
-def _weight_bytes(layer):
-    return layer.weight.nelement() * layer.weight.element_size()
-
-
-def _bias_bytes(layer):
-    return 0 if layer.bias is None else layer.bias.nelement() * layer.bias.element_size()
 
 
 def is_swapped(layer):

@@ -24,12 +24,12 @@ from support.fake_card import (
     JointTextEncoder,
     Machine,
     Upscaler,
-    VRAMState,
     bytes_on_card,
     is_swapped,
     sides_of,
     size_of,
 )
+from support.forge_memory import VRAMState
 
 from lib_lora_guard.hosts.forge.api import probe
 from lib_lora_guard.hosts.forge.takeover import ForgeTakeover

@@ -11,7 +11,11 @@ from lib_lora_guard.planning.last_plan import LastPlan
 
 
 class Q4_K:
-    """Forge's class of that name as far as sizes go."""
+    """Forge's class of that name as far as sizes go: `GgufDenoiser` bakes."""
+
+    @staticmethod
+    def bake(parameter):
+        pass
 
 
 class GgufLayer(Layer):
