@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from hosts.forge.test_memory_of_forge import flux, parts, scene_of, t5, vae  # noqa: F401  # `parts` is a fixture
+from support.card_scene import flux, scene_of, t5, vae
 from support.fake_card import CARD, Denoiser, Layer, bytes_on_card, parameter, size_of
 
 from lib_lora_guard.planning.last_plan import LastPlan
@@ -64,7 +64,7 @@ def baking(scene):
 
 
 @pytest.fixture
-def scene(parts):  # noqa: F811  # the fixture of that name
+def scene(parts):
     with scene_of(parts) as found:
         baking(found)
         yield found
@@ -88,7 +88,7 @@ def test_room_is_made_for_what_it_will_take(scene):
     assert scene.machine.free() < 2_000 + 8_000 // 20 + 1, "no more left than had to"
 
 
-def test_without_the_guard_a_step_lacks_what_it_grew_by(parts):  # noqa: F811  # the fixture of that name
+def test_without_the_guard_a_step_lacks_what_it_grew_by(parts):
     with scene_of(parts, total=16_128 + 1_000, guarded=False) as scene:
         baking(scene)
         denoiser = gguf(scene)
@@ -98,7 +98,7 @@ def test_without_the_guard_a_step_lacks_what_it_grew_by(parts):  # noqa: F811  #
 
 
 @pytest.mark.parametrize("total", [17_000, 18_000, 18_695, 18_696, 19_000])
-def test_what_does_not_fit_baked_is_swapped_and_a_step_keeps_its_room(parts, total):  # noqa: F811  # the fixture
+def test_what_does_not_fit_baked_is_swapped_and_a_step_keeps_its_room(parts, total):
     with scene_of(parts, total=total) as scene:
         baking(scene)
         denoiser = gguf(scene)

@@ -1,0 +1,33 @@
+import logging
+
+import pytest
+from contract.host import Host
+from support.card_scene import parts_of, scene_of
+
+from lib_lora_guard.planning import on_card
+
+
+@pytest.fixture(scope="module")
+def parts():
+    with parts_of(Host()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def swapping_in_bytes():
+    """On a card of a few kilobytes: of the real 768 MB a quarter of the room would always be less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_card, "SWAPPING_BYTES", 768)
+        yield
+
+
+@pytest.fixture
+def scene(parts):
+    with scene_of(parts) as found:
+        yield found
+
+
+@pytest.fixture
+def lines(caplog):
+    caplog.set_level(logging.INFO, logger="lib_lora_guard")
+    return lambda: [record.getMessage() for record in caplog.records]
