@@ -1,10 +1,117 @@
-"""The LoRAs of the models that Forge loads."""
+"""The LoRAs of the models that Forge loads: the VRAM that their factors will take, and what an engine is about to do."""
 
 import contextlib
 
+import pytest
+import torch
 from support.card_scene import flux
+from support.fake_card import RAM
 
 from lib_lora_guard.recorder.flight_recorder import Phase
+from lib_lora_guard.settings import LoraMode
+
+NAME = "style.safetensors"
+RANK, OUT, IN = 4, 32, 16
+FACTORS = RANK * (OUT + IN)
+"""Numbers in the factors of `lora()`."""
+WHOLE = OUT * IN
+"""Numbers in the change of `diff()`."""
+
+
+def lora():
+    return "lora", (torch.zeros(OUT, RANK), torch.zeros(RANK, IN), None, None, None)
+
+
+def diff():
+    return "diff", (torch.zeros(OUT, IN),)
+
+
+@pytest.fixture
+def stacked(scene):
+    """A denoiser on the card with a stack of the given values, one to each layer."""
+
+    def made(*values, online=False, **model):
+        patcher = flux(scene, 5)
+        for name, value in model.items():
+            setattr(patcher.model, name, value)
+        keys = [name for name, _ in patcher.model.named_parameters() if name.endswith("weight")]
+        patches = dict(zip(keys, values, strict=False))
+        patcher.lora_patches = {
+            (NAME, 0.5, 1.0, online): {key: [[0.5, value, 1.0, None, None]] for key, value in patches.items()}
+        }
+        return patcher
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "element_bytes"),
+    [
+        ({"computation_dtype": torch.float32}, 4),
+        ({"computation_dtype": torch.bfloat16}, 2),
+        ({"computation_dtype": torch.float16}, 2),
+        # As in a model of another extension: fp16.
+        ({"computation_dtype": None}, 2),
+        ({"computation_dtype": "fp8"}, 2),
+    ],
+)
+def test_factors_take_what_they_are_in_the_dtype_that_the_model_computes_in(scene, stacked, model, element_bytes):
+    patcher = stacked(lora(), lora(), **model)
+    assert scene.guard.loras.factor_bytes(patcher) == 2 * FACTORS * element_bytes
+
+
+def test_the_factors_of_every_lora_of_the_stack_count(scene, stacked):
+    patcher = stacked(lora())
+    (patches,) = patcher.lora_patches.values()
+    patcher.lora_patches = {**patcher.lora_patches, ("other.safetensors", 1.0, 1.0, False): patches}
+    assert scene.guard.loras.factor_bytes(patcher) == 2 * FACTORS * 2
+
+
+@pytest.mark.parametrize(
+    ("storage", "merged"),
+    [
+        ({}, True),
+        ({"storage_dtype": torch.float16}, True),
+        ({"storage_dtype": torch.bfloat16}, True),
+        ({"storage_dtype": torch.float32}, True),
+        ({"storage_dtype": torch.float8_e4m3fn}, False),
+        ({"storage_dtype": "nf4"}, False),
+        ({"storage_dtype": "gguf"}, False),
+    ],
+)
+def test_a_change_of_the_whole_weight_takes_nothing_where_it_is_merged(scene, stacked, storage, merged):
+    patcher = stacked(lora(), diff(), **storage)
+    assert scene.guard.loras.factor_bytes(patcher) == 2 * (FACTORS + (0 if merged else WHOLE))
+
+
+def test_factors_that_are_on_the_card_already_are_not_reserved_again(scene, stacked, monkeypatch):
+    patcher, resident = stacked(lora(), lora()), [0]
+    monkeypatch.setattr(scene.guard.control, "resident_bytes", lambda loader: resident[0])
+    for resident[0], coming in ((300, 2 * FACTORS * 2 - 300), (2 * FACTORS * 2, 0), (9_999, 0)):
+        assert scene.guard.loras.factor_bytes(patcher) == coming
+
+
+def test_a_patch_that_cannot_be_read_takes_nothing(scene, stacked):
+    patcher = stacked(lora(), ("unheard of", (1, 2)), None, ("lora", ()))
+    assert scene.guard.loras.factor_bytes(patcher) == FACTORS * 2
+
+
+def test_without_a_stack_or_a_card_nothing_is_reserved(scene, stacked):
+    assert scene.guard.loras.factor_bytes(stacked()) == 0
+    on_cpu = stacked(lora())
+    on_cpu.load_device = RAM
+    assert scene.guard.loras.factor_bytes(on_cpu) == 0
+
+
+def test_what_is_left_to_forge_is_reserved_by_forge(scene, stacked):
+    patcher = stacked(lora())
+    assert scene.guard.loras.factor_bytes(patcher) > 0
+    assert not patcher.has_online_lora()
+    scene.guard.settings.mode = lambda: LoraMode.OWN
+    with_own = stacked(lora(), online=True)
+    assert scene.guard.loras.factor_bytes(with_own) == 0
+    # And Forge is told its own answer.
+    assert with_own.has_online_lora()
 
 
 def test_an_engine_tells_the_journal_what_it_is_about_to_do(scene):

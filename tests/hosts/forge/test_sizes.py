@@ -7,7 +7,10 @@ import torch
 from support.card_scene import flux, scene_of, t5, vae
 from support.fake_card import CARD, Denoiser, Layer, bytes_on_card, parameter, size_of
 
+from lib_lora_guard.hosts.forge.sizes import module_size
 from lib_lora_guard.planning.last_plan import LastPlan
+
+CPU = torch.device("cpu")
 
 
 class Q4_K:
@@ -152,3 +155,44 @@ def test_factors_on_the_card_are_in_the_plan(scene, monkeypatch):
     denoiser = flux(scene, 5)
     scene.load(denoiser, hard=50)
     assert (scene.guard.loading.plans.last.factor_bytes, scene.guard.loading.plans.last.other_bytes) == (123, 50)
+
+
+class FourBit(torch.nn.Module):
+    """One weight as bitsandbytes keeps it: `values` of 16 bits before it is packed, half as many bytes after."""
+
+    def __init__(self, values, packed=False, kind="nf4", **attributes):
+        super().__init__()
+        data = torch.zeros(values // 2, dtype=torch.uint8) if packed else torch.zeros(values, dtype=torch.bfloat16)
+        self.weight = torch.nn.Parameter(data, requires_grad=False)
+        vars(self.weight).update(quant_type=kind, **attributes)
+
+
+def forges_size(module, exclude_device=None, include_device=None, return_split=False):
+    """Forge's own count: 0.55 bytes a value on its way, 1.1 bytes a packed byte."""
+    size = module.weight.nelement() * (0.55 if module.weight.element_size() > 1 else 1.1)
+    return (size, size, 0.0) if return_split else size
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("attributes", "block"), [({}, 64), ({"blocksize": None}, 64), ({"blocksize": 64}, 64), ({"blocksize": 256}, 256)]
+)
+def test_a_four_bit_weight_on_its_way_counts_as_it_will_be_packed(kind, attributes, block):
+    """Half a byte a value, and a scale of 4 bytes for each block."""
+    values = 64 * 256
+    model = FourBit(values, kind=kind, **attributes)
+    packed = values / 2 + 4 * values / block
+    assert module_size(forges_size, model) == pytest.approx(packed)
+    assert module_size(forges_size, model, return_split=True) == pytest.approx((packed, packed, 0))
+    assert module_size(forges_size, model, include_device=CPU) == pytest.approx(packed)
+    assert module_size(forges_size, model, exclude_device=CPU) == forges_size(model), "left to Forge's own number"
+
+
+def test_a_packed_weight_without_its_scales_counts_as_forge_counts_it():
+    model = FourBit(64 * 256, packed=True)
+    assert module_size(forges_size, model) == forges_size(model)
+
+
+def test_other_quantised_weights_count_as_forge_counts_them():
+    model = FourBit(64 * 256, kind="int8")
+    assert module_size(forges_size, model) == forges_size(model)

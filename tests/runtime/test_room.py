@@ -1,0 +1,199 @@
+"""Room is made on a device for what is missing, whatever the host."""
+
+import logging
+
+import pytest
+import torch
+from support.fake_device import CARD, Memory, Model, Module, Placed, Ram
+
+from lib_lora_guard.memory import rules
+from lib_lora_guard.planning.eviction import Coming
+from lib_lora_guard.runtime.needs import Needs
+from lib_lora_guard.runtime.room import Room
+from lib_lora_guard.runtime.rule_log import RuleLog
+
+NO_RAM = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+
+
+@pytest.fixture
+def lines(caplog):
+    caplog.set_level(logging.INFO, logger="lib_lora_guard")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def room_on(*placed, ram=None, **memory):
+    found = Memory(**memory)
+    found.models = list(placed)
+    return Room(found, ram or Ram(), RuleLog()), found
+
+
+def placed(on, **settings):
+    return Placed(Model(Module(on)), **settings)
+
+
+NOTHING = Coming(0, 0, None)
+
+
+def test_nothing_leaves_while_enough_is_free():
+    one = placed(6_000, swappable=6_000)
+    room, memory = room_on(one)
+    plan = room.make_room(CARD, NOTHING, 4_000, [])
+    assert plan.leaving_bytes == (0,)
+    assert one.module.on == 6_000
+    assert memory.calls == ["drop"]
+
+
+def test_only_the_missing_bytes_leave():
+    one = placed(6_000, swappable=6_000)
+    room, memory = room_on(one)
+    room.make_room(CARD, NOTHING, 4_700, [])
+    assert (one.module.on, one.away, one.unloaded) == (5_300, 700, False)
+    assert memory.calls[-2:] == ["empty", "drop"]
+
+
+def test_a_model_leaves_whole_if_its_rest_could_not_run(lines):
+    one = placed(6_000, swappable=500)
+    room, _ = room_on(one)
+    room.make_room(CARD, NOTHING, 4_700, [])
+    assert one.unloaded
+    assert one.module.on == 0
+    assert any("leaves the card" in line for line in lines())
+
+
+def test_a_model_to_keep_stays_and_so_does_another_stack_on_its_module():
+    one, other = placed(4_000, swappable=4_000), placed(4_000, swappable=4_000)
+    room, _ = room_on(one, other)
+    room.make_room(CARD, NOTHING, 9_000, [Model(one.module, loras=["style"])])
+    assert one.module.on == 4_000
+    assert other.module.on == 0
+
+
+@pytest.mark.parametrize(("need", "calls"), [(4_000, 0), (4_001, 1)])
+def test_models_that_the_host_has_forgotten_are_asked_for_only_if_room_is_missing(need, calls):
+    room, memory = room_on(placed(4_000, swappable=4_000))
+    memory.forgotten = [placed(2_000)]
+    room.make_room(CARD, NOTHING, need, [])
+    assert memory.calls.count("take back") == calls
+
+
+@pytest.mark.parametrize(
+    ("error", "raises"), [(RuntimeError(NO_RAM), False), (MemoryError(), False), (RuntimeError("CUDA error"), True)]
+)
+@pytest.mark.parametrize("swappable", [6_000, 0])
+def test_a_model_that_cannot_leave_for_lack_of_ram_stays(lines, error, raises, swappable):
+    one = placed(6_000, swappable=swappable)
+    one.error = error
+    room, memory = room_on(one)
+    if raises:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            room.make_room(CARD, NOTHING, 4_700, [])
+        return
+    room.make_room(CARD, NOTHING, 4_700, [])
+    assert one.module.on == 6_000
+    assert not one.unloaded
+    assert any(line.startswith("Module could not leave the card for lack of RAM") for line in lines())
+    assert "empty" in memory.calls
+
+
+@pytest.mark.parametrize(("ram_room", "leaves"), [(699, False), (700, True), (None, True)])
+@pytest.mark.parametrize("swappable", [700, 0])
+def test_no_more_is_moved_into_ram_than_fits(lines, ram_room, leaves, swappable):
+    one = placed(700, swappable=swappable)
+    room, memory = room_on(one, ram=Ram(ram_room), total=700)
+    room.make_room(CARD, NOTHING, 700, [])
+    assert (one.module.on == 0) is leaves
+    assert ("empty" in memory.calls) is leaves
+    assert any("could not leave the card" in line for line in lines()) is not leaves
+
+
+def test_after_a_crash_in_unloading_no_more_leaves_than_ram_is_fast_for():
+    one = placed(6_000, swappable=6_000)
+    room, _ = room_on(one, ram=Ram(fast=1_500))
+    room.make_room(CARD, NOTHING, 10_000, [])
+    assert (one.module.on, one.unloaded) == (4_500, False)
+
+
+# -- before a load
+
+
+def needs(free):
+    return Needs(free, 0, 0)
+
+
+def test_a_model_that_is_coming_counts_with_what_is_not_on_the_card_yet():
+    there, coming = placed(6_000, swappable=6_000), Model(Module(on=0, outside=3_000))
+    room, _ = room_on(there)
+    room.prepare([coming], CARD, needs(2_000))
+    assert there.module.on == 10_000 - 3_000 - 2_000
+
+
+def test_a_model_that_is_placed_already_counts_with_what_can_come_back():
+    """The rest of it was swapped by the host, which does not place it again."""
+    there, other = placed(4_000, away=500, swappable=4_000), placed(4_000, swappable=4_000)
+    there.module.outside = 2_500
+    room, _ = room_on(there, other)
+    room.prepare([there.model], CARD, needs(2_000))
+    assert (there.module.on, there.away) == (4_500, 0)
+    assert other.module.on == 10_000 - 4_500 - 2_000
+
+
+def test_a_model_gives_room_for_a_larger_picture_if_no_other_can():
+    one = placed(6_000, swappable=5_000)
+    room, _ = room_on(one)
+    room.prepare([one.model], CARD, needs(4_800))
+    assert (one.module.on, one.away) == (5_200, 800)
+    room.prepare([one.model], CARD, needs(4_300))
+    assert (one.module.on, one.away) == (5_700, 300)
+
+
+def test_a_model_that_the_host_places_for_another_stack_does_not_shrink_before():
+    one = placed(6_000, swappable=5_000)
+    room, _ = room_on(one)
+    room.prepare([Model(one.module, loras=["style"])], CARD, needs(4_800))
+    assert (one.module.on, one.away) == (6_000, 0)
+
+
+def test_a_model_of_few_passes_runs_swapped_beside_one_that_returns(lines):
+    denoiser, coming = placed(8_000, swappable=8_000, returns=True), Model(Module(on=0, outside=4_000))
+    room, memory = room_on(denoiser)
+    memory.passes_of_models = 2
+    room.prepare([coming], CARD, needs(500))
+    assert denoiser.module.on == 8_000
+    assert any("Module comes for 2 calls" in line for line in lines())
+
+
+def test_caches_in_ram_are_given_back_before_a_load_after_a_crash_in_one():
+    ram = Ram()
+    room, _ = room_on(ram=ram)
+    with room.moving():
+        assert ram.careful_with == ["moving"]
+
+
+# -- after a load
+
+
+@pytest.mark.parametrize(("unused", "emptied"), [(0, False), (500, False), (501, True)])
+def test_the_allocators_cache_is_emptied_only_beyond_what_a_step_takes(monkeypatch, unused, emptied):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3_000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3_000 + unused)
+    room, memory = room_on()
+    room.give_back_unused(CARD, 500)
+    assert ("empty" in memory.calls) is emptied
+
+
+def test_a_share_that_shrinks_is_logged_unless_the_room_was_needed(lines, monkeypatch):
+    monkeypatch.setattr(rules, "SHRINKING_BYTES", 100)
+    one = placed(6_000, swappable=6_000)
+    room, _ = room_on(one)
+    room.watch_share([one.model], CARD)
+    room.make_room(CARD, NOTHING, 5_000, [])
+    room.watch_share([one.model], CARD)
+    assert not any("LG-R09" in line for line in lines())
+    one.module.on -= 500
+    room.watch_share([one.model], CARD)
+    assert sum("LG-R09" in line for line in lines()) == 1
+    one.module.on -= 500
+    room.forget_share(one.module)
+    room.forget_share(None)
+    room.watch_share([one.model], CARD)
+    assert sum("LG-R09" in line for line in lines()) == 1
