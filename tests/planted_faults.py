@@ -1,0 +1,230 @@
+"""Plants faults in a copy of the tree, one at a time, and says which test sees each of them. Run by hand:
+
+    python tests/planted_faults.py [--root DIR] [--only WORD] [--jobs N]
+
+A fault is found by its text, in whatever file has it, so a module may move without a change here. A fault counts as caught
+where a test fails with it and passes without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("lib_lora_guard", "tests", "scripts", "javascript", "benchmarks", "docs")
+SEARCHED = ("lib_lora_guard", "scripts", "javascript", "preload.py")
+FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`right` stands once in the product and is replaced by `wrong`. The tests in `folders` are asked, and before all of
+    them those of `likely`, a file, as long as it lies there."""
+
+    name: str
+    right: str
+    wrong: str
+    folders: str
+    likely: str = ""
+
+
+FAULTS = [
+    # Values: adapters and how they reach a weight.
+    Fault("a layer is skipped", "coming = [new for key, new in target.items() if before.get(key) is not new]", "coming = [new for key, new in target.items() if before.get(key) is not new][1:]", "patching contract", "patching/test_engine.py"),
+    Fault("alpha is ignored", "return 1.0 if self.alpha is None else self.alpha / self.down.shape[0]", "return 1.0", "adapters patching", "adapters/test_files.py"),
+    Fault("the rank's scale is squared", "self.alpha / self.down.shape[0]", "self.alpha / self.down.shape[0] ** 2", "adapters patching", "adapters/test_files.py"),
+    Fault("strength 5 % off in a bypass", "return tuple(s * entry.factors.scale for", "return tuple(1.05 * s * entry.factors.scale for", "patching", "patching/test_bypass.py"),
+    Fault("strength 5 % off in a merge", "        factor = strength * self.scale\n", "        factor = 1.05 * strength * self.scale\n", "adapters patching", "adapters/test_kinds.py"),
+    Fault("one of two LoRAs is dropped", "merged.setdefault(key, (site, []))[1].extend(terms)", "merged[key] = (site, list(terms))", "patching contract", "patching/test_engine.py"),
+    Fault("DoRA: the norm of the wrong axis", "norm = _norm(base, keep_dim=0)", "norm = _norm(base, keep_dim=1)", "adapters", "adapters/test_kinds.py"),
+    Fault("DoRA: the norm without the delta and the other way round", "        if form.patched_norm:\n", "        if not form.patched_norm:\n", "patching", "patching/test_forward_forms.py"),
+    Fault("Tucker core transposed", 'torch.einsum("ri...,ij->rj...", mid, down)', 'torch.einsum("ir...,ij->rj...", mid, down)', "adapters patching references", "adapters/test_kinds.py"),
+    Fault("an offset's slice is shifted by one", "return tensor.narrow(self.dim, self.start, self.length)", "return tensor.narrow(self.dim, max(0, self.start - 1), self.length)", "adapters patching", "adapters/test_kinds.py"),
+    Fault("a bypass adds to rows shifted by one", "return self.output.narrow(self.channel_dim, part.start, part.length)", "return self.output.narrow(self.channel_dim, max(0, part.start - 1), part.length)", "patching", "patching/test_bypass.py"),
+    Fault("LoHa: a sum for the product", "up = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)", "up = (a1.unsqueeze(2) + a2.unsqueeze(1)).flatten(1)", "patching", "patching/test_forward_forms.py"),
+    Fault("LoKr: sides swapped", "delta = torch.kron(left, right.contiguous()).reshape(weight.shape)", "delta = torch.kron(right.contiguous(), left).reshape(weight.shape)", "adapters references", "adapters/test_kinds.py"),
+    Fault("OFT: a block that is not skew", "        skew = skew - skew.mT\n", "        skew = skew + skew.mT\n", "adapters references", "adapters/test_rotations.py"),
+    Fault("a scale of rows scales the bias", "target.add_(((1 - factor) * bias).view(-1, *spatial))", "pass", "patching", "patching/test_forward_forms.py"),
+    Fault("the factors' fp16 range is not balanced", "return (up / shift).to(dtype), (down * shift.unsqueeze(1)).to(dtype)", "return up.to(dtype), down.to(dtype)", "patching", "patching/test_bypass.py"),
+    Fault("on the fly writes into the parameter", "scratch = weight.clone() if shares_storage(weight, parameter) else weight", "scratch = weight", "patching contract", "patching/test_engine.py"),
+    Fault("strengths between steps: the other LoRA's", "strength = strengths.get(term.origin, term.strength)", "strength = strengths.get(1 - term.origin, term.strength)", "patching contract", "contract/test_schedules.py"),
+    Fault("fused weights: parts in another order", '("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),', '("img_attn.qkv", "attn.to_k", "attn.to_q", "attn.to_v"),', "models references", "models/test_names.py"),
+    # Stored weights.
+    Fault("NF4: the block's scale is left out", "return values.mul_(absmax.float().unsqueeze(2)).flatten(1)", "return values.flatten(1)", "weights", "weights/test_codecs.py"),
+    Fault("bitsandbytes: the scale of a short last block is left out", "values[whole * self.block :].mul_(absmax[whole:])", "pass", "weights", "weights/test_bnb4.py"),
+    Fault("GGUF: order of nibbles", "for shift in range(0, 8, bits)], dim)", "for shift in reversed(range(0, 8, bits))], dim)", "weights", "weights/test_codecs.py"),
+    Fault("GGUF: Q4_0 has another centre", "return _nibbles(blocks[..., 2:]).float().sub_(8)", "return _nibbles(blocks[..., 2:]).float().sub_(7)", "weights", "weights/test_codecs.py"),
+    Fault("fp8: the scale is ignored", "return values.mul_(scale if scale.shape[0] == 1 else scale[start : start + length])", "return values", "weights", "weights/test_codecs.py"),
+    # A model is never left half patched.
+    Fault("the original is not put back", "        self.access.set_parameter(self.site, original)\n        self._strayed_from, self._is_in_place = None, False\n", "        self._strayed_from, self._is_in_place = None, False\n", "patching", "patching/test_engine.py"),
+    Fault("a merge starts from the earlier merge", "source = self._from_backup if self._was_attached else lambda: self.site.parameter", "source = lambda: self.site.parameter", "patching faults", "patching/test_merge_attachment.py"),
+    Fault("all or nothing is broken", "            self.rollback()\n", "            pass\n", "patching faults", "patching/test_transaction.py"),
+    Fault("an undo is dropped", "        self._undo.append(undo)\n        change()\n", "        change()\n        self._undo.append(undo)\n", "patching faults", "patching/test_transaction.py"),
+    Fault("a failed undo is forgotten", "self.failed.append(undo)", "pass", "patching faults", "patching/test_transaction.py"),
+    Fault("the spool's checksum is not looked at", "if checksum != region.checksum:", "if False:", "patching", "patching/test_backup.py"),
+    Fault("spool files of living processes are deleted", "if name is not None and not is_running(int(name[1]), int(name[2])):", "if name is not None:", "patching", "patching/test_backup.py"),
+    Fault("a hook is restored over another extension", "        if self.is_outermost:\n            setattr(self.owner, self.name, self.original)\n", "        setattr(self.owner, self.name, self.original)\n", "hosts contract", "hosts/test_hooks.py"),
+    Fault("some hooks stay", "while self.hooks:\n", "while len(self.hooks) > 1:\n", "hosts contract", "hosts/test_hooks.py"),
+    Fault("after a failure there is no way of the host's", "way = self._own_ways.apply_whole(original, loader, access, wanted, offload)", "way = None", "contract faults", "faults/test_single.py"),
+    Fault("the recorded stack stays true in an interrupt", "        # Until all is done the recorded state is one that no stack has: an interrupt must not leave a true-looking lie.\n        loader.loaded_hash = RETRY\n", "", "contract faults hosts", "contract/test_contract.py"),
+    # What fits.
+    Fault("a misfit is ignored", "term.check(shape, may_expand=may_expand)", "pass", "adapters patching", "adapters/test_fitting.py"),
+    Fault("a foreign file is accepted", "return model is None or lora is None or model == lora or", "return True or", "models", "models/test_architecture.py"),
+    Fault("ranks without an end", "if rank > max(LARGEST_RANK, shape[0], product_of(shape[1:])):", "if False:", "adapters", "adapters/test_hostile_loras.py"),
+    Fault("NaN in a file is taken", 'if tensor.is_floating_point() and not math.isfinite(float(wide.sum(dtype=torch.float64))):', "if False:", "adapters", "adapters/test_hostile_loras.py"),
+    Fault("the mode goes by free memory", "if exact and wish is not Wish.ON_THE_FLY and pays(terms, facts.one_token):", 'if exact and wish is not Wish.ON_THE_FLY and __import__("psutil").virtual_memory().available > 1 << 45:', "planning patching", "planning/test_mode.py"),
+    # Files.
+    Fault("a header's bounds are not checked", '    if needed > size:\n        raise refusal(path, Message("file.too_short", {"wanted": needed, "found": size}))\n', "", "files", "files/test_hostile.py"),
+    Fault("tensors may overlap", "if previous is not None and entry.start < previous.start + previous.bytes:", "if False:", "files", "files/test_hostile.py"),
+    Fault("a key twice is accepted", "            if key in seen:\n", "            if False:\n", "files", "files/test_hostile.py"),
+    Fault("a file that changes while it is read", "if header.modified_ns not in (None, facts.st_mtime_ns):", "if False:", "files", "files/test_safetensors_file.py"),
+    Fault("a file that was rewritten comes from the cache", "key = (str(path), status.st_mtime_ns, status.st_size)", "key = (str(path), 0, 0)", "hosts contract", "contract/test_files.py"),
+    Fault("a failed save leaves its partial file", "        partial.unlink(missing_ok=True)\n        raise\n", "        raise\n", "files", "files/test_safetensors_writer.py"),
+    Fault("a terminal's control characters are shown", '...{text[-(limit - 3 - head) :]}"\n    return "".join(c if c.isprintable() else "?" for c in text)', '...{text[-(limit - 3 - head) :]}"\n    return text', "files reporting", "files/test_hostile.py"),
+    # Memory.
+    Fault("the estimate leaves the factors out", "    return need_bytes + factor_bytes, Finding", "    return need_bytes, Finding", "memory hosts", "memory/test_rules.py"),
+    Fault("a rule forwards more than the device has", 'return total_bytes, Finding("LG-R02"', 'return asked, Finding("LG-R02"', "memory hosts", "memory/test_rules.py"),
+    Fault("Forge's sentinel is taken for a size", "if asked >= EVERYTHING_BYTES:", "if False:", "memory hosts", "memory/test_rules.py"),
+    Fault("RAM is not looked at", "    if needed_bytes > alive_bytes:\n", "    if False:\n", "memory hosts", "memory/test_rules.py"),
+    Fault("a control group's limit is not seen", "limit - usage + _statistic(self.folder", "(1 << 60) + _statistic(self.folder", "memory", "memory/test_control_groups.py"),
+    Fault("NVML is believed less than the driver", "if driver is None or (nvml is not None and driver - nvml > DISAGREEMENT_BYTES):", "if driver is None:", "memory", "memory/test_readings.py"),
+    Fault("room is made twice", "        short -= wanted\n", "        pass\n", "planning hosts", "planning/test_eviction.py"),
+    Fault("VAE tiles are off", "self._memory.VAE_ALWAYS_TILED = True", "self._memory.VAE_ALWAYS_TILED = False", "hosts", "hosts/test_forge_vae.py"),
+    Fault("a correction has no bounds", "return min(max(worst, math.ceil(LOWEST * predicted)), math.floor(HIGHEST * predicted))", "return worst", "memory", "memory/test_calibration.py"),
+    Fault("corrections are kept without an end", "for name in list(entries)[: max(0, len(entries) - LARGEST_ENTRIES)]:", "for name in []:", "memory", "memory/test_calibration.py"),
+    Fault("a slow step is not told", "if known.said or not certain:", "if True:", "memory", "memory/test_step_times.py"),
+    Fault("plan counts the factors twice", "factors = sum(patch.guard.resident_bytes for patch in carried if patch.in_denoiser)", "factors = 2 * sum(patch.guard.resident_bytes for patch in carried if patch.in_denoiser)", "planning test_cli.py", "planning/test_predict.py"),
+    # What is said, and to whom.
+    Fault("a phase is never closed", "                self._open.remove(begun)\n", "                pass\n", "recorder reporting hosts", "recorder/test_flight_recorder.py"),
+    Fault("the crash report has the reason wrong", "return None if alive is None else alive < crash.plan.get(RAM_NEED, 0) + LEAST_LEFT_BYTES", "return None if alive is None else alive > crash.plan.get(RAM_NEED, 0) + LEAST_LEFT_BYTES", "recorder reporting", "recorder/test_crash_report.py"),
+    Fault("a precaution of another model's", 'after if same else after - {Precaution.NO_MERGE}', "after", "recorder reporting hosts", "recorder/test_crash_report.py"),
+    Fault("a placeholder is missing in Chinese", "{key} 应只有一个值，实际有 {count} 个；文件已损坏", "{key} 应只有一个值；文件已损坏", "messages reporting", "messages/test_catalogue.py"),
+    Fault("log lines without an end", "while len(self._lines) > self._capacity_lines or (", "while False and (", "reporting", "reporting/test_ring.py"),
+    Fault("the panel answers other sites", '_SAME_SITE = (None, "same-origin", "none")', '_SAME_SITE = (None, "same-origin", "none", "cross-site", "same-site")', "ui", "ui/test_route.py"),
+    Fault("the panel answers without a login", "return dependency(request) is not None", "return True", "ui", "ui/test_route.py"),
+    Fault("the page asks while it is hidden", "return this.inView && !document.hidden && !this.paused;", "return !this.paused;", "ui", "ui/test_browser.py"),
+    Fault("names are markup in the page", "element.append(...children.filter((child) => child !== null));", "for (const c of children.filter((child) => child !== null)) typeof c === 'string' ? element.insertAdjacentHTML('beforeend', c) : element.append(c);", "ui", "ui/test_browser.py"),
+    # In Forge.
+    Fault("every unload request is passed on", "has_changed=self._settings() != last", "has_changed=True", "hosts", "hosts/test_forge_unload.py"),
+    Fault("the prompt's key has no strength", "return strength, strength_model, offset, self._numbers.of(value)", "return offset, self._numbers.of(value)", "hosts", "hosts/test_conds.py"),
+    Fault("a remembered prompt is handed out itself", "lambda t: t.to(self._devices[id(t)], copy=True)", "lambda t: t.to(self._devices[id(t)])", "hosts", "hosts/test_conds.py"),
+    Fault("schedules are off by one step", "return step / (steps - 2)", "return step / (steps - 1)", "planning", "planning/test_schedule.py"),
+    Fault("after sampling the last step's strengths stay", "                self._bring(patcher, {})\n", "                pass\n", "contract", "contract/test_schedules.py"),
+    Fault("a saved state has no LoRA", "merged = merge(source, self._attachment.terms, device=", "merged = merge(source, (), device=", "patching contract", "patching/test_merged_state.py"),
+    Fault("a host that does not fit is taken over", "    if merged.item() != 5.0:\n", "    if False:\n", "hosts", "hosts/test_forge_start.py"),
+    Fault("the flag to switch off is ignored", "    if off:\n", "    if False:\n", "hosts", "hosts/test_forge_start.py"),
+    Fault("another default of a setting", "kept_files_mb: int = 1024", "kept_files_mb: int = 0", "ui hosts", "ui/test_settings_section.py"),
+    # Commands.
+    Fault("bake rounds twice", "            result, beyond = rounded(merged, dtype)\n", "            result, beyond = rounded(merged.bfloat16().to(merged.dtype), dtype)\n", "baking", "baking/test_bake.py"),
+    Fault("bake replaces a file unasked", "    if not force:\n        raise LoraGuardError", "    if False:\n        raise LoraGuardError", "baking", "baking/test_command.py"),
+    Fault("an error ends with 0", "or type(error).__name__}\", file=sys.stderr)\n        return 1\n", "or type(error).__name__}\", file=sys.stderr)\n        return 0\n", "test_cli.py demo baking", "demo/test_demo.py"),
+]  # fmt: skip
+
+
+class Tree:
+    """A copy of the project that faults are planted in."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = folder
+        for name in COPIED:
+            if (root / name).is_dir():
+                shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in root.iterdir():
+            if path.is_file():
+                shutil.copy(path, folder)
+
+    def place_of(self, fault: Fault) -> Path | None:
+        """The one file that has the text; None where none or several have it."""
+        found = []
+        for name in SEARCHED:
+            top = self.folder / name
+            files = [top] if top.is_file() else [p for p in top.rglob("*") if p.suffix in (".py", ".js")]
+            found += [path for path in files for _ in range(path.read_text(encoding="utf-8").count(fault.right))]
+        return found[0] if len(found) == 1 else None
+
+    def failed_tests(self, targets: list[str], *options: str) -> list[str]:
+        """Which of the tests fail; stops at the first unless told otherwise."""
+        targets = [target for target in targets if (self.folder / target.partition("::")[0]).exists()]
+        if not targets:
+            return []
+        # What a test starts has to find the copy too.
+        env = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-rfE",
+            "--tb=no",
+            *options,
+            *targets,
+        ]
+        shown = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=False)
+        found = FAILED.findall(shown.stdout)
+        if shown.returncode not in (0, 1, 5) and not found:
+            raise RuntimeError(shown.stdout[-2000:] + shown.stderr[-2000:])
+        return found
+
+
+def catch(tree: Tree, fault: Fault) -> str | None:
+    """The first test that sees the fault and passes without it; None where there is none."""
+    path = tree.place_of(fault)
+    if path is None:
+        return None
+    right = path.read_text(encoding="utf-8")
+    folders = [f"tests/{name}" for name in fault.folders.split()]
+    for targets in ([f"tests/{fault.likely}"], folders):
+        path.write_text(right.replace(fault.right, fault.wrong), encoding="utf-8")
+        try:
+            failed = tree.failed_tests(targets, "-x")
+        finally:
+            path.write_text(right, encoding="utf-8")
+        if failed and not tree.failed_tests([failed[0]]):
+            return failed[0]
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout to try (default: this one)")
+    parser.add_argument("--only", default="", help="only faults with this in their name")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    options = parser.parse_args()
+    faults = [fault for fault in FAULTS if options.only in fault.name]
+    with tempfile.TemporaryDirectory() as folder:
+        trees = []
+        for number in range(options.jobs):
+            (Path(folder) / str(number)).mkdir()
+            trees.append(Tree(options.root.resolve(), Path(folder) / str(number)))
+        misplaced = [fault.name for fault in faults if trees[0].place_of(fault) is None]
+
+        def run(fault: Fault) -> bool:
+            tree, started = trees.pop(), time.perf_counter()
+            try:
+                seen = catch(tree, fault)
+            finally:
+                trees.append(tree)
+            why = "the text stands nowhere, or twice" if fault.name in misplaced else "NOT CAUGHT"
+            print(f"{fault.name:60} {time.perf_counter() - started:6.1f} s  {seen or why}", flush=True)
+            return seen is not None
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            caught = sum(pool.map(run, faults))
+    print(f"{caught} of {len(faults)} faults caught, {len(misplaced)} not placed")
+    return 0 if caught == len(faults) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
