@@ -1,4 +1,6 @@
+import functools
 import gc
+import importlib.machinery
 
 import pytest
 import torch
@@ -6,14 +8,46 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _same_threads_and_seed():
-    torch.manual_seed(0)
+    # Not torch.manual_seed: for every kind of GPU there could be, that one writes down where it was called from.
+    torch.default_generator.manual_seed(0)
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def nothing_of_others():
     """What other tests left behind is not among `gc.get_objects()`: it may go at any time, and a count with it."""
+    put_aside()
+
+
+def put_aside():
+    """Takes everything that lives by now out of the garbage collector's way.
+
+    torch and the libraries are a million objects; a test that collects garbage would look at all of them each time.
+    """
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    put_aside()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    result = yield
+    if nextitem is not None and nextitem.path != item.path:
+        # What the module has imported, and what a fixture of it has put back.
+        put_aside()
+    return result
+
+
+# Most tests import the double of Forge anew; it has to be compiled once.
+_compiled = functools.cache(importlib.machinery.SourceFileLoader.source_to_code)
+
+
+def _source_to_code(loader, data, path, *, _optimize=-1):
+    return _compiled(None, bytes(data), path, _optimize=_optimize)
+
+
+importlib.machinery.SourceFileLoader.source_to_code = _source_to_code

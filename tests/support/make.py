@@ -171,7 +171,7 @@ class Net(torch.nn.Module):
     def __init__(self, width=32, depth=2, seed=0):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.blocks = torch.nn.ModuleList(Block(width) for _ in range(depth))
         self.requires_grad_(False)
 
