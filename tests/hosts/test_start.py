@@ -1,6 +1,7 @@
 """Start-up in Forge: flags, folders of any name, hosts that do not fit. preload.py is run the way Forge runs it."""
 
 import argparse
+import compileall
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 
 from lib_lora_guard.hosts import start
 from lib_lora_guard.hosts.forge import takeover as forge
@@ -40,31 +42,36 @@ print("HOOKED", hasattr(lora.LoraLoader.refresh, "lora_guard_hook"))
 """
 
 
-def start_forge(extension, *flags, path=None, code=FORGE_LIKE):
+def start_forge(extension, *flags, path=None, code=FORGE_LIKE, cold=False):
+    """`cold`: in a process that has imported nothing yet."""
     paths = [str(DOUBLE), str(ROOT / "tests")] if path is None else path
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, str(extension), *flags],
-        capture_output=True,
-        text=True,
-        env=env,
-        cwd=extension.parent,
-    )
+    if cold:
+        command = [sys.executable, "-c", code, str(extension), *flags]
+        return subprocess.run(command, capture_output=True, text=True, env=env, cwd=extension.parent)
+    return warm.run(code, extension, *flags, env=env, cwd=extension.parent)
 
 
-@pytest.fixture
-def extension(tmp_path):
-    """The extension as a user has it: a copy, in a folder with a name of their own."""
-    folder = tmp_path / "my LoRA things (2)"
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The extension's files, compiled: every copy of them would have to be otherwise."""
+    folder = tmp_path_factory.mktemp("compiled") / "extension"
     for name in ("lib_lora_guard", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("preload.py", "install.py"):
         shutil.copy(ROOT / name, folder)
+    assert compileall.compile_dir(folder, quiet=1)
     return folder
 
 
+@pytest.fixture
+def extension(tmp_path, compiled):
+    """The extension as a user has it: a copy, in a folder with a name of their own."""
+    return shutil.copytree(compiled, tmp_path / "my LoRA things (2)")
+
+
 def test_it_takes_over_from_a_folder_of_any_name_and_says_so_once(extension):
-    shown = start_forge(extension, "--port", "7860", "--api")
+    shown = start_forge(extension, "--port", "7860", "--api", cold=True)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines() == [f"[LoRA Guard] {__version__} in place of Forge's LoRA patcher", "HOOKED True"]
 

@@ -1,7 +1,6 @@
 """What is written down of a Forge at work, with the bytes it is about to take; and which ends of it are no death."""
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from contract.host import Host
+from support import warm
 from support.fake_card import CARD, RAM, Denoiser, FakeMemory, JointTextEncoder, Machine
 
 from lib_lora_guard.hosts.forge.api import probe
@@ -240,14 +240,11 @@ def children(tmp_path_factory):
     started = {}
     for end in (*ORDERLY, *KILLED):
         folder = tmp_path_factory.mktemp("data")
-        arguments = [sys.executable, "-W", "ignore", "-c", CHILD, str(folder), end]
-        child = subprocess.Popen(arguments, cwd=folder, env=env, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-        started[end] = folder, child
+        started[end] = folder, warm.start(CHILD, folder, end, env=env, cwd=folder, quiet=True)
     yield started
     for _, child in started.values():
-        child.kill()
-        child.wait()
-        child.stdout.close()
+        with child:
+            child.kill()
 
 
 @pytest.mark.parametrize("end", ORDERLY)
