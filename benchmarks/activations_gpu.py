@@ -247,7 +247,7 @@ class Probe:
         try:
             with self.torch.inference_mode():
                 peak, reserved, seconds = self.peak(run)
-        except self.torch.OutOfMemoryError as error:
+        except self.torch.cuda.OutOfMemoryError as error:
             self.write(**row, out_of_memory=str(error)[:120])
             return
         self.write(**row, peak_mb=round(peak / MB, 1), reserved_mb=round(reserved / MB, 1), seconds=round(seconds, 4))

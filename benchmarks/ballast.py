@@ -20,7 +20,7 @@ for line in sys.stdin:
     try:
         while len(whole) < wanted // PIECE:
             whole.append(torch.empty(PIECE, dtype=torch.uint8, device="cuda"))
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         pass
     left = wanted - len(whole) * PIECE
     # What the driver calls free cannot always be had to the last megabyte.
@@ -28,7 +28,7 @@ for line in sys.stdin:
         try:
             rest = torch.empty(size, dtype=torch.uint8, device="cuda")
             break
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             pass
     print("held", len(whole) * PIECE + (0 if rest is None else rest.numel()), flush=True)
 """

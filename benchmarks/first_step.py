@@ -362,7 +362,7 @@ def main():
                     found = bench.run_changes(way, options.changes)
                 else:
                     found = bench.run_images(way)
-            except torch.OutOfMemoryError as error:
+            except torch.cuda.OutOfMemoryError as error:
                 found = {"out_of_memory": str(error)[:200]}
             print(way, json.dumps(found) if options.changes or options.alternate else "done", flush=True)
             if options.out:

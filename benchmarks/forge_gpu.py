@@ -411,7 +411,7 @@ def main():
         for way in sorted(ways, key=WAYS.index):
             try:
                 result, output = bench.run_way(way, before, prints, base_probe, online_output)
-            except torch.OutOfMemoryError as error:
+            except torch.cuda.OutOfMemoryError as error:
                 # Stock Forge runs out of memory at tight settings; later ways would not be comparable.
                 results["ways"].append({"way": way, "out_of_memory": str(error)[:200]})
                 break

@@ -75,7 +75,7 @@ class Matrix:
             row |= {"measured": measured | {"free_before_mb": mb(free)}}
             row |= scored(predicted, row["measured"])
             row["ok"] = row["promised"]["ok"]
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             row |= {"ok": False, "out_of_memory": str(error)[:300]}
         except Exception as error:
             # Go on with the other cases; the model is built anew, since this case may have damaged it.

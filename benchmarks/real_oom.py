@@ -286,7 +286,7 @@ def emptied_before_the_lora(layer, left_bytes):
         if torch.cuda.is_available():
             spared = torch.empty(left_bytes, dtype=torch.uint8, device="cuda")
             for size in (256 * MB, 32 * MB, 2 * MB, MB // 2, MB // 32, 512):
-                with contextlib.suppress(torch.OutOfMemoryError):
+                with contextlib.suppress(torch.cuda.OutOfMemoryError):
                     while True:
                         hog.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
             del spared

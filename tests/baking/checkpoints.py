@@ -196,14 +196,15 @@ def write_gguf(path, tensors, form, seed=3):
     block = len(BY_HAND[form](rng)[1])
     # Some blocks many times over: a block by hand takes a while.
     blocks = [BY_HAND[form](rng) for _ in range(32)]
+    contents = torch.tensor([content for _, content in blocks])
     number = {"Q8_0": 8, "Q4_K": 12}[form]
     for name, tensor in tensors.items():
         fills = tensor.dim() == 2 and tensor.shape[1] % block == 0 and tensor.numel() >= 4096
         infos.append(info(name, tuple(reversed(tensor.shape)), number if fills else 0, len(data)))
         if fills:
-            chosen = [rng.choice(blocks) for _ in range(tensor.numel() // block)]
-            data += b"".join(raw for raw, _ in chosen)
-            meaning[name] = torch.tensor([v for _, content in chosen for v in content]).reshape(tensor.shape)
+            chosen = rng.choices(range(len(blocks)), k=tensor.numel() // block)
+            data += b"".join(blocks[number][0] for number in chosen)
+            meaning[name] = contents[chosen].reshape(tensor.shape)
         else:
             data += bytes(tensor.float().contiguous().reshape(-1).view(torch.uint8).tolist())
             meaning[name] = tensor.float()

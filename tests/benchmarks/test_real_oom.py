@@ -140,7 +140,7 @@ def test_memory_goes_between_a_layers_product_and_what_is_added_to_it(monkeypatc
     def counted(size, **_):
         held.append(size)
         if len(held) > 3:
-            raise torch.OutOfMemoryError("none")
+            raise torch.cuda.OutOfMemoryError("none")
         return empty(1)
 
     guards = layer.register_forward_hook(lambda *_: seen.append(list(held)))
@@ -343,6 +343,7 @@ def test_the_ballast_process_takes_a_little_less_where_it_must(tmp_path):
         "held = 0\n"
         "class OutOfMemoryError(Exception): pass\n"
         "class cuda:\n"
+        "    OutOfMemoryError = OutOfMemoryError\n"
         "    mem_get_info = empty_cache = staticmethod(lambda: None)\n"
         "class Held:\n"
         "    def __init__(self, size):\n"

@@ -104,7 +104,7 @@ def test_ram_that_ends_in_the_middle_adds_nothing_twice(layer_of, monkeypatch, w
     def full(self, *args, **kwargs):
         products.append(1)
         if len(products) == 2:
-            raise torch.OutOfMemoryError("planned: CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("planned: CUDA out of memory")
         return addmm(self, *args, **kwargs)
 
     def once(function):

@@ -283,14 +283,14 @@ def test_a_gguf_header_has_an_end(tmp_path):
     assert refused(path) == f"a.bin: k: expected a header of at most 100000000 bytes, found a longer one; {AGAIN}"
 
 
-MANY = 1_000_000
+MANY = 400_000
 BOMBS = {
     "deep lists": safetensors_bytes("[" * MANY),
     "deep objects": safetensors_bytes('{"a":' * (MANY // 5)),
     "deep metadata": safetensors_bytes('{"__metadata__":' + '{"a":' * (MANY // 6)),
     "deep entry": safetensors_bytes('{"a":{"shape":' + "[" * MANY),
-    "a number of a million digits": safetensors_bytes('{"a":{"dtype":"F32","shape":[' + "9" * MANY + '],"data_offsets":[0,4]}}'),
-    "a million sizes": safetensors_bytes('{"a":{"dtype":"F32","shape":[' + "1," * (MANY // 2) + '1],"data_offsets":[0,4]}}'),
+    "a number of many digits": safetensors_bytes('{"a":{"dtype":"F32","shape":[' + "9" * MANY + '],"data_offsets":[0,4]}}'),
+    "many sizes": safetensors_bytes('{"a":{"dtype":"F32","shape":[' + "1," * (MANY // 2) + '1],"data_offsets":[0,4]}}'),
     "many empty entries": safetensors_bytes("{" + ",".join(f'"{n}":{{}}' for n in range(MANY // 12)) + "}"),
     "metadata of numbers": safetensors_bytes('{"__metadata__":{"a":[' + "0," * (MANY // 2)),
     "much metadata": safetensors_bytes('{"__metadata__":{' + ",".join(f'"{n}":""' for n in range(MANY // 11)) + '}'),
@@ -317,13 +317,13 @@ def test_a_small_file_costs_little(case, tmp_path):
     assert path.stat().st_size < 1.2 * MANY
     start = time.process_time()  # of this process alone: others on the machine do not make it fail
     message = refused(path)
-    assert time.process_time() - start < 2  # 0.5 s at most where this was written
+    assert time.process_time() - start < 2e-6 * MANY  # a quarter of it at most where this was written
     assert len(message) < 500
     tracemalloc.start()
     refused(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 50e6  # 17 MB at most
+    assert peak < 50 * MANY  # a third of it at most
 
 
 VALID = {

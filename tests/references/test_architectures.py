@@ -1,6 +1,7 @@
 """LoRA files for real architectures, small: what diffusers, peft, kohya and LyCORIS write, against their own fused models."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -49,13 +50,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' o
 MODES = ("auto", "on_the_fly", "merge")
 
 
+@functools.cache
+def output_of(name):
+    """What the model gives without a LoRA; every test leaves it as it was."""
+    return forward_of(name)(model_of(name))
+
+
 def check(name, model, file, reference, tmp_path, used):
-    forward, part = forward_of(name), ("to_q", "q_proj", "SelfAttention_q", "SelfAttention.q")
-    check_in_modes(model, file, reference, forward, strength=STRENGTH, used=used, modes=MODES)
-    assert_seen(model, [(file, STRENGTH * 1.05)], reference, forward)
+    forward, part, base = forward_of(name), ("to_q", "q_proj", "SelfAttention_q", "SelfAttention.q"), output_of(name)
+    check_in_modes(model, file, reference, forward, strength=STRENGTH, used=used, modes=MODES, base=base)
+    assert_seen(model, [(file, STRENGTH * 1.05)], reference, forward, base=base)
     layer = next(p for p in part if any(p in key for key in load_file(file)))
-    assert_seen(model, [(without_module(file, tmp_path / "part", layer), STRENGTH)], reference, forward)
-    assert_seen(model, [(without_alpha(file, tmp_path / "alpha"), STRENGTH)], reference, forward)
+    assert_seen(model, [(without_module(file, tmp_path / "part", layer), STRENGTH)], reference, forward, base=base)
+    assert_seen(model, [(without_alpha(file, tmp_path / "alpha"), STRENGTH)], reference, forward, base=base)
 
 
 # ---- diffusers and peft

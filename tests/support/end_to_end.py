@@ -51,12 +51,18 @@ def lycoris_preset(*kinds, algo_map=None):
     }
 
 
-def check_in_modes(model, file, reference, forward, *, strength=1.0, used, modes=MODES, as_trained=False, skipped=0):
+def check_in_modes(
+    model, file, reference, forward, *, strength=1.0, used, modes=MODES, as_trained=False, skipped=0, base=None
+):
     """`forward(model)` equals `reference` with the guard's LoRA in every mode, and the model is itself again after each.
 
-    `used`: how many parameters the file changes. Returns `{mode: {how many weights in which mode}}`.
+    `used`: how many parameters the file changes; `base`: what the model gives without a LoRA, where that is known. Returns
+    `{mode: {how many weights in which mode}}`.
     """
-    base, bits = forward(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    base, bits = (
+        forward(model) if base is None else base,
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+    )
     found = {}
     with LoraGuard(model) as guard:
         for mode in modes:
@@ -72,9 +78,9 @@ def check_in_modes(model, file, reference, forward, *, strength=1.0, used, modes
     return found
 
 
-def assert_seen(model, stack, reference, forward, as_trained=False):
+def assert_seen(model, stack, reference, forward, as_trained=False, base=None):
     """What is wrong with this stack is larger than twice what the equality tests allow."""
-    base = forward(model)
+    base = forward(model) if base is None else base
     with LoraGuard(model) as guard:
         guard.apply(stack, as_trained=as_trained)
         error, limit = contribution_error(forward(model), reference, base), fp32_limit(reference, base)

@@ -1,7 +1,9 @@
 """The tab in a real browser, against the stand-alone page: it follows, it rests when hidden, and names stay text."""
 
+import contextlib
 import re
-import time
+import threading
+from types import SimpleNamespace
 
 import pytest
 from support import standalone
@@ -50,6 +52,7 @@ def open_page(browser, server):
         context.set_default_timeout(8000)
         contexts.append(context)
         page = context.new_page()
+        page.clock.install()
         page.problems = []
         page.on("pageerror", lambda error: page.problems.append(str(error)))
         page.on("dialog", lambda dialog: (page.problems.append(dialog.message), dialog.dismiss()))
@@ -69,21 +72,36 @@ def texts(page):
     return page.locator(ROWS + " .lg-text:visible").all_inner_texts()
 
 
+def wait_for(page, selector):
+    """Waits until it is there, and lets the page's seconds pass at once meanwhile."""
+    for _ in range(80):
+        with contextlib.suppress(playwright().TimeoutError):
+            return page.wait_for_selector(selector, timeout=100)
+        page.clock.fast_forward(1000)
+    raise AssertionError(f"there is no {selector}: {page.inner_text('body')}")
+
+
 def wait_for_line(page, text):
-    page.wait_for_selector(f"{ROWS} >> text={text}")
+    wait_for(page, f"{ROWS} >> text={text}")
 
 
-def test_the_log_grows_while_an_image_is_made(open_page, host):
-    host.step_seconds = 0.15
+def let_pass(page, seconds):
+    """So many seconds of the page; what it asked in them has reached the server."""
+    page.clock.run_for(1000 * seconds)
+    page.wait_for_timeout(100)
+
+
+def test_the_log_grows_while_an_image_is_made(open_page, monkeypatch):
+    steps = threading.Semaphore(0)
+    monkeypatch.setattr(standalone, "time", SimpleNamespace(sleep=lambda seconds: steps.acquire()))
     page = open_page()
     assert texts(page) == []
     assert "No LoRA has been applied yet" in page.inner_text("#lora_guard_panel")
     page.click("#generate")
-    wait_for_line(page, "step 1 of 20")
-    early = len(texts(page))
-    wait_for_line(page, "step 9 of 20")
-    assert early < len(texts(page)) < 21, "the image is not finished, and its lines are here"
-    wait_for_line(page, "step 20 of 20")
+    for done in (1, 9, 20):
+        steps.release(done - len(texts(page)[1:]))
+        wait_for_line(page, f"step {done} of 20")
+        assert len(texts(page)) == done + 1, "where the image is not finished, its lines are here"
     lines = texts(page)
     assert [re.sub(r"^step (\d+) of 20$", r"\1", line) for line in lines[1:]] == [str(n) for n in range(1, 21)]
     assert "style.safetensors" in lines[0]
@@ -137,6 +155,7 @@ def test_all_numbers_stay_open_while_memory_changes(open_page, host):
     assert any(re.match(r"pinned RAM\s+not known: CUDA has not been started yet", row) for row in rows)
     told = page.locator(".lg-figure").first.locator(".lg-free").inner_text()
     host.vram_free_mb = 1900
+    let_pass(page, seconds=2)
     page.wait_for_function("(told) => document.querySelector('.lg-free').innerText !== told", arg=told)
     assert page.locator(".lg-free").first.inner_text() == "2.63 GB free of 12.0 GB"
     assert table.is_visible()
@@ -146,7 +165,7 @@ def test_all_numbers_stay_open_while_memory_changes(open_page, host):
 def test_a_hidden_tab_asks_nothing_and_catches_up_when_shown(open_page, host):
     page = open_page(shown=False)
     host.log.info("before anybody looked")
-    time.sleep(1.2)
+    let_pass(page, seconds=5)
     assert host.asked == 0
     page.click("#show_guard")
     wait_for_line(page, "before anybody looked")
@@ -158,12 +177,16 @@ def test_a_hidden_tab_asks_nothing_and_catches_up_when_shown(open_page, host):
         page.wait_for_timeout(300)
         asked = host.asked
         host.log.info("said in the dark %d", asked)
-        page.wait_for_timeout(1600)
+        let_pass(page, seconds=5)
         assert host.asked == asked
         page.evaluate(show)
         wait_for_line(page, f"said in the dark {asked}")
+    page.clock.pause_at(page.evaluate("Date.now() + 500"))
+    page.wait_for_timeout(100)
     seen = host.asked
-    page.wait_for_timeout(2300)
+    for _ in range(23):
+        page.clock.run_for(100)
+        page.wait_for_timeout(20)
     assert 1 <= host.asked - seen <= 3, "about once a second"
 
 
@@ -178,6 +201,7 @@ def test_after_a_restart_of_the_server_it_goes_on(browser):
     first, second = Standalone(), Standalone()
     context = browser.new_context()
     page = context.new_page()
+    page.clock.install()
     with Served(first.app) as server:
         port = server.port
         first.log.info("of the first server")
@@ -185,9 +209,9 @@ def test_after_a_restart_of_the_server_it_goes_on(browser):
         page.goto(server.url)
         page.click("#show_guard")
         wait_for_line(page, "its second line")
-    page.wait_for_selector(STATE + "[data-state=waiting]")
+    wait_for(page, STATE + "[data-state=waiting]")
     with Served(second.app, port):
-        page.wait_for_selector(".lg-divider")
+        wait_for(page, ".lg-divider")
         # Its first line has a number that the page has seen from the first server.
         second.log.info("of the second server")
         wait_for_line(page, "of the second server")
@@ -265,7 +289,7 @@ def test_filter_copy_download_and_pause(open_page, host):
     page.wait_for_timeout(200)
     asked = host.asked
     host.log.error("said in a pause")
-    page.wait_for_timeout(1500)
+    let_pass(page, seconds=5)
     assert host.asked == asked
     page.click("text=Resume")
     wait_for_line(page, "said in a pause")
@@ -315,10 +339,10 @@ def test_a_line_said_again_takes_the_place_of_the_first(open_page, host):
 def test_without_a_login_it_says_so(open_page, host):
     page = open_page()
     host.app.auth = {"somebody": "password"}
-    page.wait_for_selector(STATE + "[data-state=log_in]")
+    wait_for(page, STATE + "[data-state=log_in]")
     assert page.inner_text(STATE) == "not logged in; reload the page"
     host.app.auth = None
-    page.wait_for_selector(STATE + "[data-state=live]")
+    wait_for(page, STATE + "[data-state=live]")
 
 
 @pytest.mark.parametrize(("width", "theme"), [(340, "dark"), (1500, "light")])
