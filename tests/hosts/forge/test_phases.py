@@ -1,7 +1,6 @@
 """What is written down of a Forge at work, with the bytes it is about to take; and which ends of it are no death."""
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
