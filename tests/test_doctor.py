@@ -157,14 +157,14 @@ def test_nothing_to_correct(tmp_path, capsys):
         (Key(Kind.DECODE, "VAE\x1b[31m", "fp32", 4), "decoding up to 1.05 megapixels with VAE?[31m (fp32)"),
     ],
 )
-def test_what_was_measured(tmp_path, key, what):
+def test_kept_corrections_say_what_was_measured(tmp_path, key, what):
     Calibration(tmp_path / FILE_NAME, "card", "2").record(key, 1000, 1100)
     (kept,) = calibration_report.kept_in(tmp_path / FILE_NAME)
     assert kept.what == what
     assert kept.line.text("zh") != kept.line.text("en")
 
 
-def test_what_another_version_wrote_is_counted(tmp_path, capsys):
+def test_corrections_of_another_version_are_counted(tmp_path, capsys):
     entry = {"key": ["card", "2", "encode", "x", "y", "?", "1", ""], "count": 1, "predicted": 10 * MB, "errors": [MB]}
     (tmp_path / FILE_NAME).write_text(json.dumps({"version": VERSION, "entries": [entry]}), encoding="utf-8")
     assert "  something of another version, on card: predicted 10 MB, measured 11 MB" in run(capsys, "--data", tmp_path)

@@ -399,7 +399,7 @@ def test_a_lora_for_another_model_is_refused_by_name(tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_what_is_left_out_is_named(tmp_path):
+def test_baking_names_the_keys_it_leaves_out(tmp_path):
     tensors = flux()
     model, stored = written(tensors, tmp_path)
     made = load_file(write_lora(tmp_path / "a.safetensors", tensors, TARGETS["flux"][2:3], ("lora",)))

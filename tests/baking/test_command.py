@@ -43,7 +43,7 @@ def error(capsys):
     return err[:-1]
 
 
-def test_writes_what_it_says(files, tmp_path, capsys):
+def test_bake_writes_the_tensors_it_reports(files, tmp_path, capsys):
     out = tmp_path / "baked.safetensors"
     assert bake(files / "model.safetensors", f"{files / 'style.safetensors'}:0.8", "-o", out) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -57,7 +57,7 @@ def test_writes_what_it_says(files, tmp_path, capsys):
     assert all(same_bits(baked[name], (wanted.get(name, stored[name])).bfloat16()) for name in stored)
 
 
-def test_says_what_was_baked_in_the_metadata(files, tmp_path):
+def test_the_metadata_names_the_baked_loras(files, tmp_path):
     style, faint = files / "style.safetensors", files / "faint.safetensors"
     assert bake(files / "model.safetensors", f"{style}:-0.5", faint, "-o", tmp_path / "one.safetensors", "--json") == 0
     assert bake(tmp_path / "one.safetensors", f"{faint}:2", "-o", tmp_path / "two.safetensors", "--json") == 0
@@ -120,7 +120,7 @@ def test_fp8_that_cannot_hold_the_lora_says_so_with_a_number(files, tmp_path, ca
     assert found["cosine"] > 0.99999
 
 
-def test_refuses_before_it_writes(files, tmp_path, capsys):
+def test_bake_refuses_before_it_writes(files, tmp_path, capsys):
     model, style, other = (files / f"{name}.safetensors" for name in ("model", "style", "other"))
     bits = {path: path.read_bytes() for path in (model, style)}
     for output in (model, style, tmp_path / ".." / tmp_path.name / "link.safetensors"):
@@ -157,7 +157,7 @@ def test_refuses_before_it_writes(files, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.safetensors"]
 
 
-def test_an_interruption_leaves_nothing(files, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_bake_leaves_no_file(files, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 

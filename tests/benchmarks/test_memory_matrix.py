@@ -69,11 +69,11 @@ def test_a_score_has_two_bounds(predicted, measured, over, ok):
     assert found["ok"] is ok
 
 
-def test_what_was_not_measured_has_no_score():
+def test_a_case_without_a_measurement_has_no_score():
     assert score(100, 0.0) == {"over_mb": None, "share": None, "ok": None}
 
 
-def test_idle_is_what_could_have_held_weights():
+def test_idle_vram_counts_only_up_to_the_swapped_weights():
     assert idle_mb(12_000, 11_000, 3_000) == 1_000
     assert idle_mb(12_000, 9_000, 500) == 500  # no more weights are swapped
     assert idle_mb(12_000, 11_000, 0) == 0
@@ -117,7 +117,7 @@ def test_a_case_that_is_there_is_not_run_again(tmp_path):
     assert still_to_do(CASES[:4], rows, "another") == CASES[:4]
 
 
-def test_no_case_is_begun_that_may_not_end_in_time():
+def test_a_case_that_may_not_end_in_time_is_not_begun():
     assert fits_in(25, True, [], [])
     assert not fits_in(24, True, [], [])
     assert not fits_in(54, False, [], [])

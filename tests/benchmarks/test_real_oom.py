@@ -176,7 +176,7 @@ def test_every_operation_is_tried_on_both_placements_at_three_levels():
         ("", 0, 0),
     ],
 )
-def test_what_pytest_said_is_read(text, passed, failed):
+def test_outcomes_are_read_from_pytests_output(text, passed, failed):
     found = faults_gpu.outcomes(text)
     assert (found["passed"], found["failed"]) == (passed, failed)
     assert len(found["failures"]) == text.count("FAILED")

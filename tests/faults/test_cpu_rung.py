@@ -180,7 +180,7 @@ def test_16_bit_activations_are_as_near_as_on_the_device(layer_of, dtype):
     assert contribution_error(result, wanted, base) <= 6 * torch.finfo(dtype).eps
 
 
-def test_it_is_said_once_for_a_layer(layer_of):
+def test_a_layer_computed_on_the_cpu_is_logged_once(layer_of):
     layer, x, hook, _ = layer_of
     with listening() as lines:
         for _ in range(3):
@@ -207,7 +207,7 @@ def test_an_error_of_another_kind_is_not_taken_to_the_cpu(layer_of):
     assert not lines
 
 
-def test_it_goes_in_pieces(layer_of, monkeypatch):
+def test_the_cpu_computes_a_large_output_in_pieces(layer_of, monkeypatch):
     """Of whatever size the output is: here some tokens at a time, or a few channels."""
     monkeypatch.setattr(in_ram, "PIECE_BYTES", 1500)
     layer, x, hook, wanted = layer_of

@@ -156,7 +156,7 @@ def test_memory_that_ends_in_a_change(change, wish, monkeypatch, record_property
     assert not wrong, "\n".join(wrong)
 
 
-def test_what_an_undo_could_not_put_back_is_put_back_before_the_next_change(monkeypatch):
+def test_a_failed_undo_is_done_before_the_next_change(monkeypatch):
     monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
     bench, unfinished = Bench(Wish.PREFER_MERGE), 0
     for name in ("none", "two", "other"):

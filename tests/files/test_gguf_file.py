@@ -112,7 +112,7 @@ def test_alignment(tmp_path, alignment):
     assert {name: t.tolist() for name, t in tensors.items()} == {"a": [1, 2], "b": [9]}
 
 
-def test_no_tensors(tmp_path):
+def test_a_gguf_file_without_tensors_is_read(tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     header = open_header(path)

@@ -97,7 +97,7 @@ def test_blanks_and_unknown_fields_are_read_as_the_library_does(tmp_path):
     assert read_tensors(open_header(path))["a"].tolist() == load_file(path)["a"].tolist() == [1.0]
 
 
-def test_no_tensors_and_sizes_with_a_zero(tmp_path):
+def test_safetensors_without_tensors_and_with_sizes_of_zero_are_read(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(safetensors_bytes({}))
     assert open_header(path).tensors == {}

@@ -98,7 +98,7 @@ def test_metadata_is_kept_as_it_is(tmp_path):
         assert list(file.keys()) == ["键"]
 
 
-def test_no_tensor_at_all(tmp_path):
+def test_a_file_without_tensors_is_written(tmp_path):
     write_safetensors(tmp_path / "a.safetensors", [])
     assert load_file(tmp_path / "a.safetensors") == {}
 
@@ -120,7 +120,7 @@ def test_tensors_that_do_not_lie_in_one_piece(slice_bytes, tmp_path, monkeypatch
     check(tmp_path / "a.safetensors", {name: t.resolve_conj().resolve_neg() for name, t in tensors.items()})
 
 
-def test_one_tensor_at_a_time_and_progress(tmp_path, monkeypatch):
+def test_tensors_are_loaded_one_at_a_time_and_progress_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_writer, "SLICE_BYTES", 64)
     loaded, told = [], []
 
@@ -183,7 +183,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(error, tmp_path):
     ("loaded", "found"),
     [(torch.ones(5), r"torch.float32 \[5\]"), (torch.ones(4).half(), r"torch.float16 \[4\]"), (torch.ones(1, 4), r"torch.float32 \[1, 4\]")],
 )  # fmt: skip
-def test_what_loads_as_something_else_is_refused(loaded, found, tmp_path):
+def test_a_tensor_that_differs_from_its_announcement_is_refused(loaded, found, tmp_path):
     entry = Entry("a", torch.float32, (4,), lambda: loaded)
     with pytest.raises(ValueError, match=rf"^a: expected torch.float32 \[4\] as announced, found {found}$"):
         write_safetensors(tmp_path / "a.safetensors", [entry])

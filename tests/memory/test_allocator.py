@@ -58,7 +58,7 @@ def test_a_user_who_wants_nothing_gets_nothing_written():
     assert str(state.max_split_size_mb.reason) == "128, set by PYTORCH_CUDA_ALLOC_CONF"
 
 
-def test_what_the_environment_wants_in_vain_is_told_and_not_written_again():
+def test_a_refused_option_of_the_environment_is_reported_and_not_written_again():
     fake = FakeTorch("expandable_segments:True", has_expandable=False)
     state = tell(fake, AllocatorWish(), {CUDA_NAME: "expandable_segments:True"}, machine=WINDOWS)
     assert standings(state) == [MISSING, OFF, OFF]
@@ -89,7 +89,7 @@ def test_the_same_wish_again_does_nothing():
     assert (len(fake.writes), again.expandable_segments) == (1, on.expandable_segments)
 
 
-def test_what_somebody_else_wrote_since_is_written_over():
+def test_allocator_settings_that_another_program_wrote_are_written_over():
     fake = FakeTorch()
     on = tell(fake, ON)
     fake._take("expandable_segments:False")
@@ -199,7 +199,7 @@ def test_a_failed_proof_switches_off_again_and_lets_the_numbers_in(probe, key):
 @pytest.mark.parametrize(
     ("probe", "key"), [(torch.cuda.OutOfMemoryError("full"), "allocator.no_room"), (None, "allocator.unproven")]
 )
-def test_what_could_not_be_proven_says_so(probe, key):
+def test_an_unproven_option_says_that_it_is_unproven(probe, key):
     state = tell(FakeTorch(probe=probe), ON)
     assert state.expandable_segments.standing is ACTIVE
     assert state.expandable_segments.reason.key == key

@@ -30,7 +30,7 @@ entries = st.dictionaries(words.filter(lambda word: word not in OPTIONS), words 
 
 @settings(deadline=None, max_examples=60)
 @given(entries, OWN_ENTRIES, st.sampled_from(["", " ", "\t", " \n"]))
-def test_what_is_composed_reads_back_with_any_blanks(others, own, blanks):
+def test_composed_text_parses_back_with_any_blanks(others, own, blanks):
     given_entries = {**others, **own}
     text = compose(given_entries)
     assert parse(text) == given_entries

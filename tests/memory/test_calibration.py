@@ -315,7 +315,7 @@ def test_a_file_of_something_else_is_kept_aside_once(path, content):
         {"count": -1},
     ],
 )
-def test_one_broken_entry_costs_itself(path, broken):
+def test_a_broken_entry_is_dropped_and_the_others_are_kept(path, broken):
     path.parent.mkdir()
     right = {**ENTRY, "key": [*ENTRY["key"][:-1], "right"]}
     listed = [{**ENTRY, **broken}, 7, right]
@@ -325,7 +325,7 @@ def test_one_broken_entry_costs_itself(path, broken):
     assert calibration.correction_bytes(Key(Kind.STEP, "Flux", "nf4", 4, 1, "right")) == 70
 
 
-def test_windows_lets_nobody_replace_a_file_that_is_open_so_it_is_tried_again(path, monkeypatch):
+def test_replacing_a_file_that_windows_holds_open_is_tried_again(path, monkeypatch):
     replace, refused = calibration_file.os.replace, []
 
     def sometimes(source, target):
@@ -340,7 +340,7 @@ def test_windows_lets_nobody_replace_a_file_that_is_open_so_it_is_tried_again(pa
     assert made(path).correction_bytes(KEY) == 100
 
 
-def test_reset_forgets_for_everybody(path):
+def test_reset_deletes_the_corrections_of_every_card(path):
     first, second = made(path), made(path, card="RTX 4090")
     assert first.reset() == 0
     first.record(KEY, 1000, 1100)
@@ -353,7 +353,7 @@ def test_reset_forgets_for_everybody(path):
     assert first.correction_bytes(KEY) == 0, "nor does a process that still runs write it back"
 
 
-def test_the_same_lock_excludes_threads_and_says_who_waited_in_vain(tmp_path):
+def test_the_file_lock_excludes_threads_and_reports_a_wait_in_vain(tmp_path):
     path = tmp_path / "lock"
     with locked(path, 0), pytest.raises(TimeoutError, match="lock is in use"), locked(path, 0.03):
         pass

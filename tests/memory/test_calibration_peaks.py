@@ -43,7 +43,7 @@ def peaks(allocator):
     return Peaks(allocator)
 
 
-def test_a_part_counts_from_what_was_there(allocator, peaks):
+def test_a_part_counts_from_the_memory_at_its_start(allocator, peaks):
     allocator.take(1000)
     allocator.pass_by(5000)
     with peaks.part(CARD) as part:
@@ -57,7 +57,7 @@ def test_a_part_counts_from_what_was_there(allocator, peaks):
     assert allocator.reads == 4
 
 
-def test_what_leaves_in_a_part_is_no_room_for_it(allocator, peaks):
+def test_memory_freed_within_a_part_does_not_lower_its_peak(allocator, peaks):
     allocator.take(1000)
     with peaks.part(CARD) as part:
         allocator.take(-600)
@@ -65,7 +65,7 @@ def test_what_leaves_in_a_part_is_no_room_for_it(allocator, peaks):
     assert (part.peak_bytes, part.stays_bytes) == (0, -600)
 
 
-def test_a_part_within_a_part_is_its_own(allocator, peaks):
+def test_a_part_within_a_part_counts_for_itself(allocator, peaks):
     allocator.take(100)
     with peaks.part(CARD) as outer:
         allocator.pass_by(40)
@@ -92,7 +92,7 @@ def test_a_decode_after_models_made_room(allocator, peaks):
     assert decode.peak_bytes == 4_000
 
 
-def test_where_two_threads_work_nobody_knows(allocator, peaks):
+def test_peaks_of_two_threads_at_once_are_unknown(allocator, peaks):
     with peaks.part(CARD) as mine:
         thread = threading.Thread(target=lambda: theirs.append(run(peaks)))
         theirs = []
@@ -131,7 +131,7 @@ def test_an_error_leaves_no_peak_and_no_open_part(allocator, peaks):
     assert peaks._open == []
 
 
-def test_peaks_that_were_reset_are_kept_for_whoever_shows_them(allocator, peaks):
+def test_peaks_from_before_a_reset_are_kept_for_the_display(allocator, peaks):
     allocator.active_more, allocator.reserved_more = 10, 1000
     allocator.pass_by(700)
     assert run(peaks) == 0

@@ -46,7 +46,7 @@ def test_the_tightest_group_on_the_way_up_counts(tmp_path):
 
 
 @pytest.mark.parametrize("membership", ["0::/a\n", "nonsense\n", "", "4:memory:/a\n"])
-def test_no_limit_is_no_limit(tmp_path, membership):
+def test_a_control_group_without_a_limit_limits_nothing(tmp_path, membership):
     group(tmp_path / "a", "max", 2 * GB, 0, 2)
     group(tmp_path / "memory" / "a", NO_LIMIT_1, 2 * GB, 0, 1, swap=(NO_LIMIT_1, 2 * GB))
     assert groups(tmp_path, membership).rooms(GB) == Rooms(None, None)

@@ -29,7 +29,7 @@ class Scene:
         return self.nvml.memory(CUDA).free.bytes / MB
 
 
-def test_it_is_opened_by_the_first_question():
+def test_nvml_is_opened_by_the_first_question():
     scene = Scene()
     assert scene.opened == 0
     assert scene.free_mb() == 4000
@@ -58,7 +58,7 @@ def test_memory_and_processes_are_kept_apart():
     assert scene.nvml.other_processes(CUDA).processes == ()
 
 
-def test_what_is_missing_is_said_and_not_asked_for_all_the_time():
+def test_a_missing_driver_is_reported_and_asked_for_once():
     scene = Scene(fails={"nvmlInit_v2": 9})
     for _ in range(3):
         assert scene.nvml.memory(CUDA).free.missing == "NVIDIA's driver is not loaded"
@@ -85,7 +85,7 @@ def test_several_threads_ask_once():
     assert scene.calls.count("nvmlDeviceGetMemoryInfo_v2") == 1
 
 
-def test_closed_it_asks_nothing_more():
+def test_a_closed_nvml_session_is_not_asked_again():
     scene = Scene()
     scene.free_mb()
     scene.nvml.close()

@@ -41,7 +41,7 @@ def check(finding, rule, key, *numbers):
     ("asked", "wanted"),
     [(0, 0), (0.0, 0), (-0.0, 0), (1, 1), (0.5, 0.5), (TOTAL - 1, TOTAL - 1), (TOTAL, TOTAL), (float(TOTAL), TOTAL)],
 )
-def test_what_can_be_asked_for_is_left_alone(asked, wanted):
+def test_a_request_within_the_device_is_left_alone(asked, wanted):
     assert rules.request_bytes(asked, TOTAL) == (wanted, None)
 
 
@@ -222,7 +222,7 @@ def test_a_request_is_within_the_card_or_everything(asked, total):
 
 
 @given(numbers, totals)
-def test_what_is_left_for_computing_is_on_the_card(left, total):
+def test_the_sliders_rest_stays_within_the_card(left, total):
     found, finding = rules.inference_bytes(left, total)
     assert isinstance(found, int)
     assert 0 <= found <= total

@@ -219,7 +219,7 @@ def test_a_snapshot_is_quick(card):
     assert statistics.median(seconds) < 0.005
 
 
-def test_what_stays_the_same_is_looked_up_once(monkeypatch):
+def test_constants_of_the_machine_are_looked_up_once(monkeypatch):
     host = HostMemory()
     for owner, name in ((snapshot, "ControlGroups"), (psutil, "Process"), (platform, "system")):
         monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"{name} again"))

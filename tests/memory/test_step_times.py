@@ -49,7 +49,7 @@ def test_two_slow_steps_in_a_row_or_one_very_slow_one(seconds, said_at):
         assert said[said_at].seconds == seconds[said_at]
 
 
-def test_it_says_the_numbers_once_until_a_normal_step_comes():
+def test_slow_steps_are_reported_once_until_a_normal_step():
     said = fed([*NORMAL, 4.0, 5.0, 6.0, 1.0, 7.0, 8.0, 9.0])
     first, second = (slowdown for slowdown in said if slowdown is not None)
     assert first == Slowdown(Verdict.LIKELY, 5.0, 1.0, 4)
@@ -91,7 +91,7 @@ def test_the_verdict_needs_evidence(spills, before_mb, now_mb, verdict):
         assert (slowdown.shared_before_bytes, slowdown.shared_bytes) == (before_mb * MB, now_mb * MB)
 
 
-def test_it_is_said_with_what_cures_it():
+def test_a_slow_step_is_logged_with_its_cure():
     spilled = Slowdown(Verdict.SPILLED, 29.0, 1.01, 12, 300 * MB, 2300 * MB)
     assert [str(line) for line in spilled.messages(lower_mb=512)] == [
         "a step took 29.0 s, 28.7 times the usual 1.01 s (median of 12 steps of the same kind)",
@@ -134,7 +134,7 @@ def test_two_steps_three_times_as_slow_as_all_others_always_do(seconds, one, oth
     ("system", "release", "spills"),
     [("Windows", "10", True), ("Linux", "6.1.0-9-amd64", False), ("Linux", "5.15.90.1-microsoft-standard-WSL2", True)],
 )
-def test_who_spills(monkeypatch, system, release, spills):
+def test_drivers_of_windows_and_wsl_spill(monkeypatch, system, release, spills):
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(platform, "release", lambda: release)
     assert driver_spills() is spills

@@ -157,7 +157,7 @@ def test_a_message_is_its_english_sentence():
         )
 
 
-def test_what_stands_inside_is_translated_too():
+def test_messages_inside_a_message_are_translated():
     inner = Joined(["a", Message("memory.ram"), Joined(["b", "c"], "list.and")])
     message = about("x.safetensors", Message("host.still_without", {"loras": inner}))
     assert message == "x.safetensors: still without a, RAM, b and c"

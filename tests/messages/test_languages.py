@@ -33,7 +33,7 @@ def test_other_names(name):
     assert language_of("auto", None, name) == "en"
 
 
-def test_what_is_set_decides_then_the_host_then_the_system():
+def test_the_language_comes_from_the_setting_then_the_host_then_the_system():
     assert language_of("en", "zh_CN", "zh_CN") == "en"
     assert language_of("zh", "ja_JP", "en_US") == "zh"
     assert language_of("auto", "ja_JP", "zh_CN") == "en"

@@ -155,7 +155,7 @@ def test_models(case, prefix):
     assert detect_model({**{prefix + name: shape for name, shape in shapes.items()}, **others}) is expected
 
 
-def test_who_takes_whose():
+def test_a_lora_is_accepted_by_its_own_architecture_and_its_twin():
     assert accepts(A.FLUX, A.FLUX)
     assert accepts(A.CHROMA, A.FLUX)
     assert accepts(None, A.SD1)

@@ -227,7 +227,7 @@ def test_unet_names_on_a_forge_model(name, module):
         "weight",
     ],
 )
-def test_what_the_model_has_not(name):
+def test_names_that_a_model_lacks_have_no_route(name):
     assert NameMap(LDM).routes(name) == ()
     assert NameMap({}).routes(name) == ()
 
@@ -249,7 +249,7 @@ T5_FLAT = T5_Q.replace(".", "_")
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("model", [FORGE_SDXL, FORGE_SD3], ids=["sdxl", "sd3"])
-def test_which_clip(prefix, encoder, model):
+def test_clip_names_lead_to_the_encoder_they_name(prefix, encoder, model):
     written = prefix + (FC1_FLAT if prefix.endswith("_") else FC1)
     found = NameMap(model).routes(written)
     assert found == (() if encoder is None else (Route(f"{encoder}.transformer.{FC1}"),))

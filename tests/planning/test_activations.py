@@ -40,14 +40,14 @@ def predicted(row):
 @pytest.mark.parametrize(
     "row", MEASURED, ids=lambda r: f"{r['part']}-{r['name']}-{r['rows']}x{r['width']}x{r['height']}"
 )
-def test_what_is_used_is_within_five_percent_and_never_128_mb_too_little(row):
+def test_predicted_use_of_a_step_is_within_five_percent_of_the_measured(row):
     """The goal of the whole estimator is 5 %; of small pictures 32 MB, less than a layer, where a formula has no say."""
     found = predicted(row).used_bytes / MB
     assert found >= row["peak_mb"] - 16
     assert found <= max(row["peak_mb"] * 1.05, row["peak_mb"] + 32)
 
 
-def test_what_torch_holds_is_what_was_measured_or_a_little_more():
+def test_predicted_held_memory_of_a_step_is_the_measured_or_a_little_more():
     """In a fresh process. The rows whose memory came out of what earlier ones had left are not counted."""
     fresh = [row for row in MEASURED if row["reserved_mb"] >= row["peak_mb"] and row["width"] >= 768]
     assert len(fresh) > 90

@@ -9,7 +9,7 @@ FLUX = Resident(int(9.5 * GB), int(9.4 * GB), returns=True)
 T5 = Coming(int(4.9 * GB), int(4.8 * GB), passes=2)
 
 
-def test_what_fits_sends_nobody_away():
+def test_a_model_that_fits_evicts_none():
     plan = plan_eviction(T5, GB, 6 * GB, [FLUX])
     assert plan.leaving_bytes == (0,)
     assert plan.swapped_bytes == 0
@@ -24,7 +24,7 @@ def test_a_text_encoder_of_one_prompt_runs_swapped_beside_the_denoiser():
     assert plan.moved_bytes < 9 * GB < 28 * GB
 
 
-def test_one_that_runs_often_gets_its_room_and_no_more_than_that():
+def test_a_model_that_runs_often_gets_exactly_the_room_it_needs():
     often = Coming(T5.outside_bytes, T5.swappable_bytes, passes=None)
     plan = plan_eviction(often, GB, int(2.2 * GB), [FLUX])
     assert plan.swapped_bytes == 0
@@ -45,14 +45,14 @@ def test_a_decode_takes_what_it_lacks_and_not_the_whole_denoiser():
     assert plan.leaving_bytes[0] + plan.swapped_bytes >= int(2.6 * GB) + 160 * MB - int(2.2 * GB)
 
 
-def test_who_leaves_first_is_asked_first():
+def test_models_are_evicted_in_their_order():
     small, other = Resident(GB, GB, returns=False), Resident(GB, GB, returns=False)
     plan = plan_eviction(Coming(GB // 2, 0, None), GB, GB, [small, other])
     assert plan.leaving_bytes == (GB // 2, 0)
     assert plan_eviction(Coming(2 * GB, 0, None), 0, GB // 2, [small, other]).leaving_bytes == (GB, GB // 2)
 
 
-def test_what_cannot_be_taken_apart_leaves_whole():
+def test_a_model_that_cannot_be_split_leaves_as_a_whole():
     plan = plan_eviction(Coming(GB // 2, 0, None), GB, GB, [Resident(3 * GB, GB // 4, returns=True)])
     assert plan.leaving_bytes == (3 * GB,)
 
@@ -79,7 +79,7 @@ def models(draw):
     amounts,
     st.lists(models(), max_size=4),
 )
-def test_room_is_made_wherever_it_can_be_and_never_for_nothing(weights, passes, need, free, residents):
+def test_eviction_makes_the_missing_room_where_it_can_and_no_more(weights, passes, need, free, residents):
     outside, swappable = weights
     plan = plan_eviction(Coming(outside, swappable, passes), need, free, residents)
     short = outside + need - free

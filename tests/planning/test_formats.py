@@ -44,7 +44,7 @@ def test_convolutions_norms_and_biases_stay_wide():
         model_bytes(shapes, "Q9")
 
 
-def test_what_fits_beside_a_step_on_the_users_card():
+def test_formats_that_fit_beside_a_step_on_the_card():
     now, step = int(flux_bytes("bf16")), GB
     fits = that_fit(FLUX, now, step, 12 * GB)
     assert [one.format for one in fits] == ["GGUF Q6_K", "GGUF Q5_K", "GGUF Q4_K", "NF4"]

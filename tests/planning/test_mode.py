@@ -86,7 +86,7 @@ def test_mode(facts, stack, wish, mode):
         (dataclasses.replace(LINEAR, can_on_the_fly=False), terms("glora"), Wish.AUTO, "gives no access"),
     ],
 )
-def test_what_would_lose_the_lora_is_refused_with_the_key(facts, stack, wish, message):
+def test_a_mode_that_would_lose_the_lora_is_refused_with_the_key(facts, stack, wish, message):
     with pytest.raises(ModeError, match=message) as refusal:
         choose_mode(facts, stack, wish)
     assert str(refusal.value).startswith("block.proj.weight: ")

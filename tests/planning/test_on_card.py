@@ -28,7 +28,7 @@ def test_by_hand(free_mb, need_mb, placed_mb, forges_mb):
 
 
 @given(st.integers(0, 96 << 30), st.integers(0, 48 << 30), st.integers(0, 8 << 30))
-def test_never_less_than_forge_and_never_into_what_has_to_be_free(free, need, more):
+def test_weights_on_the_card_are_never_fewer_than_forges_and_leave_the_needed_room_free(free, need, more):
     placed = weights_on_card_bytes(free, need)
     assert swap_budget_bytes(free, need) <= placed <= max(0, free - need)
     assert weights_on_card_bytes(free + more, need) >= placed

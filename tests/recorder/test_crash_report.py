@@ -94,7 +94,7 @@ def test_a_smaller_format_is_one_that_is_smaller(storage, formats):
         ((Phase.SAMPLING_STEP,), set()),
     ],
 )
-def test_what_the_next_run_does_otherwise(phases, wanted):
+def test_precautions_after_a_crash_are_those_of_its_phases(phases, wanted):
     crash = changed(phase=phases[-1], phases=phases)
     assert avoid(crash, "/models/flux.safetensors", "bf16") == wanted
     other = wanted - {Precaution.NO_MERGE}

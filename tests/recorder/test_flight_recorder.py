@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_deleted_at_the_end_tells_of_no_crash(dead, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_can_be_closed_in_the_middle_of_a_write(tmp_path, dead, monkeypatch):
+def test_the_recorder_can_be_closed_in_the_middle_of_a_write(tmp_path, dead, monkeypatch):
     """As a handler of Ctrl+C does, in the thread that it interrupts."""
 
     def interrupted(number, body):
@@ -154,7 +154,7 @@ def test_it_can_be_closed_in_the_middle_of_a_write(tmp_path, dead, monkeypatch):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_child_that_nobody_asked_after_is_dead(tmp_path):
+def test_a_killed_child_that_was_not_waited_for_is_dead(tmp_path):
     with start(tmp_path) as child:
         assert child.stdout.readline().strip() == "in it"
         assert last_crash(tmp_path) is None
@@ -344,7 +344,7 @@ def test_a_full_disk_gets_no_mapping(tmp_path, monkeypatch, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writing_never_raises_and_says_once_that_it_is_over(recorder, caplog):
+def test_a_failed_write_raises_nothing_and_is_reported_once(recorder, caplog):
     recorder.note(memory={"rss": "many"})
     recorder.note(memory={"rss": "many"})
     with recorder.enter(Phase.MERGE):
@@ -354,7 +354,7 @@ def test_writing_never_raises_and_says_once_that_it_is_over(recorder, caplog):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows lets nobody make a mapped file shorter")
-def test_a_file_that_somebody_made_shorter_does_not_end_the_process(tmp_path, recorder, caplog):
+def test_a_ring_file_made_shorter_does_not_end_the_process(tmp_path, recorder, caplog):
     with recorder.enter(Phase.MERGE):
         next(tmp_path.glob("*.ring")).write_bytes(b"")
     assert "the file has 0 bytes, expected 65536" in caplog.text
@@ -375,7 +375,7 @@ def test_a_second_recorder_of_one_process_starts_anew(tmp_path, recorder):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_that_vanishes_while_it_is_told_is_another_starts(dead, tmp_path, monkeypatch):
+def test_a_crash_file_that_another_start_has_taken_is_not_reported_again(dead, tmp_path, monkeypatch):
     with dead.enter(Phase.MERGE):
         monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(FileNotFoundError))
         assert last_crash(tmp_path) is None

@@ -38,7 +38,7 @@ def test_neos_estimate_of_a_step():
     assert forge.neo_estimate_bytes(Latent.of(1024, 1024), 2.8) / MB == pytest.approx(13762.56, abs=1e-9)
 
 
-def test_what_neo_keeps_free():
+def test_neos_free_vram_for_inference():
     rest = 2048 * MB
     assert forge.neo_inference_bytes(rest, 16 * GB, is_windows=False) / MB == pytest.approx(2038.4)
     assert forge.neo_inference_bytes(rest, 15 * GB, is_windows=True) / MB == pytest.approx(2238.4)
@@ -72,7 +72,7 @@ MODELS = [Loaded("model", 12000), Loaded("text", 9600), Loaded("vae", 160)]
         (300, forge.SENTINEL_BYTES, ("vae", "text", "model"), 22060),
     ],
 )
-def test_the_oldest_goes_first_and_whole(free, wanted, unloaded, left):
+def test_forge_evicts_the_oldest_model_first_and_whole(free, wanted, unloaded, left):
     assert evict(MODELS, free, wanted) == Eviction(unloaded, left)
 
 

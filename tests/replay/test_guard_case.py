@@ -100,7 +100,7 @@ def test_the_four_gigabyte_card_by_hand():
 
 
 @pytest.mark.parametrize("number", [12, 24])
-def test_what_replaces_a_merge_in_every_step_is_counted(number):
+def test_the_multiplications_that_replace_a_merge_are_counted(number):
     """Two LoRAs of rank 32 or one of rank 64: 347 M values in 16 bit beside 11.9 G."""
     share = 1323.59 / 2 / 2 / FP8  # fp8 is a byte a value
     assert f"with {share:.1%} more multiplications a step" in guard_outcome(case(number)).why
@@ -147,7 +147,7 @@ def test_every_row_has_an_outcome_or_a_reason():
     assert not set(MISSING) & set(ELSEWHERE)
 
 
-def test_what_the_arithmetic_does_not_explain_is_not_claimed():
+def test_a_failure_that_the_arithmetic_does_not_explain_has_no_outcome():
     # Flux in NF4 on 32 GB without a LoRA: 13 GB are needed; what killed it was something else.
     assert guard_outcome(case(29)) is None
     assert missing(case(29)) == "by this arithmetic Forge has enough memory too: what went wrong is not known"

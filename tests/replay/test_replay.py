@@ -74,14 +74,14 @@ def test_the_numbers_that_are_asked_about_most(number, name, seen):
         (47, "picture behind the request", 128 * 96),
     ],
 )
-def test_what_was_solved_for_is_whole(number, name, whole):
+def test_solved_numbers_are_whole(number, name, whole):
     # Half a hundredth of a MB in three places is up to 0.2 latent pixels of 0.08 MB.
     assert line(number, name).solved == pytest.approx(whole, abs=0.2)
     assert line(number, name).reading.startswith(str(whole))
 
 
 @pytest.mark.parametrize("number", REPRODUCED)
-def test_no_number_is_its_own_proof(number):
+def test_a_number_of_the_log_does_not_change_its_own_prediction(number):
     """Another number in the log does not move what the formula gives for it."""
     before = [one for one in lines(case(number)) if isinstance(one, Seen)]
     tested = 0

@@ -45,7 +45,7 @@ def texts(ring, language="en"):
     return [line.text(language) for line in ring.since(0)]
 
 
-def test_a_line_says_who_when_and_what_in_both_languages(log, ring):
+def test_a_line_has_its_source_time_and_text_in_both_languages(log, ring):
     before = time.time()
     log.info("plain %d", 1)
     say(log, logging.WARNING, "host.updated", version="1.2.3")
@@ -180,7 +180,7 @@ class Broken:
         raise RuntimeError("planted")
 
 
-def test_what_cannot_be_said_does_not_reach_the_caller(log, ring):
+def test_a_message_that_cannot_be_formatted_raises_nothing(log, ring):
     log.info("%s", Broken())
     log.info("%d", "not a number")
     log.info("too few %s %s", 1)
@@ -211,7 +211,7 @@ def test_an_image_is_not_held_up(log, ring):
     capacity=st.integers(1, 8),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_a_reader_has_seen_is_what_the_ring_says(steps, capacity):
+def test_a_reader_that_polls_ends_with_the_lines_of_the_ring(steps, capacity):
     """A reader that polls after every step, replacing rows, holds the ring's lines at the end."""
     ring = LogRing(capacity_lines=capacity, capacity_bytes=8000)
     log = logging.Logger("x", logging.DEBUG)

@@ -197,7 +197,7 @@ def set_hidden(value):
     }}"""
 
 
-def test_after_a_restart_of_the_server_it_goes_on(browser):
+def test_the_log_goes_on_after_a_restart_of_the_server(browser):
     first, second = Standalone(), Standalone()
     context = browser.new_context()
     page = context.new_page()
@@ -295,7 +295,7 @@ def test_filter_copy_download_and_pause(open_page, host):
     wait_for_line(page, "said in a pause")
 
 
-def test_it_follows_the_end_until_the_reader_scrolls_up(open_page, host):
+def test_the_log_follows_its_end_until_the_reader_scrolls_up(open_page, host):
     for number in range(1100):
         host.log.info("line %d is here", number)
         host.log.debug("between")
@@ -336,7 +336,7 @@ def test_a_line_said_again_takes_the_place_of_the_first(open_page, host):
     assert texts(page) == ["the same (x4)", "another"]
 
 
-def test_without_a_login_it_says_so(open_page, host):
+def test_the_page_says_when_the_login_is_missing(open_page, host):
     page = open_page()
     host.app.auth = {"somebody": "password"}
     wait_for(page, STATE + "[data-state=log_in]")

@@ -259,7 +259,7 @@ def test_a_look_takes_less_than_a_millisecond():
     assert min(times) < 0.001
 
 
-def test_what_is_true_of_all_allocator_options_is_said_once():
+def test_a_reason_shared_by_all_allocator_options_is_said_once():
     same = Message("allocator.no_cuda", {"device": "cpu"})
     lines = forge_status.allocator_lines(
         state(expandable_segments=same, max_split_size_mb=same, garbage_collection_threshold=same)

@@ -47,7 +47,7 @@ def test_vram_is_ours_others_and_free_as_the_guard_plans_with_it():
     assert vram.source == "as told by: driver; torch; NVML"
 
 
-def test_where_windows_promises_what_others_hold_nvml_counts():
+def test_on_windows_nvmls_free_vram_counts():
     vram = memory_figures(snapshot("Windows", **CARD, vram_free_nvml=1000))[0]
     assert vram.free_mb == 1500
     assert used(vram) == {"this Forge": 5900, "other programs and the driver": 4600}
@@ -69,7 +69,7 @@ def test_windows_says_what_it_lets_this_process_commit():
     assert (unknown.mb, unknown.missing) == (None, WHY)
 
 
-def test_no_card_is_said_with_its_reason():
+def test_without_a_card_the_figures_say_why():
     vram, ram = memory_figures(snapshot())
     assert (vram.total_mb, vram.missing, ram.missing) == (None, WHY, WHY)
     assert vram.used == ()

@@ -103,7 +103,7 @@ def test_a_number_that_is_none_does_no_harm(host, ask, since):
     assert len(told["lines"]) == 1
 
 
-def test_without_a_login_in_force_everybody_gets_it(ask):
+def test_without_a_login_every_request_is_answered(ask):
     assert ask()[0] == 200
 
 
@@ -125,7 +125,7 @@ def test_with_a_login_only_its_cookies_get_it(host, ask):
     assert ask({"Cookie": "access-token-ID=old; access-token-unsecure-ID=token"})[0] == 200
 
 
-def test_a_login_whose_cookies_we_do_not_know_lets_nobody_in(host, ask):
+def test_a_login_with_unknown_cookies_admits_no_one(host, ask):
     host.app.auth = {"me": "secret"}
     assert ask({"Cookie": "access-token-=None; access-token-unsecure-="})[0] == 401
 

@@ -32,7 +32,7 @@ each = pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS", "Q5_1", "nf4",
 
 
 @each
-def test_it_holds_the_parts_themselves_and_answers_like_its_decoded_weight(name):
+def test_a_stored_layer_holds_its_parts_and_answers_like_its_decoded_weight(name):
     layer, parts, shape = stored(name)
     assert {k: v.data_ptr() for k, v in layer.parts().items()} == {k: v.data_ptr() for k, v in parts.items()}
     assert (layer.out_features, layer.in_features) == shape
