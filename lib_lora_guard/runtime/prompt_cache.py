@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -18,13 +18,24 @@ REMEMBERED_BYTES = 128 * MB
 """RAM for encoded prompts: some 30 of Flux (4 MB each), 200 of SDXL."""
 
 
+Key: TypeAlias = tuple[Any, ...]
+"""Holds lists and settings of the host, which cannot be hashed: keys are compared."""
+Infotext: TypeAlias = Mapping[str, str] | None
+Conds: TypeAlias = Any
+"""Tensors in the host's own containers."""
+
+
+class Model(Protocol):
+    """The host's loaded checkpoint: compared by identity."""
+
+
 class PromptCache:
     """The encoded prompts of every model that lives."""
 
     def __init__(self) -> None:
-        self._memories: weakref.WeakKeyDictionary[Any, PromptMemory] = weakref.WeakKeyDictionary()
+        self._memories: weakref.WeakKeyDictionary[Model, PromptMemory] = weakref.WeakKeyDictionary()
 
-    def of(self, model: Any) -> PromptMemory:
+    def of(self, model: Model) -> PromptMemory:
         """Returns the prompts of one model; models are compared by identity and held weakly."""
         return self._memories.setdefault(model, PromptMemory())
 
@@ -38,23 +49,22 @@ class PromptCache:
 
 
 class PromptMemory:
-    """Encoded prompts of one model, those used longest ago leave first. Kept in RAM wherever they were made."""
+    """The encoded prompts of one model, in RAM wherever they were made. Those used longest ago leave first."""
 
     def __init__(self, limit_bytes: int = REMEMBERED_BYTES) -> None:
         self._limit_bytes = limit_bytes
-        self._known: list[tuple[Any, _Kept]] = []
+        self._known: list[tuple[Key, _Kept]] = []
 
-    def find(self, key: Any) -> tuple[Any, Any] | None:
-        """The conditioning and its infotext entries as they were made, on the same devices."""
-        # Keys hold lists and settings of the host, which cannot be hashed; a handful is compared quickly.
+    def find(self, key: Key) -> tuple[Conds, Infotext] | None:
+        """Returns the conditioning and its infotext entries as they were made, on the same devices."""
         for place, (known, kept) in enumerate(self._known):
             if known == key:
                 self._known.append(self._known.pop(place))
                 return kept.restored(), copy.copy(kept.infotext)
         return None
 
-    def keep(self, key: Any, conds: Any, infotext: Any) -> None:
-        """Forgets what no longer fits. What is not built of known parts is not kept."""
+    def keep(self, key: Key, conds: Conds, infotext: Infotext) -> None:
+        """Keeps a conditioning, and forgets what no longer fits. One that is not built of known parts is not kept."""
         try:
             kept = _Kept(conds, infotext)
         except _UnknownPartError as error:
@@ -68,10 +78,12 @@ class PromptMemory:
             self._known.pop(0)
 
     def clear(self) -> None:
+        """Forgets everything."""
         self._known.clear()
 
     @property
     def bytes(self) -> int:
+        """RAM that the prompts take."""
         return sum(kept.bytes for _, kept in self._known)
 
     def __len__(self) -> int:
@@ -83,14 +95,14 @@ class _UnknownPartError(TypeError):
 
 
 class _Kept:
-    def __init__(self, conds: Any, infotext: Any) -> None:
+    def __init__(self, conds: Conds, infotext: Infotext) -> None:
         self.bytes = 0
         self._devices: dict[int, torch.device] = {}
         self._conds = _mapped(conds, self._to_ram, {})
         self.infotext = copy.copy(infotext)
 
-    def restored(self) -> Any:
-        # A copy each time: whoever uses a conditioning may write into it.
+    def restored(self) -> Conds:
+        # A copy each time: samplers may write into a conditioning.
         return _mapped(self._conds, lambda t: t.to(self._devices[id(t)], copy=True), {})
 
     def _to_ram(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -100,13 +112,13 @@ class _Kept:
         return kept
 
 
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], done: dict[int, Any]) -> Any:
-    """`value` with every tensor changed; what occurs twice (the images of a batch) stays one object."""
+def _mapped(value: Conds, change: Callable[[torch.Tensor], torch.Tensor], done: dict[int, Conds]) -> Conds:
+    """Returns `value` with every tensor changed. What occurs twice (the images of a batch) stays one object."""
     if id(value) in done:
         return done[id(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    new: Any
+    new: Conds
     if isinstance(value, torch.Tensor):
         new = change(value)
     elif isinstance(value, dict):
@@ -119,7 +131,7 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], done: di
         new = [_mapped(v, change, done) for v in value]
     elif type(value).__module__.endswith("prompt_parser"):
         new = copy.copy(value)
-        vars(new).update({k: _mapped(v, change, done) for k, v in vars(value).items()})
+        new.__dict__.update({k: _mapped(v, change, done) for k, v in vars(value).items()})
     else:
         raise _UnknownPartError(f"{type(value).__module__}.{type(value).__name__}")
     done[id(value)] = new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import ModuleType
 
 import torch
@@ -82,7 +82,7 @@ class ForgeParts:
     def _planned(self, model: torch.nn.Module | None) -> frozenset[Precaution]:
         return self.journal.precautions(about_model(model))
 
-    def _memory_settings(self, modules: Mapping[str, ModuleType]) -> object:
+    def _memory_settings(self, modules: Mapping[str, ModuleType]) -> Hashable:
         memory, stream = self.api.memory, modules.get("backend.stream")
         return (
             getattr(memory, "current_inference_memory", None),

@@ -1,4 +1,4 @@
-"""Which prompts have to be encoded again.
+"""Encodes a prompt again only where something that the text encoder sees has changed.
 
 Forge keeps the conditioning of the last prompt, and its key holds every LoRA of the prompt: another strength of a LoRA
 without text-encoder keys brings the text encoder onto the GPU, encodes the same prompt to the same numbers, and sends it
@@ -8,10 +8,10 @@ away again. Here the key holds what lies on the text encoder instead, and more t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -19,8 +19,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...adapters.base import Adapter
 from ...runtime.hooks import Row
 from ...runtime.prompt_cache import PromptCache
+from .types import CondCache, Patched, PromptProcessing, Tags, TextEncoder
 
 log = logging.getLogger(__name__)
+
+Conds = TypeVar("Conds")
+"""Encoded prompts, as the WebUI's samplers take them."""
+Key: TypeAlias = tuple[Any, ...]
+"""A part of the key under which a conditioning is kept: compared, never looked into."""
 
 _OWN_PACKAGE = __name__.partition(".")[0]
 _AESTHETIC_SCORES = ("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score")
@@ -35,8 +41,8 @@ class Conditioning:
     def __init__(
         self,
         shared: ModuleType,
-        meaning: Callable[[], object],
-        has_applied: Callable[[Any], bool] = lambda patcher: True,
+        meaning: Callable[[], Hashable],
+        has_applied: Callable[[Patched], bool] = lambda patcher: True,
         encoding: Callable[[], AbstractContextManager[None]] = nullcontext,
         cache: PromptCache | None = None,
     ) -> None:
@@ -53,14 +59,20 @@ class Conditioning:
         self._numbers = _Numbers()
 
     def cached_params(
-        self, original: Callable[..., Any], processing: Any, required_prompts: Any, steps: Any, extra_network_data: Any,
-        *args: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """The host's key, with what lies on the text encoder in the place of the prompt's LoRAs."""
+        self,
+        original: Callable[..., Key],
+        processing: PromptProcessing,
+        required_prompts: Sequence[str],
+        steps: int,
+        extra_network_data: Tags,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Key:
+        """Stands in place of `cached_params`: the host's key, with what lies on the text encoder instead of the prompt's LoRAs."""
         if self._is_someone_at_work():
             return original(processing, required_prompts, steps, extra_network_data, *args, **kwargs)
         try:
-            data = (
+            data: Key | Tags = (
                 self._others(extra_network_data),
                 self._on_text_encoder(),
                 self._meaning(),
@@ -75,13 +87,22 @@ class Conditioning:
         return original(processing, required_prompts, steps, data, *args, **kwargs)
 
     def get_conds_with_caching(
-        self, original: Callable[..., Any], processing: Any, function: Any, required_prompts: Any, steps: Any,
-        caches: Any, extra_network_data: Any, hires_steps: Any = None,
-    ) -> Any:  # fmt: skip
-        """The host's function, which finds what it looks for in its cache where the guard remembers it."""
+        self,
+        original: Callable[..., Conds],
+        processing: PromptProcessing,
+        function: Callable[..., Conds],
+        required_prompts: Sequence[str],
+        steps: int,
+        caches: Sequence[CondCache],
+        extra_network_data: Tags,
+        hires_steps: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Conds:
+        """Stands in place of `get_conds_with_caching`, which finds in its cache what the guard remembers."""
         everything = (function, required_prompts, steps, caches, extra_network_data, hires_steps)
         if self._is_someone_at_work():
-            return original(processing, *everything)
+            return original(processing, *everything, *args, **kwargs)
         model = self._shared.sd_model
         memory = self._cache.of(model)
         if all(cache[0] is None for cache in caches):
@@ -92,16 +113,16 @@ class Conditioning:
             old = self._shared.opts.use_old_scheduling
             params = processing.cached_params(required_prompts, steps, extra_network_data, hires_steps, old)
             if any(cache[0] is not None and cache[0] == params for cache in caches):
-                return original(processing, *everything)
+                return original(processing, *everything, *args, **kwargs)
             key = (_name_of(function), getattr(required_prompts, "is_negative_prompt", None), params)
             known = memory.find(key)
             if known is not None:
                 caches[0][:2] = [params, known[0]]
                 if len(caches[0]) > 2:
                     caches[0][2] = known[1] or {}
-                return original(processing, *everything)
+                return original(processing, *everything, *args, **kwargs)
         with self._encoding():
-            conds = original(processing, *everything)
+            conds = original(processing, *everything, *args, **kwargs)
         made = caches[0]
         if not self._is_encoded_as_asked():
             # The next image tries again, and must not find this one's.
@@ -111,21 +132,34 @@ class Conditioning:
             memory.keep(key, conds, made[2] if len(made) > 2 else None)
         return conds
 
-    def _on_text_encoder(self) -> object:
-        """Every patch on the text encoder as it is now: which tensors, how strong."""
-        patches: Mapping[Any, Any] = self._shared.sd_model.forge_objects.clip.patcher.lora_patches
+    def _text_encoder(self) -> TextEncoder | None:
+        found: TextEncoder | None = getattr(self._shared.sd_model.forge_objects, "clip", None)
+        return found
+
+    def _on_text_encoder(self) -> list[tuple[str, Key]]:
+        """Lists every patch on the text encoder as it is now: which tensors, how strong.
+
+        Raises:
+            AttributeError: there is no text encoder.
+        """
+        encoder: TextEncoder = self._shared.sd_model.forge_objects.clip
         return [
-            (str(identifier), [(key, [self._entry(entry) for entry in entries]) for key, entries in on_keys.items()])
-            for identifier, on_keys in patches.items()
+            (
+                str(identifier),
+                tuple((key, [self._entry(entry) for entry in entries]) for key, entries in on_keys.items()),
+            )
+            for identifier, on_keys in encoder.patcher.lora_patches.items()
         ]
 
     def _is_someone_at_work(self) -> bool:
-        """True where another extension has replaced the forward pass of a layer in the text encoder: regional-prompter does
-        its work there, by settings that no key of ours knows. Then all is as in the host."""
+        """True if another extension has replaced the forward pass of a layer in the text encoder.
+
+        regional-prompter works there, by settings that no key of the guard knows. Then all is as in the host.
+        """
         return any("forward" in vars(module) for module in self._encoder_modules())
 
     def _foreign_hooks(self) -> list[int]:
-        """Who else listens in the text encoder, or changes what goes through it: one more or one less encodes anew."""
+        """Lists the hooks of other extensions in the text encoder: one more or one less encodes the prompt anew."""
         return [
             id(hook)
             for module in self._encoder_modules()
@@ -134,22 +168,22 @@ class Conditioning:
         ]
 
     def _encoder_modules(self) -> Iterator[torch.nn.Module]:
-        model = getattr(getattr(self._shared.sd_model.forge_objects, "clip", None), "cond_stage_model", None)
+        model = getattr(self._text_encoder(), "cond_stage_model", None)
         return iter(()) if model is None else model.modules()
 
     def _is_encoded_as_asked(self) -> bool:
-        """False where the LoRAs could not be put on the text encoder just now."""
-        patcher = getattr(getattr(self._shared.sd_model.forge_objects, "clip", None), "patcher", None)
+        """False if the LoRAs could not be put on the text encoder just now."""
+        patcher = getattr(self._text_encoder(), "patcher", None)
         return patcher is None or not hasattr(patcher, "lora_loader") or self._has_applied(patcher)
 
-    def _entry(self, entry: Sequence[Any]) -> object:
+    def _entry(self, entry: Sequence[Any]) -> Key:
         strength, value, strength_model, offset = entry[:4]
         return strength, strength_model, offset, self._numbers.of(value)
 
     @staticmethod
-    def _others(extra_network_data: Any) -> object:
-        """What the prompt says beside names and strengths of LoRAs: other networks, arguments that other extensions read."""
-        others: list[object] = []
+    def _others(extra_network_data: Tags) -> list[Key]:
+        """Lists what the prompt says beside names and strengths of LoRAs: other networks, arguments of other extensions."""
+        others: list[Key] = []
         for network, uses in (extra_network_data or {}).items():
             if network not in _NETWORK_NAMES:
                 others.append((network, [use.items for use in uses]))
@@ -162,12 +196,12 @@ class Conditioning:
         return others
 
 
-def _name_of(function: Any) -> str:
+def _name_of(function: Callable[..., Conds]) -> str:
     """Another extension may hand over something callable that has no name."""
     return getattr(function, "__name__", None) or repr(function)
 
 
-def _is_number(text: Any) -> bool:
+def _is_number(text: str) -> bool:
     try:
         float(text)
     except (TypeError, ValueError):
@@ -176,21 +210,21 @@ def _is_number(text: Any) -> bool:
 
 
 class _Numbers:
-    """A number for each tensor, never given twice: an address would be, and keys outlive tensors."""
+    """Numbers tensors. A number is never given twice, as an address would be: keys outlive tensors."""
 
     def __init__(self) -> None:
-        self._numbers: Any = WeakIdKeyDictionary()
+        self._numbers: MutableMapping[torch.Tensor, int] = WeakIdKeyDictionary()
         self._next = 0
 
-    def of(self, value: Any) -> object:
+    def of(self, value: Any) -> Key | int | str:
         if isinstance(value, torch.Tensor):
             if value not in self._numbers:
                 self._numbers[value] = self._next = self._next + 1
             return self._numbers[value]
         if isinstance(value, Adapter):
-            return type(value).__name__, [self.of(tensor) for tensor in value.tensors()]
+            return type(value).__name__, *(self.of(tensor) for tensor in value.tensors())
         if isinstance(value, (list, tuple)):
-            return [self.of(part) for part in value]
+            return tuple(self.of(part) for part in value)
         return str(value)
 
 

@@ -1,7 +1,7 @@
-"""What happens in place of `networks.load_networks`: which LoRA files the coming image uses.
+"""Chooses the LoRA files of the coming image, in place of `networks.load_networks`.
 
-Forge's own stops at the first name it does not find, so that none of the prompt's LoRAs is applied and those of the last
-image stay; and it takes a stack of the same names for the same stack, whatever has become of the files.
+Forge's own function stops at the first name it does not find: then none of the prompt's LoRAs is applied, and those of the last
+image stay. It takes a stack of the same names for the same stack, whatever has become of the files.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from ...files import shown
 from ...messages import Message, say
-from ...runtime.hooks import Row
+from ...runtime.hooks import R, Row
 from .lora_files import LoraFiles
 
 log = logging.getLogger(__name__)
@@ -23,22 +23,35 @@ STALE = "lora guard: read again"
 """A `current_lora_hash` that no stack has."""
 
 
+class NetworkOnDisk(Protocol):
+    """A file in the WebUI's list of LoRAs."""
+
+    filename: str
+
+
 class LoraStack:
     def __init__(self, networks: ModuleType, files: LoraFiles, on_changed_files: Callable[[], None]) -> None:
-        """`on_changed_files`: called where a file of the stack is another than when it was last used."""
+        """
+        Args:
+            networks: the WebUI's.
+            files: reads LoRA files.
+            on_changed_files: called if a file of the stack is another than when it was last used.
+        """
         self._networks, self.files, self._on_changed_files = networks, files, on_changed_files
         self._versions: dict[str, tuple[int, int]] = {}
-        self._read_by: object = None
+        self._read_by: bool | None = None
 
     def load_networks(
         self,
-        original: Callable[..., Any],
+        original: Callable[..., R],
         names: Sequence[str],
         te_multipliers: Sequence[float] | None = None,
         unet_multipliers: Sequence[float] | None = None,
         dyn_dims: Sequence[int | None] | None = None,
-    ) -> Any:
-        """The host's function, with the names that can be used."""
+        *args: Any,
+        **kwargs: Any,
+    ) -> R:
+        """Stands in place of `load_networks`: passes on the names that can be used."""
         self._look_for(name for name in names if self._file(name) is None)
         found = {name: self._file(name) for name in names}
         missing = {name: Message("everyday.no_such_lora") for name, file in found.items() if file is None}
@@ -53,7 +66,7 @@ class LoraStack:
         lists = [te_multipliers, unet_multipliers, dyn_dims]
         kept = [None if values is None else [values[i] for i in used] for values in lists]
         with self.files.announced_stack(missing, is_empty=not used):
-            return original([names[i] for i in used], *kept)
+            return original([names[i] for i in used], *kept, *args, **kwargs)
 
     def _file(self, name: str) -> Path | None:
         """The file of a LoRA by the name in the prompt; None where there is none in the host's list."""
@@ -70,11 +83,12 @@ class LoraStack:
         if any(self._file(name) is None for name in unknown):
             self._networks.list_available_networks()
 
-    def _entry(self, name: str) -> Any:
+    def _entry(self, name: str) -> NetworkOnDisk | None:
         networks = self._networks
         is_ambiguous = name.lower() in networks.forbidden_network_aliases
         known = networks.available_networks if is_ambiguous else networks.available_network_aliases
-        return known.get(name)
+        entry: NetworkOnDisk | None = known.get(name)
+        return entry
 
     def _notice_changes(self, files: Sequence[Path]) -> None:
         """Makes the host build its stack anew where the same names mean something else than last time."""

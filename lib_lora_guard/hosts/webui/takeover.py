@@ -6,7 +6,7 @@ A WebUI loads these modules long after preload.py has run, and loads some of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import ModuleType
 
 from ...errors import HostError
@@ -39,7 +39,7 @@ class WebTakeover:
         journal: Journal,
         rule_log: RuleLog,
         advice: Advice,
-        memory_settings: Callable[[Mapping[str, ModuleType]], object],
+        memory_settings: Callable[[Mapping[str, ModuleType]], Hashable],
     ) -> None:
         """
         Args:

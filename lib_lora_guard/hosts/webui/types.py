@@ -5,8 +5,8 @@ Sources: `modules/processing.py` and `modules/sd_models.py` of the A1111 family;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -42,6 +42,47 @@ class Processing(Protocol):
     hr_upscale_to_x: int
     hr_upscale_to_y: int
     is_hr_pass: bool
+
+
+class TextEncoder(Protocol):
+    """The text encoders of the loaded checkpoint."""
+
+    cond_stage_model: torch.nn.Module
+    patcher: Patched
+
+
+class Patched(Protocol):
+    """A patcher: a model with the stack of LoRAs that it shall have, by LoRA and by parameter."""
+
+    lora_patches: Mapping[Hashable, Mapping[Hashable, Sequence[Sequence[Any]]]]
+
+
+class LoraTag(Protocol):
+    """A tag such as `<lora:name:0.8>`, as `modules.extra_networks` reads it."""
+
+    items: list[str]
+    positional: list[str]
+    named: dict[str, str]
+
+
+Tags: TypeAlias = Mapping[str, Sequence[LoraTag]]
+"""The tags of a prompt by the name of their network."""
+
+CondCache: TypeAlias = list[Any]
+"""The WebUI's `[key, conditioning, infotext entries]`; the key is None where nothing is kept."""
+
+
+class PromptProcessing(Protocol):
+    """The part of a request that encodes prompts."""
+
+    def cached_params(
+        self,
+        required_prompts: Sequence[str],
+        steps: int,
+        extra_network_data: Tags,
+        hires_steps: int | None,
+        use_old_scheduling: bool,
+    ) -> tuple[Any, ...]: ...
 
 
 class Stack(Protocol):

@@ -1,4 +1,4 @@
-"""An event that changed nothing unloads nothing.
+"""Skips the WebUI's global unload where no setting has changed.
 
 Forge unloads every model before the next image, and forgets the prompt's conditioning, whenever a memory setting, a preset
 or the checkpoint list was touched; the page itself touches them when it is opened. Sources: `modules_forge/main_entry.py`
@@ -8,27 +8,40 @@ or the checkpoint list was touched; the page itself touches them when it is open
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Protocol
 
 from ...memory import rules
 from ...memory.rules import Finding
-from ...runtime.hooks import Row
+from ...runtime.hooks import P, R, Row
+
+
+class ProcessingModule(Protocol):
+    """`modules.processing`, as far as it is used here."""
+
+    need_global_unload: bool
 
 
 class UnloadRequests:
+    """Compares the settings of an image with those of the one before."""
+
     def __init__(
         self,
-        processing: Any,
-        settings: Callable[[], object],
+        processing: ProcessingModule,
+        settings: Callable[[], Hashable],
         tell: Callable[[Finding | None], None],
     ) -> None:
-        """`processing`: Forge's module. `settings`: everything that decides how models are loaded and placed, as one value to compare."""
+        """
+        Args:
+            processing: the WebUI's `modules.processing`.
+            settings: returns everything that decides how models are loaded and placed, as one value to compare.
+            tell: logs what a sanity rule has found.
+        """
         self._processing, self._settings, self._tell = processing, settings, tell
-        self._of_last_image: object = None
+        self._of_last_image: Hashable = None
 
-    def before_image(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """In place of `manage_model_and_prompt_cache`."""
+    def before_image(self, original: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Stands in place of `manage_model_and_prompt_cache`."""
         last, self._of_last_image = self._of_last_image, None
         is_wished = self._processing.need_global_unload
         if is_wished:
