@@ -1,3 +1,3 @@
 """The version, in a separate file so that it can be read from disk without an import."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
