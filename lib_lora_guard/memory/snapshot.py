@@ -150,6 +150,11 @@ def read_ram() -> tuple[Reading, Reading]:
     return Reading(memory.total, SYSTEM), Reading(memory.available, SYSTEM)
 
 
+def available_ram_bytes() -> int:
+    """Returns the RAM of the machine that is free or can be freed without paging. Control groups do not count."""
+    return psutil.virtual_memory().available
+
+
 def group_room(room: int | None) -> Reading:
     """Makes a reading of the room that control groups leave."""
     return _known(room, GROUPS, NO_GROUP)

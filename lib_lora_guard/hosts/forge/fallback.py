@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 
+from ...memory.snapshot import available_ram_bytes
 from ...messages import Message, say
 from ...patching.access import find_owner
 from .access import RAM_FLOOR_BYTES, ForgeAccess
@@ -73,7 +73,7 @@ class OwnWays:
     def _merge_is_safe(self, access: ForgeAccess, patches: Sequence[Mapping[str, Any]]) -> bool:
         sites = [site for key in {k for p in patches for k in p} if (site := access.site(key)) is not None]
         needed = sum(site.storage.bytes for site in sites)
-        return all(site.storage.wide for site in sites) and needed + RAM_FLOOR_BYTES < psutil.virtual_memory().available
+        return all(site.storage.wide for site in sites) and needed + RAM_FLOOR_BYTES < available_ram_bytes()
 
 
 def run(original: Callable[..., None], loader: Any, patches: Patches, offload: torch.device) -> None:
