@@ -355,7 +355,7 @@ class Bench:
             if way == "guard, merged":
                 from lib_lora_guard.settings import LoraMode
 
-                takeover.control.mode = lambda: LoraMode.MERGE
+                takeover.settings.options = {"lora_guard_mode": LoraMode.MERGE.value}
         try:
             applied, output, with_lora = self.phase(self.patcher(1.0, online), after=self.probe)
             changed, _, with_changed = self.phase(self.patcher(0.8, online), after=self.probe)

@@ -64,7 +64,7 @@ class Matrix:
         denoiser.unload()
         free = self.ballast.leave(case.cap_gb * GB)
         takeover = self.forge.install()
-        takeover.control.mode = lambda: LoraMode(case.mode)
+        takeover.settings.options = {"lora_guard_mode": LoraMode(case.mode).value}
         takeover.install_loaded({"backend.modules.k_model": self.k_model})
         row = self.header | as_row(case) | {"predicted": None, "measured": None}
         try:
@@ -114,8 +114,8 @@ class Matrix:
             card.settle()
             steps.append(round(time.perf_counter() - started, 3))
         allocated, reserved = card.peak()
-        factors = takeover.control.resident_bytes(patcher.lora_loader)
-        report = takeover.control.report(patcher.lora_loader)
+        factors = takeover.stacks.resident_bytes(patcher.lora_loader)
+        report = takeover.stacks.report(patcher.lora_loader)
         denoiser.sampling.sampling_cleanup(patcher)
         return {
             "allocated_mb": mb(allocated),

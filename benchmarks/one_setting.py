@@ -90,7 +90,7 @@ class Studio:
             patcher = denoiser.with_loras(self.loras if with_loras else {}, strength=0.8)
             denoiser.prepare(patcher, self.size_px)
             swapped = denoiser.bytes_outside() if denoiser.device.type == "cuda" else 0
-            report = takeover.control.report(patcher.lora_loader)
+            report = takeover.stacks.report(patcher.lora_loader)
             latent = self.sampled()
             denoiser.sampling.sampling_cleanup(patcher)
             pixels = self.vae.pixels(latent)

@@ -109,7 +109,7 @@ class Scene:
         self.takeover.install_loaded({"backend.modules.k_model": k_model})
         self.references = {}
         for name in dict.fromkeys(("Automatic", mode)):
-            self.takeover.control.mode = lambda name=name: LoraMode(name)
+            self.takeover.settings.options = {"lora_guard_mode": LoraMode(name).value}
             for stack in self.stacks:
                 self.load(stack)
                 self.references.setdefault(stack, []).append(self.output().clone())
@@ -199,7 +199,7 @@ class Scene:
                 return row | found | {"seconds": round(time.perf_counter() - started, 2)}
             if operation == "layer" and place == "swapped":
                 # Then its factors have to be copied too.
-                self.takeover.control.drop_device_copies(self.denoiser.current.lora_loader)
+                self.takeover.stacks.drop_device_copies(self.denoiser.current.lora_loader)
             said.keys.clear()
             row["free_mb"] = gpu_rig.mb(self.ballast.leave(2 * GB if operation == "layer" else level_mb * MB))
             row |= self.judged(operation, level_mb, said)

@@ -8,7 +8,7 @@ for a named kind, or a list `[base, patch, patch, ...]` for a nested stack; `off
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import LoraMismatchError
 from .base import Adapter, Slice, Term
@@ -18,11 +18,35 @@ from .whole import DiffAdapter, ForeignAdapter, NestedAdapter
 if TYPE_CHECKING:
     import torch
 
+PatchValue: TypeAlias = Any
+"""Tuples and lists of many forms, and objects of other extensions."""
+
+Read: TypeAlias = Callable[[PatchValue], Adapter]
+
 Calculators = Mapping[str, Callable[["torch.Tensor", float, Any], "torch.Tensor"]]
 """The host's functions for the kinds of other extensions, by name (`extra_weight_calculators`)."""
 
 OWN_KIND = "lora_guard"
 """The name of a patch that carries an adapter for which the host has no tuple."""
+
+
+class AdapterTuple(tuple[Any, ...]):
+    """A patch value that remembers the adapter it was made from, so that it need not be read.
+
+    To the host and to other extensions it is the tuple that it is equal to. Slices, copies and pickles of it are plain
+    tuples, which have to be read: their tensors may be others.
+    """
+
+    adapter: Adapter
+
+    def __new__(cls, value: tuple[Any, ...], adapter: Adapter) -> AdapterTuple:
+        """Makes the value of `adapter`."""
+        made = super().__new__(cls, value)
+        made.adapter = adapter
+        return made
+
+    def __reduce__(self) -> tuple[type[tuple[Any, ...]], tuple[tuple[Any, ...]]]:
+        return tuple, (tuple(self),)
 
 
 def parse_term(patch: Sequence[Any], calculators: Calculators, origin: int = 0) -> Term:
@@ -36,11 +60,25 @@ def parse_term(patch: Sequence[Any], calculators: Calculators, origin: int = 0) 
     Raises:
         LoraMismatchError: the patch has none of the known forms.
     """
+    return term_of(patch, lambda value: parse_value(value, calculators), origin)
+
+
+def term_of(patch: Sequence[Any], read: Read, origin: int = 0) -> Term:
+    """Makes the term of one patch of the host, with the adapter that `read` returns for its value.
+
+    Args:
+        patch: in the host's format.
+        read: returns the adapter of a value.
+        origin: the LoRA's place in the user's order.
+
+    Raises:
+        LoraMismatchError: the patch has too few fields.
+    """
     if len(patch) < 5:
         raise LoraMismatchError.of("lora.patch_fields", count=len(patch))
     strength, value, strength_model, offset, function = patch[:5]
     return Term(
-        adapter=parse_value(value, calculators),
+        adapter=read(value),
         strength=float(strength),
         strength_model=float(strength_model),
         part=None if offset is None else Slice(*(int(n) for n in offset)),
@@ -71,7 +109,7 @@ def parse_value(value: Any, calculators: Calculators) -> Adapter:
     raise LoraMismatchError.of("lora.patch_kind", kind=kind)
 
 
-def value_of(adapter: Adapter) -> Any:
+def value_of(adapter: Adapter) -> AdapterTuple:
     """The value of a patch for `adapter`.
 
     It is the host's own tuple if that is exact, so that other extensions find what they know; else
@@ -79,7 +117,7 @@ def value_of(adapter: Adapter) -> Any:
     """
     name = KINDS.host_name(adapter)
     content = None if name is None else KINDS.host[name].write(adapter)
-    return (OWN_KIND, (adapter,)) if content is None else (name, content)
+    return AdapterTuple((OWN_KIND, (adapter,)) if content is None else (name, content), adapter)
 
 
 def calculate_own_kind(weight: torch.Tensor, strength: float, value: tuple[Adapter]) -> torch.Tensor:

@@ -5,10 +5,13 @@ A host's own objects may fit as they are. Where they do not, the host has a smal
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
-from typing import Protocol
+from collections.abc import Mapping, Sequence, Sized
+from typing import Protocol, TypeVar
 
 import torch
+
+PatcherT = TypeVar("PatcherT", contravariant=True)
+"""The host's object for a model with a stack of LoRAs that the model shall have, as a caller knows it."""
 
 
 class ModelSizes(Protocol):
@@ -159,4 +162,42 @@ class ModelFormats(Protocol):
 
     def compute_dtype(self, model: torch.nn.Module) -> torch.dtype:
         """Returns the dtype that the model computes in."""
+        ...
+
+
+class HostStacks(Protocol[PatcherT]):
+    """The stacks of LoRAs that are applied to a host's models."""
+
+    def is_current(self, patcher: PatcherT) -> bool:
+        """Returns True if the stack of a patcher is applied to its model."""
+        ...
+
+    def invalidate_all(self) -> None:
+        """Makes every model be refreshed at its next load, because a file has changed under its name."""
+        ...
+
+
+class StepStrengths(Protocol[PatcherT]):
+    """Strengths that LoRAs have for a part of an image, instead of those that their patcher asks for."""
+
+    @property
+    def are_changed(self) -> bool:
+        """True if the LoRAs of a model may have other strengths than their patcher asks for."""
+        ...
+
+    def loras(self, patcher: PatcherT) -> Sequence[tuple[str, float] | None]:
+        """Returns the file and the strength of each LoRA in a patcher's stack; None for what another extension put there."""
+        ...
+
+    def set(self, patcher: PatcherT, strengths: Mapping[int, float]) -> None:
+        """Gives LoRAs of a patcher's stack other strengths.
+
+        Args:
+            patcher: Its model is loaded.
+            strengths: By place in the stack. The other LoRAs get the strengths that the patcher asks for.
+        """
+        ...
+
+    def restore(self) -> None:
+        """Gives every LoRA the strength that its patcher asks for."""
         ...

@@ -39,6 +39,7 @@ def guarded(host):
     yield host
     host.memory.current_loaded_models.clear()
     forge.uninstall()
+    host.guard.settings.options, host.guard.settings.as_trained = {}, False
 
 
 @pytest.fixture

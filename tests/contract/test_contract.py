@@ -14,7 +14,7 @@ from support.reference import merge_reference
 from contract.host import LOW_BIT, REAL, STORAGES
 from lib_lora_guard.adapters import DiffAdapter
 from lib_lora_guard.hosts.forge import takeover as forge
-from lib_lora_guard.hosts.forge.fallback import OwnWays
+from lib_lora_guard.hosts.forge.fallback import HostRefresh
 from lib_lora_guard.hosts.forge.lora_loader_state import LoaderState
 from lib_lora_guard.patching.engine import Engine
 
@@ -188,7 +188,7 @@ def test_patches_as_large_as_the_weight_are_merged_where_that_loses_nothing(guar
         "blocks.1.proj.weight": (rand(32, 32, seed=2),),
     }
     changed = with_loras(guarded, patcher, (FILE, patches, 0.5))
-    modes = guarded.guard.control.report(patcher.lora_loader).loras[0].modes
+    modes = guarded.guard.stacks.report(patcher.lora_loader).loras[0].modes
     assert modes == ({"merge": 2} if storage == "bf16" else {"on_the_fly": 2})
     calls.clear()
     result = run(changed)
@@ -250,7 +250,7 @@ def test_a_lora_of_the_wrong_shape_between_two_good_ones_is_left_out_by_name(gua
         logging.getLogger("lib_lora_guard").propagate = True
         changed = with_loras(guarded, patcher, good[0], ("C:/x/bad.safetensors", bad, 1.0), good[1])
     assert_same(run(changed), reference(patcher, dense, good), base)
-    report = guarded.guard.control.report(patcher.lora_loader)
+    report = guarded.guard.stacks.report(patcher.lora_loader)
     assert [lora.label for lora in report.refused] == ["bad.safetensors"]
     assert "blocks.1.proj.weight: up @ down gives [32, 48], the weight is [32, 32]" in report.refused[0].refused
     assert "bad.safetensors NOT applied (made for another model" in caplog.text
@@ -264,14 +264,14 @@ def test_values_that_are_not_numbers_are_refused_by_name(guarded):
     broken["blocks.0.qkv.weight"][1][0][3, 1] = float("nan")
     changed = with_loras(guarded, patcher, ("nan.safetensors", broken, 1.0))
     assert same_bits(run(changed), base)
-    assert "NaN or Inf" in guarded.guard.control.report(patcher.lora_loader).refused[0].refused
+    assert "NaN or Inf" in guarded.guard.stacks.report(patcher.lora_loader).refused[0].refused
 
 
 def test_the_report_counts_keys_modes_and_bytes(guarded):
     patcher, dense = guarded.build("fp8")
     patches = lora_on_everything(dense)
     with_loras(guarded, patcher, ("x/y/style.safetensors", patches, 0.75))
-    report = guarded.guard.control.report(patcher.lora_loader)
+    report = guarded.guard.stacks.report(patcher.lora_loader)
     (lora,) = report.loras
     tensors = [t for v in patches.values() for t in (v[1] if v[0] == "lora" else v) if isinstance(t, torch.Tensor)]
     assert (lora.label, lora.strength, lora.used, lora.skipped) == ("style.safetensors", 0.75, len(patches), [])
@@ -312,7 +312,7 @@ def test_factors_are_copied_once_per_stack_and_go_when_no_stack_uses_them(guarde
     patches = lora_on_everything(dense)
     source = patches["blocks.0.proj.weight"][1][0]
     with_loras(guarded, patcher, (FILE, patches, 1.0))
-    copies = guarded.guard.control._state(patcher.lora_loader).copies
+    copies = guarded.guard.stacks.reader.adapters.copies
     first = weakref.ref(copies(source))
     with_loras(guarded, patcher, (FILE, patches, 0.5))
     assert copies(source) is first(), "a change of strength copies nothing"
@@ -441,7 +441,7 @@ def test_a_failed_change_is_tried_again_for_a_patcher_that_stays_loaded(guarded,
     patcher, dense = guarded.build("fp8")
     base, loras = run(patcher), [(FILE, {"blocks.0.norm.weight": (rand(32, seed=3),)}, 0.8)]
     monkeypatch.setattr(Engine, "commit", lambda *a: (_ for _ in ()).throw(RuntimeError("planted")))
-    monkeypatch.setattr(OwnWays, "refresh", lambda *a: False)
+    monkeypatch.setattr(HostRefresh, "attempt", lambda *a: False)
     changed = with_loras(guarded, patcher, *loras)
     assert same_bits(run(changed), base)
     monkeypatch.undo()
@@ -512,7 +512,7 @@ def test_a_lora_that_cannot_be_read_is_left_out_and_the_good_one_is_applied(guar
     base, good = run(patcher), (FILE, lora_on_everything(dense), 0.5)
     changed = with_loras(guarded, patcher, ("bad.safetensors", {"blocks.0.proj.weight": value}, 1.0), good)
     assert_same(run(changed), reference(patcher, dense, [good]), base)
-    (refused,) = guarded.guard.control.report(patcher.lora_loader).refused
+    (refused,) = guarded.guard.stacks.report(patcher.lora_loader).refused
     assert refused.label == "bad.safetensors"
     assert why in refused.refused
 
@@ -529,7 +529,7 @@ def test_a_merge_that_overflows_leaves_its_lora_out_and_keeps_the_others(guarded
     assert_same(run(changed), reference(patcher, dense, [good]), base)
     assert (
         "blocks.0.norm.weight: the patched values do not fit into fp16"
-        in guarded.guard.control.report(patcher.lora_loader).refused[0].refused
+        in guarded.guard.stacks.report(patcher.lora_loader).refused[0].refused
     )
 
 
@@ -654,6 +654,6 @@ def test_a_diff_on_a_bias_is_merged_and_one_on_an_fp8_bias_keeps_its_effect(guar
     assert_same(run(changed), reference(patcher, dense, [(FILE, patches, 1.0)]), base)
     assert changed.model.blocks[0].proj.bias.dtype == torch.float32, "fp8 would round the difference away"
     assert isinstance(
-        next(iter(guarded.guard.control._state(patcher.lora_loader).engine.attached.values())).terms[0].adapter,
+        next(iter(guarded.guard.stacks.state(patcher.lora_loader).engine.attached.values())).terms[0].adapter,
         DiffAdapter,
     )

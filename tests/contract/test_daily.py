@@ -10,7 +10,7 @@ from support.measure import assert_same, fp32_limit, same_bits
 from contract.host import REAL
 from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
 from lib_lora_guard.hosts.forge import takeover as forge
-from lib_lora_guard.hosts.forge.access import STATE
+from lib_lora_guard.hosts.forge.lora_loader_state import STATE
 from lib_lora_guard.planning.mode import Mode
 from lib_lora_guard.settings import LoraMode
 
@@ -18,7 +18,7 @@ WIDE = ["fp32", "bf16", "fp16"]
 
 
 def merge_everything(host):
-    host.guard.control.mode = lambda: LoraMode.MERGE
+    host.guard.settings.options = {"lora_guard_mode": LoraMode.MERGE.value}
 
 
 def ways(patcher):
@@ -237,7 +237,7 @@ def test_merged_it_is_the_merge_rounded_once_and_goes_back_bit_for_bit(guarded, 
 
 @pytest.mark.parametrize("mode", [LoraMode.AUTOMATIC, LoraMode.MERGE])
 def test_the_host_moves_originals_and_the_loras_come_back_with_the_model(guarded, mode):
-    guarded.guard.control.mode = lambda: mode
+    guarded.guard.settings.options = {"lora_guard_mode": mode.value}
     patcher, dense = guarded.build("bf16")
     base = run(patcher)
     originals = {k: p.data.clone() for k, p in patcher.model.named_parameters()}
@@ -285,8 +285,6 @@ def test_the_copy_in_ram_is_the_backup_of_what_the_host_brings_to_the_gpu(guarde
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8"])
 def test_another_mode_is_carried_out_at_the_next_image_of_the_same_stack(guarded, storage):
-    modes = [LoraMode.AUTOMATIC]
-    guarded.guard.control.mode = lambda: modes[-1]
     patcher, dense = guarded.build(storage)
     base = run(patcher)
     linear = {k: host_value("lora", s, n) for n, (k, s) in enumerate(shapes(dense).items()) if len(s) == 2}
@@ -295,7 +293,7 @@ def test_another_mode_is_carried_out_at_the_next_image_of_the_same_stack(guarded
     wanted = reference(patcher, dense, loras)
     pictures = {}
     for mode in (LoraMode.AUTOMATIC, LoraMode.MERGE, LoraMode.FP16, LoraMode.OWN, LoraMode.AUTOMATIC):
-        modes.append(mode)
+        guarded.guard.settings.options = {"lora_guard_mode": mode.value}
         guarded.load(changed)
         pictures[mode] = run(changed)
         merged = mode is LoraMode.MERGE and storage == "bf16"
@@ -345,7 +343,7 @@ def test_fp16_lora_merges_nothing_that_can_be_had_otherwise(guarded):
     loras = [(FILE, patches, 0.8)]
     changed = with_loras(guarded, patcher, *loras)
     assert ways(changed) == {Mode.MERGE}, "as large as the weight"
-    guarded.guard.control.mode = lambda: LoraMode.FP16
+    guarded.guard.settings.options = {"lora_guard_mode": LoraMode.FP16.value}
     guarded.load(changed)
     assert ways(changed) == {Mode.ON_THE_FLY}
     model = reference(patcher, dense, loras)
@@ -357,10 +355,10 @@ def test_fp16_lora_merges_nothing_that_can_be_had_otherwise(guarded):
 def test_forges_own_mode_is_forges_own(guarded, host):
     """The same numbers as without the guard, and nothing of the guard's on the model."""
     patcher, dense = guarded.build("bf16")
-    guarded.guard.control.mode = lambda: LoraMode.OWN
+    guarded.guard.settings.options = {"lora_guard_mode": LoraMode.OWN.value}
     linear = {k: host_value("lora", s, n) for n, (k, s) in enumerate(shapes(dense).items()) if len(s) == 2}
     changed = with_loras(guarded, patcher, (FILE, linear, 0.8))
-    assert guarded.guard.control.is_left_to_host(changed)
+    assert guarded.guard.stacks.is_left_to_host(changed)
     own = run(changed)
     guarded.load(patcher)
     assert changed.lora_loader.backup == {}
@@ -412,13 +410,13 @@ def test_switched_off_and_on_again_the_guard_takes_the_hosts_merge_off(guarded, 
     guarded.guard = forge.install()
     again = with_loras(guarded, patcher, *loras) if is_new_patcher else guarded.load(changed)
     assert same_bits(run(again), good)
-    assert guarded.guard.control.report(again.lora_loader).loras[0].refused is None
+    assert guarded.guard.stacks.report(again.lora_loader).loras[0].refused is None
 
 
 def test_a_report_is_of_the_stack_it_was_made_for(guarded):
     patcher, dense = guarded.build("bf16")
     changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense), 0.8))
-    control = guarded.guard.control
-    assert control.is_last_stack(changed)
-    assert control.has_applied(changed)
-    assert not control.is_last_stack(patcher)
+    stacks = guarded.guard.stacks
+    assert stacks.is_reported(changed)
+    assert stacks.is_current(changed)
+    assert not stacks.is_reported(patcher)

@@ -23,7 +23,7 @@ NO_RAM = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocat
 
 @pytest.fixture
 def merging(guarded, monkeypatch):
-    guarded.guard.control.mode = lambda: LoraMode.MERGE
+    guarded.guard.settings.options = {"lora_guard_mode": LoraMode.MERGE.value}
     monkeypatch.setattr(merge_room, "LEAST_BYTES", 1)
     # As weights above 1 MB are: merged when they are put in place, one after the other.
     monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
@@ -140,7 +140,7 @@ def test_another_error_in_a_merge_is_not_tried_again(merging, monkeypatch, lines
 
 
 def test_after_a_crash_in_merging_nothing_is_merged(merging, monkeypatch, lines):
-    merging.guard.control._precautions = lambda model: {Precaution.NO_MERGE}
+    merging.guard.stacks.precautions = lambda model: {Precaution.NO_MERGE}
     patcher, dense = merging.build("fp32")
     part = with_loras(merging, patcher, ("b", loras(dense), 1.0))
     assert modes(part) == {Mode.BYPASS: len(loras(dense))}

@@ -290,11 +290,11 @@ def test_a_clone_for_every_pass_changes_nothing(guarded):
     patcher, dense, base, bits = built(guarded, "bf16")
     lora = (FILE, lora_on_everything(dense), 0.7)
     changed = with_loras(guarded, patcher, lora)
-    with_lora, steps = run(changed), guarded.guard.control.report(patcher.lora_loader)
+    with_lora, steps = run(changed), guarded.guard.stacks.report(patcher.lora_loader)
     for _ in range(5):
         changed = guarded.load(changed.clone())
         assert same_bits(run(changed), with_lora)
-    assert guarded.guard.control.report(patcher.lora_loader) is steps, "nothing was applied again"
+    assert guarded.guard.stacks.report(patcher.lora_loader) is steps, "nothing was applied again"
     assert_removed(guarded, patcher, base, bits)
 
 

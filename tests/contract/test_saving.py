@@ -210,8 +210,7 @@ def saving(host):
 
     def start():
         takeover = forge.install()
-        control = takeover.control
-        forge_saving.install(takeover.hooks, lambda: [loader.lora_guard_state.engine for loader in control._loaders])
+        forge_saving.install(takeover.hooks, takeover.stacks.engines)
         return takeover
 
     yield start

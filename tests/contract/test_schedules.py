@@ -15,7 +15,9 @@ from support.measure import assert_same, contribution_error, fp32_limit, same_bi
 
 from contract.test_contract import dora, lora_on_everything, other_kinds, reference, run, slices_of_qkv
 from lib_lora_guard.errors import HostError
+from lib_lora_guard.hosts.forge import step_strengths
 from lib_lora_guard.hosts.forge.lora_loader_state import RETRY
+from lib_lora_guard.hosts.forge.step_strengths import ForgeStepStrengths
 from lib_lora_guard.hosts.webui import schedules as forge_schedules
 from lib_lora_guard.hosts.webui.schedules import ScheduleHost, Schedules
 from lib_lora_guard.patching.attachments import MergeAttachment
@@ -65,7 +67,7 @@ class Forge:
             types.SimpleNamespace(Sampler=Sampler),
             types.SimpleNamespace(on_cfg_denoiser=self.on_denoiser.append, on_app_started=self.app_started.append),
         )
-        self.schedules = Schedules(host.guard.control)
+        self.schedules = Schedules(ForgeStepStrengths(host.guard.stacks))
         forge_schedules.install(self.schedules, host.guard.hooks, self.parts)
 
     def load_networks(self, params_list):
@@ -177,7 +179,7 @@ def test_each_step_has_the_strength_of_its_place(forge, storage, case):
 
 def test_a_schedule_that_is_ignored_would_be_seen(forge, monkeypatch):
     host, patcher, dense = forge()
-    monkeypatch.setattr(Schedules, "_bring", lambda *_: None)
+    monkeypatch.setattr(ForgeStepStrengths, "set", lambda *_: None)
     outputs = host.picture(f"style:{RAMP}")
     base = run(host.host.load(patcher))
     wanted = reference(patcher, dense, [("x", host.files["style"], 1.0)])
@@ -236,14 +238,14 @@ def test_whatever_ends_a_pass_the_strengths_are_those_of_the_patcher(forge, erro
     with pytest.raises(error, match="stop"):
         host.picture(f"style:{RAMP}", before=fail)
     assert is_at_start(host, patcher)
-    assert not host.schedules._changed
+    assert not host.schedules.strengths.are_changed
 
 
 def test_two_calls_in_a_step_change_the_strengths_once(forge, monkeypatch):
     host, _, _ = forge()
     calls = []
-    original = forge_schedules.set_strengths
-    monkeypatch.setattr(forge_schedules, "set_strengths", lambda *a: calls.append(a[1]) or original(*a))
+    original = step_strengths.set_strengths
+    monkeypatch.setattr(step_strengths, "set_strengths", lambda *a: calls.append(a[1]) or original(*a))
     outputs = host.picture(f"style:{RAMP}", calls_per_step=2)
     assert all(same_bits(a, b) for a, b in zip(outputs[::2], outputs[1::2], strict=True))
     assert calls == [{0: 0.25}, {0: 0.5}, {0: 0.75}, {0: 1.0}, {0: 0.0}], "and once more at the end"
@@ -366,9 +368,9 @@ def test_two_tags_of_one_file_that_meet_in_one_strength(forge):
 def test_where_strengths_cannot_be_set_in_place_the_whole_stack_is_applied_anew(forge, monkeypatch, caplog, fault):
     host, patcher, dense = forge("bf16", style=lora_on_everything, second=dora)
     if fault == "in place":
-        monkeypatch.setattr(forge_schedules, "set_strengths", lambda *_: 1 / 0)
+        monkeypatch.setattr(step_strengths, "set_strengths", lambda *_: 1 / 0)
     else:
-        monkeypatch.setattr(host.host.guard.control, "was_left_to_host", lambda _: True)
+        monkeypatch.setattr(host.host.guard.stacks, "was_left_to_host", lambda _: True)
     logging.getLogger("lib_lora_guard").propagate = True
     with caplog.at_level(logging.WARNING, "lib_lora_guard"):
         outputs = host.picture(f"style:{RAMP}", "style:1@0,0@1", "second:0.5", steps=4)
@@ -404,7 +406,7 @@ def test_a_fault_in_the_middle_of_a_change_leaves_the_old_strengths(forge, monke
     host, _, _ = forge("fp8", style=lora_on_everything, second=second)
     host.activate("second:0.7", "style:0.5")
     host.host.load(host.unet)
-    before, engine = run(host.unet), host.host.guard.control._state(host.unet.lora_loader).engine
+    before, engine = run(host.unet), host.host.guard.stacks.state(host.unet.lora_loader).engine
     strengths = [(term.origin, term.strength) for a in engine.attached.values() for term in a.terms]
     original, calls = getattr(owner, name), []
 

@@ -32,4 +32,5 @@ def guarded():
     yield host
     host.memory.current_loaded_models.clear()
     forge.uninstall()
+    host.guard.settings.options, host.guard.settings.as_trained = {}, False
     host.close()

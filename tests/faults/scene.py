@@ -8,8 +8,8 @@ import torch
 from support.measure import same_bits
 
 from faults.models import TOKENS, loras
-from lib_lora_guard.hosts.forge.patches import OWN_TENSORS
 from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.runtime.factor_copies import own
 from lib_lora_guard.settings import LoraMode
 
 
@@ -20,7 +20,7 @@ class Scene:
     def __init__(self, host, storage, read_by_guard=True):
         self.host, self.storage = host, storage
         self.patcher = host.make(storage)
-        self.loader, self.control = self.patcher.lora_loader, host.guard.control
+        self.loader, self.guard = self.patcher.lora_loader, host.guard
         self.clone = self.patcher
         self.base = self.picture()
         self.bits = {k: p.data.clone() for k, p in self.patcher.model.named_parameters()}
@@ -28,7 +28,7 @@ class Scene:
         if read_by_guard:
             for value in [*first.values(), *second.values(), *third.values()]:
                 tensors = value[1] if isinstance(value[0], str) else value
-                OWN_TENSORS.update({t: True for t in tensors if isinstance(t, torch.Tensor)})
+                own(t for t in tensors if isinstance(t, torch.Tensor))
         self.stacks = {
             "none": (),
             "two": (("a", first, 0.8), ("b", second, 0.5)),
@@ -54,7 +54,7 @@ class Scene:
 
     def load(self, name):
         mode = self.modes.get(name, LoraMode.AUTOMATIC)
-        self.control.mode = lambda: mode
+        self.guard.settings.options = {"lora_guard_mode": mode.value}
         self.clone = self.clone_of(name)
         self.host.load(self.clone)
 

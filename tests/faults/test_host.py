@@ -14,7 +14,7 @@ from faults.planting import Faults, every, is_planted, is_the_hosts_move
 from faults.scene import Scene, listening
 from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.forge.access import ForgeAccess
-from lib_lora_guard.hosts.forge.fallback import OwnWays
+from lib_lora_guard.hosts.forge.fallback import HostRefresh
 from lib_lora_guard.hosts.forge.lora_loader_state import RETRY
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup
@@ -162,7 +162,7 @@ def sweep(scene, operation, plan):
         assert faults.planted, f"{operation} needed memory {counted.count} times and then less than {k} times"
         found = list(after_failure(scene, old, new, faults, lines, raised))
         raised = None
-        is_the_hosts = scene.control.was_left_to_host(scene.loader)
+        is_the_hosts = scene.guard.stacks.was_left_to_host(scene.loader)
         if not scene.settle(new) and not is_the_hosts:
             found.append("the next refresh gives another picture")
         found += [f"{key} did not come back" for key in scene.restored()]
@@ -194,7 +194,7 @@ def test_memory_that_ends_at_any_operation(guarded, storage, operation, record_p
 def test_where_the_hosts_way_fails_too_there_is_no_lora_and_that_is_recorded(
     guarded, operation, monkeypatch, record_property
 ):
-    monkeypatch.setattr(OwnWays, "refresh", lambda *args: False)
+    monkeypatch.setattr(HostRefresh, "attempt", lambda *args: False)
     sweep_all(Scene(guarded, "Q8_0"), operation, record_property, PLANS)
 
 

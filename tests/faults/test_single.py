@@ -22,7 +22,7 @@ def test_after_memory_ended_once_it_goes_on_without_merging_and_the_next_load_me
     scene.load("none")
     with Faults(1):
         scene.load("two")
-    assert not scene.control.was_left_to_host(scene.loader)
+    assert not scene.guard.stacks.was_left_to_host(scene.loader)
     assert same_bits(scene.picture(), unmerged)
     scene.host.load(scene.clone)
     assert same_bits(scene.picture(), scene.pictures["two"])
@@ -35,9 +35,9 @@ def test_after_memory_ended_without_merging_too_the_next_load_is_the_guards_agai
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "commit", lambda *args: (_ for _ in ()).throw(ERRORS["gpu"]()))
         scene.load("two")
-    assert scene.control.was_left_to_host(scene.loader)
+    assert scene.guard.stacks.was_left_to_host(scene.loader)
     scene.host.load(scene.clone)
-    assert not scene.control.was_left_to_host(scene.loader)
+    assert not scene.guard.stacks.was_left_to_host(scene.loader)
     assert same_bits(scene.picture(), scene.pictures["two"])
 
 

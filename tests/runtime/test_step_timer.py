@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.fake_card import CARD, RAM, Weight
 
-from lib_lora_guard.hosts.forge.access import STATE
-from lib_lora_guard.hosts.forge.lora_loader import LoaderControl
+from lib_lora_guard.hosts.forge.lora_loader_state import STATE
+from lib_lora_guard.hosts.forge.stacks import ForgeStacks
 from lib_lora_guard.memory.step_times import MB, StepTimes
 from lib_lora_guard.messages import message_of
 from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
@@ -34,7 +34,7 @@ class FakeMemory:
         return self.on_device
 
 
-stack_of = LoaderControl(None).stack_of
+stack_of = ForgeStacks(None, None, None, None).names_on
 
 
 def no_look():

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Concatenate, Protocol, TypeGuard
 
 import torch
 
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import Site, find_owner, is_linear, is_plain_convolution
 from ...patching.on_the_fly import WeightTerms
+from ...planning.limits import RAM_FLOOR_BYTES
+from ...runtime.hooks import P
 from ...weights.bnb4 import from_quant_state
-from ...weights.storage import MB, storage_of
+from ...weights.storage import storage_of
 from .api import ForgeApi
-
-RAM_FLOOR_BYTES = 2048 * MB
-"""Left alone when backups or the host's merge would fill RAM: below this Windows starts to kill and swap."""
-
-
-STATE = "lora_guard_state"
-"""The attribute of a LoraLoader that holds what the guard knows of it."""
+from .facts import loader_of_model
+from .lora_loader_state import state_of
+from .types import PatchEntry
 
 
-class GuardPatches(list[object]):
-    """What the guard leaves in `layer.forge_online_loras`: Forge's forward passes hand it to `merge_lora_to_weight`,
-    where our hook knows it. As a list it is empty, so that Forge's own function would simply add nothing."""
+class GuardPatches(list[PatchEntry]):
+    """The guard's entry in `layer.forge_online_loras`.
+
+    Forge's forward passes hand it to `merge_lora_to_weight`, where the guard's hook knows it. As a list it is empty, so that
+    Forge's own function adds nothing.
+    """
 
     def __init__(self, terms: WeightTerms, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -33,8 +35,22 @@ class GuardPatches(list[object]):
         self._layer = weakref.ref(layer)
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the patched weight; `weight` is the temporary weight of one forward pass."""
         layer = self._layer()
         return self.terms.apply(weight, None if layer is None else getattr(layer, "weight", None))
+
+
+def merge_lora_to_weight(
+    original: Callable[Concatenate[Sequence[PatchEntry], torch.Tensor, P], torch.Tensor],
+    patches: Sequence[PatchEntry],
+    weight: torch.Tensor,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> torch.Tensor:
+    """Stands in place of Forge's function of that name, which its layers call in each forward pass."""
+    if isinstance(patches, GuardPatches):
+        return patches.apply(weight)
+    return original(patches, weight, *args, **kwargs)
 
 
 class ForgeAccess:
@@ -74,10 +90,10 @@ class ForgeAccess:
         return self.rows(site, 0, site.shape[0], site.parameter.device)
 
     def rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
-        parameter: Any = site.parameter
-        if getattr(parameter, "gguf_cls", None) is not None:
+        parameter = site.parameter
+        if _is_gguf(parameter):
             values = _gguf_rows(parameter, start, length, device)
-        elif getattr(parameter, "bnb_quantized", False):
+        elif _is_bnb(parameter):
             # Not Forge's own function: it moves the whole weight to the GPU, and needs a bitsandbytes that works there.
             decoder, parts = from_quant_state(parameter.data, parameter.quant_state)
             parts = {name: part.to(device) for name, part in parts.items()}
@@ -96,7 +112,7 @@ class ForgeAccess:
         bias = getattr(layer, "bias", None)
         if not isinstance(bias, torch.Tensor):
             return None
-        if getattr(bias, "gguf_cls", None) is not None:
+        if _is_gguf(bias):
             return _gguf_rows(bias, 0, 1, bias.device, is_vector=True)
         return bias.data
 
@@ -104,12 +120,12 @@ class ForgeAccess:
         setattr(site.layer, site.name, value)
 
     def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        layer: Any = site.layer
+        attributes = site.layer.__dict__
         if terms is not None:
-            layer.forge_online_loras = {site.name: GuardPatches(terms, layer)}
-        elif hasattr(layer, "forge_online_loras"):
+            attributes["forge_online_loras"] = {site.name: GuardPatches(terms, site.layer)}
+        else:
             # Its mere presence makes Forge's bnb layers dequantise the whole weight.
-            del layer.forge_online_loras
+            attributes.pop("forge_online_loras", None)
 
     def device(self) -> torch.device:
         devices = {parameter.device for parameter in self.model.parameters()}
@@ -122,17 +138,46 @@ class ForgeAccess:
     def is_in_force(self) -> bool:
         # A copy of Forge's refresh, in another extension, may run in the middle of a model's forward pass: it writes these
         # attributes anew and patches the weights itself.
-        loader: Any = getattr(self._model(), "lora_loader", None)
-        published = getattr(getattr(loader, STATE, None), "published", None)
-        return published is None or (loader.backup is published[0] and loader.online_backup is published[1])
+        loader = loader_of_model(self._model())
+        state = state_of(loader)
+        if loader is None or state is None or state.published is None:
+            return True
+        return not state.is_patched_by_other(loader)
 
     def compute_dtype(self) -> torch.dtype:
         dtype = getattr(self.model, "computation_dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else torch.float16
 
 
-def _gguf_rows(parameter: Any, start: int, length: int, device: torch.device, is_vector: bool = False) -> torch.Tensor:
-    """Rows of a GGUF parameter as Forge decodes them. Forge keeps the blocks of a tensor as `(blocks, bytes)`, row by row."""
+class GgufTensor(Protocol):
+    """Forge's `ParameterGGUF`. It keeps the blocks of a tensor as `(blocks, bytes)`, row by row."""
+
+    data: torch.Tensor
+    device: torch.device
+    real_shape: Sequence[int]
+
+    def copy_with_data(self, data: torch.Tensor) -> GgufTensor: ...
+
+
+class BnbTensor(Protocol):
+    """A parameter that bitsandbytes has quantised to four bits."""
+
+    data: torch.Tensor
+    quant_state: Any
+
+
+def _is_gguf(tensor: torch.Tensor) -> TypeGuard[GgufTensor]:
+    return getattr(tensor, "gguf_cls", None) is not None
+
+
+def _is_bnb(tensor: torch.Tensor) -> TypeGuard[BnbTensor]:
+    return bool(getattr(tensor, "bnb_quantized", False))
+
+
+def _gguf_rows(
+    parameter: GgufTensor, start: int, length: int, device: torch.device, is_vector: bool = False
+) -> torch.Tensor:
+    """Returns rows of a GGUF parameter as Forge decodes them."""
     from backend.operations_gguf import dequantize_tensor
 
     shape = tuple(int(size) for size in parameter.real_shape)

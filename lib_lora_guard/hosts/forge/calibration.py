@@ -39,7 +39,7 @@ from ...units import MB
 from ...weights.dtype_names import dtype_name
 from . import facts
 from .facts import is_denoiser, loaded_module, network_name, patches_of, storage_name
-from .patches import describe
+from .identifiers import describe
 from .types import LoadedModel, LoraLoader, MemoryManagement, Patcher, Vae
 
 log = logging.getLogger(__name__)

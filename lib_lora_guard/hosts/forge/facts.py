@@ -6,7 +6,7 @@ import torch
 
 from ...runtime.journal import ModelFacts
 from ...weights.dtype_names import dtype_name
-from .patches import describe
+from .identifiers import describe
 from .types import LoadedModel, LoraLoader, Patcher, Patches
 
 FORGES_VAE = ("backend.nn.vae", "IntegratedAutoencoderKL")
@@ -65,6 +65,12 @@ def loaded_module(loaded: LoadedModel) -> torch.nn.Module | None:
 def loader_of(patcher: Patcher) -> LoraLoader | None:
     """Returns a patcher's LoRA loader; another extension's patchers have none."""
     loader: LoraLoader | None = getattr(patcher, "lora_loader", None)
+    return loader
+
+
+def loader_of_model(model: torch.nn.Module | None) -> LoraLoader | None:
+    """Returns the LoRA loader that a model's patchers share; None for a model that Forge has not made a patcher for."""
+    loader: LoraLoader | None = getattr(model, "lora_loader", None)
     return loader
 
 

@@ -15,6 +15,7 @@ from ...recorder.flight_recorder import Phase
 from ...runtime.hooks import Row
 from ..webui.takeover import HOOKS as WEB
 from . import saving
+from .access import merge_lora_to_weight
 from .parts import ForgeParts
 from .phases import decoding_plan, encoding_plan, reading_plan, text_encoder_plan
 from .sizes import module_size
@@ -40,7 +41,7 @@ START: tuple[Row[ForgeParts], ...] = (
         "LoraLoader.refresh",
         lambda g: (g.calibration.refresh, g.journal.around(Phase.APPLY_LORA), g.control.refresh),
     ),
-    Row("backend.operations", "merge_lora_to_weight", lambda g: (g.control.merge_lora_to_weight,)),
+    Row("backend.operations", "merge_lora_to_weight", lambda g: (merge_lora_to_weight,)),
     Row(_PATCHER, "ModelPatcher.has_online_lora", lambda g: (g.loras.has_online_lora,)),
     Row(_MEMORY, "LoadedModel.model_load", lambda g: (g.calibration.model_load, g.loras.model_load)),
     Row(_MEMORY, "LoadedModel.model_unload", lambda g: (g.loading.model_unload,)),

@@ -1,71 +1,86 @@
-"""What the guard knows of one `LoraLoader` of Forge, and how the host names stacks of LoRAs."""
+"""The state that the guard keeps on each `LoraLoader` of Forge, and the record of the applied stack that Forge keeps there.
+
+Source: Forge's `backend/patcher/lora.py` (`LoraLoader`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from ...patching.engine import Engine
 from ...planning.mode import Mode
-from ...reporting.report import ApplyReport
-from ...settings import LoraMode
-from .access import STATE
-from .patches import FactorCopies, Patches
+from ...runtime.model_stack import ModelStack
+from .identifiers import stack_name
+from .types import Identifier, LoraLoader
+
+STATE = "lora_guard_state"
+"""The attribute of a LoraLoader that holds its LoaderState."""
 
 RETRY = "lora guard: apply again"
 """A `loaded_hash` that no stack has, so that the next refresh really works."""
 
-MERGE_ATTEMPTS = 2
-"""How often one stack is merged in vain: copying the originals of a large model takes seconds each time."""
+
+class AppliedStack:
+    """`LoraLoader.loaded_hash`: the stack that is applied to a model, as Forge and other extensions compare it.
+
+    It is a stack, or unknown: while a change is under way, after one that failed, and as long as merges are suspended.
+    """
+
+    def __init__(self, loader: LoraLoader) -> None:
+        self._loader = loader
+
+    def is_current(self, stack: Iterable[Identifier]) -> bool:
+        """True if exactly this stack is applied."""
+        return self._loader.loaded_hash == stack_name(stack)
+
+    @property
+    def is_unknown(self) -> bool:
+        """True if the next refresh will apply its stack whatever it is."""
+        return self._loader.loaded_hash == RETRY
+
+    def record(self, stack: Iterable[Identifier]) -> None:
+        """Notes that this stack is applied."""
+        self._loader.loaded_hash = stack_name(stack)
+
+    def invalidate(self) -> None:
+        """Makes the next refresh apply its stack."""
+        self._loader.loaded_hash = RETRY
 
 
 @dataclass(eq=False)
-class LoaderState:
-    """Lives on the loader and dies with it."""
+class LoaderState(ModelStack):
+    """The stack of one of Forge's models. It lives on the loader and dies with it."""
 
-    engine: Engine = field(default_factory=Engine)
-    copies: FactorCopies = field(default_factory=FactorCopies)
-    left_to_host: bool = False
-    report: ApplyReport | None = None
     reported: str = ""
-    """The stack that `report` is of, as the host names stacks."""
-    mode: LoraMode | None = None
-    """The mode of the last refresh."""
-    told_merge_loss: bool = False
-    """True once the user has been told why low-bit weights of this model are not merged."""
-    merged_in_vain: tuple[str, int] = ("", 0)
-    """The stack whose merge ended for lack of memory, and how often in a row."""
+    """Forge's name for the stack that `report` describes."""
     published: tuple[object, object] | None = None
-    """The `backup` and `online_backup` objects left on the loader: others there mean that someone else was at work."""
+    """The `backup` and `online_backup` objects that the guard has left on the loader."""
 
-    def publish(self, loader: Any, stack_hash: str) -> None:
-        """The attributes other extensions read mean what they mean in the host."""
+    def publish(self, loader: LoraLoader, stack: Iterable[Identifier]) -> None:
+        """Gives the loader's attributes the values that they have in Forge: other extensions read them."""
         attached = self.engine.attached.values()
         loader.backup = self.engine.originals()
         loader.online_backup = [a.site.layer for a in attached if a.mode is Mode.ON_THE_FLY]
-        loader.loaded_hash = self.reported = stack_hash
         self.published = (loader.backup, loader.online_backup)
+        self.reported = stack_name(stack)
+        AppliedStack(loader).record(stack)
 
-    def merges_again(self, stack_hash: str, is_as_wished: bool) -> bool:
-        """After a refresh: whether the next one is to try to merge the same stack again."""
-        before, times = self.merged_in_vain
-        self.merged_in_vain = ("", 0) if is_as_wished else (stack_hash, times + 1 if before == stack_hash else 1)
-        return 0 < self.merged_in_vain[1] < MERGE_ATTEMPTS
+    def unpublish(self, loader: LoraLoader) -> None:
+        """Gives the attributes the values of a model without LoRAs."""
+        loader.backup, loader.online_backup = {}, []
+        self.published, self.report = None, None
 
-    def someone_else_patched(self, loader: Any) -> bool:
-        """True when `backup` or `online_backup` hold what the guard did not put there: Forge's own refresh ran before
-        the guard came, or another extension brought a copy of it."""
+    def is_patched_by_other(self, loader: LoraLoader) -> bool:
+        """True if `backup` or `online_backup` are not the objects that the guard has left there.
+
+        Then Forge's own refresh ran before the guard was installed, or another extension brought a copy of it.
+        """
         if self.published is None:
             return bool(loader.backup or loader.online_backup)
         return loader.backup is not self.published[0] or loader.online_backup is not self.published[1]
 
 
-def state_of(loader: Any) -> LoaderState | None:
-    """None where the guard has not worked on this loader's model."""
+def state_of(loader: LoraLoader | None) -> LoaderState | None:
+    """Returns the state on a loader; None if the guard has not worked on its model."""
     state: LoaderState | None = getattr(loader, STATE, None)
     return state
-
-
-def hash_of(lora_patches: Patches) -> str:
-    """The host's name for a stack, which other extensions compare."""
-    return str(list(lora_patches.keys()))

@@ -16,9 +16,8 @@ from ...weights.storage import WIDE_DTYPES
 from ..webui.lora_files import LoraFiles
 from .calibration import ForgeCalibration
 from .facts import compute_dtype, is_denoiser, loader_of, patches_of, storage_dtype
-from .lora_loader import LoaderControl
-from .patches import device_elements
-from .types import LoadedModel, LoraModule, Patcher
+from .stacks import ForgeStacks
+from .types import LoadedModel, Patcher
 
 
 class LoraLoading:
@@ -26,43 +25,41 @@ class LoraLoading:
 
     def __init__(
         self,
-        lora: LoraModule,
-        control: LoaderControl,
+        stacks: ForgeStacks,
         files: LoraFiles,
         calibration: ForgeCalibration,
     ) -> None:
         """
         Args:
-            lora: Forge's `backend.patcher.lora`.
-            control: applies LoRAs.
+            stacks: of all models.
             files: what was read of the prompt's LoRAs.
             calibration: corrects predictions by measured peaks.
         """
-        self._lora, self._control, self._files, self._calibration = lora, control, files, calibration
+        self._stacks, self._files, self._calibration = stacks, files, calibration
 
     def has_online_lora(
         self, original: Callable[Concatenate[Patcher, P], bool], patcher: Patcher, *args: P.args, **kwargs: P.kwargs
     ) -> bool:
         """Stands in place of `ModelPatcher.has_online_lora`. True makes Forge reserve and move the factors itself; the guard
         does both for the stacks that it applies."""
-        return bool(patcher.lora_patches) and self._control.is_left_to_host(patcher)
+        return bool(patcher.lora_patches) and self._stacks.is_left_to_host(patcher)
 
     def model_load(
         self, original: Callable[Concatenate[LoadedModel, P], R], loaded: LoadedModel, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Stands in place of `LoadedModel.model_load`: what is in RAM before it is the backup of what is merged after it."""
-        with self._control.loading(loaded.model):
+        with self._stacks.loading(loaded.model):
             return original(loaded, *args, **kwargs)
 
     @contextlib.contextmanager
     def moving_away(self, patcher: Patcher) -> Iterator[None]:
         """Wraps a model's move off its device: merges are lifted before it, and copies of factors are dropped after it."""
         loader = loader_of(patcher)
-        self._control.before_move(loader)
+        self._stacks.before_move(loader)
         try:
             yield
         finally:
-            self._control.drop_device_copies(loader)
+            self._stacks.drop_device_copies(loader)
 
     def coming_bytes(self, patcher: Patcher) -> int:
         """Returns what `factor_bytes` predicts, corrected by measured peaks. Asked once before a load: the next refresh is
@@ -72,29 +69,28 @@ class LoraLoading:
     def factor_bytes(self, patcher: Patcher) -> int:
         """Returns the VRAM that the coming refresh of `patcher` will need for factors beyond what they take already."""
         patches, loader = patches_of(patcher), loader_of(patcher)
-        if not patches or patcher.load_device.type == "cpu" or self._control.is_left_to_host(patcher):
+        if not patches or patcher.load_device.type == "cpu" or self._stacks.is_left_to_host(patcher):
             return 0
         element_bytes = torch.empty(0, dtype=compute_dtype(patcher.model)).element_size()
         stored = storage_dtype(patcher.model)
         merges = stored is None or stored in WIDE_DTYPES
-        elements = device_elements(patches, self._lora.extra_weight_calculators, merges)
-        return max(0, elements * element_bytes - self._control.resident_bytes(loader))
+        elements = self._stacks.reader.device_elements(patches, merges)
+        return max(0, elements * element_bytes - self._stacks.resident_bytes(loader))
 
     def resident_bytes(self, patcher: Patcher) -> int:
         """Returns the VRAM that the factors on a patcher's model take."""
-        loader = loader_of(patcher)
-        return 0 if loader is None else self._control.resident_bytes(loader)
+        return self._stacks.resident_bytes(loader_of(patcher))
 
     def handed_over(self, patchers: Iterable[Patcher]) -> None:
         """Called for models that another patcher had: its LoRAs must not pass for those of the new one."""
         for patcher in patchers:
-            self._control.expect(patcher)
+            self._stacks.invalidate(patcher)
 
     def after_load(self, handed_over: Sequence[Patcher], already_loaded: Sequence[Patcher]) -> None:
         """Refreshes what Forge does not: it refreshes a patcher when it loads it and never again. Tries again what failed,
         and logs again what is left out."""
         for patcher in (*handed_over, *already_loaded):
             if loader_of(patcher) is not None:
-                self._control.remind(patcher)
+                self._stacks.remind(patcher)
         if any(is_denoiser(patcher.model) for patcher in already_loaded):
             self._files.remind()

@@ -33,7 +33,10 @@ from .load_models import Loading
 from .lora_loader import LoaderControl
 from .lora_loading import LoraLoading
 from .memory import ForgeMemory
+from .patches import PatchReader
 from .residency import Residency
+from .stacks import ForgeStacks
+from .step_strengths import ForgeStepStrengths
 from .vae import ForgeVae
 
 
@@ -52,24 +55,32 @@ class ForgeParts:
         self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
         self.rule_log = RuleLog()
         self.precautions = Precautions(self._planned)
-        self.control = LoaderControl(api, settings, self._planned, journal.work)
-        self.files = LoraFiles(settings, self.control.unpatched_shapes)
-        self.advice = Advice(api.memory, self.control.reports)
+        self.stacks = ForgeStacks(PatchReader(api.lora), settings, self._planned, journal.work)
+        self.control = LoaderControl(api, self.stacks, settings)
+        self.files = LoraFiles(settings, self.stacks.unpatched_shapes)
+        self.advice = Advice(api.memory, self.stacks.reports)
         self.web = WebTakeover(
-            settings, self.files, self.control, journal, self.rule_log, self.advice, self._memory_settings
+            settings,
+            self.files,
+            self.stacks,
+            ForgeStepStrengths(self.stacks),
+            journal,
+            self.rule_log,
+            self.advice,
+            self._memory_settings,
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
-        self.residency = Residency(self.control.merged_layers)
+        self.residency = Residency(self.stacks.merged_layers)
         self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
-        self.steps = StepTimer(api.memory, journal, self.control.stack_of)
+        self.steps = StepTimer(api.memory, journal, self.stacks.names_on)
         self.calibration = ForgeCalibration(api.memory, corrections)
         self.free = ForgeFree(api.memory, self.rule_log)
         self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free)
         self.room = Room(self.memory, self.preflight, self.rule_log)
         self.eviction = ForgeEviction(self.memory, self.room, self.rule_log)
         self.reservations = Reservations(self.memory, self.rule_log, self.calibration)
-        self.loras = LoraLoading(api.lora, self.control, self.files, self.calibration)
+        self.loras = LoraLoading(self.stacks, self.files, self.calibration)
         self.loading = Loading(
             self.memory, self.reservations, self.room, self.eviction, self.placement, self.loras, journal
         )

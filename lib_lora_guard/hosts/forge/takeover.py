@@ -72,7 +72,7 @@ class ForgeTakeover(ForgeParts):
         modules = dict(sys.modules)
         misfits = self.web.install(self.hooks, modules)
         self.install_loaded(modules)
-        saving.install(self.hooks, self.control.engines)
+        saving.install(self.hooks, self.stacks.engines)
         return misfits
 
     def install_loaded(self, modules: Mapping[str, ModuleType]) -> None:
@@ -102,7 +102,7 @@ class ForgeTakeover(ForgeParts):
 
     def reports(self) -> tuple[ApplyReport, ...]:
         """Returns what lies on each model. For any thread."""
-        return self.control.reports()
+        return self.stacks.reports()
 
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
@@ -110,10 +110,10 @@ class ForgeTakeover(ForgeParts):
 
     def image_reports(self, image_model: Patcher, text_encoder: Patcher) -> list[ApplyReport]:
         """Returns what lies on the models that made the present image."""
-        found = [self.control.report(image_model.lora_loader)]
-        if self.control.is_last_stack(text_encoder):
+        found = [self.stacks.report(image_model.lora_loader)]
+        if self.stacks.is_reported(text_encoder):
             # Else the prompt was remembered, and the text encoder has the stack of another image.
-            found.append(self.control.report(text_encoder.lora_loader))
+            found.append(self.stacks.report(text_encoder.lora_loader))
         return [report for report in found if report is not None]
 
     def last_plan(self) -> LastPlan | None:

@@ -11,8 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-PatchValue: TypeAlias = Any
-"""Tuples and lists of many forms, and another extension's own objects: `adapters.patch_tuples` reads them."""
+from ...adapters.patch_tuples import PatchValue
 
 PatchEntry: TypeAlias = Sequence[PatchValue]
 """`[strength, value, strength_model, offset, function]`."""

@@ -26,9 +26,9 @@ from ...files import shown
 from ...messages import Joined, say, without
 from ...models.fit import Fit, Target, fit_file
 from ...reporting.report import clean_text
+from ...runtime.factor_copies import own
 from ...runtime.live_settings import LiveSettings
 from ...weights.storage import storage_of
-from ..forge.patches import OWN_TENSORS
 
 log = logging.getLogger(__name__)
 
@@ -245,8 +245,7 @@ Matches = weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Shape], Fit
 
 def _own(adapters: Iterable[Adapter]) -> None:
     for adapter in adapters:
-        for tensor in adapter.tensors():
-            OWN_TENSORS[tensor] = True
+        own(adapter.tensors())
 
 
 def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Fit:

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import logging
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ...errors import HostError
 from ...messages import Joined, say
-from ...patching.strengths import set_strengths
 from ...planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, read_strengths
 from ...reporting.report import clean_text
 from ...runtime.hooks import HookSet, Row, lay
-from ..forge.access import STATE
-from ..forge.lora_loader_state import RETRY
-from .types import Stack
+from ...runtime.host import StepStrengths
 
 log = logging.getLogger(__name__)
 
@@ -68,24 +62,14 @@ class Followed:
     schedule: Schedule
 
 
-@dataclass(frozen=True)
-class Changed:
-    """What was put on a loader in place of `start`, the stack that its patcher asks for."""
-
-    start: str
-    identifiers: list[Any]
-    patcher: Callable[[], Any]
-
-
 class Schedules:
-    """The schedules of the pass that is being made, and what they have changed."""
+    """The schedules of the pass that is being made."""
 
-    def __init__(self, control: Stack) -> None:
-        self._control = control
+    def __init__(self, strengths: StepStrengths[Any]) -> None:
+        self.strengths = strengths
         self._network_class: type | None = None
         self._networks: Any = None
         self._followed: dict[tuple[str, float], Followed] = {}
-        self._changed: weakref.WeakKeyDictionary[Any, Changed] = weakref.WeakKeyDictionary()
         self._is_said = False
 
     def register(self, host: ScheduleHost) -> None:
@@ -98,7 +82,7 @@ class Schedules:
 
     def forget(self) -> None:
         """For when the guard goes."""
-        self.restore()
+        self.strengths.restore()
         self._followed, self._network_class = {}, None
 
     def activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:
@@ -139,71 +123,24 @@ class Schedules:
         try:
             return original(sampler, *args, **kwargs)
         finally:
-            self.restore()
+            self.strengths.restore()
 
     def before_step(self, params: Any) -> None:
         """Forge's callback before each call of the U-Net; a sampler may make two in one step."""
-        if not self._followed and not self._changed:
+        if not self._followed and not self.strengths.are_changed:
             return
         patcher = params.denoiser.inner_model.inner_model.forge_objects.unet
         step, steps = int(params.sampling_step), int(params.total_sampling_steps)
         strengths: dict[int, float] = {}
-        for place, identifier in enumerate(patcher.lora_patches):
-            one = self._followed.get(identifier[:2]) if _is_forges(identifier) else None
+        for place, lora in enumerate(self.strengths.loras(patcher)):
+            one = None if lora is None else self._followed.get(lora)
             if one is not None:
                 strengths[place] = one.schedule.at(step, steps)
         if strengths and not self._is_said:
             self._is_said = True
             loras = Joined((f"{one.name} {one.schedule}" for one in self._followed.values()), "list.semicolon")
             say(log, logging.INFO, "schedules.follows", steps=steps, loras=loras)
-        self._bring(patcher, strengths)
-
-    def restore(self) -> None:
-        """Gives every model that was changed the strengths its patcher asks for."""
-        for loader, changed in list(self._changed.items()):
-            patcher = changed.patcher()
-            if patcher is not None and loader.loaded_hash == str(changed.identifiers):
-                self._bring(patcher, {})
-        # Of the others somebody else has taken care: what they recorded as applied is not what was put there.
-        self._changed.clear()
-
-    def _bring(self, patcher: Any, strengths: Mapping[int, float]) -> None:
-        """The LoRAs at these places of the patcher's stack get these strengths, the others those of the patcher."""
-        loader, start = patcher.lora_loader, list(patcher.lora_patches)
-        wanted = [_at(identifier, strengths.get(place)) for place, identifier in enumerate(start)]
-        if loader.loaded_hash == str(wanted):
-            return
-        changed = self._changed.get(loader)
-        present = start
-        if changed is not None and changed.start == str(start) and loader.loaded_hash == str(changed.identifiers):
-            present = changed.identifiers
-        elif loader.loaded_hash != str(start):
-            patcher.refresh_loras()
-            if loader.loaded_hash != str(start):
-                # The stack itself could not be applied; that has been said.
-                return
-        # Until all is done the recorded state is one that no stack has, as in a refresh.
-        loader.loaded_hash = RETRY
-        if not self._set(loader, {n: w[1] for n, (w, p) in enumerate(zip(wanted, present, strict=True)) if w is not p}):
-            patches = _patches_at(patcher.lora_patches, wanted)
-            loader.refresh(patches, patcher.offload_device)
-            if loader.loaded_hash != str(list(patches)):
-                return
-        loader.loaded_hash = str(wanted)
-        self._changed[loader] = Changed(str(start), wanted, weakref.ref(patcher))
-
-    def _set(self, loader: Any, strengths: Mapping[int, float]) -> bool:
-        """In place, where the guard's engine has the stack; False where it has not or could not."""
-        state = getattr(loader, STATE, None)
-        if state is None or self._control.was_left_to_host(loader):
-            return False
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                set_strengths(state.engine, strengths)
-        except Exception:
-            say(log, logging.WARNING, "schedules.whole_refresh", exc_info=True)
-            return False
-        return True
+        self.strengths.set(patcher, strengths)
 
 
 def _host_can_read(params: Any) -> bool:
@@ -230,26 +167,6 @@ def _is_for_hires(p: Any, params_list: Iterable[Any]) -> bool:
     """Forge encodes the hires prompt before the first pass, with the tags it has read out of that prompt."""
     of_hires = [params for tags in (getattr(p, "hr_extra_network_data", None) or {}).values() for params in tags]
     return any(params is other for params in params_list for other in of_hires)
-
-
-def _is_forges(identifier: Any) -> bool:
-    """`(filename, strength_patch, strength_model, online_mode)`; other extensions have keys of their own."""
-    return isinstance(identifier, tuple) and len(identifier) == 4
-
-
-def _at(identifier: Any, strength: float | None) -> Any:
-    return identifier if strength is None or strength == identifier[1] else (identifier[0], strength, *identifier[2:])
-
-
-def _patches_at(lora_patches: Mapping[Any, Mapping[str, list[Any]]], identifiers: list[Any]) -> dict[Any, Any]:
-    """The same patches under these identifiers. Where two of one file meet in one strength they become one entry."""
-    result: dict[Any, dict[str, list[Any]]] = {}
-    for new, (old, patches) in zip(identifiers, lora_patches.items(), strict=True):
-        entry = result.setdefault(new, {})
-        for key, terms in patches.items():
-            changed = terms if new is old else [[new[1], *term[1:]] for term in terms]
-            entry[key] = [*entry.get(key, []), *changed]
-    return result
 
 
 def _add_alias(extra_networks: Any) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from types import ModuleType
+from typing import Any
 
 from ...errors import HostError
 from ...recorder.flight_recorder import Phase
 from ...runtime.advice import Advice
 from ...runtime.hooks import HookSet, lay
+from ...runtime.host import HostStacks, StepStrengths
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.prompt_cache import PromptCache
@@ -20,7 +22,6 @@ from ...runtime.rule_log import RuleLog
 from . import conditioning, images, networks, schedules, unload
 from .lora_files import LoraFiles
 from .probe import check_networks, check_processing
-from .types import Stack
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class WebTakeover:
         self,
         settings: LiveSettings,
         files: LoraFiles,
-        stack: Stack,
+        stacks: HostStacks[Any],
+        strengths: StepStrengths[Any],
         journal: Journal,
         rule_log: RuleLog,
         advice: Advice,
@@ -45,16 +47,17 @@ class WebTakeover:
         Args:
             settings: the user's.
             files: reads LoRA files.
-            stack: the host's stacks of LoRAs.
+            stacks: of LoRAs, on the host's models.
+            strengths: changes them between two steps.
             journal: of the process.
             rule_log: of the takeover.
             advice: for images that end.
             memory_settings: returns everything that decides how models are loaded and placed, as one value to compare.
         """
-        self._settings, self._files, self._stack, self._journal = settings, files, stack, journal
+        self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = rule_log, images.Images(advice), memory_settings
         self.prompts = PromptCache()
-        self.schedules = schedules.Schedules(stack)
+        self.schedules = schedules.Schedules(strengths)
 
     def install(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> list[HostError]:
         """Replaces what of the WebUI is loaded and not replaced yet.
@@ -89,7 +92,7 @@ class WebTakeover:
             log.debug("the host's LoRA extension is not loaded; LoRA files stay with whatever reads them")
             return
         check_networks(modules["networks"])
-        stack = networks.LoraStack(modules["networks"], self._files, self._stack.require_all_refreshes)
+        stack = networks.LoraStack(modules["networks"], self._files, self._stacks.invalidate_all)
         lay(networks.ROWS, stack, modules, hooks)
 
     def _install_schedules(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
@@ -105,7 +108,7 @@ class WebTakeover:
         conditions = conditioning.Conditioning(
             modules["modules.shared"],
             lambda: (self._settings.mode(), self._settings.as_trained),
-            self._stack.has_applied,
+            self._stacks.is_current,
             lambda: self._journal.phase(Phase.ENCODE_PROMPT),
             self.prompts,
         )

@@ -118,5 +118,5 @@ def test_an_engine_tells_the_journal_what_it_is_about_to_do(scene):
     told = []
     scene.guard.journal.phase = lambda phase, plan: told.append((phase, plan)) or contextlib.nullcontext()
     denoiser = flux(scene, 5)
-    with scene.guard.control._state(denoiser.lora_loader).engine.watch(Phase.MERGE, 7):
+    with scene.guard.stacks.state(denoiser.lora_loader).engine.watch(Phase.MERGE, 7):
         assert told == [(Phase.MERGE, {"ram": 7})]

@@ -55,9 +55,9 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
     }
     takeover = object.__new__(ForgeTakeover)
     takeover.settings = LiveSettings({"lora_guard_mode": LoraMode.FP16.value})
-    takeover.control = types.SimpleNamespace(
+    takeover.stacks = types.SimpleNamespace(
         report=lambda loader: reports.get(id(loader)),
-        is_last_stack=lambda patcher: patcher.encodes_this_prompt,
+        is_reported=lambda patcher: patcher.encodes_this_prompt,
     )
     takeover.files = types.SimpleNamespace(left_out={"other.safetensors": "why"}, missing={"gone": "why"})
     monkeypatch.setattr(installed, "installed", lambda: takeover)

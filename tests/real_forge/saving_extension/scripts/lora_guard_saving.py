@@ -17,8 +17,7 @@ if os.environ.get("LORA_GUARD_SAVING"):
     if forge is not None and forge.installed() is not None:
         from lib_lora_guard.hosts.forge import saving as forge_saving
 
-        loaders = forge.installed().control._loaders
-        forge_saving.install(forge.installed().hooks, lambda: [one.lora_guard_state.engine for one in list(loaders)])
+        forge_saving.install(forge.installed().hooks, forge.installed().stacks.engines)
 
     # The button's own function is inside a function that builds the page; this one has its module's name.
     names = {"__name__": "modules.ui_checkpoint_merger", "sd_models": sd_models, "shared": shared}

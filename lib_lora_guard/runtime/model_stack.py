@@ -1,0 +1,197 @@
+"""Applies stacks of LoRAs to a host's models by the user's mode.
+
+A model has the whole stack as the guard applies it, or nothing of it, or the host applies it: never a part. How a host names
+its stacks, and what it can do itself after a failure, is in `hosts/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import RestoreError, named
+from ..memory.out_of_memory import is_out_of_memory
+from ..messages import say
+from ..patching.access import ModelAccess
+from ..patching.engine import Engine, LoraRequest
+from ..patching.merge_loss import merge_loss
+from ..patching.watching import Watch
+from ..planning.mode import Wish
+from ..recorder.crash_report import Precaution
+from ..reporting.report import ApplyReport, clean_text
+from ..settings import LoraMode
+
+log = logging.getLogger(__name__)
+
+WISHES = {LoraMode.AUTOMATIC: Wish.AUTO, LoraMode.FP16: Wish.NEVER_MERGE, LoraMode.MERGE: Wish.PREFER_MERGE}
+"""The mode of the host itself has none: there the guard applies nothing."""
+
+MERGE_ATTEMPTS = 2
+"""How often the merge of one stack may end for lack of memory: copying the originals of a large model takes seconds each
+time."""
+
+
+@dataclass(eq=False)
+class ModelStack:
+    """The stack of one model. It lives on the host's object for the model and dies with it."""
+
+    engine: Engine = field(default_factory=Engine)
+    mode: LoraMode | None = None
+    """The mode of the last change; None before the first."""
+    left_to_host: bool = False
+    """True while the host applies the LoRAs of this model itself."""
+    report: ApplyReport | None = None
+    """The last change; None if nothing of the guard is on the model."""
+    merge_loss_is_logged: bool = False
+    """True once the log says why low-bit weights of this model are not merged."""
+    failed_merges: tuple[str, int] = ("", 0)
+    """The stack whose merge ended for lack of memory, and how often in a row."""
+
+    def detach(self) -> None:
+        """Takes everything of the guard off the model.
+
+        Raises:
+            RestoreError: Something of it is still there; the next change tries again.
+        """
+        if not self.engine.detach_all():
+            raise RestoreError.of("memory.not_restored_at_all")
+
+    def merges_again(self, name: str, is_as_wished: bool) -> bool:
+        """Returns True if the next load should try again to merge: memory may be there by then.
+
+        Args:
+            name: The stack of the change that has just been made.
+            is_as_wished: False if its merge ended for lack of memory.
+        """
+        before, times = self.failed_merges
+        self.failed_merges = ("", 0) if is_as_wished else (name, times + 1 if before == name else 1)
+        return 0 < self.failed_merges[1] < MERGE_ATTEMPTS
+
+
+class ModelStacks:
+    """The stacks of all models that the guard works on, held weakly, and how they are changed."""
+
+    def __init__(self, precautions: Callable[[torch.nn.Module], Collection[Precaution]], watch: Watch) -> None:
+        """
+        Args:
+            precautions: Returns what to avoid with a model, because the last process died of it.
+            watch: Wraps the work of every engine.
+        """
+        self.precautions, self._watch = precautions, watch
+        self._no_merge_is_logged = False
+        self._stacks: weakref.WeakSet[ModelStack] = weakref.WeakSet()
+        self._reports: tuple[tuple[weakref.ref[ModelStack], ApplyReport], ...] = ()
+
+    def new_engine(self) -> Engine:
+        """Makes the engine of a model."""
+        return Engine(self._watch)
+
+    def add(self, stack: ModelStack) -> None:
+        """Adds the stack of a model that the guard has not worked on before."""
+        self._stacks.add(stack)
+
+    def change(
+        self,
+        stack: ModelStack,
+        access: ModelAccess,
+        model: torch.nn.Module,
+        requests: Sequence[LoraRequest],
+        mode: LoraMode,
+    ) -> bool:
+        """Applies a stack to its model.
+
+        If memory ends in a merge, the stack is applied without merging: less memory was there than the system said, and
+        nothing has changed yet.
+
+        Args:
+            stack: Gets the report.
+            access: The model as the engine sees it.
+            model: The model.
+            requests: The LoRAs, in order.
+            mode: The user's; not the host's own.
+
+        Returns:
+            False if memory ended in a merge.
+
+        Raises:
+            Exception: What an engine raises; the model has the stack it had before.
+        """
+        wish = self._wish(mode, model)
+        try:
+            stack.report = stack.engine.change(access, requests, wish)
+            return True
+        except Exception as error:
+            if wish is Wish.NEVER_MERGE or not is_out_of_memory(error):
+                raise
+            why = clean_text(named(error))
+        # The error is gone here, and what it held in memory with it.
+        say(log, logging.WARNING, "preflight.merge_ended", model=access.name, why=why)
+        stack.report = stack.engine.change(access, requests, Wish.NEVER_MERGE)
+        return False
+
+    def publish(self, stack: ModelStack, name: str) -> None:
+        """Makes the result of a change known: to the panel, and in the log.
+
+        Args:
+            stack: The changed stack.
+            name: The model's.
+        """
+        self.publish_reports()
+        if stack.mode is LoraMode.MERGE and not stack.merge_loss_is_logged:
+            _log_merge_loss(stack, name)
+        if stack.report is not None:
+            log.log(logging.WARNING if stack.report.is_worrying else logging.INFO, "%s", stack.report.line())
+
+    def publish_reports(self) -> None:
+        """Makes the present reports known to other threads."""
+        self._reports = tuple((weakref.ref(one), one.report) for one in self._stacks if one.report is not None)
+
+    def reports(self) -> tuple[ApplyReport, ...]:
+        """Returns the stack of each model as it was last reported. For any thread."""
+        # Replaced as a whole, never changed in place.
+        return tuple(report for stack, report in self._reports if stack() is not None)
+
+    def engines(self) -> list[Engine]:
+        """Returns the engine of every model that the guard has worked on and that still lives."""
+        return [stack.engine for stack in list(self._stacks)]
+
+    def forget(self) -> None:
+        """Drops all stacks, when the guard is taken out."""
+        self._stacks.clear()
+        self._reports = ()
+
+    def _wish(self, mode: LoraMode, model: torch.nn.Module) -> Wish:
+        """Translates the mode. The guard does not merge if merging ended the last process."""
+        if mode is not LoraMode.MERGE or Precaution.NO_MERGE not in self.precautions(model):
+            return WISHES[mode]
+        if not self._no_merge_is_logged:
+            self._no_merge_is_logged = True
+            say(log, logging.WARNING, "flight.line", line=Precaution.NO_MERGE.message)
+        return Wish.AUTO
+
+
+def _log_merge_loss(stack: ModelStack, model: str) -> None:
+    """Says once per model what merging its low-bit weights would lose."""
+    try:
+        loss = merge_loss(stack.engine.attached.values())
+    except Exception:
+        # A measurement, and the LoRAs are on the model already.
+        log.debug("%s: what merging would lose could not be measured", model, exc_info=True)
+        return
+    if loss is None:
+        return
+    stack.merge_loss_is_logged = True
+    say(
+        log,
+        logging.WARNING,
+        "everyday.cannot_be_merged" if loss.cosine is None else "everyday.not_merged",
+        model=model,
+        count=loss.weights,
+        format=loss.format,
+        cosine=loss.cosine or 0.0,
+        weight=loss.key,
+    )
