@@ -1,12 +1,15 @@
 """Patches of the host, read and written."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from support.adapter_contract import CONV, LINEAR, entry
 from support.make import rand
 
 from lib_lora_guard.adapters import DiffAdapter, Ia3Adapter, parse_term, parse_value
-from lib_lora_guard.adapters.patch_tuples import OWN_KIND, calculate_own_kind, value_of
+from lib_lora_guard.adapters.patch_tuples import OWN_KIND, AdapterTuple, calculate_own_kind, value_of
 from lib_lora_guard.errors import LoraMismatchError
 
 
@@ -77,3 +80,44 @@ def test_a_nested_patch_holds_the_stack_on_its_own_base():
     adapter = parse_value(entry("nested", LINEAR)[1], {})
     assert (adapter.kind, len(adapter.terms)) == ("nested", 1)
     assert parse_value(value_of(adapter), {}) is adapter
+
+
+def test_a_written_value_carries_its_adapter_and_is_the_hosts_tuple_to_everything_else():
+    adapter = parse_value(entry("lora", LINEAR)[1], {})
+    value = value_of(adapter)
+    assert value.adapter is adapter
+    assert isinstance(value, tuple)
+    kind, fields = value
+    assert (kind, len(value), type(fields)) == ("lora", 2, tuple)
+    assert value == ("lora", fields)
+    assert hash(("diff", 1)) == hash(AdapterTuple(("diff", 1), adapter))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda value: value[:],
+        lambda value: (*value,),
+        tuple,
+        lambda value: pickle.loads(pickle.dumps(value)),
+    ],
+    ids=["copy", "deepcopy", "slice", "unpacked", "tuple", "pickle"],
+)
+def test_whatever_is_made_of_a_written_value_is_a_plain_tuple_that_has_to_be_read(make):
+    adapter = parse_value(entry("lora", LINEAR)[1], {})
+    made = make(value_of(adapter))
+    assert type(made) is tuple
+    again = parse_value(made, {})
+    assert again is not adapter
+    assert torch.equal(again.up, adapter.up)
+    assert again.alpha == adapter.alpha
+
+
+def test_a_deep_copy_of_a_stack_shares_no_tensor_with_it():
+    adapter = parse_value(entry("lora", LINEAR)[1], {})
+    patches = {"w": [[1.0, value_of(adapter), 1.0, None, None]]}
+    up = copy.deepcopy(patches)["w"][0][1][1][0]
+    up.zero_()
+    assert adapter.up.any()

@@ -252,6 +252,25 @@ def test_a_file_is_read_once_copied_never_and_read_again_when_it_has_changed(gua
     assert len(reads) == 2
 
 
+def test_from_image_to_image_nothing_is_parsed_and_adapters_stay(guarded, tmp_path, monkeypatch):
+    from lib_lora_guard.hosts.forge import patches as forge_patches
+
+    parsed, parse = [], forge_patches.parse_value
+    monkeypatch.setattr(forge_patches, "parse_value", lambda *a: parsed.append(a) or parse(*a))
+    write_kohya(tmp_path / "s.safetensors", MODULES)
+    files = LoraFiles()
+    patcher, _ = guarded.build("fp8")
+    seen = []
+    for strength in (1.0, 0.5, 0.5, None, 1.0):
+        changed = patcher if strength is None else load(files, patcher, tmp_path / "s.safetensors", strength)[0]
+        guarded.load(changed)
+        attached = changed.lora_loader.lora_guard_state.engine.attached
+        if strength is not None:
+            seen.append({key: one.terms[0].adapter for key, one in attached.items()})
+    assert parsed == []
+    assert all(one[key] is seen[0][key] for one in seen for key in seen[0])
+
+
 def test_an_unexpected_failure_hands_the_file_to_the_host(guarded, tmp_path, monkeypatch, caplog):
     from lib_lora_guard.hosts.webui import lora_files as forge_files
 
