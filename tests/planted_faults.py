@@ -82,7 +82,9 @@ FAULTS = [
     Fault("a hook is restored over another extension", "        if self.is_outermost:\n            setattr(self.owner, self.name, self.original)\n", "        setattr(self.owner, self.name, self.original)\n", "hosts runtime contract", "hosts/test_hooks.py runtime/test_hooks.py"),
     Fault("some hooks stay", "while self.hooks:\n", "while len(self.hooks) > 1:\n", "hosts runtime contract", "hosts/test_hooks.py runtime/test_hooks.py"),
     Fault("after a failure there is no way of the host's", "way = self._own_ways.apply_whole(original, loader, access, wanted, offload)", "way = None", "contract faults", "faults/test_single.py"),
+    Fault("after a failure there is no way of the host's", "way = apply_whole(change.host, access, wanted, self._api.weight_classes)", "way = None", "contract faults", "faults/test_single.py"),
     Fault("the recorded stack stays true in an interrupt", "        # Until all is done the recorded state is one that no stack has: an interrupt must not leave a true-looking lie.\n        loader.loaded_hash = RETRY\n", "", "contract faults hosts", "contract/test_contract.py"),
+    Fault("the recorded stack stays true in an interrupt", "        # Until all is done the recorded state is one that no stack has: an interrupt must not leave a true-looking lie.\n        applied.invalidate()\n", "", "contract faults hosts", "contract/test_contract.py"),
     # What fits.
     Fault("a misfit is ignored", "term.check(shape, may_expand=may_expand)", "pass", "adapters patching", "adapters/test_fitting.py"),
     Fault("a foreign file is accepted", "return model is None or lora is None or model == lora or", "return True or", "models", "models/test_architecture.py"),
@@ -128,6 +130,7 @@ FAULTS = [
     Fault("a remembered prompt is handed out itself", "lambda t: t.to(self._devices[id(t)], copy=True)", "lambda t: t.to(self._devices[id(t)])", "hosts runtime", "hosts/test_conds.py hosts/webui/test_conditioning.py"),
     Fault("schedules are off by one step", "return step / (steps - 2)", "return step / (steps - 1)", "planning", "planning/test_schedule.py"),
     Fault("after sampling the last step's strengths stay", "                self._bring(patcher, {})\n", "                pass\n", "contract", "contract/test_schedules.py"),
+    Fault("after sampling the last step's strengths stay", "                self.set(patcher, {})\n", "                pass\n", "contract", "contract/test_schedules.py"),
     Fault("a saved state has no LoRA", "merged = merge(source, self._attachment.terms, device=", "merged = merge(source, (), device=", "patching contract", "patching/test_merged_state.py"),
     Fault("a host that does not fit is taken over", "    if merged.item() != 5.0:\n", "    if False:\n", "hosts runtime", "hosts/test_forge_start.py hosts/test_start.py"),
     Fault("the flag to switch off is ignored", "    if off:\n", "    if False:\n", "hosts runtime", "hosts/test_forge_start.py hosts/test_start.py"),

@@ -86,7 +86,7 @@ def test_a_change_of_the_whole_weight_takes_nothing_where_it_is_merged(scene, st
 
 def test_factors_that_are_on_the_card_already_are_not_reserved_again(scene, stacked, monkeypatch):
     patcher, resident = stacked(lora(), lora()), [0]
-    monkeypatch.setattr(scene.guard.control, "resident_bytes", lambda loader: resident[0])
+    monkeypatch.setattr(scene.guard.stacks, "resident_bytes", lambda loader: resident[0])
     for resident[0], coming in ((300, 2 * FACTORS * 2 - 300), (2 * FACTORS * 2, 0), (9_999, 0)):
         assert scene.guard.loras.factor_bytes(patcher) == coming
 

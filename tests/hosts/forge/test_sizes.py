@@ -151,7 +151,7 @@ def test_a_plan_goes_with_its_model(scene):
 
 
 def test_factors_on_the_card_are_in_the_plan(scene, monkeypatch):
-    monkeypatch.setattr(scene.guard.control, "resident_bytes", lambda loader: 123)
+    monkeypatch.setattr(scene.guard.stacks, "resident_bytes", lambda loader: 123)
     denoiser = flux(scene, 5)
     scene.load(denoiser, hard=50)
     assert (scene.guard.loading.plans.last.factor_bytes, scene.guard.loading.plans.last.other_bytes) == (123, 50)

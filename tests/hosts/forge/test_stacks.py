@@ -198,7 +198,7 @@ def test_a_model_whose_merges_are_suspended_for_a_move_is_refreshed_after_it(sta
     assert ("ZeroDivisionError" in caplog.text) is failed
 
 
-SUSPEND = "lift_merges"
+SUSPEND = "suspend_merges"
 
 
 def test_parameters_in_ram_are_the_backups_of_what_is_merged_after_a_load(stacks, settings):
