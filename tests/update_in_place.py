@@ -86,7 +86,8 @@ def main():
     archive = subprocess.run(["git", "archive", old], cwd=ROOT, capture_output=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         extension = Path(folder) / "lora guard"
-        tarfile.open(fileobj=io.BytesIO(archive)).extractall(extension)
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(extension)
         out, _ = run(extension, ROOT)
         assert "restart Forge to use the new version" in out, "an update without a restart says so"
         assert "Traceback" not in out
