@@ -18,7 +18,7 @@ from support.make import host_value, rand
 from support.reference import merge_reference
 
 from lib_lora_guard.adapters import parse_term
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.planning.mode import Wish
 from lib_lora_guard.weights import Nf4Codec, Q8_0Codec, ScaledFp8Codec, StoredLinear

@@ -21,7 +21,7 @@ from support.hostile_loras import (
 
 from lib_lora_guard import LoraGuard
 from lib_lora_guard.errors import LoraFileError, LoraMismatchError
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.models.names import NameMap
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.planning.mode import Wish

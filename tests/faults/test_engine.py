@@ -10,7 +10,7 @@ from faults.models import DEVICE, TOKENS, Model, dense_state, loras
 from faults.planting import Faults, PlantedError, every, is_planted
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import RestoreError
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup
 from lib_lora_guard.patching.engine import Engine, LoraRequest

@@ -6,7 +6,7 @@ from support.measure import assert_same_and_faults_seen
 from support.reference import merge_reference
 
 from lib_lora_guard.adapters import parse_term
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.low_rank import Entry, JoinedLowRank
 from lib_lora_guard.patching.norms import ratios_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.make import rand
 
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching.access import ModuleAccess, find_owner, is_linear, is_plain_convolution
 
 

@@ -11,7 +11,7 @@ from support.make import Net, host_value
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import RestoreError
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.patching import attachments, backup
 from lib_lora_guard.patching.attachments import MergeAttachment, MergeState

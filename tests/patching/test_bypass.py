@@ -9,7 +9,7 @@ from support.reference import merge_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lora_guard.adapters import parse_term
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.norms import ratios_of
 from lib_lora_guard.planning.cheap import forms_of

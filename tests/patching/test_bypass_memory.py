@@ -13,7 +13,7 @@ from support.live_memory import LiveMemory
 from support.make import rand
 
 from lib_lora_guard.adapters import Ia3Adapter, Term
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.patching.low_rank import JoinedLowRank
 from lib_lora_guard.planning.mode import Mode, Wish

@@ -18,7 +18,7 @@ from support.reference import merge_reference
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import RestoreError
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching import attachments
 from lib_lora_guard.patching.attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.backup import BackupStore

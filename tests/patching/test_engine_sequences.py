@@ -28,7 +28,7 @@ from support.measure import same_bits
 from support.reference import merge_reference
 
 from lib_lora_guard.errors import LoraMismatchError, ModeError, RestoreError
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup, merging, norms, transaction

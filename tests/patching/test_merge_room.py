@@ -11,7 +11,7 @@ from support.make import Net, host_value, rand
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import ModeError
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import backup, merge_room, watching
 from lib_lora_guard.patching.attachments import MergeAttachment

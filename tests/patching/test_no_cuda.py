@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lib_lora_guard.adapters import parse_term
-from lib_lora_guard.hosts.plain.guard import LoraGuard, PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
+from lib_lora_guard.hosts.plain.guard import LoraGuard
 from lib_lora_guard.memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from lib_lora_guard.memory.probe import measure_budget
 from lib_lora_guard.patching import merging, norms

@@ -10,7 +10,7 @@ from support.measure import contribution_error
 from support.reference import merge_reference
 
 from lib_lora_guard.adapters import parse_term
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching import norms
 from lib_lora_guard.planning.cheap import forms_of
 from lib_lora_guard.units import MB

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.make import Net, host_value
 
 from lib_lora_guard.adapters import parse_term
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching import watching
 from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine, LoraRequest

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from lib_lora_guard.adapters.files import read_lora_file
 from lib_lora_guard.errors import LoraFileError, LoraGuardError, LoraMismatchError
-from lib_lora_guard.hosts.plain.guard import PlainAccess
+from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.models.matching import match_file
 from lib_lora_guard.models.names import NameMap
 from lib_lora_guard.patching.engine import Engine, LoraRequest

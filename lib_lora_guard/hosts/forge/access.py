@@ -10,14 +10,14 @@ from typing import Any, Concatenate, Protocol, TypeGuard
 import torch
 
 from ...memory.probe import BackupBudget, measure_budget
-from ...patching.access import Site, find_owner, is_linear, is_plain_convolution
+from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
 from ...patching.on_the_fly import WeightTerms
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...runtime.hooks import P
 from ...weights.bnb4 import from_quant_state
 from ...weights.storage import storage_of
 from .api import ForgeApi
-from .facts import loader_of_model
+from .facts import compute_dtype, loader_of_model
 from .lora_loader_state import state_of
 from .types import PatchEntry
 
@@ -53,22 +53,20 @@ def merge_lora_to_weight(
     return original(patches, weight, *args, **kwargs)
 
 
-class ForgeAccess:
-    """Holds the model by weak reference: Forge frees models by counting references."""
+class ForgeAccess(ModuleAccess):
+    """One of Forge's models. It is held weakly: Forge frees models by counting references."""
 
     def __init__(self, api: ForgeApi, model: torch.nn.Module) -> None:
+        """
+        Args:
+            api: Forge's layer classes.
+            model: The model.
+        """
+        super().__init__(model)
         self._api = api
-        self._model = weakref.ref(model)
-        self.name = type(model).__name__
-
-    @property
-    def model(self) -> torch.nn.Module:
-        model = self._model()
-        if model is None:
-            raise ReferenceError(f"{self.name} has been unloaded")
-        return model
 
     def site(self, key: str) -> Site | None:
+        """Returns the parameter called `key`, or None if the model has none of that name."""
         owner = find_owner(self.model, key)
         if owner is None:
             return None
@@ -84,23 +82,9 @@ class ForgeAccess:
             can_on_the_fly=is_weight and isinstance(layer, self._api.weight_classes),
         )
 
-    def dense(self, site: Site) -> torch.Tensor:
-        if not site.shape:
-            return site.parameter.detach().to(torch.float32, copy=True)
-        return self.rows(site, 0, site.shape[0], site.parameter.device)
-
     def rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
-        parameter = site.parameter
-        if _is_gguf(parameter):
-            values = _gguf_rows(parameter, start, length, device)
-        elif _is_bnb(parameter):
-            # Not Forge's own function: it moves the whole weight to the GPU, and needs a bitsandbytes that works there.
-            decoder, parts = from_quant_state(parameter.data, parameter.quant_state)
-            parts = {name: part.to(device) for name, part in parts.items()}
-            values = decoder.decode_rows(parts, start, length, torch.float32)
-        else:
-            values = parameter.data.narrow(0, start, length)
-        dense = torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
+        """Returns `length` dequantised rows from `start` as a new fp32 tensor on `device`."""
+        dense = super().rows(site, start, length, device)
         scale = getattr(site.layer, "scale_weight", None)
         if site.name == "weight" and isinstance(scale, torch.Tensor):
             # As Forge's forward pass does for scaled fp8 checkpoints.
@@ -108,18 +92,26 @@ class ForgeAccess:
             dense *= scale if scale.numel() == 1 else scale.narrow(0, start, length)
         return dense
 
+    def decoded_rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
+        """Returns `length` rows from `start` as plain numbers, without the layer's scale."""
+        parameter = site.parameter
+        if _is_gguf(parameter):
+            return _gguf_rows(parameter, start, length, device)
+        if _is_bnb(parameter):
+            # Not Forge's own function: it moves the whole weight to the GPU, and needs a bitsandbytes that works there.
+            decoder, parts = from_quant_state(parameter.data, parameter.quant_state)
+            return decoder.decode_rows({n: part.to(device) for n, part in parts.items()}, start, length, torch.float32)
+        return parameter.data.narrow(0, start, length)
+
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
         bias = getattr(layer, "bias", None)
         if not isinstance(bias, torch.Tensor):
             return None
-        if _is_gguf(bias):
-            return _gguf_rows(bias, 0, 1, bias.device, is_vector=True)
-        return bias.data
-
-    def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
-        setattr(site.layer, site.name, value)
+        return _gguf_rows(bias, 0, 1, bias.device, is_vector=True) if _is_gguf(bias) else bias.data
 
     def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
+        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back."""
         attributes = site.layer.__dict__
         if terms is not None:
             attributes["forge_online_loras"] = {site.name: GuardPatches(terms, site.layer)}
@@ -128,16 +120,19 @@ class ForgeAccess:
             attributes.pop("forge_online_loras", None)
 
     def device(self) -> torch.device:
+        """Returns the GPU that parts of the model are on, or the CPU."""
         devices = {parameter.device for parameter in self.model.parameters()}
         return next((d for d in sorted(devices, key=str) if d.type not in ("cpu", "meta")), torch.device("cpu"))
 
     def backup_budget(self) -> BackupBudget:
+        """Measures how much memory backups of merged weights may take now."""
         # Forge plans with all VRAM that is free: none of it is spare.
         return replace(measure_budget(self.device(), RAM_FLOOR_BYTES), vram_spare_bytes=0)
 
     def is_in_force(self) -> bool:
-        # A copy of Forge's refresh, in another extension, may run in the middle of a model's forward pass: it writes these
-        # attributes anew and patches the weights itself.
+        """Returns False while another extension patches this model itself. Asked at every call of a layer."""
+        # A copy of Forge's refresh, in another extension, may run in the middle of a model's forward pass. It replaces the
+        # loader's attributes and patches the weights itself.
         loader = loader_of_model(self._model())
         state = state_of(loader)
         if loader is None or state is None or state.published is None:
@@ -145,8 +140,8 @@ class ForgeAccess:
         return not state.is_patched_by_other(loader)
 
     def compute_dtype(self) -> torch.dtype:
-        dtype = getattr(self.model, "computation_dtype", None)
-        return dtype if isinstance(dtype, torch.dtype) else torch.float16
+        """Returns the dtype of the model's activations."""
+        return compute_dtype(self.model)
 
 
 class GgufTensor(Protocol):

@@ -1,7 +1,7 @@
 """Puts the weights of a model file into a module as they are stored: GGUF blocks, fp8, bitsandbytes' four bits.
 
-Nothing is made dense: each linear layer becomes a StoredLinear over the file's own bytes, which decodes for every forward
-pass and which the guard patches without writing into them.
+Nothing is made dense. Each linear layer becomes a StoredLinear over the file's own bytes. It decodes them for every forward
+pass, and the guard patches it without writing into them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ from ...weights.storage import FP8_DTYPES, WIDE_DTYPES
 
 
 def load_stored(model: torch.nn.Module, path: str | Path, prefix: str = "") -> list[str]:
-    """Replaces every linear layer of `model` that the file (safetensors or GGUF) has a weight for; other parameters are
-    filled. `prefix`: what the file puts before the module names ("model.diffusion_model."). Returns the names in the
-    file that the model has no place for.
+    """Replaces every linear layer that the file has a weight for, and fills the other parameters.
 
-    Raises FileFormatError with file, key, expected and found; the model may then hold some of the new layers.
+    Args:
+        model: The module.
+        path: A safetensors or GGUF file.
+        prefix: Stands before the names of modules in the file ("model.diffusion_model.").
+
+    Returns:
+        The names in the file that the model has no place for.
+
+    Raises:
+        FileFormatError: The file cannot be read, or a tensor does not fit; with file, key, expected and found. The model may
+            then have some of the new layers.
     """
     header = open_header(Path(path))
     tensors = read_tensors(header)
@@ -65,7 +73,7 @@ def load_stored(model: torch.nn.Module, path: str | Path, prefix: str = "") -> l
 
 
 def _stored(header: FileHeader, tensors: Mapping[str, torch.Tensor], key: str) -> tuple[Decoder, Parts]:
-    """How one weight lies in the file."""
+    """Returns the decoder and the parts of one weight of the file."""
     tensor, stored_as = tensors[key], header.tensors[key].format
     if header.container == "gguf":
         if stored_as not in GGUF_DECODERS:
