@@ -1,4 +1,4 @@
-"""Is this a Forge that the guard fits? Capabilities are probed, never versions; nothing is changed here."""
+"""Probes whether the guard fits this Forge: by what it has, never by its version. Changes nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..probing import attribute, module, parameters
 
 @dataclass(frozen=True)
 class ForgeApi:
-    """The parts of Forge the guard stands on, all proven to be there."""
+    """The modules and classes of Forge that the guard needs, all probed."""
 
     lora: ModuleType
     operations: ModuleType
@@ -21,11 +21,15 @@ class ForgeApi:
     base: ModuleType
     linear_classes: tuple[type, ...]
     weight_classes: tuple[type, ...]
-    """Layers whose every forward pass gets its weight from `operations.get_weight_and_bias`."""
+    """The layers that ask `operations.get_weight_and_bias` for their weight in every forward pass."""
 
 
 def probe() -> ForgeApi:
-    """The host's parts. Raises HostError with the one probe that failed."""
+    """Returns Forge's parts.
+
+    Raises:
+        HostError: Something is missing; names the first.
+    """
     # Memory first, as every host does itself: Forge Neo's modules import each other in a circle that opens only there.
     memory = module("backend.memory_management")
     operations = module("backend.operations")
@@ -69,7 +73,7 @@ def probe() -> ForgeApi:
 
 
 def _check_patch_kinds(lora: ModuleType) -> None:
-    """Forge merges `("lora", (up, down, alpha, mid, dora_scale))`; Forge Neo takes ComfyUI's objects instead since 2026."""
+    """Tries a merge of `("lora", (up, down, alpha, mid, dora_scale))`. Since 2026 Forge Neo takes ComfyUI's objects instead."""
     two = torch.full((1, 1), 2.0)
     patch = ("lora", (two, two, None, None, None))
     try:
