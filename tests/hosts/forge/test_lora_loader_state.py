@@ -5,12 +5,12 @@ import types
 import pytest
 import torch
 
+from lib_lora_guard.hosts.forge.facts import loader_of_model
 from lib_lora_guard.hosts.forge.lora_loader_state import (
     RETRY,
     STATE,
     AppliedStack,
     LoaderState,
-    loader_of_model,
     state_of,
 )
 
