@@ -96,7 +96,7 @@ def test_the_log_level_is_a_flag(extension):
     [
         ("patcher/lora.py", "def refresh(self, lora_patches,", "def refresh(self, patches,", "backend.patcher.lora.LoraLoader.refresh has no parameter lora_patches"),
         ("patcher/lora.py", "def merge_lora_to_weight(patches, weight,", "def merge_lora_to_weight(weight, patches,", "backend.patcher.lora.merge_lora_to_weight does not take Forge's patches"),
-        ("memory_management.py", "def load_models_gpu(models, memory_required=0, hard_memory_preservation=0)", "def load_models_gpu(models)", "backend.memory_management.load_models_gpu has no parameter hard_memory_preservation"),
+        ("memory_management.py", "sys.modules[__name__]", "MemoryManagement.load_models_gpu = lambda self, models: None\nsys.modules[__name__]", "backend.memory_management.load_models_gpu has no parameter hard_memory_preservation"),
         ("operations.py", "class ForgeOperationsGGUF(", "class Renamed(", "name 'ForgeOperationsGGUF' is not defined|backend.operations.ForgeOperationsGGUF is missing"),
         ("operations.py", "from backend.patcher.lora import merge_lora_to_weight", "def merge_lora_to_weight(): pass", "backend.operations.merge_lora_to_weight is not the one"),
     ],
