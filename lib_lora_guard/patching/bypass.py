@@ -48,6 +48,7 @@ class Bypass:
         self.key, self.shape, self._in_force = key, shape, in_force
         self._ratios, self._bias_of = ratios or {}, bias_of
         self._forms = forms_of(terms, shape) if forms is None else forms
+        self._is_low_rank = all(isinstance(form, LowRank) for form in self._forms)
         self.program = compile_program(terms, self._forms, shape, self._ratios, bias_of)
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         self._said: set[str] = set()
@@ -112,9 +113,8 @@ class Bypass:
     def low_rank(self) -> JoinedLowRank | None:
         """The whole stack, if it is low-rank terms in one step; else None. Then strengths are scales alone."""
         steps = self.program.steps
-        if len(steps) != 1 or not isinstance(steps[0], LowRankStep):
-            return None
-        return steps[0].joined if all(isinstance(form, LowRank) for form in self._forms) else None
+        only = steps[0] if self._is_low_rank and len(steps) == 1 else None
+        return only.joined if isinstance(only, LowRankStep) else None
 
     def at_strengths(self, terms: Sequence[Term]) -> Program:
         """Compiles `terms`, which differ from the present ones in strengths alone. The factors on a device stay there."""

@@ -100,7 +100,7 @@ class JoinedLowRank:
 
     def scales_at(self, strengths: Iterable[float]) -> tuple[float, ...]:
         """Returns the factor of each entry at these strengths."""
-        return tuple(s * entry.factors.scale for s, entry in zip(strengths, self._entries, strict=True))
+        return tuple([s * entry.factors.scale for s, entry in zip(strengths, self._entries, strict=True)])
 
     def exchange(self, scales: tuple[float, ...], vectors: ScaleVectors) -> tuple[float, ...]:
         """Replaces the scales and returns the earlier ones.

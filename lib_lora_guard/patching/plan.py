@@ -7,8 +7,7 @@ derives none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ..adapters import Term
 from ..errors import ModeError
@@ -18,9 +17,11 @@ from ..planning.tokens import sees_one_token
 from .access import Site
 
 
-@dataclass(frozen=True, eq=False)
-class PlannedWeight:
-    """One parameter, the stack of terms on it in order, and the mode chosen for them."""
+class PlannedWeight(NamedTuple):
+    """One parameter, the stack of terms on it in order, and the mode chosen for them.
+
+    A tuple, because strengths that change between two steps make one of these for each layer.
+    """
 
     site: Site
     terms: tuple[Term, ...]
