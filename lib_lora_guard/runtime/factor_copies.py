@@ -18,7 +18,10 @@ from ..adapters import Adapter, ForeignAdapter
 from ..adapters.base import own_copy
 from ..adapters.patch_tuples import AdapterTuple, PatchValue, Read
 
-Key: TypeAlias = tuple[object, ...]
+Part: TypeAlias = str | float | tuple[int] | None
+"""A name or a number of a patch value, or the id of a tensor's copy."""
+
+Key: TypeAlias = tuple[Part, ...]
 
 OWN_TENSORS: MutableMapping[torch.Tensor, bool] = WeakIdKeyDictionary()
 """Tensors that the guard has read itself: they lie in RAM, their values are checked, and nothing else writes to them."""
@@ -106,7 +109,7 @@ class OwnAdapters:
         kind, content = ("diff", value) if len(value) == 1 else value
         if not isinstance(kind, str) or not isinstance(content, (tuple, list)):
             return None
-        parts: list[object] = [kind, as_trained]
+        parts: list[Part] = [kind, as_trained]
         for part in content:
             if isinstance(part, torch.Tensor):
                 copy = self.copies.known(part)

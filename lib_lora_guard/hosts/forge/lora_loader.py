@@ -97,7 +97,12 @@ class LoaderControl:
         state.mode = mode
         offload = offload_device if offload_device is not None else torch.device("cpu")
         access = ForgeAccess(self._api, loader.model)
-        host = HostRefresh(_with(original, *args, **kwargs) if args or kwargs else original, loader, offload)
+
+        def with_more(loader: LoraLoader, patches: Patches, offload: torch.device) -> None:
+            original(loader, patches, offload, True, *args, **kwargs)
+
+        # Some versions of Forge have no `force_refresh`; one with more parameters has it.
+        host = HostRefresh(with_more if args or kwargs else original, loader, offload)
         change = Refresh(host, state, access, lora_patches)
         if mode is LoraMode.OWN or wants_hosts_layers(loader.model, lora_patches):
             self._leave_to_host(change)
@@ -200,10 +205,3 @@ def _at(patches: Patches, places: set[int]) -> Patches:
 
 def _names(identifiers: Iterable[Identifier]) -> Joined:
     return Joined(clean_text(describe(identifier)[0]) for identifier in identifiers)
-
-
-def _with(
-    original: Callable[..., None], *args: Any, **kwargs: Any
-) -> Callable[[LoraLoader, Patches, torch.device], None]:
-    """Passes the further arguments of a newer Forge on to its own refresh."""
-    return lambda loader, patches, offload: original(loader, patches, offload, True, *args, **kwargs)

@@ -5,8 +5,10 @@ Source: Forge's `backend/patcher/lora.py` (`LoraLoader`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ...planning.mode import Mode
 from ...runtime.model_stack import ModelStack
@@ -29,14 +31,19 @@ class AppliedStack:
     def __init__(self, loader: LoraLoader) -> None:
         self._loader = loader
 
+    @property
+    def name(self) -> str:
+        """Forge's name for the stack; a name that no stack has if it is unknown."""
+        return self._loader.loaded_hash
+
     def is_current(self, stack: Iterable[Identifier]) -> bool:
         """True if exactly this stack is applied."""
-        return self._loader.loaded_hash == stack_name(stack)
+        return self.name == stack_name(stack)
 
     @property
     def is_unknown(self) -> bool:
         """True if the next refresh will apply its stack whatever it is."""
-        return self._loader.loaded_hash == RETRY
+        return self.name == RETRY
 
     def record(self, stack: Iterable[Identifier]) -> None:
         """Notes that this stack is applied."""
@@ -53,7 +60,7 @@ class LoaderState(ModelStack):
 
     reported: str = ""
     """Forge's name for the stack that `report` describes."""
-    published: tuple[object, object] | None = None
+    published: tuple[Mapping[str, torch.Tensor], Sequence[torch.nn.Module]] | None = None
     """The `backup` and `online_backup` objects that the guard has left on the loader."""
 
     def publish(self, loader: LoraLoader, stack: Iterable[Identifier]) -> None:

@@ -100,7 +100,7 @@ class ForgeStacks(ModelStacks):
         loader = loader_of_model(model)
         state = state_of(loader)
         if state is None or state.report is None:
-            return None if loader is None else loader.loaded_hash
+            return None if loader is None else AppliedStack(loader).name
         return state.mode, tuple(lora.label for lora in state.report.loras)
 
     def merged_layers(self, model: torch.nn.Module) -> set[torch.nn.Module]:
