@@ -1,8 +1,8 @@
 """Keeps the factors of a host's LoRAs in RAM of the guard's own, and reads no patch value twice while a stack uses it.
 
 The host's tensors are mapped from the LoRA file: a trainer that overwrites the file would change them, one that truncates it
-would kill the process. Hosts keep several files mapped after they are taken off, so a copy must not live as long as the
-tensor that it was made from.
+would kill the process. Hosts keep several files mapped after they are taken off. So a copy does not live as long as the
+tensor that it was made from, but as long as a stack uses it.
 """
 
 from __future__ import annotations
