@@ -1,7 +1,7 @@
-"""What has to be free on a device beside the weights while models run: the host's numbers, checked and corrected.
+"""Checks and corrects the VRAM that has to be free beside the weights while models run.
 
-A host plans with several numbers: the user's setting, the estimate of a step, and what a call reserves beside both. Every
-one of them can be out of range, and measured peaks correct the estimates. The sum is one number, for eviction and placement.
+A host plans with several numbers: the user's setting, the estimate of a step, and what a call reserves beside both. Each can
+be out of range, and measured peaks correct the estimates. The sum is one number, for eviction and placement.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Needs:
     """VRAM to keep free while models run. Predictions and the corrections by measured peaks are kept apart."""
 
     inference_bytes: int
-    """Of the user's setting."""
+    """Set by the user."""
     estimate_bytes: int
     """For a step. It comes from `Estimates`, which corrects it itself."""
     hard_bytes: int

@@ -45,7 +45,7 @@ from .types import LoadedModel, LoraLoader, MemoryManagement, Patcher, Vae
 log = logging.getLogger(__name__)
 
 FORGES_OPTIONS = frozenset({"cond_or_uncond", "sigmas", "cond_mark", "cond_indices", "uncond_indices"})
-"""What Forge itself puts into `transformer_options`. Anything else comes from an extension that works in the call."""
+"""The options that Forge itself puts into `transformer_options`. Any other comes from an extension that works in the call."""
 
 SETTLED_BYTES = 16 * MB
 """If more than that stayed or went in a call, it was not of the model alone: factors, workspaces, or layers that moved."""

@@ -33,7 +33,7 @@ class _Planned(threading.local):
     depth = 0
     """Above 0 if room has been made already."""
     places = 0
-    """How many models Forge has to place in it."""
+    """The number of models that Forge has to place in it."""
 
 
 class ForgeEviction:

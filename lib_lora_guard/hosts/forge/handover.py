@@ -34,11 +34,11 @@ class Placement:
         Args:
             memory: Forge's `backend.memory_management`.
             make_patcher: Forge's `ModelPatcher`: from a model, its device, and the device it is offloaded to.
-            away_bytes: returns what has left the device of a model for a while, and comes back without a new placement.
+            away_bytes: returns the bytes of a model that have left its device for a while and come back without a new placement.
         """
         self._memory, self._make_patcher, self._away_bytes = memory, make_patcher, away_bytes
         self._given_up: weakref.WeakKeyDictionary[torch.nn.Module, LoadedModel] = weakref.WeakKeyDictionary()
-        """What Forge had noted of a model when it gave its patcher up; without references to either."""
+        """Forge's record of each model whose patcher it gave up, without references to either."""
         self._is_replacing = False
 
     def hand_over(self, patcher: Patcher, needed_bytes: float, staying: Sequence[Patcher] = ()) -> bool:

@@ -21,7 +21,7 @@ from .types import LoadedModel, Patcher
 
 
 class LoraLoading:
-    """What a load has to know of LoRAs. Two of its methods stand in place of Forge's functions of their names."""
+    """The LoRA side of a load. Two of its methods stand in place of Forge's functions of their names."""
 
     def __init__(
         self,

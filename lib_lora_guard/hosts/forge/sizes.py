@@ -20,13 +20,14 @@ from ...weights.storage import scales_bytes
 
 _FOUR_BIT = ("nf4", "fp4")
 FORGES_SCALES = 0.1
-"""Of a packed byte, in Forge's count of a weight that is quantised."""
+"""Bytes of scales for each packed byte, in Forge's count of a quantised weight."""
 FORGES_VALUE_BYTES, VALUE_BYTES, SCALE_BYTES = 0.55, 0.5, 4
-"""Of a weight that is quantised when it gets to the card: by Forge's count, packed, and of one block's scale."""
+"""Bytes of a weight that is quantised on its way to the card: of a value in Forge's count, of a packed value, and of one
+block's scale."""
 USUAL_BLOCK = 64
 
 Size: TypeAlias = float | tuple[float, float, float]
-"""Bytes of a model; split: of all of it, of its own `weight`, and of the rest."""
+"""Bytes of a model; split: the whole, its own `weight`, and the rest."""
 
 
 def module_size(
