@@ -28,9 +28,9 @@ def is_forges_text_encoder(model: torch.nn.Module) -> bool:
     return is_a(model, *FORGES_TEXT_ENCODER)
 
 
-def is_a(thing: object, module: str, name: str) -> bool:
-    """True if `module.name` is among the classes of `thing`: asked by name, without an import of Forge."""
-    return any((kind.__module__, kind.__name__) == (module, name) for kind in type(thing).__mro__)
+def is_a(model: torch.nn.Module, module: str, name: str) -> bool:
+    """True if `module.name` is among the classes of `model`: asked by name, without an import of Forge."""
+    return any((kind.__module__, kind.__name__) == (module, name) for kind in type(model).__mro__)
 
 
 def network_name(model: torch.nn.Module) -> str:
