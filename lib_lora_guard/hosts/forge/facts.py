@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from ...runtime.journal import ModelFacts
@@ -58,8 +60,10 @@ def compute_dtype(model: torch.nn.Module) -> torch.dtype:
 
 def loaded_module(loaded: LoadedModel) -> torch.nn.Module | None:
     """Returns the model that was loaded; None before that, and after Forge has given it up."""
-    model: torch.nn.Module | None = getattr(loaded, "real_model", None)
-    return model
+    model = getattr(loaded, "real_model", None)
+    # Forge Neo of 2025 keeps a weak reference here.
+    found: torch.nn.Module | None = model() if isinstance(model, weakref.ref) else model
+    return found
 
 
 def loader_of(patcher: Patcher) -> LoraLoader | None:

@@ -1,9 +1,11 @@
 """Layers of a loaded model leave the card and come back whole, on a card that is not there (`support.fake_card`)."""
 
 import gc
+import types
 import weakref
 
 import pytest
+import torch
 from support.card_scene import TOTAL, assert_as_built, assert_sound, flux, scene_of, vae
 from support.fake_card import (
     CARD,
@@ -18,6 +20,7 @@ from support.fake_card import (
     size_of,
 )
 
+from lib_lora_guard.hosts.forge.facts import loaded_module
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.recorder.crash_report import Precaution
 
@@ -261,3 +264,12 @@ def test_after_a_crash_in_unloading_as_much_leaves_as_ram_is_fast_for(scene):
     scene.memory.free_memory(TOTAL, CARD)
     assert not scene.is_loaded(denoiser)
     assert bytes_on_card(denoiser.model) == 0
+
+
+def test_a_host_that_keeps_the_loaded_model_weakly_is_read_like_the_others():
+    model = torch.nn.Linear(2, 2)
+    loaded = types.SimpleNamespace(real_model=weakref.ref(model))
+    assert loaded_module(loaded) is model
+    del model
+    assert loaded_module(loaded) is None
+    assert loaded_module(types.SimpleNamespace(real_model=None)) is None
