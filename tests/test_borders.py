@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "lib_lora_guard"
 HOSTS = {"backend", "modules", "modules_forge", "networks", "packages_3rdparty"}
 GROUND = {"messages", "errors", "version", "units", "settings", "lazy_torch"}
 """Free to all."""
+PURE = {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting", "patching"}
 BELOW = {
     "messages": set(),
     "files": set(),
@@ -23,9 +24,14 @@ BELOW = {
     "checkpoints": {"files", "weights", "adapters", "models", "planning"},
     "baking": {"files", "weights", "adapters", "models", "checkpoints", "patching"},
     "replay": {"weights", "planning"},
+    "ui": {"files", "memory", "weights", "planning", "reporting"},
+    "demo": {*PURE, "hosts/plain"},
+    "commands": {*PURE, "checkpoints", "baking", "replay", "demo", "hosts/plain"},
+    "cli": {*PURE, "commands", "checkpoints", "replay", "demo", "baking"},
+    "__main__": {"cli"},
+    "__init__": {"hosts/plain"},
 }
 """What each pure package may import beside itself and the ground."""
-PURE = {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting", "patching"}
 ABOVE = {
     "runtime": {*PURE, "ui"},
     "hosts/probing.py": set(),
@@ -33,6 +39,8 @@ ABOVE = {
     "hosts/webui": {*PURE, "ui", "runtime", "hosts/probing.py"},
     "hosts/forge": {*PURE, "ui", "runtime", "hosts/webui", "hosts/probing.py"},
     "hosts/plain": {*PURE, "runtime"},
+    "hosts/start.py": {*PURE, "ui", "runtime", "hosts/webui", "hosts/forge", "hosts/recognise.py"},
+    "hosts/__init__.py": set(),
 }
 """The same for what works inside a host. A host imports downwards only; `hosts/start.py` chooses the host."""
 
@@ -65,9 +73,13 @@ def package_of(file):
     return "/".join(parts[:2]) if parts[0] == "hosts" else parts[0].removesuffix(".py")
 
 
-def strays(package, below):
+def files_of(package):
     folder = PACKAGE / package
-    for file in [folder] if folder.suffix else sorted(folder.rglob("*.py")):
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{package.removesuffix('.py')}.py"]
+
+
+def strays(package, below):
+    for file in files_of(package):
         inside = {package_of(path) for top, path in imports(file) if path is not None} - {package, "__init__"}
         yield from (f"{file.relative_to(PACKAGE)} imports {sub}" for sub in sorted(inside - below - GROUND))
 
@@ -87,6 +99,11 @@ def test_pure_packages_import_only_what_lies_below_them():
 
 def test_runtime_imports_no_host_webui_no_other_host_and_a_host_only_what_lies_below_it():
     assert [line for package, below in ABOVE.items() for line in strays(package, below)] == []
+
+
+def test_every_package_and_every_host_has_a_row():
+    places = {package_of(file) for file in PACKAGE.rglob("*.py")}
+    assert sorted(places - BELOW.keys() - ABOVE.keys() - GROUND) == []
 
 
 def test_no_file_imports_in_a_circle():

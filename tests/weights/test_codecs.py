@@ -54,7 +54,7 @@ def test_zeros_stay_zeros(codec):
     assert not codec.decode(codec.encode(torch.zeros(2, 64)), torch.float32).any()
 
 
-@pytest.mark.parametrize("codec", CODECS[2:], ids=lambda c: c.format)
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if codec.block > 1], ids=lambda c: c.format)
 def test_columns_must_fill_whole_blocks(codec):
     with pytest.raises(
         ValueError,
