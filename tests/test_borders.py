@@ -1,4 +1,4 @@
-"""Which package may import which: the pure packages know neither gradio nor a host, and only hosts/ speaks to Forge."""
+"""The imports that are allowed: the pure packages know neither gradio nor a host, and only hosts/ speaks to Forge."""
 
 import ast
 import subprocess

@@ -20,7 +20,7 @@ _SMALLEST_SIDE, _LARGEST_SIDE = 64, 16384
 
 
 def size(text: str) -> int:
-    """Parses "12GB", "12 GiB", "8192MB" or "12" into bytes. GB and GiB are alike: memory is sold in powers of two.
+    """Parses "12GB", "12 GiB", "8192MB" or "12" (GB) into bytes. GB and GiB are alike: memory is sold in powers of two.
 
     Raises:
         ValueError: The text is no size, or 0.

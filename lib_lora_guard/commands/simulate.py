@@ -51,7 +51,8 @@ def summary(replays: tuple[Replay, ...]) -> str:
 
 
 def changed(replays: tuple[Replay, ...]) -> str | None:
-    """Returns a sentence on the outcomes that the guard changes; None if there are no predictions."""
+    """Returns a sentence that counts the predicted outcomes, and those that differ from the reported ones; None if
+    there are no predictions."""
     judged = [one for one in replays if one.guard is not None]
     if not judged:
         return None

@@ -65,7 +65,8 @@ def plan_stack(
         compute_bytes: Bytes of one number in the compute dtype.
 
     Raises:
-        ModeError: The model cannot have the mode asked for.
+        ModeError: A merge was asked for, and a weight cannot have it. With another wish the reason is listed in the
+            LoRA's `fit.lost`.
     """
     target = checkpoint.target()
     stacked = []

@@ -1,4 +1,4 @@
-"""What a program that the guard does not fit seems to be, from the names of its folders. For the sentence to its user alone:
+"""Guesses the program that the guard does not fit, from the names of its folders. For the sentence to its user alone:
 whether the guard fits is decided by `forge_probe`, never here. Nothing is imported and nothing is changed."""
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def run_script(extension_root: Path) -> None:
 
 
 def script_class() -> type | None:
-    """What Forge looks for among the names of a scripts file; None outside a WebUI."""
+    """Returns the class that Forge looks for in a scripts file; None outside a WebUI."""
     # Switched off on the settings page it may be switched on again without another look at this.
     if "modules.scripts" not in sys.modules or (forge.installed() is None and _guard_options is None):
         return None

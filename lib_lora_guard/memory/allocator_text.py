@@ -156,9 +156,8 @@ def same_effect(left: str, right: str) -> bool:
 
 
 def start_line(text: str, windows: bool) -> Message:
-    """Returns the line for Forge's start script. The value is quoted: an unquoted `>` of a list would redirect the
-    output.
-    """
+    """Returns the line that sets the options in Forge's start script. The value is quoted: a shell takes the `>` in a
+    value such as `[256:1,>:4]` for a redirection."""
     if windows:
         return Message("allocator.line", {"file": "webui-user.bat", "line": f'set "{CUDA_VARIABLE}={text}"'})
     return Message("allocator.line", {"file": "webui-user.sh", "line": f'export {CUDA_VARIABLE}="{text}"'})

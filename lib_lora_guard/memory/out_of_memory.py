@@ -23,7 +23,7 @@ loaded, Apple's allocator, DirectML's allocator.
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if another attempt with less memory may succeed."""
+    """True if `error` says that memory ended, in VRAM or RAM: another attempt with less memory may succeed."""
     if isinstance(error, _types() if is_loaded() else MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)

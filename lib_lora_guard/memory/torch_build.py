@@ -1,4 +1,4 @@
-"""What torch is installed, and whether it could find a card, without importing it.
+"""Finds out which torch is installed, and whether it could find a card, without importing it.
 
 Source: torch/version.py, which every build of torch writes for itself.
 """

@@ -98,7 +98,7 @@ class HeldBackup(Backup):
 
 
 class SpooledBackup(Backup):
-    """The bytes, in the spool file. Every call reads them anew."""
+    """The original's bytes in the spool file. `parameter` reads them anew at each call."""
 
     def __init__(self, key: str, spool: Spool, region: Region, place: Place, requires_grad: bool) -> None:
         super().__init__(key, region.bytes, place)

@@ -37,7 +37,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Scale:
-    """The factor of a block's rank activation: one number, or one per rank `(rank,)`, fp32."""
+    """The factor on a block's `down @ x`: `alpha`, and where strengths differ one fp32 number per rank, `(rank,)`."""
 
     alpha: float
     per_rank: torch.Tensor | None

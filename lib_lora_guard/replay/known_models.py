@@ -84,7 +84,8 @@ FLUX_STORAGES = {
 
 
 def flux_matrices(with_guidance: bool = True) -> list[tuple[tuple[int, int], bool]]:
-    """Returns the shapes of all linear layers, and whether they are in a block. FLUX.1-schnell has no guidance."""
+    """Returns `(shape, is_in_block)` of each linear layer of FLUX.1. Without guidance: FLUX.1-schnell, which lacks the
+    two layers of the guidance embedder."""
     blocks = [shape for _ in range(FLUX_DOUBLE_BLOCKS) for shape in FLUX_DOUBLE.values()]
     blocks += [shape for _ in range(FLUX_SINGLE_BLOCKS) for shape in FLUX_SINGLE.values()]
     others = _EMBEDDERS | (_GUIDANCE if with_guidance else {})
@@ -164,6 +165,7 @@ def flux_text_bytes(matrix_bytes: float, with_projection: bool, after_first_prom
 
 
 def sdxl_text_bytes(after_first_prompt: bool) -> float:
-    """Returns the size of SDXL's JointTextEncoder in fp16: CLIP-L and CLIP-G."""
+    """Returns the size of SDXL's JointTextEncoder (CLIP-L and CLIP-G) in fp16. The first prompt converts the embeddings
+    to fp32."""
     grown = clip_embedding_growth_bytes(CLIP_L_WIDTH + CLIP_G_WIDTH) if after_first_prompt else 0
     return (CLIP_L_PARAMETERS + CLIP_G_PARAMETERS) * 2 + grown

@@ -22,7 +22,8 @@ OTHERS_BYTES = 256 * MB
 """Less than this in other programs is a desktop, and not worth closing it."""
 LORA_BYTES = 64 * MB
 SHARE = 4
-"""A step that takes this part less is worth the smaller picture where nobody knows what was missing."""
+"""A smaller picture is worth advising if a step takes one part in SHARE less; used where the missing bytes are
+unknown."""
 _PLAIN = ("F16", "BF16", "F32", "F8_E4M3", "F8_E5M2")
 """Formats of safetensors whose shapes are the weights' own."""
 

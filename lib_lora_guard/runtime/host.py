@@ -121,7 +121,8 @@ class DeviceMemory(Protocol):
         ...
 
     def placed_on(self, device: torch.device, but: Sequence[HostModel]) -> Sequence[PlacedModel]:
-        """Returns the models on a device in eviction order (least recently used first), without the modules of `but`."""
+        """Returns the models on a device in eviction order (least recently used first), except those that share a
+        module with one of `but`."""
         ...
 
     def take_back(self, device: torch.device) -> Sequence[HostModel]:

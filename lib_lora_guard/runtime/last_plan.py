@@ -12,7 +12,7 @@ from .needs import Needs
 
 
 class LastPlans:
-    """Keeps one plan, of the denoiser that was loaded last; text encoders and VAEs come and go beside it."""
+    """Keeps one plan: that of the denoiser that was loaded last. Loads of text encoders and VAEs leave it as it is."""
 
     def __init__(self, memory: DeviceMemory) -> None:
         """

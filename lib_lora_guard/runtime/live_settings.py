@@ -1,4 +1,4 @@
-"""What the user has set, read at each use: a request over the API may bring options of its own for one image."""
+"""The user's settings, read at each use: a request over the API may bring options of its own for one image."""
 
 from __future__ import annotations
 

@@ -74,13 +74,14 @@ class Reservations:
         hard_bytes: float,
         factor_bytes: int = 0,
     ) -> Needs:
-        """Checks the numbers of one load. A setting out of range is put right in the host itself.
+        """Returns the VRAM that one load has to leave free: its numbers, checked, and the corrections by measured
+        peaks. A setting out of range is put right in the host itself.
 
         Args:
             models: to load, some of them may be placed already.
             device: where they will run.
             estimate_bytes: requested for a step.
-            hard_bytes: requested beside it, with `factor_bytes` in it.
+            hard_bytes: requested beside the step; `factor_bytes` is a part of it.
             factor_bytes: for LoRA factors that are still to come.
         """
         total = self._memory.total_bytes(device)

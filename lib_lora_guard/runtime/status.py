@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class InForce(Protocol):
-    """What the host made of the user's settings: `hosts.webui.options.GuardOptions`."""
+    """The user's settings as the host has put them into force: `hosts.webui.options.GuardOptions`."""
 
     settings: Settings
     allocator: AllocatorState | None
@@ -40,7 +40,8 @@ class Machine:
         self._nvml, self._host = nvml or PacedNvml(), HostMemory()
 
     def look(self, takeover: Takeover | None) -> tuple[MemorySnapshot, GpuProcesses]:
-        """The memory now, and who else uses the card. Never what starts CUDA: that alone takes hundreds of MB of the card."""
+        """Returns the memory now, and the other programs that use the card. Starts no CUDA: that alone takes hundreds
+        of MB of the card."""
         may_start = torch.cuda.is_available() and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's own
         if takeover is None or may_start:
             # The host's own answer to which device it is would start it.

@@ -73,14 +73,14 @@ class StepTimer:
         self._clock, self._shared_usage = clock, shared_usage
         self._lock = threading.Lock()
         self._run = -1
-        """What the journal's count was when the present run began."""
+        """The journal's count when the present run began."""
         self._begun: tuple[Hashable, float, bool] | None = None
         """The last call: its configuration, when it began, whether it was the first of its run."""
         self._models: dict[int, Hashable] = {}
-        """What is the same for all calls of a run, by the model's id."""
+        """The facts that all calls of a run share, by the model's id."""
         self._asked = 0.0
         self._shared_at_first: int | None = None
-        """What the counters said before the run's first call: the model is loaded, and no step has taken anything."""
+        """The counters before the run's first call: the model is loaded, and no step has taken anything."""
         self._said: set[tuple[Hashable, Verdict]] = set()
 
     def apply_model(

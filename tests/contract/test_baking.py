@@ -1,4 +1,4 @@
-"""What baking makes of GGUF weights: the table of `planning.gguf_baked` against the host, and that with the guard every
+"""The formats of baked GGUF weights: the table of `planning.gguf_baked` against the host, and that with the guard every
 decision counts a model as it will lie."""
 
 import types

@@ -1,4 +1,4 @@
-"""What the guard promises inside Forge. Runs unchanged against the double and against the real Forge."""
+"""The guard's promises inside Forge. Runs unchanged against the double and against the real Forge."""
 
 import copy
 import gc

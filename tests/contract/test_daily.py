@@ -1,4 +1,4 @@
-"""What surrounds a LoRA in daily life: another stack on a loaded model, the host's moves, another mode at run time."""
+"""The daily surroundings of a LoRA: another stack on a loaded model, the host's moves, another mode at run time."""
 
 import logging
 

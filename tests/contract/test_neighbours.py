@@ -1,5 +1,5 @@
-"""What other extensions do to a patcher, its LoraLoader and its layers, as forge-facts.md says, on the double and on the
-real backend. tests/real_forge/neighbours.py asks the same in a running Forge."""
+"""The changes that other extensions make to a patcher, its LoraLoader and its layers, as forge-facts.md says, on
+the double and on the real backend. tests/real_forge/neighbours.py asks the same in a running Forge."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Which allocator options a machine and its torch can have."""
+"""The allocator options that a machine and its torch can have."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""What a part of the work took is its own: not what was there before, not what a part within it took or left behind."""
+"""The memory taken by a part of the work is its own: not what was there before, not what a part within it took
+or left behind."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""What is measured is never negative and never more than there is; the tightest of several limits counts."""
+"""The measured numbers are never negative and never more than there is; the tightest of several limits counts."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""Which language a reader gets."""
+"""The language that a reader gets."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which architecture: small truths by hand, for files that the references cannot make."""
+"""Tests of the architecture found: small truths by hand, for files that the references cannot make."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What of a LoRA file a model can use: one rule for everything that asks."""
+"""The part of a LoRA file that a model can use: one rule for everything that asks."""
 
 import pytest
 import torch

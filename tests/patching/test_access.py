@@ -1,4 +1,4 @@
-"""What an access finds in a model, and what is left when the model is gone."""
+"""Tests of an access: the parts it finds in a model, and those left when the model is gone."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""What readers of the parameters get: the merge in fp32, rounded once, whatever mode the LoRAs are in."""
+"""The values that readers of the parameters get: the merge in fp32, rounded once, whatever mode the LoRAs are in."""
 
 import dataclasses
 

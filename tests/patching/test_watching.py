@@ -1,4 +1,4 @@
-"""What an engine tells of what it does: once for all layers, where there are any, with the RAM it may take."""
+"""The messages of an engine on its work: once for all layers, where there are any, with the RAM it may take."""
 
 import contextlib
 

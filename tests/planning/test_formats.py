@@ -1,4 +1,4 @@
-"""What would make room: formats that fit, a smaller picture, LoRAs left out."""
+"""The ways to make room: formats that fit, a smaller picture, LoRAs left out."""
 
 import pytest
 

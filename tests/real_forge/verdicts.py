@@ -1,4 +1,4 @@
-"""What is wrong with a way that was walked on two sides (sides.py): its pictures, the last one, the console."""
+"""The faults of a way that was walked on two sides (sides.py): its pictures, the last one, the console."""
 
 import re
 

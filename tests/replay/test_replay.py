@@ -1,4 +1,4 @@
-"""What users' logs show comes out of the formulas, and of nothing else."""
+"""The numbers in users' logs come out of the formulas, and of nothing else."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What an applied stack says of itself, in both languages."""
+"""The report of an applied stack, in both languages."""
 
 from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.mode import Choice, Mode

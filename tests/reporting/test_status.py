@@ -1,4 +1,4 @@
-"""What the panel is told: numbers that any JSON reader takes, texts in the reader's language, nothing but text."""
+"""The facts told to the panel: numbers that any JSON reader takes, texts in the reader's language, nothing but text."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What is advised when memory ended, and that it never hides why."""
+"""The advice when memory ended, which never hides why."""
 
 import logging
 import types

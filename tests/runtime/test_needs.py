@@ -1,4 +1,4 @@
-"""What has to be free beside the weights: the host's numbers, checked by the rules and corrected by measured peaks."""
+"""The memory kept free beside the weights: the host's numbers, checked by the rules and corrected by measured peaks."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the memory rules have changed is logged once while it stays the same."""
+"""The changes made by the memory rules are logged once while they stay the same."""
 
 import logging
 

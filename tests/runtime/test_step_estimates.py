@@ -1,4 +1,4 @@
-"""What a step needs, where nothing was measured."""
+"""The needs of a step where nothing was measured."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What every adapter is held to, whatever its kind; and stacks of host patches against the written-out reference."""
+"""Tests for every adapter, whatever its kind; and stacks of host patches against the written-out reference."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a stack of host patches does to a weight, written for clarity: the reference that the product is held against.
+"""The effect of stacked host patches on a weight, written for clarity: the reference that the product is held against.
 
 Every formula is spelled with explicit loops or full Kronecker / einsum products in the dtype of the weight given
 (tests use float64). It shares no code with the product, and the double of Forge uses it as its own merge.

@@ -24,8 +24,8 @@ class CheckpointReading:
     def __init__(self, preflight: Preflight, advise: Callable[[Sequence[Path], int], Sequence[Message]]) -> None:
         """
         Args:
-            preflight: decides.
-            advise: says what would help where files do not fit into so many bytes.
+            preflight: refuses files that RAM and page file cannot take.
+            advise: takes the files and the bytes that they may fill; returns what would help.
         """
         self._preflight, self._advise = preflight, advise
 

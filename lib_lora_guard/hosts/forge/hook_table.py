@@ -65,7 +65,7 @@ START: tuple[Row[ForgeParts], ...] = (
     Row(_LORA, "model_lora_keys_unet", lambda g: (with_fresh_key_map,)),
     Row(_LORA, "model_lora_keys_clip", lambda g: (with_fresh_key_map,)),
 )
-"""What is there when preload.py runs: all of it is replaced, or nothing."""
+"""The functions that exist when preload.py runs: all of them are replaced, or none."""
 
 LATER: tuple[Row[ForgeParts], ...] = (
     Row(_K_MODEL, "KModel.memory_required", lambda g: (g.calibration.estimates.memory_required,), is_needed=False),
@@ -110,6 +110,6 @@ LATER: tuple[Row[ForgeParts], ...] = (
         is_needed=False,
     ),
 )
-"""What is loaded when Forge runs the extension's scripts."""
+"""The functions that exist when Forge runs the extension's scripts."""
 
 HOOKS = (*START, *LATER, *WEB, *saving.HOOKS)

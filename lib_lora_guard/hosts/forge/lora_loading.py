@@ -47,7 +47,8 @@ class LoraLoading:
     def model_load(
         self, original: Callable[Concatenate[LoadedModel, P], R], loaded: LoadedModel, *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Stands in place of `LoadedModel.model_load`: what is in RAM before it is the backup of what is merged after it."""
+        """Stands in place of `LoadedModel.model_load`: parameters that lie in RAM when it begins are the backups of the
+        merges made in it."""
         with self._stacks.loading(loaded.model):
             return original(loaded, *args, **kwargs)
 

@@ -124,7 +124,8 @@ class ForgeMemory:
         return self._placed(found[0]) if len(found) == 1 else None
 
     def placed_on(self, device: torch.device, but: Sequence[HostModel]) -> list[ForgePlaced]:
-        """Returns the loaded models of a device, least recently used first, without the modules of `but`."""
+        """Returns the loaded models of a device, least recently used first, except those that share a module with one
+        of `but`."""
         return [
             self._placed(one)
             for one in reversed(self.forges.current_loaded_models)

@@ -1,4 +1,4 @@
-"""Whoever reads the model's own weights gets them with their LoRAs: Save UNet, Save Checkpoint, ControlLora.
+"""Hands the model's own weights over with their LoRAs merged: to Save UNet, Save Checkpoint and ControlLora.
 
 The host saves a copy of the whole model, made once in memory and once more as bytes. Here a save reads and merges one
 weight at a time while it writes.
@@ -192,8 +192,8 @@ class _Interruptible:
 
 @contextlib.contextmanager
 def _turn(name: str) -> Iterator[None]:
-    """Under Forge's queue lock. Its buttons do not take it, and so wait for what is running. Anybody else may well be the one
-    that holds it (nothing says who does), and for himself nobody may wait: then the save is part of what is running."""
+    """Holds Forge's queue lock during a save. A save from a button waits for the lock; any other does not, since the
+    code that calls it may hold the lock: then the save is part of what is running."""
     lock = getattr(sys.modules.get("modules.call_queue"), "queue_lock", None)
     if lock is None:
         yield

@@ -176,7 +176,8 @@ class ForgeStacks(ModelStacks):
 
     @contextlib.contextmanager
     def loading(self, patcher: Patcher) -> Iterator[None]:
-        """Wraps Forge's placing of a model: parameters that are in RAM before it are the backups of merges after it."""
+        """Wraps Forge's placing of a model: parameters that lie in RAM before it are the backups of the merges made in
+        it."""
         loader = loader_of(patcher)
         if loader is None or not patcher.lora_patches or self._settings.mode() is LoraMode.OWN:
             yield

@@ -122,7 +122,8 @@ class ForgeTakeover(ForgeParts):
 
 
 _settings, _journal = LiveSettings(), None
-"""Of the process, not of one takeover: switching the guard off and on is no clean end, and changes no setting."""
+"""They belong to the process, not to one takeover: switching the guard off and on is no clean end, and changes no
+setting."""
 
 
 def _make() -> ForgeTakeover:

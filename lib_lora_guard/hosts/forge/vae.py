@@ -29,7 +29,7 @@ from .facts import is_forges_vae
 from .types import MemoryManagement, Vae
 
 USUAL_CHANNELS, USUAL_RATIO = 128, 8
-"""Of the VAEs that `planning.activations` was measured with: channels of the finest level, pixels per latent pixel."""
+"""The measures of the VAEs behind `planning.activations`: channels of the finest level, pixels per latent pixel."""
 TILES = {"decoding": 64, "encoding": 512}
 """Sides of Forge's tiles, in pixels of the latent and of the picture. It goes over the picture three times, with squares and
 with tiles of half and twice the side, and takes the mean."""

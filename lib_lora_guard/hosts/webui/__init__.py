@@ -1,1 +1,1 @@
-"""What the hosts of the A1111 family have in common: prompts, LoRA tags, settings, the tab. Imports no host."""
+"""The common parts of the hosts of the A1111 family: prompts, LoRA tags, settings, the tab. Imports no host."""

@@ -69,7 +69,7 @@ class Conditioning:
         **kwargs: Any,
     ) -> Key:
         """Stands in place of `cached_params`: the host's key, with what lies on the text encoder instead of the prompt's LoRAs."""
-        if self._is_someone_at_work():
+        if self._is_extension_at_work():
             return original(processing, required_prompts, steps, extra_network_data, *args, **kwargs)
         try:
             data: Key | Tags = (
@@ -101,12 +101,12 @@ class Conditioning:
     ) -> Conds:
         """Stands in place of `get_conds_with_caching`, which finds in its cache what the guard remembers."""
         everything = (function, required_prompts, steps, caches, extra_network_data, hires_steps)
-        if self._is_someone_at_work():
+        if self._is_extension_at_work():
             return original(processing, *everything, *args, **kwargs)
         model = self._shared.sd_model
         memory = self._cache.of(model)
         if all(cache[0] is None for cache in caches):
-            # Emptied: someone wants the prompt encoded anew, or the host's option says that nothing is kept.
+            # Emptied: the prompt is to be encoded anew, or the host's option says that nothing is kept.
             memory.clear()
             key = None
         else:
@@ -151,7 +151,7 @@ class Conditioning:
             for identifier, on_keys in encoder.patcher.lora_patches.items()
         ]
 
-    def _is_someone_at_work(self) -> bool:
+    def _is_extension_at_work(self) -> bool:
         """True if another extension has replaced the forward pass of a layer in the text encoder.
 
         regional-prompter works there, by settings that no key of the guard knows. Then all is as in the host.

@@ -1,4 +1,4 @@
-"""What happens in place of `networks.load_lora_for_models`: the guard reads the LoRA file itself.
+"""Stands in place of `networks.load_lora_for_models`: reads the LoRA file by the guard's own rules.
 
 Forge's own parser drops kinds it has no tuple for (OFT, BOFT, IA3), names it has no map for (SD3 as diffusers writes it),
 and what stands in the metadata (alpha and rsLoRA of PEFT). A mismatch is a guess there, by the number of keys left over.
@@ -79,7 +79,7 @@ class LoraFiles:
         """
         self._settings, self._unpatched_shapes = settings or LiveSettings(), unpatched_shapes
         self._lock = threading.Lock()
-        """Around `_kept`: files are read where images are made, the settings page changes how much is kept."""
+        """Protects `_kept`: files are read where images are made, the settings page changes how much is kept."""
         self._kept: OrderedDict[FileKey, LoraFile] = OrderedDict()
         self._in_stack: set[FileKey] = set()
         self._last_stack: set[FileKey] = set()
@@ -92,7 +92,7 @@ class LoraFiles:
         self._matches: weakref.WeakKeyDictionary[LoraFile, Matches] = weakref.WeakKeyDictionary()
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
-        """In place of `networks.load_lora_state_dict`."""
+        """Stands in place of `networks.load_lora_state_dict`."""
         if (
             self.is_host_reading()
             or not _is_hosts_own(original)
@@ -156,7 +156,8 @@ class LoraFiles:
 
     @contextlib.contextmanager
     def announced_stack(self, missing: Mapping[str, str], is_empty: bool) -> Iterator[None]:
-        """Around the host's `load_networks`, which reads the files of a new stack, or none where the stack is the same."""
+        """Wraps the host's `load_networks`, which reads the files of a new stack, or none where the stack is the
+        same."""
         self.missing, self._stack = dict(missing), "announced"
         if is_empty:
             self.left_out = {}
@@ -166,7 +167,7 @@ class LoraFiles:
             self._stack = ""
 
     def remind(self) -> None:
-        """For an image with the same stack as the last: says again what is left out."""
+        """Says again what is left out, for an image with the same stack as the last."""
         if self.left_out:
             loras = [Message("host.left_out_of_all", {"name": name, "why": why}) for name, why in self.left_out.items()]
             say(log, logging.WARNING, "host.still_without", loras=Joined(loras, "list.semicolon"))
@@ -219,7 +220,8 @@ class LoraFiles:
             return sum(size for _, _, size in self._kept)
 
     def _match(self, file: LoraFile, model: torch.nn.Module) -> Fit:
-        """What the file has for one model; worked out once, for nothing in it depends on the strength."""
+        """Returns the part of the file that fits one model; worked out once, for nothing in it depends on the
+        strength."""
         shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
         shapes |= self._unpatched_shapes(model)
         known = self._matches.setdefault(file, weakref.WeakKeyDictionary())

@@ -81,12 +81,13 @@ class Schedules:
         _add_alias(host.extra_networks)
 
     def forget(self) -> None:
-        """For when the guard goes."""
+        """Restores the strengths when the guard goes."""
         self.strengths.restore()
         self._followed, self._network_class = {}, None
 
     def activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:
-        """In place of `ExtraNetworkLora.activate`, which is called for every batch, for the hires pass and for a refiner."""
+        """Stands in place of `ExtraNetworkLora.activate`, which is called for every batch, for the hires pass and for a
+        refiner."""
         self._followed = {}
         if type(network) is not self._network_class:
             # Another extension is the prompt's LoRA network (sd-webui-loractl) and has read the tags already.
@@ -118,7 +119,7 @@ class Schedules:
         return result
 
     def launch_sampling(self, original: Callable[..., Any], sampler: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around the sampling of one pass: whatever ends it, the model has the strengths of its patcher again."""
+        """Wraps the sampling of one pass: whatever ends it, the model has the strengths of its patcher again."""
         self._is_said = False
         try:
             return original(sampler, *args, **kwargs)
@@ -164,13 +165,14 @@ def _with_numbers(params: Any, text: float, model: float) -> Any:
 
 
 def _is_for_hires(p: Any, params_list: Iterable[Any]) -> bool:
-    """Forge encodes the hires prompt before the first pass, with the tags it has read out of that prompt."""
+    """Recognises the hires prompt's tags: Forge encodes that prompt before the first pass, with the tags it has read
+    out of it."""
     of_hires = [params for tags in (getattr(p, "hr_extra_network_data", None) or {}).values() for params in tags]
     return any(params is other for params in params_list for other in of_hires)
 
 
 def _add_alias(extra_networks: Any) -> None:
-    """`<loractl:...>` is that extension's other name for a LoRA tag."""
+    """Adds `<loractl:...>`, sd-webui-loractl's other name for a LoRA tag."""
     lora = extra_networks.extra_network_registry.get("lora")
     if lora is not None and "loractl" not in extra_networks.extra_network_registry:
         extra_networks.extra_network_aliases.setdefault("loractl", lora)

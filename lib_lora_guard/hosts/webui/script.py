@@ -1,4 +1,4 @@
-"""What the infotext of a picture says of its LoRAs: a script that Forge runs with every image and that shows nothing."""
+"""Writes a picture's LoRAs into its infotext: a script that Forge runs with every image and that shows nothing."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from ...ui.route import add_route
 
 
 class Face:
-    """What Forge shows of the guard. `options` is None where the guard is not at work here: then there are no settings,
-    and the tab says so."""
+    """The guard's face in Forge: settings, tab and address. `options` is None where the guard is not at work here: then
+    there are no settings, and the tab says so."""
 
     def __init__(self, options: InForce | None) -> None:
         self._options = options

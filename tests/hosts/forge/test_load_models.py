@@ -1,4 +1,4 @@
-"""What a load moves: models leave, shrink and come back on a card that is not there (`support.fake_card`)."""
+"""The moves of a load: models leave, shrink and come back on a card that is not there (`support.fake_card`)."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""What is written down of a Forge at work, with the bytes it is about to take; and which ends of it are no death."""
+"""Tests of the phases written down of a Forge at work, with the bytes it is about to take; and of the ends that are no
+death."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a picture's infotext says of its LoRAs."""
+"""The lines on a picture's LoRAs in its infotext."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""What the re-created neighbours share. They are written from the facts in forge-facts.md; nothing is copied.
+"""The common parts of the re-created neighbours. They are written from the facts in forge-facts.md; nothing is copied.
 
 LORA_GUARD_NEIGHBOURS names those that are there: `block_weight,wrap_refresh@before`. This folder is linked into extensions/
 under a name after lora-guard's, before/ under one before it.
