@@ -185,10 +185,11 @@ def _log_merge_loss(stack: ModelStack, model: str) -> None:
     if loss is None:
         return
     stack.merge_loss_is_logged = True
+    key = "everyday.cannot_be_merged" if loss.cosine is None else "everyday.not_merged"
     say(
         log,
         logging.WARNING,
-        "everyday.cannot_be_merged" if loss.cosine is None else "everyday.not_merged",
+        key,
         model=model,
         count=loss.weights,
         format=loss.format,

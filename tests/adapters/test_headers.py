@@ -101,9 +101,11 @@ def both(shapes, numbers, dtype):
     headers, metas = {}, {}
     for name, shape in shapes.items():
         is_read = name in numbers and all(size == 1 for size in shape)
-        tensor = torch.full(
-            shape, numbers.get(name, 0), dtype=getattr(torch, dtype), device=None if is_read else "meta"
-        )
+        # Older torch fills no fp8, and no fp16 with what is infinite there.
+        wanted = getattr(torch, dtype)
+        filled_as = torch.float64 if wanted.is_floating_point else wanted
+        value, device = numbers.get(name, 0), None if is_read else "meta"
+        tensor = torch.full(shape, value, dtype=filled_as, device=device).to(wanted)
         number = float(tensor) if is_read and not tensor.is_complex() else None
         headers[f"module.{name}"], metas[f"module.{name}"] = HeaderTensor(shape, dtype, number), tensor
     return headers, metas

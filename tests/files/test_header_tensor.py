@@ -100,7 +100,7 @@ def test_nothing_but_numbers_has_a_value():
     number = HeaderTensor((), "float16", 0.5)
     assert (float(number), bool(number), number.is_meta) == (0.5, True, False)
     assert not HeaderTensor((1,), "bool", 0.0)
-    with pytest.raises(RuntimeError, match="meta"):
+    with pytest.raises(RuntimeError, match=r"[Mm]eta"):
         bool(HeaderTensor((), "bool"))
 
 
