@@ -42,7 +42,7 @@ class LoraGuardError(Exception):
 
 
 class FileFormatError(LoraGuardError, ValueError):
-    """A file is missing, truncated, or breaks the rules of its own format."""
+    """A file is missing, truncated, not of the expected kind, or breaks the rules of its own format."""
 
 
 class LoraFileError(FileFormatError):

@@ -115,10 +115,11 @@ class Calibration:
                 self._warn_once(error)
 
     def correction_bytes(self, key: Key, predicted_bytes: int | None = None) -> int:
-        """Returns the bytes to add to a prediction: within LOWEST and HIGHEST of it, 0 if `key` was never measured.
+        """Returns the bytes to add to a prediction: between LOWEST and HIGHEST times the prediction; 0 if `key` was never
+        measured.
 
         Args:
-            key: The kind of operation.
+            key: The operation, model and conditions whose measurements count.
             predicted_bytes: The prediction; None takes the last recorded one.
         """
         with self._lock:

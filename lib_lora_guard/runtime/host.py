@@ -23,7 +23,7 @@ class ModelSizes(Protocol):
         exclude_device: torch.device | None = ...,
         include_device: torch.device | None = ...,
     ) -> float:
-        """Returns the bytes of a model's weights, as the host will place them.
+        """Returns the bytes of a model's weights, as the host counts them when it decides on placement.
 
         Args:
             module: the model.

@@ -16,8 +16,8 @@ HOST_FILE_LIMIT_OPTION = "lora_in_memory_limit"
 def mode_of(options: Mapping[str, object]) -> LoraMode:
     """Returns the mode that the host's options ask for.
 
-    The dropdown counts where the guard's own setting leaves the mode open. It holds for 16-bit models too, where Forge ignores
-    it.
+    If the guard's own mode is "Automatic", a choice with "(fp16 LoRA)" in Forge's "Diffusion in Low Bits" gives FP16. This holds
+    for 16-bit models too, where Forge ignores it.
     """
     mode = read({PREFIX + "mode": options.get(PREFIX + "mode")})[0].mode
     if mode is LoraMode.AUTOMATIC and "(fp16 LoRA)" in str(options.get(LOW_BITS_OPTION)):

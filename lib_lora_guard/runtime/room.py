@@ -93,7 +93,8 @@ class Room:
             self._memory.empty_cache()
 
     def watch_share(self, models: Sequence[HostModel], device: torch.device) -> None:
-        """Records how much of each model is on the device after a load, and logs a share that has shrunk for no reason."""
+        """Records how many bytes of each model are on the device after a load. Logs rule LG-R09 if they shrank since the last
+        load although no room was needed."""
         for one in models:
             now = self._memory.size_bytes(one.model, on=device)
             before = self._shares.get(one.model)

@@ -29,7 +29,7 @@ class Part:
 
     @property
     def values(self) -> int:
-        """The number of values."""
+        """Number of stored elements; a byte that packs two 4-bit weights counts once."""
         return math.prod(self.shape)
 
 

@@ -45,3 +45,22 @@ def guarded(host):
 @pytest.fixture
 def x():
     return torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def saving(host):
+    """Turns the guard on, with saving; what was built before it is stock's."""
+    from contract.savers import engine_class
+    from lib_lora_guard.hosts.forge import saving as forge_saving
+    from lib_lora_guard.hosts.forge import takeover as forge
+
+    host.engine_class = engine_class()
+
+    def start():
+        takeover = forge.install()
+        forge_saving.install(takeover.hooks, takeover.stacks.engines)
+        return takeover
+
+    yield start
+    host.memory.current_loaded_models.clear()
+    forge.uninstall()

@@ -8,7 +8,7 @@ from support.make import host_value, rand
 from support.measure import assert_same, fp32_limit, same_bits
 
 from contract.host import REAL
-from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
+from contract.stacks import FILE, lora_on_everything, reference, run, shapes, with_loras
 from lib_lora_guard.hosts.forge import takeover as forge
 from lib_lora_guard.hosts.forge.lora_loader_state import STATE
 from lib_lora_guard.planning.mode import Mode

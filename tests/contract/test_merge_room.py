@@ -8,7 +8,7 @@ import torch
 from support.make import host_value
 from support.measure import assert_same
 
-from contract.test_contract import run, shapes, with_loras
+from contract.stacks import run, shapes, with_loras
 from lib_lora_guard.hosts.forge.access import ForgeAccess
 from lib_lora_guard.hosts.forge.lora_loader_state import state_of
 from lib_lora_guard.memory.probe import BackupBudget

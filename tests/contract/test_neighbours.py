@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from support.make import rand
+from support.make import rand, write_kohya
 from support.measure import assert_same, contribution_error, fp32_limit, same_bits
 
-from contract.test_contract import FILE, lora_on_everything, reference, run, shapes, with_loras
-from contract.test_files import MODULES, lora_extension, write_kohya
+from contract.lora_files import MODULES, lora_extension
+from contract.stacks import FILE, lora_on_everything, reference, run, shapes, with_loras
 from lib_lora_guard.hosts.forge import takeover as forge
 
 STORAGES = ["fp32", "bf16", "fp8", "Q8_0"]

@@ -13,7 +13,7 @@ import torch
 from support.make import host_value
 from support.measure import assert_same, contribution_error, fp32_limit, same_bits
 
-from contract.test_contract import dora, lora_on_everything, other_kinds, reference, run, slices_of_qkv
+from contract.stacks import dora, lora_on_everything, other_kinds, reference, run, slices_of_qkv
 from lib_lora_guard.errors import HostError
 from lib_lora_guard.hosts.forge import step_strengths
 from lib_lora_guard.hosts.forge.lora_loader_state import RETRY

@@ -101,7 +101,7 @@ class ForgeTakeover(ForgeParts):
         return self.machine.device()
 
     def reports(self) -> tuple[ApplyReport, ...]:
-        """Returns what lies on each model. For any thread."""
+        """Returns the report of each living model's LoRAs as it was last published. For any thread."""
         return self.stacks.reports()
 
     def left_out(self) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ from ...ui.route import add_route
 
 
 class Face:
-    """The guard's face in Forge: settings, tab and address. `options` is None where the guard is not at work here: then
+    """Adds the guard's settings and the HTTP address that the tab asks. `options` is None where the guard is not at work here: then
     there are no settings, and the tab says so."""
 
     def __init__(self, options: InForce | None) -> None:
