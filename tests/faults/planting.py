@@ -80,22 +80,27 @@ class Faults(TorchDispatchMode):
 
 def new_tensors(result, inputs):
     """The tensors of `result` that lie in memory of their own."""
-    tensors = [t for t in _tensors(result) if t.device.type != "meta" and t.untyped_storage().nbytes()]
+    # Written out, without torch's tree_leaves and without generators: this runs for every operation of every run.
+    tensors = [result] if isinstance(result, torch.Tensor) else _found(result, [])
+    tensors = [t for t in tensors if t.device.type != "meta" and t.untyped_storage().nbytes()]
     if not tensors:
         return []
-    given = {t.untyped_storage().data_ptr() for t in _tensors(inputs)}
+    given = {t.untyped_storage().data_ptr() for t in _found(inputs, [])}
     return [t for t in tensors if t.untyped_storage().data_ptr() not in given]
 
 
-def _tensors(values):
-    # torch's own tree_leaves takes several times as long, and this runs for every operation of every run.
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+def _found(values, found):
+    """Adds the tensors in tuples, lists and dicts to `found`."""
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (tuple, list)):
+        values = (values,)
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list, dict)):
+            _found(value, found)
+    return found
 
 
 def is_planted(error):
