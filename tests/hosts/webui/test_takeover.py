@@ -1,0 +1,135 @@
+"""The parts that a WebUI loads late: all that fit are taken over, once, and what does not fit is named."""
+
+import types
+
+import pytest
+
+from lib_lora_guard.hosts.webui.lora_files import LoraFiles
+from lib_lora_guard.hosts.webui.takeover import WebTakeover
+from lib_lora_guard.runtime.hooks import HookSet
+from lib_lora_guard.runtime.journal import Journal
+from lib_lora_guard.runtime.live_settings import LiveSettings
+from lib_lora_guard.runtime.rule_log import RuleLog
+
+
+class Processing:
+    """`StableDiffusionProcessing` as far as it is looked at."""
+
+    def cached_params(self, required_prompts, steps, extra_network_data, hires_steps=None, use_old_scheduling=False):
+        return required_prompts, steps, str(extra_network_data)
+
+    def get_conds_with_caching(self, function, required_prompts, steps, caches, extra_network_data, hires_steps=None):
+        return function(required_prompts)
+
+
+def webui():
+    """A WebUI's modules by name, fresh ones each time."""
+
+    class StableDiffusionProcessing(Processing):
+        cached_params = Processing.cached_params
+        get_conds_with_caching = Processing.get_conds_with_caching
+
+    networks = types.SimpleNamespace(
+        __name__="networks",
+        load_lora_for_models=lambda model, clip, lora, strength_model, strength_clip, filename="x", online_mode=False: (
+            0
+        ),
+        load_lora_state_dict=lambda filename: {},
+        load_networks=lambda names, te_multipliers=None, unet_multipliers=None, dyn_dims=None: names,
+        available_networks={},
+        available_network_aliases={},
+        forbidden_network_aliases={},
+        sd_models=types.SimpleNamespace(model_data=None),
+        update_available_networks_by_names=None,
+        list_available_networks=None,
+    )
+    processing = types.SimpleNamespace(
+        __name__="modules.processing",
+        StableDiffusionProcessing=StableDiffusionProcessing,
+        manage_model_and_prompt_cache=lambda p: "managed",
+        process_images_inner=lambda p: f"images of {p}",
+        need_global_unload=False,
+    )
+    return {
+        "networks": networks,
+        "modules.processing": processing,
+        "modules.shared": types.SimpleNamespace(),
+        "modules.sd_models": types.SimpleNamespace(),
+    }
+
+
+@pytest.fixture
+def web():
+    stacks = types.SimpleNamespace(invalidate_all=None, is_current=lambda patcher: True)
+    advice, strengths = types.SimpleNamespace(), types.SimpleNamespace(are_changed=False, restore=lambda: None)
+    settings = LiveSettings()
+    return WebTakeover(
+        settings, LoraFiles(settings), stacks, strengths, Journal(lambda: None), RuleLog(), advice, lambda modules: 0
+    )
+
+
+def names(hooks):
+    return sorted(hook.name for hook in hooks.hooks)
+
+
+ALL = [
+    "cached_params",
+    "get_conds_with_caching",
+    "load_lora_for_models",
+    "load_lora_state_dict",
+    "load_networks",
+    "manage_model_and_prompt_cache",
+    "process_images_inner",
+]
+
+
+def test_all_that_is_loaded_is_taken_over_once_and_given_back(web):
+    modules, hooks = webui(), HookSet()
+    before = modules["networks"].load_networks
+    assert web.install(hooks, modules) == []
+    assert names(hooks) == ALL
+    assert web.install(hooks, modules) == []
+    assert names(hooks) == ALL, "Reload UI lays nothing twice"
+    assert modules["modules.processing"].process_images_inner("p") == "images of p"
+    assert modules["modules.processing"].manage_model_and_prompt_cache("p") == "managed"
+    hooks.restore()
+    assert modules["networks"].load_networks is before
+
+
+def test_a_module_that_is_loaded_again_is_taken_over_again(web):
+    modules, hooks = webui(), HookSet()
+    web.install(hooks, modules)
+    modules["networks"] = webui()["networks"]
+    assert web.install(hooks, modules) == []
+    assert modules["networks"].load_networks.lora_guard_hook.active
+
+
+@pytest.mark.parametrize(
+    ("break_it", "why", "left"),
+    [
+        (
+            lambda m: setattr(m["networks"], "load_lora_for_models", lambda model: model),
+            "networks.load_lora_for_models has no parameter filename, online_mode (it has model)",
+            [name for name in ALL if not name.startswith("load_")],
+        ),
+        (
+            lambda m: setattr(
+                m["modules.processing"].StableDiffusionProcessing, "get_conds_with_caching", lambda self, function: 0
+            ),
+            "modules.processing.StableDiffusionProcessing.get_conds_with_caching has no parameter required_prompts, steps, "
+            "caches, extra_network_data, hires_steps (it has self, function)",
+            [name for name in ALL if name not in ("cached_params", "get_conds_with_caching")],
+        ),
+    ],
+)
+def test_a_part_that_does_not_fit_is_named_and_the_others_are_taken_over(web, break_it, why, left):
+    modules, hooks = webui(), HookSet()
+    break_it(modules)
+    assert [str(misfit) for misfit in web.install(hooks, modules)] == [why]
+    assert names(hooks) == left
+
+
+def test_a_webui_that_has_loaded_nothing_yet_is_left_alone(web):
+    hooks = HookSet()
+    assert web.install(hooks, {}) == []
+    assert hooks.hooks == []
