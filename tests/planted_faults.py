@@ -4,6 +4,9 @@
 
 A fault is found by its text, in whatever file has it, so a module may move without a change here. A fault counts as caught
 where a test fails with it and passes without it.
+
+To be run with the Python of README's second line: with a checkout on its path, what Forge's start runs in the tests is that
+checkout and not the copy.
 """
 
 from __future__ import annotations
