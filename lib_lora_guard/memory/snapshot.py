@@ -225,13 +225,12 @@ def _refused(error: OSError) -> Reading:
 
 
 def _pinned() -> Reading:
-    if not is_loaded():
+    # Asked first: so every torch says the same, loaded or not, while no card is at work.
+    if not (is_loaded() and torch.cuda.is_initialized()):  # type: ignore[no-untyped-call]  # torch's own
         return Reading(None, PINNED, NOT_STARTED)
     statistics: Any = getattr(torch.cuda, "host_memory_stats_as_nested_dict", None)  # since torch 2.7
     if statistics is None:
         return Reading(None, PINNED, NOT_COUNTED)
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
-        return Reading(None, PINNED, NOT_STARTED)
     numbers = statistics()
     # Until torch 2.9 `allocated_bytes` were those in use and `reserved_bytes` all.
     size = numbers.get("reserved_bytes", numbers.get("allocated_bytes", {}))
