@@ -66,17 +66,22 @@ class Machine:
             error = self.fails(self.moves_to_ram)
             if error is not None:
                 raise error
-        elif size > self.free():
-            raise OutOfMemory[0](f"CUDA out of memory. Tried to allocate {size} bytes")
         else:
-            self.peak = max(self.peak, self.total - self.ballast - self.free() + size)
+            free = self.free()
+            if size > free:
+                raise OutOfMemory[0](f"CUDA out of memory. Tried to allocate {size} bytes")
+            self.peak = max(self.peak, self.total - self.ballast - free + size)
         self.moved += size
 
 
 def bytes_on_card(model):
     # Asked all the time, so not through `Module.parameters`.
-    lying = (p for module in model.parts for p in module._parameters.values() if p is not None)
-    return sum(p.nelement() * p.element_size() for p in lying if p.device == CARD)
+    total = 0
+    for module in model.parts:
+        for p in module._parameters.values():
+            if p is not None and p.is_cuda:
+                total += p.nelement() * p.element_size()
+    return total
 
 
 def size_of(model):
