@@ -77,7 +77,6 @@ def parts_of(double):
     # Looking for what is left of a model shall not take a look at all of torch each time.
     gc.freeze()
     yield probe()
-    gc.unfreeze()
     double.close()
 
 

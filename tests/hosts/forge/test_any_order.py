@@ -6,7 +6,7 @@ import math
 import weakref
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.card_scene import REST, TOTAL, assert_as_built, assert_sound, scene_of
 from support.fake_card import (
@@ -23,7 +23,7 @@ from support.fake_card import (
     size_of,
 )
 
-from lib_lora_guard.planning import activations
+from lib_lora_guard.planning import activations, on_card
 
 pytestmark = pytest.mark.usefixtures("swapping_in_bytes")
 
@@ -118,6 +118,8 @@ class Run:
         outside = sum(
             self.sizes[place] - before[place] if place in new else scene.away(self.patchers[place]) for place in wanted
         )
+        # Layers that the host itself swaps do not come back, and room for copies of them is kept.
+        in_part = any(self.sizes[p] - before[p] > scene.away(self.patchers[p]) for p in wanted if p not in new)
         scene.load(*patchers, required=required, hard=hard)
         after, need = self.on_card(), self.needs(patchers, required, hard)
         listed = [one.model.model for one in scene.memory.current_loaded_models]
@@ -126,7 +128,8 @@ class Run:
         if free - outside >= need:
             # It fits: nobody leaves, and all of it is there.
             assert all(after[place] == before[place] for place in before if place not in wanted)
-            assert all(scene.away(p) == 0 for p in patchers)
+            room_kept = on_card.SWAPPING_BYTES if in_part else 0
+            assert free - outside - need < room_kept or all(scene.away(p) == 0 for p in patchers)
             assert all(after[place] == self.sizes[place] for place in new if not before[place])
         if scene.machine.free() < need:
             # As far as it can be helped: whatever could leave has left, but what was counted and cannot be split.
@@ -183,6 +186,15 @@ class Run:
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(models, min_size=2, max_size=4), st.lists(steps, min_size=3, max_size=14))
+@example(
+    [
+        (Denoiser, [8, 8], 0, set()),
+        (Denoiser, [8, 8, 88, 206, 248, 3076, 4000, 4000], 40, set()),
+        (JointTextEncoder, [8, 8, 8, 8, 320, 2742, 3840, 3846], 40, set()),
+        (Denoiser, [8, 346], 40, set()),
+    ],
+    [("load", 1, 0, 0), ("load", 3, 0, 0), ("load", 2, 0, 113), ("ballast", 2999), ("load", 2, 0, 96)],
+)
 def test_any_order_of_loading_and_freeing(parts, drawn, todo):
     with scene_of(parts) as scene:
         run = Run(scene, drawn)
