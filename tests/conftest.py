@@ -5,6 +5,9 @@ import importlib.machinery
 import pytest
 import torch
 
+# Collecting imports all of torch and of the libraries: a million objects that all stay.
+gc.disable()
+
 
 @pytest.fixture(autouse=True)
 def _same_threads_and_seed():
@@ -31,6 +34,7 @@ def put_aside():
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
     put_aside()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

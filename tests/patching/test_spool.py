@@ -2,8 +2,6 @@
 
 import gc
 import os
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -12,6 +10,7 @@ import psutil
 import pytest
 import torch
 from patching.kept_parameters import CPU, DISK_ONLY, DTYPES, assert_same, parameter, spooled_files
+from support import warm
 
 from lib_lora_guard.errors import ModeError, RestoreError
 from lib_lora_guard.patching import spool
@@ -287,9 +286,7 @@ print("restored", flush=True)
 
 
 def start_child(folder):
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    child = warm.start(CHILD, folder, cwd=ROOT)
     assert child.stdout.readline().strip() == "kept"
     return child
 
