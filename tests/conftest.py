@@ -1,6 +1,7 @@
 import functools
 import gc
 import importlib.machinery
+import logging
 
 import pytest
 import torch
@@ -33,6 +34,10 @@ def put_aside():
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish():
+    # pytest looks after each logger that does not propagate, three times a test; torch has forty of them.
+    for logger in list(logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger) and not logger.name.startswith("lib_lora_guard"):
+            logger.propagate = True
     put_aside()
     gc.enable()
 

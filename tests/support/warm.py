@@ -22,8 +22,10 @@ RUNNING = 1000
 
 SERVER = r"""
 RUNNING = 1000
-import importlib, json, os, socket, sys, warnings
+import gc, importlib, json, os, socket, sys, warnings
 import numpy, psutil, safetensors.torch, torch
+
+gc.freeze()  # a child that ends would look at all of torch for garbage, and copy it by that
 
 server, own_path = socket.socket(fileno=int(sys.argv[1])), [path for path in sys.path if path]
 order = None
