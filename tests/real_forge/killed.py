@@ -35,6 +35,8 @@ PHASES = {
     "sampling_step": "the image was being sampled",
     "vae_decode": "the VAE was decoding the image",
 }
+SETTLES_SECONDS = {"vae_decode": 0.5}
+"""A phase that begins with another one inside of it: the VAE is moved first."""
 SETTINGS = {"merge": {"override_settings": {"lora_guard_mode": "Merge"}}}
 ORDERLY = {
     "ctrl_c": lambda forge: forge.process.send_signal(signal.SIGINT),
@@ -74,6 +76,9 @@ def ended_in(phase, options, log, end):
         worker.start()
         while worker.is_alive():
             if phase in open_phases(forge.process.pid)[-1:]:
+                time.sleep(SETTLES_SECONDS.get(phase, 0))
+                if phase not in open_phases(forge.process.pid)[-1:]:
+                    continue
                 end(forge)
                 worker.join()
                 forge.process.wait(60)
