@@ -81,26 +81,25 @@ class Faults(TorchDispatchMode):
 def new_tensors(result, inputs):
     """The tensors of `result` that lie in memory of their own."""
     # Written out, without torch's tree_leaves and without generators: this runs for every operation of every run.
-    tensors = [result] if isinstance(result, torch.Tensor) else _found(result, [])
-    tensors = [t for t in tensors if t.device.type != "meta" and t.untyped_storage().nbytes()]
-    if not tensors:
+    if isinstance(result, torch.Tensor):
+        storage = result.untyped_storage()
+        if result.is_meta or not storage.nbytes() or _has(inputs, storage.data_ptr()):
+            return []
+        return [result]
+    if not isinstance(result, (tuple, list)):
         return []
-    given = {t.untyped_storage().data_ptr() for t in _found(inputs, [])}
-    return [t for t in tensors if t.untyped_storage().data_ptr() not in given]
+    return [made for each in result for made in new_tensors(each, inputs)]
 
 
-def _found(values, found):
-    """Adds the tensors in tuples, lists and dicts to `found`."""
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (tuple, list)):
-        values = (values,)
-    for value in values:
+def _has(values, address):
+    """True where a tensor in these tuples, lists and dicts lies in the storage at this address."""
+    for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list, dict)):
-            _found(value, found)
-    return found
+            if value.untyped_storage().data_ptr() == address:
+                return True
+        elif isinstance(value, (tuple, list, dict)) and _has(value, address):
+            return True
+    return False
 
 
 def is_planted(error):

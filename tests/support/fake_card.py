@@ -23,7 +23,7 @@ class Weight(torch.Tensor):
     @staticmethod
     def __new__(cls, machine, shape, dtype, device=RAM):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self.machine = machine
+        self.machine, self.size_bytes = machine, self.nelement() * self.element_size()
         return self
 
     @classmethod
@@ -36,7 +36,7 @@ class Weight(torch.Tensor):
         device = torch.device(device)
         if device == self.device:
             return self
-        self.machine.carry(self.nelement() * self.element_size(), device)
+        self.machine.carry(self.size_bytes, device)
         return Weight(self.machine, self.shape, self.dtype, device)
 
 
@@ -80,7 +80,7 @@ def bytes_on_card(model):
     for module in model.parts:
         for p in module._parameters.values():
             if p is not None and p.is_cuda:
-                total += p.nelement() * p.element_size()
+                total += p.size_bytes
     return total
 
 
