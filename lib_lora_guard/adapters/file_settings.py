@@ -1,36 +1,50 @@
 """Reads the settings of a LoRA file beside its tensors: PEFT keeps alpha, rsLoRA and the like in a configuration.
 
 Its places: diffusers 0.35 and later write it as JSON into the safetensors metadata (`lora_adapter_metadata`, with the
-component's name before each entry where a pipeline was saved); PEFT writes `adapter_config.json` beside the file.
+component's name before each entry where a pipeline was saved); PEFT writes `adapter_config.json` beside the file;
+finetrainers writes `lora_config`. Other trainers only state alpha and rank as text (`ss_network_alpha` and
+`ss_network_dim` of kohya's sd-scripts, `lora_alpha` and `r`): these count where the rank is the one of the factors.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoraMismatchError
+from ..errors import LoraFileError, LoraMismatchError, Message
 from ..files import shown
-from ..messages import say
 from .base import LARGEST_NUMBER
-
-log = logging.getLogger(__name__)
+from .known_settings import not_understood, refusal_of
+from .name_patterns import Expression, Patterns
 
 _COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+_DENOISERS = ("unet", "transformer")
+_SAVED_UNDER = ("model.diffusion_model.", "diffusion_model.", *(f"{component}." for component in _COMPONENTS))
+"""Prefixes that a file has and the model did not have when PEFT was given it."""
+_PEFT = "base_model.model."
+_FLAT = ("lora_", "lycoris_")
+_ALPHAS, _RANKS = ("lora_alpha", "alpha", "network_alpha"), ("r", "rank", "lora_rank", "network_dim")
 _MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """The entries of one PEFT configuration that change what the tensors mean."""
+    """The entries of one PEFT configuration that change what the tensors mean.
+
+    Attributes:
+        entries: as in the JSON.
+        component: the name that stood before each entry; "" for none.
+        stated: alpha by rank, from text that is no configuration of PEFT.
+    """
 
     entries: Mapping[str, Any] = field(default_factory=dict)
+    component: str = ""
+    stated: Mapping[int, float] = field(default_factory=dict)
 
     def alpha_for(self, module: str, rank: int) -> float | None:
         """The alpha that gives `alpha / rank` the scale of the configuration; None if it states none.
@@ -41,32 +55,55 @@ class PeftSettings:
 
         Raises:
             LoraMismatchError: the alpha is too large, or no finite number.
+            LoraFileError: an entry for some modules is not understood.
         """
-        alpha = _match(self.entries.get("alpha_pattern"), module)
+        alpha = self._of_pattern("alpha_pattern", module)
         if alpha is None:
             alpha = self.entries.get("lora_alpha", self.entries.get("alpha"))
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-            return None
+        if not _is_number(alpha):
+            return self.stated.get(rank)
         if not abs(alpha) < LARGEST_NUMBER:
             raise LoraMismatchError.of("lora.no_usable_alpha")
         # rsLoRA (arXiv 2312.03732) divides by the root of the rank.
         return alpha * math.sqrt(rank) if self.entries.get("use_rslora") is True else float(alpha)
 
     def rank_for(self, module: str) -> int | None:
-        """The rank in the configuration, for kinds whose tensors do not show it; None if it states none."""
-        rank = _match(self.entries.get("rank_pattern"), module)
+        """The rank in the configuration, for kinds whose tensors do not show it; None if it states none.
+
+        Raises:
+            LoraFileError: an entry for some modules is not understood.
+        """
+        rank = self._of_pattern("rank_pattern", module)
         rank = self.entries.get("r") if rank is None else rank
         return rank if isinstance(rank, int) and 0 < rank < 1_000_000 else None
 
     def is_feedforward(self, module: str) -> bool | None:
-        """True if an IA3 scales this module's input; None if the configuration does not say."""
+        """True if an IA3 scales this module's input; None if the configuration does not say.
+
+        Raises:
+            LoraFileError: its expression is not understood.
+        """
         names = self.entries.get("feedforward_modules")
         if isinstance(names, str):
-            return _matches(names, module)
+            return self._feedforward.fits(self._name_for_peft(module))
         if isinstance(names, list):
-            ends = {module[start:] for start in (0, *(n + 1 for n, c in enumerate(module) if c == "."))}
-            return any(name in ends for name in names if isinstance(name, str))
+            name = self._name_for_peft(module)
+            return any(name.endswith(end) for end in names if isinstance(end, str))
         return None
+
+    def saves_whole(self, module: str) -> bool:
+        """True if the configuration says that the file has this module's parameters whole."""
+        names = self.entries.get("modules_to_save")
+        if not isinstance(names, list):
+            return False
+        # PEFT takes every module whose name ends so.
+        name = self._name_for_peft(module)
+        return any(name.endswith(end) for end in names if isinstance(end, str) and end)
+
+    @property
+    def saves_biases(self) -> bool:
+        """True if the biases in the file are whole ones."""
+        return self.entries.get("bias") in ("all", "lora_only")
 
     @property
     def cayley_terms(self) -> int | None:
@@ -76,18 +113,89 @@ class PeftSettings:
         terms = self.entries.get("num_cayley_neumann_terms", 5)
         return terms if isinstance(terms, int) and 0 < terms < 100 else 5
 
+    def _of_pattern(self, entry: str, module: str) -> Any:
+        """The number that `alpha_pattern` or `rank_pattern` has for a module, by PEFT's rule; None if it has none."""
+        if not self.entries.get(entry):
+            return None
+        patterns = self._alphas if entry == "alpha_pattern" else self._ranks
+        value = None if patterns is None else patterns.first(self._name_for_peft(module))
+        if value is not None and not _is_number(value):
+            raise LoraFileError.of("lora.pattern_value", module=shown(module), entry=entry, value=shown(str(value)))
+        return value
+
+    @cached_property
+    def _alphas(self) -> Patterns | None:
+        return _patterns(self.entries.get("alpha_pattern"))
+
+    @cached_property
+    def _ranks(self) -> Patterns | None:
+        return _patterns(self.entries.get("rank_pattern"))
+
+    @cached_property
+    def _feedforward(self) -> Expression:
+        return Expression(self.entries["feedforward_modules"])
+
+    def _name_for_peft(self, module: str) -> str:
+        """The module's name in the model that PEFT was given: patterns begin there.
+
+        Raises:
+            LoraFileError: the file's names have no dots, and patterns are made of them.
+        """
+        if module.startswith(_FLAT) and "." not in module:
+            raise LoraFileError.of("lora.pattern_flat", module=shown(module))
+        if self.component:
+            module = module.removeprefix(f"{self.component}.")
+        elif prefix := next((prefix for prefix in _SAVED_UNDER if module.startswith(prefix)), ""):
+            module = module[len(prefix) :]
+        return module.removeprefix(_PEFT)
+
+
+def _patterns(entries: Any) -> Patterns | None:
+    return Patterns(entries) if isinstance(entries, dict) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 
 class FileSettings:
     """The configurations of one file, by component."""
 
-    def __init__(self, by_component: Mapping[str, PeftSettings]) -> None:
-        """Keeps the configurations; that of the empty name is for all other modules."""
+    def __init__(self, by_component: Mapping[str, PeftSettings], notes: tuple[Message, ...] = ()) -> None:
+        """Keeps the configurations; that of the empty name is for all other modules.
+
+        Args:
+            by_component: the configurations.
+            notes: sentences for users about what was not understood.
+        """
         self._by_component = by_component
+        self.notes = notes
 
     def of(self, module: str) -> PeftSettings:
         """The configuration for a module, by the first part of its name; empty if there is none."""
         component = module.partition(".")[0]
-        return self._by_component.get(component) or self._by_component.get("") or PeftSettings()
+        return self._by_component.get(component) or self._by_component.get("") or _NOTHING
+
+    @property
+    def has_stated(self) -> bool:
+        """True if a scale stands in text that is no configuration of PEFT."""
+        return any(settings.stated for settings in self._by_component.values())
+
+    def without_stated(self) -> FileSettings:
+        """The settings of a file whose tensors say the scale themselves: text beside them does not count."""
+        if not self.has_stated:
+            return self
+        return FileSettings(
+            {component: replace(settings, stated={}) for component, settings in self._by_component.items()}, self.notes
+        )
+
+    def refusal(self) -> Message | None:
+        """Why the file cannot be applied, if its settings say so; None if they do not."""
+        found = (refusal_of(settings.entries) for settings in self._by_component.values())
+        return next((why for why in found if why is not None), None)
+
+
+_NOTHING = PeftSettings()
 
 
 def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
@@ -97,50 +205,75 @@ def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
         path: the file; PEFT's configuration lies beside it.
         metadata: the text entries of its header.
     """
-    text = metadata.get("lora_adapter_metadata")
-    if text is None and path.name.startswith("adapter_model"):
-        beside = path.with_name("adapter_config.json")
-        if beside.is_file() and beside.stat().st_size <= _MAX_CONFIG_BYTES:
-            text = beside.read_text(encoding="utf-8", errors="replace")
+    text = metadata.get("lora_adapter_metadata") or _beside(path) or metadata.get("lora_config")
     if not text:
-        return FileSettings({})
+        return FileSettings({part: PeftSettings({}, part, stated) for part, stated in _stated(metadata).items()})
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
-        say(log, logging.WARNING, "lora.settings_unreadable", name=shown(path.name))
-        return FileSettings({})
+        stated = {part: PeftSettings({}, part, by_rank) for part, by_rank in _stated(metadata).items()}
+        return FileSettings(stated, (Message("lora.settings_unreadable"),))
     parts: dict[str, dict[str, Any]] = {}
     for key, value in entries.items():
         component, dot, rest = key.partition(".")
         known = bool(dot) and component in _COMPONENTS
         parts.setdefault(component if known else "", {})[rest if known else key] = value
-    return FileSettings({component: PeftSettings(part) for component, part in parts.items()})
+    settings = {component: PeftSettings(part, component) for component, part in parts.items()}
+    denoisers = [settings[component] for component in _DENOISERS if component in settings]
+    if "" not in settings and len(denoisers) == 1:
+        # A converted file may have the denoiser under another prefix; text encoders keep their own.
+        settings["diffusion_model"] = settings["model"] = replace(denoisers[0], component="")
+    unknown = [name for part in parts.values() for name in not_understood(part)]
+    return FileSettings(settings, tuple(_said(unknown)))
 
 
-def _match(pattern: Any, module: str) -> int | float | None:
-    """The number for a module by PEFT's rule: a key is the end of the module's path, or a regular expression for it."""
-    if not isinstance(pattern, dict):
+def _beside(path: Path) -> str | None:
+    """PEFT's configuration in the folder of its file; what stands for no JSON if it cannot be read."""
+    if not path.name.startswith("adapter_model"):
         return None
-    for start in (0, *(n + 1 for n, c in enumerate(module) if c == ".")):
-        for key in (module[start:], f"^{module[start:]}", f"{module[start:]}$", f"^{module[start:]}$"):
-            if isinstance(value := pattern.get(key), (int, float)):
-                return value
-    wild = [key for key in pattern if isinstance(key, str) and ".*" in key]
-    if len(wild) > MOST_EXPRESSIONS:
-        return None
-    values = ((pattern[key], key) for key in wild)
-    return next((v for v, key in values if isinstance(v, (int, float)) and _matches(f".*{key}", module)), None)
+    config = path.with_name("adapter_config.json")
+    try:
+        if config.is_file() and config.stat().st_size <= _MAX_CONFIG_BYTES:
+            return config.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "unreadable"
+    return None
 
 
-MOST_EXPRESSIONS, LONGEST_EXPRESSION = 64, 200
-"""A file must not choose expressions that run for minutes; PEFT's own patterns are names."""
+def _said(unknown: list[str]) -> Iterator[Message]:
+    if unknown:
+        first = ", ".join(shown(name) for name in unknown[:3])
+        yield Message("lora.settings_unknown", {"count": len(unknown), "first": first})
 
 
-def _matches(expression: str, module: str) -> bool:
-    # Only `.*`, `^`, `$` and escaped dots are understood.
-    plain = expression.replace("^", "").removesuffix("$").replace(".*", "*").replace("\\.", ".")
-    if len(plain) > LONGEST_EXPRESSION or set(plain) & set("\\[](){}|+?$"):
-        return False
-    return fnmatch.fnmatchcase(module, plain)
+def _stated(metadata: Mapping[str, str]) -> dict[str, dict[int, float]]:
+    """Alpha by rank that trainers write as text, by component."""
+    stated: dict[str, dict[int, float]] = {}
+    for component in ("", *_COMPONENTS):
+        dot = f"{component}." if component else ""
+        alpha = next((metadata[f"{dot}{key}"] for key in _ALPHAS if f"{dot}{key}" in metadata), None)
+        rank = next((metadata[f"{dot}{key}"] for key in _RANKS if f"{dot}{key}" in metadata), None)
+        _put(stated.setdefault(component, {}), rank, alpha)
+    kohya = stated[""]
+    _put(kohya, metadata.get("ss_network_dim"), metadata.get("ss_network_alpha"))
+    try:
+        more = json.loads(metadata.get("ss_network_args") or "{}")
+    except (ValueError, RecursionError):
+        more = {}
+    if isinstance(more, dict):
+        _put(kohya, more.get("conv_dim"), more.get("conv_alpha"))
+    return {component: by_rank for component, by_rank in stated.items() if by_rank}
+
+
+def _put(by_rank: dict[int, float], rank: Any, alpha: Any) -> None:
+    try:
+        number, value = int(rank), float(alpha)
+    except (TypeError, ValueError, OverflowError):
+        return
+    # kohya's sd-scripts take an alpha of 0 for the rank.
+    value = value or float(number)
+    if number > 0 and abs(value) < LARGEST_NUMBER:
+        # Two alphas for one rank: the file does not say which modules have which.
+        by_rank[number] = value if by_rank.get(number, value) == value else math.nan

@@ -54,8 +54,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "其设置要求的 alpha 不是可用的数值",
     ),
     "lora.settings_unreadable": (
-        "{name}: its adapter settings are not readable JSON, so its alpha is not known and 1 is used",
-        "{name}：适配器设置不是有效的 JSON，无法得知 alpha，按 1 处理",
+        "its adapter settings are not readable JSON, so its alpha is not known and 1 is used",
+        "适配器设置不是有效的 JSON，无法得知 alpha，按 1 处理",
     ),
     "lora.single_number": ("a single number where a factor belongs", "本应是因子的位置只有一个数值"),
     "lora.core": ("a core of far more than its rank", "核心张量远大于其秩"),
