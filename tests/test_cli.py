@@ -382,7 +382,7 @@ def test_inspect_with_a_model_says_what_fits(files, tmp_path, capsys):
     fit = json.loads(capsys.readouterr().out)["fit"]
     assert fit["is_usable"]
     assert (fit["modules_used"], fit["keys_skipped"], fit["keys_lost"]) == (26, 1, 0)
-    assert fit["first_skipped"] == ["lora_unet_double_blocks_9_img_mlp_0.weight"]
+    assert fit["first_skipped"] == ["lora_unet_double_blocks_9_img_mlp_0.lora_up.weight"]
     words = ["inspect", str(tmp_path / "text.safetensors"), "--model", str(files / "fp8.safetensors"), "--json"]
     assert cli.main(words) == 0
     found = json.loads(capsys.readouterr().out)

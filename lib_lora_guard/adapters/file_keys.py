@@ -7,10 +7,13 @@ The kinds bring their keys (`kinds.Kind`). Trainers whose files they are taken f
 
 from __future__ import annotations
 
-from collections.abc import Container
+import re
+from collections.abc import Container, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from .kinds import KINDS, MOST_PARTS, Kind
+from .other_kinds import other_kind_of
 
 
 class KeyMeaning(NamedTuple):
@@ -45,6 +48,8 @@ def meaning_of(key: str, names: Container[str] = ()) -> KeyMeaning | None:
         known = KINDS.keys.get(suffix)
         if known is not None:
             return KeyMeaning(key[: -len(suffix) - 1], *known)
+    if without_dot := _without_dot(key):
+        return without_dot
     for kind in KINDS.claims:
         claimed = kind.claim(key, names) if kind.claim is not None else None
         if claimed is not None:
@@ -66,3 +71,32 @@ def _with_adapter_name(parts: list[str]) -> tuple[str, int] | None:
     else:
         return None
     return (key, count) if key in KINDS.peft_keys else None
+
+
+_SPELLED_OUT = ("lora_", "hada_", "lokr_", "oft_", "boft_", "ia3_", "dora_")
+"""Beginnings of fields that no module's own name has."""
+_LONGEST_FIELD = 40
+
+
+def _without_dot(key: str) -> KeyMeaning | None:
+    """The meaning of a name whose dot before the field was flattened too (`..._fc1_hada_w1_a`, OneTrainer)."""
+    found = _flat_fields(tuple(KINDS.keys)).search(key[-_LONGEST_FIELD:])
+    if found is None or other_kind_of(key) is not None:
+        return None
+    module = key[: len(key) - len(found[0])]
+    if not module or (found[1] == "alpha" and "." in key):
+        return None
+    return KeyMeaning(module, *KINDS.keys[_by_flat_name(tuple(KINDS.keys))[found[1].replace(".", "_")]])
+
+
+@lru_cache(maxsize=2)
+def _by_flat_name(keys: tuple[str, ...]) -> Mapping[str, str]:
+    return {key.replace(".", "_"): key for key in keys if key.startswith(_SPELLED_OUT) or key == "alpha"}
+
+
+@lru_cache(maxsize=2)
+def _flat_fields(keys: tuple[str, ...]) -> re.Pattern[str]:
+    fields = (
+        re.escape(key).replace(r"\.", "[._]") for key in sorted(_by_flat_name(keys).values(), key=len, reverse=True)
+    )
+    return re.compile(rf"_({'|'.join(fields)})$")

@@ -6,6 +6,7 @@ the tensors, and each kind makes its own adapters (`kinds`).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +17,17 @@ from typing import cast
 from ..errors import FileFormatError, Joined, LoraFileError, LoraMismatchError, Message, about, reason
 from ..files import FileHeader, open_header, read_tensors, shown
 from ..files.header_tensor import header_tensors
-from ..lazy_torch import torch
-from .base import Adapter, check_values
-from .file_keys import KeyMeaning, meaning_of
+from .base import Adapter
+from .file_groups import Group, Tensors, group
+from .file_keys import meaning_of
 from .file_settings import FileSettings, settings_of
 from .kinds import Fields, Found, Kind
+from .other_kinds import other_kind
+from .ranked import RankedAdapter
+from .stated_alpha import notes_on_alpha
+from .whole_weights import whole_weights
 
-Tensors = Mapping[str, "torch.Tensor"]
-Groups = dict[str, dict["Kind | None", Fields]]
-"""Fields by module and kind; those under None belong to whichever kind the module has."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +37,12 @@ class LoraFile:
     Attributes:
         path: the file.
         adapters: by module name as written in the file, and "weight" or "bias".
-        unknown_keys: names that no kind knows.
+        unknown_keys: names of tensors that are not used.
         shapes: of all tensors, by their names in the file. They tell which model the file was made for.
         metadata: the text entries of its header.
+        lost: those of `unknown_keys` that change the model where they are heeded, each with the reason.
+        notes: sentences for users on what the file says and how it was taken.
+        keys: names of tensors by module, both as written in the file.
     """
 
     path: Path
@@ -44,6 +50,17 @@ class LoraFile:
     unknown_keys: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    lost: Mapping[str, Message] = field(default_factory=dict)
+    notes: tuple[Message, ...] = ()
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def adapters_by_module(self) -> list[str]:
+        """The modules that have adapters, in the order of the file."""
+        return list(dict.fromkeys(module for module, _ in self.adapters))
+
+    def spelled(self, written: str) -> str:
+        """A name that is in the file, for a module and its parameter (`lora_unet_x.weight`)."""
+        return next(iter(self.keys.get(written.rpartition(".")[0], ())), written)
 
 
 def read_lora_file(path: str | Path, as_trained: bool = False) -> LoraFile:
@@ -59,7 +76,10 @@ def read_lora_file(path: str | Path, as_trained: bool = False) -> LoraFile:
     header = open_lora(path)
     with _as_lora_errors():
         tensors = read_tensors(header)
-    return _parsed(header, tensors, as_trained)
+    file = _parsed(header, tensors, as_trained)
+    for note in file.notes:
+        log.warning("%s", about(shown(file.path.name), note))
+    return file
 
 
 def open_lora(path: str | Path) -> FileHeader:
@@ -127,78 +147,115 @@ def parse_tensors(
     """
     settings = settings or FileSettings({})
     name = shown(path.name)
-    groups, unknown = _group(name, tensors)
+    groups, unknown = group(name, tensors)
+    why = settings.refusal() or other_kind(unknown if groups else tensors)
+    if why is not None:
+        raise _refusal(name, why)
+    if any("alpha" in one.shared for one in groups):
+        settings = settings.without_stated()
     adapters: dict[tuple[str, str], Adapter] = {}
+    lost: dict[str, Message] = {}
 
     def put(module: str, parameter: str, adapter: Adapter) -> None:
         if (module, parameter) in adapters:
             raise _refusal(name, Message("lora.two_changes", {"module": shown(module), "parameter": parameter}))
         adapters[module, parameter] = adapter
 
-    for module, by_kind in groups.items():
-        shared = by_kind.pop(None, {})
-        if not by_kind:
-            unknown += [f"{module}.{key}" for key in shared]
+    for one in groups:
+        if not one.kinds:
+            # Without these scales the module's own factors would be applied too strong.
+            lost.update(dict.fromkeys(one.keys.values(), Message("lora.lonely")))
             continue
-        kinds = [kind for kind in by_kind if kind is not None]
-        weights = [kind for kind in kinds if kind.parameter == "weight"]
-        if len(weights) > 1:
-            spelled = Joined(sorted(kind.name for kind in weights), "list.and")
-            raise _refusal(name, Message("lora.two_kinds", {"module": shown(module), "kinds": spelled}))
-        numbers, weight = _shared_fields(shared), None
-        for kind in [*weights, *(kind for kind in kinds if kind not in weights)]:
-            found = Found(module, by_kind[kind], numbers, settings.of(module), weight)
-            adapter = _make(name, kind, found)
+        if len(one.kinds) > 1:
+            lost.update(_leave_out(name, one))
+        numbers, weight, own = _shared_fields(one.shared), None, settings.of(one.module)
+        # The weight's adapter comes first: kinds for the bias ask it for its scale.
+        for kind in sorted(one.kinds, key=_changes_the_bias) if len(one.kinds) > 1 else one.kinds:
+            adapter = _make(name, kind, Found(one.module, one.kinds[kind], numbers, own, weight))
+            if "scalar" in one.shared or one.times != 1:
+                adapter = _scaled(name, kind, one, adapter)
             if as_trained:
                 adapter = adapter.with_dora_as_trained()
-            put(module, kind.parameter, adapter)
-            if kind in weights:
+            put(one.module, kind.parameter, adapter)
+            if kind.parameter == "weight":
                 weight = adapter
         if weight is not None and weight.covers_bias:
-            put(module, "bias", weight)
+            put(one.module, "bias", weight)
     if not adapters:
         raise _refusal(name, Message("lora.none", {"count": len(tensors)}))
+    whole = whole_weights(name, unknown, tensors, adapters, settings)
+    adapters.update(whole.adapters)
+    lost.update(whole.lost)
+    unused = lost.keys() | (set(unknown) - whole.keys.keys())
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return LoraFile(path, adapters, tuple(unknown), shapes)
+    return LoraFile(
+        path,
+        adapters,
+        tuple(key for key in tensors if key in unused) if unused else (),
+        shapes,
+        lost=lost,
+        notes=(*settings.notes, *notes_on_alpha(settings, adapters)),
+        keys={one.module: tuple(one.keys.values()) for one in groups} | whole.by_module(),
+    )
 
 
-def _group(name: str, tensors: Tensors) -> tuple[Groups, list[str]]:
-    """Sorts the tensors; returns the groups and the names that no kind knows."""
-    groups: Groups = {}
-    written: dict[KeyMeaning, str] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        meaning = meaning_of(key, tensors)
-        if meaning is None:
-            unknown.append(key)
-            continue
-        if meaning in written:
-            first = written[meaning]
-            raise _refusal(name, Message("lora.said_twice", {"first": shown(first), "second": shown(key)}))
-        written[meaning] = key
-        is_number = meaning.field in ({"alpha"} if meaning.kind is None else meaning.kind.numbers)
-        try:
-            check_values(tensor, whole_numbers=is_number)
-        except LoraMismatchError as error:
-            raise _refusal(name, about(shown(key), reason(error))) from None
-        if is_number and tensor.numel() != 1:
-            raise _refusal(name, Message("lora.several_values", {"key": shown(key), "count": tensor.numel()}))
-        groups.setdefault(meaning.module, {}).setdefault(meaning.kind, {})[meaning.field] = tensor
-    return groups, unknown
+def _changes_the_bias(kind: Kind) -> bool:
+    return kind.parameter != "weight"
+
+
+def _leave_out(name: str, one: Group) -> dict[str, Message]:
+    """Leaves out what a whole tensor of the same module stands in place of; returns the keys with the reason.
+
+    Forge and ComfyUI take the last of LoRA, difference and replacement (`load_lora`).
+
+    Raises:
+        LoraFileError: the module has two kinds of which none is whole.
+    """
+    weights = one.of_weight()
+    if len(weights) < 2:
+        return {}
+    counts = next((kind for end in ("set", "diff") for kind in weights if kind.name == end), None)
+    if counts is None:
+        spelled = Joined(sorted(kind.name for kind in weights), "list.and")
+        raise _refusal(name, Message("lora.two_kinds", {"module": shown(one.module), "kinds": spelled}))
+    left = [kind for kind in weights if kind is not counts]
+    why = Message("lora.difference_counts", {"kind": counts.name, "module": shown(one.module)})
+    keys = {key: why for (kind, _), key in one.keys.items() if kind is None or kind in left}
+    for kind in left:
+        del one.kinds[kind]
+    one.shared.clear()
+    return keys
 
 
 def _shared_fields(shared: Fields) -> Fields:
-    """alpha as a number, which a LyCORIS `scalar` multiplies; PEFT's magnitude as one per row."""
-    fields = dict(shared)
-    scalar = fields.pop("scalar", None)
+    """alpha as a number; PEFT's magnitude as one per row."""
+    fields = {name: value for name, value in shared.items() if name != "scalar"}
     if "alpha" in fields:
         fields["alpha"] = float(fields["alpha"])
-        if scalar is not None and scalar.numel() == 1:
-            fields["alpha"] *= float(scalar)
     rows = fields.pop("row_magnitude", None)
     if rows is not None:
         fields["magnitude"] = rows.flatten()
     return fields
+
+
+def _scaled(name: str, kind: Kind, one: Group, adapter: Adapter) -> Adapter:
+    """The adapter, times the `scalar` that LyCORIS trains beside its factors, and as often as PEFT adds it.
+
+    Raises:
+        LoraFileError: the adapter has no place for it.
+    """
+    if kind.parameter != "weight":
+        return adapter
+    scalar = one.shared.get("scalar")
+    factor = float(one.times)
+    if scalar is not None:
+        factor *= float(scalar) if scalar.numel() == 1 else math.nan
+    if factor == 1.0:
+        return adapter
+    if math.isnan(factor) or not isinstance(adapter, RankedAdapter) or not adapter.rank:
+        facts = {"module": shown(one.module), "kind": kind.name, "value": factor}
+        raise _refusal(name, Message("lora.scalar_unused", facts))
+    return replace(adapter, alpha=adapter.scale * adapter.rank * factor)
 
 
 def _make(name: str, kind: Kind, found: Found) -> Adapter:
@@ -208,6 +265,8 @@ def _make(name: str, kind: Kind, found: Found) -> Adapter:
         adapter = kind.make(found)
         if not adapter.is_whole_tensor and any(tensor.dim() == 0 for tensor in adapter.tensors()):
             raise LoraMismatchError.of("lora.single_number")
+    except LoraFileError as error:
+        raise LoraFileError(about(name, reason(error))) from None
     except (TypeError, KeyError) as error:
         raise _refusal(name, Message("lora.incomplete", {**facts, "missing": _missing(error)})) from None
     except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:

@@ -18,8 +18,8 @@ Size = tuple[int | None, int | None]
 Fields = dict[str, Any]
 """Tensors and numbers by the names of an adapter's fields."""
 
-SHARED_KEYS = {"alpha": "alpha", "scalar": "scalar", "dora_scale": "magnitude"}
-"""Ends of names whose tensor belongs to the adapter of the module, of any kind."""
+SHARED_KEYS = {"alpha": "alpha", "scalar": "scalar", "dora_scale": "magnitude", "magnitude": "row_magnitude"}
+"""Ends of names whose tensor belongs to the adapter of the module, of any kind. ai-toolkit calls the magnitudes of the rows `magnitude`."""
 SHARED_PEFT_KEYS = {"lora_magnitude_vector": "row_magnitude", "lora_magnitude_vector.weight": "row_magnitude"}
 """The same in PEFT's spelling. PEFT's magnitudes are always those of the rows, whatever their shape looks like."""
 MOST_PARTS = 3

@@ -118,6 +118,14 @@ def _make(found: Found) -> LoraAdapter:
     return adapter
 
 
+def _make_embedding(found: Found) -> LoraAdapter:
+    """PEFT's LoRA on an embedding: `first` `(rank, entries)`, `second` `(width, rank)`; the delta is `(B A)^T`."""
+    first, second = found.fields["first"], found.fields["second"]
+    if "magnitude" in found.shared:
+        raise LoraMismatchError.of("lora.embedding_dora")
+    return _make(replace(found, fields={"up": first.mT, "down": second.mT}))
+
+
 def _make_bias(found: Found) -> DiffAdapter:
     """The bias that PEFT trains beside the factors (`lora_bias=True`); alpha / rank scales it too."""
     scale = found.weight.scale if isinstance(found.weight, LoraAdapter) else 1.0
@@ -142,10 +150,11 @@ register(
             "lora_linear_layer.down.weight": "down",
             "lora_mid.weight": "mid",
         },
-        peft_keys={"lora_B.weight": "up", "lora_A.weight": "down"},
+        peft_keys={"lora_B.weight": "up", "lora_A.weight": "down", "lora_B": "up", "lora_A": "down"},
         claim=_attached,
         host=HostTuple(LoraAdapter, ("up", "down", "alpha"), ("mid", "magnitude")),
         size=_size,
     )
 )
+register(Kind("lora_embedding", _make_embedding, peft_keys={"lora_embedding_A": "first", "lora_embedding_B": "second"}))
 register(Kind("lora_bias", _make_bias, peft_keys={"lora_B.bias": "diff"}, parameter="bias"))

@@ -72,11 +72,11 @@ def inspect_document(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit |
         "first_unknown": [shown(key) for key in unknown[:SHOWN_KEYS]],
         "metadata": metadata_of_interest(facts.file.metadata),
         "trained_words": trained_words(facts.file.metadata),
-        "fit": None if fit is None or checkpoint is None else _fit(checkpoint, fit),
+        "fit": None if fit is None or checkpoint is None else _fit(facts, checkpoint, fit),
     }
 
 
-def _fit(checkpoint: Checkpoint, fit: Fit) -> dict[str, Any]:
+def _fit(facts: LoraFacts, checkpoint: Checkpoint, fit: Fit) -> dict[str, Any]:
     return {
         "model": shown(checkpoint.header.path.name),
         "architecture": checkpoint.architecture.value if checkpoint.architecture else None,
@@ -84,7 +84,7 @@ def _fit(checkpoint: Checkpoint, fit: Fit) -> dict[str, Any]:
         "refused": None if fit.refused is None else shown(fit.refused, MESSAGE_CHARACTERS),
         "modules_used": fit.used if fit.refused is None else 0,
         "keys_skipped": len(fit.skipped),
-        "first_skipped": [shown(key) for key in fit.skipped[:SHOWN_KEYS]],
+        "first_skipped": [shown(facts.file.spelled(key)) for key in fit.skipped[:SHOWN_KEYS]],
         "keys_lost": len(fit.lost),
         "first_lost": [shown(key, MESSAGE_CHARACTERS) for key in fit.lost[:SHOWN_KEYS]],
     }
@@ -107,25 +107,31 @@ def print_facts(console: Console, facts: LoraFacts, checkpoint: Checkpoint | Non
     if unknown:
         first = ", ".join(shown(key) for key in unknown[:3])
         rows.append(("not known", f"{len(unknown)} keys, first: {first}"))
+    rows += [("not applied", f"{shown(key)}: {why}") for key, why in list(facts.file.lost.items())[:SHOWN_KEYS]]
+    rows += [("note", str(note)) for note in facts.file.notes]
     rows += metadata_of_interest(facts.file.metadata).items()
     if words := trained_words(facts.file.metadata):
         rows.append(("trained words", ", ".join(words)))
     for name, value in rows:
         say(console, f"  {name + ':':<24} {value}")
     if fit is not None and checkpoint is not None:
-        _print_fit(console, checkpoint, fit)
+        _print_fit(console, facts, checkpoint, fit)
 
 
-def _print_fit(console: Console, checkpoint: Checkpoint, fit: Fit) -> None:
+def _print_fit(console: Console, facts: LoraFacts, checkpoint: Checkpoint, fit: Fit) -> None:
     architecture = checkpoint.architecture.value if checkpoint.architecture else "architecture not known"
     say(console, f"On {shown(checkpoint.header.path.name)} ({architecture})", "bold")
     if fit.refused is not None:
         say(console, f"  does NOT fit: {shown(fit.refused, MESSAGE_CHARACTERS)}", "red")
         return
     say(console, f"  fits: {fit.used} modules used, {len(fit.skipped)} keys skipped, {len(fit.lost)} lost")
-    for word, keys in (("skipped", fit.skipped), ("lost", fit.lost)):
-        for key in keys[:3]:
+    skipped = [facts.file.spelled(key) for key in fit.skipped[:3]]
+    for word, keys in (("skipped", skipped), ("lost", fit.lost[:3])):
+        for key in keys:
             say(console, f"  {word}: {shown(key, MESSAGE_CHARACTERS)}")
+    if fit.left_out.modules:
+        share = fit.left_out
+        say(console, f"  left out: {share.modules} of {share.of} modules", "yellow" if share.is_much else "")
 
 
 def _mb(count: int) -> str:

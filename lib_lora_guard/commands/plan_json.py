@@ -93,7 +93,7 @@ def _lora(lora: StackedLora) -> dict[str, Any]:
         "modules": len(facts.file.adapters),
         "modules_used": lora.fit.used if lora.fit.refused is None else 0,
         "keys_skipped": len(lora.fit.skipped),
-        "first_skipped": [shown(key) for key in lora.fit.skipped[:SHOWN_KEYS]],
+        "first_skipped": [shown(lora.facts.file.spelled(key)) for key in lora.fit.skipped[:SHOWN_KEYS]],
         "keys_lost": len(lora.fit.lost),
         "first_lost": [shown(key, 300) for key in lora.fit.lost[:SHOWN_KEYS]],
         "kinds": counts(facts.kinds),

@@ -102,7 +102,7 @@ def _print_lora(console: Console, lora: StackedLora) -> None:
         say(console, f"  CANNOT BE USED: {shown(lora.fit.refused, MESSAGE_CHARACTERS)}", "red")
         return
     say(console, f"  {lora.fit.used} modules used, {len(lora.fit.skipped)} keys skipped, {len(lora.fit.lost)} lost")
-    for word, keys in (("skipped", lora.fit.skipped), ("lost", lora.fit.lost)):
+    for word, keys in (("skipped", [facts.file.spelled(key) for key in lora.fit.skipped[:1]]), ("lost", lora.fit.lost)):
         if keys:
             say(console, f"  first {word}: {shown(keys[0], MESSAGE_CHARACTERS)}", "yellow" if word == "lost" else "")
     for mode, share in sorted(lora.modes.items()):

@@ -16,8 +16,10 @@ from ..adapters import Term
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile
 from ..adapters.fitting import misfit
+from ..adapters.left_out import LeftOut
 from ..errors import LoraMismatchError, Message, about, named, reason
 from .architecture import Architecture, detect_model
+from .left_out import left_out
 from .matching import foreign_to, match_file
 from .names import NameMap
 
@@ -42,6 +44,7 @@ class Fit:
         lost: Keys with a counterpart that cannot be applied, each with the reason.
         refused: The reason if the whole file cannot be used, as a sentence for users.
         used: Number of entries of the file that are applied.
+        left_out: The part of the file that is not applied, by its own names.
     """
 
     terms: dict[str, list[Term]] = field(default_factory=dict)
@@ -49,6 +52,7 @@ class Fit:
     lost: list[str] = field(default_factory=list)
     refused: str | None = None
     used: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 class Target:
@@ -73,7 +77,7 @@ class Target:
         return NameMap(self.shapes)
 
 
-def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int = 0) -> Fit:
+def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int = 0, *, is_all: bool = True) -> Fit:
     """Fits a whole file to a model.
 
     Args:
@@ -81,6 +85,7 @@ def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int 
         target: The model.
         strength: The user's strength, stored in the terms.
         origin: The position of the file in the user's stack, stored in the terms.
+        is_all: The file meets no other model; one of which more than half is left out is refused.
     """
     foreign = foreign_to(file, target.architecture)
     if foreign is not None:
@@ -93,7 +98,11 @@ def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int 
     found.skipped[:0], found.lost[:0] = match.skipped, match.lost
     if found.refused is None:
         left = {*found.skipped, *(line.partition(": ")[0] for line in found.lost)}
-        found.used = sum(f"{module}.{parameter}" not in left for module, parameter in file.adapters)
+        used = [module for module, parameter in file.adapters if f"{module}.{parameter}" not in left]
+        found.used = len(used)
+        found.left_out = left_out(file, used, target.shapes)
+        if is_all and found.terms and (why := found.left_out.refusal) is not None:
+            return Fit(skipped=found.skipped, lost=found.lost, refused=why, left_out=found.left_out)
     return found
 
 

@@ -41,7 +41,8 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
     Raises:
         LoraMismatchError: A fused tensor has another size than the parts it must be cut into.
     """
-    match = Match(skipped=list(file.unknown_keys))
+    match = Match(skipped=[key for key in file.unknown_keys if key not in file.lost])
+    match.lost += [about(key, why) for key, why in file.lost.items()]
     taken: dict[tuple[str, Slice | None], str] = {}
     for (module, parameter), adapter in file.adapters.items():
         written = f"{module}.{parameter}"

@@ -15,6 +15,7 @@ import torch
 
 from ..adapters import Term
 from ..adapters.base import Shape
+from ..adapters.left_out import LeftOut
 from ..errors import LoraMismatchError, ModeError, RestoreError, about, reason
 from ..messages import say
 from ..models.fit import Fit, fit_terms
@@ -43,6 +44,7 @@ class LoraRequest:
         skipped_keys: Keys of the file that the model has no place for.
         lost: Keys, with reasons, that the model has and that cannot be applied.
         refused: A sentence for the user. A refused LoRA is left out as a whole.
+        left_out: The part of the file that is not applied.
     """
 
     label: str
@@ -51,11 +53,12 @@ class LoraRequest:
     skipped_keys: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     refused: str | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @classmethod
     def of(cls, label: str, strength: float, fit: Fit) -> LoraRequest:
         """Makes the request from the part of a file that fits the model."""
-        return cls(label, strength, fit.terms, tuple(fit.skipped), tuple(fit.lost), fit.refused)
+        return cls(label, strength, fit.terms, tuple(fit.skipped), tuple(fit.lost), fit.refused, fit.left_out)
 
     @property
     def bytes(self) -> int:
@@ -256,6 +259,7 @@ class Engine:
                 skipped=[*lora.skipped_keys, *lora.lost],
                 lost=list(lora.lost),
                 refused=lora.refused,
+                left_out=lora.left_out,
             )
             reports.append(report)
             if lora.refused is not None:

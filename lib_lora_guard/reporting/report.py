@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..adapters.left_out import LeftOut
 from ..files import shown
 from ..messages import Joined, Message
 from ..planning.mode import Choice, Mode
@@ -26,6 +27,8 @@ class LoraReport:
     """The part of `skipped` that the model has but that could not be patched."""
     refused: str | None = None
     """The reason if the whole file was refused."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """The part of the file that is not applied."""
     modes: Counter[str] = field(default_factory=Counter)
     """Number of weights by mode."""
     reasons: dict[str, set[str]] = field(default_factory=dict)
@@ -40,7 +43,7 @@ class LoraReport:
     @property
     def is_worrying(self) -> bool:
         """True if the image will lack a part of this LoRA."""
-        return self.refused is not None or bool(self.lost) or self.used == 0
+        return self.refused is not None or bool(self.lost) or self.used == 0 or self.left_out.is_much
 
     def message(self) -> Message | Joined:
         """Returns the report as a sentence."""
@@ -54,6 +57,8 @@ class LoraReport:
             parts.append(Message("report.mode", {"count": count, "mode": _MODES[mode], "reasons": reasons}))
         if self.lost:
             parts.append(Message("report.lost", {"count": len(self.lost), "first": clean_text(self.lost[0])}))
+        if self.left_out.is_much:
+            parts.append(Message("report.left_out", self.left_out.facts()))
         return Joined(parts)
 
     def __str__(self) -> str:

@@ -112,6 +112,15 @@ def test_every_kind_of_the_trainers_gets_its_adapter():
         ("a.dora_scale", "a", None, "magnitude"),
         ("a.to_q_lora.up.weight", "a.to_q_lora", "lora", "up"),
         (".lora_up.weight", "", "lora", "up"),
+        ("a.lora_A", "a", "lora", "down"),
+        ("a.magnitude", "a", None, "row_magnitude"),
+        ("a.lora_embedding_A", "a", "lora_embedding", "first"),
+        # OneTrainer's LoHa without any dot before the field, and the like.
+        ("a_b_hada_w1_a", "a_b", "loha", "w1a"),
+        ("a_lora_A.weight", "a", "lora", "down"),
+        ("a_lora_down_weight", "a", "lora", "down"),
+        ("a_b_alpha", "a_b", None, "alpha"),
+        ("a_dora_scale", "a", None, "magnitude"),
     ],
 )
 def test_the_end_of_a_name_tells_kind_and_field(key, module, kind, field):
@@ -121,7 +130,7 @@ def test_the_end_of_a_name_tells_kind_and_field(key, module, kind, field):
 
 @pytest.mark.parametrize(
     "key",
-    ["", "weight", "a.weight", "lora_up.weight", "a.lora_A", "a.lora_A..weight", "a.lora_up.style.weight", "a.boft_R.weight", "a_lora_A.weight", "a.lora_A.a.b.weight"],
+    ["", "weight", "a.weight", "lora_up.weight", "a.lora_A..weight", "a.lora_up.style.weight", "a.boft_R.weight", "a.lora_A.a.b.weight", "a.b_alpha", "a.poly_lora_A", "a.supertuning_lora_A.weight", "_hada_w1_a"],
 )  # fmt: skip
 def test_what_ends_otherwise_is_no_lora_key(key):
     assert meaning_of(key) is None

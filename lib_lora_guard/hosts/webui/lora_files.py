@@ -252,7 +252,7 @@ def _own(adapters: Iterable[Adapter]) -> None:
 
 def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Fit:
     """Raises LoraMismatchError where the file was made for another model."""
-    fit = fit_file(file, Target(shapes))
+    fit = fit_file(file, Target(shapes), is_all=False)
     if fit.refused is not None:
         raise LoraMismatchError(fit.refused)
     return fit
