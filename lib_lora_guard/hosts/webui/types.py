@@ -5,7 +5,7 @@ Sources: `modules/processing.py` and `modules/sd_models.py` of the A1111 family;
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -42,6 +42,23 @@ class Processing(Protocol):
     hr_upscale_to_x: int
     hr_upscale_to_y: int
     is_hr_pass: bool
+
+
+class Commented(Protocol):
+    """A request that can show lines of text under its images. Each host escapes them for its page."""
+
+    def comment(self, text: str) -> object: ...
+
+
+def comment_of(request: object) -> Callable[[str], object] | None:
+    """Returns what shows a line of text under the images of a request; None where the host has no place for one.
+
+    Args:
+        request: `Commented` in the A1111 family since 1.5 and in Forge, whose pages show the lines and whose infotexts and
+            API leave them out.
+    """
+    comment = getattr(request, "comment", None)
+    return comment if callable(comment) else None
 
 
 class TextEncoder(Protocol):
