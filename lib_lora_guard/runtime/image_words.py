@@ -17,14 +17,17 @@ from ..reporting.report import ApplyReport, LoraReport, clean_text
 
 log = logging.getLogger(__name__)
 
+Comment = Callable[[str], None]
+"""Shows a line of text under an image."""
+
 
 @dataclass(eq=False)
 class _Image:
     """One request for images that is being worked off."""
 
-    of: object
-    """The host's object for the request."""
-    comment: Callable[[str], object] | None
+    request: int
+    """The id of the host's object for the request."""
+    comment: Comment | None
     """Shows a line under the image; None where the host cannot."""
     said: set[str] = field(default_factory=set)
 
@@ -41,17 +44,17 @@ class ImageWords:
         self._images: list[_Image] = []
 
     @contextmanager
-    def image(self, of: object, comment: Callable[[str], object] | None) -> Iterator[None]:
+    def image(self, request: int, comment: Comment | None) -> Iterator[None]:
         """Wraps the work on one request, or a part of it: inside the same request the outer wrapper counts.
 
         Args:
-            of: The host's object for the request.
+            request: The id of the host's object for it, which lives for as long as the work does.
             comment: Shows a line under the image; None where the host cannot.
         """
-        if any(image.of is of for image in self._images[-1:]):
+        if any(image.request == request for image in self._images[-1:]):
             yield
             return
-        image = _Image(of, comment)
+        image = _Image(request, comment)
         self._images.append(image)
         try:
             yield

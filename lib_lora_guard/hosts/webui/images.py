@@ -25,20 +25,20 @@ PASSES = 2
 
 
 class Images:
-    def __init__(self, advice: Advice, words: ImageWords) -> None:
+    def __init__(self, advice: Advice, words: ImageWords | None = None) -> None:
         """
         Args:
             advice: For images that end for lack of memory.
             words: What is said of an image's LoRAs while it is made.
         """
-        self._advice, self._words = advice, words
+        self._advice, self._words = advice, words or ImageWords()
 
     def process_images_inner(
         self, original: Callable[Concatenate[Processing, P], R], p: Processing, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Stands in place of `process_images_inner`. The error goes on as it is."""
         try:
-            with self._words.image(p, comment_of(p)):
+            with self._words.image(id(p), comment_of(p)):
                 return original(p, *args, **kwargs)
         except Exception as error:
             if isinstance(error, LayerError) or is_out_of_memory(error):

@@ -98,7 +98,7 @@ class Schedules:
     def activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:
         """Stands in place of `ExtraNetworkLora.activate`, which is called for every batch, for the hires pass and for a
         refiner. A tag that is not understood is named, and the others are handed on."""
-        with self._words.image(p, comment_of(p)):
+        with self._words.image(id(p), comment_of(p)):
             return self._activate(original, network, p, params_list)
 
     def _activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:

@@ -26,7 +26,7 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
             return
         objects = p.sd_model.forge_objects_after_applying_lora
         reports = takeover.image_reports(objects.unet, objects.clip.patcher)
-        with takeover.words.image(p, comment_of(p)):
+        with takeover.words.image(id(p), comment_of(p)):
             # Where nothing was loaded for this image, nothing has said it yet.
             takeover.words.tell_of(reports)
         text = summary(takeover.settings.mode().value, reports, takeover.left_out())

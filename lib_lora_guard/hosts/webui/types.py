@@ -5,10 +5,12 @@ Sources: `modules/processing.py` and `modules/sd_models.py` of the A1111 family;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
+
+from ...runtime.image_words import Comment
 
 
 class DenoiserPatcher(Protocol):
@@ -47,17 +49,17 @@ class Processing(Protocol):
 class Commented(Protocol):
     """A request that can show lines of text under its images. Each host escapes them for its page."""
 
-    def comment(self, text: str) -> object: ...
+    def comment(self, text: str) -> None: ...
 
 
-def comment_of(request: object) -> Callable[[str], object] | None:
+def comment_of(request: Processing | Commented) -> Comment | None:
     """Returns what shows a line of text under the images of a request; None where the host has no place for one.
 
     Args:
         request: `Commented` in the A1111 family since 1.5 and in Forge, whose pages show the lines and whose infotexts and
             API leave them out.
     """
-    comment = getattr(request, "comment", None)
+    comment: Comment | None = getattr(request, "comment", None)
     return comment if callable(comment) else None
 
 

@@ -134,7 +134,7 @@ def test_names_are_shown_as_they_are_and_never_as_markup(loras, tmp_path):
         pytest.skip("no such names on this system")
     loras.networks.list_available_networks()
     p = Request("")
-    with loras.words.image(p, p.comment):
+    with loras.words.image(id(p), p.comment):
         loras.activate(p, "<lora:line\nbreak:1>")
         loras.networks.load_networks([name], [1.0], [1.0], [None])
     broken, missing = sorted(p.comments, reverse=True)
