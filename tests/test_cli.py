@@ -151,6 +151,42 @@ def test_nothing_is_said_to_fit_while_a_part_of_the_model_is_not_counted(
     assert (f"Not counted, because they are not in this file: {', '.join(names)}." in text) is bool(missing)
 
 
+FUSED = "diffusion_model.double_blocks.0.img_attn.qkv"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {f"{FUSED}.diff": ("F32", (700, 256))},
+        {f"{FUSED}.lora_B.weight": ("F32", (700, 4)), f"{FUSED}.lora_A.weight": ("F32", (4, 256))},
+        {f"{FUSED}.lokr_w1": ("F32", (7, 2)), f"{FUSED}.lokr_w2": ("F32", (100, 128))},
+    ],
+    ids=["diff", "lora", "lokr"],
+)
+def test_a_fused_tensor_of_a_wrong_size_names_its_file_and_costs_no_other_lora(tmp_path, capsys, wrong):
+    """On a model whose q, k and v are apart: there the tensor is cut before it is compared."""
+    blocks = ("transformer_blocks.0", "transformer_blocks.1")
+    shapes = {f"{block}.attn.to_{part}.weight": (256, 256) for block in blocks for part in ("q", "k", "v", "out.0")}
+    shapes |= {"single_transformer_blocks.0.proj_out.weight": (256, 1280), "x_embedder.weight": (256, 64)}
+    write_safetensors(tmp_path / "model.safetensors", stored(shapes, "BF16"))
+    write_safetensors(tmp_path / "bad.safetensors", wrong)
+    good = "transformer.transformer_blocks.0.attn.to_q"
+    factors = {f"{good}.lora_B.weight": ("F32", (256, 4)), f"{good}.lora_A.weight": ("F32", (4, 256))}
+    write_safetensors(tmp_path / "good.safetensors", factors)
+    loras = document(capsys, *(tmp_path / f"{name}.safetensors" for name in ("model", "bad", "good")))["loras"]
+    assert [(lora["file"], lora["is_usable"]) for lora in loras] == [
+        ("bad.safetensors", False),
+        ("good.safetensors", True),
+    ]
+    assert "qkv" in loras[0]["refused"]
+    assert plan(tmp_path / "model.safetensors", tmp_path / "bad.safetensors") == 1
+    assert error(capsys).startswith("lora-guard: bad.safetensors: ")
+    assert cli.main(["inspect", str(tmp_path / "bad.safetensors"), "--model", str(tmp_path / "model.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "bad.safetensors: LoRA for" in text
+    assert "does NOT fit" in text
+
+
 def test_what_does_not_fit_without_the_missing_parts_does_not_fit(files, capsys):
     found = document(capsys, files / "fp8.safetensors", files / "small.safetensors", vram="1MB", ram="1MB")
     assert [one["fits"] for one in found["predicted"]] == [False] * 3
