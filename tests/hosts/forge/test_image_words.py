@@ -6,6 +6,7 @@ import pytest
 import torch
 from contract.host import Host
 from support.make import host_value
+from support.webui import Lines
 
 from lib_lora_guard.hosts.forge import takeover as forge
 from lib_lora_guard.hosts.forge.fallback import HostRefresh
@@ -42,15 +43,22 @@ def image(host, patcher, loads=3):
     return comments
 
 
-def test_a_refused_lora_is_said_once_in_each_image(host, caplog):
-    logging.getLogger("lib_lora_guard").propagate = True
+@pytest.fixture
+def lines():
+    logger, handler = logging.getLogger("lib_lora_guard"), Lines()
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
+
+
+def test_a_refused_lora_is_said_once_in_each_image(host, lines):
     patcher, _ = host.build("bf16")
     changed = stack(patcher, good=GOOD, bad=BAD)
     for n in range(2):
-        caplog.clear()
+        lines.clear()
         (comment,) = image(host, changed)
         assert comment.startswith("LoRA Guard: bad.safetensors NOT applied to Net: made for another model: ")
-        assert sum("bad.safetensors" in record.getMessage() for record in caplog.records) == 1, n
+        assert sum("bad.safetensors" in line for _, line in lines) == 1, n
 
 
 def test_what_a_fallback_leaves_out_is_said_too(host, monkeypatch):
