@@ -116,6 +116,82 @@ def test_the_json_document_has_stable_names_with_units(files, capsys):
     }  # fmt: skip
 
 
+TEXT_AND_VAE = {
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": (768, 768),
+    "vae.decoder.conv_in.weight": (512, 16, 3, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "missing"),
+    [
+        ([], ["text_encoders", "vae"]),
+        (["text_encoders"], ["vae"]),
+        (["vae"], ["text_encoders"]),
+        (["text_encoders", "vae"], []),
+    ],
+)
+def test_nothing_is_said_to_fit_while_a_part_of_the_model_is_not_counted(
+    files, tmp_path, capsys, monkeypatch, more, missing
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    parts = {name: shape for name, shape in TEXT_AND_VAE.items() if name.partition(".")[0] in more}
+    model = {f"model.diffusion_model.{name}": shape for name, shape in SMALL.items()} | parts
+    write_safetensors(tmp_path / "model.safetensors", stored(model, "F8_E4M3"))
+    found = document(capsys, tmp_path / "model.safetensors", files / "small.safetensors")
+    assert found["model"]["not_counted"] == missing
+    assert [one["fits"] for one in found["predicted"]] == [None if missing else True] * 3
+    assert any("fits: " in line for line in found["advice"]) is (not missing)
+    assert plan(tmp_path / "model.safetensors", files / "small.safetensors") == 0
+    text = capsys.readouterr().out
+    names = [{"text_encoders": "text encoders", "vae": "VAE"}[part] for part in missing]
+    row = next(line for line in text.splitlines() if line.strip().startswith("fits "))
+    assert row.split() == ["fits", *(["open"] * 3 if missing else ["yes"] * 3)]
+    assert ("LoRA Guard fits: " in text) is (not missing)
+    assert (f"Not counted, because they are not in this file: {', '.join(names)}." in text) is bool(missing)
+
+
+FUSED = "diffusion_model.double_blocks.0.img_attn.qkv"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {f"{FUSED}.diff": ("F32", (700, 256))},
+        {f"{FUSED}.lora_B.weight": ("F32", (700, 4)), f"{FUSED}.lora_A.weight": ("F32", (4, 256))},
+        {f"{FUSED}.lokr_w1": ("F32", (7, 2)), f"{FUSED}.lokr_w2": ("F32", (100, 128))},
+    ],
+    ids=["diff", "lora", "lokr"],
+)
+def test_a_fused_tensor_of_a_wrong_size_names_its_file_and_costs_no_other_lora(tmp_path, capsys, wrong):
+    """On a model whose q, k and v are apart: there the tensor is cut before it is compared."""
+    blocks = ("transformer_blocks.0", "transformer_blocks.1")
+    shapes = {f"{block}.attn.to_{part}.weight": (256, 256) for block in blocks for part in ("q", "k", "v", "out.0")}
+    shapes |= {"single_transformer_blocks.0.proj_out.weight": (256, 1280), "x_embedder.weight": (256, 64)}
+    write_safetensors(tmp_path / "model.safetensors", stored(shapes, "BF16"))
+    write_safetensors(tmp_path / "bad.safetensors", wrong)
+    good = "transformer.transformer_blocks.0.attn.to_q"
+    factors = {f"{good}.lora_B.weight": ("F32", (256, 4)), f"{good}.lora_A.weight": ("F32", (4, 256))}
+    write_safetensors(tmp_path / "good.safetensors", factors)
+    loras = document(capsys, *(tmp_path / f"{name}.safetensors" for name in ("model", "bad", "good")))["loras"]
+    assert [(lora["file"], lora["is_usable"]) for lora in loras] == [
+        ("bad.safetensors", False),
+        ("good.safetensors", True),
+    ]
+    assert "qkv" in loras[0]["refused"]
+    assert plan(tmp_path / "model.safetensors", tmp_path / "bad.safetensors") == 1
+    assert error(capsys).startswith("lora-guard: bad.safetensors: ")
+    assert cli.main(["inspect", str(tmp_path / "bad.safetensors"), "--model", str(tmp_path / "model.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "bad.safetensors: LoRA for" in text
+    assert "does NOT fit" in text
+
+
+def test_what_does_not_fit_without_the_missing_parts_does_not_fit(files, capsys):
+    found = document(capsys, files / "fp8.safetensors", files / "small.safetensors", vram="1MB", ram="1MB")
+    assert [one["fits"] for one in found["predicted"]] == [False] * 3
+
+
 @pytest.mark.parametrize(
     ("model", "formats", "effects"),
     [
@@ -240,7 +316,8 @@ def test_the_page_says_what_is_predicted_and_assumed(files, capsys, monkeypatch)
     assert "bypass on 26 weights (low rank)" in text
     assert "Predicted for RTX 4090, 12.0 GB VRAM free, 16.0 GB RAM; 768x512, batch 1" in text
     assert "Assumed for RTX 4090: memory 1008 GB/s, 16-bit matrices 165 TFLOPS of which 50 % are reached" in text
-    assert "- LoRA Guard fits: " in text
+    assert "fits: " not in text
+    assert "text encoders and VAE: not in this file and not counted" in text
 
 
 def test_the_tables_fit_a_console_of_80_columns(files, capsys, monkeypatch):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints.lora_header import read_facts
-from ..checkpoints.model_header import DENOISER, Checkpoint, read_checkpoint
+from ..checkpoints.model_header import DENOISER, TEXT, VAE, Checkpoint, read_checkpoint
 from ..errors import LoraMismatchError
 from ..files import shown
 from ..planning import activations
@@ -100,7 +100,17 @@ def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, comput
         activation_bytes=step.used_bytes,
         compute_bytes=compute_bytes,
         held_bytes=step.held_bytes,
+        not_counted=[PARTS[part] for part in not_counted(checkpoint)],
     )
+
+
+PARTS = {TEXT: "text encoders", VAE: "VAE"}
+"""The parts of a model beside its denoiser that an image needs, with their names for users."""
+
+
+def not_counted(checkpoint: Checkpoint) -> list[str]:
+    """Returns the parts that an image needs and that this file lacks."""
+    return [part for part in PARTS if not checkpoint.of_part(part)]
 
 
 LINE_CHARACTERS = 300

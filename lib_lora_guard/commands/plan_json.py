@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..checkpoints.model_header import DENOISER, OTHER, TEXT, VAE, Checkpoint
@@ -10,7 +11,7 @@ from ..planning.predict import Prediction
 from ..planning.rates import BANDWIDTH_EFFICIENCY, CPU_MERGE_VALUES, EFFICIENCY, GpuRates
 from ..version import __version__
 from .page import SHOWN_KEYS, counts
-from .plan import PlanResult
+from .plan import PlanResult, not_counted
 from .stack import StackedLora
 
 SCHEMA = "lora-guard/plan/1"
@@ -38,7 +39,7 @@ def plan_document(result: PlanResult) -> dict[str, Any]:
         },
         "mode": request.wish.value,
         "loras": [_lora(lora) for lora in result.stack.loras],
-        "predicted": [_prediction(prediction) for prediction in result.predictions],
+        "predicted": [_prediction(prediction, result.model.not_counted) for prediction in result.predictions],
         "advice": result.advice,
     }
 
@@ -54,6 +55,7 @@ def _model(result: PlanResult) -> dict[str, Any]:
         "is_scaled_fp8": checkpoint.is_scaled_fp8,
         "denoiser_parameters": len(checkpoint.of_part(DENOISER)),
         "part_bytes": part_bytes(checkpoint),
+        "not_counted": not_counted(checkpoint),
         "denoiser_memory_bytes": result.model.denoiser_bytes,
         "activation_estimate_bytes": result.model.activation_bytes,
         "forge_activation_estimate_bytes": result.forge_activation_bytes,
@@ -107,10 +109,11 @@ def _lora(lora: StackedLora) -> dict[str, Any]:
     }
 
 
-def _prediction(prediction: Prediction) -> dict[str, Any]:
+def _prediction(prediction: Prediction, missing: Sequence[str]) -> dict[str, Any]:
     return {
         "way": prediction.way.value,
-        "fits": prediction.fits,
+        # Null where all that is counted fits and parts of the model are not counted.
+        "fits": None if prediction.fits and missing else prediction.fits,
         "problem": prediction.problem,
         "lora_effect": prediction.effect.value,
         "vram_peak_bytes": prediction.vram_peak_bytes,

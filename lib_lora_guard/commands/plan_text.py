@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -32,7 +32,6 @@ _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
     ("time to change a strength", lambda p: f"{p.change_seconds:.1f} s"),
     ("extra time per step", lambda p: f"{p.extra_step_seconds:.3f} s"),
     ("of the LoRA is left", lambda p: p.effect.value),
-    ("fits", lambda p: "yes" if p.fits else "NO"),
 )
 
 
@@ -56,7 +55,14 @@ def print_plan(console: Console, result: PlanResult) -> None:
         table.add_column(prediction.way.value, justify="right")
     for name, cell in _ROWS:
         table.add_row(name, *(cell(prediction) for prediction in result.predictions))
+    missing = result.model.not_counted
+    table.add_row("fits", *(_fits(prediction, missing) for prediction in result.predictions))
     console.print(table)
+    if missing:
+        say(
+            console,
+            f"Not counted, because they are not in this file: {', '.join(missing)}. Whether all of it fits is open.",
+        )
     say(console, _assumed(request.rates))
     if request.wish is not Wish.AUTO:
         say(console, f"LoRA Guard was asked for mode {request.wish.value}; nothing is asked of Forge.")
@@ -72,7 +78,7 @@ def _print_model(console: Console, result: PlanResult) -> None:
     say(console, f"{name}: {architecture}, {checkpoint.header.container}, {_gb(checkpoint.header.bytes)}", "bold")
     sizes = part_bytes(checkpoint)
     there = ", ".join(f"{_PARTS[part]} {_gb(size)}" for part, size in sizes.items() if size)
-    missing = " and ".join(_PARTS[part] for part in ("text_encoders", "vae") if not sizes[part])
+    missing = " and ".join(result.model.not_counted)
     say(console, f"  {there}" + (f"; {missing} not in this file, add their size to the RAM" if missing else ""))
     formats = checkpoint.formats()
     whole = sum(formats.values())
@@ -107,6 +113,12 @@ def _print_lora(console: Console, lora: StackedLora) -> None:
             say(console, f"  first {word}: {shown(keys[0], MESSAGE_CHARACTERS)}", "yellow" if word == "lost" else "")
     for mode, share in sorted(lora.modes.items()):
         say(console, f"  {mode} on {share.count} weights ({', '.join(sorted(share.reasons))}): {_mb(share.bytes)}")
+
+
+def _fits(prediction: Prediction, missing: Sequence[str]) -> str:
+    if not prediction.fits:
+        return "NO"
+    return "open" if missing else "yes"
 
 
 def _assumed(rates: GpuRates) -> str:

@@ -204,6 +204,11 @@ class Engine:
         """Returns the places in `stack` of the LoRAs that could be read and fit the model. Changes nothing."""
         return set(self._validate(access, stack)[0])
 
+    def refusals(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> dict[int, str]:
+        """Returns the reasons for the LoRAs of `stack` that `fitting` leaves out, by place. Changes nothing."""
+        reports = self._validate(access, stack)[1]
+        return {place: report.refused for place, report in enumerate(reports) if report.refused is not None}
+
     def unpatched_shapes(self) -> dict[str, Shape]:
         """Returns the shapes that merged parameters have without their LoRAs, which may have widened them."""
         return {key: a.site.shape for key, a in self._attached.items() if isinstance(a, MergeAttachment)}

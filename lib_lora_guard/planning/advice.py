@@ -29,10 +29,18 @@ def _guard(model: ModelFacts, guard: Prediction) -> Iterator[str]:
         yield f"{guard.problem}, and the guard works inside it: use the model in another quantisation."
         return
     if guard.fits:
-        yield (
-            f"LoRA Guard fits: {_gb(guard.vram_peak_bytes)} of VRAM and {_gb(guard.ram_peak_bytes)} of RAM at the peak, "
-            f"applied in {_seconds(guard.apply_seconds)}."
+        numbers = (
+            f"{_gb(guard.vram_peak_bytes)} of VRAM and {_gb(guard.ram_peak_bytes)} of RAM at the peak, applied in "
+            f"{_seconds(guard.apply_seconds)}"
         )
+        if model.not_counted:
+            missing = " and ".join(model.not_counted)
+            yield (
+                f"LoRA Guard needs {numbers}, without {missing}: not in this file and not counted. Add the size of their files "
+                "to the RAM, and compare with what is there."
+            )
+        else:
+            yield f"LoRA Guard fits: {numbers}."
     yield from _memory(guard)
     if guard.swapped_bytes:
         smaller = "fp8, NF4 or GGUF" if model.wide else "NF4 or GGUF Q4"

@@ -96,6 +96,8 @@ class ModelFacts:
     compute_bytes: int
     held_bytes: int = 0
     """Held by torch for a step (`activations.step`)."""
+    not_counted: Sequence[str] = ()
+    """Names of the parts that an image needs and that are not in the file: their size is in no number."""
 
     @property
     def denoiser_bytes(self) -> int:

@@ -85,15 +85,18 @@ def parse(text: str) -> Schedule:
             pair without a position lies at 1. If the first one is a plain number, it is the strength of every step.
 
     Raises:
-        ScheduleError: `text` is neither.
+        ScheduleError: `text` is neither, or it is several numbers without any position: 0,8 for 0.8, or block weights.
     """
     points = []
-    for pair in re.split("[,;]", text):
+    pairs = re.split("[,;]", text)
+    for pair in pairs:
         strength, *position = (_number(part, text) for part in re.split("[@~]", pair))
         if len(position) > 1:
             raise _malformed(text)
         points.append((position[0] if position else 1.0, strength))
-    if not re.search("[@~]", re.split("[,;]", text)[0]):
+    if len(pairs) > 1 and not re.search("[@~]", text):
+        raise ScheduleError.of("schedules.list", text=text[:100], count=len(pairs))
+    if not re.search("[@~]", pairs[0]):
         return Schedule(((0.0, points[0][1]),))
     return Schedule(tuple(sorted(points, key=lambda point: point[0])))
 
@@ -120,6 +123,25 @@ def read_strengths(positional: Sequence[str], named: Mapping[str, str]) -> Stren
         by_name.get("hrte", by_name.get("hr", text)),
         by_name.get("hrunet", by_name.get("hr", model)),
     )
+
+
+def check_rank(positional: Sequence[object], named: Mapping[str, str]) -> None:
+    """Checks that the rank of a DyLoRA is a whole number: hosts read nothing else there, and stop at the whole prompt.
+
+    Args:
+        positional: The words of the tag after its name; the third may be the rank.
+        named: `dyn` by name, which counts before the third word.
+
+    Raises:
+        ScheduleError: It is something else.
+    """
+    places = [("schedules.fourth_word", word) for word in positional[2:3]]
+    places += [("schedules.rank", named[name]) for name in ("dyn",) if name in named]
+    for key, word in places:
+        try:
+            int(word)  # type: ignore[call-overload]  # whatever another extension has put there
+        except (TypeError, ValueError):
+            raise ScheduleError.of(key, text=str(word)[:100]) from None
 
 
 def _progress(step: int, steps: int) -> float:

@@ -11,6 +11,7 @@ from ..errors import HostError
 from ..memory import MemorySnapshot, Nvml
 from ..planning.last_plan import LastPlan
 from ..reporting.report import ApplyReport
+from .image_words import ImageWords
 from .live_settings import LiveSettings
 
 
@@ -18,6 +19,8 @@ class Takeover(Protocol):
     """The guard in place of a host's LoRA patcher."""
 
     settings: LiveSettings
+    words: ImageWords
+    """What is said of the LoRAs of the image that is being made."""
 
     def install(self) -> None:
         """Replaces the host's functions: all, or none where one fails."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..messages.languages import language_of, system_locale
 from ..settings import PREFIX, LoraMode, read
 from ..units import MB
 
@@ -40,6 +41,12 @@ class LiveSettings:
     def mode(self) -> LoraMode:
         """Returns the mode for the present image."""
         return mode_of(self.options)
+
+    def language(self) -> str:
+        """Returns the language of the reader of the WebUI: by the guard's own setting, else the WebUI's, else the system's."""
+        localization = self.options.get("localization")
+        wanted = read(self.options)[0].language.value
+        return language_of(wanted, None if localization is None else str(localization), system_locale())
 
     def is_host_reading(self) -> bool:
         """True in the mode "Forge's own": the host reads LoRA files itself."""

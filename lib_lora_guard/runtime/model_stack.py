@@ -24,6 +24,7 @@ from ..planning.mode import Wish
 from ..recorder.crash_report import Precaution
 from ..reporting.report import ApplyReport, clean_text
 from ..settings import LoraMode
+from .image_words import ImageWords
 
 log = logging.getLogger(__name__)
 
@@ -75,13 +76,19 @@ class ModelStack:
 class ModelStacks:
     """The stacks of all models that the guard works on, held weakly, and how they are changed."""
 
-    def __init__(self, precautions: Callable[[torch.nn.Module], Collection[Precaution]], watch: Watch) -> None:
+    def __init__(
+        self,
+        precautions: Callable[[torch.nn.Module], Collection[Precaution]],
+        watch: Watch,
+        words: ImageWords | None = None,
+    ) -> None:
         """
         Args:
             precautions: Returns what to avoid with a model, because the last process died of it.
             watch: Wraps the work of every engine.
+            words: Says what a model lacks of its LoRAs.
         """
-        self.precautions, self._watch = precautions, watch
+        self.precautions, self._watch, self.words = precautions, watch, words or ImageWords()
         self._no_merge_is_logged = False
         self._stacks: weakref.WeakSet[ModelStack] = weakref.WeakSet()
         self._reports: tuple[tuple[weakref.ref[ModelStack], ApplyReport], ...] = ()
@@ -145,6 +152,7 @@ class ModelStacks:
             _log_merge_loss(stack, name)
         if stack.report is not None:
             log.log(logging.WARNING if stack.report.is_worrying else logging.INFO, "%s", stack.report.line())
+            self.words.tell_of([stack.report], is_logged=True)
 
     def publish_reports(self) -> None:
         """Makes the present reports known to other threads."""

@@ -14,7 +14,7 @@ import torch
 
 from ...errors import RestoreError, named
 from ...memory.out_of_memory import is_out_of_memory
-from ...messages import Joined, say
+from ...messages import Joined, Message, say
 from ...patching.engine import LoraRequest
 from ...reporting.report import clean_text
 from ...runtime.live_settings import LiveSettings
@@ -159,12 +159,16 @@ class LoaderControl:
             say(log, logging.ERROR, "host.not_restored_next_image", model=access.name)
             raise RestoreError.of("memory.not_restored_at_all") from error
         wanted = _at(change.patches, state.engine.fitting(access, requests))
+        for place, refused in state.engine.refusals(access, requests).items():
+            facts = {"name": clean_text(requests[place].label), "model": access.name, "why": clean_text(refused)}
+            self._stacks.words.tell(Message("host.left_out_of_model", facts))
         why = clean_text(named(error))
         way = apply_whole(change.host, access, wanted, self._api.weight_classes)
         if way is None:
             AppliedStack(loader).invalidate()
             if change.patches:
-                say(log, logging.ERROR, "host.without", model=access.name, loras=_names(change.patches), why=why)
+                facts = {"model": access.name, "loras": _names(change.patches), "why": why}
+                self._stacks.words.tell(Message("host.without", facts), logging.ERROR)
             return
         state.left_to_host = True
         # Memory may be there again at the next load; another error would be the same one.

@@ -10,6 +10,7 @@ import torch
 from ...recorder.crash_report import Precaution
 from ...runtime.advice import Advice
 from ...runtime.corrections import Corrections
+from ...runtime.image_words import ImageWords
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
@@ -55,9 +56,10 @@ class ForgeParts:
         self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
         self.rule_log = RuleLog()
         self.precautions = Precautions(self._planned)
-        self.stacks = ForgeStacks(PatchReader(api.lora), settings, self._planned, journal.work)
+        self.words = ImageWords(settings.language)
+        self.stacks = ForgeStacks(PatchReader(api.lora), settings, self._planned, journal.work, self.words)
         self.control = LoaderControl(api, self.stacks, settings)
-        self.files = LoraFiles(settings, self.stacks.unpatched_shapes)
+        self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words)
         self.advice = Advice(api.memory, self.stacks.reports)
         self.web = WebTakeover(
             settings,

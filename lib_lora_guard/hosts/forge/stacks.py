@@ -18,6 +18,7 @@ from ...patching.access import find_owner
 from ...patching.watching import Watch
 from ...recorder.crash_report import Precaution
 from ...reporting.report import ApplyReport
+from ...runtime.image_words import ImageWords
 from ...runtime.live_settings import LiveSettings
 from ...runtime.model_stack import ModelStacks
 from ...settings import LoraMode
@@ -40,6 +41,7 @@ class ForgeStacks(ModelStacks):
         settings: LiveSettings,
         precautions: Callable[[torch.nn.Module], Collection[Precaution]],
         watch: Watch,
+        words: ImageWords | None = None,
     ) -> None:
         """
         Args:
@@ -47,8 +49,9 @@ class ForgeStacks(ModelStacks):
             settings: The user's, read at every question.
             precautions: Returns what to avoid with a model, because the last process died of it.
             watch: Wraps the work of every engine.
+            words: Says what a model lacks of its LoRAs.
         """
-        super().__init__(precautions, watch)
+        super().__init__(precautions, watch, words)
         self.reader, self._settings = reader, settings
         self._loaders: weakref.WeakSet[LoraLoader] = weakref.WeakSet()
 
@@ -153,7 +156,9 @@ class ForgeStacks(ModelStacks):
             patcher.refresh_loras()
             return
         report = self.report(loader)
-        if report is not None and report.refused:
+        if report is not None and self.words.is_open:
+            self.words.tell_of([report])
+        elif report is not None and report.refused:
             loras = Joined([lora.message() for lora in report.refused], "list.semicolon")
             say(log, logging.WARNING, "host.model_still_without", model=report.model, loras=loras)
 

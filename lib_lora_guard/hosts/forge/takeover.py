@@ -106,7 +106,7 @@ class ForgeTakeover(ForgeParts):
 
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
-        return {**self.files.left_out, **self.files.missing}
+        return {**self.files.left_out, **self.files.missing, **self.web.schedules.left_out}
 
     def image_reports(self, image_model: Patcher, text_encoder: Patcher) -> list[ApplyReport]:
         """Returns what lies on the models that made the present image."""

@@ -1,4 +1,5 @@
-"""Stands around the making of a request's images: says what would help after one that ended for lack of memory.
+"""Stands around the making of a request's images: shows under them what they lack of their LoRAs, and says what would help
+after one that ended for lack of memory.
 
 Sources: `modules/processing.py` (`process_images_inner`, called once for each request).
 """
@@ -14,7 +15,8 @@ from ...memory.out_of_memory import is_out_of_memory
 from ...messages import Joined, say
 from ...runtime.advice import Advice
 from ...runtime.hooks import P, R, Row
-from .types import Processing
+from ...runtime.image_words import ImageWords
+from .types import Processing, comment_of
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +25,21 @@ PASSES = 2
 
 
 class Images:
-    def __init__(self, advice: Advice) -> None:
-        self._advice = advice
+    def __init__(self, advice: Advice, words: ImageWords | None = None) -> None:
+        """
+        Args:
+            advice: For images that end for lack of memory.
+            words: What is said of an image's LoRAs while it is made.
+        """
+        self._advice, self._words = advice, words or ImageWords()
 
     def process_images_inner(
         self, original: Callable[Concatenate[Processing, P], R], p: Processing, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Stands in place of `process_images_inner`. The error goes on as it is."""
         try:
-            return original(p, *args, **kwargs)
+            with self._words.image(id(p), comment_of(p)):
+                return original(p, *args, **kwargs)
         except Exception as error:
             if isinstance(error, LayerError) or is_out_of_memory(error):
                 self._say_what_helps(p)

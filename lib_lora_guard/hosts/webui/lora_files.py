@@ -11,7 +11,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ...messages import Joined, say, without
 from ...models.fit import Fit, Target, fit_file
 from ...reporting.report import clean_text
 from ...runtime.factor_copies import own
+from ...runtime.image_words import ImageWords
+from ...runtime.left_out import applied_in_part, nothing_applied
 from ...runtime.live_settings import LiveSettings
 from ...weights.storage import storage_of
 
@@ -71,13 +73,16 @@ class LoraFiles:
         self,
         settings: LiveSettings | None = None,
         unpatched_shapes: Callable[[torch.nn.Module], Mapping[str, Shape]] = lambda model: {},
+        words: ImageWords | None = None,
     ) -> None:
         """
         Args:
             settings: how much is kept, and whether the host reads LoRA files itself.
             unpatched_shapes: returns the shapes that merged parameters of a model have without their LoRAs.
+            words: says what is left out.
         """
         self._settings, self._unpatched_shapes = settings or LiveSettings(), unpatched_shapes
+        self.words = words or ImageWords()
         self._lock = threading.Lock()
         """Protects `_kept`: files are read where images are made, the settings page changes how much is kept."""
         self._kept: OrderedDict[FileKey, LoraFile] = OrderedDict()
@@ -87,6 +92,8 @@ class LoraFiles:
         """LoRAs of the present stack that were refused as a whole, with the reason."""
         self.missing: dict[str, str] = {}
         """Names in the last prompt that are no LoRA's, with what is said of them."""
+        self._in_part: dict[str, tuple[Message, int]] = {}
+        """LoRAs of the present stack that are applied in part, with the sentence and its level."""
         self._stack = ""
         """"announced" or "open" inside `announced_stack`."""
         self._matches: weakref.WeakKeyDictionary[LoraFile, Matches] = weakref.WeakKeyDictionary()
@@ -121,7 +128,7 @@ class LoraFiles:
         if self._stack == "announced" or (not self._stack and not getattr(model, "lora_patches", None)):
             self._stack = self._stack and "open"
             self._last_stack, self._in_stack = self._in_stack, set()
-            self.left_out = {}
+            self.left_out, self._in_part = {}, {}
         if self.is_host_reading():
             return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
         try:
@@ -134,7 +141,7 @@ class LoraFiles:
         except (LoraFileError, LoraMismatchError) as error:
             # What the guard refused as broken is never handed to the host.
             self.left_out[name] = without(name, reason(error))
-            say(log, logging.WARNING, "host.left_out", name=name, why=self.left_out[name])
+            self._tell_left_out(name)
             return model, clip
         except Exception:
             say(log, logging.ERROR, "host.guard_could_not_read", exc_info=True, name=name)
@@ -151,7 +158,7 @@ class LoraFiles:
             patched.append(clone)
             count = sum(len(terms) for terms in match.terms.values())
             say(log, logging.INFO, "host.keys_for", name=name, count=count, side=side)
-        _say_what_is_left(name, file, [match for match in found if match is not None])
+        self._tell_what_is_left(name, file, [match for match in found if match is not None])
         return patched[0], patched[1]
 
     @contextlib.contextmanager
@@ -160,17 +167,39 @@ class LoraFiles:
         same."""
         self.missing, self._stack = dict(missing), "announced"
         if is_empty:
-            self.left_out = {}
+            self.left_out, self._in_part = {}, {}
         try:
             yield
         finally:
             self._stack = ""
 
+    def tell_again(self) -> None:
+        """Says of the present stack what was said when its files were read, for an image that reads none."""
+        for name in self.left_out:
+            self._tell_left_out(name)
+        for lacking in self._in_part.values():
+            self.words.tell(*lacking)
+
     def remind(self) -> None:
         """Says again what is left out, for an image with the same stack as the last."""
-        if self.left_out:
+        if self.words.is_open:
+            self.tell_again()
+        elif self.left_out:
             loras = [Message("host.left_out_of_all", {"name": name, "why": why}) for name, why in self.left_out.items()]
             say(log, logging.WARNING, "host.still_without", loras=Joined(loras, "list.semicolon"))
+
+    def _tell_what_is_left(self, name: str, file: LoraFile, matches: Sequence[Fit]) -> None:
+        why = nothing_applied(file, matches)
+        lacking = applied_in_part(name, file, matches)
+        if why is not None:
+            self.left_out[name] = why
+            self._tell_left_out(name)
+        elif lacking is not None:
+            self._in_part[name] = lacking
+            self.words.tell(*lacking)
+
+    def _tell_left_out(self, name: str) -> None:
+        self.words.tell(Message("host.left_out", {"name": name, "why": clean_text(self.left_out[name])}))
 
     def _read(self, filename: Any, lora: Any) -> LoraFile:
         if not isinstance(lora, LazyState):
@@ -266,19 +295,3 @@ def _patches(terms: Mapping[str, list[Term]]) -> dict[Any, Any]:
             address = key if part is None else (key, (part.dim, part.start, part.length))
             patches[address] = value_of(term.adapter)
     return patches
-
-
-def _say_what_is_left(name: str, file: LoraFile, matches: list[Fit]) -> None:
-    """One line on keys that no part of the model has a place for, one on those that cannot be applied to it."""
-    if not matches:
-        return
-    left = set.intersection(*(set(match.skipped) for match in matches))
-    lost = [line for match in matches for line in match.lost]
-    used = sum(bool(match.terms) for match in matches)
-    if not used:
-        first = shown(min(left)) if left else Message("host.nothing")
-        say(log, logging.WARNING, "host.no_module_here", name=name, count=len(file.adapters), first=first)
-    elif left:
-        say(log, logging.INFO, "host.keys_without_place", name=name, count=len(left), first=shown(min(left)))
-    if lost:
-        say(log, logging.WARNING, "host.keys_lost", name=name, count=len(lost), first=clean_text(lost[0]))

@@ -6,18 +6,18 @@ image stay. It takes a stack of the same names for the same stack, whatever has 
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ...files import shown
-from ...messages import Message, say
+from ...messages import Message
 from ...runtime.hooks import R, Row
 from .lora_files import LoraFiles
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 STALE = "lora guard: read again"
 """A `current_lora_hash` that no stack has."""
@@ -38,6 +38,7 @@ class LoraStack:
             on_changed_files: called if a file of the stack is another than when it was last used.
         """
         self._networks, self.files, self._on_changed_files = networks, files, on_changed_files
+        self._words = files.words
         self._versions: dict[str, tuple[int, int]] = {}
         self._read_by: bool | None = None
 
@@ -56,17 +57,22 @@ class LoraStack:
         found = {name: self._file(name) for name in names}
         missing = {name: Message("everyday.no_such_lora") for name, file in found.items() if file is None}
         for name, why in missing.items():
-            say(log, logging.WARNING, "host.left_out", name=shown(name), why=why)
-            # What Forge writes under the picture.
+            self._words.tell(Message("host.left_out", {"name": shown(name), "why": why}))
+            # What Forge writes under the picture: only where the sentence itself does not stand there.
             errors = getattr(getattr(self._networks, "extra_network_lora", None), "errors", None)
-            if isinstance(errors, dict):
+            if isinstance(errors, dict) and not self._words.is_shown:
                 errors[name] = 1
         used = [i for i, name in enumerate(names) if found[name] is not None]
         self._notice_changes([file for file in found.values() if file is not None])
-        lists = [te_multipliers, unet_multipliers, dyn_dims]
-        kept = [None if values is None else [values[i] for i in used] for values in lists]
+        text, unet = _at(te_multipliers, used), _at(unet_multipliers, used)
         with self.files.announced_stack(missing, is_empty=not used):
-            return original([names[i] for i in used], *kept, *args, **kwargs)
+            result = original([names[i] for i in used], text, unet, _at(dyn_dims, used), *args, **kwargs)
+        if self._words.is_open:
+            self.files.tell_again()
+        sides = (("host.unet", unet), ("host.text_encoder", text))
+        for message in same_twice([(names[i], found[names[i]]) for i in used], sides):
+            self._words.tell(message)
+        return result
 
     def _file(self, name: str) -> Path | None:
         """The file of a LoRA by the name in the prompt; None where there is none in the host's list."""
@@ -110,6 +116,37 @@ class LoraStack:
         model = self._networks.sd_models.model_data.get_sd_model()
         if model is not None and (is_changed or reading != before):
             model.current_lora_hash = STALE
+
+
+def _at(values: Sequence[T] | None, places: Sequence[int]) -> list[T] | None:
+    return None if values is None else [values[place] for place in places]
+
+
+def same_twice(
+    loras: Sequence[tuple[str, Path | None]], sides: Iterable[tuple[str, Sequence[float] | None]]
+) -> list[Message]:
+    """Returns a sentence for each file that stands in a prompt several times with one strength: the host keeps a stack by
+    file and strength, so it counts once. With different strengths they add up.
+
+    Args:
+        loras: The names in the prompt with their files.
+        sides: The catalogue's name of each part of the model, and the strengths there.
+
+    Returns:
+        One sentence for a file, for the first part that it counts once for.
+    """
+    said: dict[Path, Message] = {}
+    for side, strengths in sides:
+        if strengths is None:
+            continue
+        counted = Counter((file, strength) for (_, file), strength in zip(loras, strengths, strict=True))
+        for (name, file), strength in zip(loras, strengths, strict=True):
+            count = counted[file, strength]
+            if file is None or count < 2 or file in said:
+                continue
+            facts = {"name": shown(name), "count": count, "strength": strength}
+            said[file] = Message("schedules.same_twice", {**facts, "side": Message(side)})
+    return list(said.values())
 
 
 ROWS: tuple[Row[LoraStack], ...] = (

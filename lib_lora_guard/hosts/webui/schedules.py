@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ...adapters.base import LARGEST_NUMBER
 from ...errors import HostError
-from ...messages import Joined, say
-from ...planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, read_strengths
+from ...messages import Joined, Message, reason, say
+from ...planning.schedule import HIRES_NAMES, NAMES, Schedule, ScheduleError, Strengths, check_rank, read_strengths
 from ...reporting.report import clean_text
 from ...runtime.hooks import HookSet, Row, lay
 from ...runtime.host import StepStrengths
+from ...runtime.image_words import ImageWords
+from .types import comment_of
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +68,15 @@ class Followed:
 class Schedules:
     """The schedules of the pass that is being made."""
 
-    def __init__(self, strengths: StepStrengths[Any]) -> None:
-        self.strengths = strengths
+    def __init__(self, strengths: StepStrengths[Any], words: ImageWords | None = None) -> None:
+        """
+        Args:
+            strengths: Changes them between two steps.
+            words: Says which tags are not understood.
+        """
+        self.strengths, self._words = strengths, words or ImageWords()
+        self.left_out: dict[str, str] = {}
+        """LoRAs of the present pass whose tag is not understood, with the reason."""
         self._network_class: type | None = None
         self._networks: Any = None
         self._followed: dict[tuple[str, float], Followed] = {}
@@ -87,8 +97,12 @@ class Schedules:
 
     def activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:
         """Stands in place of `ExtraNetworkLora.activate`, which is called for every batch, for the hires pass and for a
-        refiner."""
-        self._followed = {}
+        refiner. A tag that is not understood is named, and the others are handed on."""
+        with self._words.image(id(p), comment_of(p)):
+            return self._activate(original, network, p, params_list)
+
+    def _activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:
+        self._followed, self.left_out = {}, {}
         if type(network) is not self._network_class:
             # Another extension is the prompt's LoRA network (sd-webui-loractl) and has read the tags already.
             return original(network, p, params_list)
@@ -96,15 +110,15 @@ class Schedules:
         read: list[Any] = []
         followed: list[tuple[str, float, Schedule]] = []
         for params in params_list:
-            if _host_can_read(params):
+            try:
+                strengths = _strengths(params)
+            except ScheduleError as error:
+                self._leave_out(params, error)
+                continue
+            if strengths is None:
                 read.append(params)
                 continue
             name = str(params.positional[0])
-            try:
-                strengths = read_strengths([str(item) for item in params.positional[1:3]], params.named)
-            except ScheduleError as error:
-                say(log, logging.WARNING, "schedules.left_out", name=clean_text(name), why=error)
-                continue
             text, model = (strengths.hires_text, strengths.hires_model) if hires else (strengths.text, strengths.model)
             read.append(_with_numbers(params, text.start, model.start))
             if not model.is_constant:
@@ -117,6 +131,14 @@ class Schedules:
             if name in files
         }
         return result
+
+    def _leave_out(self, params: Any, error: ScheduleError) -> None:
+        """Names a tag that is not understood. Handed on it would make the host drop all LoRAs of the prompt."""
+        tag = clean_text(f"<lora:{':'.join(map(str, params.items))}>")
+        name = clean_text(str(params.positional[0])) if params.positional else tag
+        why = clean_text(reason(error))
+        self.left_out[name] = why
+        self._words.tell(Message("schedules.left_out", {"name": name, "why": why, "tag": tag}))
 
     def launch_sampling(self, original: Callable[..., Any], sampler: Any, *args: Any, **kwargs: Any) -> Any:
         """Wraps the sampling of one pass: whatever ends it, the model has the strengths of its patcher again."""
@@ -144,18 +166,36 @@ class Schedules:
         self.strengths.set(patcher, strengths)
 
 
+def _strengths(params: Any) -> Strengths | None:
+    """Returns the strengths of a tag; None where Forge itself understands all of it.
+
+    Raises:
+        ScheduleError: The tag has no name, or something else stands where a strength or the rank of a DyLoRA belongs.
+    """
+    if not params.positional:
+        raise ScheduleError.of("schedules.no_name")
+    check_rank(params.positional[1:], params.named)
+    if _host_can_read(params):
+        return None
+    return read_strengths([str(item) for item in params.positional[1:3]], params.named)
+
+
 def _host_can_read(params: Any) -> bool:
     """True where Forge itself understands all strengths of a tag."""
-    if not params.positional:
-        return True  # no name: nothing of ours
     if any(params.named.get(name) for name in HIRES_NAMES):
         return False
     try:
-        for text in (*params.positional[1:3], *(params.named[name] for name in ("te", "unet") if name in params.named)):
+        numbers = [
             float(text)
+            for text in (
+                *params.positional[1:3],
+                *(params.named[name] for name in ("te", "unet") if name in params.named),
+            )
+        ]
     except (TypeError, ValueError):
         return False
-    return True
+    # Forge takes "nan" for a number; the LoRA's file is not what is wrong then.
+    return all(abs(number) < LARGEST_NUMBER for number in numbers)
 
 
 def _with_numbers(params: Any, text: float, model: float) -> Any:

@@ -10,6 +10,7 @@ from modules import scripts
 
 from ...reporting.report import ApplyReport, clean_text
 from ...runtime import installed
+from .types import comment_of
 
 
 class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes are not typed
@@ -25,6 +26,9 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
             return
         objects = p.sd_model.forge_objects_after_applying_lora
         reports = takeover.image_reports(objects.unet, objects.clip.patcher)
+        with takeover.words.image(id(p), comment_of(p)):
+            # Where nothing was loaded for this image, nothing has said it yet.
+            takeover.words.tell_of(reports)
         text = summary(takeover.settings.mode().value, reports, takeover.left_out())
         if text:
             p.extra_generation_params["LoRA Guard"] = text

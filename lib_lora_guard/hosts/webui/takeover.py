@@ -55,9 +55,13 @@ class WebTakeover:
             memory_settings: returns everything that decides how models are loaded and placed, as one value to compare.
         """
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
-        self._rule_log, self._images, self._memory_settings = rule_log, images.Images(advice), memory_settings
+        self._rule_log, self._images, self._memory_settings = (
+            rule_log,
+            images.Images(advice, files.words),
+            memory_settings,
+        )
         self.prompts = PromptCache()
-        self.schedules = schedules.Schedules(strengths)
+        self.schedules = schedules.Schedules(strengths, files.words)
 
     def install(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> list[HostError]:
         """Replaces what of the WebUI is loaded and not replaced yet.

@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from ...runtime.image_words import Comment
+
 
 class DenoiserPatcher(Protocol):
     """The image model with the stack of LoRAs that it shall have."""
@@ -42,6 +44,23 @@ class Processing(Protocol):
     hr_upscale_to_x: int
     hr_upscale_to_y: int
     is_hr_pass: bool
+
+
+class Commented(Protocol):
+    """A request that can show lines of text under its images. Each host escapes them for its page."""
+
+    def comment(self, text: str) -> None: ...
+
+
+def comment_of(request: Processing | Commented) -> Comment | None:
+    """Returns what shows a line of text under the images of a request; None where the host has no place for one.
+
+    Args:
+        request: `Commented` in the A1111 family since 1.5 and in Forge, whose pages show the lines and whose infotexts and
+            API leave them out.
+    """
+    comment: Comment | None = getattr(request, "comment", None)
+    return comment if callable(comment) else None
 
 
 class TextEncoder(Protocol):

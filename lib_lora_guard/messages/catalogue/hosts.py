@@ -27,7 +27,11 @@ TEXTS: dict[str, tuple[str, str]] = {
         "LoRA Guard 已更新；请重启 Forge 以使用新版本（当前运行的仍是 {version}）",
     ),
     # Reading files.
-    "host.left_out": ("{name} NOT applied: {why}", "{name} 未应用：{why}"),
+    "host.left_out": ("{name} NOT applied: {why} (LG-L01)", "{name} 未应用：{why}（LG-L01）"),
+    "host.left_out_of_model": (
+        "{name} NOT applied to {model}: {why} (LG-L01)",
+        "{name} 未应用到 {model}：{why}（LG-L01）",
+    ),
     "host.left_out_of_all": ("{name} ({why})", "{name}（{why}）"),
     "host.still_without": ("still without {loras}", "仍未应用：{loras}"),
     "host.guard_could_not_read": (
@@ -38,17 +42,29 @@ TEXTS: dict[str, tuple[str, str]] = {
     "host.unet": ("U-Net", " U-Net"),
     "host.text_encoder": ("text encoder", "文本编码器"),
     "host.no_module_here": (
-        "{name} NOT applied: none of its {count} modules is in this model (it has {first}); use a LoRA made for this model",
-        "{name} 未应用：其 {count} 个模块在当前模型中都不存在（例如 {first}）；请使用适用于此模型的 LoRA",
+        "none of its {count} modules is in this model (it has {first}); use a LoRA made for this model",
+        "其 {count} 个模块在当前模型中都不存在（例如 {first}）；请使用适用于此模型的 LoRA",
     ),
     "host.nothing": ("nothing", "无"),
+    "host.in_part": (
+        "{name}: {what}; that is {percent} of the file, the rest is applied (LG-L02)",
+        "{name}：{what}；占该文件的 {percent}，其余部分已应用（LG-L02）",
+    ),
+    "host.in_small_part": (
+        "{name}: {what}; that is {percent} of the file, so the picture lacks a good part of it: use a version of this LoRA that was made for this model (LG-L02)",
+        "{name}：{what}；占该文件的 {percent}，图像会缺少相当一部分效果：请使用适用于此模型的版本（LG-L02）",
+    ),
     "host.keys_without_place": (
-        "{name}: {count} of its keys have no place in this model and are left out (first: {first})",
-        "{name}：有 {count} 个键在当前模型中没有对应位置，已忽略（第一个：{first}）",
+        "{count} of its keys have no place in this model and are left out (first: {first})",
+        "有 {count} 个键在当前模型中没有对应位置，已忽略（第一个：{first}）",
     ),
     "host.keys_lost": (
-        "{name}: {count} keys cannot be applied to this model: {first}",
-        "{name}：有 {count} 个键无法应用到当前模型：{first}",
+        "{count} keys cannot be applied to this model: {first}",
+        "有 {count} 个键无法应用到当前模型：{first}",
+    ),
+    "host.lost_on_model": (
+        "{name}: {count} of its weights are left out of {model}: {first} (LG-L02)",
+        "{name}：有 {count} 个权重未应用到 {model}：{first}（LG-L02）",
     ),
     # Applying.
     "host.apply_failed": ("{model}: applying LoRAs failed", "{model}：应用 LoRA 失败"),
@@ -73,7 +89,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "host.fp16_path": ("Forge's fp16-LoRA path", " Forge 的 fp16 LoRA 方式"),
     "host.merge_path": ("Forge's merge", " Forge 的合并方式"),
     "host.without": (
-        "{model}: this image is made WITHOUT the LoRAs {loras}: {why}",
-        "{model}：此图像在没有以下 LoRA 的情况下生成：{loras}。原因：{why}",
+        "{model}: this image is made WITHOUT the LoRAs {loras}: {why} (LG-L05)",
+        "{model}：此图像在没有以下 LoRA 的情况下生成：{loras}。原因：{why}（LG-L05）",
     ),
 }

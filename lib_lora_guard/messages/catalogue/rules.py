@@ -11,17 +11,17 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Forge 要求卸载全部模型。旧版本会显示为 953674316406250018963456.00 MB：这只是一个标记而不是大小，并没有出错",
     ),
     "rule.not_a_number": (
-        "somebody asked for an amount of memory that is not a number; it counts as nothing. An extension that estimates "
+        "Forge was asked for an amount of memory that is not a number; it counts as nothing. An extension that estimates "
         "memory may be the reason",
         "有代码请求的显存量不是数字，按 0 处理。原因可能是某个估算显存的扩展",
     ),
     "rule.negative": (
-        "somebody asked for {asked_mb:.0f} MB of memory; less than nothing counts as nothing. An extension that estimates "
+        "Forge was asked for {asked_mb:.0f} MB of memory; less than nothing counts as nothing. An extension that estimates "
         "memory may be the reason",
         "有代码请求了 {asked_mb:.0f} MB 显存，负数按 0 处理。原因可能是某个估算显存的扩展",
     ),
     "rule.above_total": (
-        "{asked_mb:.0f} MB were to be freed on a card of {total_mb:.0f} MB; nobody is asked for more than the card has",
+        "{asked_mb:.0f} MB were to be freed on a card of {total_mb:.0f} MB; no more is asked for than the card has",
         "要求在 {total_mb:.0f} MB 的显卡上释放 {asked_mb:.0f} MB；请求不会超过显卡的容量",
     ),
     "rule.slider_above": (

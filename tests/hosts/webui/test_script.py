@@ -9,6 +9,7 @@ from lib_lora_guard.hosts.forge.takeover import ForgeTakeover
 from lib_lora_guard.planning.mode import Choice, Mode
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.runtime import installed
+from lib_lora_guard.runtime.image_words import ImageWords
 from lib_lora_guard.runtime.live_settings import LiveSettings
 from lib_lora_guard.settings import LoraMode
 
@@ -60,6 +61,8 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
         is_reported=lambda patcher: patcher.encodes_this_prompt,
     )
     takeover.files = types.SimpleNamespace(left_out={"other.safetensors": "why"}, missing={"gone": "why"})
+    takeover.web = types.SimpleNamespace(schedules=types.SimpleNamespace(left_out={}))
+    takeover.words = ImageWords()
     monkeypatch.setattr(installed, "installed", lambda: takeover)
     clip = types.SimpleNamespace(patcher=types.SimpleNamespace(lora_loader=text, encodes_this_prompt=True))
     p = image(types.SimpleNamespace(unet=types.SimpleNamespace(lora_loader=unet), clip=clip))

@@ -1,0 +1,20 @@
+import logging
+
+import pytest
+from support.webui import Lines, Web
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    return Web(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def lines():
+    logger, handler = logging.getLogger("lib_lora_guard"), Lines()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
