@@ -111,6 +111,9 @@ def _print_lora(console: Console, lora: StackedLora) -> None:
     for word, keys in (("skipped", [facts.file.spelled(key) for key in lora.fit.skipped[:1]]), ("lost", lora.fit.lost)):
         if keys:
             say(console, f"  first {word}: {shown(keys[0], MESSAGE_CHARACTERS)}", "yellow" if word == "lost" else "")
+    left = lora.fit.left_out
+    if left.modules:
+        say(console, f"  left out: {left.modules} of {left.of} modules", "yellow" if left.is_much else "")
     for mode, share in sorted(lora.modes.items()):
         say(console, f"  {mode} on {share.count} weights ({', '.join(sorted(share.reasons))}): {_mb(share.bytes)}")
 

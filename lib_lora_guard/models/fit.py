@@ -34,7 +34,7 @@ _INPUT_PROJECTIONS = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Fit:
     """The part of a LoRA file that a model can use, and the rest.
 

@@ -28,7 +28,7 @@ from ...models.fit import Fit, Target, fit_file
 from ...reporting.report import clean_text
 from ...runtime.factor_copies import own
 from ...runtime.image_words import ImageWords
-from ...runtime.left_out import applied_in_part, nothing_applied
+from ...runtime.left_out import Remainder, applied_in_part, nothing_applied, remainder_of
 from ...runtime.live_settings import LiveSettings
 from ...weights.storage import storage_of
 
@@ -97,6 +97,9 @@ class LoraFiles:
         self._stack = ""
         """"announced" or "open" inside `announced_stack`."""
         self._matches: weakref.WeakKeyDictionary[LoraFile, Matches] = weakref.WeakKeyDictionary()
+        self._left: weakref.WeakKeyDictionary[LoraFile, tuple[Sequence[weakref.ref[Fit]], Remainder]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
         """Stands in place of `networks.load_lora_state_dict`."""
@@ -146,6 +149,13 @@ class LoraFiles:
         except Exception:
             say(log, logging.ERROR, "host.guard_could_not_read", exc_info=True, name=name)
             return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
+        fits = [match for match in found if match is not None]
+        left = self._remainder(file, fits)
+        why = nothing_applied(file, fits, left)
+        if why is not None:
+            self.left_out[name] = why
+            self._tell_left_out(name)
+            return model, clip
         patched = []
         for (patcher, _, strength, side), match in zip(sides, found, strict=True):
             if match is None or not match.terms:
@@ -158,7 +168,10 @@ class LoraFiles:
             patched.append(clone)
             count = sum(len(terms) for terms in match.terms.values())
             say(log, logging.INFO, "host.keys_for", name=name, count=count, side=side)
-        self._tell_what_is_left(name, file, [match for match in found if match is not None])
+        lacking = applied_in_part(name, file, left)
+        if lacking is not None:
+            self._in_part[name] = lacking
+            self.words.tell(*lacking)
         return patched[0], patched[1]
 
     @contextlib.contextmanager
@@ -188,15 +201,18 @@ class LoraFiles:
             loras = [Message("host.left_out_of_all", {"name": name, "why": why}) for name, why in self.left_out.items()]
             say(log, logging.WARNING, "host.still_without", loras=Joined(loras, "list.semicolon"))
 
-    def _tell_what_is_left(self, name: str, file: LoraFile, matches: Sequence[Fit]) -> None:
-        why = nothing_applied(file, matches)
-        lacking = applied_in_part(name, file, matches)
-        if why is not None:
-            self.left_out[name] = why
-            self._tell_left_out(name)
-        elif lacking is not None:
-            self._in_part[name] = lacking
-            self.words.tell(*lacking)
+    def _remainder(self, file: LoraFile, fits: Sequence[Fit]) -> Remainder:
+        """Returns what none of the models takes of a file; worked out once for the same models."""
+        known = self._left.get(file)
+        if known is not None and [fit() for fit in known[0]] == fits:
+            return known[1]
+        shapes: dict[str, Shape] = {}
+        for of_model, match in self._matches.get(file, {}).values():
+            if any(match is fit for fit in fits):
+                shapes |= of_model
+        left = remainder_of(file, fits, shapes)
+        self._left[file] = ([weakref.ref(fit) for fit in fits], left)
+        return left
 
     def _tell_left_out(self, name: str) -> None:
         self.words.tell(Message("host.left_out", {"name": name, "why": clean_text(self.left_out[name])}))

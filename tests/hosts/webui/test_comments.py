@@ -54,20 +54,35 @@ def test_good_loras_say_nothing(loras):
     assert page(p) == "<p class='comments'></p>"
 
 
+BLOCK = {"lora_unet_blocks_0_qkv": (96, 32), "lora_unet_blocks_0_proj": (32, 32)}
+
+
 @pytest.mark.parametrize(
-    ("more", "share", "says"),
+    ("left", "applied", "says"),
     [
-        ({}, "50 %", "so the picture lacks a good part of it"),
-        ({f"lora_unet_blocks_{n}_qkv": (96, 32) for n in range(3)}, "40 %", "so the picture lacks a good part of it"),
+        (0, True, None),
+        (1, True, "that is 33 % of the file, so the picture lacks a good part of it"),
+        (2, True, "that is 50 % of the file, so the picture lacks a good part of it"),
+        (3, False, "NOT applied: 3 of its 5 modules have no place in this model"),
     ],
 )
-def test_how_much_is_left_out_is_said(loras, tmp_path, more, share, says):
-    write_kohya(tmp_path / "part.safetensors", {**MODULES, **OTHER, **more}, seed=1)
+def test_how_much_is_left_out_is_said_and_above_half_of_it_nothing_is_applied(loras, tmp_path, left, applied, says):
+    extra = {f"lora_unet_middle_{n}": (8, 8) for n in range(left)}
+    write_kohya(tmp_path / "some.safetensors", {**BLOCK, **extra}, seed=1)
+    for _ in range(2):
+        p = loras.image("<lora:some:1>", n_iter=2)
+        assert bool(loras.strengths()) is applied
+        assert len(p.comments) == (says is not None)
+        assert all(says in text for text in p.comments)
+        loras.image("<lora:good:1>")
+
+
+def test_a_small_part_is_said_and_the_rest_is_applied(loras, tmp_path, monkeypatch):
+    from lib_lora_guard.adapters import left_out
+
+    monkeypatch.setattr(left_out, "MUCH", 0.6)
     (text,) = loras.image("<lora:part:1>").comments
-    if more:
-        share = "67 %"
-    assert share in text
-    assert says in text
+    assert text.endswith("that is 50 % of the file, the rest is applied (LG-L02)")
 
 
 def test_what_cannot_be_applied_is_said_with_its_reason(loras):
