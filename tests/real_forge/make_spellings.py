@@ -44,7 +44,7 @@ def rand(*shape):
 
 def pair(rows, columns):
     """`(up, down)` whose product has about the size of a weight of these small models."""
-    return rand(rows, RANK) * 0.05, rand(RANK, columns) * 0.05
+    return rand(rows, RANK) * 0.15, rand(RANK, columns) * 0.15
 
 
 def product(up, down, scale=1.0):
@@ -90,7 +90,7 @@ def two_spellings(weights):
         flat = "lora_transformer_transformer_blocks_0_" + block.replace(".", "_")
         dotted = flat.removesuffix("_" + block.split("attn.")[1].replace(".", "_")) + "." + block.split("attn.")[1]
         (a1, b1), (a2, b2) = pair(*weight.shape), pair(*weight.shape)
-        a2, b2 = a2 * 10, b2 * 10
+        a2, b2 = a2 * 7, b2 * 7
         tensors |= {
             f"{dotted}.hada_w{n}_{s}": t for n, s, t in ((1, "a", a1), (1, "b", b1), (2, "a", a2), (2, "b", b2))
         }
@@ -104,7 +104,7 @@ def magnitudes(weights):
     name = f"{DOUBLE}.img_attn.proj"
     weight = weights[name]
     up, down = pair(*weight.shape)
-    magnitude = weight.norm(dim=1) * (1 + 0.3 * rand(weight.shape[0]))
+    magnitude = weight.norm(dim=1) * (1 + rand(weight.shape[0]).abs())
     kohya = "lora_unet_" + name.replace(".", "_")
     twin = {f"{kohya}.lora_up.weight": up, f"{kohya}.lora_down.weight": down, f"{kohya}.alpha": torch.tensor(4.0), f"{kohya}.dora_scale": magnitude[:, None]}  # fmt: skip
     flat = "lora_unet_transformer_blocks_0_attn_to_out_0"
@@ -183,14 +183,14 @@ def kohya_oft(weights):
     width = weights[name].shape[0]
     blocks = rand(4, width // 4, width // 4) * 0.1
     flat = "oft_unet_" + name.replace(".", "_")
-    turn = turned_by(blocks, width, 0.02 * width)
+    turn = turned_by(blocks, width, 0.06 * width)
     weight = weights[name].double()
-    yield "oft kohya", File({f"{flat}.oft_blocks": blocks, f"{flat}.alpha": torch.tensor(0.02)}, {name: turn.T @ weight - weight})  # fmt: skip
+    yield "oft kohya", File({f"{flat}.oft_blocks": blocks, f"{flat}.alpha": torch.tensor(0.06)}, {name: turn.T @ weight - weight})  # fmt: skip
     flat, weight = "oft_unet_" + fused.replace(".", "_"), weights[fused].double()
-    tensors, parts = {f"{flat}.alpha": torch.tensor(0.02)}, []
+    tensors, parts = {f"{flat}.alpha": torch.tensor(0.06)}, []
     for number in range(3):
         tensors[f"{flat}.oft_blocks.{number}"] = rand(4, width // 4, width // 4) * 0.1
-        turn = turned_by(tensors[f"{flat}.oft_blocks.{number}"], width, 0.02 * width)
+        turn = turned_by(tensors[f"{flat}.oft_blocks.{number}"], width, 0.06 * width)
         part = weight[number * width : (number + 1) * width]
         parts.append(turn.T @ part - part)
     yield "oft kohya in parts", File(tensors, {fused: torch.cat(parts)})
@@ -211,10 +211,10 @@ def peft_oft(weights):
     """PEFT's bounded OFT, and OneTrainer's scaled one."""
     name = f"{DOUBLE}.img_attn.proj"
     weight, b = weights[name], 32
-    numbers = rand(weight.shape[1] // b, b * (b - 1) // 2) * 0.05
+    numbers = rand(weight.shape[1] // b, b * (b - 1) // 2) * 0.4
     dotted = "diffusion_model." + name
-    settings = {"peft_type": "OFT", "oft_block_size": b, "r": 0, "coft": True, "eps": 1.0}
-    delta = peft_delta(weight, numbers, coft=True, eps=1.0)
+    settings = {"peft_type": "OFT", "oft_block_size": b, "r": 0, "coft": True, "eps": 8.0}
+    delta = peft_delta(weight, numbers, coft=True, eps=8.0)
     yield "oft coft", File({f"{dotted}.oft_R.weight": numbers}, {name: delta}, {"lora_adapter_metadata": json.dumps(settings)})  # fmt: skip
     flat = "lora_transformer_transformer_blocks_0_attn_to_out_0"
     tensors = {f"{flat}.oft_R.weight": numbers, f"{flat}.oft_R.scaled_oft": torch.tensor(True)}
