@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..adapters.base import Shape
+from . import flux2
 from .routes import Spelling, both_ways, numbers
 
 _TOP = (
@@ -54,12 +55,15 @@ text).
 
 def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
     """Yields all module names of a Flux or Chroma transformer; none for other models."""
+    if flux2.is_flux2(modules):
+        return
     single = {*numbers(modules, "single_blocks"), *numbers(modules, "single_transformer_blocks")}
     double = numbers(modules, "double_blocks")
     if not single and not double:
         return
     for original, atom in _TOP:
         yield from both_ways(original, atom)
+    yield Spelling("img_in.proj", ("x_embedder",))  # OneTrainer
     yield from both_ways("final_layer.adaLN_modulation.1", "norm_out.linear", swapped=True)
     for n in double or numbers(modules, "transformer_blocks"):
         block = f"transformer_blocks.{n}."
@@ -71,7 +75,8 @@ def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
         block = f"single_transformer_blocks.{n}."
         for original, *atoms in _SINGLE:
             yield from both_ways(f"single_blocks.{n}.{original}", *(block + atom for atom in atoms))
-        yield Spelling(f"single_blocks.{n}.qkv", tuple(f"{block}attn.to_{x}" for x in "qkv"))
+        for name in ("qkv", "linear1_qkv"):  # XLabs, and USO as ComfyUI saves it
+            yield Spelling(f"single_blocks.{n}.{name}", tuple(f"{block}attn.to_{x}" for x in "qkv"))
         yield Spelling(f"single_blocks.{n}.proj", (block + "proj_out",))
     guidance = "distilled_guidance_layer."
     for n in numbers(modules, guidance + "layers"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..adapters import Adapter, Slice, Term
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile
+from ..adapters.transposed import TransposedAdapter
 from ..errors import LoraGuardError, LoraMismatchError, Message, about, reason
 from ..files import shown
 from .architecture import Architecture, accepts, detect_lora
@@ -43,32 +44,77 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
     """
     match = Match(skipped=[key for key in file.unknown_keys if key not in file.lost])
     match.lost += [about(key, why) for key, why in file.lost.items()]
-    taken: dict[tuple[str, Slice | None], str] = {}
+    found: dict[str, list[_Entry]] = {}
     for (module, parameter), adapter in file.adapters.items():
-        written = f"{module}.{parameter}"
-        routes = []
-        for route in names.routes(module):
-            # The model may have the module without a bias.
-            with contextlib.suppress(LoraMismatchError):
-                routes.append((route, names.parameter(route.module, parameter)))
-        if not routes:
+        places = names.places(module, parameter)
+        if not places:
             # IA3's output factors apply to the bias too, if there is one.
             if parameter != "bias" or file.adapters.get((module, "weight")) is not adapter:
-                match.skipped.append(written)
+                match.skipped.append(f"{module}.{parameter}")
             continue
-        _check_before_cutting(written, adapter, [route for route, _ in routes], shapes[routes[0][1]])
-        for route, key in routes:
-            if (key, route.part) in taken:
-                match.lost.append(about(written, Message("lora.said_already", {"other": taken[key, route.part]})))
+        entry = _Entry(module, parameter, adapter)
+        if len(places) > 1 or places[0].route.source is not None or places[0].route.swap_halves:
+            _check_before_cutting(entry.written, adapter, [place.route for place in places], shapes[places[0].key])
+        for key, route in places:
+            found.setdefault(key, []).append(entry._replace(route=route))
+    again = _said_again(found)
+    match.lost += [about(written, Message("lora.said_already", {"other": other})) for written, other in again.items()]
+    for key, entries in found.items():
+        for entry in entries:
+            if entry.written in again:
                 continue
-            taken[key, route.part] = written
             try:
-                pieces = list(_pieces(adapter, route, shapes[key][0]))
+                pieces = list(_pieces(entry.adapter, entry.route, shapes[key]))
             except CannotSplitError as error:
-                match.lost.append(about(written, reason(error)))
+                match.lost.append(about(entry.written, reason(error)))
                 continue
-            match.terms.setdefault(key, []).extend(Term(a, strength, part=p, origin=origin) for a, p in pieces)
+            terms = [Term(adapter, strength, part=part, origin=origin) for adapter, part in pieces]
+            match.terms.setdefault(key, []).extend(terms)
     return match
+
+
+class _Entry(NamedTuple):
+    """An adapter of the file for one parameter of the model."""
+
+    module: str
+    parameter: str
+    adapter: Adapter
+    route: Route = Route("")
+
+    @property
+    def written(self) -> str:
+        return f"{self.module}.{self.parameter}"
+
+    def overlaps(self, other: _Entry) -> bool:
+        """True if both change the same rows."""
+        one, two = self.route.part, other.route.part
+        return one is None or two is None or (one.start < two.start + two.length and two.start < one.start + one.length)
+
+
+def _said_again(found: Mapping[str, Sequence[_Entry]]) -> dict[str, str]:
+    """Finds the adapters for rows that another one of the same file changes already.
+
+    diffusers takes the names of its own layout and drops the others where a file has both
+    (lora_conversion_utils.py, `_convert_kohya_flux_lora_to_diffusers`); of equal ones the first counts.
+
+    Returns:
+        The names of these adapters, each with the one that counts.
+    """
+    again: dict[str, str] = {}
+    for entries in found.values():
+        if len(entries) == 1:
+            continue
+        kept: list[_Entry] = []
+        for entry in sorted(entries, key=lambda entry: not entry.module.startswith(_OF_DIFFUSERS)):
+            other = next((one for one in kept if one.written not in again and one.overlaps(entry)), None)
+            if other is None or other.written == entry.written:
+                kept.append(entry)
+            else:
+                again.setdefault(entry.written, other.written)
+    return again
+
+
+_OF_DIFFUSERS = ("transformer.", "lora_transformer_")
 
 
 def foreign_to(file: LoraFile, model: Architecture | None) -> str | None:
@@ -101,14 +147,16 @@ def _check_before_cutting(written: str, adapter: Adapter, routes: Sequence[Route
         raise LoraMismatchError.of("lora.other_model", key=shown(written), why=reason(error)) from None
 
 
-def _pieces(adapter: Adapter, route: Route, rows: int) -> Iterator[tuple[Adapter, Slice | None]]:
-    """Yields the parts of the adapter for one route, each with its rows in a weight of `rows` rows."""
+def _pieces(adapter: Adapter, route: Route, shape: Shape) -> Iterator[tuple[Adapter, Slice | None]]:
+    """Yields the parts of the adapter for one route, each with its rows in a weight of `shape`."""
+    if route.transposed:
+        adapter = TransposedAdapter(adapter)
     if route.source is not None:
         adapter = _rows(adapter, route.source.start, route.source.length)
     if not route.swap_halves:
         yield adapter, route.part
         return
-    start, half = (0, rows // 2) if route.part is None else (route.part.start, route.part.length // 2)
+    start, half = (0, shape[0] // 2) if route.part is None else (route.part.start, route.part.length // 2)
     yield _rows(adapter, half, half), Slice(0, start, half)
     yield _rows(adapter, 0, half), Slice(0, start + half, half)
 

@@ -1,25 +1,35 @@
 """Maps the module names in a LoRA file to the weights of one model.
 
-A name has three layers. The trainer's prefix comes first (`lora_unet_`, `transformer.`, `base_model.model.`) and stands
-for a component. The rest is the module's name inside it, in the original layout or that of diffusers. Sources of the
-prefixes: kohya sd-scripts, LyCORIS (lycoris/kohya.py, wrapper.py), PEFT and diffusers, OneTrainer, ComfyUI, XLabs, as
-the key maps of Forge and diffusers' lora_conversion_utils.py list them.
+A name has three layers. Prefixes come first (`lora_unet_`, `transformer.`, `base_model.model.`; `prefixes`) and stand
+for a component. The rest is the module's name inside it, in the original layout or that of diffusers. A name is looked
+up as it is written, then with one prefix taken off, then with two: a name that is the model's own counts first.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 from ..adapters.base import Shape
 from ..errors import LoraMismatchError
-from . import flux, mmdit, text, unet
-from .routes import Route, Table, flatten
+from . import flux, flux2, mmdit, text, unet
+from .prefixes import starts, unwrapped
+from .routes import Route, Spelling, Table, flatten
+
+LAYOUTS: tuple[Callable[[Mapping[str, Shape]], Iterator[Spelling]], ...] = (
+    unet.spellings,
+    flux.spellings,
+    flux2.spellings,
+    mmdit.spellings,
+)
+"""Give the names of a denoiser's modules in all layouts, from its own names and shapes; none for other models."""
 
 _ROLES = {"weight": "weight", "in_proj_weight": "weight", "bias": "bias", "in_proj_bias": "bias", "scale": "weight"}
 """Maps the last part of a parameter's name to its role; RMSNorm of the original layout has a `scale`."""
 
-DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "")
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "dit.", "")
 """Possible prefixes of the denoiser, in the order tried."""
 _OTHERS = (
     "first_stage_model.",
@@ -32,14 +42,21 @@ _OTHERS = (
 )
 """Other components of a whole checkpoint; a denoiser without a prefix does not include them."""
 
-_TRAINER = ("base_model_model_", "lycoris_", "lora_")
-_DENOISER = ("", "model_diffusion_model_", "diffusion_model_", "prior_unet_", "prior_", "unet_", "transformer_")
 _OLD_ENDING = re.compile(r"[._]lora(?:_linear_layer)?$")
-_PARAMETER = re.compile(r"[._](?:weight|bias|scale)$")
-
+_PARAMETER = re.compile(r"[._](?:in_proj_)?(weight|bias|scale)$")
 
 LONGEST_NAME = 1000
 """No real module has a longer name, and removing prefixes from longer ones would take minutes."""
+_MOST_REMEMBERED = 20_000
+"""Names of files that are remembered with what they lead to: those of some ten files."""
+
+
+class Place(NamedTuple):
+    """One parameter of the model that a tensor of a file changes."""
+
+    key: str
+    """Its full name in the model."""
+    route: Route
 
 
 class NameMap:
@@ -50,21 +67,32 @@ class NameMap:
 
         Args:
             shapes: Parameter names and real (dequantized) shapes. They may come from a Forge model, from
-                `named_parameters()` of a diffusers or transformers module, or from a whole checkpoint's header.
+                `named_parameters()` of a diffusers or transformers module (compiled or wrapped too), or from a whole
+                checkpoint's header.
         """
         self._parameters: dict[str, dict[str, str]] = {}
+        own = unwrapped(shapes)
         modules: dict[str, Shape] = {}
-        for name, shape in shapes.items():
+        self._real: dict[str, str] = {}
+        """The model's own name of every module, by its name without wrappers."""
+        for name, real in own.items():
             module, _, last = name.rpartition(".")
             role = _ROLES.get(last)
-            if module and role and (last != "scale" or module + ".weight" not in shapes):
-                self._parameters.setdefault(module, {})[role] = name
-                if role == "weight":
-                    modules[module] = tuple(shape)
+            if role is None or (last == "scale" and module + ".weight" in own):
+                # A parameter that no layer owns (`modulation`, `text_projection`) counts as a module by itself.
+                module, real_module, role = name, real, "weight"
+            elif module:
+                real_module = real[: -len(last) - 1]
+            else:
+                continue
+            self._parameters.setdefault(real_module, {})[role] = real
+            if role == "weight":
+                modules[module], self._real[module] = tuple(shapes[real]), real_module
         self._modules = modules
-        self._encoders = text.find_encoders(shapes)
-        self._text = {prefix: Table(prefix, own, text.spellings(own)) for prefix, own in self._owned_by_text()}
+        self._encoders = text.find_encoders({name: shapes[real] for name, real in own.items()})
+        self._text = {prefix: self._table(prefix, own, text.spellings(own)) for prefix, own in self._owned_by_text()}
         self._denoiser = self._make_denoiser()
+        self._known: dict[str, tuple[tuple[Route, ...], str | None]] = {}
 
     def routes(self, module: str) -> tuple[Route, ...]:
         """Finds the weights of the model that a module of a LoRA file addresses; () if the model has none.
@@ -74,18 +102,25 @@ class NameMap:
                 parameter (`...query_norm.scale`, as in BFL's control LoRAs) returns the module that owns it; see
                 `parameter`.
         """
-        if module in self._modules:
-            return (Route(module),)
-        if len(module) > LONGEST_NAME:
-            return ()
-        plain = _OLD_ENDING.sub("", module.replace(".processor.", ".").replace("_processor_", "_"))
-        return self._find(module) or self._find(plain) or self._find(_PARAMETER.sub("", plain))
+        return self._look_up(module)[0]
+
+    def places(self, module: str, parameter: str = "weight") -> tuple[Place, ...]:
+        """Finds the parameters of the model that an adapter of a file changes; () if the model has none.
+
+        Args:
+            module: The name as written in the file. A name that ends in `bias` means the bias of the module before.
+            parameter: What the adapter changes, "weight" or "bias".
+        """
+        routes, named = self._look_up(module)
+        role = named or parameter
+        parameters = self._parameters
+        return tuple([Place(key, route) for route in routes if (key := parameters[route.module].get(role)) is not None])
 
     def parameter(self, module: str, role: str = "weight") -> str:
         """Returns the full name of the "weight" or "bias" of a route's module.
 
-        It differs from `module.role` for RMSNorm of the original layout (`scale`) and open_clip's attention
-        (`in_proj_weight`).
+        It differs from `module.role` for RMSNorm of the original layout (`scale`), open_clip's attention
+        (`in_proj_weight`) and parameters that no layer owns.
 
         Raises:
             LoraMismatchError: The module has no such parameter.
@@ -95,24 +130,66 @@ class NameMap:
         except KeyError:
             raise LoraMismatchError.of("lora.no_parameter", module=module, parameter=role) from None
 
+    def _look_up(self, written: str) -> tuple[tuple[Route, ...], str | None]:
+        """Returns the routes of a name, and "bias" where it is that of a bias."""
+        known = self._known.get(written)
+        if known is None:
+            if len(self._known) > _MOST_REMEMBERED:
+                self._known.clear()
+            routes, role = self._search(written)
+            if any(self._is_transposed(route.module) for route in routes):
+                routes = tuple(replace(route, transposed=True) for route in routes)
+            known = self._known[written] = routes, role
+        return known
+
+    def _is_transposed(self, module: str) -> bool:
+        """True for open_clip's `text_projection`, which is multiplied from the right and has no layer."""
+        return module.endswith("text_projection") and self._parameters[module].get("weight") == module
+
+    def _search(self, written: str) -> tuple[tuple[Route, ...], str | None]:
+        if written in self._parameters:
+            return (Route(written),), None
+        if len(written) > LONGEST_NAME:
+            return (), None
+        plain = _plain(written)
+        if found := self._find(plain):
+            return found, None
+        shorter = _OLD_ENDING.sub("", plain)
+        if shorter != plain and (found := self._find(shorter)):
+            return found, None
+        if (last := _PARAMETER.search(shorter)) and (found := self._find(shorter[: last.start()])):
+            return found, "bias" if last[1] == "bias" else None
+        # Some trainers leave the separator of the tensor's ending there.
+        if (shorter := plain.rstrip("_")) != plain:
+            return self._find(shorter), None
+        return (), None
+
     def _find(self, written: str) -> tuple[Route, ...]:
         flat = flatten(written)
-        while trainer := next((p for p in _TRAINER if flat.startswith(p)), None):
-            flat, written = flat[len(trainer) :], written[len(trainer) :]
-        for prefix in _DENOISER:
-            if flat.startswith(prefix) and (routes := self._denoiser.routes(written[len(prefix) :])):
+        for at in starts(written):
+            if routes := self._denoiser.routes(written[at:], flat[at:]):
                 return routes
-        hint = next((begin for begin in text.HINTS if flat.startswith(begin)), "")
-        prefixes = text.candidates(text.HINTS[hint], self._encoders) if hint else list(self._encoders)
-        inner = written[len(hint) :]
-        found = [routes for prefix in prefixes if (routes := self._in_text(prefix, inner))]
-        # Without a hint, a name that several encoders have is ambiguous: none of them is chosen.
-        return found[0] if len(found) == 1 or (found and hint) else ()
+        if not self._text:
+            return ()
+        for at in starts(written, of_text=True):
+            inner, flat_inner = written[at:], flat[at:]
+            hint = next((begin for begin in text.HINTS if flat_inner.startswith(begin)), "")
+            prefixes = text.candidates(text.HINTS[hint], self._encoders) if hint else list(self._encoders)
+            found = [routes for prefix in prefixes if (routes := self._in_text(prefix, inner[len(hint) :]))]
+            # Without a hint, a name that several encoders have is ambiguous: none of them is chosen.
+            if len(found) == 1 or (found and hint):
+                return found[0]
+            if hint:
+                return ()
+        return ()
 
     def _in_text(self, prefix: str, inner: str) -> tuple[Route, ...]:
+        table, flat = self._text[prefix], flatten(inner)
+        if routes := table.routes(inner, flat):
+            return routes
         # ComfyUI and Forge keep the encoder itself under "transformer."
-        nested = inner[len("transformer_") :] if flatten(inner).startswith("transformer_") else ""
-        return self._text[prefix].routes(inner) or self._text[prefix].routes(nested)
+        start = len("transformer_")
+        return table.routes(inner[start:], flat[start:]) if flat.startswith("transformer_") else ()
 
     def _owned_by_text(self) -> list[tuple[str, dict[str, Shape]]]:
         return [(prefix, _below(self._modules, prefix, self._encoders.keys() - {prefix})) for prefix in self._encoders]
@@ -123,9 +200,30 @@ class NameMap:
                 continue
             own = _below(self._modules, prefix, {*self._encoders, *(() if prefix else _OTHERS)})
             if own:
-                made = (*unet.spellings(own), *flux.spellings(own), *mmdit.spellings(own))
-                return Table(prefix, own, made)
-        return Table("", {}, ())
+                inner = unwrapped(own)
+                shapes = {name: own[real] for name, real in inner.items()}
+                made = [spelling for spellings in LAYOUTS for spelling in spellings(shapes)]
+                paths = {name: self._real[prefix + real] for name, real in inner.items()}
+                return Table(shapes, made, paths)
+        return Table({}, (), {})
+
+    def _table(self, prefix: str, own: Mapping[str, Shape], made: Iterator[Spelling]) -> Table:
+        return Table(own, made, {name: self._real[prefix + name] for name in own})
+
+
+def _plain(written: str) -> str:
+    """Takes out of a name what wrappers and old versions of diffusers have put in."""
+    if "processor" in written:
+        written = written.replace(".processor.", ".").replace("_processor_", "_")
+    if "_orig_mod" in written:
+        written = written.replace("_orig_mod.", "").replace("_orig_mod_", "")
+    if "sformer_blocks" in written:
+        # Some exports for Flux.2 have lost the begin of it, as diffusers' lora_conversion_utils.py knows.
+        written = _CUT_BLOCKS.sub("transformer_blocks", written)
+    return written
+
+
+_CUT_BLOCKS = re.compile(r"(?<![a-z])sformer_blocks")
 
 
 def _below(modules: Mapping[str, Shape], prefix: str, others: set[str]) -> dict[str, Shape]:

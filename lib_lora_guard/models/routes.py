@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..adapters.base import Shape, Slice
 
@@ -26,10 +27,11 @@ class Route:
     """The rows of the file's (fused) tensor that belong to this module; None for all."""
     swap_halves: bool = False
     """The two halves of the rows are (scale, shift) in one layout and (shift, scale) in the other."""
+    transposed: bool = False
+    """The model's matrix has inputs by outputs, as open_clip stores `text_projection`."""
 
 
-@dataclass(frozen=True)
-class Spelling:
+class Spelling(NamedTuple):
     """A name and the atoms it stands for. `swapped`: rows are (shift, scale) where diffusers has (scale, shift)."""
 
     name: str
@@ -37,8 +39,7 @@ class Spelling:
     swapped: bool = False
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """The rows of one atom in a module of the model."""
 
     module: str
@@ -48,48 +49,74 @@ class _Place:
 
 
 def both_ways(original: str, *atoms: str, swapped: bool = False) -> Iterator[Spelling]:
-    """Yields a spelling for an original name and one for each of its atoms."""
+    """Yields a spelling for an original name and for each of its atoms.
+
+    OneTrainer numbers the atoms of a fused module (`qkv.0`, `linear1.3`; convert_flux_lora.py, convert_sd3_lora.py).
+    """
     yield Spelling(original, atoms, swapped)
-    for atom in atoms:
+    for number, atom in enumerate(atoms):
         yield Spelling(atom, (atom,))
+        if len(atoms) > 1:
+            yield Spelling(f"{original}.{number}", (atom,))
 
 
 class Table:
     """All names of all modules of one component. Dots and underscores are equivalent unless that is ambiguous."""
 
-    def __init__(self, prefix: str, modules: Mapping[str, Shape], spellings: Iterable[Spelling]) -> None:
+    def __init__(self, modules: Mapping[str, Shape], spellings: Iterable[Spelling], paths: Mapping[str, str]) -> None:
         """Builds the table.
 
         Args:
-            prefix: The component's prefix in the model.
-            modules: The component's modules, without `prefix`, and the real shapes of their weights.
+            modules: The component's modules, without its prefix, and the real shapes of their weights.
             spellings: The known names.
+            paths: The model's own name of each module.
         """
-        self._prefix = prefix
-        self._spellings = {spelling.name: spelling for spelling in spellings}
-        for name, spelling in list(self._spellings.items()):
+        known = {spelling.name: spelling for spelling in spellings}
+        for name, spelling in list(known.items()):
             if name.endswith(".to_out.0"):  # diffusers' attention processors and Forge omit the ".0"
-                self._spellings.setdefault(name[:-2], spelling)
-        for module in modules:
-            self._spellings.setdefault(module, Spelling(module, (module,)))
+                known.setdefault(name[:-2], spelling)
+        self._paths = paths
         self._places: dict[str, _Place] = {}
         self._rows = {module: shape[0] if shape else 0 for module, shape in modules.items()}
+        own: dict[str, Spelling] = {}
         for module, shape in modules.items():
-            spelling, start = self._spellings[module], 0
+            spelling = known.pop(module) if module in known else Spelling(module, (module,))
+            own[module] = spelling
+            if len(spelling.atoms) == 1:
+                self._places[spelling.atoms[0]] = _Place(module, 0, self._rows[module], spelling.swapped)
+                continue
+            start = 0
             for atom, length in zip(spelling.atoms, _lengths(len(spelling.atoms), shape), strict=True):
                 self._places[atom] = _Place(module, start, length, spelling.swapped)
                 start += length
-        self._flat: dict[str, Spelling | None] = {}
-        own = {name: self._spellings[name] for name in modules}
-        for spelled in (own, {name: s for name, s in self._spellings.items() if name not in own}):
-            self._flat = {**_by_flat_name(spelled), **self._flat}
+        # The model's own names have the say over all others, and names with dots over those without.
+        self._names: dict[str, Spelling | None] = {
+            **_by_flat_name(known),
+            **known,
+            **_by_flat_name(own),
+            **own,
+        }
 
-    def routes(self, name: str) -> tuple[Route, ...]:
-        """Returns the routes for a name without any prefix; () if this component has no such module."""
-        spelling = self._spellings.get(name) or self._flat.get(flatten(name))
-        if spelling is None or any(atom not in self._places for atom in spelling.atoms):
+    def routes(self, name: str, flat: str) -> tuple[Route, ...]:
+        """Returns the routes for a name without any prefix; () if this component has no such module.
+
+        Args:
+            name: The name as written.
+            flat: The same with underscores instead of dots.
+        """
+        spelling = self._names.get(name) or self._names.get(flat)
+        if spelling is None:
             return ()
-        places = [self._places[atom] for atom in spelling.atoms]
+        places = []
+        for atom in spelling.atoms:
+            place = self._places.get(atom)
+            if place is None:
+                return ()
+            places.append(place)
+        if len(places) == 1:
+            (place,) = places
+            part = None if place.length == self._rows[place.module] else Slice(0, place.start, place.length)
+            return (Route(self._paths[place.module], part, None, spelling.swapped != place.swapped),)
         total = sum(place.length for place in places)
         routes: list[Route] = []
         offset = 0
@@ -97,7 +124,7 @@ class Table:
             whole = length == self._rows[place.module]
             part = None if whole else Slice(0, place.start, length)
             source = None if length == total else Slice(0, offset, length)
-            routes.append(Route(self._prefix + place.module, part, source, spelling.swapped != place.swapped))
+            routes.append(Route(self._paths[place.module], part, source, spelling.swapped != place.swapped))
             offset += length
         return tuple(routes)
 
@@ -106,9 +133,12 @@ def _by_flat_name(spelled: Mapping[str, Spelling]) -> dict[str, Spelling | None]
     flat: dict[str, Spelling | None] = {}
     for name, spelling in spelled.items():
         # Names that differ only in dots but have different meanings are ambiguous: neither is chosen.
-        known = flat.setdefault(flatten(name), spelling)
-        if known is None or (known.atoms, known.swapped) != (spelling.atoms, spelling.swapped):
-            flat[flatten(name)] = None
+        short = flatten(name)
+        known = flat.setdefault(short, spelling)
+        if known is not spelling and (
+            known is None or (known.atoms, known.swapped) != (spelling.atoms, spelling.swapped)
+        ):
+            flat[short] = None
     return flat
 
 
