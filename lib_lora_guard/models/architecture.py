@@ -1,7 +1,7 @@
 """Detects the architecture of a model, and the one that a LoRA was trained for, from names and sizes.
 
-Names decide first, then the width of a layer's input. A file's metadata decides only between the remaining candidates.
-An ambiguous result is None. Sources: the parameter names and default sizes in diffusers (models/transformers,
+Names decide first, then the width of a layer's input. Where several architectures are left, a file's metadata decides
+between them, and else it stays open: None. Sources: the parameter names and default sizes in diffusers (models/transformers,
 loaders/single_file_utils.py, loaders/lora_conversion_utils.py) and Forge (backend/nn, loader.py).
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..adapters.base import Shape
+from . import double_stream
 from .evidence import Evidence
 
 
@@ -75,13 +76,15 @@ _RULES = (
     _rule(A.AURAFLOW, r"^joint_transformer_blocks_\d+_|^(double|single)_layers_\d+_(attn|mlp|mod)"),
     _rule(A.CASCADE, r"^(down|up)_blocks_\d+_\d+_(attention|mapper|channelwise|kv_mapper|depthwise)|^clip_txt_mapper"),
     _rule(A.CHROMA, r"^distilled_guidance_layer_"),
-    _rule(A.FLUX2, r"^(double|single)_stream_modulation|^single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"),
+    _rule(A.FLUX2, r"^(double|single)_stream_modulation|^time_guidance_embed_"),
+    _rule(
+        A.FLUX2,
+        r"^single_transformer_blocks_\d+_attn_to_(qkv_mlp_proj|out)$|" + _TOP + r"ff(_context)?_linear_(in|out)$",
+    ),
     _rule(A.FLUX2, _BFL + r"((img|txt)_attn_(qkv|proj)|(img|txt)_mlp_0|linear1)$", 4096, 6144),
     _rule(A.HUNYUAN_VIDEO, r"individual_token_refiner|^context_embedder_token_refiner"),
     _rule(A.HUNYUAN_VIDEO, _BFL + r"((img|txt)_(mlp_fc\d|mod_linear)|modulation_linear)"),
     _rule(A.QWEN_IMAGE, _TOP + r"(img|txt)_(mod|mlp)_"),
-    # Qwen-Image has 60 blocks of this width, Flux and Hunyuan Video at most 20.
-    _rule(A.QWEN_IMAGE, r"^transformer_blocks_[2-5]\d_attn_(to|add)_[qkv]", 3072),
     _rule(A.SANA, _TOP + r"ff_conv_(inverted|depth|point)|" + _DIT + r"mlp_(inverted|depth|point)_conv"),
     _rule(A.SANA, _TOP + r"attn1_to_[qkv]$|" + _DIT + r"cross_attn_(q|kv)_linear$", 2240),
     _rule(A.PIXART, _TOP + r"attn1_to_[qkv]$|" + _DIT + r"cross_attn_(q|kv)_linear$", 1152),
@@ -113,8 +116,8 @@ _METADATA_PATTERNS = {
     A.SDXL: r"\bsdxl|stable-diffusion-xl",
     A.SD3: r"\bsd3|stable-diffusion-3|lora_sd3",
     A.CHROMA: r"chroma",
-    A.FLUX2: r"flux[-_.]?2|lora_flux2",
-    A.FLUX: r"flux",
+    A.FLUX2: r"flux[-_.]?2",
+    A.FLUX: r"flux(?![-_.]?2)",
     A.KOLORS: r"kolors",
     A.QWEN_IMAGE: r"qwen[-_]?image",
     A.HUNYUAN_VIDEO: r"hunyuan[-_]?video|lora_framepack",
@@ -143,19 +146,35 @@ def detect_model(shapes: Mapping[str, Shape]) -> Architecture | None:
 def detect_lora(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Architecture | None:
     """Detects the architecture that a LoRA file was trained for.
 
-    A Flux file without modulations looks like one for Chroma: FLUX, unless the metadata names Chroma; `accepts` allows
-    both. A file with text encoders only is often None, as several architectures share them.
+    A Flux file without modulations looks like one for Chroma, one for a few blocks like one for several more: FLUX,
+    unless the metadata names another; `may_be_for` returns all. A file with text encoders only is often None, as several
+    architectures share them.
 
     Args:
         shapes: Names and shapes of the file's tensors.
         metadata: The file's metadata.
     """
+    return likeliest(may_be_for(shapes, metadata))
+
+
+def may_be_for(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> tuple[Architecture, ...]:
+    """Returns all architectures that a LoRA file may be trained for, likeliest first; () if nothing is known.
+
+    Args:
+        shapes: Names and shapes of the file's tensors.
+        metadata: The file's metadata. It counts where several are left.
+    """
     evidence = Evidence.of_lora(shapes)
     found = _decide(evidence) or _unet(evidence) or _flux_like(evidence) or _text(evidence)
-    if len(found) == 1:
-        return found[0]
-    named = next((a for a in _from_metadata(metadata or {}) if a in found), None)
-    return named or (A.FLUX if found == (A.FLUX, A.CHROMA) else None)
+    if len(found) > 1:
+        named = next((a for a in _from_metadata(metadata or {}) if a in found), None)
+        return found if named is None else (named,)
+    return found
+
+
+def likeliest(found: tuple[Architecture, ...]) -> Architecture | None:
+    """Returns the architecture to name for a file that `may_be_for` several; None if it stays open."""
+    return found[0] if len(found) == 1 or found[:1] == (A.FLUX,) else None
 
 
 def accepts(model: Architecture | None, lora: Architecture | None) -> bool:
@@ -173,12 +192,22 @@ def _only(found: tuple[Architecture, ...]) -> Architecture | None:
     return found[0] if len(found) == 1 else None
 
 
+_DOUBLE_STREAM = {
+    double_stream.FLUX: A.FLUX,
+    double_stream.CHROMA: A.CHROMA,
+    double_stream.FLUX2: A.FLUX2,
+    double_stream.QWEN_IMAGE: A.QWEN_IMAGE,
+    double_stream.HUNYUAN_VIDEO: A.HUNYUAN_VIDEO,
+}
+
+
 def _flux_like(evidence: Evidence, *, model: bool = False) -> tuple[Architecture, ...]:
-    """Decides between Flux, Flux 2, Chroma and Hunyuan Video: their blocks have the same names, most have the same
-    width.
+    """Decides between Flux, Flux 2, Chroma, Qwen-Image and Hunyuan Video: their blocks have the same names, most have
+    the same width.
     """
-    only_double = _TOP + r"(attn_(to|add)_[qkv]|attn_to_(out|add_out)|ff(_context)?_net|norm1(_context)?_linear)"
-    if not evidence.has(_FLUX_LIKE) and not (not model and 3072 in evidence.inputs(only_double)):
+    if not model and (found := double_stream.possible(evidence)):
+        return tuple(_DOUBLE_STREAM[name] for name in found)
+    if not evidence.has(_FLUX_LIKE):
         return ()
     if evidence.has(r"^(double_|transformer_)blocks_(19|[2-9]\d)_") or evidence.has(
         r"^single_(transformer_)?blocks_(3[89]|[4-9]\d)_"
@@ -213,8 +242,10 @@ def _unet(evidence: Evidence) -> tuple[Architecture, ...]:
 def _text(evidence: Evidence) -> tuple[Architecture, ...]:
     """Returns the candidates that the text encoders in a LoRA file allow."""
     t5 = r"encoder_block_\d+_layer_"
-    if evidence.text(r"^te3_|^text_encoder_3_"):
+    if evidence.text(r"^text_encoder_3_"):
         return (A.SD3,)
+    if evidence.text(r"^te3_"):  # kohya's T5, for both
+        return (A.SD3, A.FLUX)
     if evidence.text(r"^(te2|text_encoder_2)_" + t5):
         return (A.FLUX,)
     widths = evidence.text_inputs(r"self_attn_([qkv]_proj|to_[qkv])$|mlp_fc1$")
@@ -222,7 +253,7 @@ def _text(evidence: Evidence) -> tuple[Architecture, ...]:
         return (A.SD2,)
     if 1280 in widths:
         return (A.SDXL, A.SD3)
-    if 768 in widths and evidence.text(r"^te_"):
+    if 768 in widths and evidence.text(r"^te_") and evidence.names:
         return (A.SD1,)
     return (A.SD1, A.SDXL, A.SD3, A.FLUX) if 768 in widths else ()
 

@@ -12,7 +12,7 @@ from ..adapters.files import LoraFile
 from ..adapters.transposed import TransposedAdapter
 from ..errors import LoraGuardError, LoraMismatchError, Message, about, reason
 from ..files import shown
-from .architecture import Architecture, accepts, detect_lora
+from .architecture import Architecture, accepts, likeliest, may_be_for
 from .names import NameMap
 from .routes import Route
 
@@ -119,8 +119,11 @@ _OF_DIFFUSERS = ("transformer.", "lora_transformer_")
 
 def foreign_to(file: LoraFile, model: Architecture | None) -> str | None:
     """Returns the reason if the file was made for another architecture than `model`; None if it may fit."""
-    made_for = detect_lora(file.shapes, file.metadata)
-    if made_for is None or model is None or accepts(model, made_for):
+    if model is None:
+        return None
+    found = may_be_for(file.shapes, file.metadata)
+    made_for = likeliest(found)
+    if made_for is None or any(accepts(model, architecture) for architecture in found):
         return None
     return Message("lora.made_for", {"lora": made_for.value, "model": model.value})
 

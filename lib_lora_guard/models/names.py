@@ -29,7 +29,7 @@ LAYOUTS: tuple[Callable[[Mapping[str, Shape]], Iterator[Spelling]], ...] = (
 _ROLES = {"weight": "weight", "in_proj_weight": "weight", "bias": "bias", "in_proj_bias": "bias", "scale": "weight"}
 """Maps the last part of a parameter's name to its role; RMSNorm of the original layout has a `scale`."""
 
-DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "dit.", "")
+DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "dit.", "net.", "")
 """Possible prefixes of the denoiser, in the order tried."""
 _OTHERS = (
     "first_stage_model.",

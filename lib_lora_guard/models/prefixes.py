@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 _TRAINER = r"(?:base_model|_orig_mod|module|model|pipe|lycoris|lora|oft)[._]|_+"
 # diffusers and PixArt call their blocks `transformer_blocks`. Behind `lora_` OneTrainer names the component.
 _TRANSFORMER = r"transformer(?:\.|_(?!blocks[._])|(?<=lora_transformer)_)"
-_COMPONENT = r"(?:diffusion_model|prior_unet|prior(?!_te)|unet|dit)[._]|" + _TRANSFORMER
+_COMPONENT = r"(?:diffusion_model|prior_unet|prior(?!_te)|unet|dit|net)[._]|" + _TRANSFORMER
 
 _ONE = re.compile(f"{_TRAINER}|{_COMPONENT}")
 _ONE_OF_TRAINER = re.compile(_TRAINER)

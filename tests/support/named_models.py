@@ -2,9 +2,9 @@
 
 import torch
 from safetensors.torch import save_file
-from support.make import rand
 
 from lib_lora_guard import LoraGuard
+from support.make import rand
 
 
 class _Norm(torch.nn.Module):
