@@ -17,8 +17,6 @@ FLUX, CHROMA, FLUX2, HUNYUAN_VIDEO, QWEN_IMAGE = "flux", "chroma", "flux2", "hun
 Widths = tuple[float, float]
 """Input and output width in units of the hidden width; 0 for any."""
 _ANY = (0, 0)
-_LEAST_BLOCKS = 10
-"""A file for all blocks of a model with fewer may as well be for the first blocks of a larger one."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,6 @@ def possible(evidence: Evidence) -> tuple[str, ...]:
     for stack in _STACKS:
         numbers = evidence.blocks(stack)
         found = [model for model in found if not numbers or max(numbers) < model.blocks.get(stack, 0)]
-        is_whole = len(numbers) >= _LEAST_BLOCKS and len(numbers) == max(numbers) + 1
-        if is_whole and (exact := [model for model in found if model.blocks.get(stack) == len(numbers)]):
-            found = exact
     return tuple(dict.fromkeys(model.name for model in found))
 
 
