@@ -112,21 +112,27 @@ def _of_first_and_last_block(names: Iterable[str]) -> tuple[dict[str, None], dic
         The names in order, and the numbers of all blocks by the flat name of their stack without prefixes.
     """
     kept: dict[str, None] = {}
-    alike: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    alike: dict[tuple[str, str], dict[int, str]] = {}
+    split = _BLOCK.split
     for name in names:
-        found = _BLOCK.search(name)
-        if found is None:
+        parts = split(name, 1)
+        if len(parts) == 1:
             kept[name] = None
+            continue
+        before, number, after = parts
+        by_number = alike.get((before, after))
+        if by_number is None:
+            alike[before, after] = {int(number): name}
         else:
-            alike[name[: found.start(1)], name[found.end(1) :]][int(found[1])] = name
+            by_number[int(number)] = name
     stacks: dict[str, set[int]] = defaultdict(set)
-    for (stack, _), by_number in alike.items():
+    for (before, _), by_number in alike.items():
         for number in (min(by_number), max(by_number)):
             kept[by_number[number]] = None
-        stacks[stack].update(by_number)
+        stacks[before].update(by_number)
     blocks: dict[str, set[int]] = defaultdict(set)
-    for stack, numbers in stacks.items():
-        blocks[flatten(without_prefixes(stack)).rstrip("_")] |= numbers
+    for before, numbers in stacks.items():
+        blocks[flatten(without_prefixes(before + "s_"))[:-1]] |= numbers
     return kept, blocks
 
 

@@ -8,6 +8,7 @@ modulations. Names of modules that a model lacks are never looked up.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from ..adapters.base import Shape
 from . import flux2
@@ -66,19 +67,32 @@ def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
     yield Spelling("img_in.proj", ("x_embedder",))  # OneTrainer
     yield from both_ways("final_layer.adaLN_modulation.1", "norm_out.linear", swapped=True)
     for n in double or numbers(modules, "transformer_blocks"):
-        block = f"transformer_blocks.{n}."
-        for original, *atoms in _DOUBLE:
-            yield from both_ways(f"double_blocks.{n}.{original}", *(block + atom for atom in atoms))
-        for name, row in _XLABS.items():
-            yield Spelling(f"double_blocks.{n}.{name}", tuple(block + atom for atom in _DOUBLE[row][1:]))
+        yield from _double_block(n)
     for n in single:
-        block = f"single_transformer_blocks.{n}."
-        for original, *atoms in _SINGLE:
-            yield from both_ways(f"single_blocks.{n}.{original}", *(block + atom for atom in atoms))
-        for name in ("qkv", "linear1_qkv"):  # XLabs, and USO as ComfyUI saves it
-            yield Spelling(f"single_blocks.{n}.{name}", tuple(f"{block}attn.to_{x}" for x in "qkv"))
-        yield Spelling(f"single_blocks.{n}.proj", (block + "proj_out",))
+        yield from _single_block(n)
     guidance = "distilled_guidance_layer."
     for n in numbers(modules, guidance + "layers"):
         for original, atom in (("in_layer", "linear_1"), ("out_layer", "linear_2")):
             yield from both_ways(f"{guidance}layers.{n}.{original}", f"{guidance}layers.{n}.{atom}")
+
+
+@lru_cache(maxsize=128)
+def _double_block(n: int) -> tuple[Spelling, ...]:
+    block, made = f"transformer_blocks.{n}.", list[Spelling]()
+    for original, *atoms in _DOUBLE:
+        made += both_ways(f"double_blocks.{n}.{original}", *[block + atom for atom in atoms])
+    for name, row in _XLABS.items():
+        made.append(Spelling(f"double_blocks.{n}.{name}", tuple(block + atom for atom in _DOUBLE[row][1:])))
+    return tuple(made)
+
+
+@lru_cache(maxsize=128)
+def _single_block(n: int) -> tuple[Spelling, ...]:
+    block, made = f"single_transformer_blocks.{n}.", list[Spelling]()
+    for original, *atoms in _SINGLE:
+        made += both_ways(f"single_blocks.{n}.{original}", *[block + atom for atom in atoms])
+    attention = tuple(f"{block}attn.to_{x}" for x in "qkv")
+    for name in ("qkv", "linear1_qkv"):  # XLabs, and USO as ComfyUI saves it
+        made.append(Spelling(f"single_blocks.{n}.{name}", attention))
+    made.append(Spelling(f"single_blocks.{n}.proj", (block + "proj_out",)))
+    return tuple(made)

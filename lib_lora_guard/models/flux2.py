@@ -6,7 +6,7 @@ Sources: the parameter names of black-forest-labs' checkpoints as diffusers load
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 from ..adapters.base import Shape
 from .routes import Spelling, both_ways, numbers
@@ -44,12 +44,16 @@ _SINGLE = (
 )
 _FUSED = ("to_q", "to_k", "to_v", "proj_mlp")
 """The parts of `linear1`, which both layouts keep in one."""
-_OWN = ("double_stream_modulation_", "single_stream_modulation.")
+_OWN = [
+    f"{name}.{layer}"
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+    for layer in ("lin", "linear")
+]
 
 
-def is_flux2(modules: Iterable[str]) -> bool:
+def is_flux2(modules: Container[str]) -> bool:
     """True for the modules of a Flux.2 transformer: all its blocks share their modulations."""
-    return any(name.startswith(_OWN) for name in modules)
+    return any(name in modules for name in _OWN)
 
 
 def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:

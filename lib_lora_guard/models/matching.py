@@ -52,38 +52,39 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
             if parameter != "bias" or file.adapters.get((module, "weight")) is not adapter:
                 match.skipped.append(f"{module}.{parameter}")
             continue
-        entry = _Entry(module, parameter, adapter)
-        if len(places) > 1 or places[0].route.source is not None or places[0].route.swap_halves:
-            _check_before_cutting(entry.written, adapter, [place.route for place in places], shapes[places[0].key])
+        written = f"{module}.{parameter}"
+        if places[0].route.source is not None or places[0].route.swap_halves:
+            _check_before_cutting(written, adapter, [place.route for place in places], shapes[places[0].key])
         for key, route in places:
-            found.setdefault(key, []).append(entry._replace(route=route))
+            if key in found:
+                found[key].append(_Entry(written, adapter, route))
+            else:
+                found[key] = [_Entry(written, adapter, route)]
     again = _said_again(found)
     match.lost += [about(written, Message("lora.said_already", {"other": other})) for written, other in again.items()]
     for key, entries in found.items():
-        for entry in entries:
-            if entry.written in again:
+        for written, adapter, route in entries:
+            if written in again:
                 continue
             try:
-                pieces = list(_pieces(entry.adapter, entry.route, shapes[key]))
+                pieces = [(adapter, route.part)] if route.is_plain else list(_pieces(adapter, route, shapes[key]))
             except CannotSplitError as error:
-                match.lost.append(about(entry.written, reason(error)))
+                match.lost.append(about(written, reason(error)))
                 continue
-            terms = [Term(adapter, strength, part=part, origin=origin) for adapter, part in pieces]
-            match.terms.setdefault(key, []).extend(terms)
+            terms = [Term(piece, strength, part=part, origin=origin) for piece, part in pieces]
+            if key in match.terms:
+                match.terms[key] += terms
+            else:
+                match.terms[key] = terms
     return match
 
 
 class _Entry(NamedTuple):
     """An adapter of the file for one parameter of the model."""
 
-    module: str
-    parameter: str
+    written: str
     adapter: Adapter
-    route: Route = Route("")
-
-    @property
-    def written(self) -> str:
-        return f"{self.module}.{self.parameter}"
+    route: Route
 
     def overlaps(self, other: _Entry) -> bool:
         """True if both change the same rows."""
@@ -94,8 +95,8 @@ class _Entry(NamedTuple):
 def _said_again(found: Mapping[str, Sequence[_Entry]]) -> dict[str, str]:
     """Finds the adapters for rows that another one of the same file changes already.
 
-    diffusers takes the names of its own layout and drops the others where a file has both
-    (lora_conversion_utils.py, `_convert_kohya_flux_lora_to_diffusers`); of equal ones the first counts.
+    Where a layer is there fused and in parts, diffusers takes the names of its own layout and drops the others
+    (lora_conversion_utils.py, `_convert_kohya_flux_lora_to_diffusers`). Of equal ones the first counts.
 
     Returns:
         The names of these adapters, each with the one that counts.
@@ -105,7 +106,10 @@ def _said_again(found: Mapping[str, Sequence[_Entry]]) -> dict[str, str]:
         if len(entries) == 1:
             continue
         kept: list[_Entry] = []
-        for entry in sorted(entries, key=lambda entry: not entry.module.startswith(_OF_DIFFUSERS)):
+        in_order = entries
+        if len({entry.route.part for entry in entries}) > 1:
+            in_order = sorted(entries, key=lambda entry: not entry.written.startswith(_OF_DIFFUSERS))
+        for entry in in_order:
             other = next((one for one in kept if one.written not in again and one.overlaps(entry)), None)
             if other is None or other.written == entry.written:
                 kept.append(entry)

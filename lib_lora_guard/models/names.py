@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from ..adapters.base import Shape
@@ -89,10 +88,13 @@ class NameMap:
             if role == "weight":
                 modules[module], self._real[module] = tuple(shapes[real]), real_module
         self._modules = modules
-        self._encoders = text.find_encoders({name: shapes[real] for name, real in own.items()})
+        # open_clip multiplies by it from the right, and has no layer for it.
+        self._transposed = {name for name in self._parameters if name.endswith("text_projection") and name in shapes}
+        outside = {name: shapes[real] for name, real in own.items() if not name.startswith(DENOISER_PREFIXES[:2])}
+        self._encoders = text.find_encoders(outside)
         self._text = {prefix: self._table(prefix, own, text.spellings(own)) for prefix, own in self._owned_by_text()}
         self._denoiser = self._make_denoiser()
-        self._known: dict[str, tuple[tuple[Route, ...], str | None]] = {}
+        self._known: dict[tuple[str, str], tuple[Place, ...]] = {}
 
     def routes(self, module: str) -> tuple[Route, ...]:
         """Finds the weights of the model that a module of a LoRA file addresses; () if the model has none.
@@ -111,10 +113,16 @@ class NameMap:
             module: The name as written in the file. A name that ends in `bias` means the bias of the module before.
             parameter: What the adapter changes, "weight" or "bias".
         """
-        routes, named = self._look_up(module)
-        role = named or parameter
-        parameters = self._parameters
-        return tuple([Place(key, route) for route in routes if (key := parameters[route.module].get(role)) is not None])
+        known = self._known.get((module, parameter))
+        if known is None:
+            routes, named = self._look_up(module)
+            role, parameters = named or parameter, self._parameters
+            if len(self._known) > _MOST_REMEMBERED:
+                self._known.clear()
+            known = self._known[module, parameter] = tuple(
+                [Place(key, route) for route in routes if (key := parameters[route.module].get(role)) is not None]
+            )
+        return known
 
     def parameter(self, module: str, role: str = "weight") -> str:
         """Returns the full name of the "weight" or "bias" of a route's module.
@@ -132,19 +140,10 @@ class NameMap:
 
     def _look_up(self, written: str) -> tuple[tuple[Route, ...], str | None]:
         """Returns the routes of a name, and "bias" where it is that of a bias."""
-        known = self._known.get(written)
-        if known is None:
-            if len(self._known) > _MOST_REMEMBERED:
-                self._known.clear()
-            routes, role = self._search(written)
-            if any(self._is_transposed(route.module) for route in routes):
-                routes = tuple(replace(route, transposed=True) for route in routes)
-            known = self._known[written] = routes, role
-        return known
-
-    def _is_transposed(self, module: str) -> bool:
-        """True for open_clip's `text_projection`, which is multiplied from the right and has no layer."""
-        return module.endswith("text_projection") and self._parameters[module].get("weight") == module
+        routes, role = self._search(written)
+        if self._transposed and any(route.module in self._transposed for route in routes):
+            routes = tuple(route._replace(transposed=True) for route in routes)
+        return routes, role
 
     def _search(self, written: str) -> tuple[tuple[Route, ...], str | None]:
         if written in self._parameters:
@@ -200,7 +199,7 @@ class NameMap:
                 continue
             own = _below(self._modules, prefix, {*self._encoders, *(() if prefix else _OTHERS)})
             if own:
-                inner = unwrapped(own)
+                inner = unwrapped(own) if prefix else dict(zip(own, own, strict=True))
                 shapes = {name: own[real] for name, real in inner.items()}
                 made = [spelling for spellings in LAYOUTS for spelling in spellings(shapes)]
                 paths = {name: self._real[prefix + real] for name, real in inner.items()}
@@ -217,13 +216,10 @@ def _plain(written: str) -> str:
         written = written.replace(".processor.", ".").replace("_processor_", "_")
     if "_orig_mod" in written:
         written = written.replace("_orig_mod.", "").replace("_orig_mod_", "")
-    if "sformer_blocks" in written:
+    if "sformer_blocks" in written and "transformer_blocks" not in written:
         # Some exports for Flux.2 have lost the begin of it, as diffusers' lora_conversion_utils.py knows.
-        written = _CUT_BLOCKS.sub("transformer_blocks", written)
+        written = written.replace("sformer_blocks", "transformer_blocks")
     return written
-
-
-_CUT_BLOCKS = re.compile(r"(?<![a-z])sformer_blocks")
 
 
 def _below(modules: Mapping[str, Shape], prefix: str, others: set[str]) -> dict[str, Shape]:

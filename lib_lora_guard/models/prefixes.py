@@ -57,16 +57,18 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     Returns:
         The names without wrappers, each with the model's own name.
     """
-    own = {_without_inner(name): name for name in names}
+    own = {name: name for name in names}
+    inside = [wrapper for wrapper in _INSIDE if wrapper in "\n".join(own)]
+    if inside:
+        own = {_without(inside, name): name for name in own}
     while (front := _common_wrapper(own)) is not None:
         own = {name[len(front) :]: real for name, real in own.items()}
     return own
 
 
-def _without_inner(name: str) -> str:
-    if "_mod" in name:
-        for wrapper in _INSIDE:
-            name = name.replace(wrapper, "")
+def _without(wrappers: Iterable[str], name: str) -> str:
+    for wrapper in wrappers:
+        name = name.replace(wrapper, "")
     return name
 
 

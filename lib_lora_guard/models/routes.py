@@ -8,15 +8,14 @@ where each atom lies. Both together give the route, in either direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..adapters.base import Shape, Slice
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """One weight of the model that a tensor of the file addresses. The same rows hold for its bias."""
 
     module: str
@@ -29,6 +28,11 @@ class Route:
     """The two halves of the rows are (scale, shift) in one layout and (shift, scale) in the other."""
     transposed: bool = False
     """The model's matrix has inputs by outputs, as open_clip stores `text_projection`."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the tensor of the file is for the addressed rows as it is."""
+        return self.source is None and not self.swap_halves and not self.transposed
 
 
 class Spelling(NamedTuple):
@@ -48,16 +52,9 @@ class _Place(NamedTuple):
     swapped: bool
 
 
-def both_ways(original: str, *atoms: str, swapped: bool = False) -> Iterator[Spelling]:
-    """Yields a spelling for an original name and for each of its atoms.
-
-    OneTrainer numbers the atoms of a fused module (`qkv.0`, `linear1.3`; convert_flux_lora.py, convert_sd3_lora.py).
-    """
-    yield Spelling(original, atoms, swapped)
-    for number, atom in enumerate(atoms):
-        yield Spelling(atom, (atom,))
-        if len(atoms) > 1:
-            yield Spelling(f"{original}.{number}", (atom,))
+def both_ways(original: str, *atoms: str, swapped: bool = False) -> list[Spelling]:
+    """Returns a spelling for an original name and one for each of its atoms."""
+    return [Spelling(original, atoms, swapped), *[Spelling(atom, (atom,)) for atom in atoms]]
 
 
 class Table:
@@ -105,28 +102,52 @@ class Table:
             flat: The same with underscores instead of dots.
         """
         spelling = self._names.get(name) or self._names.get(flat)
-        if spelling is None:
+        if spelling is not None:
+            atoms, swapped = spelling.atoms, spelling.swapped
+        elif name[-1:].isdecimal():
+            atoms, swapped = self._numbered(name, flat), False
+        else:
             return ()
         places = []
-        for atom in spelling.atoms:
+        for atom in atoms:
             place = self._places.get(atom)
             if place is None:
                 return ()
             places.append(place)
-        if len(places) == 1:
+        if len(places) <= 1:
+            if not places:
+                return ()
             (place,) = places
-            part = None if place.length == self._rows[place.module] else Slice(0, place.start, place.length)
-            return (Route(self._paths[place.module], part, None, spelling.swapped != place.swapped),)
+            part = None if place.length == self._rows[place.module] else _rows(place.start, place.length)
+            return (Route(self._paths[place.module], part, None, swapped != place.swapped),)
         total = sum(place.length for place in places)
         routes: list[Route] = []
         offset = 0
         for place, length in _runs(places):
             whole = length == self._rows[place.module]
-            part = None if whole else Slice(0, place.start, length)
-            source = None if length == total else Slice(0, offset, length)
-            routes.append(Route(self._paths[place.module], part, source, spelling.swapped != place.swapped))
+            part = None if whole else _rows(place.start, length)
+            source = None if length == total else _rows(offset, length)
+            routes.append(Route(self._paths[place.module], part, source, swapped != place.swapped))
             offset += length
         return tuple(routes)
+
+    def _numbered(self, name: str, flat: str) -> tuple[str, ...]:
+        """Returns the one atom of a fused module that a number addresses; () if the name has no such meaning.
+
+        OneTrainer writes `qkv.0` for the query and `linear1.3` for the MLP (convert_flux_lora.py, convert_sd3_lora.py).
+        """
+        number = name[-1]
+        if name[-2:-1] not in (".", "_"):
+            return ()
+        whole = self._names.get(name[:-2]) or self._names.get(flat[:-2])
+        if whole is None or not int(number) < len(whole.atoms) or len(whole.atoms) == 1:
+            return ()
+        return (whole.atoms[int(number)],)
+
+
+@lru_cache(maxsize=256)
+def _rows(start: int, length: int) -> Slice:
+    return Slice(0, start, length)
 
 
 def _by_flat_name(spelled: Mapping[str, Spelling]) -> dict[str, Spelling | None]:
@@ -170,5 +191,7 @@ def flatten(name: str) -> str:
 
 def numbers(modules: Iterable[str], head: str) -> list[int]:
     """Returns the sorted block numbers n of all modules `head.n.*`."""
-    found = {name[len(head) + 1 :].partition(".")[0] for name in modules if name.startswith(head + ".")}
+    start = head + "."
+    at = len(start)
+    found = {name[at:].partition(".")[0] for name in modules if name.startswith(start)}
     return sorted(int(number) for number in found if number.isdigit())

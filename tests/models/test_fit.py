@@ -7,7 +7,7 @@ from support.make import rand
 
 from lib_lora_guard import LoraGuard
 from lib_lora_guard.adapters.files import read_lora_file
-from lib_lora_guard.models import fit
+from lib_lora_guard.models import NameMap, fit
 from lib_lora_guard.models.architecture import Architecture
 from lib_lora_guard.models.fit import Target, fit_file, fit_terms
 
@@ -94,3 +94,19 @@ def test_a_lora_fits_an_input_projection_that_another_lora_has_widened(tmp_path,
     assert report.loras[0].used == 1
     guard.remove()
     assert torch.equal(model["conv_in"].weight, before)
+
+
+def test_the_names_of_a_model_are_worked_out_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(fit, "NameMap", lambda shapes: made.append(1) or NameMap(shapes))
+    model = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 8), "out": torch.nn.Linear(8, 4)}).requires_grad_(False)
+    path = read(tmp_path, {"proj": lora(8, 4)}).path
+    guard = LoraGuard(model)
+    for strength in (1.0, 0.5, 0.2):
+        guard.apply([(path, strength)])
+    guard.remove()
+    assert made == [1]
+    model["more"] = torch.nn.Linear(4, 4)
+    guard.apply([(path, 1.0)])
+    guard.remove()
+    assert made == [1, 1]

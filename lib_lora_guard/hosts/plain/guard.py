@@ -43,6 +43,7 @@ class LoraGuard:
         self._engine = _engines.setdefault(model, Engine())
         self._access = PlainAccess(model)
         self._files: dict[tuple[str, int, int, bool], LoraFile] = {}
+        self._target = Target({})
 
     def apply(
         self, stack: Sequence[tuple[str | Path, float]], mode: str = "auto", as_trained: bool = False
@@ -71,9 +72,11 @@ class LoraGuard:
         # Tensors made in inference mode could never be changed or differentiated outside it.
         with torch.inference_mode(False), torch.no_grad():
             files = [self._read(Path(path), as_trained) for path, _ in stack]
-            target = Target(self._access.shapes() | self._engine.unpatched_shapes())
+            shapes = self._access.shapes() | self._engine.unpatched_shapes()
+            if self._target.shapes != shapes:
+                self._target = Target(shapes)
             requests = [
-                self._request(n, file, float(strength), target)
+                self._request(n, file, float(strength))
                 for n, (file, (_, strength)) in enumerate(zip(files, stack, strict=True))
             ]
             report = self._engine.change(self._access, requests, wish, leave_out=False)
@@ -108,9 +111,9 @@ class LoraGuard:
         known = self._files.get((*_identity(path), as_trained)) if path.is_file() else None
         return known or read_lora_file(path, as_trained)
 
-    def _request(self, index: int, file: LoraFile, strength: float, target: Target) -> LoraRequest:
+    def _request(self, index: int, file: LoraFile, strength: float) -> LoraRequest:
         name = shown(file.path.name)
-        fit = fit_file(file, target, strength, index)
+        fit = fit_file(file, self._target, strength, index)
         if fit.refused is not None:
             raise LoraMismatchError(about(name, fit.refused))
         if not fit.terms:

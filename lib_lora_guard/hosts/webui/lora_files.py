@@ -100,6 +100,8 @@ class LoraFiles:
         self._left: weakref.WeakKeyDictionary[LoraFile, tuple[Sequence[weakref.ref[Fit]], Remainder]] = (
             weakref.WeakKeyDictionary()
         )
+        self._targets: weakref.WeakKeyDictionary[torch.nn.Module, Target] = weakref.WeakKeyDictionary()
+        """The names of each model, worked out once for all files."""
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
         """Stands in place of `networks.load_lora_state_dict`."""
@@ -272,7 +274,10 @@ class LoraFiles:
         known = self._matches.setdefault(file, weakref.WeakKeyDictionary())
         if model in known and known[model][0] == shapes:
             return known[model][1]
-        match = _match(file, shapes)
+        target = self._targets.get(model)
+        if target is None or target.shapes != shapes:
+            target = self._targets[model] = Target(shapes)
+        match = _match(file, target)
         _own(term.adapter for terms in match.terms.values() for term in terms)
         known[model] = (shapes, match)
         return match
@@ -295,9 +300,9 @@ def _own(adapters: Iterable[Adapter]) -> None:
         own(adapter.tensors())
 
 
-def _match(file: LoraFile, shapes: Mapping[str, Shape]) -> Fit:
+def _match(file: LoraFile, target: Target) -> Fit:
     """Raises LoraMismatchError where the file was made for another model."""
-    fit = fit_file(file, Target(shapes), is_all=False)
+    fit = fit_file(file, target, is_all=False)
     if fit.refused is not None:
         raise LoraMismatchError(fit.refused)
     return fit
