@@ -46,11 +46,11 @@ class Evidence:
     def of_model(cls, shapes: Mapping[str, Shape]) -> Evidence:
         """The evidence of a model's parameters, by name."""
         own = unwrapped(shapes)
-        kept, blocks = _of_first_and_last_block(own)
+        kept, blocks = _of_first_and_last_block(name for name in own if name.endswith((".weight", ".scale")))
         modules = {}
         for name in kept:
-            module, _, last = name.rpartition(".")
-            if last in ("weight", "scale") and not name.startswith(_ELSEWHERE) and not _TEXT.match(name):
+            module = name.rpartition(".")[0]
+            if not name.startswith(_ELSEWHERE) and not _TEXT.match(name):
                 shape = shapes[own[name]]
                 modules[flatten(without_prefixes(module))] = (shape[0], shape[1] if len(shape) > 1 else None)
         return cls(modules, {}, blocks)

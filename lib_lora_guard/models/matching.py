@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -91,12 +92,19 @@ class _Entry(NamedTuple):
         one, two = self.route.part, other.route.part
         return one is None or two is None or (one.start < two.start + two.length and two.start < one.start + one.length)
 
+    def preference(self) -> tuple[bool, bool, float]:
+        """Orders entries for overlapping rows: names of diffusers first, then those for fewer rows."""
+        part, source = self.route.part, self.route.source
+        rows = math.inf if part is None else part.length
+        return not self.written.startswith(_OF_DIFFUSERS), source is not None, rows
+
 
 def _said_again(found: Mapping[str, Sequence[_Entry]]) -> dict[str, str]:
     """Finds the adapters for rows that another one of the same file changes already.
 
-    Where a layer is there fused and in parts, diffusers takes the names of its own layout and drops the others
-    (lora_conversion_utils.py, `_convert_kohya_flux_lora_to_diffusers`). Of equal ones the first counts.
+    Where a layer is there fused and in parts, diffusers takes the parts and drops the whole (lora_conversion_utils.py,
+    `_convert_kohya_flux_lora_to_diffusers`, `_convert_non_diffusers_z_image_lora_to_diffusers`). Of equal ones the first
+    counts.
 
     Returns:
         The names of these adapters, each with the one that counts.
@@ -107,8 +115,8 @@ def _said_again(found: Mapping[str, Sequence[_Entry]]) -> dict[str, str]:
             continue
         kept: list[_Entry] = []
         in_order = entries
-        if len({entry.route.part for entry in entries}) > 1:
-            in_order = sorted(entries, key=lambda entry: not entry.written.startswith(_OF_DIFFUSERS))
+        if len({(entry.route.part, entry.route.source) for entry in entries}) > 1:
+            in_order = sorted(entries, key=_Entry.preference)
         for entry in in_order:
             other = next((one for one in kept if one.written not in again and one.overlaps(entry)), None)
             if other is None or other.written == entry.written:

@@ -19,13 +19,15 @@ _ONE = re.compile(f"{_TRAINER}|{_COMPONENT}")
 _ONE_OF_TRAINER = re.compile(_TRAINER)
 _ALL = re.compile(f"(?:{_TRAINER}|{_COMPONENT})*")
 
-_INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_layer.")
 """Wrappers of single layers: they stand anywhere in a model's names."""
 _AROUND = re.compile(r"(?:base_model\.model|module|model|dit|pipe)\.")
 """Wrappers around a whole model."""
 _LANGUAGE_MODEL = re.compile(r"model\.(?:layers\.\d+\.(?:self_attn|mlp)|embed_tokens|language_model)\.")
 """Names that begin with `model.` by themselves: language models of transformers."""
 _ROLES = frozenset(("weight", "bias"))
+_MOST_PREFIXES = 12
+"""More than any file has; a hostile name has hundreds."""
 
 
 def without_prefixes(written: str) -> str:
@@ -43,7 +45,10 @@ def starts(written: str, *, of_text: bool = False) -> Iterator[int]:
     pattern = _ONE_OF_TRAINER if of_text else _ONE
     at = 0
     yield at
-    while (found := pattern.match(written, at)) is not None:
+    for _ in range(_MOST_PREFIXES):
+        found = pattern.match(written, at)
+        if found is None:
+            return
         at = found.end()
         yield at
 

@@ -175,6 +175,23 @@ def test_single_blocks_that_are_compiled(tmp_path):
     assert_changes(change_of(module_of(FLUX), tensors, tmp_path)[0], {PROJ: delta})
 
 
+def test_layers_that_peft_has_wrapped(tmp_path):
+    """A model with an adapter of peft: its own weights are called `base_layer`."""
+    inner = {name.replace(".weight", ".base_layer.weight"): shape for name, shape in FLUX.items()}
+    adapter = {"double_blocks.0.img_attn.proj.lora_A.default.weight": (2, H)}
+    model = module_of({f"base_model.model.{name}": shape for name, shape in (inner | adapter).items()})
+    for written in ("transformer." + DIFFUSERS, "lora_unet_double_blocks_0_img_attn_proj"):
+        tensors, delta = peft(written, H, H, seed=1)
+        changes, _ = change_of(model, tensors, tmp_path)
+        assert_changes(changes, {"base_model.model.double_blocks.0.img_attn.proj.base_layer.weight": delta})
+
+
+def test_names_of_many_prefixes_cost_no_more_than_others(tmp_path):
+    tensors, _ = peft("lora_" * 150 + ORIGINAL, H, H, seed=1)
+    tensors |= peft("transformer.single_blocks.0.linear2", H, 5 * H, seed=3)[0]
+    assert list(change_of(module_of(FLUX), tensors, tmp_path)[0]) == ["single_blocks.0.linear2.weight"]
+
+
 @pytest.mark.parametrize("wrapper", ["compiled", "data parallel", "model"])
 def test_the_architecture_of_a_wrapped_model_is_known(wrapper, tmp_path):
     tensors = kohya("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", 640, 2048, seed=1)[0]

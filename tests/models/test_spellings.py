@@ -215,15 +215,23 @@ def test_it_counts_once_as_diffusers_converts_it(tmp_path):
         assert torch.equal(kept[f"{key}.lora_B.weight"].double() @ kept[f"{key}.lora_A.weight"].double(), part)
 
 
-def test_a_layer_fused_and_split_without_names_of_diffusers_keeps_the_first(tmp_path):
-    tensors, delta = kohya("lora_unet_double_blocks_0_img_attn_qkv", 3 * H, H, seed=1)
-    tensors |= kohya("lora_unet_double_blocks_0_img_attn_qkv_1", H, H, seed=2)[0]
-    path = tmp_path / "two.safetensors"
-    save_file(tensors, path)
-    first = next(iter(load_file(path)))
+@pytest.mark.parametrize(
+    "prefix", ["lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"]
+)
+def test_parts_count_before_the_whole_under_any_prefix(prefix, tmp_path):
+    """As diffusers decides it for Z-Image, where some files hold both."""
+    tensors, _ = kohya(prefix, 3 * H, H, seed=1)
+    parts = []
+    for n in range(3):
+        made, delta = kohya(f"{prefix}{'_' if '_img_' in prefix else '.'}{n}", H, H, seed=2 + n)
+        tensors |= made
+        parts.append(delta)
     changes, lora = change_of(module_of(BFL), tensors, tmp_path)
-    assert "qkv." in first
-    assert_changes(changes, {"double_blocks.0.img_attn.qkv.weight": delta})
+    assert_changes(changes, {"double_blocks.0.img_attn.qkv.weight": torch.cat(parts)})
+    assert len(lora.lost) == 1
+    changes, lora = change_of(module_of(DIFFUSERS), tensors, tmp_path)
+    names = [f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
+    assert_changes(changes, dict(zip(names, parts, strict=True)))
     assert len(lora.lost) == 1
 
 
