@@ -129,6 +129,7 @@ def _new(path):
 
 def _old(path):
     from lib_lora_guard.adapters.files import read_lora_header
+    from lib_lora_guard.adapters.fitting import misfit
     from lib_lora_guard.models.architecture import detect_model
     from lib_lora_guard.models.matching import foreign_to, match_file
     from lib_lora_guard.models.names import NameMap
@@ -138,7 +139,10 @@ def _old(path):
     def match():
         names = NameMap(shapes)
         assert foreign_to(file, detect_model(shapes)) is None
-        _check(match_file(file, names, shapes, 1.0).terms)
+        terms = match_file(file, names, shapes, 1.0).terms
+        # Its engine looked afterwards whether each term fits its weight, which is part of the match today.
+        assert not any(misfit(on_key, shapes[key], may_expand=False) for key, on_key in terms.items())
+        _check(terms)
 
     return match, match
 

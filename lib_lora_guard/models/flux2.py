@@ -23,7 +23,7 @@ _TOP = (
     ("single_stream_modulation.lin", "single_stream_modulation.linear"),
     ("final_layer.linear", "proj_out"),
 )
-_DOUBLE = (
+ATTENTION = (
     ("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
     ("txt_attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     ("img_attn.proj", "attn.to_out.0"),
@@ -32,6 +32,10 @@ _DOUBLE = (
     ("img_attn.norm.key_norm", "attn.norm_k"),
     ("txt_attn.norm.query_norm", "attn.norm_added_q"),
     ("txt_attn.norm.key_norm", "attn.norm_added_k"),
+)
+"""The attention of a double block, alike in Flux.1 and Flux.2."""
+_DOUBLE = (
+    *ATTENTION,
     ("img_mlp.0", "ff.linear_in"),
     ("img_mlp.2", "ff.linear_out"),
     ("txt_mlp.0", "ff_context.linear_in"),

@@ -151,7 +151,10 @@ def _rows(start: int, length: int) -> Slice:
 
 
 def _by_flat_name(spelled: Mapping[str, Spelling]) -> dict[str, Spelling | None]:
-    flat: dict[str, Spelling | None] = {}
+    flat: dict[str, Spelling | None] = {name.replace(".", "_"): spelling for name, spelling in spelled.items()}
+    if len(flat) == len(spelled):
+        return flat
+    flat = {}
     for name, spelling in spelled.items():
         # Names that differ only in dots but have different meanings are ambiguous: neither is chosen.
         short = flatten(name)
