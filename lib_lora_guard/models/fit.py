@@ -98,7 +98,7 @@ def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int 
     found.skipped[:0], found.lost[:0] = match.skipped, match.lost
     if found.refused is None:
         left = {*found.skipped, *(line.partition(": ")[0] for line in found.lost)}
-        used = [module for module, parameter in file.adapters if f"{module}.{parameter}" not in left]
+        used = [module for module, parameter in file.adapters if not left or f"{module}.{parameter}" not in left]
         found.used = len(used)
         found.left_out = left_out(file, used, target.shapes)
         if is_all and found.terms and (why := found.left_out.refusal) is not None:

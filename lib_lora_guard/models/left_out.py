@@ -26,9 +26,11 @@ def left_out(file: LoraFile, used: Iterable[str], shapes: Mapping[str, Shape]) -
     for key in file.unknown_keys:
         others.setdefault(key.rpartition(".")[0], []).append(key)
     lonely = others.keys() - modules
+    left = (modules - set(used)) | lonely
+    if not left:
+        return LeftOut(of=len(modules))
     has_text, has_rest = _components(shapes)
     counted = {m for m in (*modules, *lonely) if (has_text if _is_text(m) else has_rest)}
-    left = (modules - set(used)) | lonely
     keys = [key for module in file.adapters_by_module() if module in left for key in file.keys.get(module, ())]
     keys += [key for module in lonely for key in others[module]]
     return LeftOut(tuple(dict.fromkeys(keys)), len(left & counted), len(counted))
