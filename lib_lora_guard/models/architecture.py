@@ -76,7 +76,7 @@ _RULES = (
     _rule(A.AURAFLOW, r"^joint_transformer_blocks_\d+_|^(double|single)_layers_\d+_(attn|mlp|mod)"),
     _rule(A.CASCADE, r"^(down|up)_blocks_\d+_\d+_(attention|mapper|channelwise|kv_mapper|depthwise)|^clip_txt_mapper"),
     _rule(A.CHROMA, r"^distilled_guidance_layer_"),
-    _rule(A.FLUX2, r"^(double|single)_stream_modulation|^time_guidance_embed_"),
+    _rule(A.FLUX2, r"^(double|single)_stream_modulation"),
     _rule(
         A.FLUX2,
         r"^single_transformer_blocks_\d+_attn_to_(qkv_mlp_proj|out)$|" + _TOP + r"ff(_context)?_linear_(in|out)$",

@@ -161,6 +161,7 @@ _OF_FLUX2 = {
         _named(
             "",
             layers=(_ANY, " ".join(f"{x}_in_{y}_layer" for x in ("time", "guidance") for y in ("in", "out"))),
+            embedders=(_ANY, " ".join(name.replace("text_embed", "guidance_embed", 1) for name in _EMBEDDERS)),
             final=(_ANY, _FINAL),
         )
     ),

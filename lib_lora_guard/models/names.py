@@ -15,7 +15,7 @@ from ..adapters.base import Shape
 from ..errors import LoraMismatchError
 from . import flux, flux2, mmdit, text, unet
 from .prefixes import starts, unwrapped
-from .routes import Route, Spelling, Table, flatten
+from .routes import Modules, Route, Spelling, Table, flatten
 
 LAYOUTS: tuple[Callable[[Mapping[str, Shape]], Iterator[Spelling]], ...] = (
     unet.spellings,
@@ -200,7 +200,7 @@ class NameMap:
             own = _below(self._modules, prefix, {*self._encoders, *(() if prefix else _OTHERS)})
             if own:
                 inner = unwrapped(own) if prefix else dict(zip(own, own, strict=True))
-                shapes = {name: own[real] for name, real in inner.items()}
+                shapes = Modules({name: own[real] for name, real in inner.items()})
                 made = [spelling for spellings in LAYOUTS for spelling in spellings(shapes)]
                 paths = {name: self._real[prefix + real] for name, real in inner.items()}
                 return Table(shapes, made, paths)

@@ -192,8 +192,18 @@ def flatten(name: str) -> str:
     return name.replace(".", "_")
 
 
+class Modules(dict[str, Shape]):
+    """Modules of a component and their shapes, with the first parts of their names."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        super().__init__(shapes)
+        self.tops = {name.partition(".")[0] for name in shapes}
+
+
 def numbers(modules: Iterable[str], head: str) -> list[int]:
     """Returns the sorted block numbers n of all modules `head.n.*`."""
+    if isinstance(modules, Modules) and head.partition(".")[0] not in modules.tops:
+        return []
     start = head + "."
     at = len(start)
     found = {name[at:].partition(".")[0] for name in modules if name.startswith(start)}
