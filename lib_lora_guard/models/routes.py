@@ -207,4 +207,4 @@ def numbers(modules: Iterable[str], head: str) -> list[int]:
     start = head + "."
     at = len(start)
     found = {name[at:].partition(".")[0] for name in modules if name.startswith(start)}
-    return sorted(int(number) for number in found if number.isdigit())
+    return sorted(int(number) for number in found if number.isdecimal())
