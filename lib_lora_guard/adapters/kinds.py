@@ -93,8 +93,9 @@ class Kind:
 
     Attributes:
         name: unique; errors about a file show it, and Forge's patches use it where there is a `host` tuple.
-        make: makes the adapter of a module. It may raise TypeError or KeyError for a missing field, and for factors of
-            impossible shapes LoraMismatchError, IndexError, RuntimeError or ZeroDivisionError.
+        make: makes the adapter of a module. It may raise TypeError or KeyError for a missing field, LoraFileError
+            with a whole sentence, and for factors of impossible shapes LoraMismatchError, IndexError, RuntimeError or
+            ZeroDivisionError.
         keys: the field that a tensor is, by the end of its name (`hada_w1_a`); at most three parts between dots.
         peft_keys: the same for names into which PEFT may put its adapter's name (`lora_A.style.weight`).
         claim: recognises a name that no key fits: takes it and all names of the file, returns module and field.

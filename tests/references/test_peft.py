@@ -11,6 +11,7 @@ from support.make import gen
 from support.measure import assert_same, contribution_error, fp32_limit
 
 from lib_lora_guard.adapters.dora import decompose
+from lib_lora_guard.adapters.file_settings import PeftSettings
 from lib_lora_guard.adapters.ia3 import Ia3Adapter
 
 peft = pytest.importorskip("peft", reason="peft writes the reference")
@@ -177,6 +178,21 @@ def test_oft(case, tmp_path):
         assert_seen(patched(other, weight, 1.0), reference, weight)
         half = patched(adapter, weight[:6].clone(), 1.0)
         assert_same(half, reference[:6], weight[:6])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("eps", [6e-5, 1e-2])
+def test_constrained_oft(eps, shared, tmp_path):
+    """The file holds what the last step of the optimizer left, beyond the bound; peft shortens it before each use."""
+    options = {"oft_block_size": 4, "r": 0, "block_share": shared, "coft": True, "eps": eps}
+    trained = Trained(peft.OFTConfig(target_modules=list(LAYERS), **options), tmp_path)
+    for layer in LAYERS:
+        weight, reference = trained.pair(layer)
+        tensors = trained.of(layer)
+        assert tensors["oft_R.weight"].norm() > 10 * eps
+        adapter = adapter_from(tensors, bound=PeftSettings(trained.config).oft_bound)
+        assert_same(patched(adapter, weight, 1.0), reference, weight)
+        assert_seen(patched(dataclasses.replace(adapter, bound=None), weight, 1.0), reference, weight)
 
 
 class BlockDiagonal:

@@ -53,6 +53,27 @@ TEXTS: dict[str, tuple[str, str]] = {
         "its settings ask for an alpha that is no usable number",
         "其设置要求的 alpha 不是可用的数值",
     ),
+    "lora.no_usable_eps": (
+        "its settings bound its rotations by an eps that is no usable number",
+        "其设置用于限制旋转的 eps 不是可用的数值",
+    ),
+    "lora.part_not_known": (
+        "{module}: {part} is a part of its {kind} that LoRA Guard does not know, and the rest alone would be wrong; "
+        "use a file that was exported without it, or a newer LoRA Guard",
+        "{module}：{part} 是其 {kind} 中 LoRA Guard 不认识的部分，只应用其余部分会得到错误结果；"
+        "请使用不含该部分的文件，或更新 LoRA Guard",
+    ),
+    "lora.oft_marker": (
+        "{module}: its OFT is scaled in a way that LoRA Guard does not know (oft_R.scaled_oft is {value}), and unscaled "
+        "it would turn the weights too far; train it again with a released OneTrainer, or use a newer LoRA Guard",
+        "{module}：其 OFT 的缩放方式 LoRA Guard 不认识（oft_R.scaled_oft 为 {value}），不缩放会使权重旋转过度；"
+        "请用正式版 OneTrainer 重新训练，或更新 LoRA Guard",
+    ),
+    "lora.no_dora": (
+        "{module}: it has a DoRA magnitude (dora_scale) beside a {kind}, and no trainer defines the two together; "
+        "train it again without DoRA",
+        "{module}：它在 {kind} 旁带有 DoRA 幅值（dora_scale），而没有任何训练器定义过二者的组合；请不带 DoRA 重新训练",
+    ),
     "lora.settings_unreadable": (
         "its adapter settings are not readable JSON, so its alpha is not known and 1 is used",
         "适配器设置不是有效的 JSON，无法得知 alpha，按 1 处理",
