@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ..errors import LoraMismatchError
 from ..lazy_torch import torch
-from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
+from .base import PatchCost, RowFunction, Shape, UnsuitedLayerError, check_rank, is_narrower, mismatch, product_of
 from .dora import is_by_row
 from .forms import Decomposed, LowRank
 from .kinds import Found, HostTuple, Kind, Size, register
@@ -25,6 +25,8 @@ class LoraAdapter(RankedAdapter):
     up: torch.Tensor
     down: torch.Tensor
     mid: torch.Tensor | None = None
+    reshaped: bool = field(default=False, kw_only=True, metadata={"beside_the_host": True})
+    """The file says that the weight changes its size (`reshape_weight`, FLUX tools)."""
 
     @property
     def rank(self) -> int | None:
@@ -48,18 +50,36 @@ class LoraAdapter(RankedAdapter):
         else:
             pairs = self.mid.dim() > 2 and inner_up == self.mid.shape[0] and self.mid.shape[1] == self.down.shape[0]
         if not pairs:
+            self._check_groups(inner_up, shape)
             core = "" if self.mid is None else f" over mid {list(self.mid.shape)}"
             up, down = list(self.up.shape), list(self.down.shape)
             raise LoraMismatchError.of("lora.up_down", up=up, down=down, core=core)
         check_rank(max(inner_up, self.down.shape[0]), shape)
-        kernel = 1 if self.mid is None else product_of(self.mid.shape[2:])
-        rows, columns = self.up.shape[0], product_of(self.down.shape[1:]) * kernel
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        columns = product_of(self.down.shape[1:]) * (1 if self.mid is None else product_of(kernel))
+        rows = self.up.shape[0]
         wanted = (shape[0], product_of(shape[1:]))
-        widens = may_expand and len(shape) == 2 and columns <= WIDEST * shape[1]
-        if rows != wanted[0] or (columns != wanted[1] and not widens):
+        if self.reshaped and may_expand and rows > wanted[0]:
+            raise UnsuitedLayerError.of("lora.grows_rows", rows=rows, wanted=wanted[0])
+        # Without a kernel of its own, the flattened factor has that of the weight.
+        same_kernel = not kernel or tuple(kernel) == tuple(shape[2:])
+        widens = len(shape) == 2 and columns <= WIDEST * shape[1]
+        fills = same_kernel and is_narrower(columns, shape)
+        if rows != wanted[0] or (columns != wanted[1] and not (may_expand and (widens or fills))):
             raise mismatch("up @ down", (rows, columns), shape)
         # Widened, an input projection has the columns of the LoRA.
-        self.check_magnitude(shape if columns <= wanted[1] else (rows, columns))
+        self.check_magnitude(shape if columns <= wanted[1] else (rows, columns), is_narrow=columns < wanted[1])
+
+    def _check_groups(self, inner_up: int, shape: Shape) -> None:
+        """Raises UnsuitedLayerError for PEFT's LoRA on a convolution with groups.
+
+        Its `down` sees all input channels, and each group of `up` a share of the ranks (`lora_B` has the groups of the
+        layer). The sum is a convolution without groups, which the layer's weight has no room for; PEFT merges it neither.
+        """
+        groups, rest = divmod(self.down.shape[0], inner_up)
+        channels = self.down.shape[1]
+        if self.mid is None and len(shape) > 2 and groups > 1 and not rest and channels == groups * shape[1]:
+            raise UnsuitedLayerError.of("lora.grouped", groups=groups)
 
     def rows(self, start: int, length: int) -> LoraAdapter | None:
         magnitude = self.magnitude
@@ -111,7 +131,10 @@ def _attached(key: str, names: Container[str]) -> tuple[str, str] | None:
 
 
 def _make(found: Found) -> LoraAdapter:
-    adapter = make_ranked(LoraAdapter, found)
+    fields = dict(found.fields)
+    reshaped = fields.pop("reshape", None) is not None
+    adapter = make_ranked(LoraAdapter, replace(found, fields=fields))
+    adapter = replace(adapter, reshaped=True) if reshaped else adapter
     if adapter.alpha is not None and adapter.rank == 0:
         up, down = list(adapter.up.shape), list(adapter.down.shape)
         raise LoraMismatchError.of("lora.no_pair", up=up, down=down)
@@ -149,9 +172,11 @@ register(
             "lora_linear_layer.up.weight": "up",
             "lora_linear_layer.down.weight": "down",
             "lora_mid.weight": "mid",
+            "reshape_weight": "reshape",
         },
         peft_keys={"lora_B.weight": "up", "lora_A.weight": "down", "lora_B": "up", "lora_A": "down"},
         claim=_attached,
+        integers=frozenset({"reshape"}),
         host=HostTuple(LoraAdapter, ("up", "down", "alpha"), ("mid", "magnitude")),
         size=_size,
     )

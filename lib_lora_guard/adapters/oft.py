@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LoraFileError, LoraMismatchError
 from ..files import shown
-from ..files.header_tensor import HeaderTensor
 from ..lazy_torch import torch
 from .base import Adapter, RowFunction, Shape, mismatch, product_of
 from .boft import BoftAdapter
@@ -250,7 +249,8 @@ class PeftOftAdapter(Adapter):
             norm = torch.linalg.vector_norm(base.flatten(1), dim=1)
         else:
             norm = self.initial_norm.to(base).flatten()
-        return self.magnitude.to(base).flatten() / (norm + torch.finfo(torch.float32).eps)
+        factor: torch.Tensor = self.magnitude.to(base).flatten() / (norm + torch.finfo(torch.float32).eps)
+        return factor
 
 
 def _check_row_blocks(blocks: torch.Tensor, shape: Shape) -> None:
@@ -345,7 +345,7 @@ def _divisor(marker: torch.Tensor, adapter: PeftOftAdapter) -> float | None:
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
-    return tensor.dtype_name if isinstance(tensor, HeaderTensor) else str(tensor.dtype).removeprefix("torch.")
+    return getattr(tensor, "dtype_name", None) or str(tensor.dtype).removeprefix("torch.")
 
 
 _PARTS = ("part0", "part1", "part2", "part3")

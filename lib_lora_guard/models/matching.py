@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ..adapters import Adapter, Slice, Term
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile
+from ..adapters.fitting import Blame, Misfit, blame_of
 from ..errors import LoraGuardError, LoraMismatchError, Message, about, reason
 from ..files import shown
 from .architecture import Architecture, accepts, detect_lora
@@ -26,6 +27,10 @@ class Match:
     """Keys without a counterpart in the model."""
     lost: list[str] = field(default_factory=list)
     """Keys with a counterpart that cannot be applied, each with the reason."""
+    misfits: list[tuple[str, Misfit]] = field(default_factory=list)
+    """Keys whose tensor has another size than the parts it must be cut into."""
+    written: dict[str, list[str]] = field(default_factory=dict)
+    """The keys of the file by parameter name."""
 
 
 def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], strength: float, origin: int = 0) -> Match:
@@ -37,9 +42,6 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
         shapes: The model's parameters and their real shapes.
         strength: The strength of the file in the stack.
         origin: The position of the file in the stack.
-
-    Raises:
-        LoraMismatchError: A fused tensor has another size than the parts it must be cut into.
     """
     match = Match(skipped=[key for key in file.unknown_keys if key not in file.lost])
     match.lost += [about(key, why) for key, why in file.lost.items()]
@@ -56,8 +58,12 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
             if parameter != "bias" or file.adapters.get((module, "weight")) is not adapter:
                 match.skipped.append(written)
             continue
-        _check_before_cutting(written, adapter, [route for route, _ in routes], shapes[routes[0][1]])
+        wrong = _misfit_before_cutting(adapter, [route for route, _ in routes], shapes[routes[0][1]])
+        if wrong is not None:
+            match.misfits.append((shown(written), wrong))
+            continue
         for route, key in routes:
+            match.written.setdefault(key, []).append(written)
             if (key, route.part) in taken:
                 match.lost.append(about(written, Message("lora.said_already", {"other": taken[key, route.part]})))
                 continue
@@ -83,22 +89,21 @@ class CannotSplitError(LoraGuardError, ValueError):
     """An adapter for a fused weight cannot be split for a model with separate weights."""
 
 
-def _check_before_cutting(written: str, adapter: Adapter, routes: Sequence[Route], shape: Shape) -> None:
-    """Checks that a tensor has the rows that the routes cut out of it.
-
-    Raises:
-        LoraMismatchError: It does not.
-    """
+def _misfit_before_cutting(adapter: Adapter, routes: Sequence[Route], shape: Shape) -> Misfit | None:
+    """None if a tensor has the rows that the routes cut out of it."""
     sources = [route.source for route in routes if route.source is not None]
     if not sources and not any(route.swap_halves for route in routes):
-        return
+        return None
     rows = max((source.start + source.length for source in sources), default=shape[0])
     if not sources and routes[0].part is not None:
         rows = routes[0].part.length
     try:
         adapter.check((rows, *shape[1:]), may_expand=False)
-    except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        raise LoraMismatchError.of("lora.other_model", key=shown(written), why=reason(error)) from None
+    except LoraMismatchError as error:
+        return Misfit(reason(error), blame_of(error, adapter.stands_alone))
+    except (IndexError, RuntimeError, ZeroDivisionError) as error:
+        return Misfit(reason(error), Blame.FILE)
+    return None
 
 
 def _pieces(adapter: Adapter, route: Route, rows: int) -> Iterator[tuple[Adapter, Slice | None]]:
