@@ -116,16 +116,16 @@ def test_half_of_the_layers_of_the_wrong_size_refuse_the_file(tmp_path):
 
 def test_a_fused_tensor_of_the_wrong_size_is_left_out_alone(tmp_path):
     """On a model with query, key and value apart it is cut before anything else is looked at."""
-    names = [
-        f"single_transformer_blocks.0.{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
-    ]
-    model = torch.nn.ModuleDict()
-    for name in names:
+    inner = {"attn.to_q": (8, 8), "attn.to_k": (8, 8), "attn.to_v": (8, 8), "proj_mlp": (8, 32), "proj_out": (40, 8)}
+    model = torch.nn.Module()
+    for name, sizes in inner.items():
         place = model
-        *path, last = name.split(".")
+        *path, last = f"single_transformer_blocks.0.{name}".split(".")
         for part in path:
-            place = place.setdefault(part, torch.nn.ModuleDict()) if part not in place else place[part]
-        place[last] = torch.nn.Linear(*{"proj_mlp": (8, 32), "proj_out": (40, 8)}.get(last, (8, 8)))
+            if not hasattr(place, part):
+                place.add_module(part, torch.nn.Module())
+            place = getattr(place, part)
+        place.add_module(last, torch.nn.Linear(*sizes))
     good = {n: {f"{n}.lora_A.weight": r(2, i, seed=1), f"{n}.lora_B.weight": r(o, 2, seed=2)} for n, o, i in (
         ("single_blocks.0.linear2", 8, 40), ("single_transformer_blocks.0.attn.to_q", 8, 8))}  # fmt: skip
     bad = {
@@ -183,11 +183,11 @@ def test_reshape_weight_is_known_and_grown_rows_are_left_out_for_their_reason(tm
 
 
 def test_glora_on_a_vector_is_refused_before_anything_is_computed(tmp_path):
-    model = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(8), "to_q": torch.nn.Linear(8, 8)}).requires_grad_(False)
+    model = layers(norm=torch.nn.LayerNorm(8), to_q=torch.nn.Linear(8, 8), to_k=torch.nn.Linear(8, 8))
     shapes = {"a1": (1, 2), "a2": (2, 1), "b1": (8, 2), "b2": (2, 1)}
     file = {f"norm.{name}.weight": r(*shape, seed=n) for n, (name, shape) in enumerate(shapes.items())}
-    lora = applied(tmp_path, model, {**file, **attention(), **attention("to_q")})
-    assert (lora.used, lora.refused) == (1, None)
+    lora = applied(tmp_path, model, {**file, **attention("to_k"), **attention("to_q")})
+    assert (lora.used, lora.refused) == (2, None)
     assert lora.lost == ["norm.weight: GLoRA gives [8, 1], the weight is [8]"]
 
 
