@@ -111,6 +111,57 @@ class LoraAdapter(RankedAdapter):
         return weight.add_((up @ down).reshape(weight.shape), alpha=factor)
 
 
+@dataclass(frozen=True, eq=False)
+class BdLoraAdapter(RankedAdapter):
+    """A LoRA of which one factor is block-diagonal and stored as its blocks (PEFT `tuners/lora/variants.py`, BD-LoRA).
+
+    `blocks` blocks lie below one another: of `down` `(rank, in / blocks)` or, with `splits_up`, of `up`
+    `(out, rank / blocks)`.
+    """
+
+    kind: ClassVar[str] = "lora"
+    up: torch.Tensor
+    down: torch.Tensor
+    blocks: int
+    splits_up: bool
+
+    @property
+    def rank(self) -> int | None:
+        return rank_along(self.down)
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        split = self.up if self.splits_up else self.down
+        if split.dim() != 2 or split.shape[0] % self.blocks:
+            wanted = f"({self.blocks} n, m)"
+            raise LoraMismatchError.of("lora.wrong_form", what="BD-LoRA", wanted=wanted, found=list(split.shape))
+        self.map(lambda tensor: tensor.to("meta"))._whole().check(shape, may_expand=may_expand)
+
+    def rows(self, start: int, length: int) -> LoraAdapter | None:
+        return self._whole().rows(start, length)
+
+    def cheap_forward(self) -> LowRank | Decomposed:
+        return self._whole().cheap_forward()
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        return self._whole().patch(weight, strength, function)
+
+    def _whole(self) -> LoraAdapter:
+        """The same with both factors whole. Made when needed: a file of some kilobytes must not fill the RAM."""
+        up = _block_diagonal(self.up, self.blocks) if self.splits_up else self.up
+        down = self.down if self.splits_up else _block_diagonal(self.down, self.blocks)
+        return LoraAdapter(up, down, alpha=self.alpha, magnitude=self.magnitude, as_trained=self.as_trained)
+
+
+def _block_diagonal(stacked: torch.Tensor, count: int) -> torch.Tensor:
+    """The block diagonal of `count` blocks that lie below one another in `stacked`."""
+    rows, columns = stacked.shape[0] // count, stacked.shape[1]
+    whole = stacked.new_zeros(count * rows, count * columns)
+    for n in range(count):
+        block = slice(n * rows, (n + 1) * rows)
+        whole[block, n * columns : (n + 1) * columns] = stacked[block]
+    return whole
+
+
 def _widen(weight: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pads the narrower of a 2-D weight and a low-rank input side with zeros (FLUX-tools input channels)."""
     missing = down.shape[1] - (weight.numel() // weight.shape[0])
@@ -130,7 +181,12 @@ def _attached(key: str, names: Container[str]) -> tuple[str, str] | None:
     return None if found is None else (found["module"], found["field"])
 
 
-def _make(found: Found) -> LoraAdapter:
+def _make(found: Found) -> LoraAdapter | BdLoraAdapter:
+    blocks = _blocks_of(found)
+    if blocks is not None:
+        count, splits_up = blocks
+        fields = {**found.fields, "blocks": count, "splits_up": splits_up}
+        return make_ranked(BdLoraAdapter, replace(found, fields=fields))
     fields = dict(found.fields)
     reshaped = fields.pop("reshape", None) is not None
     adapter = make_ranked(LoraAdapter, replace(found, fields=fields))
@@ -141,7 +197,7 @@ def _make(found: Found) -> LoraAdapter:
     return adapter
 
 
-def _make_embedding(found: Found) -> LoraAdapter:
+def _make_embedding(found: Found) -> LoraAdapter | BdLoraAdapter:
     """PEFT's LoRA on an embedding: `first` `(rank, entries)`, `second` `(width, rank)`; the delta is `(B A)^T`."""
     first, second = found.fields["first"], found.fields["second"]
     if "magnitude" in found.shared:
@@ -149,9 +205,27 @@ def _make_embedding(found: Found) -> LoraAdapter:
     return _make(replace(found, fields={"up": first.mT, "down": second.mT}))
 
 
+def _blocks_of(found: Found) -> tuple[int, bool] | None:
+    """The number of blocks of a BD-LoRA, and True if `up` has them; None for other LoRAs.
+
+    PEFT looks for the patterns in the last part of the module's name.
+    """
+    settings = found.settings.entries.get("use_bdlora")
+    if not isinstance(settings, dict):
+        return None
+    count, name = settings.get("nblocks", 1), found.module.rpartition(".")[2]
+    if not isinstance(count, int) or not 1 < count < 1_000_000:
+        return None
+    for key, splits_up in (("target_modules_bd_a", False), ("target_modules_bd_b", True)):
+        patterns = settings.get(key)
+        if isinstance(patterns, list) and any(isinstance(p, str) and p in name for p in patterns):
+            return count, splits_up
+    return None
+
+
 def _make_bias(found: Found) -> DiffAdapter:
     """The bias that PEFT trains beside the factors (`lora_bias=True`); alpha / rank scales it too."""
-    scale = found.weight.scale if isinstance(found.weight, LoraAdapter) else 1.0
+    scale = found.weight.scale if isinstance(found.weight, (LoraAdapter, BdLoraAdapter)) else 1.0
     return DiffAdapter(**found.fields, scale=scale)
 
 
