@@ -310,7 +310,7 @@ def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
         whole_numbers: integers and truth values are allowed too.
 
     Raises:
-        LoraMismatchError: the dtype is another one, or a value is not finite.
+        LoraMismatchError: the dtype is another one, or a value is not finite or too large for fp32.
     """
     if not (tensor.is_floating_point() or (whole_numbers and not tensor.is_complex())) or _is_packed(tensor):
         raise LoraMismatchError.of("lora.not_floating", dtype=str(tensor.dtype))
@@ -318,7 +318,7 @@ def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
         return
     if tensor.is_floating_point() and not math.isfinite(_sum(tensor)):
         raise LoraMismatchError.of("lora.not_finite")
-    if tensor.element_size() == 8 and tensor.is_floating_point() and tensor.numel():
+    if tensor.element_size() == 8 and tensor.numel() and not whole_numbers:
         largest = float(tensor.abs().max())
         if largest > LARGEST_FP32:
             raise LoraMismatchError.of("lora.beyond_fp32", largest=largest)

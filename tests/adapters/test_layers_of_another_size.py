@@ -231,5 +231,5 @@ def test_a_magnitude_beside_a_kind_that_has_none_is_named(tensors, tmp_path):
     file = {f"to_q.{key}": tensor for key, tensor in tensors.items()}
     save_file({**file, "to_q.dora_scale": torch.ones(8, 1)}, tmp_path / "x.safetensors")
     model = net()
-    with pytest.raises(LoraFileError, match=r"to_q: it has a DoRA magnitude \(dora_scale\) beside a"):
+    with pytest.raises(LoraFileError, match=r"to_q: it has a DoRA magnitude \(dora_scale\) beside its"):
         LoraGuard(model).apply([(tmp_path / "x.safetensors", 1.0)])

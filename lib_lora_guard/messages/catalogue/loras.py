@@ -78,7 +78,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "请用正式版 OneTrainer 重新训练，或更新 LoRA Guard",
     ),
     "lora.no_dora": (
-        "{module}: it has a DoRA magnitude (dora_scale) beside a {kind}, and no trainer defines the two together; "
+        "{module}: it has a DoRA magnitude (dora_scale) beside its {kind}, and no trainer defines the two together; "
         "train it again without DoRA",
         "{module}：它在 {kind} 旁带有 DoRA 幅值（dora_scale），而没有任何训练器定义过二者的组合；请不带 DoRA 重新训练",
     ),
