@@ -21,6 +21,19 @@ from .forms import CheapForward
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+class WrongSizeError(LoraMismatchError):
+    """The change has another size than the weight. Where most of a file is so, it was made for another model."""
+
+
+class UnsuitedLayerError(LoraMismatchError):
+    """The change has no meaning on this one layer. It says nothing about the rest of the file."""
+
+
+class UnusableStrengthError(LoraMismatchError):
+    """The user's strength is no usable number."""
+
+
 Shape = tuple[int, ...]
 RowFunction = Callable[["torch.Tensor"], "torch.Tensor"]
 """A function that a host applies to a delta before it is added."""
@@ -42,11 +55,11 @@ class Slice:
         """The shape of this part of a weight of `shape`.
 
         Raises:
-            LoraMismatchError: the part does not lie inside the weight.
+            WrongSizeError: the part does not lie inside the weight.
         """
         if not (0 <= self.dim < len(shape) and self.start >= 0 and 0 < self.length <= shape[self.dim] - self.start):
             end = self.start + self.length
-            raise LoraMismatchError.of("lora.outside", start=self.start, end=end, dim=self.dim, shape=list(shape))
+            raise WrongSizeError.of("lora.outside", start=self.start, end=end, dim=self.dim, shape=list(shape))
         return (*shape[: self.dim], self.length, *shape[self.dim + 1 :])
 
 
@@ -88,7 +101,9 @@ class Adapter(ABC):
             may_expand: the weight is a model's input projection, which FLUX-tools LoRAs widen.
 
         Raises:
-            LoraMismatchError: the adapter does not fit.
+            WrongSizeError: the weight has another size.
+            UnsuitedLayerError: the change has no meaning on this layer.
+            LoraMismatchError: the factors contradict one another.
         """
 
     @abstractmethod
@@ -199,10 +214,12 @@ class Term:
         Raises:
             LoraMismatchError: the term cannot be applied.
         """
+        for number, name in ((self.strength, _STRENGTH), (self.strength_model, _MODEL_STRENGTH)):
+            if not abs(number) < LARGEST_NUMBER:
+                raise UnusableStrengthError.of("lora.no_usable_strength", name=name, number=number)
         alpha = getattr(self.adapter, "alpha", None)
-        for number, name in ((self.strength, _STRENGTH), (self.strength_model, _MODEL_STRENGTH), (alpha, _ALPHA)):
-            if number is not None and not abs(number) < LARGEST_NUMBER:
-                raise LoraMismatchError.of("lora.no_usable_number", name=name, number=number)
+        if alpha is not None and not abs(alpha) < LARGEST_NUMBER:
+            raise LoraMismatchError.of("lora.no_usable_number", name=_ALPHA, number=alpha)
         if self.part is not None:
             shape, may_expand = self.part.shape_in(shape), False
         self.adapter.check(shape, may_expand=may_expand)
@@ -248,9 +265,27 @@ def check_rank(rank: int, shape: Shape) -> None:
         raise LoraMismatchError.of("lora.rank", rank=rank, shape=list(shape))
 
 
-def mismatch(what: str, found: Sequence[int], wanted: Sequence[int]) -> LoraMismatchError:
+def mismatch(what: str, found: Sequence[int], wanted: Sequence[int]) -> WrongSizeError:
     """The error for a delta of another size than the weight: `what` gives `found` instead of `wanted`."""
-    return LoraMismatchError.of("lora.size", what=what, found=list(found), wanted=list(wanted))
+    return WrongSizeError.of("lora.size", what=what, found=list(found), wanted=list(wanted))
+
+
+def is_narrower(columns: int, shape: Shape) -> bool:
+    """True if a delta of `columns` flattened columns is for fewer input channels than a weight of `shape` has.
+
+    An input projection may have more channels than a LoRA was trained with: an inpainting model's `conv_in` has nine for
+    four. The first ones are those of the latent image, so A1111 and SD.Next fill the delta with zeros.
+    """
+    return len(shape) > 1 and columns < product_of(shape[1:]) and columns % product_of(shape[2:]) == 0
+
+
+def filled(delta: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """`delta` in a weight's `shape`; input channels that it does not have are zeros."""
+    if delta.numel() == product_of(shape):
+        return delta.reshape(tuple(shape))
+    narrow = delta.reshape(shape[0], -1, *shape[2:])
+    missing = shape[1] - narrow.shape[1]
+    return torch.nn.functional.pad(narrow, (*[0, 0] * (len(shape) - 2), 0, missing))
 
 
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -275,14 +310,27 @@ def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
         whole_numbers: integers and truth values are allowed too.
 
     Raises:
-        LoraMismatchError: the dtype is another one, or a value is not finite.
+        LoraMismatchError: the dtype is another one, or a value is not finite or too large for fp32.
     """
-    if not (tensor.is_floating_point() or (whole_numbers and not tensor.is_complex())):
+    if not (tensor.is_floating_point() or (whole_numbers and not tensor.is_complex())) or _is_packed(tensor):
         raise LoraMismatchError.of("lora.not_floating", dtype=str(tensor.dtype))
     if tensor.is_meta:
         return
     if tensor.is_floating_point() and not math.isfinite(_sum(tensor)):
         raise LoraMismatchError.of("lora.not_finite")
+    if tensor.element_size() == 8 and tensor.numel() and not whole_numbers:
+        largest = float(tensor.abs().max())
+        if largest > LARGEST_FP32:
+            raise LoraMismatchError.of("lora.beyond_fp32", largest=largest)
+
+
+LARGEST_FP32 = 3.4e38
+"""Factors are computed with in fp32 or less; torch turns larger numbers of an fp64 file into Inf there."""
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """True for F4, two numbers in a byte: torch calls it floating-point and cannot convert it."""
+    return tensor.element_size() == 1 and "float4" in (getattr(tensor, "dtype_name", None) or str(tensor.dtype))
 
 
 def _sum(tensor: torch.Tensor) -> float:

@@ -81,13 +81,17 @@ def group(name: str, tensors: Tensors) -> tuple[list[Group], list[str]]:
             raise _refusal(name, Message("lora.said_twice", {"first": shown(first), "second": shown(key)}))
         is_number = meaning.field in ({"alpha"} if meaning.kind is None else meaning.kind.numbers)
         try:
-            check_values(tensor, whole_numbers=is_number)
+            check_values(tensor, whole_numbers=is_number or _is_integer(meaning))
         except LoraMismatchError as error:
             raise _refusal(name, about(shown(key), reason(error))) from None
         if is_number and tensor.numel() != 1:
             raise _refusal(name, Message("lora.several_values", {"key": shown(key), "count": tensor.numel()}))
         found.put(meaning, key, tensor)
     return _together(name, groups.values()), unknown
+
+
+def _is_integer(meaning: KeyMeaning) -> bool:
+    return meaning.kind is not None and meaning.field in meaning.kind.integers
 
 
 def _together(name: str, groups: Iterable[Group]) -> list[Group]:

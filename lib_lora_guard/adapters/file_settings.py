@@ -113,6 +113,20 @@ class PeftSettings:
         terms = self.entries.get("num_cayley_neumann_terms", 5)
         return terms if isinstance(terms, int) and 0 < terms < 100 else 5
 
+    @property
+    def oft_bound(self) -> float | None:
+        """peft's `eps` of a constrained OFT (`coft`); None for an OFT without a bound.
+
+        Raises:
+            LoraMismatchError: the bound is no usable number.
+        """
+        if not self.entries.get("coft"):
+            return None
+        eps = self.entries.get("eps", 6e-5)
+        if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0.0 <= eps < LARGEST_NUMBER:
+            raise LoraMismatchError.of("lora.no_usable_eps")
+        return float(eps)
+
     def _of_pattern(self, entry: str, module: str) -> Any:
         """The number that `alpha_pattern` or `rank_pattern` has for a module, by PEFT's rule; None if it has none."""
         if not self.entries.get(entry):

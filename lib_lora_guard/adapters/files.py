@@ -265,6 +265,8 @@ def _make(name: str, kind: Kind, found: Found) -> Adapter:
         adapter = kind.make(found)
         if not adapter.is_whole_tensor and any(tensor.dim() == 0 for tensor in adapter.tensors()):
             raise LoraMismatchError.of("lora.single_number")
+        if kind.parameter == "weight" and "magnitude" in found.shared and getattr(adapter, "magnitude", None) is None:
+            raise LoraFileError.of("lora.no_dora", **facts)
     except LoraFileError as error:
         raise LoraFileError(about(name, reason(error))) from None
     except (TypeError, KeyError) as error:

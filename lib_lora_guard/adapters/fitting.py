@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 
 from ..errors import LoraMismatchError, reason
-from .base import Shape, Term
+from .base import Shape, Term, UnsuitedLayerError, UnusableStrengthError, WrongSizeError
+
+
+class Blame(Enum):
+    """The cause of a misfit.
+
+    Attributes:
+        LAYER: this one layer of the model. The rest of the file is not concerned.
+        MODEL: the model, if most of the file is so (`models.fit`).
+        FILE: the file, which contradicts itself.
+        STRENGTH: the user's strength.
+    """
+
+    LAYER = "layer"
+    MODEL = "model"
+    FILE = "file"
+    STRENGTH = "strength"
 
 
 @dataclass(frozen=True)
@@ -15,11 +32,11 @@ class Misfit:
 
     Attributes:
         why: a sentence for users.
-        of_file: the whole file was made for another model, not this weight's terms alone.
+        blame: the cause.
     """
 
     why: str
-    of_file: bool
+    blame: Blame
 
 
 def misfit(terms: Iterable[Term], shape: Shape, *, may_expand: bool) -> Misfit | None:
@@ -35,5 +52,20 @@ def misfit(terms: Iterable[Term], shape: Shape, *, may_expand: bool) -> Misfit |
         for term in terms:
             term.check(shape, may_expand=may_expand)
     except LoraMismatchError as error:
-        return Misfit(reason(error), not all(term.adapter.stands_alone for term in terms))
+        alone = all(term.adapter.stands_alone for term in terms)
+        return Misfit(reason(error), blame_of(error, alone))
     return None
+
+
+def blame_of(error: LoraMismatchError, stands_alone: bool = False) -> Blame:
+    """The cause of a misfit.
+
+    Args:
+        error: what `Term.check` raised.
+        stands_alone: a wrong size says nothing about the rest of the file, see `Adapter.stands_alone`.
+    """
+    if isinstance(error, UnusableStrengthError):
+        return Blame.STRENGTH
+    if isinstance(error, UnsuitedLayerError) or (stands_alone and isinstance(error, WrongSizeError)):
+        return Blame.LAYER
+    return Blame.MODEL if isinstance(error, WrongSizeError) else Blame.FILE

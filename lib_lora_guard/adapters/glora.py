@@ -42,6 +42,9 @@ class GloraAdapter(RankedAdapter):
         if any(f.dim() < 2 or not all(f.shape) for f in factors):
             found = [list(f.shape) for f in factors]
             raise LoraMismatchError.of("lora.not_matrices", what="GLoRA factors", found=found)
+        if len(shape) < 2:
+            # It multiplies the weight from the right, which a bias or a norm is too short for.
+            raise mismatch("GLoRA", (self.b1.shape[0], product_of(self.b2.shape[1:])), shape)
         old = self.is_old(shape)
         a_in, a_out = (self.a2, self.a1) if old else (self.a1, self.a2)
         b_out, b_in = (self.b2, self.b1) if old else (self.b1, self.b2)

@@ -82,6 +82,7 @@ class HostTuple:
         """The patch's content for `adapter`; None if it has a field in use that Forge has no place for."""
         names = (*self.required, *self.optional)
         beside = (f for f in fields(adapter) if f.name not in names and f.default is not MISSING)
+        beside = (f for f in beside if not f.metadata.get("beside_the_host"))
         if any(getattr(adapter, f.name) != f.default for f in beside):
             return None
         return tuple(getattr(adapter, name) for name in names)
@@ -93,12 +94,14 @@ class Kind:
 
     Attributes:
         name: unique; errors about a file show it, and Forge's patches use it where there is a `host` tuple.
-        make: makes the adapter of a module. It may raise TypeError or KeyError for a missing field, and for factors of
-            impossible shapes LoraMismatchError, IndexError, RuntimeError or ZeroDivisionError.
+        make: makes the adapter of a module. It may raise TypeError or KeyError for a missing field, LoraFileError
+            with a whole sentence, and for factors of impossible shapes LoraMismatchError, IndexError, RuntimeError or
+            ZeroDivisionError.
         keys: the field that a tensor is, by the end of its name (`hada_w1_a`); at most three parts between dots.
         peft_keys: the same for names into which PEFT may put its adapter's name (`lora_A.style.weight`).
         claim: recognises a name that no key fits: takes it and all names of the file, returns module and field.
         numbers: fields that hold one number and may be integers; they are read with the header.
+        integers: fields that hold whole numbers, in tensors of any size.
         parameter: the parameter of the module that changes, "weight" or "bias".
         host: the layout in Forge's patches; None if Forge does not have this kind.
         size: `(outputs, inputs)` of a module from the shapes of its fields; None if they do not show it.
@@ -110,6 +113,7 @@ class Kind:
     peft_keys: Mapping[str, str] = field(default_factory=dict)
     claim: Callable[[str, Container[str]], tuple[str, str] | None] | None = None
     numbers: frozenset[str] = frozenset()
+    integers: frozenset[str] = frozenset()
     parameter: str = "weight"
     host: HostTuple | None = None
     size: Callable[[Mapping[str, Shape]], Size] | None = None

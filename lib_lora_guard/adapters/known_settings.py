@@ -13,7 +13,6 @@ _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of `init_lora_weights` after which the layer keeps what is left of its weight, not the checkpoint's."""
 _VARIANTS = {
     "kasa_config": "KaSA",
-    "use_bdlora": "BD-LoRA",
     "arrow_config": "Arrow",
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "aLoRA",
@@ -24,7 +23,7 @@ _READ = (
     "peft_type", "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
     "bias", "modules_to_save", "feedforward_modules", "use_cayley_neumann", "num_cayley_neumann_terms", "block_share",
     "coft", "eps", "oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor",
-    "target_parameters", "use_effective_conv2d", "decompose_both", "decompose_factor", "rank_dropout_scale",
+    "target_parameters", "use_bdlora", "use_effective_conv2d", "decompose_both", "decompose_factor", "rank_dropout_scale",
     "init_lora_weights", "init_weights", "init_ia3_weights",
 )  # fmt: skip
 """Entries that the guard reads, or that the tensors tell themselves."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 from ..errors import LoraMismatchError
 from ..lazy_torch import torch
-from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
+from .base import PatchCost, RowFunction, Shape, check_rank, filled, is_narrower, mismatch, product_of
 from .dora import is_by_row
 from .forms import KhatriRao
-from .kinds import HostTuple, Kind, Size, register
+from .kinds import Found, HostTuple, Kind, Size, register
 from .ranked import RankedAdapter, make_ranked, rank_along
 
 
@@ -41,24 +40,33 @@ class LohaAdapter(RankedAdapter):
         return PatchCost(passes=8, copies=2) if self.magnitude is None else super().patch_cost()
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
+        columns: set[int] = set()
+        kernel: Shape
+        narrow = False
         for a, b, core in ((self.w1a, self.w1b, self.t1), (self.w2a, self.w2b, self.t2)):
             if a.dim() != 2 or b.dim() != 2 or not all(a.shape) or not all(b.shape):
                 raise LoraMismatchError.of(
                     "lora.not_both_matrices", what="LoHa factors", a=list(a.shape), b=list(b.shape)
                 )
             if core is None:
-                fits, gives = a.shape[1] == b.shape[0], (a.shape[0], b.shape[1])
+                fits, gives, kernel = a.shape[1] == b.shape[0], (a.shape[0], b.shape[1]), ()
             else:
                 fits = core.dim() > 2 and core.shape[0] == a.shape[0] and core.shape[1] == b.shape[0]
-                gives = (a.shape[1], b.shape[1] * product_of(core.shape[2:]))
+                kernel = tuple(core.shape[2:])
+                gives = (a.shape[1], b.shape[1] * product_of(kernel))
             check_rank(a.shape[1] if core is None else max(core.shape[:2]), shape)
             if not fits:
                 raise LoraMismatchError.of(
                     "lora.pair_no_product", what="LoHa factors", a=list(a.shape), b=list(b.shape)
                 )
-            if gives != (shape[0], product_of(shape[1:])):
+            narrow = is_narrower(gives[1], shape)
+            fills = may_expand and narrow and (not kernel or kernel == tuple(shape[2:]))
+            if gives[0] != shape[0] or (gives[1] != product_of(shape[1:]) and not fills):
                 raise mismatch("LoHa", gives, shape)
-        self.check_magnitude(shape)
+            columns.add(gives[1])
+        if len(columns) > 1:
+            raise LoraMismatchError.of("lora.no_product", what="LoHa factors", found=sorted(columns))
+        self.check_magnitude(shape, is_narrow=narrow)
 
     def rows(self, start: int, length: int) -> LohaAdapter | None:
         magnitude = self.magnitude
@@ -80,8 +88,8 @@ class LohaAdapter(RankedAdapter):
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         first = _product(self.w1a, self.w1b, self.t1, weight)
-        delta = first.mul_(_product(self.w2a, self.w2b, self.t2, weight)).reshape(weight.shape)
-        return self.add(weight, delta, self.scale, strength, function)
+        delta = first.mul_(_product(self.w2a, self.w2b, self.t2, weight))
+        return self.add(weight, filled(delta, weight.shape), self.scale, strength, function)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -89,6 +97,15 @@ def _product(a: torch.Tensor, b: torch.Tensor, core: torch.Tensor | None, like: 
     if core is None:
         return a @ b
     return torch.einsum("rs...,si,ro->oi...", core.to(like), b, a).flatten(1)
+
+
+def _make(found: Found) -> LohaAdapter:
+    """OneTrainer stores the factors of convolutions as convolutions, `(out, rank, 1, 1)` and `(rank, in, *kernel)`."""
+    fields = {
+        name: factor.flatten(1) if name.startswith("w") and factor.dim() > 2 else factor
+        for name, factor in found.fields.items()
+    }
+    return make_ranked(LohaAdapter, replace(found, fields=fields))
 
 
 def _size(shapes: Mapping[str, Shape]) -> Size:
@@ -99,7 +116,7 @@ def _size(shapes: Mapping[str, Shape]) -> Size:
 register(
     Kind(
         "loha",
-        partial(make_ranked, LohaAdapter),
+        _make,
         peft_keys={
             "hada_w1_a": "w1a",
             "hada_w1_b": "w1b",

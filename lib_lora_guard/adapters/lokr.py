@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..errors import LoraMismatchError
 from ..lazy_torch import torch
-from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
+from .base import PatchCost, RowFunction, Shape, check_rank, filled, is_narrower, mismatch, product_of
 from .forms import Kronecker
 from .kinds import Found, HostTuple, Kind, Size, register
 from .ranked import RankedAdapter, make_ranked, rank_along
@@ -55,9 +55,12 @@ class LokrAdapter(RankedAdapter):
             a, b = list(left.shape), list(right.shape)
             raise LoraMismatchError.of("lora.not_both_matrices", what="LoKr sides", a=a, b=b)
         gives = (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1], *right.shape[2:])
-        if (gives[0], product_of(gives[1:])) != (shape[0], product_of(shape[1:])):
+        columns = product_of(gives[1:])
+        narrow = is_narrower(columns, shape)
+        fills = may_expand and narrow and (len(gives) == 2 or gives[2:] == tuple(shape[2:]))
+        if gives[0] != shape[0] or (columns != product_of(shape[1:]) and not fills):
             raise mismatch("LoKr", gives, shape)
-        self.check_magnitude(shape)
+        self.check_magnitude(shape, is_narrow=narrow)
 
     def rows(self, start: int, length: int) -> LokrAdapter | None:
         right = self.w2 if self.w2 is not None else self.w2a
@@ -84,7 +87,7 @@ class LokrAdapter(RankedAdapter):
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         left, right = self._sides(weight)
         left = left.reshape(*left.shape, *[1] * (right.dim() - 2))
-        delta = torch.kron(left, right.contiguous()).reshape(weight.shape)
+        delta = filled(torch.kron(left, right.contiguous()), weight.shape)
         return self.add(weight, delta, self.scale, strength, function)
 
     def _sides(self, like: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ..errors import LoraMismatchError
 from ..lazy_torch import torch
-from .base import PatchCost, RowFunction, Shape, check_rank, mismatch, product_of
+from .base import PatchCost, RowFunction, Shape, UnsuitedLayerError, check_rank, is_narrower, mismatch, product_of
 from .dora import is_by_row
 from .forms import Decomposed, LowRank
 from .kinds import Found, HostTuple, Kind, Size, register
@@ -25,6 +25,8 @@ class LoraAdapter(RankedAdapter):
     up: torch.Tensor
     down: torch.Tensor
     mid: torch.Tensor | None = None
+    reshaped: bool = field(default=False, kw_only=True, metadata={"beside_the_host": True})
+    """The file says that the weight changes its size (`reshape_weight`, FLUX tools)."""
 
     @property
     def rank(self) -> int | None:
@@ -48,18 +50,36 @@ class LoraAdapter(RankedAdapter):
         else:
             pairs = self.mid.dim() > 2 and inner_up == self.mid.shape[0] and self.mid.shape[1] == self.down.shape[0]
         if not pairs:
+            self._check_groups(inner_up, shape)
             core = "" if self.mid is None else f" over mid {list(self.mid.shape)}"
             up, down = list(self.up.shape), list(self.down.shape)
             raise LoraMismatchError.of("lora.up_down", up=up, down=down, core=core)
         check_rank(max(inner_up, self.down.shape[0]), shape)
-        kernel = 1 if self.mid is None else product_of(self.mid.shape[2:])
-        rows, columns = self.up.shape[0], product_of(self.down.shape[1:]) * kernel
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        columns = product_of(self.down.shape[1:]) * (1 if self.mid is None else product_of(kernel))
+        rows = self.up.shape[0]
         wanted = (shape[0], product_of(shape[1:]))
-        widens = may_expand and len(shape) == 2 and columns <= WIDEST * shape[1]
-        if rows != wanted[0] or (columns != wanted[1] and not widens):
+        if self.reshaped and may_expand and rows > wanted[0]:
+            raise UnsuitedLayerError.of("lora.grows_rows", rows=rows, wanted=wanted[0])
+        # Without a kernel of its own, the flattened factor has that of the weight.
+        same_kernel = not kernel or tuple(kernel) == tuple(shape[2:])
+        widens = len(shape) == 2 and columns <= WIDEST * shape[1]
+        fills = same_kernel and is_narrower(columns, shape)
+        if rows != wanted[0] or (columns != wanted[1] and not (may_expand and (widens or fills))):
             raise mismatch("up @ down", (rows, columns), shape)
         # Widened, an input projection has the columns of the LoRA.
-        self.check_magnitude(shape if columns <= wanted[1] else (rows, columns))
+        self.check_magnitude(shape if columns <= wanted[1] else (rows, columns), is_narrow=columns < wanted[1])
+
+    def _check_groups(self, inner_up: int, shape: Shape) -> None:
+        """Raises UnsuitedLayerError for PEFT's LoRA on a convolution with groups.
+
+        Its `down` sees all input channels, and each group of `up` a share of the ranks (`lora_B` has the groups of the
+        layer). The sum is a convolution without groups, which the layer's weight has no room for; PEFT merges it neither.
+        """
+        groups, rest = divmod(self.down.shape[0], inner_up)
+        channels = self.down.shape[1]
+        if self.mid is None and len(shape) > 2 and groups > 1 and not rest and channels == groups * shape[1]:
+            raise UnsuitedLayerError.of("lora.grouped", groups=groups)
 
     def rows(self, start: int, length: int) -> LoraAdapter | None:
         magnitude = self.magnitude
@@ -91,6 +111,57 @@ class LoraAdapter(RankedAdapter):
         return weight.add_((up @ down).reshape(weight.shape), alpha=factor)
 
 
+@dataclass(frozen=True, eq=False)
+class BdLoraAdapter(RankedAdapter):
+    """A LoRA of which one factor is block-diagonal and stored as its blocks (PEFT `tuners/lora/variants.py`, BD-LoRA).
+
+    `blocks` blocks lie below one another: of `down` `(rank, in / blocks)` or, with `splits_up`, of `up`
+    `(out, rank / blocks)`.
+    """
+
+    kind: ClassVar[str] = "lora"
+    up: torch.Tensor
+    down: torch.Tensor
+    blocks: int
+    splits_up: bool
+
+    @property
+    def rank(self) -> int | None:
+        return rank_along(self.down)
+
+    def check(self, shape: Shape, *, may_expand: bool) -> None:
+        split = self.up if self.splits_up else self.down
+        if split.dim() != 2 or split.shape[0] % self.blocks:
+            wanted = f"({self.blocks} n, m)"
+            raise LoraMismatchError.of("lora.wrong_form", what="BD-LoRA", wanted=wanted, found=list(split.shape))
+        self.map(lambda tensor: tensor.to("meta"))._whole().check(shape, may_expand=may_expand)
+
+    def rows(self, start: int, length: int) -> LoraAdapter | None:
+        return self._whole().rows(start, length)
+
+    def cheap_forward(self) -> LowRank | Decomposed:
+        return self._whole().cheap_forward()
+
+    def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
+        return self._whole().patch(weight, strength, function)
+
+    def _whole(self) -> LoraAdapter:
+        """The same with both factors whole. Made when needed: a file of some kilobytes must not fill the RAM."""
+        up = _block_diagonal(self.up, self.blocks) if self.splits_up else self.up
+        down = self.down if self.splits_up else _block_diagonal(self.down, self.blocks)
+        return LoraAdapter(up, down, alpha=self.alpha, magnitude=self.magnitude, as_trained=self.as_trained)
+
+
+def _block_diagonal(stacked: torch.Tensor, count: int) -> torch.Tensor:
+    """The block diagonal of `count` blocks that lie below one another in `stacked`."""
+    rows, columns = stacked.shape[0] // count, stacked.shape[1]
+    whole = stacked.new_zeros(count * rows, count * columns)
+    for n in range(count):
+        block = slice(n * rows, (n + 1) * rows)
+        whole[block, n * columns : (n + 1) * columns] = stacked[block]
+    return whole
+
+
 def _widen(weight: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pads the narrower of a 2-D weight and a low-rank input side with zeros (FLUX-tools input channels)."""
     missing = down.shape[1] - (weight.numel() // weight.shape[0])
@@ -110,15 +181,23 @@ def _attached(key: str, names: Container[str]) -> tuple[str, str] | None:
     return None if found is None else (found["module"], found["field"])
 
 
-def _make(found: Found) -> LoraAdapter:
-    adapter = make_ranked(LoraAdapter, found)
+def _make(found: Found) -> LoraAdapter | BdLoraAdapter:
+    blocks = _blocks_of(found)
+    if blocks is not None:
+        count, splits_up = blocks
+        fields = {**found.fields, "blocks": count, "splits_up": splits_up}
+        return make_ranked(BdLoraAdapter, replace(found, fields=fields))
+    fields = dict(found.fields)
+    reshaped = fields.pop("reshape", None) is not None
+    adapter = make_ranked(LoraAdapter, replace(found, fields=fields))
+    adapter = replace(adapter, reshaped=True) if reshaped else adapter
     if adapter.alpha is not None and adapter.rank == 0:
         up, down = list(adapter.up.shape), list(adapter.down.shape)
         raise LoraMismatchError.of("lora.no_pair", up=up, down=down)
     return adapter
 
 
-def _make_embedding(found: Found) -> LoraAdapter:
+def _make_embedding(found: Found) -> LoraAdapter | BdLoraAdapter:
     """PEFT's LoRA on an embedding: `first` `(rank, entries)`, `second` `(width, rank)`; the delta is `(B A)^T`."""
     first, second = found.fields["first"], found.fields["second"]
     if "magnitude" in found.shared:
@@ -126,9 +205,27 @@ def _make_embedding(found: Found) -> LoraAdapter:
     return _make(replace(found, fields={"up": first.mT, "down": second.mT}))
 
 
+def _blocks_of(found: Found) -> tuple[int, bool] | None:
+    """The number of blocks of a BD-LoRA, and True if `up` has them; None for other LoRAs.
+
+    PEFT looks for the patterns in the last part of the module's name.
+    """
+    settings = found.settings.entries.get("use_bdlora")
+    if not isinstance(settings, dict):
+        return None
+    count, name = settings.get("nblocks", 1), found.module.rpartition(".")[2]
+    if not isinstance(count, int) or not 1 < count < 1_000_000:
+        return None
+    for key, splits_up in (("target_modules_bd_a", False), ("target_modules_bd_b", True)):
+        patterns = settings.get(key)
+        if isinstance(patterns, list) and any(isinstance(p, str) and p in name for p in patterns):
+            return count, splits_up
+    return None
+
+
 def _make_bias(found: Found) -> DiffAdapter:
     """The bias that PEFT trains beside the factors (`lora_bias=True`); alpha / rank scales it too."""
-    scale = found.weight.scale if isinstance(found.weight, LoraAdapter) else 1.0
+    scale = found.weight.scale if isinstance(found.weight, (LoraAdapter, BdLoraAdapter)) else 1.0
     return DiffAdapter(**found.fields, scale=scale)
 
 
@@ -149,9 +246,11 @@ register(
             "lora_linear_layer.up.weight": "up",
             "lora_linear_layer.down.weight": "down",
             "lora_mid.weight": "mid",
+            "reshape_weight": "reshape",
         },
         peft_keys={"lora_B.weight": "up", "lora_A.weight": "down", "lora_B": "up", "lora_A": "down"},
         claim=_attached,
+        integers=frozenset({"reshape"}),
         host=HostTuple(LoraAdapter, ("up", "down", "alpha"), ("mid", "magnitude")),
         size=_size,
     )

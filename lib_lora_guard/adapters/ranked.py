@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from ..lazy_torch import torch
-from .base import Adapter, PatchCost, RowFunction, Shape, add_delta
+from .base import Adapter, PatchCost, RowFunction, Shape, UnsuitedLayerError, add_delta
 from .dora import check_magnitude, decompose
 from .kinds import Found
 
@@ -48,10 +48,19 @@ class RankedAdapter(Adapter):
         """alpha over `rank`; 1 if one of them is not known."""
         return 1.0 if self.alpha is None or rank is None else self.alpha / rank
 
-    def check_magnitude(self, shape: Shape) -> None:
-        """Raises LoraMismatchError for a magnitude that does not fit a weight of `shape`."""
-        if self.magnitude is not None:
-            check_magnitude(self.magnitude, shape)
+    def check_magnitude(self, shape: Shape, *, is_narrow: bool = False) -> None:
+        """Raises LoraMismatchError for a magnitude that does not fit a weight of `shape`.
+
+        Args:
+            shape: the weight's.
+            is_narrow: the delta has fewer input channels than the weight.
+        """
+        if self.magnitude is None:
+            return
+        if is_narrow:
+            # The norms that it was trained with are those of fewer columns.
+            raise UnsuitedLayerError.of("lora.narrow_dora", shape=list(shape))
+        check_magnitude(self.magnitude, shape)
 
     def add(
         self, weight: torch.Tensor, delta: torch.Tensor, scale: float, strength: float, function: RowFunction | None

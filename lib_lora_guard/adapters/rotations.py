@@ -29,6 +29,15 @@ def bounded(skew: torch.Tensor, alpha: float | None) -> torch.Tensor:
     return skew * (norm.reciprocal() * bound).clamp(max=1.0)
 
 
+def bounded_each(skew: torch.Tensor, bound: float | None) -> torch.Tensor:
+    """Each block of `skew` `(n, b, b)` shortened to `bound / sqrt(n)` in its own norm; None for no bound."""
+    if bound is None:
+        return skew
+    norm: torch.Tensor = torch.linalg.vector_norm(skew, dim=(1, 2), keepdim=True)
+    longest = bound / skew.shape[0] ** 0.5
+    return torch.where(norm <= longest, skew, skew * (longest / norm))
+
+
 def cayley_less_one(skew: torch.Tensor) -> torch.Tensor:
     """`(I + S)(I - S)^-1 - I` as `2 (I - S)^-1 S`."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
@@ -64,6 +73,11 @@ def turn_columns(matrix: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
 def widened(weight: torch.Tensor) -> torch.Tensor:
     """`weight` in fp32 at least: near the identity, steps of bf16 are larger than the change."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in fp32, or in fp64 if it is so. torch does not promote fp8 by itself."""
+    return tensor if tensor.element_size() == 8 else tensor.float()
 
 
 def scale_rows(base: torch.Tensor, delta: torch.Tensor, factor: torch.Tensor | None, strength: float) -> torch.Tensor:

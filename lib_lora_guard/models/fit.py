@@ -1,8 +1,9 @@
 """Decides which parts of a LoRA file a model can use. The single rule for applying, planning, inspecting, baking and
 all hosts.
 
-A file that was made for another model is refused as a whole. So is a file with a term that fits no weight of this
-model. A difference of the wrong size is lost alone: it does not concern the rest of the file (`adapters.fitting`).
+A file that was made for another model is refused as a whole: by its architecture, or if at most half of what has a place
+in this model fits by size. A layer of the wrong size is lost alone where most of the file fits. So is a difference, which
+does not concern the rest of the file (`adapters.fitting`). A file that contradicts itself is refused as damaged.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import cached_property
 from ..adapters import Term
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile
-from ..adapters.fitting import misfit
+from ..adapters.fitting import Blame, Misfit, misfit
 from ..adapters.left_out import LeftOut
 from ..errors import LoraMismatchError, Message, about, named, reason
 from .architecture import Architecture, detect_model
@@ -94,10 +95,11 @@ def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int 
         match = match_file(file, target.names, target.shapes, strength, origin)
     except LoraMismatchError as error:
         return Fit(refused=reason(error))
-    found = fit_terms(match.terms, target.shapes)
+    found = fit_terms(match.terms, target.shapes, match.misfits)
     found.skipped[:0], found.lost[:0] = match.skipped, match.lost
     if found.refused is None:
-        left = {*found.skipped, *(line.partition(": ")[0] for line in found.lost)}
+        lost = [line.partition(": ")[0] for line in found.lost]
+        left = {*found.skipped, *lost, *(written for name in lost for written in match.written(name))}
         used = [module for module, parameter in file.adapters if not left or f"{module}.{parameter}" not in left]
         found.used = len(used)
         found.left_out = left_out(file, used, target.shapes)
@@ -106,14 +108,18 @@ def fit_file(file: LoraFile, target: Target, strength: float = 1.0, origin: int 
     return found
 
 
-def fit_terms(terms: Mapping[str, Sequence[Term]], shapes: Mapping[str, Shape]) -> Fit:
+def fit_terms(
+    terms: Mapping[str, Sequence[Term]], shapes: Mapping[str, Shape], misfits: Sequence[tuple[str, Misfit]] = ()
+) -> Fit:
     """Fits terms that are already matched to parameters: by `fit_file`, by the host, or by another extension.
 
     Args:
         terms: By parameter name.
         shapes: The model's parameters without patches.
+        misfits: Modules of the same file that were found not to fit before, by name.
     """
     found = Fit()
+    unfit = list(misfits)
     for key, on_key in terms.items():
         shape = shapes.get(key) if on_key else None
         if shape is None:
@@ -125,19 +131,36 @@ def fit_terms(terms: Mapping[str, Sequence[Term]], shapes: Mapping[str, Shape]) 
         except Exception as error:
             # If shapes of factors contradict their names, torch raises its own errors.
             log.debug("%s", key, exc_info=True)
-            return Fit(
-                skipped=found.skipped,
-                lost=found.lost,
-                refused=Message("lora.damaged_key", {"key": key, "error": named(error)}),
-            )
+            found.refused = Message("lora.damaged_key", {"key": key, "error": named(error)})
+            break
         if wrong is None:
             found.terms[key] = list(on_key)
-        elif wrong.of_file:
-            refused = Message("lora.other_model", {"key": key, "why": wrong.why})
-            return Fit(skipped=found.skipped, lost=found.lost, refused=refused)
         else:
-            found.lost.append(about(key, wrong.why))
-    return found
+            unfit.append((key, wrong))
+    found.lost = [about(key, wrong.why) for key, wrong in unfit]
+    factors = sum(any(not term.adapter.stands_alone for term in on_key) for on_key in found.terms.values())
+    found.refused = found.refused or _refusal(unfit, factors)
+    return found if found.refused is None else Fit(skipped=found.skipped, lost=found.lost, refused=found.refused)
+
+
+def _refusal(unfit: Sequence[tuple[str, Misfit]], fitting: int) -> str | None:
+    """The reason to refuse a whole file for what does not fit.
+
+    Args:
+        unfit: Parameters or modules, by name.
+        fitting: How many parameters fit, those with differences alone not counted.
+    """
+    for key, wrong in unfit:
+        if wrong.blame is Blame.FILE:
+            return Message("lora.damaged_layer", {"key": key, "why": wrong.why})
+        if wrong.blame is Blame.STRENGTH:
+            return wrong.why
+    of_size = [(key, wrong) for key, wrong in unfit if wrong.blame is Blame.MODEL]
+    # A LoRA for another model of the same names finds the size wrong everywhere, or nearly so.
+    if not of_size or len(of_size) < fitting:
+        return None
+    key, wrong = of_size[0]
+    return Message("lora.other_model", {"key": key, "why": wrong.why})
 
 
 def is_input_projection(key: str) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..adapters import Adapter, Slice, Term
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile
+from ..adapters.fitting import Blame, Misfit, blame_of
 from ..adapters.transposed import TransposedAdapter
 from ..errors import LoraGuardError, LoraMismatchError, Message, about, reason
 from ..files import shown
@@ -28,6 +29,14 @@ class Match:
     """Keys without a counterpart in the model."""
     lost: list[str] = field(default_factory=list)
     """Keys with a counterpart that cannot be applied, each with the reason."""
+    misfits: list[tuple[str, Misfit]] = field(default_factory=list)
+    """Keys whose tensor has another size than the parts it must be cut into."""
+    entries: Mapping[str, Sequence[_Entry]] = field(default_factory=dict)
+    """What the file has for each parameter."""
+
+    def written(self, key: str) -> list[str]:
+        """Returns the file's names of what is for a parameter of the model."""
+        return [entry.written for entry in self.entries.get(key, ())]
 
 
 def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], strength: float, origin: int = 0) -> Match:
@@ -39,9 +48,6 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
         shapes: The model's parameters and their real shapes.
         strength: The strength of the file in the stack.
         origin: The position of the file in the stack.
-
-    Raises:
-        LoraMismatchError: A fused tensor has another size than the parts it must be cut into.
     """
     match = Match(skipped=[key for key in file.unknown_keys if key not in file.lost])
     match.lost += [about(key, why) for key, why in file.lost.items()]
@@ -55,12 +61,16 @@ def match_file(file: LoraFile, names: NameMap, shapes: Mapping[str, Shape], stre
             continue
         written = f"{module}.{parameter}"
         if places[0].route.source is not None or places[0].route.swap_halves:
-            _check_before_cutting(written, adapter, [place.route for place in places], shapes[places[0].key])
+            wrong = _misfit_before_cutting(adapter, [place.route for place in places], shapes[places[0].key])
+            if wrong is not None:
+                match.misfits.append((shown(written), wrong))
+                continue
         for key, route in places:
             if key in found:
                 found[key].append(_Entry(written, adapter, route))
             else:
                 found[key] = [_Entry(written, adapter, route)]
+    match.entries = found
     again = _said_again(found)
     match.lost += [about(written, Message("lora.said_already", {"other": other})) for written, other in again.items()]
     for key, entries in found.items():
@@ -144,22 +154,21 @@ class CannotSplitError(LoraGuardError, ValueError):
     """An adapter for a fused weight cannot be split for a model with separate weights."""
 
 
-def _check_before_cutting(written: str, adapter: Adapter, routes: Sequence[Route], shape: Shape) -> None:
-    """Checks that a tensor has the rows that the routes cut out of it.
-
-    Raises:
-        LoraMismatchError: It does not.
-    """
+def _misfit_before_cutting(adapter: Adapter, routes: Sequence[Route], shape: Shape) -> Misfit | None:
+    """None if a tensor has the rows that the routes cut out of it."""
     sources = [route.source for route in routes if route.source is not None]
     if not sources and not any(route.swap_halves for route in routes):
-        return
+        return None
     rows = max((source.start + source.length for source in sources), default=shape[0])
     if not sources and routes[0].part is not None:
         rows = routes[0].part.length
     try:
         adapter.check((rows, *shape[1:]), may_expand=False)
-    except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        raise LoraMismatchError.of("lora.other_model", key=shown(written), why=reason(error)) from None
+    except LoraMismatchError as error:
+        return Misfit(reason(error), blame_of(error, adapter.stands_alone))
+    except (IndexError, RuntimeError, ZeroDivisionError) as error:
+        return Misfit(reason(error), Blame.FILE)
+    return None
 
 
 def _pieces(adapter: Adapter, route: Route, shape: Shape) -> Iterator[tuple[Adapter, Slice | None]]:

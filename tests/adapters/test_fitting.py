@@ -3,7 +3,7 @@
 import torch
 
 from lib_lora_guard.adapters import DiffAdapter, LoraAdapter, Term
-from lib_lora_guard.adapters.fitting import misfit
+from lib_lora_guard.adapters.fitting import Blame, misfit
 
 
 def lora(out, columns):
@@ -21,20 +21,26 @@ def test_terms_that_fit():
 
 def test_low_rank_factors_of_another_size_speak_for_their_file():
     found = misfit([lora(8, 6)], (8, 4), may_expand=False)
-    assert found.of_file
+    assert found.blame is Blame.MODEL
     assert found.why == "up @ down gives [8, 6], the weight is [8, 4]"
 
 
 def test_a_difference_of_another_size_speaks_for_itself_alone():
     found = misfit([difference(3)], (4,), may_expand=False)
-    assert not found.of_file
+    assert found.blame is Blame.LAYER
     assert found.why == "diff gives [3], the weight is [4]"
 
 
 def test_a_difference_beside_factors_speaks_for_the_file():
-    assert misfit([lora(8, 4), difference(8, 5)], (8, 4), may_expand=False).of_file
+    assert misfit([lora(8, 4), difference(8, 5)], (8, 4), may_expand=False).blame is Blame.MODEL
 
 
 def test_an_input_projection_may_grow():
     assert misfit([lora(8, 8)], (8, 4), may_expand=True) is None
-    assert misfit([lora(8, 8)], (8, 4), may_expand=False).of_file
+    assert misfit([lora(8, 8)], (8, 4), may_expand=False).blame is Blame.MODEL
+
+
+def test_a_file_that_contradicts_itself_is_not_for_another_model():
+    factors = Term(LoraAdapter(up=torch.zeros(8, 3), down=torch.zeros(2, 4)), 1.0)
+    assert misfit([factors], (8, 4), may_expand=False).blame is Blame.FILE
+    assert misfit([Term(lora(8, 4).adapter, float("nan"))], (8, 4), may_expand=False).blame is Blame.STRENGTH

@@ -69,10 +69,12 @@ LEFT_OUT = {
     "0-d IA3": (module("lin", weight=number(1.0), on_input=number(1.0)), ZERO),
     "0-d magnitude": ({**LORA, "lin.dora_scale": number(1.0)}, ZERO),
     "magnitude of another size": ({**LORA, "lin.dora_scale": t(7)}, f"dora_scale gives [7], {WEIGHT}"),
+    "a rotation and a magnitude": (module("lin", oft_blocks=t(1, 24, 24), dora_scale=t(24)), "a DoRA magnitude (dora_scale) beside its oft"),
     "0-d replacement": (module("lin", set_weight=number(1.0)), f"set gives [], {WEIGHT}"),
     "empty difference": (module("lin", diff=t(0)), f"diff gives [0], {WEIGHT}"),
     "0-d bias": (module("lin", diff_b=number(1.0)), "diff gives [], the weight is [24]"),
-    "alpha times scalar": ({**LORA, "lin.alpha": number(1e300, torch.float64), "lin.scalar": number(1e300, torch.float64)}, NO_NUMBER),
+    "alpha times scalar": ({**LORA, "lin.alpha": number(1e300, torch.float64), "lin.scalar": number(1e30, torch.float64)}, NO_NUMBER),
+    "scalar of 1e300": ({**LORA, "lin.alpha": number(1.0), "lin.scalar": number(1e300, torch.float64)}, "as large as 1.0e+300, and fp32 ends at"),
     "alpha of 1e308": ({**LORA, "lin.alpha": number(1e308, torch.float64)}, NO_NUMBER),
     "a difference with more outputs": (module("conv_in", diff=t(400, 4, 3, 3)), "diff gives [400, 4, 3, 3], the weight is"),
     "a difference with a larger kernel": (module("conv_in", diff=t(320, 4, 5, 5)), "diff gives [320, 4, 5, 5], the weight is"),
@@ -114,7 +116,6 @@ FITS = {
     "alpha a whole number": {**LORA, "lin.alpha": number(2, torch.int64)},
     "alpha a truth value": {**LORA, "lin.alpha": number(True, torch.bool)},
     "magnitude of zeros": {**LORA, "lin.dora_scale": t(24, value=0.0)},
-    "a rotation and a magnitude": module("lin", oft_blocks=t(1, 24, 24), dora_scale=t(24)),
     "fp8 factors": {key: value.to(torch.float8_e4m3fn) for key, value in LORA.items()},
 }  # fmt: skip
 

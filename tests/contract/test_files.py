@@ -116,7 +116,10 @@ def make_hostile(path, kind):
             "wrong shape",
             r"bad\.safetensors NOT applied: made for another model: blocks\.0\.proj\.weight: up @ down gives",
         ),
-        ("rank 0", r"bad\.safetensors NOT applied: made for another model: .*are no pair of matrices"),
+        (
+            "rank 0",
+            r"bad\.safetensors NOT applied: blocks\.0\.proj\.weight: .*no pair of matrices; the file is damaged",
+        ),
         ("pickle", r"bad\.safetensors NOT applied: expected .*found a zip archive.*convert it"),
         ("a checkpoint", r"bad\.safetensors NOT applied: no LoRA keys found among 1 tensors"),
         (

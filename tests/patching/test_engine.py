@@ -278,15 +278,28 @@ def test_a_change_keeps_the_attachments_of_weights_that_do_not_change():
     assert {k for k in after if after[k] is before[k]} == set(a) - set(b)
 
 
-def test_a_lora_with_one_weight_of_another_shape_is_left_out_as_a_whole():
+def test_a_lora_with_one_weight_of_another_shape_is_applied_without_it():
     model, engine = build(), Engine()
     weights, base = dense(model), output(model)
-    good, bad = everything(1), {**everything(2), "blocks.1.proj.weight": host_value("lora", (64, 80), 3)}
+    good, rest = everything(1), everything(2)
+    rest.pop("blocks.1.proj.weight")
+    bad = {**rest, "blocks.1.proj.weight": host_value("lora", (64, 80), 3)}
+    report = engine.change(PlainAccess(model), stack_of((bad, 1.0), (good, 0.5)))
+    assert_same(output(model), reference(weights, (rest, 1.0), (good, 0.5)), base)
+    assert report.loras[0].lost == ["blocks.1.proj.weight: up @ down gives [64, 80], the weight is [64, 64]"]
+    assert (report.loras[0].used, report.loras[1].used) == (len(rest), len(good))
+
+
+def test_a_lora_with_half_its_weights_of_another_shape_is_left_out_as_a_whole():
+    model, engine = build(), Engine()
+    weights, base = dense(model), output(model)
+    good, name = everything(1), "blocks.1.proj.weight"
+    bad = {"blocks.0.proj.weight": host_value("lora", (64, 64), 2), name: host_value("lora", (64, 80), 3)}
     report = engine.change(PlainAccess(model), stack_of((bad, 1.0), (good, 0.5)))
     assert_same(output(model), reference(weights, (good, 0.5)), base)
     assert (
         report.loras[0].refused
-        == "made for another model: blocks.1.proj.weight: up @ down gives [64, 80], the weight is [64, 64]; use a LoRA made for this model"
+        == f"made for another model: {name}: up @ down gives [64, 80], the weight is [64, 64]; use a LoRA made for this model"
     )
     assert (report.loras[0].used, report.loras[1].used) == (0, len(good))
 

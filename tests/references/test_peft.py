@@ -1,5 +1,6 @@
 """Every kind that peft trains against its own merged layer: save_pretrained -> tensors -> adapter -> patched weight."""
 
+import copy
 import dataclasses
 import json
 
@@ -10,7 +11,9 @@ from support.from_keys import adapter_from, delta_of, patched
 from support.make import gen
 from support.measure import assert_same, contribution_error, fp32_limit
 
+from lib_lora_guard import LoraGuard
 from lib_lora_guard.adapters.dora import decompose
+from lib_lora_guard.adapters.file_settings import PeftSettings
 from lib_lora_guard.adapters.ia3 import Ia3Adapter
 
 peft = pytest.importorskip("peft", reason="peft writes the reference")
@@ -177,6 +180,55 @@ def test_oft(case, tmp_path):
         assert_seen(patched(other, weight, 1.0), reference, weight)
         half = patched(adapter, weight[:6].clone(), 1.0)
         assert_same(half, reference[:6], weight[:6])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("eps", [6e-5, 1e-2])
+def test_constrained_oft(eps, shared, tmp_path):
+    """The file holds what the last step of the optimizer left, beyond the bound; peft shortens it before each use."""
+    options = {"oft_block_size": 4, "r": 0, "block_share": shared, "coft": True, "eps": eps}
+    trained = Trained(peft.OFTConfig(target_modules=list(LAYERS), **options), tmp_path)
+    for layer in LAYERS:
+        weight, reference = trained.pair(layer)
+        tensors = trained.of(layer)
+        assert tensors["oft_R.weight"].norm() > 10 * eps
+        adapter = adapter_from(tensors, bound=PeftSettings(trained.config).oft_bound)
+        assert_same(patched(adapter, weight, 1.0), reference, weight)
+        assert_seen(patched(dataclasses.replace(adapter, bound=None), weight, 1.0), reference, weight)
+
+
+class Linears(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = torch.nn.Linear(16, 24, bias=False)
+        self.out = torch.nn.Linear(24, 16, bias=False)
+
+    def forward(self, x):
+        return self.out(self.q(x))
+
+
+@pytest.mark.parametrize("mode", ["bypass", "on_the_fly", "merge"])
+def test_bd_lora(mode, tmp_path):
+    """One factor of each layer is block-diagonal, and the file holds its blocks alone."""
+    blocks = peft.BdLoraConfig(target_modules_bd_a=["out"], target_modules_bd_b=["q"], nblocks=4)
+    config = peft.LoraConfig(r=8, lora_alpha=6, target_modules=["q", "out"], use_bdlora=blocks)
+    base = Linears().requires_grad_(False)
+    for number, parameter in enumerate(base.parameters()):
+        parameter.copy_(torch.randn(parameter.shape, generator=gen(number)) * 0.3)
+    trained = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in trained.parameters() if p.requires_grad):
+            parameter.copy_(torch.randn(parameter.shape, generator=gen(20 + number)) * 0.2)
+    trained.save_pretrained(tmp_path)
+    x = torch.randn(3, 16, generator=gen(9))
+    before = base(x)
+    with torch.no_grad():
+        reference = trained.merge_and_unload()(x)
+    guard = LoraGuard(base)
+    guard.apply([(tmp_path / "adapter_model.safetensors", 1.0)], mode=mode)
+    with torch.no_grad():
+        assert_same(base(x), reference, before)
+    guard.remove()
 
 
 class BlockDiagonal:

@@ -46,12 +46,41 @@ TEXTS: dict[str, tuple[str, str]] = {
         "含有非有限数值（NaN 或 Inf）；请重新下载或重新训练",
     ),
     "lora.no_usable_number": ("its {name} is {number}, not a usable number", "{name} 为 {number}，不是可用的数值"),
+    "lora.no_usable_strength": (
+        "its {name} is {number}, not a usable number; choose one such as 0.8",
+        "{name} 为 {number}，不是可用的数值；请改用 0.8 之类的数值",
+    ),
+    "lora.beyond_fp32": (
+        "it holds numbers as large as {largest:.1e}, and fp32 ends at 3.4e+38; train it again, or save it in fp32",
+        "含有大至 {largest:.1e} 的数值，而 fp32 的上限为 3.4e+38；请重新训练，或以 fp32 保存",
+    ),
     "lora.strength": ("strength", "强度"),
     "lora.model_strength": ("model strength", "模型强度"),
     "lora.alpha": ("alpha", "alpha"),
     "lora.no_usable_alpha": (
         "its settings ask for an alpha that is no usable number",
         "其设置要求的 alpha 不是可用的数值",
+    ),
+    "lora.no_usable_eps": (
+        "its settings bound its rotations by an eps that is no usable number",
+        "其设置用于限制旋转的 eps 不是可用的数值",
+    ),
+    "lora.part_not_known": (
+        "{module}: {part} is a part of its {kind} that LoRA Guard does not know, and the rest alone would be wrong; "
+        "use a file that was exported without it, or a newer LoRA Guard",
+        "{module}：{part} 是其 {kind} 中 LoRA Guard 不认识的部分，只应用其余部分会得到错误结果；"
+        "请使用不含该部分的文件，或更新 LoRA Guard",
+    ),
+    "lora.oft_marker": (
+        "{module}: its OFT is scaled in a way that LoRA Guard does not know (oft_R.scaled_oft is {value}), and unscaled "
+        "it would turn the weights too far; train it again with a released OneTrainer, or use a newer LoRA Guard",
+        "{module}：其 OFT 的缩放方式 LoRA Guard 不认识（oft_R.scaled_oft 为 {value}），不缩放会使权重旋转过度；"
+        "请用正式版 OneTrainer 重新训练，或更新 LoRA Guard",
+    ),
+    "lora.no_dora": (
+        "{module}: it has a DoRA magnitude (dora_scale) beside its {kind}, and no trainer defines the two together; "
+        "train it again without DoRA",
+        "{module}：它在 {kind} 旁带有 DoRA 幅值（dora_scale），而没有任何训练器定义过二者的组合；请不带 DoRA 重新训练",
     ),
     "lora.settings_unreadable": (
         "its adapter settings are not readable JSON, so its alpha is not known and 1 is used",
@@ -72,6 +101,20 @@ TEXTS: dict[str, tuple[str, str]] = {
         "its rank is {rank}, far more than a weight of {shape} has",
         "其秩为 {rank}，远超大小为 {shape} 的权重所能有的秩",
     ),
+    "lora.grouped": (
+        "the layer has {groups} groups of channels, and the LoRA reads all channels for each of them, which no weight of "
+        "this layer can hold; train it without this layer",
+        "该层分为 {groups} 组通道，而 LoRA 的每一组都读取全部通道，该层的权重无法容纳这样的修改；请在训练时排除该层",
+    ),
+    "lora.grows_rows": (
+        "the LoRA asks for {rows} outputs of this layer (reshape_weight), and the layer after it takes {wanted}; use the "
+        "model that it was trained on",
+        "LoRA 要求该层有 {rows} 个输出（reshape_weight），而其后的层只接受 {wanted} 个；请使用其训练时所用的模型",
+    ),
+    "lora.narrow_dora": (
+        "its DoRA magnitude is for fewer input channels than the weight {shape} has; use the model that it was trained on",
+        "其 DoRA 幅值对应的输入通道少于权重 {shape}；请使用其训练时所用的模型",
+    ),
     "lora.no_pair": ("factors {up} and {down} are no pair of matrices", "因子 {up} 与 {down} 不是一对矩阵"),
     "lora.up_down": ("up {up} and down {down} do not multiply{core}", "up {up} 与 down {down} 无法相乘{core}"),
     "lora.not_matrices": ("{what} must be matrices, found {found}", "{what} 应为矩阵，实际为 {found}"),
@@ -87,6 +130,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "lora.other_model": (
         "made for another model: {key}: {why}; use a LoRA made for this model",
         "此 LoRA 用于其他模型：{key}：{why}；请使用适用于此模型的 LoRA",
+    ),
+    "lora.damaged_layer": (
+        "{key}: {why}; the file is damaged, download it again",
+        "{key}：{why}；文件已损坏，请重新下载",
     ),
     "lora.damaged_key": (
         "its {key} cannot be read ({error}); the file is damaged",

@@ -268,7 +268,6 @@ def test_tensors_have_the_say_over_text(model, tmp_path):
         {"init_lora_weights": "loftq"},
         {"init_lora_weights": "lora_ga"},
         {"kasa_config": {"beta": 1e-4}},
-        {"use_bdlora": {"nblocks": 2}},
         {"peft_type": "C3A"},
     ],
 )
