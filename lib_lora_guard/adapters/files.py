@@ -30,8 +30,8 @@ from .whole_weights import whole_weights
 
 log = logging.getLogger(__name__)
 
-Room = Callable[[], "int | None"]
-"""Returns the RAM in bytes that a file may take; None where the system does not say."""
+Room = Callable[[int], "int | None"]
+"""Takes the bytes that a file needs; returns the RAM in bytes that it may take, None where the system does not say."""
 
 LARGEST_TABLE = TableLimits(tensors=1 << 15, characters=4_000_000)
 """Real LoRAs have up to 9000 tensors (eight for each of 1120 modules), named and described in 1 MB."""
@@ -101,12 +101,12 @@ def _read(path: str | Path, as_trained: bool, room: Room | None) -> LoraFile:
     header = open_lora(path)
     settings = settings_of(header.path, header.metadata)
     tensors = _without_values(header)
-    unknown = _parsed(header, tensors, settings).unknown_keys
+    unknown = _parsed(header, tensors, settings=settings).unknown_keys
     wanted = header.tensors.keys() - set(unknown)
     check_room(header, sum(header.tensors[name].bytes for name in wanted), room)
     # Of the others the shapes are enough: they tell which model the file was made for.
     values = read_tensors(header, wanted)
-    return _parsed(header, {name: values.get(name, tensor) for name, tensor in tensors.items()}, settings, as_trained)
+    return _parsed(header, {name: values.get(name, tensor) for name, tensor in tensors.items()}, as_trained, settings)
 
 
 def check_room(header: FileHeader, needed_bytes: int, room: Room | None) -> None:
@@ -120,7 +120,7 @@ def check_room(header: FileHeader, needed_bytes: int, room: Room | None) -> None
     Raises:
         LoraFileError: the tensors do not fit.
     """
-    room_bytes = None if room is None or needed_bytes < UNCOUNTED_BYTES else room()
+    room_bytes = None if room is None or needed_bytes < UNCOUNTED_BYTES else room(needed_bytes)
     if room_bytes is not None and needed_bytes > room_bytes:
         facts = {
             "needed_mb": needed_bytes / MB,
@@ -157,14 +157,16 @@ def lora_of_header(header: FileHeader) -> LoraFile:
     Raises:
         LoraFileError: the file is no LoRA, contradicts itself or cannot be read.
     """
-    return _parsed(header, _without_values(header), settings_of(header.path, header.metadata))
+    return _parsed(header, _without_values(header))
 
 
 def _without_values(header: FileHeader) -> Tensors:
     """The tensors of a header; those that an adapter holds as numbers have their value."""
     for name, entry in header.tensors.items():
         if entry.format in NO_NUMBERS and meaning_of(name, header.tensors) is not None:
-            raise _refusal(shown(header.path.name), about(shown(name), Message("lora.packed", {"format": entry.format})))
+            raise _refusal(
+                shown(header.path.name), about(shown(name), Message("lora.packed", {"format": entry.format}))
+            )
     numbers = [name for name, entry in header.tensors.items() if _is_number(name, entry.shape)]
     with _as_lora_errors():
         tensors = header_tensors(header, numbers)
@@ -172,7 +174,10 @@ def _without_values(header: FileHeader) -> Tensors:
     return cast(Tensors, tensors)
 
 
-def _parsed(header: FileHeader, tensors: Tensors, settings: FileSettings, as_trained: bool = False) -> LoraFile:
+def _parsed(
+    header: FileHeader, tensors: Tensors, as_trained: bool = False, settings: FileSettings | None = None
+) -> LoraFile:
+    settings = settings or settings_of(header.path, header.metadata)
     return replace(parse_tensors(header.path, tensors, settings, as_trained), metadata=header.metadata)
 
 

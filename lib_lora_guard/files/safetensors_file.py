@@ -205,13 +205,8 @@ def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> Te
 
 
 def _is_sizes(value: object) -> bool:
-    if not isinstance(value, list):
-        return False
-    for item in value:  # a loop: it takes a third of the time of `all`
-        # A JSON truth value is no size, though Python's bool is an int.
-        if type(item) is not int or not 0 <= item <= MAX_VALUES:
-            return False
-    return True
+    # A JSON truth value is no size, though Python's bool is an int.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_VALUES for item in value)
 
 
 def _check_covered(path: Path, tensors: dict[str, TensorEntry], data_start: int, size: int) -> None:
