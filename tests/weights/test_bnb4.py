@@ -199,7 +199,9 @@ def test_absmax_of_a_model_that_has_run_on_a_cpu_is_transposed(kind):
     """bitsandbytes 0.50.2 saves it as (blocks of a row, rows) in bf16, the weight beside it in the usual order."""
     decoder, parts, _ = random_weight(kind, (96, 128))
     usual = {**parts, "absmax": parts["absmax"].bfloat16()}
-    state = torch.tensor(list(json.dumps({"quant_type": kind, "blocksize": 64, "shape": [96, 128]}).encode()), dtype=torch.uint8)
+    state = torch.tensor(
+        list(json.dumps({"quant_type": kind, "blocksize": 64, "shape": [96, 128]}).encode()), dtype=torch.uint8
+    )
     file = {
         "x.weight": parts["data"],
         "x.weight.absmax": usual["absmax"].reshape(96, 2).t().contiguous(),
