@@ -23,7 +23,7 @@ from ..files.safetensors_writer import Progress
 from ..patching.merging import CPU, merge
 from ..weights.dtype_names import dtype_name
 from ..weights.scale_names import BESIDE, COMFY_FORMAT, COMFY_LAYERS, weight_of
-from .dtypes import compute_dtype, dtype_for, rounded
+from .dtypes import compute_dtype, dtype_for, packed_shape, rounded
 from .effect import Effect
 from .source import ModelSource, by_row
 from .stack import Stack
@@ -113,7 +113,7 @@ class _Baker:
             return Entry(name, dtype, self._shape(name), partial(self._baked, name))
         if dtype == self.source.stored_dtype(name):
             self.report.copied += 1
-            return Entry(name, dtype, parameter.shape, partial(self.source.as_stored, name))
+            return Entry(name, dtype, packed_shape(dtype, parameter.shape), partial(self.source.as_stored, name))
         self.report.converted += 1
         return Entry(name, dtype, parameter.shape, partial(self._converted, name))
 
@@ -127,7 +127,7 @@ class _Baker:
         if weight in self.terms and name == self.source.scale_name(weight):
             return Entry(name, dtype, entry.shape, partial(self._scale, weight))
         self.report.copied += 1
-        return Entry(name, dtype, entry.shape, partial(self.source.as_stored, name))
+        return Entry(name, dtype, packed_shape(dtype, entry.shape), partial(self.source.as_stored, name))
 
     def _is_scaled(self, name: str) -> bool:
         """True if a weight keeps its scale. In another dtype, the scale is multiplied in."""
