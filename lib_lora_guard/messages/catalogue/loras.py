@@ -6,8 +6,8 @@ from __future__ import annotations
 TEXTS: dict[str, tuple[str, str]] = {
     # The file's content.
     "lora.container": (
-        "expected a LoRA in safetensors format, found a {container} model",
-        "应为 safetensors 格式的 LoRA，但该文件是 {container} 模型",
+        "expected a LoRA in safetensors format, found a {container} model; choose a LoRA, or load this file as the model",
+        "应为 safetensors 格式的 LoRA，但该文件是 {container} 模型；请选择 LoRA，或将此文件作为模型加载",
     ),
     "lora.none": (
         "no LoRA keys found among {count} tensors; is this a checkpoint?",
