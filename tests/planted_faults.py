@@ -104,7 +104,7 @@ FAULTS = [
     Fault("a header's bounds are not checked", '    if needed > size:\n        raise refusal(path, Message("file.too_short", {"wanted": needed, "found": size}))\n', "", "files", "files/test_hostile.py"),
     Fault("tensors may overlap", "if previous is not None and entry.start < previous.start + previous.bytes:", "if False:", "files", "files/test_hostile.py"),
     Fault("a key twice is accepted", "            if key in seen:\n", "            if False:\n", "files", "files/test_hostile.py"),
-    Fault("a file that changes while it is read", "if header.modified_ns not in (None, facts.st_mtime_ns):", "if False:", "files", "files/test_safetensors_file.py"),
+    Fault("a file that changes while it is read", "if header.state not in (None, FileState.of(facts)):", "if False:", "files", "files/test_safetensors_file.py"),
     Fault("a file that was rewritten comes from the cache", "key = (str(path), status.st_mtime_ns, status.st_size)", "key = (str(path), 0, 0)", "hosts runtime contract", "contract/test_files.py"),
     Fault("a failed save leaves its partial file", "        partial.unlink(missing_ok=True)\n        raise\n", "        raise\n", "files", "files/test_safetensors_writer.py"),
     Fault("a terminal's control characters are shown", '...{text[-(limit - 3 - head) :]}"\n    return "".join(c if c.isprintable() else "?" for c in text)', '...{text[-(limit - 3 - head) :]}"\n    return text', "files reporting", "files/test_hostile.py"),

@@ -409,7 +409,10 @@ def test_files_in_the_wrong_place_are_named(files, tmp_path, capsys):
     assert plan(files / "fp8.safetensors", tmp_path / "none.safetensors") == 1
     assert error(capsys).endswith("none.safetensors: no such file; check the name or refresh the list")
     assert cli.main(["inspect", str(files / "q4.gguf")]) == 1
-    assert error(capsys) == "lora-guard: q4.gguf: expected a LoRA in safetensors format, found a gguf model"
+    assert (
+        error(capsys)
+        == "lora-guard: q4.gguf: expected a LoRA in safetensors format, found a gguf model; choose a LoRA, or load this file as the model"
+    )
 
 
 def test_a_damaged_bitsandbytes_state_is_refused(tmp_path, files, capsys):
@@ -542,3 +545,34 @@ def test_wrong_usage_is_code_2_and_says_what_was_expected(capsys, words):
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", "m.safetensors", "l.safetensors:1e999", "--vram", "12", "--ram", "16"])
     assert stop.value.code == 2
+
+
+def test_a_fused_factor_of_another_size_is_said_with_its_file_and_stops_no_other(tmp_path, capsys):
+    """On a model that has q, k and v apart, where the file's rows are cut."""
+    torch, save_file = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch").save_file
+    names = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj")
+    model = {
+        f"transformer_blocks.0.{name}.weight": torch.zeros(3072, 3072, dtype=torch.float8_e4m3fn) for name in names
+    }
+    model["single_transformer_blocks.0.proj_mlp.weight"] = torch.zeros(12288, 3072, dtype=torch.float8_e4m3fn)
+    save_file(model, tmp_path / "model.safetensors")
+    for name, rows in (("good", 9216), ("bad", 9000)):
+        fused = "double_blocks.0.img_attn.qkv"
+        factors = {f"{fused}.lora_down.weight": torch.ones(4, 3072), f"{fused}.lora_up.weight": torch.ones(rows, 4)}
+        save_file(factors, tmp_path / f"{name}.safetensors")
+    found = document(capsys, tmp_path / "model.safetensors", *(tmp_path / f"{n}.safetensors" for n in ("good", "bad")))
+    assert [lora["refused"] is None for lora in found["loras"]] == [True, False]
+    assert "qkv" in found["loras"][1]["refused"]
+    bad, model_file = str(tmp_path / "bad.safetensors"), str(tmp_path / "model.safetensors")
+    assert cli.main(["inspect", bad, "--model", model_file]) == 0
+    assert "does NOT fit: " in capsys.readouterr().out
+    assert plan(model_file, bad) == 1
+    assert error(capsys).startswith("lora-guard: bad.safetensors: ")
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_name_that_no_file_can_have_is_a_line(command, capsys):
+    name = "x" * 300 + ".safetensors"
+    sizes = ["--vram", "12GB", "--ram", "16GB"] if command == "plan" else []
+    assert cli.main([command, name, *([name] if command == "plan" else []), *sizes]) == 1
+    assert error(capsys).endswith(".safetensors: no such file; check the name or refresh the list")

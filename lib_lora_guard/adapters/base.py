@@ -319,7 +319,7 @@ def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
     if tensor.is_floating_point() and not math.isfinite(_sum(tensor)):
         raise LoraMismatchError.of("lora.not_finite")
     if tensor.element_size() == 8 and tensor.numel() and not whole_numbers:
-        largest = float(tensor.abs().max())
+        largest = abs(float(tensor)) if tensor.numel() == 1 else float(tensor.abs().max())
         if largest > LARGEST_FP32:
             raise LoraMismatchError.of("lora.beyond_fp32", largest=largest)
 
@@ -334,12 +334,19 @@ def _is_packed(tensor: torch.Tensor) -> bool:
 
 
 def _sum(tensor: torch.Tensor) -> float:
-    """A sum, which is not finite if a value is not: one pass, and no mask of the tensor's size."""
+    """A sum, which is not finite if a value is not: one pass, and neither a mask nor a copy of the tensor's size."""
     if tensor.numel() == 1:
         return float(tensor)
-    # torch has no sum of fp8.
-    wide = tensor if tensor.element_size() > 1 else tensor.float()
-    return float(wide.sum(dtype=torch.float64))
+    if tensor.element_size() > 1 and math.isfinite(total := float(tensor.sum())):
+        return total
+    # fp8, which torch has no sum of, or values whose sum does not fit into their own dtype.
+    flat = tensor.reshape(-1)
+    pieces = (flat[start : start + SUMMED_VALUES] for start in range(0, flat.numel(), SUMMED_VALUES))
+    return sum(float((piece if piece.element_size() > 1 else piece.float()).double().sum()) for piece in pieces)
+
+
+SUMMED_VALUES = 1 << 18
+"""Values summed at once in fp64."""
 
 
 def product_of(shape: Sequence[int]) -> int:

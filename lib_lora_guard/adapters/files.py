@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 from ..errors import FileFormatError, Joined, LoraFileError, LoraMismatchError, Message, about, reason
-from ..files import FileHeader, open_header, read_tensors, shown
+from ..files import FileHeader, TableLimits, container_of, open_header, read_tensors, read_unchanged, shown
 from ..files.header_tensor import header_tensors
+from ..units import GB, MB
 from .base import Adapter
 from .file_groups import Group, Tensors, group
 from .file_keys import meaning_of
@@ -28,6 +29,18 @@ from .stated_alpha import notes_on_alpha
 from .whole_weights import whole_weights
 
 log = logging.getLogger(__name__)
+
+Room = Callable[[int], "int | None"]
+"""Takes the bytes that a file needs; returns the RAM in bytes that it may take, None where the system does not say."""
+
+LARGEST_TABLE = TableLimits(tensors=1 << 15, characters=4_000_000)
+"""Real LoRAs have up to 9000 tensors (eight for each of 1120 modules), named and described in 1 MB."""
+LONGEST_SETTINGS = 1 << 20
+"""Characters of PEFT's settings in the metadata. With a rank and an alpha for each of 1120 modules they have 200,000."""
+UNCOUNTED_BYTES = 64 * MB
+"""Smaller files are read without asking for the RAM that is free, which takes milliseconds."""
+NO_NUMBERS = ("F4", "F6_E2M3", "F6_E3M2")
+"""Formats that torch cannot calculate with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,35 +76,76 @@ class LoraFile:
         return next(iter(self.keys.get(written.rpartition(".")[0], ())), written)
 
 
-def read_lora_file(path: str | Path, as_trained: bool = False) -> LoraFile:
+def read_lora_file(path: str | Path, as_trained: bool = False, room: Room | None = None) -> LoraFile:
     """Reads a LoRA file into memory of our own and closes it.
+
+    The header is judged first: a file that is no LoRA, contradicts itself or is larger than `room` costs no more than its
+    header. Tensors that no kind knows are not read. A file that is written to meanwhile is read again.
 
     Args:
         path: a safetensors file.
         as_trained: DoRA in the meaning of its trainer where the host's differs.
+        room: asked for files of `UNCOUNTED_BYTES` and more.
 
     Raises:
-        LoraFileError: the file is missing, broken or no LoRA; the message names it and says what to do.
+        LoraFileError: the file is missing, broken, no LoRA or too large; the message names it and says what to do.
     """
-    header = open_lora(path)
     with _as_lora_errors():
-        tensors = read_tensors(header)
-    file = _parsed(header, tensors, as_trained)
+        file = read_unchanged(Path(path), lambda: _read(path, as_trained, room))
     for note in file.notes:
         log.warning("%s", about(shown(file.path.name), note))
     return file
+
+
+def _read(path: str | Path, as_trained: bool, room: Room | None) -> LoraFile:
+    header = open_lora(path)
+    settings = settings_of(header.path, header.metadata)
+    tensors = _without_values(header)
+    unknown = _parsed(header, tensors, settings=settings).unknown_keys
+    wanted = header.tensors.keys() - set(unknown)
+    check_room(header, sum(header.tensors[name].bytes for name in wanted), room)
+    # Of the others the shapes are enough: they tell which model the file was made for.
+    values = read_tensors(header, wanted)
+    return _parsed(header, {name: values.get(name, tensor) for name, tensor in tensors.items()}, as_trained, settings)
+
+
+def check_room(header: FileHeader, needed_bytes: int, room: Room | None) -> None:
+    """Compares what is about to be read with the RAM that there is for it.
+
+    Args:
+        header: the file's header.
+        needed_bytes: the tensors' bytes.
+        room: as in `read_lora_file`.
+
+    Raises:
+        LoraFileError: the tensors do not fit.
+    """
+    room_bytes = None if room is None or needed_bytes < UNCOUNTED_BYTES else room(needed_bytes)
+    if room_bytes is not None and needed_bytes > room_bytes:
+        facts = {
+            "needed_mb": needed_bytes / MB,
+            "room_mb": room_bytes / MB,
+            "more_gb": math.ceil((needed_bytes - room_bytes) / GB),
+        }
+        raise _refusal(shown(header.path.name), Message("lora.too_large", facts))
 
 
 def open_lora(path: str | Path) -> FileHeader:
     """Reads the header of a LoRA file.
 
     Raises:
-        LoraFileError: the file is missing, broken or no safetensors file.
+        LoraFileError: the file is missing, broken or no safetensors file, or its header is far larger than a LoRA's.
     """
+    path = Path(path)
     with _as_lora_errors():
-        header = open_header(path)
-    if header.container != "safetensors":
-        raise _refusal(shown(header.path.name), Message("lora.container", {"container": header.container}))
+        container = container_of(path)
+        if container != "safetensors":
+            raise _refusal(shown(path.name), Message("lora.container", {"container": container}))
+        header = open_header(path, LARGEST_TABLE)
+    settings = header.metadata.get("lora_adapter_metadata", "")
+    if len(settings) > LONGEST_SETTINGS:
+        facts = {"found": len(settings), "most": LONGEST_SETTINGS}
+        raise _refusal(shown(path.name), Message("lora.settings_too_long", facts))
     return header
 
 
@@ -103,16 +157,28 @@ def lora_of_header(header: FileHeader) -> LoraFile:
     Raises:
         LoraFileError: the file is no LoRA, contradicts itself or cannot be read.
     """
+    return _parsed(header, _without_values(header))
+
+
+def _without_values(header: FileHeader) -> Tensors:
+    """The tensors of a header; those that an adapter holds as numbers have their value."""
+    for name, entry in header.tensors.items():
+        if entry.format in NO_NUMBERS and meaning_of(name, header.tensors) is not None:
+            raise _refusal(
+                shown(header.path.name), about(shown(name), Message("lora.packed", {"format": entry.format}))
+            )
     numbers = [name for name, entry in header.tensors.items() if _is_number(name, entry.shape)]
     with _as_lora_errors():
         tensors = header_tensors(header, numbers)
     # Adapters take them for tensors of torch: a HeaderTensor acts as one.
-    return _parsed(header, cast(Tensors, tensors), as_trained=False)
+    return cast(Tensors, tensors)
 
 
-def _parsed(header: FileHeader, tensors: Tensors, as_trained: bool) -> LoraFile:
-    file = parse_tensors(header.path, tensors, settings_of(header.path, header.metadata), as_trained)
-    return replace(file, metadata=header.metadata)
+def _parsed(
+    header: FileHeader, tensors: Tensors, as_trained: bool = False, settings: FileSettings | None = None
+) -> LoraFile:
+    settings = settings or settings_of(header.path, header.metadata)
+    return replace(parse_tensors(header.path, tensors, settings, as_trained), metadata=header.metadata)
 
 
 @contextmanager

@@ -22,12 +22,13 @@ from ..files import Entry, write_safetensors
 from ..files.safetensors_writer import Progress
 from ..patching.merging import CPU, merge
 from ..weights.dtype_names import dtype_name
-from .dtypes import compute_dtype, dtype_for, rounded
+from ..weights.scale_names import BESIDE, COMFY_FORMAT, COMFY_LAYERS, weight_of
+from .dtypes import compute_dtype, dtype_for, packed_shape, rounded
 from .effect import Effect
 from .source import ModelSource, by_row
 from .stack import Stack
 
-SCALE, INPUT_SCALE, MARKER = ".scale_weight", ".scale_input", "scaled_fp8"
+MARKER = "scaled_fp8"
 
 
 @dataclass
@@ -76,6 +77,8 @@ def bake(
     """
     baker = _Baker(ModelSource(checkpoint), stack.terms, wanted)
     entries = baker.entries()
+    if not baker.keeps_scales():
+        metadata = {key: text for key, text in metadata.items() if key != COMFY_LAYERS}
     with torch.inference_mode(False), torch.no_grad():
         write_safetensors(output, entries, metadata, progress)
     baker.report.bytes = output.stat().st_size
@@ -110,7 +113,7 @@ class _Baker:
             return Entry(name, dtype, self._shape(name), partial(self._baked, name))
         if dtype == self.source.stored_dtype(name):
             self.report.copied += 1
-            return Entry(name, dtype, parameter.shape, partial(self.source.as_stored, name))
+            return Entry(name, dtype, packed_shape(dtype, parameter.shape), partial(self.source.as_stored, name))
         self.report.converted += 1
         return Entry(name, dtype, parameter.shape, partial(self._converted, name))
 
@@ -120,24 +123,29 @@ class _Baker:
         """
         entry, dtype = self.source.checkpoint.header.tensors[name], self.source.stored_dtype(name)
         assert dtype is not None, "what lies in blocks is a parameter"
-        weight = _weight_of(name, SCALE)
-        if weight in self.terms:
+        weight = weight_of(name, BESIDE)
+        if weight in self.terms and name == self.source.scale_name(weight):
             return Entry(name, dtype, entry.shape, partial(self._scale, weight))
         self.report.copied += 1
-        return Entry(name, dtype, entry.shape, partial(self.source.as_stored, name))
+        return Entry(name, dtype, packed_shape(dtype, entry.shape), partial(self.source.as_stored, name))
 
     def _is_scaled(self, name: str) -> bool:
         """True if a weight keeps its scale. In another dtype, the scale is multiplied in."""
         return self.source.scale_name(name) is not None and self._dtypes[name] == self.source.stored_dtype(name)
 
+    def keeps_scales(self) -> bool:
+        """Returns True if every weight that has a scale keeps it."""
+        return all(map(self._is_scaled, self.source.checkpoint.scales))
+
     def _is_kept(self, name: str) -> bool:
         """True if a tensor that is no parameter still applies to the new file."""
         if name == MARKER:
             return any(map(self._is_scaled, self._parameters))
-        for suffix in (SCALE, INPUT_SCALE):
-            weight = _weight_of(name, suffix)
-            if weight in self._parameters and self.source.scale_name(weight) is not None:
-                return self._is_scaled(weight)
+        weight = weight_of(name, BESIDE)
+        if weight in self._parameters and self.source.scale_name(weight) is not None:
+            return self._is_scaled(weight)
+        if weight in self._parameters and name.endswith(f".{COMFY_FORMAT}"):
+            return self._dtypes[weight] == self.source.stored_dtype(weight)
         head, dot, _ = name.partition(".weight.")
         return not (dot and f"{head}.weight" in self._parameters and self.source.is_packed(f"{head}.weight"))
 
@@ -203,7 +211,3 @@ class _Baker:
             grown = torch.where(old > 0, old * torch.exp2(doublings), needed.clamp_min(torch.finfo(torch.float32).tiny))
             self._scales[name] = grown.to(old.dtype)
         return self._scales[name]
-
-
-def _weight_of(name: str, suffix: str) -> str:
-    return f"{name.removesuffix(suffix)}.weight" if name.endswith(suffix) else ""

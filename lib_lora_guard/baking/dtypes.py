@@ -7,7 +7,9 @@ from types import MappingProxyType
 
 import torch
 
+from ..adapters.base import Shape
 from ..checkpoints.model_header import DENOISER, Parameter
+from ..files.safetensors_writer import format_of
 from ..weights.storage import FP8_DTYPES
 
 KEEP = "keep"
@@ -49,6 +51,15 @@ def dtype_for(parameter: Parameter, stored: torch.dtype | None, wanted: torch.dt
     if parameter.part != DENOISER or own.itemsize == 2 or own == wanted:
         return own
     return UNPACKED
+
+
+def packed_shape(dtype: torch.dtype, shape: Shape) -> Shape:
+    """Returns the shape that torch gives to a tensor of `dtype` that has `shape` in a file.
+
+    Torch counts bytes of F4, where a file counts values, two in a byte.
+    """
+    is_packed = format_of(dtype) == "F4" and bool(shape)
+    return (*shape[:-1], shape[-1] // 2) if is_packed else shape
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:

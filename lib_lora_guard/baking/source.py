@@ -1,6 +1,6 @@
 """Reads a model file tensor by tensor, as stored or as plain numbers.
 
-Sources: `weights` for the formats; scaled fp8 as ComfyUI and Forge read it (value = number * `scale_weight`).
+Sources: `weights` for the formats, `weights.scale_names` for scales (value = number * scale).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from ..weights.bnb4 import LEVELS, from_file_parts
 from ..weights.codec import Decoder, Parts
 from ..weights.storage import FP8_DTYPES, WIDE_DTYPES
 
-_OTHER_SCALES = (".weight_scale", ".input_scale")
 _RESHAPED = "comfy.gguf.orig_shape."
 _OTHER_FILE = "use the model in 16 bits, fp8 or another GGUF quantisation"
 
@@ -34,9 +33,6 @@ class ModelSource:
         """
         self.checkpoint = checkpoint
         self._header = checkpoint.header
-        for name in self._header.tensors:
-            if name.endswith(_OTHER_SCALES):
-                raise self._refused(name, f"expected no scales but scale_weight, found these; {_OTHER_FILE}")
         for key in self._header.metadata:
             if key.startswith(_RESHAPED):
                 raise self._refused(
@@ -84,8 +80,7 @@ class ModelSource:
 
     def scale_name(self, name: str) -> str | None:
         """Returns the name of a weight's scale tensor; None if it has none."""
-        scale = name.removesuffix("weight") + "scale_weight"
-        return scale if name.endswith(".weight") and scale in self._header.tensors else None
+        return self.checkpoint.scales.get(name)
 
     def as_stored(self, name: str) -> torch.Tensor:
         """Returns a tensor as the file stores it."""

@@ -1,7 +1,7 @@
 """Facts of a model file, from its header: real shapes, storage formats, and the part of the model of each parameter.
 
 Sources: the prefixes of whole checkpoints as `models.names` has them; bitsandbytes' state-dict layout (`weights.bnb4_layout`);
-scaled fp8 as ComfyUI and Forge read it (a `scale_weight` beside the weight, a `scaled_fp8` marker in the file).
+scales by `weights.scale_names`, and the `scaled_fp8` marker of a file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..models.text import find_encoders
 from ..planning.gguf_baked import FORGE_BLOCKS, baked_bytes
 from ..weights.bnb4_layout import KINDS, LARGEST_STATE_BYTES, Part, find_in_file, state_key
 from ..weights.dtype_names import WIDE_DTYPE_NAMES, dtype_name
+from ..weights.scale_names import BESIDE, ScaleNames
 
 DENOISER, TEXT, VAE, OTHER = "denoiser", "text_encoders", "vae", "other"
 _VAE = ("first_stage_model.", "vae.")
@@ -31,7 +32,6 @@ _OTHER = ("control_model.", "model_ema.")
 
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 _BESIDE_4_BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale")
 _WIDE_GGUF = ("F64", "F32", "F16", "BF16")
 _NOT_CALLED = ("embedding", "shared.weight", "relative_attention_bias", "pos_embed", "position_ids", "logit_scale")
 """Parameters that are looked up or added: no layer multiplies by them."""
@@ -79,7 +79,13 @@ class Checkpoint:
     header: FileHeader
     parameters: Mapping[str, Parameter]
     architecture: Architecture | None
-    is_scaled_fp8: bool
+    scales: Mapping[str, str]
+    """The names of the weights' scales, by the weights' names."""
+
+    @property
+    def is_scaled_fp8(self) -> bool:
+        """True if the file says so, or a weight has a scale."""
+        return bool(self.scales) or "scaled_fp8" in self.header.tensors
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -122,13 +128,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     _refuse_lora(header)
     small = [n for n, entry in header.tensors.items() if _QUANT_STATE in n and entry.bytes <= LARGEST_STATE_BYTES]
     states = read_bytes(header, small) if small else {}
+    names = scale_names(header)
+    scales: dict[str, str] = {}
     shapes: dict[str, Shape] = {}
     stored: dict[str, tuple[str, bool, int]] = {}
     for name, entry in header.tensors.items():
         # Single numbers (versions, markers) are no parameters.
         if not entry.shape or _belongs_to_another(name, header.tensors):
             continue
-        form, wide, shape, size = _storage(header, entry, states)
+        form, wide, shape, size = _storage(header, entry, states, names)
+        if form not in KINDS and (scale := _scale_of(header, names, name)):
+            scales[name] = scale
+            size += header.tensors[scale].bytes
         shapes[name], stored[name] = shape, (form, wide, size)
     parts = _parts(shapes)
     parameters = {name: Parameter(name, shapes[name], *_reordered(stored[name]), parts[name]) for name in shapes}
@@ -137,9 +148,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{shown(path.name)}: expected the weights of a model, found none among {len(header.tensors)} tensors; "
             "give the checkpoint first, then the LoRAs"
         )
-    scaled = "scaled_fp8" in header.tensors or any(name.endswith(_SCALES[:1]) for name in header.tensors)
     try:
-        return Checkpoint(header, parameters, detect_model(shapes), scaled)
+        return Checkpoint(header, parameters, detect_model(shapes), scales)
     except (IndexError, ValueError) as error:
         raise _odd(header) from error
 
@@ -167,27 +177,44 @@ def _refuse_lora(header: FileHeader) -> None:
 
 def _belongs_to_another(name: str, tensors: Mapping[str, TensorEntry]) -> bool:
     """Returns True for scales and states, which are counted with their weight."""
-    if name.endswith(_SCALES) or name == "scaled_fp8" or _QUANT_STATE in name:
-        return True
     head, _, last = name.rpartition(".")
+    if (head and last in BESIDE) or name == "scaled_fp8" or _QUANT_STATE in name:
+        return True
     return last in _BESIDE_4_BIT and head in tensors
 
 
-def _storage(header: FileHeader, entry: TensorEntry, states: Mapping[str, bytes]) -> tuple[str, bool, Shape, int]:
-    """Returns the format, whether it is a float of 16 bits or more, the real shape, and the bytes with scales."""
+def scale_names(header: FileHeader) -> ScaleNames:
+    """Returns the scales of a file, by its names."""
+    return ScaleNames(
+        {name: _part(entry) for name, entry in header.tensors.items()},
+        lambda name: read_bytes(header, [name])[name],
+    )
+
+
+def _scale_of(header: FileHeader, names: ScaleNames, name: str) -> str | None:
+    try:
+        return names.of(name)
+    except FileFormatError as error:
+        raise FileFormatError(f"{shown(header.path.name)}: {shown(str(error), 300)}") from None
+
+
+def _storage(
+    header: FileHeader, entry: TensorEntry, states: Mapping[str, bytes], names: ScaleNames
+) -> tuple[str, bool, Shape, int]:
+    """Returns the format, whether it is a float of 16 bits or more, the real shape, and the bytes with bnb's scales."""
     if header.container == "gguf":
         return entry.format, entry.format in _WIDE_GGUF, entry.shape, entry.bytes
     if any(state_key(entry.name, kind) in header.tensors for kind in KINDS):
         return _bnb(header, entry, states)
     dtype = FORMATS[entry.format][1]
-    if entry.name.endswith(".weight") and len(entry.shape) > 1 and dtype == "uint8":
-        raise FileFormatError(
-            f"{shown(header.path.name)}: {shown(entry.name)}: expected a weight whose shape can be told, found uint8 "
-            "without a bitsandbytes state; use the model in fp8, NF4 or GGUF"
-        )
-    form = dtype_name(dtype or entry.format)
-    scale = header.tensors.get(entry.name.removesuffix(".weight") + ".scale_weight")
-    return form, dtype in WIDE_DTYPE_NAMES, entry.shape, entry.bytes + (scale.bytes if scale else 0)
+    if entry.name.endswith(".weight") and dtype in ("uint8", "int8"):
+        _scale_of(header, names, entry.name)
+        if len(entry.shape) > 1:
+            raise FileFormatError(
+                f"{shown(header.path.name)}: {shown(entry.name)}: expected a weight whose shape can be told, found {dtype} "
+                "without a bitsandbytes state; use the model in fp8, NF4 or GGUF"
+            )
+    return dtype_name(dtype or entry.format), dtype in WIDE_DTYPE_NAMES, entry.shape, entry.bytes
 
 
 def _bnb(header: FileHeader, entry: TensorEntry, states: Mapping[str, bytes]) -> tuple[str, bool, Shape, int]:
@@ -204,7 +231,8 @@ def _bnb(header: FileHeader, entry: TensorEntry, states: Mapping[str, bytes]) ->
 
 
 def _part(entry: TensorEntry) -> Part:
-    return Part(entry.shape, dtype_name(FORMATS[entry.format][1] or entry.format), entry.bytes)
+    # GGUF has formats of its own.
+    return Part(entry.shape, dtype_name(FORMATS.get(entry.format, (0, None))[1] or entry.format), entry.bytes)
 
 
 def _parts(shapes: Mapping[str, Shape]) -> dict[str, str]:

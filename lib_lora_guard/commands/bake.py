@@ -19,6 +19,7 @@ from ..demo.measure import Measured, measured
 from ..errors import LoraFileError
 from ..files import shown
 from ..messages import Message
+from ..patching.room_to_read import room_now_bytes
 from ..units import GB, MB
 from ..version import __version__
 from .page import MESSAGE_CHARACTERS, say
@@ -79,7 +80,7 @@ def make_baked(request: BakeRequest, console: Console) -> BakeResult:
     check_output(request.output, [request.model, *(path for path, _ in request.loras)], request.force)
     with measured() as cost:
         checkpoint = read_checkpoint(request.model)
-        files = [(read_lora_file(path), strength) for path, strength in request.loras]
+        files = [(read_lora_file(path, room=room_now_bytes), strength) for path, strength in request.loras]
         factor_bytes = sum(adapter.bytes for file, _ in files for adapter in file.adapters.values())
         stack = match_stack(checkpoint, files)
         try:

@@ -12,35 +12,69 @@ from pathlib import Path
 from ..errors import FileFormatError, Message
 from ..lazy_torch import torch
 from . import gguf_file, safetensors_file
-from .header import MAX_HEADER_BYTES, FileHeader, TensorEntry, opened, read_bytes, refusal, shown
+from .header import (
+    MAX_HEADER_BYTES,
+    FileHeader,
+    FileState,
+    TableLimits,
+    TensorEntry,
+    is_file,
+    opened,
+    read_bytes,
+    read_unchanged,
+    refusal,
+    shown,
+    state_of,
+)
 from .safetensors_writer import Entry, write_safetensors
 
 __all__ = [
     "Entry",
     "FileHeader",
+    "FileState",
+    "TableLimits",
     "TensorEntry",
+    "container_of",
+    "is_file",
     "open_header",
     "read_bytes",
     "read_tensors",
+    "read_unchanged",
     "shown",
+    "state_of",
     "write_safetensors",
 ]
 
 
-def open_header(path: str | Path) -> FileHeader:
-    """Reads a header. The first bytes of the file tell its format, never its name.
+def container_of(path: str | Path) -> str:
+    """Returns the format of a file, "safetensors" or "gguf": the first bytes tell it, never the name.
 
     Raises:
-        FileFormatError: The file cannot be read, or is in no known format or damaged.
+        FileFormatError: The file cannot be read, or is in no known format.
     """
     path = Path(path)
     with opened(path) as (file, _):
         head = file.read(16)
     if head.startswith(gguf_file.MAGIC):
-        return gguf_file.read_header(path)
+        return "gguf"
     if _looks_like_safetensors(head):
-        return safetensors_file.read_header(path)
+        return "safetensors"
     raise _foreign(path, head)
+
+
+def open_header(path: str | Path, limits: TableLimits | None = None) -> FileHeader:
+    """Reads a header.
+
+    Args:
+        path: The file.
+        limits: The largest table of a safetensors file that is read; None for any that the format allows.
+
+    Raises:
+        FileFormatError: The file cannot be read, is in no known format or damaged, or breaks the limits.
+    """
+    if container_of(path) == "gguf":
+        return gguf_file.read_header(path)
+    return safetensors_file.read_header(path, limits)
 
 
 def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from .header import (
     MAX_DIMS,
     MAX_ENTRIES,
     FileHeader,
+    FileState,
     TensorEntry,
     check_size,
     count_values,
@@ -77,7 +78,7 @@ def read_header(path: str | Path) -> FileHeader:
     check_size(path, tensors, facts.st_size)
     if pair := find_overlap(tensors.values()):
         raise damaged(path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}", pair[1].name)
-    return FileHeader(path, "gguf", tensors, metadata, facts.st_size, facts.st_mtime_ns)
+    return FileHeader(path, "gguf", tensors, metadata, facts.st_size, FileState.of(facts))
 
 
 def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import TypeVar
 
 from ..errors import FileFormatError, Message, about
 from ..lazy_torch import torch
+from ..units import MB
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library; GGUF files, tokenizers included, stay far below it."""
@@ -33,6 +35,10 @@ MAX_VALUES = 2**63 - 1
 """torch counts values, and the system counts bytes of a file, in signed 64 bit."""
 SHOWN_CHARACTERS = 120
 """Characters shown of a name from a file."""
+CLOCK_STEP_NS = 16_000_000
+"""File times move in steps: 1 to 10 ms on Linux, 15.6 ms on Windows. Two writes within a step leave the same time."""
+MOST_READS = 4
+"""How often a file that changes meanwhile is read, before it is refused."""
 
 _Read = TypeVar("_Read")
 
@@ -57,6 +63,47 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class TableLimits:
+    """The largest table of tensors that is read.
+
+    Attributes:
+        tensors: How many it may have.
+        characters: How long the names, dtypes, shapes and offsets may be together; metadata does not count.
+    """
+
+    tensors: int
+    characters: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """The facts by which a file is known to be the same as before.
+
+    On Windows `changed_ns` is the time the file was made, and `inode` is 0 on file systems without one: equal states still mean
+    what they say, with fewer facts. Two states are compared only if both are of an open file, or both of a path: Windows
+    answers the two questions differently.
+
+    Attributes:
+        device: The file system.
+        inode: The number of the file in it: another file under the old name has another one.
+        bytes: The size.
+        modified_ns: The time of the last write, which a program may set back.
+        changed_ns: The time of the last change of the file or its facts, which no program can set.
+    """
+
+    device: int
+    inode: int
+    bytes: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, facts: os.stat_result) -> FileState:
+        """Takes the state from the system's answer."""
+        return cls(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+@dataclass(frozen=True)
 class FileHeader:
     """The header of a file, compared with the file's size.
 
@@ -66,7 +113,7 @@ class FileHeader:
         tensors: The tensors by name, in the header's own order.
         metadata: Text as written; it must be cleaned before it is shown.
         bytes: The file's size.
-        modified_ns: The time of the last change, which shows that the file was written since; None if not compared.
+        state: The open file's state, which shows whether the file was written since; None if not compared.
     """
 
     path: Path
@@ -74,7 +121,7 @@ class FileHeader:
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
     bytes: int
-    modified_ns: int | None = None
+    state: FileState | None = None
 
 
 def shown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -120,13 +167,59 @@ def opened(path: Path) -> Iterator[tuple[FileIO, os.stat_result]]:
     Raises:
         FileFormatError: The system cannot open or read it.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise FileFormatError(about(shown(str(path)), Message("file.missing")))
     try:
         with path.open("rb", buffering=0) as file:
             yield file, os.fstat(file.fileno())
     except OSError as error:
         raise refusal(path, Message("file.unreadable", {"error": error.strerror or str(error)})) from error
+
+
+def is_file(path: Path) -> bool:
+    """Returns True for a regular file; False too for a name that the system cannot have, such as one of 300 letters."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def state_of(path: Path) -> FileState | None:
+    """Returns the state of the file at `path`; None if there is none."""
+    try:
+        return FileState.of(path.stat())
+    except (OSError, ValueError):
+        return None
+
+
+def read_unchanged(path: Path, read: Callable[[], _Read]) -> _Read:
+    """Calls `read`, and calls it again if the file at `path` has changed meanwhile.
+
+    A file that was written within the last step of the clock is read after that step: a later write shows in its time then.
+
+    Args:
+        path: The file.
+        read: Reads it from its beginning.
+
+    Raises:
+        FileFormatError: `read` refused the file, which did not change; or the file changed each time.
+    """
+    for _ in range(MOST_READS):
+        before = state_of(path)
+        if before is not None:
+            age_ns = time.time_ns() - max(before.modified_ns, before.changed_ns)
+            if 0 <= age_ns < CLOCK_STEP_NS:
+                time.sleep((CLOCK_STEP_NS - age_ns) / 1e9)
+                before = state_of(path)
+        try:
+            result = read()
+        except FileFormatError:
+            if state_of(path) == before:
+                raise
+        else:
+            if state_of(path) == before:
+                return result
+    raise refusal(path, Message("file.keeps_changing", {"count": MOST_READS}))
 
 
 def count_values(shape: Sequence[int]) -> int | None:
@@ -173,7 +266,7 @@ def read_entries(
 
     def read(entry: TensorEntry, file: FileIO) -> torch.Tensor:
         # On the CPU whatever the host's default device is: the address below must be writable memory.
-        buffer = torch.empty(entry.bytes, dtype=torch.uint8, device="cpu")
+        buffer = _memory(header, entry)
         if entry.bytes:
             # Filled in place: a bytearray under the tensor would be filled with zeros first.
             memory = (ctypes.c_ubyte * entry.bytes).from_address(buffer.data_ptr())
@@ -182,6 +275,15 @@ def read_entries(
 
     with torch.inference_mode(False):
         return _read_each(header, names, read)
+
+
+def _memory(header: FileHeader, entry: TensorEntry) -> torch.Tensor:
+    try:
+        return torch.empty(entry.bytes, dtype=torch.uint8, device="cpu")
+    except (RuntimeError, MemoryError):
+        # torch's own error says neither which file nor what to do.
+        why = Message("file.no_memory", {"needed_mb": entry.bytes / MB})
+        raise refusal(header.path, why, entry.name) from None
 
 
 def read_bytes(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, bytes]:
@@ -234,5 +336,5 @@ def _fill(view: memoryview, header: FileHeader, entry: TensorEntry, file: FileIO
 def _check_unchanged(header: FileHeader, facts: os.stat_result) -> None:
     if facts.st_size != header.bytes:
         raise refusal(header.path, Message("file.resized", {"wanted": header.bytes, "found": facts.st_size}))
-    if header.modified_ns not in (None, facts.st_mtime_ns):
+    if header.state not in (None, FileState.of(facts)):
         raise refusal(header.path, Message("file.rewritten"))

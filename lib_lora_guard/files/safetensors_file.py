@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from io import FileIO
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .header import (
     MAX_HEADER_BYTES,
     MAX_VALUES,
     FileHeader,
+    FileState,
+    TableLimits,
     TensorEntry,
     check_size,
     count_values,
@@ -45,11 +48,19 @@ FORMATS: dict[str, tuple[int, str | None]] = {
 """Name in the file -> (bits of a value, torch's name or None). An older torch may lack some of them."""
 
 
-def read_header(path: str | Path) -> FileHeader:
+MOST_METADATA = 10_000
+"""Entries of the metadata. Trainers write some hundred."""
+
+
+def read_header(path: str | Path, limits: TableLimits | None = None) -> FileHeader:
     """Reads the header of a safetensors file.
 
+    Args:
+        path: The file.
+        limits: The largest table that is read; None for any that the format allows.
+
     Raises:
-        FileFormatError: The file cannot be read or breaks the format's rules.
+        FileFormatError: The file cannot be read, breaks the format's rules or the limits.
     """
     path = Path(path)
     with opened(path) as (file, facts):
@@ -68,10 +79,11 @@ def read_header(path: str | Path) -> FileHeader:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise damaged(path, f"expected a header in UTF-8, found another byte at {8 + error.start}") from None
-    tensors, metadata = _parse(path, text, 8 + length)
+    del raw  # up to 100 MB
+    tensors, metadata = _parse(path, text, 8 + length, limits)
     check_size(path, tensors, size)
     _check_covered(path, tensors, 8 + length, size)
-    return FileHeader(path, "safetensors", tensors, metadata, size, facts.st_mtime_ns)
+    return FileHeader(path, "safetensors", tensors, metadata, size, FileState.of(facts))
 
 
 def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -138,27 +150,42 @@ def _read_fully(file: FileIO, length: int) -> bytes:
     return b"".join(parts)
 
 
-def _parse(path: Path, text: str, data_start: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def _parse(
+    path: Path, text: str, data_start: int, limits: TableLimits | None
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     scanner = Scanner(path, text)
     metadata: dict[str, str] = {}
     tensors: dict[str, TensorEntry] = {}
+    beside = 0
     for name in scanner.members():
         if name == "__metadata__":
-            metadata = {key: scanner.string("text", key) for key in scanner.members()}
+            start = scanner.at
+            metadata = {key: scanner.string("text", key) for key in scanner.members(MOST_METADATA)}
+            beside = scanner.at - start
         else:
+            # Before the entry is made: what is over the limits takes no more memory than they allow.
+            if limits is not None:
+                _check_table(path, limits, len(tensors) + 1, scanner.at - beside)
             tensors[name] = _entry(path, name, scanner.entry(name), data_start)
     scanner.end()
     return tensors, metadata
+
+
+def _check_table(path: Path, limits: TableLimits, tensors: int, characters: int) -> None:
+    if tensors > limits.tensors:
+        raise refusal(path, Message("file.too_many_tensors", {"most": limits.tensors}))
+    if characters > limits.characters:
+        raise refusal(path, Message("file.table_too_long", {"most": limits.characters}))
 
 
 def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
     def wrong(what: str, expected: str, found: object) -> FileFormatError:
         return damaged(path, f"{what}: expected {expected}, found {shown(str(found))}", name)
 
-    for field in ("dtype", "shape", "data_offsets"):
-        if field not in fields:
-            raise wrong(field, "it in the header", "nothing")
-    form, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    try:
+        form, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    except KeyError as error:
+        raise wrong(error.args[0], "it in the header", "nothing") from None
     if not isinstance(form, str) or form not in FORMATS:
         raise wrong("dtype", f"one of {', '.join(FORMATS)}", form)
     if not _is_sizes(shape) or len(shape) > MAX_DIMS:
@@ -184,11 +211,13 @@ def _is_sizes(value: object) -> bool:
 
 def _check_covered(path: Path, tensors: dict[str, TensorEntry], data_start: int, size: int) -> None:
     """Checks as the library does that tensors fill the file: each starts where the one before ends, the last ends the file."""
-    if pair := find_overlap(tensors.values()):
-        raise damaged(path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}", pair[1].name)
     end = data_start
-    for entry in sorted(tensors.values(), key=lambda entry: (entry.start, entry.bytes)):
+    for entry in sorted(tensors.values(), key=_place):
         if entry.start != end:
+            if pair := find_overlap(tensors.values()):
+                raise damaged(
+                    path, f"expected its own bytes, found it to overlap with {shown(pair[0].name)}", pair[1].name
+                )
             raise damaged(
                 path,
                 f"expected to start at byte {end} where the one before ends, found {entry.start}",
@@ -197,3 +226,6 @@ def _check_covered(path: Path, tensors: dict[str, TensorEntry], data_start: int,
         end += entry.bytes
     if end != size:
         raise damaged(path, f"expected {end} bytes, found {size}, more than its tensors have")
+
+
+_place = attrgetter("start", "bytes")

@@ -17,7 +17,7 @@ from ..memory import rules
 from ..memory.readings import MemorySnapshot
 from ..memory.rules import Finding
 from ..messages import Message, say
-from ..planning.host_memory import RAM_FLOOR_BYTES
+from ..planning.limits import RAM_FLOOR_BYTES, room_to_read_bytes
 from ..recorder.crash_report import Precaution
 from .precautions import Precautions
 
@@ -93,8 +93,7 @@ class Preflight:
 
     def room_bytes(self) -> int | None:
         """Returns how much may be moved into RAM before the process is in danger; None where the system does not say."""
-        alive = self._snapshot().alive_ram_bytes
-        return None if alive is None else max(0, alive - RAM_FLOOR_BYTES // 4)
+        return room_to_read_bytes(self._snapshot().alive_ram_bytes)
 
     def alive_bytes(self) -> int | None:
         """Returns the RAM that the process survives using; None where the system does not say."""

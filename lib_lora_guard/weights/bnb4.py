@@ -109,7 +109,7 @@ def from_quant_state(data: torch.Tensor, quant_state: Any) -> tuple[Bnb4Decoder,
         256 if nested is None else nested.blocksize,
     )
     decoder.shape_of(parts)
-    return decoder, parts
+    return decoder, _in_order(decoder, parts)
 
 
 def from_file_parts(tensors: AnyParts, name: str) -> tuple[Bnb4Decoder, Parts]:
@@ -128,7 +128,16 @@ def from_file_parts(tensors: AnyParts, name: str) -> tuple[Bnb4Decoder, Parts]:
     if found.offset is not None:
         parts["offset"] = torch.tensor(found.offset, device=parts["data"].device)
     layout = found.layout
-    return Bnb4Decoder(layout.format, layout.shape, layout.block, layout.nested_block), parts
+    decoder = Bnb4Decoder(layout.format, layout.shape, layout.block, layout.nested_block)
+    return decoder, _in_order(decoder, parts)
+
+
+def _in_order(decoder: Bnb4Decoder, parts: Parts) -> Parts:
+    """Returns the parts with absmax in the order of the weight's blocks."""
+    absmax = parts["absmax"]
+    if not decoder.layout.is_transposed(tuple(absmax.shape)):
+        return parts
+    return {**parts, "absmax": absmax.t().reshape(-1)}
 
 
 def _facts(tensor: torch.Tensor) -> Part:

@@ -68,6 +68,29 @@ class Bnb4Layout:
         """The bytes of the packed values."""
         return (math.prod(self.shape) + 1) // 2
 
+    def is_transposed(self, absmax: tuple[int, ...]) -> bool:
+        """Returns True for an absmax whose blocks must be transposed to lie in the weight's order.
+
+        bitsandbytes' kernels for CPUs (`_convert_weight_packed_for_cpu`) keep it as (blocks of a row, rows). A model that has
+        run on a CPU is saved with that, beside weights in the usual order.
+
+        Args:
+            absmax: Its shape.
+
+        Raises:
+            FileFormatError: It has two dimensions, and they are no such ones.
+        """
+        if sum(size != 1 for size in absmax) < 2:
+            return False
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        wanted = (columns // self.block, rows)
+        if absmax != wanted or columns % self.block:
+            raise FileFormatError(
+                f"{self.format}: expected absmax in one dimension, or as {list(wanted)} from a model that has run on a CPU, found "
+                f"{list(absmax)}; the file is damaged"
+            )
+        return True
+
     def check(self, parts: Mapping[str, Part]) -> None:
         """Compares the sizes of parts with the layout.
 
@@ -80,6 +103,7 @@ class Bnb4Layout:
         blocks = -(-math.prod(self.shape) // self.block)
         self._expect("bytes of data", parts["data"].bytes, self.data_bytes)
         self._expect("values of absmax", parts["absmax"].values, blocks)
+        self.is_transposed(parts["absmax"].shape)
         nested = [name for name in NESTED_PARTS if name in parts]
         if (parts["absmax"].dtype == "uint8") != (len(nested) == len(NESTED_PARTS)) or 0 < len(nested) < 3:
             raise FileFormatError(

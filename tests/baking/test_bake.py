@@ -18,16 +18,17 @@ from lib_lora_guard.baking.dtypes import rounded
 from lib_lora_guard.baking.source import ModelSource
 from lib_lora_guard.checkpoints.model_header import read_checkpoint
 from lib_lora_guard.errors import FileFormatError, LoraMismatchError
+from lib_lora_guard.files import open_header, read_bytes
 from lib_lora_guard.weights import dtype_name
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 STRENGTH = 0.8
 
 
-def run(model, stack, output, dtype="keep"):
+def run(model, stack, output, dtype="keep", metadata=None):
     checkpoint = read_checkpoint(model)
     found = match_stack(checkpoint, [(read_lora_file(path), strength) for path, strength in stack])
-    return bake(checkpoint, found, output, DTYPES[dtype], {"format": "pt"}), found
+    return bake(checkpoint, found, output, DTYPES[dtype], {"format": "pt", **(metadata or {})}), found
 
 
 def written(tensors, folder, dtype=torch.bfloat16):
@@ -281,6 +282,52 @@ def test_scaled_fp8_keeps_its_scales(by_row, tmp_path):
     assert report.cosine == pytest.approx(cosine_of(true, present), abs=1e-6)
 
 
+@pytest.mark.parametrize("wanted", ["keep", "bf16"])
+def test_weight_scale_of_comfyui_is_heeded(wanted, tmp_path):
+    tensors, targets = flux(), TARGETS["flux"]
+    stored, meaning = scaled(tensors)
+    stored = {name.replace("scale_weight", "weight_scale"): tensor for name, tensor in stored.items()}
+    del stored["scaled_fp8"]
+    marker = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    beside = {
+        name.replace("weight_scale", last): content.clone()
+        for name in stored
+        if name.endswith("weight_scale")
+        for last, content in (("comfy_quant", marker), ("input_scale", torch.tensor(0.5)))
+    }
+    layers = {"_quantization_metadata": "{}"}
+    save_file({**stored, **beside}, tmp_path / "model.safetensors", metadata=layers)
+    stack = [(write_lora(tmp_path / "a.safetensors", tensors, targets), 1.0)]
+    out = tmp_path / "out.safetensors"
+    run(tmp_path / "model.safetensors", stack, out, wanted, layers)
+    baked, exact = load_file(out), merged(meaning, stack, targets)
+    for name in exact:
+        if exact[name].dim() < 2:
+            continue
+        scale = baked.get(name.replace(".weight", ".weight_scale"))
+        if wanted == "keep":
+            assert same_bits(baked[name], (exact[name] / scale).to(E4M3))
+        else:
+            assert same_bits(baked[name], exact[name].bfloat16())
+    kept = baked.keys() & {*beside, *(name for name in stored if name.endswith("weight_scale"))}
+    assert len(kept) == (3 * len(beside) // 2 if wanted == "keep" else 0), "they belong to the fp8 numbers"
+    assert ("_quantization_metadata" in open_header(out).metadata) is (wanted == "keep")
+
+
+def test_a_tensor_in_f4_is_copied(tmp_path):
+    if not hasattr(torch, "float4_e2m1fn_x2"):
+        pytest.skip("this torch has no F4")
+    tensors = flux()
+    lora = write_lora(tmp_path / "a.safetensors", tensors, TARGETS["flux"])
+    model, stored = written(tensors, tmp_path)
+    packed = torch.arange(128, dtype=torch.uint8).reshape(4, 32).view(torch.float4_e2m1fn_x2)
+    save_file({**stored, "extra.weight": packed}, model)
+    run(model, [(lora, 1.0)], tmp_path / "out.safetensors")
+    header = open_header(tmp_path / "out.safetensors")
+    assert (header.tensors["extra.weight"].format, header.tensors["extra.weight"].shape) == ("F4", (4, 64))
+    assert read_bytes(header, ["extra.weight"])["extra.weight"] == bytes(range(128))
+
+
 def test_rows_without_a_lora_keep_their_values_when_a_scale_doubles(tmp_path):
     """q changes and makes the largest value three times as large; k and v mean what they meant."""
     tensors = flux()
@@ -416,15 +463,27 @@ def test_baking_names_the_keys_it_leaves_out(tmp_path):
     assert same_bits(baked["double_blocks.0.img_attn.proj.weight"], stored["double_blocks.0.img_attn.proj.weight"])
 
 
+OTHER_SCALES = {
+    "weight_scale": torch.ones(3),  # blocks: MXFP8, NVFP4
+    "weight_scale_inv": torch.ones(1, 1),  # DeepSeek's blocks of 128 x 128
+    "scale": torch.ones(1),  # SDNQ
+    "scale_b": torch.ones(1),
+    "weight._scale": torch.ones(1),  # quanto
+    "weight.scale": torch.ones(1),
+    "comfy_quant": torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8),
+}
+
+
 def test_formats_that_cannot_be_taken_over_are_refused(tmp_path):
     tensors = flux()
     lora = write_lora(tmp_path / "a.safetensors", tensors, TARGETS["flux"])
     model, stored = written(tensors, tmp_path, E4M3)
-    save_file({**stored, "double_blocks.0.img_attn.qkv.weight_scale": torch.ones(1)}, model)
-    with pytest.raises(
-        FileFormatError, match=r"model.safetensors: .*qkv.weight_scale: expected no scales but scale_weight"
-    ):
-        run(model, [(lora, 1.0)], tmp_path / "out.safetensors")
+    for beside, content in OTHER_SCALES.items():
+        save_file({**stored, f"double_blocks.0.img_attn.qkv.{beside}": content}, model)
+        with pytest.raises(
+            FileFormatError, match=rf"model.safetensors: .*qkv.{beside}: expected no scales but scale_weight"
+        ):
+            run(model, [(lora, 1.0)], tmp_path / "out.safetensors")
     save_file({**stored, "double_blocks.0.img_attn.qkv.scale_weight": torch.ones(5)}, model)
     with pytest.raises(
         FileFormatError,

@@ -197,7 +197,7 @@ def test_a_file_is_read_once_copied_never_and_read_again_when_it_has_changed(gua
 
     path, reads = tmp_path / "s.safetensors", []
     read = forge_files.read_lora_file
-    monkeypatch.setattr(forge_files, "read_lora_file", lambda *a: reads.append(a) or read(*a))
+    monkeypatch.setattr(forge_files, "read_lora_file", lambda *a, **k: reads.append(a) or read(*a, **k))
     write_kohya(path, MODULES)
     files = LoraFiles()
     patcher, _ = guarded.build("bf16")
@@ -286,7 +286,7 @@ def test_the_files_of_one_stack_stay_whatever_their_size(guarded, tmp_path, monk
     from lib_lora_guard.hosts.webui import lora_files as forge_files
 
     reads, read = [], forge_files.read_lora_file
-    monkeypatch.setattr(forge_files, "read_lora_file", lambda path: reads.append(path.name) or read(path))
+    monkeypatch.setattr(forge_files, "read_lora_file", lambda path, **k: reads.append(path.name) or read(path, **k))
     for name in "abc":
         write_kohya(tmp_path / f"{name}.safetensors", MODULES)
     files = LoraFiles(LiveSettings({"lora_guard_kept_files_mb": 0}))

@@ -140,7 +140,7 @@ def test_a_file_changed_after_its_header_was_read(tmp_path, change):
         elif change == "longer":
             file.seek(0, 2)
             file.write(b"x")
-    os.utime(path, ns=(header.modified_ns + 10**9,) * 2)
+    os.utime(path, ns=(header.state.modified_ns + 10**9,) * 2)
     expected = {
         "shorter": rf"^a\.safetensors: expected {header.bytes} bytes as when its header was read, found {header.bytes - 1};",
         "longer": rf"^a\.safetensors: expected {header.bytes} bytes as when its header was read, found {header.bytes + 1};",

@@ -192,3 +192,26 @@ def test_rows_that_are_not_there_are_refused():
     decoder, parts, _ = random_weight("nf4", (2, 32))
     with pytest.raises(ValueError, match="nf4: rows 1 to 3 were asked for, the weight has 2"):
         decoder.decode_rows(parts, 1, 2, torch.float32)
+
+
+@kinds
+def test_absmax_of_a_model_that_has_run_on_a_cpu_is_transposed(kind):
+    """bitsandbytes 0.50.2 saves it as (blocks of a row, rows) in bf16, the weight beside it in the usual order."""
+    decoder, parts, _ = random_weight(kind, (96, 128))
+    usual = {**parts, "absmax": parts["absmax"].bfloat16()}
+    state = torch.tensor(
+        list(json.dumps({"quant_type": kind, "blocksize": 64, "shape": [96, 128]}).encode()), dtype=torch.uint8
+    )
+    file = {
+        "x.weight": parts["data"],
+        "x.weight.absmax": usual["absmax"].reshape(96, 2).t().contiguous(),
+        f"x.weight.quant_state.bitsandbytes__{kind}": state,
+    }
+    found, read = from_file_parts(file, "x.weight")
+    wanted = decoder.decode(usual, torch.float32)
+    assert same_bits(found.decode(read, torch.float32), wanted)
+    file["x.weight.absmax"] = usual["absmax"].reshape(192, 1)
+    assert same_bits(found.decode(from_file_parts(file, "x.weight")[1], torch.float32), wanted)
+    file["x.weight.absmax"] = usual["absmax"].reshape(96, 2)
+    with pytest.raises(FileFormatError, match=r"as \[2, 96\] from a model that has run on a CPU, found \[96, 2\]"):
+        from_file_parts(file, "x.weight")

@@ -11,9 +11,10 @@ import torch
 
 from ...adapters.files import LoraFile, read_lora_file
 from ...errors import LoraMismatchError, about
-from ...files import shown
+from ...files import FileState, is_file, shown, state_of
 from ...models.fit import Target, fit_file
 from ...patching.engine import Engine, LoraRequest
+from ...patching.room_to_read import room_now_bytes
 from ...planning.mode import requested
 from ...reporting.report import ApplyReport
 from .access import PlainAccess
@@ -42,7 +43,7 @@ class LoraGuard:
             raise TypeError(f"LoraGuard needs a torch.nn.Module, this is a {type(model).__name__}")
         self._engine = _engines.setdefault(model, Engine())
         self._access = PlainAccess(model)
-        self._files: dict[tuple[str, int, int, bool], LoraFile] = {}
+        self._files: dict[_FileKey, LoraFile] = {}
         self._target = Target({})
 
     def apply(
@@ -71,7 +72,8 @@ class LoraGuard:
             raise TypeError('stack must be a list of (file, strength) pairs: [("style.safetensors", 0.8)]')
         # Tensors made in inference mode could never be changed or differentiated outside it.
         with torch.inference_mode(False), torch.no_grad():
-            files = [self._read(Path(path), as_trained) for path, _ in stack]
+            keyed = [self._read(Path(path), as_trained) for path, _ in stack]
+            files = [file for _, file in keyed]
             shapes = self._access.shapes() | self._engine.unpatched_shapes()
             if self._target.shapes != shapes:
                 self._target = Target(shapes)
@@ -80,7 +82,7 @@ class LoraGuard:
                 for n, (file, (_, strength)) in enumerate(zip(files, stack, strict=True))
             ]
             report = self._engine.change(self._access, requests, wish, leave_out=False)
-        self._files = {(*_identity(file.path), as_trained): file for file in files}
+        self._files = dict(keyed)
         return report
 
     def remove(self) -> ApplyReport:
@@ -106,10 +108,12 @@ class LoraGuard:
     ) -> None:
         self.remove()
 
-    def _read(self, path: Path, as_trained: bool) -> LoraFile:
-        """Returns a file: from memory if it is in the present stack and unchanged on disk."""
-        known = self._files.get((*_identity(path), as_trained)) if path.is_file() else None
-        return known or read_lora_file(path, as_trained)
+    def _read(self, path: Path, as_trained: bool) -> tuple[_FileKey, LoraFile]:
+        """Returns a file and its key: from memory if it is in the present stack and unchanged on disk."""
+        # The state before it is read: a file that changes afterwards is another one at the next call.
+        key = (str(path.resolve()), state_of(path), as_trained) if is_file(path) else (str(path), None, as_trained)
+        known = self._files.get(key)
+        return key, known or read_lora_file(path, as_trained, room_now_bytes)
 
     def _request(self, index: int, file: LoraFile, strength: float) -> LoraRequest:
         name = shown(file.path.name)
@@ -129,6 +133,5 @@ _engines: weakref.WeakKeyDictionary[torch.nn.Module, Engine] = weakref.WeakKeyDi
 """One engine per model: of two, neither would know what the other has done to a weight."""
 
 
-def _identity(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return str(path.resolve()), status.st_mtime_ns, status.st_size
+_FileKey = tuple[str, "FileState | None", bool]
+"""The path, the state on disk, and as_trained."""

@@ -6,17 +6,21 @@ pass, and the guard patches it without writing into them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from ...errors import FileFormatError
-from ...files import FileHeader, open_header, read_tensors, shown
+from ...files import FileHeader, TensorEntry, open_header, read_bytes, read_tensors, shown
+from ...files.safetensors_file import FORMATS
 from ...weights import GGUF_DECODERS, PlainCodec, ScaledFp8Codec, StoredLinear
 from ...weights.bnb4 import from_file_parts
+from ...weights.bnb4_layout import Part
 from ...weights.codec import Decoder, Parts
 from ...weights.dtype_names import dtype_name
+from ...weights.scale_names import ScaleNames
 from ...weights.storage import FP8_DTYPES, WIDE_DTYPES
 
 
@@ -29,71 +33,132 @@ def load_stored(model: torch.nn.Module, path: str | Path, prefix: str = "") -> l
         prefix: Stands before the names of modules in the file ("model.diffusion_model.").
 
     Returns:
-        The names in the file that the model has no place for.
+        The names in the file that the model has no place for. They are not read.
 
     Raises:
         FileFormatError: The file cannot be read, or a tensor does not fit; with file, key, expected and found. The model may
             then have some of the new layers.
     """
-    header = open_header(Path(path))
-    tensors = read_tensors(header)
-    used: set[str] = set()
+    file = _StoredFile(open_header(Path(path)), prefix)
     layers = dict(model.named_modules())
-    for name, layer in layers.items():
-        key = f"{prefix}{name}.weight"
-        if not isinstance(layer, torch.nn.Linear) or key not in tensors:
-            continue
-        decoder, parts = _stored(header, tensors, key)
-        wanted, found = (layer.out_features, layer.in_features), decoder.shape_of(parts)
-        if found != wanted:
-            raise FileFormatError(
-                f"{shown(header.path.name)}: {shown(key)}: expected {list(wanted)}, found {list(found)}; "
-                "this file is for another model"
-            )
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
+    weights = {name: layer for name, layer in linear.items() if file.has(f"{name}.weight")}
+    others = {
+        name: p for name, p in model.named_parameters() if file.has(name) and name.rpartition(".")[0] not in weights
+    }
+    file.read(weights, others)
+    for name, layer in weights.items():
+        wanted = layer.out_features, layer.in_features
+        decoder, parts = file.weight(name)
+        file.check_shape(f"{name}.weight", wanted, decoder.shape_of(parts))
         bias = None if layer.bias is None else layer.bias.data
-        if f"{prefix}{name}.bias" in tensors:
-            bias = _plain(header, f"{prefix}{name}.bias", tensors[f"{prefix}{name}.bias"])
+        if file.has(f"{name}.bias"):
+            bias = file.plain(f"{name}.bias")
+            file.check_shape(f"{name}.bias", (layer.out_features,), tuple(bias.shape))
         stored = StoredLinear.from_parts(decoder, parts, wanted, bias)
         owner, _, child = name.rpartition(".")
         setattr(layers[owner] if owner else model, child, stored)
-        used |= {k for k in tensors if k == key or k.startswith(f"{key}.")}
-        used |= {f"{prefix}{name}.bias", f"{prefix}{name}.scale_weight"} & tensors.keys()
-    for name, parameter in list(model.named_parameters()):
-        key = f"{prefix}{name}"
-        if key in tensors and key not in used:
-            value = _plain(header, key, tensors[key])
-            if value.shape != parameter.shape:
-                raise FileFormatError(
-                    f"{shown(header.path.name)}: {shown(key)}: expected {list(parameter.shape)}, found {list(value.shape)}; "
-                    "this file is for another model"
-                )
-            parameter.data = value
-            used.add(key)
-    return [key for key in tensors if key not in used]
+    for name, parameter in others.items():
+        value = file.plain(name)
+        file.check_shape(name, tuple(parameter.shape), tuple(value.shape))
+        parameter.data = value
+    return file.left()
 
 
-def _stored(header: FileHeader, tensors: Mapping[str, torch.Tensor], key: str) -> tuple[Decoder, Parts]:
-    """Returns the decoder and the parts of one weight of the file."""
-    tensor, stored_as = tensors[key], header.tensors[key].format
-    if header.container == "gguf":
-        if stored_as not in GGUF_DECODERS:
-            raise FileFormatError(
-                f"{shown(header.path.name)}: {shown(key)}: expected one of {', '.join(GGUF_DECODERS)}, found {stored_as}; "
-                "use another quantisation of this model"
-            )
-        return GGUF_DECODERS[stored_as], {"data": tensor.view(torch.uint8) if tensor.dim() == 2 else tensor}
-    if f"{key}.absmax" in tensors:
-        return from_file_parts(tensors, key)
-    if tensor.dtype in FP8_DTYPES:
-        scale = tensors.get(f"{key.removesuffix('weight')}scale_weight")
-        return ScaledFp8Codec(), {"data": tensor} if scale is None else {"data": tensor, "scale": scale}
-    return PlainCodec(tensor.dtype, dtype_name(tensor.dtype)), {"data": _plain(header, key, tensor)}
+class _StoredFile:
+    """The tensors of one file, by the names that the model has for them."""
 
-
-def _plain(header: FileHeader, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype not in (*WIDE_DTYPES, *FP8_DTYPES):
-        raise FileFormatError(
-            f"{shown(header.path.name)}: {shown(key)}: expected plain floating-point numbers, found {header.tensors[key].format}; "
-            "use another quantisation of this model"
+    def __init__(self, header: FileHeader, prefix: str) -> None:
+        self.header, self.prefix = header, prefix
+        self._scales = ScaleNames(
+            {name: _part(entry) for name, entry in header.tensors.items()},
+            lambda name: read_bytes(header, [name])[name],
         )
-    return tensor
+        self._scale_of: dict[str, str | None] = {}
+        self._tensors: Mapping[str, torch.Tensor] = {}
+        self._used: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return f"{self.prefix}{name}" in self.header.tensors
+
+    def read(self, weights: Mapping[str, torch.nn.Module], others: Mapping[str, torch.nn.Parameter]) -> None:
+        """Judges what the model has a place for by the header, then reads it."""
+        for name in weights:
+            key = f"{self.prefix}{name}.weight"
+            if not self._is_bnb(key):
+                self._scale_of[key] = self._named(self._scales.of, key)
+            self._used |= {key, *self._scales.beside(key)}
+            if self.has(f"{name}.bias"):
+                self._used.add(f"{self.prefix}{name}.bias")
+        for name in others:
+            key = f"{self.prefix}{name}"
+            if scale := self._named(self._scales.of, key):
+                raise self._refused(
+                    scale, "expected scales beside the weights of linear layers alone, found one of another layer"
+                )
+            self._used.add(key)
+        self._tensors = read_tensors(self.header, [name for name in self.header.tensors if name in self._used])
+
+    def weight(self, name: str) -> tuple[Decoder, Parts]:
+        """Returns the decoder and the parts of one weight."""
+        key = f"{self.prefix}{name}.weight"
+        tensor, stored_as = self._tensors[key], self.header.tensors[key].format
+        if self.header.container == "gguf":
+            if stored_as not in GGUF_DECODERS:
+                raise self._refused(key, f"expected one of {', '.join(GGUF_DECODERS)}, found {stored_as}")
+            return GGUF_DECODERS[stored_as], {"data": tensor.view(torch.uint8) if tensor.dim() == 2 else tensor}
+        if self._is_bnb(key):
+            return self._named(lambda key: from_file_parts(self._tensors, key), key)
+        scale_key = self._scale_of[key]
+        scale = None if scale_key is None else self._tensors[scale_key]
+        if tensor.dtype in FP8_DTYPES:
+            return ScaledFp8Codec(), {"data": tensor} if scale is None else {"data": tensor, "scale": scale}
+        tensor = self.plain(f"{name}.weight")
+        if scale is not None:
+            if scale.numel() not in (1, tensor.shape[0]):
+                raise self._refused(
+                    str(scale_key), f"expected one scale or {tensor.shape[0]}, found {list(scale.shape)}"
+                )
+            # Multiplied here: in 16 bits the product would be rounded.
+            tensor = tensor.float() * scale.float().reshape(-1, 1)
+        return PlainCodec(tensor.dtype, dtype_name(tensor.dtype)), {"data": tensor}
+
+    def plain(self, name: str) -> torch.Tensor:
+        """Returns a tensor of floating-point numbers."""
+        key = f"{self.prefix}{name}"
+        tensor = self._tensors[key]
+        if tensor.dtype not in (*WIDE_DTYPES, *FP8_DTYPES):
+            raise self._refused(key, f"expected plain floating-point numbers, found {self.header.tensors[key].format}")
+        return tensor
+
+    def check_shape(self, name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
+        if found != wanted:
+            raise FileFormatError(
+                f"{shown(self.header.path.name)}: {shown(self.prefix + name)}: expected {list(wanted)}, found {list(found)}; "
+                "this file is for another model"
+            )
+
+    def left(self) -> list[str]:
+        return [name for name in self.header.tensors if name not in self._used]
+
+    def _is_bnb(self, key: str) -> bool:
+        return f"{key}.absmax" in self.header.tensors
+
+    def _named(self, ask: Callable[[str], _Answer], key: str) -> _Answer:
+        try:
+            return ask(key)
+        except FileFormatError as error:
+            raise FileFormatError(f"{shown(self.header.path.name)}: {shown(str(error), 300)}") from None
+
+    def _refused(self, key: str, text: str) -> FileFormatError:
+        return FileFormatError(
+            f"{shown(self.header.path.name)}: {shown(key)}: {text}; use another quantisation of this model"
+        )
+
+
+_Answer = TypeVar("_Answer")
+
+
+def _part(entry: TensorEntry) -> Part:
+    # GGUF has formats of its own.
+    return Part(entry.shape, dtype_name(FORMATS.get(entry.format, (0, None))[1] or entry.format), entry.bytes)

@@ -22,9 +22,10 @@ from ...adapters.file_settings import FileSettings
 from ...adapters.files import LoraFile, parse_tensors, read_lora_file
 from ...adapters.patch_tuples import value_of
 from ...errors import LoraFileError, LoraMismatchError, Message, about, reason
-from ...files import shown
+from ...files import FileState, is_file, shown, state_of
 from ...messages import Joined, say, without
 from ...models.fit import Fit, Target, fit_file
+from ...patching.room_to_read import room_now_bytes
 from ...reporting.report import clean_text
 from ...runtime.factor_copies import own
 from ...runtime.image_words import ImageWords
@@ -109,7 +110,7 @@ class LoraFiles:
             self.is_host_reading()
             or not _is_hosts_own(original)
             or not isinstance(filename, (str, Path))
-            or not Path(filename).is_file()
+            or not is_file(Path(filename))
         ):
             return original(filename)
         return LazyState(str(filename), lambda: original(filename))
@@ -224,14 +225,15 @@ class LoraFiles:
             # Another extension hands over tensors that it has made, loaded or changed: these count, not the file.
             return parse_tensors(Path(str(filename)), dict(lora), FileSettings({}))
         path = Path(lora.filename)
-        if not path.is_file():
+        # The state before it is read: a file that changes afterwards is another one at the next call.
+        state = state_of(path) if is_file(path) else None
+        if state is None:
             raise LoraFileError(about(shown(path.name), Message("file.missing")))
-        status = path.stat()
-        key = (str(path), status.st_mtime_ns, status.st_size)
+        key = (str(path), state)
         with self._lock:
             file = self._kept.get(key)
         if file is None:
-            file = read_lora_file(path)
+            file = read_lora_file(path, room=self._room)
             _own(adapter for adapter in file.adapters.values())
         with self._lock:
             self._kept[key] = file
@@ -239,6 +241,13 @@ class LoraFiles:
         self._in_stack.add(key)
         self.trim()
         return file
+
+    def _room(self, needed_bytes: int) -> int | None:
+        """Returns the RAM for another file. Where it is too little, files that are not of the present stack go."""
+        room = room_now_bytes(needed_bytes)
+        if room is not None and needed_bytes > room and self.drop_unused():
+            room = room_now_bytes(needed_bytes)
+        return room
 
     def is_host_reading(self) -> bool:
         """True if the host reads LoRA files itself."""
@@ -248,7 +257,7 @@ class LoraFiles:
         """Gives back files beyond what may be kept, the one used longest ago first."""
         with self._lock:
             for old in [key for key in self._kept if key not in self._in_stack | self._last_stack]:
-                is_too_much = sum(size for _, _, size in self._kept) > self._settings.kept_files_bytes()
+                is_too_much = sum(state.bytes for _, state in self._kept) > self._settings.kept_files_bytes()
                 if is_too_much or 0 < self._settings.kept_files() < len(self._kept):
                     del self._kept[old]
 
@@ -258,13 +267,13 @@ class LoraFiles:
             unused = [key for key in self._kept if key not in self._in_stack]
             for key in unused:
                 del self._kept[key]
-        return sum(size for _, _, size in unused)
+        return sum(state.bytes for _, state in unused)
 
     @property
     def bytes(self) -> int:
         """Bytes on disk of the files that are kept in RAM."""
         with self._lock:
-            return sum(size for _, _, size in self._kept)
+            return sum(state.bytes for _, state in self._kept)
 
     def _match(self, file: LoraFile, model: torch.nn.Module) -> Fit:
         """Returns the part of the file that fits one model; worked out once, for nothing in it depends on the
@@ -291,7 +300,8 @@ def _is_hosts_own(reader: Any) -> bool:
     return code is not None and code.co_name == "load_lora_state_dict"
 
 
-FileKey = tuple[str, int, int]
+FileKey = tuple[str, FileState]
+"""The path and the state on disk."""
 Matches = weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Shape], Fit]]
 
 

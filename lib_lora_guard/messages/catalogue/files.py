@@ -90,4 +90,21 @@ TEXTS: dict[str, tuple[str, str]] = {
         "stored as {format}, which torch {torch} does not have; convert it to F16 or BF16 with a newer torch",
         "存储格式为 {format}，torch {torch} 不支持；请用较新的 torch 转换为 F16 或 BF16",
     ),
+    "file.keeps_changing": (
+        "it was written to each of the {count} times it was read; wait until the file is written, then load it again",
+        "读取了 {count} 次，每次读取期间文件都被写入；请等待文件写入完成后重新加载",
+    ),
+    "file.no_memory": (
+        "reading it needs {needed_mb:.0f} MB of RAM, and the system gives no more; close other programs, or use a smaller file",
+        "读取需要 {needed_mb:.0f} MB 内存，而系统无法再提供；请关闭其他程序，或使用更小的文件",
+    ),
+    "file.too_many_tensors": (
+        "expected at most {most} tensors, found more: a LoRA has some thousand; choose another file",
+        "最多应有 {most} 个张量，实际更多：LoRA 一般只有几千个；请选择其他文件",
+    ),
+    "file.table_too_long": (
+        "expected names and shapes of at most {most} characters together, found more: those of a LoRA take up to a million; choose "
+        "another file",
+        "张量名称与形状的总长度最多应为 {most} 个字符，实际更长：LoRA 一般不超过一百万；请选择其他文件",
+    ),
 }

@@ -6,12 +6,27 @@ from __future__ import annotations
 TEXTS: dict[str, tuple[str, str]] = {
     # The file's content.
     "lora.container": (
-        "expected a LoRA in safetensors format, found a {container} model",
-        "应为 safetensors 格式的 LoRA，但该文件是 {container} 模型",
+        "expected a LoRA in safetensors format, found a {container} model; choose a LoRA, or load this file as the model",
+        "应为 safetensors 格式的 LoRA，但该文件是 {container} 模型；请选择 LoRA，或将此文件作为模型加载",
     ),
     "lora.none": (
         "no LoRA keys found among {count} tensors; is this a checkpoint?",
         "{count} 个张量中没有任何 LoRA 键；这是不是完整的模型（checkpoint）？",
+    ),
+    "lora.too_large": (
+        "its tensors take {needed_mb:.0f} MB of RAM and {room_mb:.0f} MB are left; close other programs, make the page file at least "
+        "{more_gb} GB larger, or use a LoRA of a smaller rank",
+        "其张量需要 {needed_mb:.0f} MB 内存，而剩余的只有 {room_mb:.0f} MB；请关闭其他程序、将页面文件至少增大 {more_gb} GB，"
+        "或使用秩更小的 LoRA",
+    ),
+    "lora.packed": (
+        "it is stored as {format}, which cannot be calculated with; get the file in F16 or BF16, or convert it",
+        "存储格式为 {format}，无法用于计算；请获取 F16 或 BF16 格式的文件，或自行转换",
+    ),
+    "lora.settings_too_long": (
+        "its adapter settings have {found} characters, {most} at most are read; save the LoRA again with the settings of its own "
+        "modules alone",
+        "适配器设置有 {found} 个字符，最多读取 {most} 个；请重新保存该 LoRA，只保留其自身模块的设置",
     ),
     "lora.two_changes": (
         "{module} has two changes of its {parameter}; the file is damaged",

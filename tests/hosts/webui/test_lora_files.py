@@ -1,8 +1,14 @@
 """LoRA files that are kept in RAM: which stay, and how many bytes are given back. (What they do to models: tests/contract.)"""
 
+import os
+
+import pytest
 from contract.lora_files import MODULES
 from support.make import write_kohya
 
+from lib_lora_guard.adapters import files as lora_reading
+from lib_lora_guard.errors import LoraFileError
+from lib_lora_guard.hosts.webui import lora_files
 from lib_lora_guard.hosts.webui.lora_files import LazyState, LoraFiles
 
 
@@ -26,3 +32,35 @@ def test_dropping_what_is_unused_keeps_the_present_stack_and_counts_the_rest(tmp
     assert files.bytes == sizes["a"] + sizes["c"]
     assert read(files, tmp_path / "a.safetensors") is kept, "of the present stack"
     assert files.drop_unused() == 0
+
+
+def test_a_file_larger_than_memory_is_refused_once_unused_files_are_gone(tmp_path, monkeypatch):
+    for name in "ab":
+        write_kohya(tmp_path / f"{name}.safetensors", MODULES)
+    files, rooms = LoraFiles(), [10, 20]
+    read(files, tmp_path / "a.safetensors")
+    files._in_stack = set()
+    monkeypatch.setattr(lora_reading, "UNCOUNTED_BYTES", 0)
+    monkeypatch.setattr(lora_files, "room_now_bytes", lambda needed: rooms.pop(0))
+    with pytest.raises(
+        LoraFileError, match=r"^b\.safetensors: its tensors take \d+ MB of RAM and 0 MB are left; close"
+    ):
+        read(files, tmp_path / "b.safetensors")
+    assert (files.bytes, rooms) == (0, [])
+    rooms[:] = [1 << 30]
+    read(files, tmp_path / "a.safetensors")
+    files._in_stack = set()
+    rooms[:] = [10, 1 << 30]
+    read(files, tmp_path / "b.safetensors")
+    assert files.bytes == (tmp_path / "b.safetensors").stat().st_size, "there is room once the other is gone"
+
+
+def test_a_file_is_read_again_where_another_of_its_size_and_time_lies_in_its_place(tmp_path):
+    for name in "ab":
+        write_kohya(tmp_path / f"{name}.safetensors", MODULES)
+        os.utime(tmp_path / f"{name}.safetensors", (1e9, 1e9))
+    files = LoraFiles()
+    first = read(files, tmp_path / "a.safetensors")
+    assert read(files, tmp_path / "a.safetensors") is first
+    (tmp_path / "b.safetensors").replace(tmp_path / "a.safetensors")
+    assert read(files, tmp_path / "a.safetensors") is not first
