@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from real_forge.make_kinds import LORA, MODELS, weights_of
+from support.raw_files import entry, safetensors_bytes
 
 FLUX, SD15 = "tiny_flux_bf16", "rand_sd15_tiny"
 GENERATOR = torch.Generator().manual_seed(11)
@@ -187,10 +188,10 @@ def kohya_oft(weights):
     weight = weights[name].double()
     yield "oft kohya", File({f"{flat}.oft_blocks": blocks, f"{flat}.alpha": torch.tensor(0.06)}, {name: turn.T @ weight - weight})  # fmt: skip
     flat, weight = "oft_unet_" + fused.replace(".", "_"), weights[fused].double()
-    tensors, parts = {f"{flat}.alpha": torch.tensor(0.06)}, []
+    tensors, parts = {f"{flat}.alpha": torch.tensor(0.3)}, []
     for number in range(3):
-        tensors[f"{flat}.oft_blocks.{number}"] = rand(4, width // 4, width // 4) * 0.1
-        turn = turned_by(tensors[f"{flat}.oft_blocks.{number}"], width, 0.06 * width)
+        tensors[f"{flat}.oft_blocks.{number}"] = rand(4, width // 4, width // 4)
+        turn = turned_by(tensors[f"{flat}.oft_blocks.{number}"], width, 0.3 * width)
         part = weight[number * width : (number + 1) * width]
         parts.append(turn.T @ part - part)
     yield "oft kohya in parts", File(tensors, {fused: torch.cat(parts)})
@@ -271,6 +272,7 @@ def bad_files(weights):
     good = plain(dotted, up, down)
     pissa = json.dumps({"r": RANK, "lora_alpha": RANK, "init_lora_weights": "pissa"})
     norm = f"diffusion_model.{DOUBLE}.img_attn.norm.key_norm"
+    nowhere = {**plain("diffusion_model.nowhere.0", up, down), **plain("diffusion_model.nowhere.1", up, down)}
     sides = {"a1": (64, 4), "a2": (4, 64), "b1": (64, 4), "b2": (4, 64)}
     return {
         "pissa": File(good, metadata={"lora_adapter_metadata": pissa}),
@@ -278,6 +280,12 @@ def bad_files(weights):
         "no kind": File({f"{dotted}.hira_A": down, f"{dotted}.hira_B": up}),
         "not a number": File({**good, f"{dotted}.lora_B.weight": up * float("nan")}),
         "beyond fp32": File({**good, f"{dotted}.lora_B.weight": up.double() * 1e300}),
+        "another model": File({key: rand(*(size + 8 for size in value.shape)) for key, value in good.items()}),
+        "two kinds": File({**good, f"{dotted}.lokr_w1": rand(4, 4), f"{dotted}.lokr_w2": rand(64, 64)}),
+        "lonely factor": File({f"{dotted}.lora_A.weight": down}),
+        "two numbers for alpha": File({**good, f"{dotted}.alpha": torch.ones(2)}),
+        "checkpoint": File({f"model.diffusion_model.{key}.weight": value for key, value in weights.items()}),
+        "mostly elsewhere": File({**good, **nowhere}),
         "glora on a norm": File({f"{norm}.{side}.weight": rand(*shape) for side, shape in sides.items()}),
     }
 
@@ -287,8 +295,13 @@ def kohya(name):
 
 
 def main():
-    with (LORA / "lgs_bad_garbage.safetensors").open("wb") as file:
-        file.write(bytes(range(256)) * 16)
+    (LORA / "lgs_bad_garbage.safetensors").write_bytes(bytes(range(256)) * 16)
+    name = f"diffusion_model.{DOUBLE}.img_attn.proj.lora"
+    packed = {
+        f"{name}_A.weight": entry("F4", (4, 256), (0, 512)),
+        f"{name}_B.weight": entry("F4", (256, 4), (512, 1024)),
+    }
+    (LORA / "lgs_bad_packed.safetensors").write_bytes(safetensors_bytes(packed, bytes(1024)))
     for family, checkpoint, wanted, make in (
         ("flux", FLUX, ("_blocks", "final_layer.linear"), flux_files),
         ("sd15", SD15, ("in_layers.2", "out_layers.3"), sd15_files),
