@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from real_forge.make_kinds import LORA, MODELS, weights_of
 from support.raw_files import entry, safetensors_bytes
+
+from real_forge.make_kinds import LORA, MODELS, weights_of
 
 FLUX, SD15 = "tiny_flux_bf16", "rand_sd15_tiny"
 GENERATOR = torch.Generator().manual_seed(11)
@@ -325,7 +326,11 @@ def _names(checkpoint):
 
 def _save(name, tensors, metadata=None):
     path = LORA / f"{name.replace(' ', '_')}.safetensors"
-    save_file({key: value.contiguous() for key, value in tensors.items()}, str(path), metadata=metadata)
+    save_file(
+        {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()},
+        str(path),
+        metadata=metadata,
+    )
 
 
 if __name__ == "__main__":
