@@ -66,8 +66,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{name} 为 {number}，不是可用的数值；请改用 0.8 之类的数值",
     ),
     "lora.beyond_fp32": (
-        "it holds numbers as large as {largest:.1e}, and fp32 ends at 3.4e+38; train it again, or save it in fp32",
-        "含有大至 {largest:.1e} 的数值，而 fp32 的上限为 3.4e+38；请重新训练，或以 fp32 保存",
+        "it holds numbers as large as {largest:.1e}, and fp32 ends at 3.4e+38: its training went wrong; train it again",
+        "含有大至 {largest:.1e} 的数值，而 fp32 的上限为 3.4e+38：训练已失控；请重新训练",
     ),
     "lora.strength": ("strength", "强度"),
     "lora.model_strength": ("model strength", "模型强度"),
