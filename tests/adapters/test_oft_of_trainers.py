@@ -47,11 +47,13 @@ def turned_rows(weight, turn):
     return torch.einsum("knm,knp->kmp", turn, rows).reshape(weight.shape)
 
 
+@pytest.mark.parametrize("name", ["oft_unet_lin.oft_blocks", "oft_unet_lin.oft_blocks.0", "lora_unet_lin.oft_blocks.0"])
 @pytest.mark.parametrize("alpha", [1e-3, 10.0])
-def test_blocks_of_sd_scripts_for_flux_that_are_not_split(alpha, tmp_path):
+def test_blocks_of_sd_scripts_that_are_not_split(alpha, name, tmp_path):
+    """networks/oft.py and oft_flux.py; the names are theirs and LyCORIS'."""
     model, blocks = net(), rand(4, 6, 6, seed=1)
     wanted = turned_rows(model["lin"].weight, rotation(blocks, alpha * OUT))
-    file = {"lora_unet_lin.oft_blocks.0": blocks, "lora_unet_lin.alpha": torch.tensor(alpha)}
+    file = {name: blocks, f"{name.partition('.')[0]}.alpha": torch.tensor(alpha)}
     assert_as_trained(tmp_path, model, file, {"lin": wanted})
 
 
