@@ -31,6 +31,11 @@ class TransposedAdapter(Adapter):
         return alpha
 
     @property
+    def stands_alone(self) -> bool:  # type: ignore[override]  # of the adapter inside
+        """True for a difference inside."""
+        return self.inner.stands_alone
+
+    @property
     def rank(self) -> int | None:
         return self.inner.rank
 
