@@ -17,11 +17,23 @@ from ..files import FileHeader, shown
 from ..files.safetensors_file import FORMATS
 from ..models.architecture import Architecture, detect_lora
 from ..models.routes import flatten
-from ..models.text import CLIP_G, CLIP_H, CLIP_L, HINTS
+from ..models.text import CLIP_G, CLIP_H, CLIP_L, HINTS, LLM, hint_of
 from ..weights.dtype_names import dtype_name
 
 _TRAINER = re.compile(r"^(base_model_model_|lycoris_|lora_)")
 _CLIPS = {"te": "CLIP-L", "te1": "CLIP-L", CLIP_L: "CLIP-L", "te2": "CLIP-G", CLIP_G: "CLIP-G", CLIP_H: "CLIP-H"}
+_LANGUAGE_MODELS = {
+    Architecture.ANIMA: "Qwen3", Architecture.Z_IMAGE: "Qwen3", Architecture.KREA2: "Qwen3-VL",
+    Architecture.LUMINA2: "Gemma 2", Architecture.QWEN_IMAGE: "Qwen2.5-VL", Architecture.ERNIE_IMAGE: "Ministral 3",
+    Architecture.HUNYUAN_IMAGE: "Qwen2.5-VL",
+}  # fmt: skip
+"""The language model that an architecture reads its prompt with, where there is one."""
+_FAMILIES = {
+    "qwen3vl": "Qwen3-VL", "qwen3": "Qwen3", "qwen25": "Qwen2.5-VL", "gemma2": "Gemma 2", "gemma3": "Gemma 3",
+    "ministral3": "Ministral 3", "mistral3": "Mistral 3", "llama": "Llama",
+}  # fmt: skip
+"""The language model that a name in the file says itself."""
+_LANGUAGE_LAYER = re.compile(r"(?<!encoder_)layers_\d+_(self_attn_[qkvo]_proj|mlp_(gate|up|down)_proj)")
 _UNETS = (
     Architecture.SD1, Architecture.SD2, Architecture.SDXL, Architecture.SDXL_REFINER, Architecture.KOLORS,
     Architecture.SVD,
@@ -171,11 +183,17 @@ def _part(module: str, made_for: Architecture | None) -> str:
     flat = flatten(module)
     while (plain := _TRAINER.sub("", flat)) != flat:
         flat = plain
-    hint = next((begin for begin in HINTS if flat.startswith(begin)), None)
-    if hint is None:
+    hint = hint_of(flat)
+    if "llm_adapter_" in flat or flat.startswith("text_conditioner_"):
+        return "text adapter"
+    if not hint:
         return "U-Net" if made_for in _UNETS else "transformer"
     if "encoder_block_" in flat or HINTS[hint] in ("t5", "te3"):
-        return "T5"
+        return "UMT5" if made_for is Architecture.WAN else "T5"
+    if HINTS[hint] == LLM or _LANGUAGE_LAYER.search(flat):
+        return next((name for begin, name in _FAMILIES.items() if begin in hint), "") or _LANGUAGE_MODELS.get(
+            made_for or Architecture.SD1, "language model"
+        )
     return _CLIPS.get(HINTS[hint], "text encoder")
 
 

@@ -28,14 +28,18 @@ class Architecture(str, Enum):
     FLUX = "Flux"
     CHROMA = "Chroma"
     FLUX2 = "Flux 2"
+    ANIMA = "Anima"
     KOLORS = "Kolors"
     SVD = "Stable Video Diffusion"
     CASCADE = "Stable Cascade"
     AURAFLOW = "AuraFlow"
     COSMOS = "Cosmos"
+    ERNIE_IMAGE = "ERNIE-Image"
     HIDREAM = "HiDream"
     HUNYUAN_DIT = "Hunyuan-DiT"
+    HUNYUAN_IMAGE = "HunyuanImage"
     HUNYUAN_VIDEO = "Hunyuan Video"
+    KREA2 = "Krea 2"
     LTX = "LTX-Video"
     LUMINA2 = "Lumina 2"
     PIXART = "PixArt"
@@ -51,14 +55,17 @@ A = Architecture
 @dataclass(frozen=True)
 class _Rule:
     """`names` is a pattern for the modules' flat names. If `inputs` is given, a matching module must have one of these
-    input widths.
+    input widths; if `sizes` is given, one of these `(outputs, inputs)`.
     """
 
     architecture: Architecture
     names: str
     inputs: frozenset[int] = frozenset()
+    sizes: frozenset[tuple[int, int]] = frozenset()
 
     def fits(self, evidence: Evidence) -> bool:
+        if self.sizes:
+            return bool(self.sizes & evidence.sizes(self.names))
         return bool(self.inputs & evidence.inputs(self.names)) if self.inputs else evidence.has(self.names)
 
 
@@ -66,9 +73,18 @@ def _rule(architecture: Architecture, names: str, *inputs: int) -> _Rule:
     return _Rule(architecture, names, frozenset(inputs))
 
 
+def _sized(architecture: Architecture, names: str, *sizes: tuple[int, int]) -> _Rule:
+    return _Rule(architecture, names, sizes=frozenset(sizes))
+
+
 _DIT = r"^blocks_\d+_"
 _TOP = r"^transformer_blocks_\d+_"
 _BFL = r"^(double|single)_blocks_\d+_"
+_BOTH = r"^((double|single)_blocks|(single_)?transformer_blocks)_\d+_"
+_NEXT_DIT = r"^(layers|noise_refiner|context_refiner)_\d+_"
+_COSMOS = (
+    _DIT + r"((self|cross)_attn_([qkv]|output)_proj|mlp_layer[12]|adaln_modulation_(self_attn|cross_attn|mlp)_[12])$"
+)
 
 _RULES = (
     _rule(A.SD3, r"^joint_blocks_\d+_(x|context)_block_"),
@@ -82,6 +98,18 @@ _RULES = (
         r"^single_transformer_blocks_\d+_attn_to_(qkv_mlp_proj|out)$|" + _TOP + r"ff(_context)?_linear_(in|out)$",
     ),
     _rule(A.FLUX2, _BFL + r"((img|txt)_attn_(qkv|proj)|(img|txt)_mlp_0|linear1)$", 4096, 6144),
+    # The only ones of this family whose blocks are 3584 wide (the refiner's: 3328).
+    _rule(
+        A.HUNYUAN_IMAGE, _BOTH + r".*(qkv|proj|(to|add)_[qkv](_proj)?|linear1|mlp(_0|_fc1|_net_0_proj))$", 3584, 3328
+    ),
+    _rule(
+        A.HUNYUAN_IMAGE,
+        _BOTH + r".*(mod_lin(ear)?|modulation_lin(ear)?|norm1?(_context)?_linear|to_out_0)$",
+        3584,
+        3328,
+    ),
+    _rule(A.HUNYUAN_IMAGE, _BOTH + r"((img|txt)_mlp_(2|fc2)|ff(_context)?_net_2)$", 14336),
+    _rule(A.HUNYUAN_IMAGE, _BOTH + r"(linear2|proj_out)$", 17920),
     _rule(A.HUNYUAN_VIDEO, r"individual_token_refiner|^context_embedder_token_refiner"),
     _rule(A.HUNYUAN_VIDEO, _BFL + r"((img|txt)_(mlp_fc\d|mod_linear)|modulation_linear)"),
     _rule(A.QWEN_IMAGE, _TOP + r"(img|txt)_(mod|mlp)_"),
@@ -92,11 +120,29 @@ _RULES = (
     _rule(A.LTX, _TOP + r"attn2_to_[kv]$", 2048, 4096),
     _rule(A.HUNYUAN_DIT, _DIT + r"attn[12]_(Wqkv|kv_proj|q_proj)$"),
     _rule(A.HUNYUAN_DIT, _DIT + r"attn[12]_to_q$", 1408),
-    _rule(A.COSMOS, _DIT + r"(self|cross)_attn_[qkv]_proj$"),
-    _rule(A.WAN, _DIT + r"((self|cross)_attn_[qkvo](_img)?|ffn_[02])$"),
-    _rule(A.WAN, _DIT + r"attn[12]_(to_[qkv]|add_[kv]_proj)$", 1536, 3072, 5120),
-    _rule(A.Z_IMAGE, r"^(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)", 3840),
-    _rule(A.LUMINA2, r"^(layers|noise_refiner|context_refiner)_\d+_(attention|attn|feed_forward|adaLN)", 2304),
+    _rule(A.ANIMA, r"^(llm_adapter|text_conditioner)_|" + _DIT + r"(self|cross)_attn_o_proj$"),
+    # Cosmos-Predict2 of 2 billion parameters has the same layers: Anima is made of it.
+    _rule(A.ANIMA, _COSMOS, 2048, 8192),
+    _sized(A.ANIMA, _COSMOS, (2048, 1024), (6144, 256)),
+    _rule(A.COSMOS, _COSMOS),
+    _sized(A.ANIMA, _TOP + r"(attn2_to_[kv]|norm[123]_linear_[12])$", (2048, 1024), (256, 2048), (6144, 256)),
+    _rule(A.COSMOS, _TOP + r"norm[123]_linear_[12]$"),
+    _sized(A.COSMOS, _TOP + r"attn[12]_to_[qkv]$", (4096, 1024), (5120, 1024), (5120, 5120)),
+    _rule(A.KREA2, r"^(txtfusion|text_fusion)_|" + _TOP + r"(attn_to_gate|ff_(gate|up|down))$"),
+    _rule(A.KREA2, _DIT + r"(attn_(w[qkvo]|gate)|mlp_(gate|up|down)|mod_lin)$"),
+    # Flux 2 has queries of the same width, but 8 blocks of them; keys and values are narrower in Krea 2.
+    _rule(A.KREA2, r"^transformer_blocks_([89]|[12]\d)_attn_to_(q|out(_0)?)$", 6144),
+    _sized(A.KREA2, _TOP + r"attn_to_[kv]$", (1536, 6144)),
+    _rule(A.ERNIE_IMAGE, r"^layers_\d+_(self_attention_|adaLN_(sa|mlp)_ln$|mlp_linear_fc2$)"),
+    _rule(A.WAN, _DIT + r"((self|cross)_attn_[qkvo](_img)?|ffn_[02]|ffn_net_(0_proj|2)|modulation)$"),
+    _rule(A.WAN, r"^(text_embedding_[02]|time_projection_1|head_head|condition_embedder_(time|text|image)_\w+)$"),
+    _rule(A.WAN, _DIT + r"attn[12]_(to_[qkv]|to_out(_0)?|add_[kv]_proj)$", 1536, 3072, 5120),
+    _rule(A.LUMINA2, _NEXT_DIT + r"(attention|attn|feed_forward|adaLN)", 2304),
+    _rule(A.LUMINA2, _NEXT_DIT + r"(feed_forward_w2|adaLN_modulation_1)$", 9216, 1024),
+    _rule(A.LUMINA2, _NEXT_DIT + r"(attn_(to_[qkv]|to_out|norm_[qk])|feed_forward_linear_[123]|norm1_linear)"),
+    _rule(A.Z_IMAGE, _NEXT_DIT + r"(attention|feed_forward|adaLN)", 3840),
+    _rule(A.Z_IMAGE, _NEXT_DIT + r"(feed_forward_w2|adaLN_modulation_0)$", 10240, 256),
+    _rule(A.Z_IMAGE, r"^all_(x_embedder|final_layer)_|" + _NEXT_DIT + r"attention_(to_[qkv]|to_out|norm_[qk])"),
     _rule(A.SD3, _TOP + r"attn_(to|add)_[qkv]", 1536, 2432),
     _rule(A.SD3, _TOP + r"ff(_context)?_net_0_proj$|" + _TOP + r"norm1(_context)?_linear$", 1536, 2432),
 )
@@ -121,6 +167,14 @@ _METADATA_PATTERNS = {
     A.KOLORS: r"kolors",
     A.QWEN_IMAGE: r"qwen[-_]?image",
     A.HUNYUAN_VIDEO: r"hunyuan[-_]?video|lora_framepack",
+    A.HUNYUAN_IMAGE: r"hunyuan[-_]?image",
+    A.Z_IMAGE: r"z[-_]?image",
+    A.LUMINA2: r"lumina",
+    A.KREA2: r"krea[-_. ]?2",
+    A.ANIMA: r"\banima\b|lora_anima",
+    A.COSMOS: r"cosmos",
+    A.WAN: r"\bwan|lora_wan",
+    A.ERNIE_IMAGE: r"ernie[-_]?image",
 }
 _METADATA = ("ss_base_model_version", "modelspec.architecture", "ss_network_module")
 
@@ -177,11 +231,15 @@ def likeliest(found: tuple[Architecture, ...]) -> Architecture | None:
     return found[0] if len(found) == 1 or found[:1] == (A.FLUX,) else None
 
 
+_SHARED = ({A.FLUX, A.CHROMA}, {A.SDXL, A.KOLORS}, {A.ANIMA, A.COSMOS})
+"""Pairs of which a LoRA for one has a place in the other."""
+
+
 def accepts(model: Architecture | None, lora: Architecture | None) -> bool:
     """True if a LoRA may be applied to a model: same architecture, one of them unknown, or a pair that shares its
     layers.
     """
-    return model is None or lora is None or model == lora or {model, lora} in ({A.FLUX, A.CHROMA}, {A.SDXL, A.KOLORS})
+    return model is None or lora is None or model == lora or {model, lora} in _SHARED
 
 
 def _decide(evidence: Evidence) -> tuple[Architecture, ...]:
@@ -248,7 +306,8 @@ def _text(evidence: Evidence) -> tuple[Architecture, ...]:
         return (A.SD3, A.FLUX)
     if evidence.text(r"^(te2|text_encoder_2)_" + t5):
         return (A.FLUX,)
-    widths = evidence.text_inputs(r"self_attn_([qkv]_proj|to_[qkv])$|mlp_fc1$")
+    # Language models have `layers` without `encoder`; several architectures share each of them.
+    widths = evidence.text_inputs(r"encoder_layers_\d+_(self_attn_([qkv]_proj|to_[qkv])|mlp_fc1)$")
     if 1024 in widths:
         return (A.SD2,)
     if 1280 in widths:

@@ -17,7 +17,10 @@ from .prefixes import unwrapped, without_prefixes
 from .routes import flatten
 
 _ELSEWHERE = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "control_model.", "model_ema.")
-_TEXT = re.compile(r"^(te\d?|text_encoders?(_\d)?|clip_[lgh]|t5(xxl)?|prior_te)[._]|^text_model[._]")
+_TEXT = re.compile(
+    r"^(te\d?|text_encoders?(_\d)?|clip_[lgh]|u?mt5(xxl)?|t5(xxl)?|prior_te|qwen\w+|gemma\w+|mi(ni)?stral\w*|llama\w*)[._]"
+    r"|^text_model[._]|^(model[._])?(language_model[._])?(model[._])?layers[._]\d+[._]self_attn[._][qkvo]_proj"
+)
 _ATTACHED = ("_lora", "_lora1", "_lora2")
 """Attention processors of old diffusers and XLabs hang the adapter on the layer: `to_q_lora`, `qkv_lora1`."""
 _ENDING = re.compile(r"\.(?:in_proj_)?(weight|bias|scale)$")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..adapters.base import Shape
 from ..errors import LoraMismatchError
-from . import flux, flux2, mmdit, text, unet
+from . import cosmos, flux, flux2, krea2, lumina, mmdit, text, unet, wan
 from .prefixes import starts, unwrapped
 from .routes import Modules, Route, Spelling, Table, flatten
 
@@ -22,6 +22,10 @@ LAYOUTS: tuple[Callable[[Mapping[str, Shape]], Iterator[Spelling]], ...] = (
     flux.spellings,
     flux2.spellings,
     mmdit.spellings,
+    lumina.spellings,
+    krea2.spellings,
+    cosmos.spellings,
+    wan.spellings,
 )
 """Give the names of a denoiser's modules in all layouts, from its own names and shapes; none for other models."""
 
@@ -29,7 +33,7 @@ _ROLES = {"weight": "weight", "in_proj_weight": "weight", "bias": "bias", "in_pr
 """Maps the last part of a parameter's name to its role; RMSNorm of the original layout has a `scale`."""
 
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "dit.", "net.", "")
-"""Possible prefixes of the denoiser, in the order tried."""
+"""Possible prefixes of the denoiser, in the order tried; Cosmos' and Anima's own files say `net.`."""
 _OTHERS = (
     "first_stage_model.",
     "vae.",
@@ -92,7 +96,10 @@ class NameMap:
         self._transposed = {name for name in self._parameters if name.endswith("text_projection") and name in shapes}
         outside = {name: shapes[real] for name, real in own.items() if not name.startswith(DENOISER_PREFIXES[:2])}
         self._encoders = text.find_encoders(outside)
-        self._text = {prefix: self._table(prefix, own, text.spellings(own)) for prefix, own in self._owned_by_text()}
+        self._text = {
+            prefix: self._table(prefix, own, text.spellings(own, self._encoders[prefix]))
+            for prefix, own in self._owned_by_text()
+        }
         self._denoiser = self._make_denoiser()
         self._known: dict[tuple[str, str], tuple[Place, ...]] = {}
 
@@ -168,11 +175,13 @@ class NameMap:
         for at in starts(written):
             if routes := self._denoiser.routes(written[at:], flat[at:]):
                 return routes
+        if "llm_adapter" in flat or "text_conditioner" in flat:
+            return self._in_adapter(cosmos.adapter_name(flat))
         if not self._text:
             return ()
         for at in starts(written, of_text=True):
             inner, flat_inner = written[at:], flat[at:]
-            hint = next((begin for begin in text.HINTS if flat_inner.startswith(begin)), "")
+            hint = text.hint_of(flat_inner)
             prefixes = text.candidates(text.HINTS[hint], self._encoders) if hint else list(self._encoders)
             found = [routes for prefix in prefixes if (routes := self._in_text(prefix, inner[len(hint) :]))]
             # Without a hint, a name that several encoders have is ambiguous: none of them is chosen.
@@ -186,9 +195,13 @@ class NameMap:
         table, flat = self._text[prefix], flatten(inner)
         if routes := table.routes(inner, flat):
             return routes
-        # ComfyUI and Forge keep the encoder itself under "transformer."
-        start = len("transformer_")
-        return table.routes(inner[start:], flat[start:]) if flat.startswith("transformer_") else ()
+        start = text.inside_containers(flat)
+        return table.routes(inner[start:], flat[start:]) if start else ()
+
+    def _in_adapter(self, name: str) -> tuple[Route, ...]:
+        """The routes of a module of Anima's adapter: in the transformer, in a text encoder, or the whole model."""
+        tables = (self._denoiser, *self._text.values())
+        return next((routes for table in tables if (routes := table.routes(name, name))), ())
 
     def _owned_by_text(self) -> list[tuple[str, dict[str, Shape]]]:
         return [(prefix, _below(self._modules, prefix, self._encoders.keys() - {prefix})) for prefix in self._encoders]

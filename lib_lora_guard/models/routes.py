@@ -178,12 +178,15 @@ def _runs(places: Iterable[_Place]) -> list[tuple[_Place, int]]:
 
 
 def _lengths(count: int, shape: Shape) -> tuple[int, ...]:
-    """Returns the rows of each atom of a weight: all, equal thirds (query, key, value), or those and an MLP (Flux
-    `linear1`).
+    """Returns the rows of each atom of a weight: all, query, key and value, or those and an MLP (Flux `linear1`).
+
+    The query is as wide as the input. Key and value share the rest: as much each, or less in grouped attention (Lumina).
     """
     rows = shape[0] if shape else 0
     if count == 4:
         return (*(shape[1],) * 3, rows - 3 * shape[1])
+    if count == 3 and len(shape) > 1 and 0 < rows - shape[1] < 2 * shape[1]:
+        return (shape[1], *((rows - shape[1]) // 2,) * 2)
     return (rows // count,) * count
 
 

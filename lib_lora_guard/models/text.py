@@ -1,9 +1,11 @@
 """Text encoders: detects those of a model, resolves which one a LoRA file addresses, and lists their module names.
 
 CLIP has transformers' names (with or without `text_model.`: transformers 5 removed it from CLIPTextModel). In SD 2.x
-and SDXL checkpoints it has open_clip's, whose `attn.in_proj_weight` fuses query, key and value. T5 has only
-transformers' names. Sources: diffusers' single_file_utils.py, Forge's backend/loader.py, and the key maps of kohya,
-OneTrainer and diffusers files in Forge's packages_3rdparty/comfyui_lora_collection/lora.py.
+and SDXL checkpoints it has open_clip's, whose `attn.in_proj_weight` fuses query, key and value. T5 and UMT5 have only
+transformers' names. Language models (Qwen3, Qwen2.5-VL, Gemma 2, Mistral, Llama) share transformers' layers; what stands
+before `layers` differs by class and version. Sources: diffusers' single_file_utils.py, Forge's backend/loader.py, Forge
+Neo's backend/nn/llm, and the key maps of kohya, OneTrainer and diffusers files in Forge's
+packages_3rdparty/comfyui_lora_collection/lora.py and Neo's modules_forge/packages/comfy/lora.py.
 """
 
 from __future__ import annotations
@@ -12,16 +14,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..adapters.base import Shape
+from .cosmos import adapter_spellings
 from .routes import Spelling, numbers
 
-CLIP_L, CLIP_G, CLIP_H, CLIP, T5 = "clip_l", "clip_g", "clip_h", "clip", "t5"
-"""CLIP stands for an encoder whose width is none of the three."""
+CLIP_L, CLIP_G, CLIP_H, CLIP, T5, LLM = "clip_l", "clip_g", "clip_h", "clip", "t5", "llm"
+"""CLIP stands for an encoder whose width is none of the three, LLM for any language model."""
 
 _WIDTHS = {768: CLIP_L, 1280: CLIP_G, 1024: CLIP_H}
 _MARK = re.compile(
     r"(?P<prefix>(?:[^.]+\.)*?)(?:(?:text_model\.)?encoder\.layers\.\d+\.(?:self_attn|mlp)\.|transformer\.resblocks\.\d+\."
-    r"|(?P<t5>encoder\.block\.\d+\.layer\.))"
+    r"|(?P<t5>encoder\.block\.\d+\.layer\.)"
+    r"|(?P<llm>(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.\d+\.self_attn\.[qkvo]_proj\.))"
 )
+_CONTAINERS = re.compile(r"(?:(?:transformer|model|language_model)[._])+")
+"""Containers around an encoder: ComfyUI and Forge keep one under `transformer.`, language models nest their layers."""
 _NAMED = {
     **{name: name for name in (CLIP_L, CLIP_G, CLIP_H)},
     "text_encoder.": CLIP_L,
@@ -39,16 +45,25 @@ _INDEX: dict[str, Sequence[str]] = {
     CLIP_G: (CLIP_G,),
     CLIP_H: (CLIP_H, CLIP),
     T5: (),
+    LLM: (),
 }
+_LLMS = (
+    "qwen3", "qwen3_06b", "qwen3_4b", "qwen3_8b", "qwen3vl_4b", "qwen25_7b", "gemma2", "gemma2_2b", "gemma3",
+    "mistral3_24b", "ministral3", "ministral3_3b", "llama",
+)  # fmt: skip
+"""Names of language models in Forge Neo and ComfyUI."""
+_T5S = ("t5", "t5xxl", "umt5", "umt5xxl")
 _HINTS = {
     "te_": "te", "te1_": "te1", "te2_": "te2", "te3_": "te3", "prior_te_": "te",
     "text_encoder_": "te1", "text_encoder_2_": "te2", "text_encoder_3_": "te3",
-    "clip_l_": CLIP_L, "clip_g_": CLIP_G, "clip_h_": CLIP_H, "t5_": T5, "t5xxl_": T5,
-    "text_encoders_clip_l_": CLIP_L, "text_encoders_clip_g_": CLIP_G, "text_encoders_t5xxl_": T5,
+    **{f"{before}{kind}_": kind for before in ("", "text_encoders_") for kind in (CLIP_L, CLIP_G, CLIP_H)},
+    **{f"{before}{name}_": T5 for before in ("", "text_encoders_") for name in _T5S},
+    **{f"{before}{name}_": LLM for before in ("", "text_encoders_") for name in _LLMS},
 }  # fmt: skip
 """Maps the beginning of a flat name in a file to the encoder it addresses."""
 HINTS = dict(sorted(_HINTS.items(), key=lambda item: -len(item[0])))
 """_HINTS, longest first."""
+_HINT = re.compile("|".join(HINTS))
 
 _LAYER = (
     ("attn.out_proj", "self_attn.out_proj"),
@@ -60,15 +75,27 @@ _LAYER = (
 
 
 def find_encoders(shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Returns the prefix of every text encoder among the parameter names, with its kind: CLIP_L, CLIP_G, CLIP_H, CLIP
-    or T5.
+    """Returns the prefix of every text encoder among the parameter names, with its kind: CLIP_L, CLIP_G, CLIP_H, CLIP,
+    T5 or LLM.
     """
     found: dict[str, str] = {}
     for name in shapes:
         mark = _MARK.match(name)
         if mark and "vision" not in mark["prefix"]:
-            found.setdefault(mark["prefix"], T5 if mark["t5"] else CLIP)
-    return {prefix: kind if kind == T5 else _which_clip(shapes, prefix) for prefix, kind in found.items()}
+            found.setdefault(mark["prefix"], T5 if mark["t5"] else LLM if mark["llm"] else CLIP)
+    return {prefix: _which_clip(shapes, prefix) if kind == CLIP else kind for prefix, kind in found.items()}
+
+
+def inside_containers(name: str) -> int:
+    """Returns the length of the containers that a name inside an encoder begins with."""
+    found = _CONTAINERS.match(name)
+    return found.end() if found else 0
+
+
+def hint_of(flat: str) -> str:
+    """Returns the beginning of a flat name that names an encoder (a key of HINTS); "" if there is none."""
+    found = _HINT.match(flat)
+    return found[0] if found else ""
 
 
 def _which_clip(shapes: Mapping[str, Shape], prefix: str) -> str:
@@ -86,17 +113,28 @@ def candidates(hint: str, encoders: Mapping[str, str]) -> list[str]:
         encoders: The model's encoders, from `find_encoders`.
     """
     wanted = list(_INDEX[hint])
-    if hint == "te1" and [p for p, kind in encoders.items() if kind != T5 and p]:
+    if hint == "te1" and [p for p, kind in encoders.items() if kind not in (T5, LLM) and p]:
         wanted.append(CLIP_G)  # SDXL's refiner: the model's first and only CLIP; a lone module may be SDXL's second one
     clip = next((p for kind in wanted for p, found in encoders.items() if found == kind), None)
-    t5 = [p for p, found in encoders.items() if found == T5] if hint not in (CLIP_L, CLIP_G, CLIP_H) else []
-    return [*([clip] if clip is not None else []), *t5]
+    others = (T5,) if hint == T5 else (LLM,) if hint == LLM else () if hint in (CLIP_L, CLIP_G, CLIP_H) else (T5, LLM)
+    return [*([clip] if clip is not None else []), *(p for p, found in encoders.items() if found in others)]
 
 
-def spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
-    """Yields all module names of a CLIP text encoder; none for T5, whose modules have one name each."""
-    nested = "text_model." if any(name.startswith("text_model.") for name in modules) else ""
-    layers = numbers(modules, nested + "encoder.layers") or numbers(modules, "transformer.resblocks")
+def spellings(modules: Mapping[str, Shape], kind: str) -> Iterator[Spelling]:
+    """Yields all module names of a text encoder of this kind; none for T5, whose modules have one name each."""
+    if kind == LLM:
+        for module in modules:
+            atom = module[inside_containers(module) :]
+            yield Spelling(module, (atom,))
+            yield Spelling(atom, (atom,))
+        yield from adapter_spellings(modules)
+    elif kind != T5:
+        yield from _clip_spellings(modules)
+
+
+def _clip_spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
+    front = "text_model." if any(name.startswith("text_model.") for name in modules) else ""
+    layers = numbers(modules, front + "encoder.layers") or numbers(modules, "transformer.resblocks")
     if not layers:
         return
     plain = [("token_embedding", "embeddings.token_embedding"), ("ln_final", "final_layer_norm")]

@@ -53,10 +53,37 @@ LORAS = {
     "hunyuan video, by its last block": ({"lora_unet_single_blocks_39_linear2": (3072, 15360)}, A.HUNYUAN_VIDEO),
     "musubi wan": ({"lora_unet_blocks_0_self_attn_q": (5120, 5120)}, A.WAN),
     "wan": ({"diffusion_model.blocks.0.cross_attn.k_img": (5120, 5120)}, A.WAN),
-    "cosmos": ({"lora_unet_blocks_0_self_attn_q_proj": (2048, 2048)}, A.COSMOS),
+    "cosmos 14b": ({"lora_unet_blocks_0_self_attn_q_proj": (5120, 5120)}, A.COSMOS),
+    "anima": ({"lora_unet_blocks_0_self_attn_q_proj": (2048, 2048)}, A.ANIMA),
+    "anima, values of the text alone": ({"lora_unet_blocks_3_cross_attn_v_proj": (2048, 1024)}, A.ANIMA),
+    "anima, modulations alone": ({"diffusion_model.blocks.0.adaln_modulation_mlp.2": (6144, 256)}, A.ANIMA),
+    "anima's adapter": ({"diffusion_model.llm_adapter.blocks.0.cross_attn.q_proj": (1024, 1024)}, A.ANIMA),
+    "diffusers anima": ({"transformer.transformer_blocks.0.attn2.to_k": (2048, 1024)}, A.ANIMA),
+    "diffusers cosmos": ({"transformer.transformer_blocks.0.attn2.to_k": (5120, 1024)}, A.COSMOS),
     "qwen": ({"lora_unet_transformer_blocks_0_img_mod_1": (18432, 3072)}, A.QWEN_IMAGE),
     "z-image": ({"diffusion_model.layers.0.attention.to_q": (3840, 3840)}, A.Z_IMAGE),
     "lumina 2": ({"lora_unet_layers_0_attention_qkv": (3840, 2304)}, A.LUMINA2),
+    "z-image, by its narrow side": ({"lora_unet_layers_29_feed_forward_w2": (3840, 10240)}, A.Z_IMAGE),
+    "z-image, modulations alone": ({"diffusion_model.layers.0.adaLN_modulation.0": (15360, 256)}, A.Z_IMAGE),
+    "z-image, refiner alone": ({"transformer.noise_refiner.0.attention.to_out.0": (3840, 3840)}, A.Z_IMAGE),
+    "diffusers lumina 2": ({"transformer.layers.0.attn.to_k": (768, 2304)}, A.LUMINA2),
+    "lumina 2, modulations alone": ({"lora_unet_layers_0_adaLN_modulation_1": (9216, 1024)}, A.LUMINA2),
+    "krea 2": ({"diffusion_model.blocks.0.attn.wq": (6144, 6144)}, A.KREA2),
+    "kohya krea 2, mlp": ({"lora_unet_blocks_0_mlp_up": (16384, 6144)}, A.KREA2),
+    "krea 2, text fusion": ({"transformer.text_fusion.refiner_blocks.0.attn.to_q": (2560, 2560)}, A.KREA2),
+    "diffusers krea 2": ({"transformer.transformer_blocks.0.attn.to_v": (1536, 6144)}, A.KREA2),
+    "krea 2, one late block": ({"transformer.transformer_blocks.27.attn.to_q": (6144, 6144)}, A.KREA2),
+    "diffusers wan": ({"transformer.blocks.0.attn1.to_q": (5120, 5120)}, A.WAN),
+    "diffusers wan, mlp": ({"transformer.blocks.0.ffn.net.2": (1536, 8960)}, A.WAN),
+    "wan, around the blocks": ({"diffusion_model.text_embedding.2": (5120, 5120)}, A.WAN),
+    "ernie-image": ({"transformer.layers.0.self_attention.to_q": (3072, 3072)}, A.ERNIE_IMAGE),
+    "kohya ernie-image, mlp": ({"lora_unet_layers_3_mlp_linear_fc2": (3072, 8192)}, A.ERNIE_IMAGE),
+    "hunyuan image": ({"lora_unet_double_blocks_0_img_attn_qkv": (10752, 3584)}, A.HUNYUAN_IMAGE),
+    "hunyuan image, mlp": ({"lora_unet_single_blocks_39_linear2": (3584, 17920)}, A.HUNYUAN_IMAGE),
+    "diffusers hunyuan image": ({"transformer.transformer_blocks.19.attn.to_q": (3584, 3584)}, A.HUNYUAN_IMAGE),
+    "qwen3 of anima or another": ({"lora_te_layers_0_self_attn_q_proj": (2048, 1024)}, None),
+    "gemma 2": ({"lora_te_layers_0_self_attn_q_proj": (2048, 2304)}, None),
+    "qwen3 of z-image, klein or krea 2": ({"text_encoder.model.layers.0.self_attn.q_proj": (4096, 2560)}, None),
     "pixart": ({"lora_transformer_transformer_blocks_0_attn1_to_q": (1152, 1152)}, A.PIXART),
     "cascade": ({"lora_prior_unet_down_blocks_0_2_attention_attn_out_proj": (2048, 2048)}, A.CASCADE),
     "hidream": ({"diffusion_model.double_stream_blocks.0.block.attn1.to_q": (2560, 2560)}, A.HIDREAM),
@@ -138,7 +165,18 @@ MODELS = {
     "sd3 of any size": ({"joint_blocks.0.x_block.attn.qkv.weight": (48, 16)}, A.SD3),
     "z-image": ({"layers.0.attention.qkv.weight": (11520, 3840)}, A.Z_IMAGE),
     "wan": ({"blocks.0.self_attn.q.weight": (1536, 1536)}, A.WAN),
+    "anima of Neo": ({"blocks.0.self_attn.q_proj.weight": (2048, 2048)}, A.ANIMA),
+    "krea 2": ({"blocks.0.attn.wq.weight": (64, 64), "blocks.0.mod.lin": (384,)}, A.KREA2),
+    "ernie-image": ({"layers.0.self_attention.to_q.weight": (64, 64)}, A.ERNIE_IMAGE),
+    "hunyuan image": (
+        {
+            "double_blocks.0.img_attn.qkv.weight": (10752, 3584),
+            "txt_in.individual_token_refiner.x.weight": (3584, 3584),
+        },
+        A.HUNYUAN_IMAGE,
+    ),
     "a vae": ({"decoder.up_blocks.0.resnets.0.conv1.weight": (512, 512, 3, 3)}, None),
+    "a qwen3": ({"qwen3_06b.model.layers.0.self_attn.q_proj.weight": (2048, 1024)}, None),
     "a clip": ({"text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768)}, None),
     "nothing": ({}, None),
 }
@@ -159,6 +197,7 @@ def test_models(case, prefix):
 def test_a_lora_is_accepted_by_its_own_architecture_and_its_twin():
     assert accepts(A.FLUX, A.FLUX)
     assert accepts(A.CHROMA, A.FLUX)
+    assert accepts(A.ANIMA, A.COSMOS)
     assert accepts(None, A.SD1)
     assert accepts(A.SD1, None)
     assert not accepts(A.SD1, A.SD2)

@@ -79,6 +79,14 @@ MODELS = {
         },
     ),
     A.HUNYUAN_DIT: ("HunyuanDiT2DModel", {"hidden_size": 1408, "in_channels": 4, "patch_size": 2}),
+    A.ANIMA: (
+        "CosmosTransformer3DModel",
+        {"num_attention_heads": 16, "num_layers": 1, "max_size": (8, 16, 16), "extra_pos_embed_type": None},
+    ),
+    A.COSMOS: ("CosmosTransformer3DModel", {"num_attention_heads": 40, "num_layers": 1, "max_size": (8, 16, 16)}),
+    A.ERNIE_IMAGE: ("ErnieImageTransformer2DModel", {}),
+    A.HUNYUAN_IMAGE: ("HunyuanImageTransformer2DModel", {}),
+    A.KREA2: ("Krea2Transformer2DModel", {}),
     A.HUNYUAN_VIDEO: ("HunyuanVideoTransformer3DModel", {}),
     A.LTX: ("LTXVideoTransformer3DModel", {}),
     A.LUMINA2: ("Lumina2Transformer2DModel", {}),
@@ -93,9 +101,9 @@ MODELS[A.SD3][1].update(num_attention_heads=24, num_layers=24, caption_projectio
 MORE = [(A.SD3, ("SD3Transformer2DModel", SD35_LARGE)), (A.WAN, ("WanTransformer3DModel", {"num_attention_heads": 12}))]
 ALL = [*MODELS.items(), *MORE]
 IDS = [f"{architecture.name.lower()}{n}" for n, (architecture, _) in enumerate(ALL)]
-ALIKE = {a: alike for alike in ({A.FLUX, A.CHROMA}, {A.SDXL, A.KOLORS}) for a in alike}
+ALIKE = {a: alike for alike in ({A.FLUX, A.CHROMA}, {A.SDXL, A.KOLORS}, {A.ANIMA, A.COSMOS}) for a in alike}
 """Pairs whose LoRA files cannot always be told apart and fit each other's layers."""
-SAME_QUERIES = {A.SD1, A.SD2, A.SDXL_REFINER, A.LTX}
+SAME_QUERIES = {A.SD1, A.SD2, A.SDXL_REFINER, A.LTX, A.ANIMA}
 """Nothing but to_q layers: the text's width is not seen, and others have queries of the same names and sizes."""
 
 
