@@ -27,8 +27,8 @@ Every trainer writes the names of a model's layers in its own way, and a model h
 Forge Neo and ComfyUI load that one) or in diffusers'. The tables show what is read of each. A cell says how many modules
 of the file are used, of how many, and the error over all parameters of the model, as a share of what the LoRA adds.
 
-Made by `python benchmarks/spellings.py --write docs/spellings.md` ({versions}); `tests/references/test_spellings.py` holds
-the models of 2025 and 2026 to it.
+Made by `python benchmarks/spellings.py --write docs/spellings.md` with {versions}.
+`tests/references/test_spellings.py` holds the models of 2025 and 2026 to it.
 
 - The models are diffusers' own classes in small, with random weights and every kind of layer; there are fewer blocks than
   in the real ones.
@@ -36,9 +36,10 @@ the models of 2025 and 2026 to it.
   `fuse_lora`. LoKr is LyCORIS'; the truth is its own difference.
 - Which rows of the authors' checkpoint a layer of diffusers is, diffusers' converters of checkpoints say (not the guard's
   tables). Qwen-Image and ERNIE-Image have one layout.
+- A name alone stands for its trainer's names: `lora_unet_` before the authors' names, `transformer.` before diffusers'.
 - The files carry the trainer's names with the trainer's keys (`lora_A`, `lora_down`, `alpha`); the trainers themselves
   were not run. A layer that the authors have fused (query, key and value) is one module in files with the authors' names.
-- Flux.2 is Klein and dev alike; Anima is diffusers' Cosmos-Predict2, whose layers it has.
+- Flux.2 stands for dev and Klein, which differ in sizes alone; Anima is diffusers' Cosmos-Predict2, whose layers it has.
 
 ## On the authors' layout
 """
@@ -68,17 +69,17 @@ def _cell(found: Found) -> str:
 
 
 def _table(folder: Path, families: list[str], *, in_diffusers: bool) -> Iterator[str]:
-    yield "| spelling | " + " | ".join(families) + " |"
-    yield "| --- |" + " --- |" * len(families)
-    for spelling in SPELLINGS:
+    yield "| | " + " | ".join(SPELLINGS) + " |"
+    yield "| --- |" + " --- |" * len(SPELLINGS)
+    for family in families:
         cells = []
-        for family in families:
+        for spelling in SPELLINGS:
             if family in UNETS and spelling in OF_TRANSFORMERS:
                 cells.append("-")
                 continue
             cells.append(_cell(read_back(family, spelling, folder, in_diffusers=in_diffusers)))
             print(f"{family}, {spelling}: {cells[-1]}", file=sys.stderr)
-        yield f"| {spelling} | " + " | ".join(cells) + " |"
+        yield f"| {family} | " + " | ".join(cells) + " |"
 
 
 def _page() -> Iterator[str]:

@@ -1,9 +1,14 @@
 """LoRA files for the models of 2025 and 2026 as their trainers write them, on small models in Forge Neo's layout."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.make import rand
 from support.named_models import assert_changes, change_of, kohya, module_of, peft
+
+from lib_lora_guard.cli import main
 
 H, T = 16, 8
 D = "diffusion_model."
@@ -70,6 +75,16 @@ def test_z_image_with_dots_everywhere(tmp_path):
         made, deltas[name] = kohya(module, rows, columns, seed)
         tensors |= {key.replace("lora_up", "lora.up").replace("lora_down", "lora.down"): t for key, t in made.items()}
     assert_changes(change_of(Z_IMAGE, tensors, tmp_path)[0], z_expected(deltas, ""))
+
+
+def test_z_image_with_the_same_layers_under_fused_names_too(tmp_path):
+    """Anime-Z repeats query, key and value as `qkv`, and `to_out.0` as `out`; each layer counts once."""
+    block = "layers.0.attention."
+    tensors, deltas = lora_of(peft, {block + name: size for name, size in SPLIT.items()})
+    fused, _ = peft(block + "qkv", 3 * H, H, seed=9)
+    again = {key.replace("to_out.0", "out"): value.clone() for key, value in tensors.items() if "to_out.0" in key}
+    changes, _ = change_of(Z_IMAGE, fused | again | tensors, tmp_path)
+    assert_changes(changes, z_expected(deltas, block))
 
 
 def test_pad_tokens(tmp_path):
@@ -214,3 +229,30 @@ def test_differences_of_parameters_outside_layers(block, top, norm, mode, tmp_pa
         del expected[f"{D}blocks.0.self_attn.q.weight"]  # its layer adds it when it runs
     assert_changes(changes, expected)
     assert (entry.used, entry.skipped) == (4, [])
+
+
+# ---- what is shown of a file
+
+
+@pytest.mark.parametrize(
+    ("sizes", "made_for", "encoder"),
+    [
+        ({"lora_unet_blocks_0_self_attn_q_proj": (2048, 2048), "lora_te_layers_0_self_attn_q_proj": (2048, 1024)},
+         "Anima", "Qwen3"),
+        ({"lora_unet_blocks_0_self_attn_q_proj": (2048, 2048), "lora_te_llm_adapter_blocks_0_mlp_0": (4096, 1024)},
+         "Anima", "text adapter"),
+        ({"lora_unet_layers_0_attention_qkv": (3840, 2304), "lora_te_layers_0_self_attn_q_proj": (2048, 2304)},
+         "Lumina 2", "Gemma 2"),
+        ({"lora_unet_blocks_0_self_attn_q": (5120, 5120), "lora_te_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)},
+         "Wan", "UMT5"),
+        ({"text_encoders.qwen25_7b.model.layers.0.mlp.up_proj": (18944, 3584),
+          "diffusion_model.transformer_blocks.0.img_mod.1": (18432, 3072)}, "Qwen-Image", "Qwen2.5-VL"),
+    ],
+)  # fmt: skip
+def test_inspect_names_the_text_encoder(sizes, made_for, encoder, tmp_path, capsys):
+    tensors, _ = lora_of(kohya, sizes)
+    save_file(tensors, tmp_path / "style.safetensors")
+    assert main(["inspect", str(tmp_path / "style.safetensors"), "--json"]) == 0
+    file = json.loads(capsys.readouterr().out)
+    assert file["made_for"] == made_for
+    assert file["parts"] == {"transformer": 1, encoder: 1}
