@@ -92,12 +92,6 @@ _RULES = (
     _rule(A.AURAFLOW, r"^joint_transformer_blocks_\d+_|^(double|single)_layers_\d+_(attn|mlp|mod)"),
     _rule(A.CASCADE, r"^(down|up)_blocks_\d+_\d+_(attention|mapper|channelwise|kv_mapper|depthwise)|^clip_txt_mapper"),
     _rule(A.CHROMA, r"^distilled_guidance_layer_"),
-    _rule(A.FLUX2, r"^(double|single)_stream_modulation"),
-    _rule(
-        A.FLUX2,
-        r"^single_transformer_blocks_\d+_attn_to_(qkv_mlp_proj|out)$|" + _TOP + r"ff(_context)?_linear_(in|out)$",
-    ),
-    _rule(A.FLUX2, _BFL + r"((img|txt)_attn_(qkv|proj)|(img|txt)_mlp_0|linear1)$", 4096, 6144),
     # The only ones of this family whose blocks are 3584 wide (the refiner's: 3328).
     _rule(
         A.HUNYUAN_IMAGE, _BOTH + r".*(qkv|proj|(to|add)_[qkv](_proj)?|linear1|mlp(_0|_fc1|_net_0_proj))$", 3584, 3328
@@ -110,6 +104,12 @@ _RULES = (
     ),
     _rule(A.HUNYUAN_IMAGE, _BOTH + r"((img|txt)_mlp_(2|fc2)|ff(_context)?_net_2)$", 14336),
     _rule(A.HUNYUAN_IMAGE, _BOTH + r"(linear2|proj_out)$", 17920),
+    _rule(A.FLUX2, r"^(double|single)_stream_modulation"),
+    _rule(
+        A.FLUX2,
+        r"^single_transformer_blocks_\d+_attn_to_(qkv_mlp_proj|out)$|" + _TOP + r"ff(_context)?_linear_(in|out)$",
+    ),
+    _rule(A.FLUX2, _BFL + r"((img|txt)_attn_(qkv|proj)|(img|txt)_mlp_0|linear1)$", 4096, 6144),
     _rule(A.HUNYUAN_VIDEO, r"individual_token_refiner|^context_embedder_token_refiner"),
     _rule(A.HUNYUAN_VIDEO, _BFL + r"((img|txt)_(mlp_fc\d|mod_linear)|modulation_linear)"),
     _rule(A.QWEN_IMAGE, _TOP + r"(img|txt)_(mod|mlp)_"),

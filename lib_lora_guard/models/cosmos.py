@@ -78,6 +78,8 @@ def _flat(name: str) -> str:
 def adapter_spellings(modules: Mapping[str, Shape]) -> Iterator[Spelling]:
     """Yields the names of Anima's adapter, where it is a part of this component or all of it."""
     alone = any(f"blocks.{n}.self_attn.o_proj" in modules for n in numbers(modules, "blocks")[:1])
+    if not alone and not any(numbers(modules, component + "blocks") for component in (_ADAPTER, _CONDITIONER)):
+        return
     for module in modules:
         inner = module.removeprefix(_ADAPTER).removeprefix(_CONDITIONER)
         if alone or inner != module:

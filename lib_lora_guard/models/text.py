@@ -80,6 +80,8 @@ def find_encoders(shapes: Mapping[str, Shape]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in shapes:
+        if ".layer" not in name and ".resblocks." not in name and not name.startswith("layers."):
+            continue  # most names of a denoiser
         mark = _MARK.match(name)
         if mark and "vision" not in mark["prefix"]:
             found.setdefault(mark["prefix"], T5 if mark["t5"] else LLM if mark["llm"] else CLIP)
