@@ -94,7 +94,10 @@ _RULES = (
     _rule(A.CHROMA, r"^distilled_guidance_layer_"),
     # The only ones of this family whose blocks are 3584 wide (the refiner's: 3328).
     _rule(
-        A.HUNYUAN_IMAGE, _BOTH + r".*(qkv|proj|(to|add)_[qkv](_proj)?|linear1|mlp(_0|_fc1|_net_0_proj))$", 3584, 3328
+        A.HUNYUAN_IMAGE,
+        _BOTH + r".*(qkv|proj|(to|add)_[qkv](_proj)?|linear1|proj_mlp|mlp(_0|_fc1|_net_0_proj))$",
+        3584,
+        3328,
     ),
     _rule(
         A.HUNYUAN_IMAGE,
@@ -110,6 +113,11 @@ _RULES = (
         r"^single_transformer_blocks_\d+_attn_to_(qkv_mlp_proj|out)$|" + _TOP + r"ff(_context)?_linear_(in|out)$",
     ),
     _rule(A.FLUX2, _BFL + r"((img|txt)_attn_(qkv|proj)|(img|txt)_mlp_0|linear1)$", 4096, 6144),
+    _sized(
+        A.HUNYUAN_IMAGE,
+        r"individual_token_refiner|^context_embedder_token_refiner",
+        *((3584 * out, 3584 * inner) for out, inner in ((1, 1), (2, 1), (3, 1), (4, 1), (1, 4))),
+    ),
     _rule(A.HUNYUAN_VIDEO, r"individual_token_refiner|^context_embedder_token_refiner"),
     _rule(A.HUNYUAN_VIDEO, _BFL + r"((img|txt)_(mlp_fc\d|mod_linear)|modulation_linear)"),
     _rule(A.QWEN_IMAGE, _TOP + r"(img|txt)_(mod|mlp)_"),
@@ -250,6 +258,7 @@ def _only(found: tuple[Architecture, ...]) -> Architecture | None:
     return found[0] if len(found) == 1 else None
 
 
+_KREA_QUERY = re.compile(r"transformer_blocks_\d+_attn_to_(q|out(_0)?)$").match
 _DOUBLE_STREAM = {
     double_stream.FLUX: A.FLUX,
     double_stream.CHROMA: A.CHROMA,
@@ -264,7 +273,9 @@ def _flux_like(evidence: Evidence, *, model: bool = False) -> tuple[Architecture
     the same width.
     """
     if not model and (found := double_stream.possible(evidence)):
-        return tuple(_DOUBLE_STREAM[name] for name in found)
+        named = tuple(_DOUBLE_STREAM[name] for name in found)
+        # Queries and outputs alone are the same in both.
+        return (A.FLUX2, A.KREA2) if named == (A.FLUX2,) and all(map(_KREA_QUERY, evidence.names)) else named
     if not evidence.has(_FLUX_LIKE):
         return ()
     if evidence.has(r"^(double_|transformer_)blocks_(19|[2-9]\d)_") or evidence.has(

@@ -72,6 +72,12 @@ LORAS = {
     "kohya krea 2, mlp": ({"lora_unet_blocks_0_mlp_up": (16384, 6144)}, A.KREA2),
     "krea 2, text fusion": ({"transformer.text_fusion.refiner_blocks.0.attn.to_q": (2560, 2560)}, A.KREA2),
     "diffusers krea 2": ({"transformer.transformer_blocks.0.attn.to_v": (1536, 6144)}, A.KREA2),
+    "krea 2 or flux 2": ({"transformer.transformer_blocks.0.attn.to_q": (6144, 6144)}, None),
+    "hunyuan image, its text": (
+        {"transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q": (3584, 3584)},
+        A.HUNYUAN_IMAGE,
+    ),
+    "hunyuan image, single mlp": ({"transformer.single_transformer_blocks.0.proj_mlp": (14336, 3584)}, A.HUNYUAN_IMAGE),
     "krea 2, one late block": ({"transformer.transformer_blocks.27.attn.to_q": (6144, 6144)}, A.KREA2),
     "diffusers wan": ({"transformer.blocks.0.attn1.to_q": (5120, 5120)}, A.WAN),
     "diffusers wan, mlp": ({"transformer.blocks.0.ffn.net.2": (1536, 8960)}, A.WAN),
