@@ -89,6 +89,12 @@ def test_what_no_kind_knows_is_not_read(tmp_path, guard, reads):
     assert file.shapes["bundle_emb.style"] == (9,), "shapes tell which model the file was made for"
 
 
+def test_factors_that_a_difference_stands_in_place_of_are_not_read(tmp_path, reads):
+    save_file({**LORA, "lin.diff": rand(8, 8, seed=3)}, tmp_path / "a.safetensors")
+    assert read_lora_file(tmp_path / "a.safetensors").adapters["lin", "weight"].kind == "diff"
+    assert reads == ["lin.diff"]
+
+
 @pytest.mark.parametrize(("form", "bits"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
 def test_formats_without_arithmetic_are_refused_only_where_they_are_needed(tmp_path, guard, form, bits):
     def write(up):

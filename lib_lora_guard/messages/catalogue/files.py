@@ -87,8 +87,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "文件中没有这个张量；请确认这是您要用的文件",
     ),
     "file.dtype": (
-        "stored as {format}, which torch {torch} does not have; convert it to F16 or BF16 with a newer torch",
-        "存储格式为 {format}，torch {torch} 不支持；请用较新的 torch 转换为 F16 或 BF16",
+        "stored as {format}, which torch {torch} does not have; get the file in F16 or BF16, or convert it",
+        "存储格式为 {format}，torch {torch} 不支持；请获取 F16 或 BF16 格式的文件，或自行转换",
     ),
     "file.keeps_changing": (
         "it was written to each of the {count} times it was read; wait until the file is written, then load it again",
