@@ -185,7 +185,8 @@ def test_a_type_this_torch_lacks_is_shown_and_not_read(tmp_path):
     header = open_header(path)
     assert header.tensors["a"].format == "F6_E2M3"
     with pytest.raises(
-        FileFormatError, match=r"a\.safetensors: a: stored as F6_E2M3, which torch .* does not have; convert"
+        FileFormatError,
+        match=r"a\.safetensors: a: stored as F6_E2M3, which torch .* does not have; get the file in F16 or BF16",
     ):
         read_tensors(header)
 
