@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import warm
 from support.measure import same_bits
 
 from baking.checkpoints import MODELS, TARGETS, flux, merged, write_lora
@@ -200,6 +199,7 @@ PEAK = """
 import json, sys, torch
 from pathlib import Path
 from lib_lora_guard import cli
+torch.set_num_threads(1)  # two of them wait for one another on a busy machine
 cli.main(["bake", sys.argv[1], sys.argv[2], "-o", sys.argv[3], "--force"])  # what imports and first calls take
 cli.main(["bake", *sys.argv[4:6], "-o", sys.argv[6], "--json"])
 """
@@ -232,11 +232,8 @@ def test_ram_peak_is_that_of_a_few_weights(files, tmp_path):
     save_file(lora, tmp_path / "a.safetensors")
     words = [files / "model.safetensors", files / "style.safetensors", tmp_path / "first.safetensors"]
     words += [tmp_path / "model.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors"]
-    # One thread: two of them wait for one another on a busy machine.
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, *map(str, words)], capture_output=True, text=True, check=True, env=env
-    )
+    done = warm.run(PEAK, *words, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout[done.stdout.index("{") :])
     assert size > 150e6
     assert found["file_bytes"] > size

@@ -1,14 +1,13 @@
 """The memory that LoRAs cost in bypass, counted: storages that a call makes, and RAM beyond the file."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from patching.terms import term
 from safetensors.torch import save_file
+from support import warm
 from support.live_memory import LiveMemory
 from support.make import rand
 
@@ -248,9 +247,7 @@ def test_ram_beyond_the_file_is_bounded_and_freed_with_the_lora(mode, files):
     large, small = files
     size = large.stat().st_size
     assert size > 100 * 1000 * 1000
-    command = [sys.executable, "-c", CHILD, str(large), str(small), mode, str(LAYERS), str(LAYER)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = warm.run(CHILD, large, small, mode, LAYERS, LAYER, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     start = result["start"]["rss"]

@@ -2,8 +2,6 @@
 
 import gc
 import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patching.terms import term
+from support import warm
 from support.make import Net, host_value, rand
 from support.measure import assert_same, live_tensors, same_bits
 from support.reference import merge_reference
@@ -223,9 +222,8 @@ print(*(process.memory_info().rss for _ in random_changes(build("fp8"), Engine()
 def test_three_hundred_random_changes_leak_no_resident_memory():
     """In a process of its own: what other tests left in this one's heap moves its resident memory by megabytes."""
     tests = Path(__file__).parents[1]
-    command = [sys.executable, "-c", RESIDENT]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = warm.run(RESIDENT, env=environment)
     assert done.returncode == 0, done.stderr
     rss = [int(number) for number in done.stdout.split()]
     assert len(rss) == 300

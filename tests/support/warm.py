@@ -4,7 +4,7 @@ A test that needs a process of its own often needs torch in it, and importing th
 process imports it, and every other one is forked off that: a process of its own with a start and an end of its own, which
 knows nothing of pytest and has imported nothing of the project. Where a system cannot fork they are started as usual.
 
-Not for tests that measure the memory of a process: a forked one begins with what its parent had.
+A test that measures memory looks at what a process takes after its first steps: a forked one begins with what its parent had.
 """
 
 import atexit
@@ -22,10 +22,12 @@ RUNNING = 1000
 
 SERVER = r"""
 RUNNING = 1000
-import gc, importlib, json, os, socket, sys, warnings
+import ctypes, gc, importlib, json, os, socket, sys, warnings
 import numpy, psutil, safetensors.torch, torch
 
 gc.freeze()  # a child that ends would look at all of torch for garbage, and copy it by that
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+    ctypes.CDLL(None).malloc_trim(0)  # what a child takes is seen: there is nothing freed that it could take unseen
 
 server, own_path = socket.socket(fileno=int(sys.argv[1])), [path for path in sys.path if path]
 order = None
