@@ -173,6 +173,12 @@ def look(page, forge, config, pictures):
     assert "merge" in page.inner_text("#lora_guard_panel .lg-how")
     picture(page, pictures, "face-tab.png", "#lora_guard_panel")
 
+    click_tab(page, "Txt2img")
+    said = page.inner_text("#html_log_txt2img")
+    print(said)
+    assert said.count("lg_flux_a") == 1, "the LoRA for another model is named once under the image"
+    picture(page, pictures, "face-image.png", "#txt2img_results", height=1500)
+
     open_settings(page)
     page.check(SETTING.format("expandable_segments") + " input")
     apply(page, "lora_guard_expandable_segments")
