@@ -1,6 +1,6 @@
 """LoRA files for the tiny random models of the test Forge, strong enough to be seen in their pictures.
 
-Keys are those of the checkpoints themselves: kohya names, norm differences, and one file of the wrong shape.
+Keys are those of the checkpoints themselves: kohya names, norm differences, and one file of the wrong shapes.
 """
 
 import os
@@ -97,9 +97,7 @@ def main():
         modules = from_example(example)
         unet = {k: v for k, v in modules.items() if not k.startswith(text_prefix)}
         text = {k: v for k, v in modules.items() if k.startswith(text_prefix)}
-        wrong = dict(unet)
-        first = next(iter(wrong))
-        wrong[first] = (wrong[first][0], wrong[first][1] + 16, *wrong[first][2:])
+        wrong = {module: (shape[0], shape[1] + 16, *shape[2:]) for module, shape in unet.items()}
         files = {
             "a": kohya(modules, 1, size),
             "b": kohya(unet, 2, size),
