@@ -296,7 +296,9 @@ def kohya(name):
 
 
 def main():
-    (LORA / "lgs_bad_garbage.safetensors").write_bytes(bytes(range(256)) * 16)
+    # Its header is whole: of another file Forge's own list of LoRAs prints a traceback at every start.
+    cut = safetensors_bytes({"lora_unet_x.lora_up.weight": entry("F32", (4, 4), (0, 64))}, bytes(32))
+    (LORA / "lgs_bad_cut_off.safetensors").write_bytes(cut)
     name = f"diffusion_model.{DOUBLE}.img_attn.proj.lora"
     packed = {
         f"{name}_A.weight": entry("F4", (4, 256), (0, 512)),
