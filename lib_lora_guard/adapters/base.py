@@ -235,6 +235,9 @@ def apply_terms(weight: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
     Returns:
         The patched weight. It may be another tensor, and wider if a FLUX-tools LoRA widens an input projection.
     """
+    if not weight.numel():
+        # A model may have a weight without values. Formulas that count blocks in it have no answer.
+        return weight
     for term in terms:
         target = weight if term.part is None else term.part.of(weight)
         if term.strength_model != 1.0:
@@ -319,7 +322,9 @@ def check_values(tensor: torch.Tensor, whole_numbers: bool = False) -> None:
     if tensor.is_floating_point() and not math.isfinite(_sum(tensor)):
         raise LoraMismatchError.of("lora.not_finite")
     if tensor.element_size() == 8 and tensor.numel() and not whole_numbers:
-        largest = abs(float(tensor)) if tensor.numel() == 1 else float(tensor.abs().max())
+        # A single number may be of a header, where no more than its value is known.
+        sides = (tensor,) if tensor.numel() == 1 else tensor.aminmax()
+        largest = max(abs(float(side)) for side in sides)
         if largest > LARGEST_FP32:
             raise LoraMismatchError.of("lora.beyond_fp32", largest=largest)
 

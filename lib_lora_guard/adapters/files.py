@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 Room = Callable[[int], "int | None"]
 """Takes the bytes that a file needs; returns the RAM in bytes that it may take, None where the system does not say."""
 
-LARGEST_TABLE = TableLimits(tensors=1 << 15, characters=4_000_000)
-"""Real LoRAs have up to 9000 tensors (eight for each of 1120 modules), named and described in 1 MB."""
+LARGEST_TABLE = TableLimits(tensors=1 << 14, characters=4_000_000)
+"""Real LoRAs have up to 9000 tensors (eight for each of 1120 modules), named and described in 1 MB. A tensor takes up to 3.5 KB
+beside its values."""
 LONGEST_SETTINGS = 1 << 20
 """Characters of PEFT's settings in the metadata. With a rank and an alpha for each of 1120 modules they have 200,000."""
 UNCOUNTED_BYTES = 64 * MB

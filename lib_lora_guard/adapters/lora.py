@@ -202,6 +202,8 @@ def _make_embedding(found: Found) -> LoraAdapter | BdLoraAdapter:
     first, second = found.fields["first"], found.fields["second"]
     if "magnitude" in found.shared:
         raise LoraMismatchError.of("lora.embedding_dora")
+    if not first.dim() or not second.dim():
+        raise LoraMismatchError.of("lora.single_number")
     return _make(replace(found, fields={"up": first.mT, "down": second.mT}))
 
 

@@ -41,7 +41,10 @@ class WholeWeights:
 
     def by_module(self) -> dict[str, tuple[str, ...]]:
         """The names of tensors by module."""
-        return {module: tuple(k for k, m in self.keys.items() if m == module) for module in set(self.keys.values())}
+        found: dict[str, list[str]] = {}
+        for key, module in self.keys.items():
+            found.setdefault(module, []).append(key)
+        return {module: tuple(keys) for module, keys in found.items()}
 
 
 def whole_weights(
@@ -79,7 +82,7 @@ def whole_weights(
         module = applied.get(plain_name(module), module)
         if (module, last) in adapters or (module, last) in found.adapters:
             found.lost[key] = Message("lora.whole_weight")
-        elif saved or _is_whole(module, last, tensors, key, settings):
+        elif saved or _is_whole(name, module, last, tensors, key, settings):
             try:
                 check_values(tensors[key])
             except LoraMismatchError as error:
@@ -91,11 +94,14 @@ def whole_weights(
     return found
 
 
-def _is_whole(module: str, last: str, tensors: Tensors, key: str, settings: FileSettings) -> bool:
+def _is_whole(name: str, module: str, last: str, tensors: Tensors, key: str, settings: FileSettings) -> bool:
     """True if a tensor under the model's own name takes the place of the model's."""
     own = settings.of(module)
-    if own.saves_whole(module) or (last == "bias" and own.saves_biases):
-        return True
+    try:
+        if own.saves_whole(module) or (last == "bias" and own.saves_biases):
+            return True
+    except LoraFileError as error:
+        raise LoraFileError(about(name, reason(error))) from None
     # A norm; a single bias of another layer may be a remnant of anything.
     weight = tensors.get(f"{module}.weight")
     return tensors[key].dim() == 1 and weight is not None and weight.dim() == 1

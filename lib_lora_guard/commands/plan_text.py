@@ -81,7 +81,7 @@ def _print_model(console: Console, result: PlanResult) -> None:
     missing = " and ".join(result.model.not_counted)
     say(console, f"  {there}" + (f"; {missing} not in this file, add their size to the RAM" if missing else ""))
     formats = checkpoint.formats()
-    whole = sum(formats.values())
+    whole = sum(formats.values()) or 1  # a file of empty tensors
     shares = ", ".join(f"{form} {100 * values / whole:.0f} %" for form, values in formats.most_common(4))
     grown = sum(
         weight.bytes - weight.placed_bytes for weight in result.model.weights if weight.placed_bytes is not None
