@@ -98,14 +98,34 @@ class LokrAdapter(RankedAdapter):
                 raise ValueError("a factor is missing")
             return tensor.to("meta") if like is None else tensor.to(like)
 
-        left = get(self.w1) if self.w1 is not None else get(self.w1a) @ get(self.w1b)
+        left = get(self.w1) if self.w1 is not None else _product(get(self.w1a), get(self.w1b))
         if self.w2 is not None:
             right = get(self.w2)
         elif self.t2 is None:
-            right = get(self.w2a) @ get(self.w2b)
+            right = _product(get(self.w2a), get(self.w2b))
         else:
-            right = torch.einsum("rs...,si,ro->oi...", get(self.t2), get(self.w2b), get(self.w2a))
+            right = _around_core(get(self.t2), get(self.w2b), get(self.w2a))
         return left, right
+
+
+# On the meta device a product loads much of torch, einsum its compiler too: 2 s and 70 MB to know a shape.
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if not left.is_meta or left.dim() != 2 or right.dim() != 2:
+        return left @ right
+    if left.shape[1] != right.shape[0]:
+        raise ValueError(f"{list(left.shape)} times {list(right.shape)}")
+    return left.new_empty((left.shape[0], right.shape[1]))
+
+
+def _around_core(core: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """The second side of a Tucker core (rank, rank, kernel): `left` gives its rows, `right` its columns."""
+    if not core.is_meta:
+        return torch.einsum("rs...,si,ro->oi...", core, right, left)
+    if core.dim() < 2 or left.dim() != 2 or right.dim() != 2 or core.shape[:2] != (left.shape[0], right.shape[0]):
+        raise ValueError(f"{list(core.shape)} between {list(left.shape)} and {list(right.shape)}")
+    return core.new_empty((left.shape[1], right.shape[1], *core.shape[2:]))
 
 
 def _make(found: Found) -> LokrAdapter:
