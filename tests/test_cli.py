@@ -551,10 +551,9 @@ def test_a_fused_factor_of_another_size_is_said_with_its_file_and_stops_no_other
     """On a model that has q, k and v apart, where the file's rows are cut."""
     torch, save_file = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch").save_file
     names = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj")
-    model = {
-        f"transformer_blocks.0.{name}.weight": torch.zeros(3072, 3072, dtype=torch.float8_e4m3fn) for name in names
-    }
-    model["single_transformer_blocks.0.proj_mlp.weight"] = torch.zeros(12288, 3072, dtype=torch.float8_e4m3fn)
+    shapes = {f"transformer_blocks.0.{name}.weight": (3072, 3072) for name in names}
+    shapes["single_transformer_blocks.0.proj_mlp.weight"] = (12288, 3072)
+    model = {name: torch.zeros(shape, dtype=torch.bfloat16).to(torch.float8_e4m3fn) for name, shape in shapes.items()}
     save_file(model, tmp_path / "model.safetensors")
     for name, rows in (("good", 9216), ("bad", 9000)):
         fused = "double_blocks.0.img_attn.qkv"

@@ -111,10 +111,11 @@ class Expression:
         try:
             if len(text) > LONGEST_EXPRESSION:
                 raise ValueError
-            re.compile(text)
             start, end = self._alternatives(0)
             if self._place != len(self._text):
                 raise ValueError
+            # Last: older Pythons warn of flags inside, which are refused above.
+            re.compile(text)
         except (re.error, ValueError, IndexError, OverflowError, RecursionError) as error:
             why = str(error) if isinstance(error, re.error) else ""
             raise self._not_understood(why) from None
