@@ -11,6 +11,7 @@ import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..adapters.base import Shape
+from ..errors import Message
 from ..memory.probe import BackupBudget
 from ..weights.storage import Storage
 from .on_the_fly import WeightTerms
@@ -21,7 +22,8 @@ class Site:
     """One parameter in its place.
 
     `layer` is the module that owns it under `name`. `storage` tells its format and its real shape, also where the bytes
-    are packed. `can_bypass` and `can_on_the_fly` tell whether the layer's own code allows these modes.
+    are packed. `can_bypass`, `can_on_the_fly` and `can_merge` tell whether the layer's own code and storage allow these
+    modes; `obstacle` says why not, where the storage does not tell.
     """
 
     key: str
@@ -30,6 +32,8 @@ class Site:
     storage: Storage
     can_bypass: bool
     can_on_the_fly: bool
+    can_merge: bool = True
+    obstacle: Message | None = None
 
     @property
     def shape(self) -> Shape:
@@ -72,6 +76,17 @@ class ModelAccess(Protocol):
 
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
+
+    def owns_output(self, layer: torch.nn.Module) -> bool:
+        """Returns True if what a call of the layer returns is new memory that nothing else uses. Asked at every call."""
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
+        """Lets compiled code see whether a bypass is on the layer. Idempotent.
+
+        Args:
+            layer: The layer.
+            scales_input: Tells whether the bypass scales the layer's input too; None if there is no bypass any more.
+        """
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`."""
@@ -134,6 +149,13 @@ class ModuleAccess(ABC):
         """Returns `length` dequantised rows from `start` as a new fp32 tensor on `device`."""
         values = self.decoded_rows(site, start, length, device)
         return torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
+
+    def owns_output(self, layer: torch.nn.Module) -> bool:
+        """Returns True: the host's layers return new memory."""
+        return True
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
+        """Does nothing: the host compiles none of its layers."""
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`."""

@@ -116,6 +116,7 @@ class BypassAttachment(Attachment):
             ratios = ratios_of(access, site, terms, forms, device)
         self.ratios: dict[int, torch.Tensor] = ratios
         self.hook = Bypass(planned.site.key, terms, planned.site.shape, ratios, access.bias, access.is_in_force, forms)
+        self.hook.owns_output = access.owns_output
         if older is not None:
             self.hook.share_factors_with(older.hook)
         self._handles: list[Any] = []
@@ -128,10 +129,12 @@ class BypassAttachment(Attachment):
     def attach(self) -> None:
         if not self._handles:
             self._handles = self.hook.attach(self.site.layer)
+        self.access.show_bypass(self.site.layer, self.hook.scales_input)
 
     def detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self.access.show_bypass(self.site.layer, None)
 
     def drop_device_copies(self) -> None:
         self.hook.drop_device_copies()

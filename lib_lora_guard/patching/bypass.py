@@ -17,9 +17,10 @@ from .forward_program import BiasOf, Program, compile_program
 from .forward_steps import LowRankStep
 from .layer_call import LayerCall, naming_the_layer
 from .low_rank import JoinedLowRank
+from .operators import CallPatch, bypass, number_of, scaled_input
 
 
-class Bypass:
+class Bypass(CallPatch):
     """Forward hooks for one linear or convolution layer.
 
     Args:
@@ -52,6 +53,9 @@ class Bypass:
         self.program = compile_program(terms, self._forms, shape, self._ratios, bias_of)
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         self._said: set[str] = set()
+        self.owns_output: Callable[[torch.nn.Module], bool] = lambda layer: True
+        """Tells whether the output of a call may be written into: the host's access replaces it."""
+        self._traced_input: torch.Tensor | None = None
         # Per thread: two threads may run one model.
         self._unscaled_input = threading.local()
 
@@ -60,7 +64,8 @@ class Bypass:
 
     def attach(self, layer: torch.nn.Module) -> list[Any]:
         """Hooks `layer` and returns handles that remove the hooks."""
-        handles: list[Any] = [layer.register_forward_hook(self, with_kwargs=True)]
+        # First, so that the hooks of others get the output of the patched layer, as they would after a merge.
+        handles: list[Any] = [layer.register_forward_hook(self, with_kwargs=True, prepend=True)]
         if self.program.input_scale is not None:
             handles.append(layer.register_forward_pre_hook(self.scale_input, with_kwargs=True))
             handles.append(layer.register_forward_hook(self._forget_input, always_call=True))
@@ -70,18 +75,15 @@ class Bypass:
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one."""
-        if not self._in_force():
-            return args, kwargs
         x = args[0] if args else next(iter(kwargs.values()))
-        with naming_the_layer(self.key):
-            scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
-            per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
+        if torch.compiler.is_compiling() and (number := number_of(layer)) is not None:
+            self._traced_input = x
+            scaled = scaled_input(x, number)
+        elif self._in_force():
             self._unscaled_input.x = x
-            if x.requires_grad and torch.is_grad_enabled():
-                scaled = (x * per_channel).to(x.dtype)
-            else:
-                # The kernel multiplies in fp32, without an fp32 copy of the input.
-                scaled = torch.mul(x, per_channel, out=torch.empty_like(x))
+            scaled = self.scaled(x)
+        else:
+            return args, kwargs
         if args:
             return (scaled, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): scaled}
@@ -89,11 +91,43 @@ class Bypass:
     def __call__(
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self._traced(layer, args, kwargs, output)
         if not self._in_force():
             return output
         x = getattr(self._unscaled_input, "x", None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
+        if not self.owns_output(layer) or next(iter(layer._forward_hooks.values())) is not self:
+            # The layer, or a hook that came before this one, may have returned its input or something that it keeps.
+            output = output.clone()
+        return self.changed(layer, x, output)
+
+    def _traced(
+        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns what a compiled graph is to do in the place of a call of this hook."""
+        number = number_of(layer)
+        if number is None:
+            # The rest is not compiled with the values that it has now.
+            torch._dynamo.graph_break()
+        x, self._traced_input = self._traced_input, None
+        if x is None:
+            x = args[0] if args else next(iter(kwargs.values()))
+        return self.changed(layer, x, output) if number is None else bypass(x, output, number)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `x` scaled per channel, as a new tensor."""
+        with naming_the_layer(self.key):
+            scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
+            per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
+            if x.requires_grad and torch.is_grad_enabled():
+                return (x * per_channel).to(x.dtype)
+            # The kernel multiplies in fp32, without an fp32 copy of the input.
+            return torch.mul(x, per_channel, out=torch.empty_like(x))
+
+    def changed(self, layer: torch.nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Returns `output` with the stack in it. It may be changed in place. `x` is the layer's unscaled input."""
         without_batch = x.dim() == len(self.shape) - 1 and len(self.shape) > 2
         if without_batch:
             x, output = x.unsqueeze(0), output.unsqueeze(0)
@@ -133,6 +167,11 @@ class Bypass:
         """Takes the device copies over from the bypass of a stack that differs in strengths alone."""
         for mine, theirs in zip(self.program.steps, older.program.steps, strict=False):
             mine.share_factors_with(theirs)
+
+    @property
+    def scales_input(self) -> bool:
+        """True if the stack scales the layer's input too."""
+        return self.program.input_scale is not None
 
     def drop_device_copies(self) -> None:
         """Frees the copies on devices; the next call of the layer makes them again."""

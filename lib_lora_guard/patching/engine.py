@@ -119,7 +119,8 @@ class Engine:
 
         Raises:
             LoraMismatchError: A LoRA does not fit, and `leave_out` is False.
-            ModeError: The requested mode cannot be had, or there is no room for a backup.
+            ModeError: The requested mode cannot be had, or there is no room for a backup. With `leave_out` False also: no
+                mode can carry a weight.
             RestoreError: An earlier change could not be undone, and still cannot.
         """
         try:
@@ -137,7 +138,7 @@ class Engine:
             if report.refused is not None and not leave_out:
                 raise LoraMismatchError(about(report.label, report.refused))
         while True:
-            plan = self._plan(accepted, reports, wish)
+            plan = self._plan(accepted, reports, wish, leave_out)
             if wish is not Wish.MERGE:
                 plan = with_room(plan, self._attached, self._offloaded, self._budget, device, access.name)
             try:
@@ -290,11 +291,13 @@ class Engine:
         accepted: Mapping[int, Mapping[str, tuple[Site, list[Term]]]],
         reports: Sequence[LoraReport],
         wish: Wish,
+        leave_out: bool,
     ) -> Plan:
         stacks: dict[str, tuple[Site, list[Term]]] = {}
         for fitting in accepted.values():
-            for key, (site, terms) in fitting.items():
-                stacks.setdefault(key, (site, []))[1].extend(terms)
+            for site, terms in fitting.values():
+                # A module that two names lead to is one weight.
+                stacks.setdefault(site.key, (site, []))[1].extend(terms)
 
         def report_lost(origins: set[int], error: ModeError) -> None:
             for origin in origins:
@@ -302,7 +305,7 @@ class Engine:
                 reports[origin].lost.append(reason(error))
 
         present = {key: one.planned for key, one in (self._suspended | self._attached).items()}
-        return plan_weights(stacks, wish, present, report_lost)
+        return plan_weights(stacks, wish, present, report_lost if leave_out else None)
 
     def _prepare(self, access: ModelAccess, plan: Plan, device: torch.device) -> dict[str, Attachment]:
         target: dict[str, Attachment] = {}
