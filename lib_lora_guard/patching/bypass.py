@@ -98,7 +98,7 @@ class Bypass(CallPatch):
         x = getattr(self._unscaled_input, "x", None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
-        if not self.owns_output(layer) or next(iter(layer._forward_hooks.values())) is not self:
+        if not self.owns_output(layer) or next(iter(layer._forward_hooks.values()), self) is not self:
             # The layer, or a hook that came before this one, may have returned its input or something that it keeps.
             output = output.clone()
         return self.changed(layer, x, output)

@@ -29,12 +29,14 @@ from support.reference import merge_reference
 
 from lib_lora_guard.errors import LoraMismatchError, ModeError, RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
+from lib_lora_guard.hosts.plain.marked_class import class_of
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup, merging, norms, transaction
 from lib_lora_guard.patching.attachments import BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.operators import NUMBER, WEIGHT_PATCH
 from lib_lora_guard.patching.spool import Spool
 from lib_lora_guard.planning.mode import Mode, Wish
 
@@ -271,7 +273,7 @@ class Changes(RuleBasedStateMachine):
             if self.wish is Wish.ON_THE_FLY:
                 assert attachment.mode is Mode.ON_THE_FLY
             assert bool(layer._forward_hooks) == (attachment.mode is Mode.BYPASS)
-            patched = getattr(layer, "weight_terms", None) is not None or "forward" in vars(layer)
+            patched = getattr(layer, "weight_terms", None) is not None or WEIGHT_PATCH in vars(layer)
             assert patched == (attachment.mode is Mode.ON_THE_FLY)
 
     def check_backups(self):
@@ -299,7 +301,8 @@ class Changes(RuleBasedStateMachine):
             assert not layer._forward_hooks, f"{name} still has a hook"
             assert not layer._forward_pre_hooks, f"{name} still has a hook before it"
             assert getattr(layer, "weight_terms", None) is None
-            assert "forward" not in vars(layer)
+            assert not {"forward", NUMBER, WEIGHT_PATCH} & set(vars(layer))
+            assert class_of(layer) is type(layer)
         assert self.engine._backups.bytes() == 0
 
     def reference(self):

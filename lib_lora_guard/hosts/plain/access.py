@@ -160,8 +160,7 @@ def _site(
         (is_linear(layer) or convolution)
         and not is_read
         and hidden is None
-        and storage.wide
-        and code in (Code.TORCH, Code.CLASS)
+        and (code is Code.TORCH or (code is Code.CLASS and storage.wide))
     )
     if obstacle is None and code is Code.REPLACED:
         obstacle = Message("reason.own_forward", {"class_name": class_of(layer).__name__})
