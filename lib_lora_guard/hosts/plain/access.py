@@ -93,8 +93,14 @@ class PlainAccess(ModuleAccess):
         return hidden.decode(start, length)
 
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
-        """Returns the bias of a layer; None if it has none."""
-        return plain_bias(layer)
+        """Returns the bias of a layer as its call adds it; None if it has none."""
+        bias = plain_bias(layer)
+        if bias is None or not bias.is_meta:
+            return bias
+        hidden = hidden_weight(layer, "bias")
+        if hidden is None or hidden.decode is None:
+            raise ModeError(about(f"{class_of(layer).__name__}.bias", Message("reason.elsewhere")))
+        return hidden.decode(0, hidden.shape[0])
 
     def owns_output(self, layer: torch.nn.Module) -> bool:
         """Returns True if what a call of the layer returns is new memory that nothing else uses."""

@@ -51,7 +51,7 @@ def hidden_weight(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
     """Returns the hidden weight that `layer` has under `name`; None for plain numbers, or if there is none."""
     parameter = layer._parameters.get(name)
     if name == "weight":
-        found = _of_sdnq(layer) or _of_hqq(layer)
+        found = _of_sdnq(layer) or _of_hqq(layer) or _of_quanto(layer)
         if found is not None:
             return found
         if parameter is None:
@@ -107,6 +107,15 @@ def _of_hqq(layer: Any) -> HiddenWeight | None:
     if not (type(layer).__module__.startswith("hqq.") and isinstance(meta, dict) and "shape" in meta):
         return None
     return HiddenWeight(f"hqq {meta.get('nbits')} bits", tuple(meta["shape"]), _whole(layer.dequantize), name="W_q")
+
+
+def _of_quanto(layer: Any) -> HiddenWeight | None:
+    """A layer of optimum-quanto, also one that quantises a plain weight anew in each call."""
+    kind = layer.__dict__.get("weight_qtype")
+    if kind is None or not hasattr(type(layer), "qweight"):
+        return None
+    shape = tuple(layer.weight.shape)
+    return HiddenWeight(f"quanto {kind.name}", shape, _whole(lambda: layer.qweight.dequantize()))
 
 
 def _computed(layer: torch.nn.Module) -> HiddenWeight | None:
