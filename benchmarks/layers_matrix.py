@@ -271,7 +271,9 @@ def of_hqq() -> list[Layer]:
 
         return make
 
-    return [Layer("hqq", f"HQQLinear {bits} bits", made(bits), lambda layer: layer.dequantize()) for bits in (8, 4, 3, 2)]
+    return [
+        Layer("hqq", f"HQQLinear {bits} bits", made(bits), lambda layer: layer.dequantize()) for bits in (8, 4, 3, 2)
+    ]
 
 
 FAMILIES = {
@@ -337,13 +339,18 @@ def outcome(layer: Layer, kind: str, wish: Wish) -> tuple[str, str]:
     if report.loras[0].used != 1:
         return "!", f"not applied and not refused: {report.loras[0].skipped}"
     letter, problems = LETTERS[engine.attached["0.weight"].mode], []
-    wanted = product(layer, merge_reference([patch.entry(STRENGTH)], dense, REFERENCES) - dense, x)
+    change = merge_reference([patch.entry(STRENGTH)], dense, REFERENCES) - dense
+    wanted = product(layer, change, x)
     own = product(layer, dense, x)
     bias = getattr(model[0], "bias", None)
     if isinstance(bias, torch.Tensor):
         own += bias.double().reshape(-1, *[1] * (len(layer.shape) - 2))
-    # The library's own rounding (of activations, mostly) is scaled with the output by some kinds.
-    noise = (base.double() - own).norm() * 2 + 1e-3 * wanted.norm() + torch.finfo(layer.dtype).eps * 4 * own.norm()
+    # The library's own rounding of its activations meets the change of the weight as it meets the weight.
+    noise = (
+        2 * (base.double() - own).norm() * (1 + change.norm() / dense.norm())
+        + 1e-3 * wanted.norm()
+        + torch.finfo(layer.dtype).eps * 4 * own.norm()
+    )
     for gradients in (False, True):
         try:
             with torch.set_grad_enabled(gradients):
@@ -368,11 +375,15 @@ def table(library: str, layers: list[Layer], wrong: list[str]) -> list[str]:
         try:
             layer.make()(input_for(layer))
         except Exception as error:
-            lines.append(f"| {layer.name} | not tried: without a LoRA, {type(error).__name__} here |{' |' * (len(KINDS) - 1)}")
+            lines.append(
+                f"| {layer.name} | not tried: without a LoRA, {type(error).__name__} here |{' |' * (len(KINDS) - 1)}"
+            )
             continue
         for kind in KINDS:
             found = [outcome(layer, kind, wish) for wish in MODES]
-            wrong += [f"{library} {layer.name}, {kind}, {w.value}: {p}" for w, (_, p) in zip(MODES, found, strict=True) if p]
+            wrong += [
+                f"{library} {layer.name}, {kind}, {w.value}: {p}" for w, (_, p) in zip(MODES, found, strict=True) if p
+            ]
             cells.append("".join(letter if not problem else "!" for letter, problem in found))
         lines.append(f"| {layer.name} | {' | '.join(f'`{cell}`' for cell in cells)} |")
         print(lines[-1], flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -77,8 +78,12 @@ class ModelAccess(Protocol):
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
 
-    def owns_output(self, layer: torch.nn.Module) -> bool:
-        """Returns True if what a call of the layer returns is new memory that nothing else uses. Asked at every call."""
+    @property
+    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
+        """Tells of a layer whether what a call returns is new memory that nothing else uses; asked at every call.
+
+        None: it is for every layer.
+        """
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
         """Lets compiled code see whether a bypass is on the layer. Idempotent.
@@ -150,11 +155,12 @@ class ModuleAccess(ABC):
         values = self.decoded_rows(site, start, length, device)
         return torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
 
-    def owns_output(self, layer: torch.nn.Module) -> bool:
-        """Returns True: the host's layers return new memory."""
-        return True
+    @property
+    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
+        """Returns None: the host's layers return new memory."""
+        return None
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:  # noqa: B027
         """Does nothing: the host compiles none of its layers."""
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ..adapters import LowRank, Term
 from ..errors import LoraGuardError
@@ -53,8 +55,8 @@ class Bypass(CallPatch):
         self.program = compile_program(terms, self._forms, shape, self._ratios, bias_of)
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         self._said: set[str] = set()
-        self.owns_output: Callable[[torch.nn.Module], bool] = lambda layer: True
-        """Tells whether the output of a call may be written into: the host's access replaces it."""
+        self.owns_output: Callable[[torch.nn.Module], bool] | None = None
+        """Tells whether the output of a call may be written into; None: always. The host's access sets it."""
         self._traced_input: torch.Tensor | None = None
         # Per thread: two threads may run one model.
         self._unscaled_input = threading.local()
@@ -65,10 +67,10 @@ class Bypass(CallPatch):
     def attach(self, layer: torch.nn.Module) -> list[Any]:
         """Hooks `layer` and returns handles that remove the hooks."""
         # First, so that the hooks of others get the output of the patched layer, as they would after a merge.
-        handles: list[Any] = [layer.register_forward_hook(self, with_kwargs=True, prepend=True)]
+        handles = [_hook(layer, Role.CHANGE, self, is_first=True)]
         if self.program.input_scale is not None:
-            handles.append(layer.register_forward_pre_hook(self.scale_input, with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._forget_input, always_call=True))
+            handles.append(_hook(layer, Role.SCALE, self.scale_input))
+            handles.append(_hook(layer, Role.FORGET, self._forget_input))
         return handles
 
     def scale_input(
@@ -76,7 +78,7 @@ class Bypass(CallPatch):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one."""
         x = args[0] if args else next(iter(kwargs.values()))
-        if torch.compiler.is_compiling() and (number := number_of(layer)) is not None:
+        if is_compiling() and (number := number_of(layer)) is not None:
             self._traced_input = x
             scaled = scaled_input(x, number)
         elif self._in_force():
@@ -91,14 +93,16 @@ class Bypass(CallPatch):
     def __call__(
         self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._traced(layer, args, kwargs, output)
         if not self._in_force():
             return output
         x = getattr(self._unscaled_input, "x", None)
         if x is None:
             x = args[0] if args else next(iter(kwargs.values()))
-        if not self.owns_output(layer) or next(iter(layer._forward_hooks.values()), self) is not self:
+        if self.owns_output is not None and not (
+            next(iter(layer._forward_hooks.values()), self) is self and self.owns_output(layer)
+        ):
             # The layer, or a hook that came before this one, may have returned its input or something that it keeps.
             output = output.clone()
         return self.changed(layer, x, output)
@@ -193,3 +197,36 @@ class Bypass(CallPatch):
         if scale is None:
             raise TypeError("this stack leaves the input as it is")
         return scale
+
+
+class Role(Enum):
+    """The hooks of a bypass, with the number of each on its layer.
+
+    It is the same every time, because compiled code looks hooks up by number. torch's own numbers begin at 0.
+    """
+
+    CHANGE = -1
+    SCALE = -2
+    FORGET = -3
+
+
+def _hook(
+    layer: torch.nn.Module, role: Role, hook: Callable[..., Any], is_first: bool = False
+) -> torch.utils.hooks.RemovableHandle:
+    """Hooks `layer` as torch's own registration does, under the number of the role, or one like it if that is taken."""
+    table: Any
+    if role is Role.SCALE:
+        table, marks = layer._forward_pre_hooks, [layer._forward_pre_hooks_with_kwargs]
+    else:
+        table, marks = layer._forward_hooks, [layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called]
+    handle = torch.utils.hooks.RemovableHandle(table, extra_dict=marks)
+    number = role.value
+    while number in table:
+        number -= len(Role)
+    handle.id = number
+    # Before the hook itself: another thread may be in a call of the layer.
+    marks[-1 if role is Role.FORGET else 0][number] = True
+    table[number] = hook
+    if is_first and len(table) > 1:
+        table.move_to_end(number, last=False)
+    return handle

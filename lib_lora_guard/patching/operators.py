@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -23,24 +22,25 @@ NUMBER = "_lora_guard_number"
 _layers: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 
 
-class CallPatch(ABC):
+class CallPatch:
     """A forward hook that changes the result of a layer's call."""
 
-    @abstractmethod
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the input that the layer is to get in the place of `x`, as a new tensor."""
+        raise NotImplementedError
 
-    @abstractmethod
     def changed(self, layer: torch.nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Returns `output` with the stack in it. It may be changed in place. `x` is the layer's unscaled input."""
+        raise NotImplementedError
 
 
-class WeightPatch(ABC):
+class WeightPatch:
     """Something that changes the temporary weight of a layer."""
 
-    @abstractmethod
+    # No abstract class: `isinstance` would cost more than all else in a call.
     def apply(self, weight: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor:
         """Returns the patched weight. `weight` is changed in place unless it shares the memory of `parameter`."""
+        raise NotImplementedError
 
 
 WEIGHT_PATCH = "_lora_guard_weight"
@@ -57,7 +57,8 @@ def give_number(layer: torch.nn.Module) -> None:
     """Gives `layer` a number that no other living layer has: it stays the same from one stack to the next."""
     if _are_there():
         number = id(layer)
-        _layers[number] = layer
+        if _layers.get(number) is not layer:
+            _layers[number] = layer
         layer.__dict__[NUMBER] = number
 
 
@@ -87,7 +88,7 @@ def patched_weight(weight: torch.Tensor, number: int) -> torch.Tensor:
 def _call_patch(number: int) -> tuple[torch.nn.Module | None, CallPatch | None]:
     # Found on the layer, so that there is no second note of what is on it.
     layer = _layers.get(number)
-    hooks = () if layer is None else list(layer._forward_hooks.values())
+    hooks: list[object] = [] if layer is None else list(layer._forward_hooks.values())
     return layer, next((hook for hook in hooks if isinstance(hook, CallPatch)), None)
 
 
@@ -135,13 +136,19 @@ def _are_there() -> bool:
     """Defines the operators, once; returns False if this torch cannot, or if they are switched off."""
     if os.environ.get("LORA_GUARD_OPERATORS") == "0" or not hasattr(torch.library, "register_autograd"):
         return False
+    library: Any = _library
     # A graph that CUDA has recorded would repeat the strengths of its first run.
     unsafe = getattr(torch._C.Tag, "cudagraph_unsafe", None)
     if unsafe is None and torch.cuda.is_available():
         return False
     tags = () if unsafe is None else (unsafe,)
     for name, signature, run, fake in (
-        ("bypass", "(Tensor x, Tensor output, SymInt number) -> Tensor", _bypass, lambda x, output, number: _like(output)),
+        (
+            "bypass",
+            "(Tensor x, Tensor output, SymInt number) -> Tensor",
+            _bypass,
+            lambda x, output, number: _like(output),
+        ),
         ("scaled_input", "(Tensor x, SymInt number) -> Tensor", _scaled_input, lambda x, number: _like(x)),
         ("patched_weight", "(Tensor weight, SymInt number) -> Tensor", _patched_weight, lambda w, number: _like(w)),
         (
@@ -157,8 +164,8 @@ def _are_there() -> bool:
             lambda x, gradient, number: _like(x),
         ),
     ):
-        _library.define(name + signature, tags=tags)
-        _library.impl(name, run, "CompositeExplicitAutograd")
+        library.define(name + signature, tags=tags)
+        library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"lora_guard::{name}", fake, lib=_library)
     torch.library.register_autograd("lora_guard::bypass", _back_through_bypass, setup_context=_keep_both, lib=_library)
     torch.library.register_autograd(
@@ -167,7 +174,7 @@ def _are_there() -> bool:
     return True
 
 
-_library = torch.library.Library("lora_guard", "FRAGMENT")  # noqa: TOR901
+_library = torch.library.Library("lora_guard", "FRAGMENT")  # type: ignore[no-untyped-call]
 """Takes its operators away when this module goes, as it does where a host loads its extensions anew."""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks
 
 from ...adapters.base import Shape
 from ...errors import Message, ModeError, about
@@ -15,10 +16,11 @@ from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import give_number, take_number
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...units import MB
-from ...weights.storage import Storage, storage_of
+from ...weights.dtype_names import dtype_name
+from ...weights.storage import WIDE_DTYPES, Storage, storage_of
 from ...weights.stored_linear import StoredLinear
 from .hidden_weights import HiddenWeight, hidden_weight
-from .layer_code import Code, code_of
+from .layer_code import Code, code_of, keeps_plain_numbers
 from .marked_class import class_of, mark, unmark
 from .weight_forward import patch_weight, unpatch_weight
 
@@ -67,14 +69,14 @@ class PlainAccess(ModuleAccess):
         key = f"{first}.{name}" if first else name
         if isinstance(layer, StoredLinear) and name == "weight":
             return Site(key, layer, name, layer.storage(), can_bypass=True, can_on_the_fly=True)
-        hidden = hidden_weight(layer, name)
+        hidden = _hidden(layer, name)
         parameter = layer._parameters.get(name)
-        if parameter is None and hidden is None:
-            return None
         if hidden is not None:
             storage = hidden.storage(layer._parameters.get(hidden.name) if hidden.name else None)
-        else:
+        elif parameter is not None:
             storage = storage_of(parameter)
+        else:
+            return None
         return _site(key, layer, name, storage, hidden, _reads_its_layers(parents[-2]) if len(parents) > 1 else False)
 
     def decoded_rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
@@ -85,11 +87,13 @@ class PlainAccess(ModuleAccess):
         """
         if isinstance(site.layer, StoredLinear) and site.name == "weight":
             return site.layer.decode_rows(start, length, torch.float32)
-        hidden = hidden_weight(site.layer, site.name)
+        hidden = _hidden(site.layer, site.name)
         if hidden is None:
             return site.parameter.detach().narrow(0, start, length)
         if hidden.decode is None:
-            raise ModeError(about(site.key, hidden.obstacle or Message("reason.hidden_weight", {"format": hidden.format})))
+            raise ModeError(
+                about(site.key, hidden.obstacle or Message("reason.hidden_weight", {"format": hidden.format}))
+            )
         return hidden.decode(start, length)
 
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
@@ -102,13 +106,10 @@ class PlainAccess(ModuleAccess):
             raise ModeError(about(f"{class_of(layer).__name__}.bias", Message("reason.elsewhere")))
         return hidden.decode(0, hidden.shape[0])
 
-    def owns_output(self, layer: torch.nn.Module) -> bool:
-        """Returns True if what a call of the layer returns is new memory that nothing else uses."""
-        return (
-            "forward" not in layer.__dict__
-            and (code_of(layer) is Code.TORCH or isinstance(layer, StoredLinear))
-            and not torch.nn.modules.module._global_forward_hooks
-        )
+    @property
+    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
+        """Tells of a layer whether what a call returns is new memory that nothing else uses."""
+        return _owns_output
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
         """Lets compiled code see whether a bypass is on the layer."""
@@ -175,6 +176,19 @@ def _site(
     return Site(key, layer, name, storage, bypass, on_the_fly, hidden is None, obstacle)
 
 
+def _hidden(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
+    found = hidden_weight(layer, name)
+    parameter = layer._parameters.get(name)
+    if found is not None or name != "weight" or parameter is None or parameter.dtype in WIDE_DTYPES:
+        return found
+    if not (is_linear(layer) or is_plain_convolution(layer)) or keeps_plain_numbers(layer):
+        return None
+    shape = tuple(parameter.shape)
+    if isinstance(layer, torch.nn.Linear):
+        shape = layer.out_features, layer.in_features
+    return HiddenWeight(dtype_name(parameter.dtype), shape, None)
+
+
 def _is_linear_of_a_library(layer: torch.nn.Module) -> bool:
     return class_of(layer).__module__.startswith("hqq.")
 
@@ -182,6 +196,10 @@ def _is_linear_of_a_library(layer: torch.nn.Module) -> bool:
 def _reads_its_layers(parent: torch.nn.Module) -> bool:
     """Returns True if `parent` may compute with its layers' weights without calling them, as torch's fast path does."""
     return isinstance(parent, torch.nn.TransformerEncoderLayer)
+
+
+def _owns_output(layer: torch.nn.Module) -> bool:
+    return not _global_forward_hooks and (code_of(layer) is Code.TORCH or isinstance(layer, StoredLinear))
 
 
 def _all_paths(
@@ -211,7 +229,7 @@ def _shapes_of(layer: torch.nn.Module) -> Iterator[tuple[str, Shape]]:
         if layer.bias is not None:
             yield "bias", tuple(layer.bias.shape)
         return
-    weight = hidden_weight(layer, "weight")
+    weight = _hidden(layer, "weight")
     if weight is not None:
         yield "weight", weight.shape
     for name, parameter in layer._parameters.items():

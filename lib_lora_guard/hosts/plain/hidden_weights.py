@@ -49,7 +49,9 @@ class HiddenWeight:
 
 def hidden_weight(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
     """Returns the hidden weight that `layer` has under `name`; None for plain numbers, or if there is none."""
-    parameter = layer._parameters.get(name)
+    parameter, own = layer._parameters.get(name), layer.__dict__
+    if type(parameter) is torch.nn.Parameter and _is_plain(parameter) and not own.keys() & _MARKS:
+        return None
     if name == "weight":
         found = _of_sdnq(layer) or _of_hqq(layer) or _of_quanto(layer)
         if found is not None:
@@ -61,10 +63,12 @@ def hidden_weight(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
     return _of_parameter(layer, name, parameter)
 
 
+_MARKS = {"sdnq_dequantizer", "weight_qtype"}
+"""Attributes of a layer whose weight may look like plain numbers and is none."""
+
+
 def _is_plain(parameter: torch.nn.Parameter) -> bool:
-    return not (
-        parameter.is_meta or parameter.__dict__ or parameter.layout is not torch.strided or parameter.is_quantized
-    )
+    return not (parameter.is_meta or parameter.layout is not torch.strided or parameter.is_quantized)
 
 
 def _of_parameter(layer: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> HiddenWeight | None:
@@ -127,7 +131,7 @@ def _computed(layer: torch.nn.Module) -> HiddenWeight | None:
         return None
 
     def decode(start: int, length: int) -> torch.Tensor:
-        now: torch.Tensor = layer.weight  # type: ignore[assignment]
+        now: torch.Tensor = layer.weight
         return now.detach().narrow(0, start, length)
 
     return HiddenWeight("a computed weight", tuple(value.shape), decode, Message("reason.computed"), name=None)
@@ -158,14 +162,14 @@ def _eight_bits(layer: torch.nn.Module, parameter: Any) -> Decode | None:
     if scales is None:
         return None
     # As bitsandbytes' `int8_vectorwise_dequant`.
-    return lambda start, length: parameter.data.narrow(0, start, length).float() * (
-        scales.narrow(0, start, length).float().unsqueeze(1) / 127
+    return lambda start, length: (
+        parameter.data.narrow(0, start, length).float() * (scales.narrow(0, start, length).float().unsqueeze(1) / 127)
     )
 
 
 def _offloaded(layer: torch.nn.Module, name: str) -> Decode | None:
     """Rows of a weight that accelerate keeps elsewhere and loads for each call."""
-    hooks = [layer.__dict__.get("_hf_hook")]
+    hooks: list[Any] = [layer.__dict__.get("_hf_hook")]
     hooks += list(getattr(hooks[0], "hooks", ()))
     where: Any = next((one.weights_map for one in hooks if getattr(one, "weights_map", None) is not None), None)
     return None if where is None else _whole(lambda: where[name])

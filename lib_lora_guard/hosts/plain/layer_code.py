@@ -6,7 +6,8 @@ another weight: they are exact where that code reads the weight from the layer.
 
 from __future__ import annotations
 
-import functools
+import os
+import weakref
 from enum import Enum
 from typing import Any
 
@@ -37,14 +38,34 @@ WRAPPING_LIBRARIES = ("accelerate", "diffusers")
 def code_of(layer: torch.nn.Module) -> Code:
     """Tells whose code a call of `layer` runs."""
     own, base = layer.__dict__.get("forward"), class_of(layer)
+    if own is None and (base is torch.nn.Linear or base is torch.nn.Conv2d):
+        # Most layers of most models: this is asked in every call.
+        return Code.TORCH
     code = _code_of_class(base)
     if own is None:
         return code
     return Code.LINEAR if code is not Code.CLASS and _leads_to(own, base) else Code.REPLACED
 
 
-@functools.lru_cache(maxsize=1024)
+def keeps_plain_numbers(layer: torch.nn.Module) -> bool:
+    """Returns True if a narrow weight (fp8, int8) on `layer` is the numbers themselves, for all that is known.
+
+    A class with a `forward` of its own may have packed them, or keep a scale beside them.
+    """
+    return _code_of_class(class_of(layer)) is Code.TORCH
+
+
+_codes: weakref.WeakKeyDictionary[type, Code] = weakref.WeakKeyDictionary()
+
+
 def _code_of_class(base: type[Any]) -> Code:
+    found = _codes.get(base)
+    if found is None:
+        found = _codes[base] = _read_class(base)
+    return found
+
+
+def _read_class(base: type[Any]) -> Code:
     forward = base.forward
     if forward in {one.forward for one in (*_TORCHS, *_TORCHS_TRANSPOSED)}:
         inner = getattr(base, "_conv_forward", None)
@@ -64,7 +85,7 @@ def _leads_to(own: object, base: type[Any]) -> bool:
         wrapper = getattr(own, "func", own)
         if compiled is not None:
             own = compiled
-        elif _is_of(getattr(wrapper, "__module__", None) or "", WRAPPING_LIBRARIES) and hasattr(own, "__wrapped__"):
+        elif hasattr(own, "__wrapped__") and (_is_of(_module_of(wrapper), WRAPPING_LIBRARIES) or _is_torchs(own)):
             own = own.__wrapped__
         else:
             return False
@@ -75,6 +96,16 @@ def _is_marked(own: object, base: type[Any]) -> bool:
     """Returns True for the forward pass of a marked class: a wrapper was put on while a LoRA was on."""
     layer = getattr(own, "__self__", None)
     return isinstance(layer, base) and getattr(own, "__func__", None) is type(layer).forward
+
+
+def _module_of(function: object) -> str:
+    return getattr(function, "__module__", None) or ""
+
+
+def _is_torchs(function: object) -> bool:
+    """Returns True for a wrapper that torch.compile has made. It bears the module of what it wraps."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(os.path.join(os.path.dirname(torch.__file__), "_dynamo"))
 
 
 def _is_of(module: str, libraries: tuple[str, ...]) -> bool:

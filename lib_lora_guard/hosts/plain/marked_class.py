@@ -8,7 +8,6 @@ would call the one of the original.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -20,7 +19,7 @@ Forward: TypeAlias = Callable[..., Any]
 
 _BASE = "_lora_guard_base"
 
-_classes: weakref.WeakKeyDictionary[type, dict[object, type]] = weakref.WeakKeyDictionary()
+_classes: dict[tuple[type, object], type] = {}
 """By the layer's own class and the way of patching. Always the same ones: each is compiled once."""
 
 
@@ -43,10 +42,10 @@ def mark(layer: torch.nn.Module, way: object, forward: Forward | None = None) ->
     """
     base = class_of(layer)
     try:
-        ways = _classes.setdefault(base, {})
-        if way not in ways:
-            ways[way] = _subclass(base, forward)
-        layer.__class__ = ways[way]
+        marked = _classes.get((base, way))
+        if marked is None:
+            marked = _classes.setdefault((base, way), _subclass(base, forward))
+        layer.__class__ = marked
     except TypeError:
         # A class of another language, or one that checks its subclasses.
         return False
@@ -70,7 +69,9 @@ def _subclass(base: type[torch.nn.Module], forward: Forward | None) -> type:
     }
     if forward is not None:
         contents["forward"] = forward
-    return type(base)(base.__name__, (base,), contents)
+    make: Any = type(base)
+    subclass: type = make(base.__name__, (base,), contents)
+    return subclass
 
 
 def _refuse(layer: torch.nn.Module, protocol: object) -> str:

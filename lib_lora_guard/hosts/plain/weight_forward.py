@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH, WeightPatch, give_number, number_of, patched_weight, take_number
@@ -41,7 +42,7 @@ def _patched(layer: torch.nn.Module) -> torch.Tensor:
     # `DataParallel` gives its copies a plain tensor.
     parameter: torch.Tensor = getattr(layer, _WEIGHT)
     number = number_of(layer)
-    if number is not None and torch.compiler.is_compiling():
+    if number is not None and is_compiling():
         return patched_weight(parameter.detach(), number)
     patch = layer.__dict__.get(WEIGHT_PATCH)
     # Another program may have kept this forward pass from a time when there was a LoRA.
@@ -62,7 +63,11 @@ def _transposed_convolution(self: Any, input: torch.Tensor, output_size: list[in
     padding = self._output_padding(
         input, output_size, self.stride, self.padding, self.kernel_size, dimensions, self.dilation
     )
-    functions = torch.nn.functional.conv_transpose1d, torch.nn.functional.conv_transpose2d, torch.nn.functional.conv_transpose3d
+    functions = (
+        torch.nn.functional.conv_transpose1d,
+        torch.nn.functional.conv_transpose2d,
+        torch.nn.functional.conv_transpose3d,
+    )
     result: torch.Tensor = functions[dimensions - 1](
         input, _patched(self), self.bias, self.stride, self.padding, padding, self.groups, self.dilation
     )
@@ -76,7 +81,7 @@ def _any_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     shadow = base.__new__(base)
     inside = {name: value for name, value in before.items() if name not in (WEIGHT_PATCH, _WEIGHT)}
     patched = _patched(self)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         inside[_WEIGHT] = patched
     else:
         patched = torch.nn.Parameter(patched, requires_grad=False)
