@@ -19,7 +19,7 @@ from ...units import MB
 from ...weights.dtype_names import dtype_name
 from ...weights.storage import WIDE_DTYPES, Storage, storage_of
 from ...weights.stored_linear import StoredLinear
-from .hidden_weights import HiddenWeight, hidden_weight
+from .hidden_weights import HiddenWeight, has_no_marks, hidden_weight, is_plain
 from .layer_code import Code, code_of, keeps_plain_numbers
 from .marked_class import class_of, mark, unmark
 from .weight_forward import patch_weight, unpatch_weight
@@ -69,8 +69,8 @@ class PlainAccess(ModuleAccess):
         key = f"{first}.{name}" if first else name
         if isinstance(layer, StoredLinear) and name == "weight":
             return Site(key, layer, name, layer.storage(), can_bypass=True, can_on_the_fly=True)
-        hidden = _hidden(layer, name)
         parameter = layer._parameters.get(name)
+        hidden = None if is_plain(parameter) and has_no_marks(layer) else _hidden(layer, name)
         if hidden is not None:
             storage = hidden.storage(layer._parameters.get(hidden.name) if hidden.name else None)
         elif parameter is not None:
@@ -154,6 +154,8 @@ def _site(
     key: str, layer: torch.nn.Module, name: str, storage: Storage, hidden: HiddenWeight | None, is_read: bool
 ) -> Site:
     """Decides which modes a layer's parameter allows."""
+    if hidden is None and name == "weight" and storage.wide and not is_read and _is_torchs_own(layer):
+        return Site(key, layer, name, storage, True, True)
     if name != "weight":
         can_merge = hidden is None
         return Site(key, layer, name, storage, False, False, can_merge, None if hidden is None else hidden.obstacle)
@@ -187,6 +189,15 @@ def _hidden(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
     if isinstance(layer, torch.nn.Linear):
         shape = layer.out_features, layer.in_features
     return HiddenWeight(dtype_name(parameter.dtype), shape, None)
+
+
+def _is_torchs_own(layer: torch.nn.Module) -> bool:
+    """Returns True for the most frequent layers, to which every mode is open: they are not looked at any closer."""
+    base = class_of(layer)
+    return "forward" not in layer.__dict__ and (
+        base is torch.nn.Linear
+        or (isinstance(layer, torch.nn.Conv2d) and base is torch.nn.Conv2d and layer.groups == 1)
+    )
 
 
 def _is_linear_of_a_library(layer: torch.nn.Module) -> bool:
@@ -229,10 +240,14 @@ def _shapes_of(layer: torch.nn.Module) -> Iterator[tuple[str, Shape]]:
         if layer.bias is not None:
             yield "bias", tuple(layer.bias.shape)
         return
+    parameters = [(name, one) for name, one in layer._parameters.items() if one is not None]
+    if "weight" in layer._parameters and has_no_marks(layer) and all(is_plain(one) for _, one in parameters):
+        yield from [(name, tuple(one.shape)) for name, one in parameters]
+        return
     weight = _hidden(layer, "weight")
     if weight is not None:
         yield "weight", weight.shape
-    for name, parameter in layer._parameters.items():
-        if parameter is not None and not (weight is not None and name == "weight"):
+    for name, parameter in parameters:
+        if weight is None or name != "weight":
             hidden = hidden_weight(layer, name)
             yield name, tuple(parameter.shape) if hidden is None else hidden.shape

@@ -21,7 +21,7 @@ from ...adapters.base import Shape
 from ...errors import Message
 from ...weights.bnb4 import from_quant_state
 from ...weights.dtype_names import dtype_name
-from ...weights.storage import Storage, storage_of
+from ...weights.storage import WIDE_DTYPES, Storage, storage_of
 
 Decode = Callable[[int, int], torch.Tensor]
 """Returns rows of a weight, from a start and a length, as plain numbers."""
@@ -49,16 +49,14 @@ class HiddenWeight:
 
 def hidden_weight(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
     """Returns the hidden weight that `layer` has under `name`; None for plain numbers, or if there is none."""
-    parameter, own = layer._parameters.get(name), layer.__dict__
-    if type(parameter) is torch.nn.Parameter and _is_plain(parameter) and not own.keys() & _MARKS:
-        return None
+    parameter = layer._parameters.get(name)
     if name == "weight":
         found = _of_sdnq(layer) or _of_hqq(layer) or _of_quanto(layer)
         if found is not None:
             return found
         if parameter is None:
             return _computed(layer)
-    if parameter is None or (type(parameter) is torch.nn.Parameter and _is_plain(parameter)):
+    if parameter is None or is_plain(parameter):
         return None
     return _of_parameter(layer, name, parameter)
 
@@ -67,8 +65,19 @@ _MARKS = {"sdnq_dequantizer", "weight_qtype"}
 """Attributes of a layer whose weight may look like plain numbers and is none."""
 
 
-def _is_plain(parameter: torch.nn.Parameter) -> bool:
-    return not (parameter.is_meta or parameter.layout is not torch.strided or parameter.is_quantized)
+def is_plain(parameter: torch.nn.Parameter | None) -> bool:
+    """Returns True for plain numbers of 16 bits and more, as far as the parameter tells; False where it takes a look."""
+    return (
+        type(parameter) is torch.nn.Parameter
+        and parameter.dtype in WIDE_DTYPES
+        and parameter.layout is torch.strided
+        and not parameter.is_meta
+    )
+
+
+def has_no_marks(layer: torch.nn.Module) -> bool:
+    """Returns True for a layer that no library has marked as its own."""
+    return _MARKS.isdisjoint(layer.__dict__)
 
 
 def _of_parameter(layer: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> HiddenWeight | None:

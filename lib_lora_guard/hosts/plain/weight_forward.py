@@ -20,6 +20,10 @@ def patch_weight(layer: torch.nn.Module, terms: WeightTerms) -> None:
     layer.__dict__[WEIGHT_PATCH] = terms
     give_number(layer)
     base = class_of(layer)
+    if base is torch.nn.Linear:
+        # `site` lets no layer with a forward of its own come here.
+        mark(layer, patch_weight, _linear)
+        return
     plain = code_of(layer) is Code.TORCH
     if plain and issubclass(base, torch.nn.Linear):
         mark(layer, patch_weight, _linear)

@@ -11,7 +11,7 @@ from lib_lora_guard.hosts.plain.guard import LoraGuard
 from lib_lora_guard.patching import operators
 
 WIDTH = 8
-SIZES = (2, 3, 5)
+SIZES = (2, 5)
 MODES = ("auto", "bypass", "on_the_fly", "merge")
 LORA = {"lora_unet_a": (WIDTH, WIDTH), "lora_unet_b": (WIDTH, WIDTH), "lora_unet_conv": (WIDTH, WIDTH, 3), "lora_unet_up": (WIDTH, WIDTH, 3)}  # fmt: skip
 
@@ -57,8 +57,7 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+@pytest.mark.parametrize(("how", "mode"), [*(("torch.compile", mode) for mode in MODES), ("model.compile", "auto")])
 def test_a_model_that_was_compiled_and_run_before_shows_every_change(files, how, mode):
     model, plain = Model(), Model()
     if how == "torch.compile":
@@ -77,7 +76,7 @@ def test_a_model_that_was_compiled_and_run_before_shows_every_change(files, how,
 
     apply((files["style"], 1.0))
     made = graphs()
-    for strength in (0.5, -1.0, 2.0, 0.25):
+    for strength in (0.5, -1.0, 2.0):
         apply((files["style"], strength))
         assert graphs() == made
     apply((files["style"], 0.5), (files["dora"], 1.0))
@@ -92,7 +91,7 @@ def test_a_model_that_was_compiled_and_run_before_shows_every_change(files, how,
     assert graphs() == made, "what was compiled without LoRAs is there still"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["bypass", "on_the_fly"])
 def test_compiled_blocks_that_share_their_code_have_their_own_loras(tmp_path, mode):
     model = torch.nn.ModuleList(Model() for _ in range(3))
     for block in model:
@@ -127,13 +126,13 @@ def test_gradients_go_through_the_operators(files, name, mode):
     assert torch.allclose(*found, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["bypass", "on_the_fly"])
 def test_with_the_operators_switched_off_it_is_right_with_breaks_in_the_graph(files, mode, monkeypatch):
     monkeypatch.setattr(operators, "_are_there", lambda: False)
     model, plain = Model(), Model()
     compiled = torch.compile(model, backend="eager")
     outputs(compiled)
-    for strength in (1.0, 0.5, -1.0):
+    for strength in (1.0, -1.0):
         for one in (model, plain):
             LoraGuard(one).apply([(files["style"], strength)], mode=mode)
         assert operators.NUMBER not in vars(model.a)
