@@ -76,7 +76,7 @@ def _read_class(base: type[Any]) -> Code:
     return Code.LINEAR if _is_of(owner.__module__, LINEAR_LIBRARIES) else Code.CLASS
 
 
-def _leads_to(own: object, base: type[Any]) -> bool:
+def _leads_to(own: Any, base: type[Any]) -> bool:
     """Returns True if a layer's own `forward` only wraps the one of its class."""
     for _ in range(8):
         if getattr(own, "__func__", None) is base.forward or _is_marked(own, base):
@@ -92,17 +92,17 @@ def _leads_to(own: object, base: type[Any]) -> bool:
     return False
 
 
-def _is_marked(own: object, base: type[Any]) -> bool:
+def _is_marked(own: Any, base: type[Any]) -> bool:
     """Returns True for the forward pass of a marked class: a wrapper was put on while a LoRA was on."""
     layer = getattr(own, "__self__", None)
     return isinstance(layer, base) and getattr(own, "__func__", None) is type(layer).forward
 
 
-def _module_of(function: object) -> str:
+def _module_of(function: Any) -> str:
     return getattr(function, "__module__", None) or ""
 
 
-def _is_torchs(function: object) -> bool:
+def _is_torchs(function: Any) -> bool:
     """Returns True for a wrapper that torch.compile has made. It bears the module of what it wraps."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename.startswith(os.path.join(os.path.dirname(torch.__file__), "_dynamo"))

@@ -8,7 +8,7 @@ would call the one of the original.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ Forward: TypeAlias = Callable[..., Any]
 
 _BASE = "_lora_guard_base"
 
-_classes: dict[tuple[type, object], type] = {}
+_classes: dict[tuple[type, Hashable], type] = {}
 """By the layer's own class and the way of patching. Always the same ones: each is compiled once."""
 
 
@@ -29,7 +29,7 @@ def class_of(layer: torch.nn.Module) -> type[torch.nn.Module]:
     return found
 
 
-def mark(layer: torch.nn.Module, way: object, forward: Forward | None = None) -> bool:
+def mark(layer: torch.nn.Module, way: Hashable, forward: Forward | None = None) -> bool:
     """Gives `layer` the subclass for a way of patching. Idempotent.
 
     Args:
@@ -79,7 +79,7 @@ def _subclass(base: type[torch.nn.Module], forward: Forward | None) -> type:
     return subclass
 
 
-def _refuse(layer: torch.nn.Module, protocol: object) -> str:
+def _refuse(layer: torch.nn.Module, protocol: int) -> str:
     raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
 
 
