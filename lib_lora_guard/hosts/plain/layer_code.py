@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import weakref
 from enum import Enum
-from typing import Any
 
 import torch
 
-from .marked_class import class_of
+from .marked_class import Forward, class_of
 
 
 class Code(Enum):
@@ -58,14 +57,14 @@ def keeps_plain_numbers(layer: torch.nn.Module) -> bool:
 _codes: weakref.WeakKeyDictionary[type, Code] = weakref.WeakKeyDictionary()
 
 
-def _code_of_class(base: type[Any]) -> Code:
+def _code_of_class(base: type[torch.nn.Module]) -> Code:
     found = _codes.get(base)
     if found is None:
         found = _codes[base] = _read_class(base)
     return found
 
 
-def _read_class(base: type[Any]) -> Code:
+def _read_class(base: type[torch.nn.Module]) -> Code:
     forward = base.forward
     if forward in {one.forward for one in (*_TORCHS, *_TORCHS_TRANSPOSED)}:
         inner = getattr(base, "_conv_forward", None)
@@ -76,7 +75,7 @@ def _read_class(base: type[Any]) -> Code:
     return Code.LINEAR if _is_of(owner.__module__, LINEAR_LIBRARIES) else Code.CLASS
 
 
-def _leads_to(own: Any, base: type[Any]) -> bool:
+def _leads_to(own: Forward, base: type[torch.nn.Module]) -> bool:
     """Returns True if a layer's own `forward` only wraps the one of its class."""
     for _ in range(8):
         if getattr(own, "__func__", None) is base.forward or _is_marked(own, base):
@@ -92,17 +91,17 @@ def _leads_to(own: Any, base: type[Any]) -> bool:
     return False
 
 
-def _is_marked(own: Any, base: type[Any]) -> bool:
+def _is_marked(own: Forward, base: type[torch.nn.Module]) -> bool:
     """Returns True for the forward pass of a marked class: a wrapper was put on while a LoRA was on."""
     layer = getattr(own, "__self__", None)
     return isinstance(layer, base) and getattr(own, "__func__", None) is type(layer).forward
 
 
-def _module_of(function: Any) -> str:
+def _module_of(function: Forward) -> str:
     return getattr(function, "__module__", None) or ""
 
 
-def _is_torchs(function: Any) -> bool:
+def _is_torchs(function: Forward) -> bool:
     """Returns True for a wrapper that torch.compile has made. It bears the module of what it wraps."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename.startswith(os.path.join(os.path.dirname(torch.__file__), "_dynamo"))
