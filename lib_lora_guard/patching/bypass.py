@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ from .forward_steps import LowRankStep
 from .layer_call import LayerCall, naming_the_layer
 from .low_rank import JoinedLowRank
 
+WAIT_SECONDS = 1.0
+"""The longest time that `detach` waits for calls of the layer in other threads. One of them may wait for this thread."""
+
 
 class Bypass:
     """Forward hooks for one linear or convolution layer.
+
+    Most stacks need one hook, after the layer. One that scales the layer's input needs a second one before it; then a call
+    that did not begin with the scaled input is left as it is, so that no call has a half of the stack.
 
     Args:
         key: The name of the weight, for errors.
@@ -50,33 +57,89 @@ class Bypass:
         self._forms = forms_of(terms, shape) if forms is None else forms
         self._is_low_rank = all(isinstance(form, LowRank) for form in self._forms)
         self.program = compile_program(terms, self._forms, shape, self._ratios, bias_of)
+        self._is_one_hook = self.program.input_scale is None
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         self._said: set[str] = set()
         # Per thread: two threads may run one model.
-        self._unscaled_input = threading.local()
+        self._unscaled: dict[int, torch.Tensor] = {}
 
     def __reduce__(self) -> str:
         raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
 
-    def attach(self, layer: torch.nn.Module) -> list[Any]:
-        """Hooks `layer` and returns handles that remove the hooks."""
-        handles: list[Any] = [layer.register_forward_hook(self, with_kwargs=True)]
-        if self.program.input_scale is not None:
-            handles.append(layer.register_forward_pre_hook(self.scale_input, with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._forget_input, always_call=True))
-        return handles
+    def attach(self, layer: torch.nn.Module) -> None:
+        """Hooks `layer`. Idempotent, also after a call that was interrupted."""
+        if self._is_on(layer):
+            return
+        self.detach(layer)
+        layer.register_forward_hook(self, with_kwargs=True)
+        if not self._is_one_hook:
+            layer.register_forward_hook(self._forget_input, always_call=True)
+            # The last one: without it the others do nothing.
+            layer.register_forward_pre_hook(self.scale_input, with_kwargs=True)
+
+    def detach(self, layer: torch.nn.Module) -> None:
+        """Takes the hooks off `layer`. Idempotent. They are looked for on the layer: no note of them could be complete."""
+        for number in self._hooks_in(layer._forward_pre_hooks):
+            _remove(number, layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs)
+        self._await_calls()
+        for number in self._hooks_in(layer._forward_hooks):
+            _remove(number, layer._forward_hooks, layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called)
+
+    def take_place_of(self, other: Bypass, layer: torch.nn.Module) -> bool:
+        """Puts this bypass on `layer` in the place of `other`, so that no call finds the layer without a LoRA.
+
+        Returns:
+            False if that cannot be done in one step; nothing has changed then.
+        """
+        if not (self._is_one_hook and other._is_one_hook):
+            return False
+        numbers = other._hooks_in(layer._forward_hooks)
+        if len(numbers) != 1 or numbers[0] not in layer._forward_hooks_with_kwargs:
+            return False
+        layer._forward_hooks[numbers[0]] = self
+        return True
+
+    def _is_on(self, layer: torch.nn.Module) -> bool:
+        after = self._hooks_in(layer._forward_hooks)
+        if not after or after[0] not in layer._forward_hooks_with_kwargs:
+            return False
+        if self._is_one_hook:
+            return len(after) == 1
+        before = self._hooks_in(layer._forward_pre_hooks)
+        return (
+            len(after) == 2
+            and after[1] in layer._forward_hooks_always_called
+            and len(before) == 1
+            and before[0] in layer._forward_pre_hooks_with_kwargs
+        )
+
+    def _hooks_in(self, table: Mapping[int, Callable[..., Any]]) -> list[int]:
+        """Returns the numbers of this bypass's hooks in a layer's table of hooks."""
+        if not table:
+            return []
+        # A list first: another thread may hook the layer meanwhile.
+        return [n for n, hook in list(table.items()) if hook is self or getattr(hook, "__self__", None) is self]
+
+    def _await_calls(self) -> None:
+        """Waits until no other thread is in a call that began with a scaled input: it needs the hook after the layer."""
+        end = time.monotonic() + WAIT_SECONDS
+        while set(self._unscaled) - {threading.get_ident()} and time.monotonic() < end:
+            time.sleep(0.0002)
 
     def scale_input(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one."""
-        if not self._in_force():
-            return args, kwargs
+        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one.
+
+        torch gives no `kwargs` while another thread is in the middle of `attach` or `detach`.
+        """
+        if kwargs is None or not self._in_force():
+            return None
         x = args[0] if args else next(iter(kwargs.values()))
         with naming_the_layer(self.key):
             scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
             per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
-            self._unscaled_input.x = x
+            self._unscaled[threading.get_ident()] = x
             if x.requires_grad and torch.is_grad_enabled():
                 scaled = (x * per_channel).to(x.dtype)
             else:
@@ -86,14 +149,22 @@ class Bypass:
             return (scaled, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): scaled}
 
-    def __call__(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
-        if not self._in_force():
-            return output
-        x = getattr(self._unscaled_input, "x", None)
-        if x is None:
-            x = args[0] if args else next(iter(kwargs.values()))
+    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...], *more: Any) -> torch.Tensor:
+        """Adds the stack to the output of a call; `more` is the call's `kwargs` and its output.
+
+        torch gives no `kwargs` while another thread is in the middle of `attach` or `detach`.
+        """
+        output: torch.Tensor = more[-1]
+        if self._is_one_hook:
+            given = args or (tuple(more[0].values()) if len(more) == 2 else ())
+            if not given or not self._in_force():
+                return output
+            x = given[0]
+        else:
+            x = self._unscaled.get(threading.get_ident())
+            if x is None:
+                # The call began before this stack came, or while it was not in force.
+                return output
         without_batch = x.dim() == len(self.shape) - 1 and len(self.shape) > 2
         if without_batch:
             x, output = x.unsqueeze(0), output.unsqueeze(0)
@@ -107,7 +178,7 @@ class Bypass:
 
     def _forget_input(self, layer: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Runs last, and after an exception too: an activation must not outlive its call."""
-        self._unscaled_input.x = None
+        self._unscaled.pop(threading.get_ident(), None)
 
     @property
     def low_rank(self) -> JoinedLowRank | None:
@@ -154,3 +225,10 @@ class Bypass:
         if scale is None:
             raise TypeError("this stack leaves the input as it is")
         return scale
+
+
+def _remove(number: int, table: MutableMapping[int, Any], *marks: MutableMapping[int, Any]) -> None:
+    # The hook goes last: as long as it is there, an interrupted removal is found and finished.
+    for mark in marks:
+        mark.pop(number, None)
+    table.pop(number, None)

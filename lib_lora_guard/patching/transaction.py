@@ -1,50 +1,57 @@
-"""A transaction: every change is recorded with its undo before the next one starts."""
+"""A transaction: every change is noted with its undo before the first one starts.
+
+An interrupt (Ctrl+C, an alarm's handler, an exception set by another thread) can come between any two instructions, twice
+too. So nothing is noted while changes are made: a note could be missed. Each undo finds out from the model what there is
+to be undone, and may run again.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from ..messages import say
 
 log = logging.getLogger(__name__)
 
 
-class Transaction:
-    """Undoes its changes, last first, if its block ends in an exception.
+class Step(NamedTuple):
+    """One change with its undo.
 
-    >>> with Transaction() as transaction:
-    ...     transaction.do(change, undo)
-
-    An undo that fails does not stop the others. It is kept in `failed`, to be tried again when its cause (memory,
-    mostly) is over.
+    `undo` must be right whether `do` ran wholly, in part or not at all, and when it has itself run in part before.
+    `parties` are what the two work on.
     """
 
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
-        self.failed: list[Callable[[], object]] = []
+    do: Callable[[], object]
+    undo: Callable[[], object]
+    parties: tuple[object, ...] = ()
 
-    def do(self, change: Callable[[], object], undo: Callable[[], object]) -> None:
-        """Makes a change. `undo` must be right whether `change` ran wholly, in part or not at all."""
-        self._undo.append(undo)
-        change()
 
-    def __enter__(self) -> Transaction:
-        return self
+class Transaction:
+    """Changes that are made together or not at all.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self.rollback()
+    Args:
+        steps: The changes, in order.
+    """
 
-    def rollback(self) -> None:
-        """Undoes the changes, last first."""
-        while self._undo:
-            undo = self._undo.pop()
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self.steps = tuple(steps)
+
+    def undo(self) -> tuple[Transaction | None, Exception | None]:
+        """Undoes all steps, last first. An undo that fails does not stop the others.
+
+        Returns:
+            The steps whose undo has failed, to be tried again when its cause (memory, mostly) is over, with the last
+            error; None twice if all is undone.
+        """
+        failed: list[Step] = []
+        last: Exception | None = None
+        for step in reversed(self.steps):
             try:
-                undo()
-            except Exception:
-                self.failed.append(undo)
+                step.undo()
+            except Exception as error:
+                failed.insert(0, step)
+                last = error
                 say(log, logging.ERROR, "memory.undo_failed", exc_info=True)
+        return (Transaction(failed) if failed else None), last
