@@ -60,8 +60,10 @@ class Bypass:
         self._is_one_hook = self.program.input_scale is None
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         self._said: set[str] = set()
-        # Per thread: two threads may run one model.
+        # By thread: two threads may run one model.
         self._unscaled: dict[int, torch.Tensor] = {}
+        self._takes_calls = False
+        """Whether calls that begin now get the stack, where it needs two hooks."""
 
     def __reduce__(self) -> str:
         raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
@@ -74,11 +76,12 @@ class Bypass:
         layer.register_forward_hook(self, with_kwargs=True)
         if not self._is_one_hook:
             layer.register_forward_hook(self._forget_input, always_call=True)
-            # The last one: without it the others do nothing.
             layer.register_forward_pre_hook(self.scale_input, with_kwargs=True)
+        self._takes_calls = True
 
     def detach(self, layer: torch.nn.Module) -> None:
         """Takes the hooks off `layer`. Idempotent. They are looked for on the layer: no note of them could be complete."""
+        self._takes_calls = False
         for number in self._hooks_in(layer._forward_pre_hooks):
             _remove(number, layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs)
         self._await_calls()
@@ -97,6 +100,7 @@ class Bypass:
         if len(numbers) != 1 or numbers[0] not in layer._forward_hooks_with_kwargs:
             return False
         layer._forward_hooks[numbers[0]] = self
+        self._takes_calls = True
         return True
 
     def _is_on(self, layer: torch.nn.Module) -> bool:
@@ -107,7 +111,8 @@ class Bypass:
             return len(after) == 1
         before = self._hooks_in(layer._forward_pre_hooks)
         return (
-            len(after) == 2
+            self._takes_calls
+            and len(after) == 2
             and after[1] in layer._forward_hooks_always_called
             and len(before) == 1
             and before[0] in layer._forward_pre_hooks_with_kwargs
@@ -135,11 +140,15 @@ class Bypass:
         """
         if kwargs is None or not self._in_force():
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
+        x, thread = args[0] if args else next(iter(kwargs.values())), threading.get_ident()
+        # In this order: either this call sees that the stack is going, or `detach` sees the call and waits for it.
+        self._unscaled[thread] = x
+        if not self._takes_calls:
+            self._unscaled.pop(thread, None)
+            return None
         with naming_the_layer(self.key):
             scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
             per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
-            self._unscaled[threading.get_ident()] = x
             if x.requires_grad and torch.is_grad_enabled():
                 scaled = (x * per_channel).to(x.dtype)
             else:

@@ -138,6 +138,9 @@ STEPS = [
     (OnTheFlyAttachment, "detach"),
     (MergeAttachment, "attach"),
     (MergeAttachment, "detach"),
+    (BypassAttachment, "replace"),
+    (OnTheFlyAttachment, "replace"),
+    (MergeAttachment, "replace"),
 ]
 
 
