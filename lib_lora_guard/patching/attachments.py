@@ -182,7 +182,9 @@ class OnTheFlyAttachment(Attachment):
         self.access.set_weight_terms(self.site, self.weight_terms)
 
     def detach(self) -> None:
-        self.access.set_weight_terms(self.site, None)
+        # Those of another guard stay.
+        if self.access.weight_terms(self.site) is self.weight_terms:
+            self.access.set_weight_terms(self.site, None)
 
     def replace(self, other: Attachment) -> None:
         if isinstance(other, OnTheFlyAttachment) and self.is_beside(other):

@@ -492,7 +492,7 @@ class Engine:
         steps = [_leave(old) for old in leaving]
         steps += [_put_on(old, new) for old, new in coming]
         change = Transaction([*steps, *also])
-        # From here on an undo finds in the state whatever may be on the model.
+        # From here on an undo finds in the state whatever may be on the model, and so do other engines.
         self._state = replace(before, unfinished=change)
         try:
             self._refuse_shared([new for old, new in coming if old is None or not new.is_beside(old)])

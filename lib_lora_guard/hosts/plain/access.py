@@ -80,6 +80,14 @@ class PlainAccess(ModuleAccess):
         else:
             layer.__dict__.pop("forward", None)
 
+    def weight_terms(self, site: Site) -> WeightTerms | None:
+        """Returns what the layer's forward pass adds to its weight now."""
+        if isinstance(site.layer, StoredLinear):
+            terms = site.layer.weight_terms
+            return terms if isinstance(terms, WeightTerms) else None
+        forward = site.layer.__dict__.get("forward")
+        return forward.terms if isinstance(forward, _PatchedForward) else None
+
     def device(self) -> torch.device:
         """Returns the device of the first parameter."""
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -105,7 +113,7 @@ class _PatchedForward:
     def __init__(self, layer: torch.nn.Module, name: str, terms: WeightTerms) -> None:
         self._layer = weakref.ref(layer)
         self._name = name
-        self._terms = terms
+        self.terms = terms
 
     def __reduce__(self) -> str:
         raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
@@ -115,7 +123,7 @@ class _PatchedForward:
         if layer is None:
             raise ReferenceError("the layer is gone")
         parameter = getattr(layer, self._name)
-        patched = self._terms.apply(parameter.detach(), parameter)
+        patched = self.terms.apply(parameter.detach(), parameter)
         shadow = copy.copy(layer)
         shadow.__dict__ = {
             **layer.__dict__,
