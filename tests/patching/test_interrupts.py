@@ -28,6 +28,7 @@ def merged_late(monkeypatch):
     """As weights above 1 MB are: merged when they are put in place. (And the log would hold what is to be freed.)"""
     monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
     monkeypatch.setattr("lib_lora_guard.patching.transaction.log.disabled", True)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     trace = sys.gettrace()
     yield
     sys.settrace(trace)
