@@ -291,6 +291,7 @@ class MergeAttachment(Attachment):
     def look(self) -> Found:
         """Tells what lies where the merged value was put. Costs nothing unless something has happened to it."""
         if self.state is not MergeState.MERGED or self._is_in_place():
+            # Half done, or not done at all: that is for an undo.
             return Found.MERGED
         parameter, original = self._here(), self._from_backup()
         found = compare(parameter, self._merge(original), original)
@@ -315,8 +316,9 @@ class MergeAttachment(Attachment):
 
     def _here(self) -> object:
         """Returns what lies in the parameter's place, whatever it is. Faster than `getattr` for a parameter."""
-        layer, name = self.site.layer, self.site.name
-        return layer._parameters.get(name) if name in layer._parameters else getattr(layer, name, None)
+        site = self.planned.site
+        here = site.layer._parameters.get(site.name)
+        return getattr(site.layer, site.name, None) if here is None else here
 
     def suspend(self) -> None:
         """Puts the original back where its backup lies, not where the weight lies: the host is about to move it."""
@@ -349,7 +351,10 @@ class MergeAttachment(Attachment):
 
     def _device(self) -> torch.device:
         """Where the parameter belongs. The model may have been moved since this attachment was made."""
-        return self._home or self.site.parameter.device
+        if self._home is not None:
+            return self._home
+        here = self._here()
+        return here.device if isinstance(here, torch.Tensor) else self.site.parameter.device
 
     def _from_backup(self) -> torch.nn.Parameter:
         """Returns the original: out of VRAM if its backup lies there, else in RAM."""

@@ -82,9 +82,10 @@ class Bypass:
     def detach(self, layer: torch.nn.Module) -> None:
         """Takes the hooks off `layer`. Idempotent. They are looked for on the layer: no note of them could be complete."""
         self._takes_calls = False
-        for number in self._hooks_in(layer._forward_pre_hooks):
-            _remove(number, layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs)
-        self._await_calls()
+        if not self._is_one_hook:
+            for number in self._hooks_in(layer._forward_pre_hooks):
+                _remove(number, layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs)
+            self._await_calls()
         for number in self._hooks_in(layer._forward_hooks):
             _remove(number, layer._forward_hooks, layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called)
 

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ from .merge_room import with_room
 from .neighbours import Neighbours, Place
 from .placed import Found
 from .plan import Plan, PlannedWeight, plan_weights
-from .transaction import Step, Transaction
+from .transaction import Pair, Step, Transaction
 from .watching import Watch, merges_in, ram_for_backups, ram_for_merges, unwatched
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class State:
 
     attached: Mapping[str, Attachment] = field(default_factory=dict)
     suspended: Mapping[str, Attachment] = field(default_factory=dict)
-    unfinished: Transaction | None = None
+    unfinished: Transaction[Attachment] | None = None
     report: ApplyReport | None = None
 
 
@@ -283,13 +283,13 @@ class Engine:
         if not merges:
             return False
         others = {key: a for key, a in before.attached.items() if key not in merges}
-        waiting = () if before.unfinished is None else before.unfinished.steps
+        waiting = _pairs_of(before.unfinished)
         # An interrupt finds them as what is to be taken off: on its way out it takes off those that are left.
         self._state = replace(
             before,
             attached=others,
             suspended={**before.suspended, **merges},
-            unfinished=Transaction([*waiting, *map(_take_off, merges.values())]),
+            unfinished=Transaction([*waiting, *_strays(merges.values())]),
         )
         try:
             with self.watch(Phase.RESTORE, 0):
@@ -299,7 +299,7 @@ class Engine:
             stay = {key: a for key, a in merges.items() if a.state is MergeState.MERGED}
             half = [a for a in merges.values() if a.state in (MergeState.UNKNOWN, MergeState.STRAYED)]
             off = {key: a for key, a in merges.items() if key not in stay}
-            left = [*waiting, *map(_take_off, half)]
+            left = [*waiting, *_strays(half)]
             self._state = replace(
                 before,
                 attached={**others, **stay},
@@ -365,7 +365,7 @@ class Engine:
         self._forget_replaced()
         # Attachments that an undo was still to put back go as well: put back later, no stack would hold them.
         leaving = dict.fromkeys((*self.attached.values(), *_attachments_of(self._state.unfinished)))
-        self._state = State(unfinished=Transaction(map(_take_off, leaving)) if leaving else None)
+        self._state = State(unfinished=Transaction(_strays(leaving)) if leaving else None)
         with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
             self._undo()
         for attachment in _attachments_of(self._state.unfinished):
@@ -374,8 +374,10 @@ class Engine:
 
     def _forget_replaced(self) -> None:
         """Forgets merges whose parameter the user has replaced, loaded or converted. The user's values stay."""
-        merges = [(key, a) for key, a in self.attached.items() if isinstance(a, MergeAttachment)]
-        found = {key: found for key, a in merges if (found := a.look()) is not Found.MERGED}
+        found = {}
+        for key, attachment in self.attached.items():
+            if isinstance(attachment, MergeAttachment) and (what := attachment.look()) is not Found.MERGED:
+                found[key] = what
         if not found:
             return
         state, gone = self._state, {key for key, what in found.items() if what is not Found.CONVERTED}
@@ -489,30 +491,27 @@ class Engine:
         """
         before = self._state
         leaving, coming = _difference(before.attached, target)
-        steps = [_leave(old) for old in leaving]
-        steps += [_put_on(old, new) for old, new in coming]
-        change = Transaction([*steps, *also])
+        change = Transaction([*leaving, *coming], also)
         # From here on an undo finds in the state whatever may be on the model, and so do other engines.
         self._state = replace(before, unfinished=change)
         try:
-            self._refuse_shared([new for old, new in coming if old is None or not new.is_beside(old)])
-            with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
-                for step in change.steps[: len(leaving)]:
-                    step.do()
+            if coming and self._neighbours is not None:
+                self._refuse_shared(self._neighbours, coming)
+            has_merges = bool(merges_in([old for old, _ in leaving]))
+            with self.watch(Phase.RESTORE, 0) if has_merges else contextlib.nullcontext():
+                change.do(0, len(leaving))
             merges = merges_in([new for _, new in coming])
             with self.watch(Phase.MERGE, ram_for_merges(merges)) if merges else contextlib.nullcontext():
-                for step in change.steps[len(leaving) :]:
-                    step.do()
+                change.do(len(leaving), len(change.pairs))
+            change.do_also()
             self._state = State(target, report=before.report if report is None else report)
         except BaseException:
             self._settle()
             raise
 
-    def _refuse_shared(self, coming: Sequence[Attachment]) -> None:
-        if self._neighbours is None or not coming:
-            return
-        keys = {_place(attachment): attachment.site.key for attachment in coming}
-        found = self._neighbours.in_the_way(self, keys)
+    def _refuse_shared(self, neighbours: Neighbours, coming: Sequence[tuple[Attachment | None, Attachment]]) -> None:
+        keys = {_place(new): new.site.key for old, new in coming if old is None or not new.is_beside(old)}
+        found = neighbours.in_the_way(self, keys)
         if found is not None:
             other, shared = found
             key = next(key for place, key in keys.items() if place in shared)
@@ -550,30 +549,18 @@ class Engine:
 
 def _difference(
     present: Mapping[str, Attachment], target: Mapping[str, Attachment]
-) -> tuple[list[Attachment], list[tuple[Attachment | None, Attachment]]]:
-    """Returns the attachments that leave without another, and pairs of those that are replaced (or None) and that come."""
+) -> tuple[list[tuple[Attachment, None]], list[tuple[Attachment | None, Attachment]]]:
+    """Returns what leaves without another, and pairs of what is replaced (or None) and what comes."""
     if target is present:
         return [], []
-    pairs = [(present.get(key), new) for key, new in target.items()]
-    return [old for key, old in present.items() if key not in target], [p for p in pairs if p[0] is not p[1]]
+    leaving = [(old, None) for key, old in present.items() if key not in target]
+    coming = [(old, new) for key, new in target.items() if (old := present.get(key)) is not new]
+    return leaving, coming
 
 
-# Lambdas, not bound methods: an undo that is tried again later runs what the class has then.
-
-
-def _leave(old: Attachment) -> Step:
-    return Step(lambda: old.detach(), lambda: old.attach(), (old,))
-
-
-def _put_on(old: Attachment | None, new: Attachment) -> Step:
-    if old is None:
-        return Step(lambda: new.attach(), lambda: new.detach(), (new,))
-    return Step(lambda: new.replace(old), lambda: old.replace(new), (old, new))
-
-
-def _take_off(attachment: Attachment) -> Step:
-    """A step of a change that is to be undone: the attachment may be on the model, and is not of its stack."""
-    return Step(lambda: attachment.detach(), lambda: attachment.detach(), (attachment,))
+def _strays(attachments: Iterable[Attachment]) -> list[tuple[None, Attachment]]:
+    """Returns pairs whose undo takes off what may be on the model and is not of its stack."""
+    return [(None, attachment) for attachment in attachments]
 
 
 def _replan(attachment: Attachment, planned: PlannedWeight) -> Step:
@@ -585,10 +572,12 @@ def _set_plan(attachment: Attachment, planned: PlannedWeight) -> None:
     attachment.planned = planned
 
 
-def _attachments_of(change: Transaction | None) -> list[Attachment]:
-    if change is None:
-        return []
-    return [party for step in change.steps for party in step.parties if isinstance(party, Attachment)]
+def _pairs_of(change: Transaction[Attachment] | None) -> Sequence[Pair[Attachment]]:
+    return () if change is None else change.pairs
+
+
+def _attachments_of(change: Transaction[Attachment] | None) -> list[Attachment]:
+    return [one for pair in _pairs_of(change) for one in pair if one is not None]
 
 
 def _place(attachment: Attachment) -> Place:

@@ -39,13 +39,13 @@ class Placed:
         A model that was moved keeps its Parameter objects. Values that are loaded raise the version, or lie at another
         address of the same device.
         """
-        return (
-            isinstance(parameter, torch.nn.Parameter)
-            and parameter is self._value()
-            and parameter._version == self._version
-            and parameter.dtype == self._dtype
-            and (parameter.data_ptr() == self._address or parameter.device != self._device)
-        )
+        if parameter is None or parameter is not self._value() or not isinstance(parameter, torch.Tensor):
+            return False
+        if parameter._version != self._version:
+            return False
+        if parameter.data_ptr() == self._address:
+            return True
+        return parameter.device != self._device and parameter.dtype == self._dtype
 
 
 def compare(parameter: object, merged: torch.Tensor, original: torch.Tensor) -> Found:
