@@ -97,7 +97,13 @@ class ModelAccess(Protocol):
         """Replaces the parameter by `value`."""
 
     def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back. Idempotent."""
+        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back. Idempotent.
+
+        `terms` take the place of earlier ones in one step: a forward pass of another thread has the one or the other.
+        """
+
+    def weight_terms(self, site: Site) -> WeightTerms | None:
+        """Returns what the layer's forward pass adds to its temporary weight now; None if nothing of the guard's."""
 
     def device(self) -> torch.device:
         """Returns the device the model computes on."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -21,9 +22,15 @@ from .layer_call import LayerCall, naming_the_layer
 from .low_rank import JoinedLowRank
 from .operators import CallPatch, bypass, number_of, scaled_input
 
+WAIT_SECONDS = 1.0
+"""The longest time that `detach` waits for calls of the layer in other threads. One of them may wait for this thread."""
+
 
 class Bypass(CallPatch):
     """Forward hooks for one linear or convolution layer.
+
+    Most stacks need one hook, after the layer. One that scales the layer's input needs a second one before it; then a call
+    that did not begin with the scaled input is left as it is, so that no call has a half of the stack.
 
     Args:
         key: The name of the weight, for errors.
@@ -53,72 +60,139 @@ class Bypass(CallPatch):
         self._forms = forms_of(terms, shape) if forms is None else forms
         self._is_low_rank = all(isinstance(form, LowRank) for form in self._forms)
         self.program = compile_program(terms, self._forms, shape, self._ratios, bias_of)
+        self._is_one_hook = self.program.input_scale is None
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         self._said: set[str] = set()
+        # By thread: two threads may run one model.
+        self._unscaled: dict[int, torch.Tensor] = {}
+        self._takes_calls = False
+        """Whether calls that begin now get the stack, where it needs two hooks."""
         self.owns_output: Callable[[torch.nn.Module], bool] | None = None
         """Tells whether the output of a call may be written into; None: always. The host's access sets it."""
         self._traced_input: torch.Tensor | None = None
-        # Per thread: two threads may run one model.
-        self._unscaled_input = threading.local()
 
     def __reduce__(self) -> str:
         raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
 
-    def attach(self, layer: torch.nn.Module) -> list[Any]:
-        """Hooks `layer` and returns handles that remove the hooks."""
+    def attach(self, layer: torch.nn.Module) -> None:
+        """Hooks `layer`. Idempotent, also after a call that was interrupted."""
+        if self._is_on(layer):
+            return
+        self.detach(layer)
         # First, so that the hooks of others get the output of the patched layer, as they would after a merge.
-        handles = [_hook(layer, Role.CHANGE, self, is_first=True)]
-        if self.program.input_scale is not None:
-            handles.append(_hook(layer, Role.SCALE, self.scale_input))
-            handles.append(_hook(layer, Role.FORGET, self._forget_input))
-        return handles
+        _hook(layer, Role.CHANGE, self, is_first=True)
+        if not self._is_one_hook:
+            _hook(layer, Role.FORGET, self._forget_input)
+            _hook(layer, Role.SCALE, self.scale_input)
+        self._takes_calls = True
+
+    def detach(self, layer: torch.nn.Module) -> None:
+        """Takes the hooks off `layer`. Idempotent. They are looked for on the layer: no note of them could be complete."""
+        self._takes_calls = False
+        if not self._is_one_hook:
+            for number in self._hooks_in(layer._forward_pre_hooks):
+                _remove(number, layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs)
+            self._await_calls()
+        for number in self._hooks_in(layer._forward_hooks):
+            _remove(number, layer._forward_hooks, layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called)
+
+    def take_place_of(self, other: Bypass, layer: torch.nn.Module) -> bool:
+        """Puts this bypass on `layer` in the place of `other`, so that no call finds the layer without a LoRA.
+
+        Returns:
+            False if that cannot be done in one step; nothing has changed then.
+        """
+        if not (self._is_one_hook and other._is_one_hook):
+            return False
+        numbers = other._hooks_in(layer._forward_hooks)
+        if len(numbers) != 1 or numbers[0] not in layer._forward_hooks_with_kwargs:
+            return False
+        layer._forward_hooks[numbers[0]] = self
+        self._takes_calls = True
+        return True
+
+    def _is_on(self, layer: torch.nn.Module) -> bool:
+        after = self._hooks_in(layer._forward_hooks)
+        if not after or after[0] not in layer._forward_hooks_with_kwargs:
+            return False
+        if self._is_one_hook:
+            return len(after) == 1
+        before = self._hooks_in(layer._forward_pre_hooks)
+        return (
+            self._takes_calls
+            and len(after) == 2
+            and after[1] in layer._forward_hooks_always_called
+            and len(before) == 1
+            and before[0] in layer._forward_pre_hooks_with_kwargs
+        )
+
+    def _hooks_in(self, table: Mapping[int, Callable[..., Any]]) -> list[int]:
+        """Returns the numbers of this bypass's hooks in a layer's table of hooks."""
+        if not table:
+            return []
+        # A list first: another thread may hook the layer meanwhile.
+        return [n for n, hook in list(table.items()) if hook is self or getattr(hook, "__self__", None) is self]
+
+    def _await_calls(self) -> None:
+        """Waits until no other thread is in a call that began with a scaled input: it needs the hook after the layer."""
+        end = time.monotonic() + WAIT_SECONDS
+        while set(self._unscaled) - {threading.get_ident()} and time.monotonic() < end:
+            time.sleep(0.0002)
 
     def scale_input(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        if is_compiling() and (number := number_of(layer)) is not None:
-            self._traced_input = x
-            scaled = scaled_input(x, number)
-        elif self._in_force():
-            self._unscaled_input.x = x
-            scaled = self.scaled(x)
-        else:
-            return args, kwargs
-        if args:
-            return (scaled, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): scaled}
+        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one.
 
-    def __call__(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
+        torch gives no `kwargs` while another thread is in the middle of `attach` or `detach`.
+        """
         if is_compiling():
-            return self._traced(layer, args, kwargs, output)
-        if not self._in_force():
-            return output
-        x = getattr(self._unscaled_input, "x", None)
-        if x is None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            number = number_of(layer)
+            if number is not None and kwargs is not None:
+                self._traced_input = args[0] if args else next(iter(kwargs.values()))
+                return _with_input(args, kwargs, scaled_input(self._traced_input, number))
+            # The rest is not compiled with the values that it has now.
+            torch._dynamo.graph_break()
+        if kwargs is None or not self._in_force():
+            return None
+        x, thread = args[0] if args else next(iter(kwargs.values())), threading.get_ident()
+        # In this order: either this call sees that the stack is going, or `detach` sees the call and waits for it.
+        self._unscaled[thread] = x
+        if not self._takes_calls:
+            self._unscaled.pop(thread, None)
+            return None
+        return _with_input(args, kwargs, self.scaled(x))
+
+    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...], *more: Any) -> torch.Tensor:
+        """Adds the stack to the output of a call; `more` is the call's `kwargs` and its output.
+
+        torch gives no `kwargs` while another thread is in the middle of `attach` or `detach`.
+        """
+        output: torch.Tensor = more[-1]
+        if is_compiling():
+            number = number_of(layer)
+            if number is not None and len(more) == 2:
+                x, self._traced_input = self._traced_input, None
+                given = args or tuple(more[0].values())
+                return bypass(given[0] if x is None else x, output, number)
+            # The rest is not compiled with the values that it has now.
+            torch._dynamo.graph_break()
+        if self._is_one_hook:
+            given = args or (tuple(more[0].values()) if len(more) == 2 else ())
+            if not given or not self._in_force():
+                return output
+            x = given[0]
+        else:
+            x = self._unscaled.get(threading.get_ident())
+            if x is None:
+                # The call began before this stack came, or while it was not in force.
+                return output
         if self.owns_output is not None and not (
             next(iter(layer._forward_hooks.values()), self) is self and self.owns_output(layer)
         ):
             # The layer, or a hook that came before this one, may have returned its input or something that it keeps.
             output = output.clone()
         return self.changed(layer, x, output)
-
-    def _traced(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns what a compiled graph is to do in the place of a call of this hook."""
-        number = number_of(layer)
-        if number is None:
-            # The rest is not compiled with the values that it has now.
-            torch._dynamo.graph_break()
-        x, self._traced_input = self._traced_input, None
-        if x is None:
-            x = args[0] if args else next(iter(kwargs.values()))
-        return self.changed(layer, x, output) if number is None else bypass(x, output, number)
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` scaled per channel, as a new tensor."""
@@ -145,7 +219,11 @@ class Bypass(CallPatch):
 
     def _forget_input(self, layer: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Runs last, and after an exception too: an activation must not outlive its call."""
-        self._unscaled_input.x = None
+        if is_compiling():
+            if number_of(layer) is not None:
+                return
+            torch._dynamo.graph_break()
+        self._unscaled.pop(threading.get_ident(), None)
 
     @property
     def low_rank(self) -> JoinedLowRank | None:
@@ -210,23 +288,32 @@ class Role(Enum):
     FORGET = -3
 
 
-def _hook(
-    layer: torch.nn.Module, role: Role, hook: Callable[..., Any], is_first: bool = False
-) -> torch.utils.hooks.RemovableHandle:
+def _hook(layer: torch.nn.Module, role: Role, hook: Callable[..., Any], is_first: bool = False) -> None:
     """Hooks `layer` as torch's own registration does, under the number of the role, or one like it if that is taken."""
     table: Any
     if role is Role.SCALE:
         table, marks = layer._forward_pre_hooks, [layer._forward_pre_hooks_with_kwargs]
     else:
         table, marks = layer._forward_hooks, [layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called]
-    handle = torch.utils.hooks.RemovableHandle(table, extra_dict=marks)
     number = role.value
     while number in table:
         number -= len(Role)
-    handle.id = number
     # Before the hook itself: another thread may be in a call of the layer.
     marks[-1 if role is Role.FORGET else 0][number] = True
     table[number] = hook
     if is_first and len(table) > 1:
         table.move_to_end(number, last=False)
-    return handle
+
+
+def _with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a call with another input."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
+
+
+def _remove(number: int, table: MutableMapping[int, Any], *marks: MutableMapping[int, Any]) -> None:
+    # The hook goes last: as long as it is there, an interrupted removal is found and finished.
+    for mark in marks:
+        mark.pop(number, None)
+    table.pop(number, None)

@@ -120,10 +120,9 @@ def test_a_layer_without_bias_and_a_call_by_keyword():
     forms = forms_of(terms, site.shape)
     hook = Bypass("k", tuple(terms), site.shape, ratios_of(access, site, terms, forms, torch.device("cpu")))
     positional = run(layer, terms, x)
-    handles = hook.attach(layer)
+    hook.attach(layer)
     assert torch.equal(layer(input=x), positional)
-    for handle in handles:
-        handle.remove()
+    hook.detach(layer)
 
 
 class OutputSized(TorchDispatchMode):

@@ -71,6 +71,9 @@ POINTS = [
     (OnTheFlyAttachment, "detach"),
     (MergeAttachment, "attach"),
     (MergeAttachment, "detach"),
+    (BypassAttachment, "replace"),
+    (OnTheFlyAttachment, "replace"),
+    (MergeAttachment, "replace"),
     (PlainAccess, "site"),
     (PlainAccess, "dense"),
     (PlainAccess, "rows"),
@@ -221,7 +224,7 @@ class Changes(RuleBasedStateMachine):
             assert any(number == 4 for number, _ in stack)
         assert same_objects(self.engine.attached, before), "a failed change left other attachments"
         self.applied, self.wish = old
-        if self.engine._unfinished:
+        if self.engine.is_unfinished:
             assert plan is not None
             with contextlib.suppress(ModeError):
                 self.engine.change(self.access, [self.request(n, s, i) for i, (n, s) in enumerate(old[0])], old[1])
@@ -368,7 +371,7 @@ def test_the_traceback_of_a_failed_change_keeps_no_backup_alive(point, for_ever,
             kept.append(error)
     assert kept
     engine.change(access, [])
-    assert not engine._unfinished
+    assert not engine.is_unfinished
     assert engine._backups.bytes() == 0
 
 

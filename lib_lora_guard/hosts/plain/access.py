@@ -13,7 +13,7 @@ from ...errors import Message, ModeError, about
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, is_linear, is_plain_convolution, plain_bias
 from ...patching.on_the_fly import WeightTerms
-from ...patching.operators import give_number, take_number
+from ...patching.operators import WEIGHT_PATCH, give_number, take_number
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...units import MB
 from ...weights.dtype_names import dtype_name
@@ -129,6 +129,14 @@ class PlainAccess(ModuleAccess):
             patch_weight(layer, terms)
         else:
             unpatch_weight(layer)
+
+    def weight_terms(self, site: Site) -> WeightTerms | None:
+        """Returns what the layer's forward pass adds to its weight now."""
+        if isinstance(site.layer, StoredLinear):
+            terms = site.layer.weight_terms
+            return terms if isinstance(terms, WeightTerms) else None
+        found: WeightTerms | None = site.layer.__dict__.get(WEIGHT_PATCH)
+        return found
 
     def device(self) -> torch.device:
         """Returns the device of the first parameter that lies on one."""

@@ -91,6 +91,23 @@ def test_a_model_that_was_compiled_and_run_before_shows_every_change(files, how,
     assert graphs() == made, "what was compiled without LoRAs is there still"
 
 
+def test_hooks_alone_are_seen_when_they_come_change_and_go(tmp_path):
+    linear = {name: LORA[name] for name in ("lora_unet_a", "lora_unet_b")}
+    write_kohya(tmp_path / "style.safetensors", linear, seed=1)
+    extra = {f"{name}.dora_scale": rand(1, WIDTH, seed=4).abs() + 0.5 for name in linear}
+    write_kohya(tmp_path / "dora.safetensors", linear, seed=2, extra=extra)
+    model = Model()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    base, guard = outputs(compiled), LoraGuard(model)
+    for name in ("style", "dora", "style"):
+        report = guard.apply([(tmp_path / f"{name}.safetensors", 1.0)])
+        assert dict(report.loras[0].modes) == {"bypass": 2}
+        for found, wanted, before in zip(outputs(compiled), outputs(model), base, strict=True):
+            assert_same(found, wanted, before)
+    guard.remove()
+    assert all(map(same_bits, outputs(compiled), base))
+
+
 @pytest.mark.parametrize("mode", ["bypass", "on_the_fly"])
 def test_compiled_blocks_that_share_their_code_have_their_own_loras(tmp_path, mode):
     model = torch.nn.ModuleList(Model() for _ in range(3))
