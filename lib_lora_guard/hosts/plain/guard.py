@@ -47,7 +47,7 @@ class LoraGuard:
     def __init__(self, model: torch.nn.Module) -> None:
         """
         Args:
-            model: The model. Linear layers made by `load_stored` may have low-bit weights; all others are dense.
+            model: The model. Layers may be dense, of `load_stored`, or quantised by another library (docs/layers.md).
 
         Raises:
             TypeError: `model` is no module.
