@@ -79,6 +79,10 @@ class HeaderTensor:
         """Returns itself for the meta device, where it lies already."""
         return self if target == ("meta",) and not options else self._on_meta().to(*target, **options)
 
+    def new_empty(self, size: tuple[int, ...]) -> HeaderTensor:
+        """Returns one of this dtype and another shape."""
+        return self._with(*size)
+
     def flatten(self, start_dim: int = 0) -> Any:
         """Joins all dimensions from `start_dim` on."""
         if start_dim == 0:
