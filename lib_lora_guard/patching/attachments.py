@@ -183,8 +183,9 @@ class OnTheFlyAttachment(Attachment):
 
     def detach(self) -> None:
         # Those of another guard stay.
-        if self.access.weight_terms(self.site) is self.weight_terms:
-            self.access.set_weight_terms(self.site, None)
+        site = self.planned.site
+        if self.access.weight_terms(site) is self.weight_terms:
+            self.access.set_weight_terms(site, None)
 
     def replace(self, other: Attachment) -> None:
         if isinstance(other, OnTheFlyAttachment) and self.is_beside(other):

@@ -158,6 +158,8 @@ class Engine:
 
     def _release_backups(self) -> None:
         """Releases the backups that no merge needs any more; none while an unfinished undo may need one."""
+        if self._backups.is_empty:
+            return
         if not self.is_unfinished:
             self._backups.release_all_but(a.backup for a in self.attached.values() if isinstance(a, MergeAttachment))
 
@@ -250,8 +252,10 @@ class Engine:
                     for origin in planned.origins:
                         reports[origin].count(planned.choice)
                 # An attachment that stays may have terms that came from other places in the stack.
-                moved = [(kept, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]]
-                self.commit(prepared, [_replan(kept, planned) for kept, planned in moved], whole)
+                moved = [
+                    (kept, kept.planned, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]
+                ]
+                self.commit(prepared, [_replan(moved)], whole)
                 break
             except UnusableTermsError as error:
                 if not leave_out:
@@ -497,7 +501,7 @@ class Engine:
         try:
             if coming and self._neighbours is not None:
                 self._refuse_shared(self._neighbours, coming)
-            has_merges = bool(merges_in([old for old, _ in leaving]))
+            has_merges = any(old.mode is Mode.MERGE for old, _ in leaving)
             with self.watch(Phase.RESTORE, 0) if has_merges else contextlib.nullcontext():
                 change.do(0, len(leaving))
             merges = merges_in([new for _, new in coming])
@@ -563,13 +567,18 @@ def _strays(attachments: Iterable[Attachment]) -> list[tuple[None, Attachment]]:
     return [(None, attachment) for attachment in attachments]
 
 
-def _replan(attachment: Attachment, planned: PlannedWeight) -> Step:
-    before = attachment.planned
-    return Step(lambda: _set_plan(attachment, planned), lambda: _set_plan(attachment, before))
+def _replan(moved: Sequence[tuple[Attachment, PlannedWeight, PlannedWeight]]) -> Step:
+    """Returns the step that gives attachments that stay another plan; `moved` has each with the old and the new one."""
 
+    def do() -> None:
+        for attachment, _, new in moved:
+            attachment.planned = new
 
-def _set_plan(attachment: Attachment, planned: PlannedWeight) -> None:
-    attachment.planned = planned
+    def undo() -> None:
+        for attachment, old, _ in moved:
+            attachment.planned = old
+
+    return Step(do, undo)
 
 
 def _pairs_of(change: Transaction[Attachment] | None) -> Sequence[Pair[Attachment]]:
