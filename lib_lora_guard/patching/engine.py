@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -87,8 +87,7 @@ class LoraRequest:
         return sum(term.adapter.bytes for terms in self.terms.values() for term in terms)
 
 
-@dataclass(frozen=True, eq=False)
-class State:
+class State(NamedTuple):
     """The LoRAs that are on a model. An engine replaces it as a whole, so that no interrupt leaves a part of it.
 
     Args:
@@ -98,8 +97,8 @@ class State:
         report: The report of the present stack.
     """
 
-    attached: Mapping[str, Attachment] = field(default_factory=dict)
-    suspended: Mapping[str, Attachment] = field(default_factory=dict)
+    attached: Mapping[str, Attachment]
+    suspended: Mapping[str, Attachment]
     unfinished: Transaction[Attachment] | None = None
     report: ApplyReport | None = None
 
@@ -118,7 +117,7 @@ class Engine:
         self.watch = watch
         self.name = "model"
         self._lock = threading.RLock()
-        self._state = State()
+        self._state = State({}, {})
         self._budget = Budget()
         self._backups = BackupStore(self._budget)
         self._offloaded: Mapping[str, torch.Tensor] = {}
@@ -289,8 +288,7 @@ class Engine:
         others = {key: a for key, a in before.attached.items() if key not in merges}
         waiting = _pairs_of(before.unfinished)
         # An interrupt finds them as what is to be taken off: on its way out it takes off those that are left.
-        self._state = replace(
-            before,
+        self._state = before._replace(
             attached=others,
             suspended={**before.suspended, **merges},
             unfinished=Transaction([*waiting, *_strays(merges.values())]),
@@ -304,14 +302,13 @@ class Engine:
             half = [a for a in merges.values() if a.state in (MergeState.UNKNOWN, MergeState.STRAYED)]
             off = {key: a for key, a in merges.items() if key not in stay}
             left = [*waiting, *_strays(half)]
-            self._state = replace(
-                before,
+            self._state = before._replace(
                 attached={**others, **stay},
                 suspended={**before.suspended, **off},
                 unfinished=Transaction(left) if left else None,
             )
             raise
-        self._state = replace(self._state, unfinished=before.unfinished)
+        self._state = self._state._replace(unfinished=before.unfinished)
         return True
 
     @contextlib.contextmanager
@@ -369,7 +366,7 @@ class Engine:
         self._forget_replaced()
         # Attachments that an undo was still to put back go as well: put back later, no stack would hold them.
         leaving = dict.fromkeys((*self.attached.values(), *_attachments_of(self._state.unfinished)))
-        self._state = State(unfinished=Transaction(_strays(leaving)) if leaving else None)
+        self._state = State({}, {}, unfinished=Transaction(_strays(leaving)) if leaving else None)
         with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
             self._undo()
         for attachment in _attachments_of(self._state.unfinished):
@@ -387,7 +384,7 @@ class Engine:
         state, gone = self._state, {key for key, what in found.items() if what is not Found.CONVERTED}
         foreign = [key for key, what in found.items() if what is Found.FOREIGN]
         converted = [key for key in found if key not in gone]
-        self._state = replace(state, attached={key: a for key, a in state.attached.items() if key not in gone})
+        self._state = state._replace(attached={key: a for key, a in state.attached.items() if key not in gone})
         if foreign:
             say(log, logging.WARNING, "change.replaced", model=self.name, count=len(foreign), key=foreign[0])
         if converted:
@@ -497,7 +494,7 @@ class Engine:
         leaving, coming = _difference(before.attached, target)
         change = Transaction([*leaving, *coming], also)
         # From here on an undo finds in the state whatever may be on the model, and so do other engines.
-        self._state = replace(before, unfinished=change)
+        self._state = before._replace(unfinished=change)
         try:
             if coming and self._neighbours is not None:
                 self._refuse_shared(self._neighbours, coming)
@@ -508,7 +505,7 @@ class Engine:
             with self.watch(Phase.MERGE, ram_for_merges(merges)) if merges else contextlib.nullcontext():
                 change.do(len(leaving), len(change.pairs))
             change.do_also()
-            self._state = State(target, report=before.report if report is None else report)
+            self._state = State(target, {}, report=before.report if report is None else report)
         except BaseException:
             self._settle()
             raise
@@ -547,7 +544,7 @@ class Engine:
         if unfinished is None:
             return None
         rest, error = unfinished.undo()
-        self._state = replace(self._state, unfinished=rest)
+        self._state = self._state._replace(unfinished=rest)
         return error
 
 
