@@ -186,8 +186,9 @@ class OnTheFlyAttachment(Attachment):
 
     def detach(self) -> None:
         # Those of another guard stay.
-        if self.access.weight_terms(self.site) is self.weight_terms:
-            self.access.set_weight_terms(self.site, None)
+        site = self.planned.site
+        if self.access.weight_terms(site) is self.weight_terms:
+            self.access.set_weight_terms(site, None)
 
     def replace(self, other: Attachment) -> None:
         if isinstance(other, OnTheFlyAttachment) and self.is_beside(other):
@@ -293,8 +294,12 @@ class MergeAttachment(Attachment):
 
     def look(self) -> Found:
         """Tells what lies where the merged value was put. Costs nothing unless something has happened to it."""
-        if self.state is not MergeState.MERGED or self._is_in_place():
+        if self.state is not MergeState.MERGED:
             # Half done, or not done at all: that is for an undo.
+            return Found.MERGED
+        site, placed = self.planned.site, self._placed
+        # Asked at every change for every merge: written out.
+        if placed is not None and placed.is_surely(site.layer._parameters.get(site.name)):
             return Found.MERGED
         parameter, original = self._here(), self._from_backup()
         found = compare(parameter, self._merge(original), original)

@@ -150,6 +150,11 @@ class BackupStore:
         self._backups.add(backup)
         return backup
 
+    @property
+    def is_empty(self) -> bool:
+        """True if no backup was made, or none is left."""
+        return not self._backups
+
     def release_all_but(self, needed: Iterable[Backup]) -> None:
         """Releases every backup that is not in `needed`."""
         keep = {id(backup) for backup in needed}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -91,10 +91,15 @@ class Bypass(CallPatch):
         self._takes_calls = False
         if not self._is_one_hook:
             for number in self._hooks_in(layer._forward_pre_hooks):
-                _remove(number, layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs)
+                layer._forward_pre_hooks_with_kwargs.pop(number, None)
+                layer._forward_pre_hooks.pop(number, None)
             self._await_calls()
-        for number in self._hooks_in(layer._forward_hooks):
-            _remove(number, layer._forward_hooks, layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called)
+        table = layer._forward_hooks
+        for number in self._hooks_in(table):
+            # The hook goes last: as long as it is there, an interrupted removal is found and finished.
+            layer._forward_hooks_with_kwargs.pop(number, None)
+            layer._forward_hooks_always_called.pop(number, None)
+            table.pop(number, None)
 
     def take_place_of(self, other: Bypass, layer: torch.nn.Module) -> bool:
         """Puts this bypass on `layer` in the place of `other`, so that no call finds the layer without a LoRA.
@@ -310,10 +315,3 @@ def _with_input(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of a call with another input."""
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
-
-
-def _remove(number: int, table: MutableMapping[int, Any], *marks: MutableMapping[int, Any]) -> None:
-    # The hook goes last: as long as it is there, an interrupted removal is found and finished.
-    for mark in marks:
-        mark.pop(number, None)
-    table.pop(number, None)

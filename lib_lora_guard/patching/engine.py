@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -87,8 +87,7 @@ class LoraRequest:
         return sum(term.adapter.bytes for terms in self.terms.values() for term in terms)
 
 
-@dataclass(frozen=True, eq=False)
-class State:
+class State(NamedTuple):
     """The LoRAs that are on a model. An engine replaces it as a whole, so that no interrupt leaves a part of it.
 
     Args:
@@ -98,8 +97,8 @@ class State:
         report: The report of the present stack.
     """
 
-    attached: Mapping[str, Attachment] = field(default_factory=dict)
-    suspended: Mapping[str, Attachment] = field(default_factory=dict)
+    attached: Mapping[str, Attachment]
+    suspended: Mapping[str, Attachment]
     unfinished: Transaction[Attachment] | None = None
     report: ApplyReport | None = None
 
@@ -118,7 +117,7 @@ class Engine:
         self.watch = watch
         self.name = "model"
         self._lock = threading.RLock()
-        self._state = State()
+        self._state = State({}, {})
         self._budget = Budget()
         self._backups = BackupStore(self._budget)
         self._offloaded: Mapping[str, torch.Tensor] = {}
@@ -158,6 +157,8 @@ class Engine:
 
     def _release_backups(self) -> None:
         """Releases the backups that no merge needs any more; none while an unfinished undo may need one."""
+        if self._backups.is_empty:
+            return
         if not self.is_unfinished:
             self._backups.release_all_but(a.backup for a in self.attached.values() if isinstance(a, MergeAttachment))
 
@@ -251,8 +252,10 @@ class Engine:
                     for origin in planned.origins:
                         reports[origin].count(planned.choice)
                 # An attachment that stays may have terms that came from other places in the stack.
-                moved = [(kept, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]]
-                self.commit(prepared, [_replan(kept, planned) for kept, planned in moved], whole)
+                moved = [
+                    (kept, kept.planned, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]
+                ]
+                self.commit(prepared, [_replan(moved)], whole)
                 break
             except UnusableTermsError as error:
                 if not leave_out:
@@ -286,8 +289,7 @@ class Engine:
         others = {key: a for key, a in before.attached.items() if key not in merges}
         waiting = _pairs_of(before.unfinished)
         # An interrupt finds them as what is to be taken off: on its way out it takes off those that are left.
-        self._state = replace(
-            before,
+        self._state = before._replace(
             attached=others,
             suspended={**before.suspended, **merges},
             unfinished=Transaction([*waiting, *_strays(merges.values())]),
@@ -301,14 +303,13 @@ class Engine:
             half = [a for a in merges.values() if a.state in (MergeState.UNKNOWN, MergeState.STRAYED)]
             off = {key: a for key, a in merges.items() if key not in stay}
             left = [*waiting, *_strays(half)]
-            self._state = replace(
-                before,
+            self._state = before._replace(
                 attached={**others, **stay},
                 suspended={**before.suspended, **off},
                 unfinished=Transaction(left) if left else None,
             )
             raise
-        self._state = replace(self._state, unfinished=before.unfinished)
+        self._state = self._state._replace(unfinished=before.unfinished)
         return True
 
     @contextlib.contextmanager
@@ -366,7 +367,7 @@ class Engine:
         self._forget_replaced()
         # Attachments that an undo was still to put back go as well: put back later, no stack would hold them.
         leaving = dict.fromkeys((*self.attached.values(), *_attachments_of(self._state.unfinished)))
-        self._state = State(unfinished=Transaction(_strays(leaving)) if leaving else None)
+        self._state = State({}, {}, unfinished=Transaction(_strays(leaving)) if leaving else None)
         with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
             self._undo()
         for attachment in _attachments_of(self._state.unfinished):
@@ -384,7 +385,7 @@ class Engine:
         state, gone = self._state, {key for key, what in found.items() if what is not Found.CONVERTED}
         foreign = [key for key, what in found.items() if what is Found.FOREIGN]
         converted = [key for key in found if key not in gone]
-        self._state = replace(state, attached={key: a for key, a in state.attached.items() if key not in gone})
+        self._state = state._replace(attached={key: a for key, a in state.attached.items() if key not in gone})
         if foreign:
             say(log, logging.WARNING, "change.replaced", model=self.name, count=len(foreign), key=foreign[0])
         if converted:
@@ -496,18 +497,18 @@ class Engine:
         leaving, coming = _difference(before.attached, target)
         change = Transaction([*leaving, *coming], also)
         # From here on an undo finds in the state whatever may be on the model, and so do other engines.
-        self._state = replace(before, unfinished=change)
+        self._state = before._replace(unfinished=change)
         try:
             if coming and self._neighbours is not None:
                 self._refuse_shared(self._neighbours, coming)
-            has_merges = bool(merges_in([old for old, _ in leaving]))
+            has_merges = any(old.mode is Mode.MERGE for old, _ in leaving)
             with self.watch(Phase.RESTORE, 0) if has_merges else contextlib.nullcontext():
                 change.do(0, len(leaving))
             merges = merges_in([new for _, new in coming])
             with self.watch(Phase.MERGE, ram_for_merges(merges)) if merges else contextlib.nullcontext():
                 change.do(len(leaving), len(change.pairs))
             change.do_also()
-            self._state = State(target, report=before.report if report is None else report)
+            self._state = State(target, {}, report=before.report if report is None else report)
         except BaseException:
             self._settle()
             raise
@@ -546,7 +547,7 @@ class Engine:
         if unfinished is None:
             return None
         rest, error = unfinished.undo()
-        self._state = replace(self._state, unfinished=rest)
+        self._state = self._state._replace(unfinished=rest)
         return error
 
 
@@ -566,13 +567,18 @@ def _strays(attachments: Iterable[Attachment]) -> list[tuple[None, Attachment]]:
     return [(None, attachment) for attachment in attachments]
 
 
-def _replan(attachment: Attachment, planned: PlannedWeight) -> Step:
-    before = attachment.planned
-    return Step(lambda: _set_plan(attachment, planned), lambda: _set_plan(attachment, before))
+def _replan(moved: Sequence[tuple[Attachment, PlannedWeight, PlannedWeight]]) -> Step:
+    """Returns the step that gives attachments that stay another plan; `moved` has each with the old and the new one."""
 
+    def do() -> None:
+        for attachment, _, new in moved:
+            attachment.planned = new
 
-def _set_plan(attachment: Attachment, planned: PlannedWeight) -> None:
-    attachment.planned = planned
+    def undo() -> None:
+        for attachment, old, _ in moved:
+            attachment.planned = old
+
+    return Step(do, undo)
 
 
 def _pairs_of(change: Transaction[Attachment] | None) -> Sequence[Pair[Attachment]]:

@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import threading
-import time
 import weakref
 
 import pytest
@@ -18,6 +17,7 @@ from lib_lora_guard import LoraGuard
 from lib_lora_guard.errors import BusyError, LoraFileError
 from lib_lora_guard.hosts.plain import guard as plain
 from lib_lora_guard.hosts.plain.access import PlainAccess
+from lib_lora_guard.patching.attachments import BypassAttachment, MergeAttachment
 
 X = rand(2, 16, 32, seed=5)
 NAMES = {f"blocks.{b}.{name}.weight": shape for b in (0, 1) for name, shape in (("qkv", (96, 32)), ("proj", (32, 32)))}
@@ -122,16 +122,18 @@ def test_a_second_thread_waits_for_the_first(model, style, pose, monkeypatch):
         done.append(path)
 
     first = threading.Thread(target=apply, args=(style,))
+    second = threading.Thread(target=apply, args=(pose,))
     first.start()
     assert inside.wait(20)
-    second = threading.Thread(target=apply, args=(pose,))
-    second.start()
-    time.sleep(0.1)
-    assert done == []
-    assert second.is_alive()
-    go_on.set()
-    for thread in (first, second):
-        thread.join(20)
+    try:
+        second.start()
+        second.join(0.1)
+        assert done == []
+        assert second.is_alive()
+    finally:
+        go_on.set()
+        for thread in (first, second):
+            thread.join(20)
     assert done == [style, pose]
     assert LoraGuard(model).report.loras[0].label == "pose.safetensors"
     LoraGuard(model).remove()
@@ -166,6 +168,31 @@ def test_a_change_in_the_middle_of_a_change_of_the_same_thread_is_refused_in_a_l
     assert torch.equal(run(model), before)
     guard.remove()
     assert torch.equal(run(model), base)
+
+
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_an_undo_goes_on_through_any_number_of_interrupts(model, style, pose, mode, monkeypatch):
+    """The impatient user's Ctrl+C comes again and again while the first one is undone."""
+    guard, base = LoraGuard(model), bits_of(model)
+    guard.apply([(style, 1.0)], mode=mode)
+    before, left = run(model), [6]
+    kind = {"bypass": BypassAttachment, "merge": MergeAttachment}[mode]
+    replace = kind.replace
+
+    def interrupted(self, other):
+        replace(self, other)
+        left[0] -= 1
+        if left[0] >= 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(kind, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        guard.apply([(pose, 1.0)], mode=mode)
+    assert left[0] < 0
+    assert torch.equal(run(model), before)
+    monkeypatch.undo()
+    guard.remove()
+    assert_bits(model, base)
 
 
 # Guards on a model and on a part of it.
