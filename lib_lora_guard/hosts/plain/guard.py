@@ -37,8 +37,9 @@ class LoraGuard:
     >>> guard.remove()
 
     As a context manager it removes its LoRAs at the end, whatever happened in between. The model is held weakly. A model
-    has one stack, which all its guards share. A guard on a part of a model is another one: where both would change a
-    weight, the second is refused. Take LoRAs off before you copy, save, convert or reload a model.
+    has one stack, which all its guards share; wrapped by torch.compile or DataParallel it is the same model. A guard on a
+    part of a model is another one: where both would change a weight, the second is refused. Take LoRAs off before you
+    copy, save, convert or reload a model.
 
     Any thread may apply; a second one waits for the first. Forward passes do not wait: beside a change each weight has its
     old stack or its new one, and a whole pass may have some of both.
@@ -54,6 +55,7 @@ class LoraGuard:
         """
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"LoraGuard needs a torch.nn.Module, this is a {type(model).__name__}")
+        model = _unwrapped(model)
         # On the model, so that both are freed together, whatever of the model its layers hold.
         self._engine: Engine = _engine_of(model)
         self._access = PlainAccess(model)
@@ -167,9 +169,19 @@ class PlainEngine(Engine):
         return type(None), ()
 
 
+_WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 _neighbours = Neighbours()
 """The engines of all models: two of them may have layers in common."""
 _making_an_engine = threading.RLock()
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Returns the model inside torch's wrappers. A wrapper may be dropped while the model lives on with its LoRAs."""
+    while True:
+        inner = model.module if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")
+        if inner is None:
+            return model
+        model = inner
 
 
 def _engine_of(model: torch.nn.Module) -> Engine:

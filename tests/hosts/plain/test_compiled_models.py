@@ -1,5 +1,7 @@
 """torch.compile: a LoRA counts in every call, and a change of strengths compiles nothing anew."""
 
+import gc
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -79,11 +81,13 @@ def test_a_model_that_was_compiled_and_run_before_shows_every_change(files, how,
     for strength in (0.5, -1.0, 2.0):
         apply((files["style"], strength))
         assert graphs() == made
-    apply((files["style"], 0.5), (files["dora"], 1.0))
-    apply((files["dora"], 1.0))
-    made = graphs()
-    apply((files["dora"], 0.3))
-    assert graphs() == made
+    if mode != "auto":
+        # Which of them take hooks, "bypass" shows.
+        apply((files["style"], 0.5), (files["dora"], 1.0))
+        apply((files["dora"], 1.0))
+        made = graphs()
+        apply((files["dora"], 0.3))
+        assert graphs() == made
     apply((files["diff"], 0.3))
     guard.remove()
     made = graphs()
@@ -106,6 +110,26 @@ def test_hooks_alone_are_seen_when_they_come_change_and_go(tmp_path):
             assert_same(found, wanted, before)
     guard.remove()
     assert all(map(same_bits, outputs(compiled), base))
+
+
+@pytest.mark.parametrize("mode", ["bypass", "merge"])
+def test_a_wrapped_model_is_the_model_itself(files, mode):
+    """A wrapper that is dropped takes no engine with it, and no originals."""
+
+    def compiled(inner):
+        return torch.compile(inner, backend="eager")
+
+    model = Model()
+    base = outputs(model)
+    for wrap in (compiled, torch.nn.DataParallel, lambda inner: torch.nn.DataParallel(compiled(inner))):
+        guard = LoraGuard(wrap(model))
+        report = guard.apply([(files["style"], 1.0)], mode=mode)
+        gc.collect()
+        assert LoraGuard(model).report is guard.report is report
+        LoraGuard(wrap(model)).apply([(files["style"], 0.5)], mode=mode)
+        assert not same_bits(outputs(model)[0], base[0])
+        LoraGuard(model).remove()
+        assert all(map(same_bits, outputs(model), base))
 
 
 @pytest.mark.parametrize("mode", ["bypass", "on_the_fly"])
@@ -147,14 +171,16 @@ def test_gradients_go_through_the_operators(files, name, mode):
 def test_with_the_operators_switched_off_it_is_right_with_breaks_in_the_graph(files, mode, monkeypatch):
     monkeypatch.setattr(operators, "_are_there", lambda: False)
     model, plain = Model(), Model()
-    compiled = torch.compile(model, backend="eager")
-    outputs(compiled)
+    compiled, x = torch.compile(model.a, backend="eager"), rand(2, 4, WIDTH, seed=2)
+    before = compiled(x)
     for strength in (1.0, -1.0):
         for one in (model, plain):
             LoraGuard(one).apply([(files["style"], strength)], mode=mode)
         assert operators.NUMBER not in vars(model.a)
-        for found, wanted in zip(outputs(compiled), outputs(plain), strict=True):
-            assert torch.allclose(found, wanted, atol=1e-5)
+        found = compiled(x)
+        assert_same(found, plain.a(x), before)
+    LoraGuard(model).remove()
+    assert same_bits(compiled(x), before)
 
 
 def test_the_switch_is_read_from_the_environment(monkeypatch):
