@@ -13,7 +13,7 @@ from ...errors import Message, ModeError, about
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, is_linear, is_plain_convolution, plain_bias
 from ...patching.on_the_fly import WeightTerms
-from ...patching.operators import WEIGHT_PATCH, give_number, take_number
+from ...patching.operators import WEIGHT_PATCH
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...units import MB
 from ...weights.dtype_names import dtype_name
@@ -21,7 +21,7 @@ from ...weights.storage import WIDE_DTYPES, Storage, storage_of
 from ...weights.stored_linear import StoredLinear
 from .hidden_weights import HiddenWeight, has_no_marks, hidden_weight, is_plain
 from .layer_code import Code, code_of, keeps_plain_numbers
-from .marked_class import class_of, mark, unmark
+from .marked_class import class_of, mark, takes_marks, unmark
 from .weight_forward import patch_weight, unpatch_weight
 
 VRAM_RESERVE_BYTES = 2048 * MB
@@ -111,32 +111,29 @@ class PlainAccess(ModuleAccess):
         """Tells of a layer whether what a call returns is new memory that nothing else uses."""
         return _owns_output
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
-        """Lets compiled code see whether a bypass is on the layer."""
-        if scales_input is None:
-            unmark(layer)
-            take_number(layer)
-        else:
-            give_number(layer)
-            mark(layer, scales_input)
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
+        """Lets compiled code see that a bypass is on the layer."""
+        mark(layer, scales_input)
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        """Makes the layer's forward pass add `terms` to its weight; None takes that back."""
+    def hide_bypass(self, layer: torch.nn.Module) -> None:
+        """Takes that back."""
+        unmark(layer)
+
+    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Makes the layer's forward pass add `terms` to its weight."""
         layer = site.layer
         if isinstance(layer, StoredLinear):
             layer.weight_terms = terms
-        elif terms is not None:
-            patch_weight(layer, terms)
         else:
-            unpatch_weight(layer)
+            patch_weight(layer, terms)
 
-    def weight_terms(self, site: Site) -> WeightTerms | None:
-        """Returns what the layer's forward pass adds to its weight now."""
-        if isinstance(site.layer, StoredLinear):
-            terms = site.layer.weight_terms
-            return terms if isinstance(terms, WeightTerms) else None
-        found: WeightTerms | None = site.layer.__dict__.get(WEIGHT_PATCH)
-        return found
+    def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Takes that back, unless others have taken the place of `terms`."""
+        layer = site.layer
+        if layer.__dict__.get(WEIGHT_PATCH) is terms:
+            unpatch_weight(layer)
+        elif isinstance(layer, StoredLinear) and layer.weight_terms is terms:
+            layer.weight_terms = None
 
     def device(self) -> torch.device:
         """Returns the device of the first parameter that lies on one."""
@@ -178,6 +175,7 @@ def _site(
         and not is_read
         and hidden is None
         and (code is Code.TORCH or (code is Code.CLASS and storage.wide))
+        and takes_marks(layer)
     )
     if obstacle is None and code is Code.REPLACED:
         obstacle = Message("reason.own_forward", {"class_name": class_of(layer).__name__})
