@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 LAYERS, WIDTH, RANK = 120, 64, 16
-TIMES, PAIRS_OF_A_PROCESS = 3, 5
+TIMES, PAIRS_OF_A_PROCESS = 3, 2
 MODES = {"auto": "AUTO", "on the fly": "ON_THE_FLY", "merge": "MERGE"}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -76,11 +75,10 @@ class ModelAccess(Protocol):
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
 
-    @property
-    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
-        """Tells of a layer whether what a call returns is new memory that nothing else uses; asked at every call.
+    def owns_output(self, layer: torch.nn.Module) -> bool | None:
+        """Tells whether the layer's class returns new memory from a call, so that a bypass may write into it.
 
-        None: it is for every layer.
+        None: so does whatever else may be on the layer (a `forward` in the place of its class's, hooks).
         """
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
@@ -157,8 +155,7 @@ class ModuleAccess(ABC):
         values = self.decoded_rows(site, start, length, device)
         return torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
 
-    @property
-    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
+    def owns_output(self, layer: torch.nn.Module) -> bool | None:
         """Returns None: the host's layers return new memory."""
         return None
 

@@ -134,7 +134,7 @@ class BypassAttachment(Attachment):
             ratios = ratios_of(access, site, terms, forms, device)
         self.ratios: dict[int, torch.Tensor] = ratios
         self.hook = Bypass(planned.site.key, terms, planned.site.shape, ratios, access.bias, access.is_in_force, forms)
-        self.hook.owns_output = access.owns_output
+        self.hook.owns_output = access.owns_output(planned.site.layer)
         if older is not None:
             self.hook.share_factors_with(older.hook)
 

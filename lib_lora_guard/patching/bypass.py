@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _global_forward_hooks
 
 from ..adapters import LowRank, Term
 from ..errors import LoraGuardError
@@ -70,8 +71,8 @@ class Bypass(CallPatch):
         self._unscaled: dict[int, torch.Tensor] = {}
         self._takes_calls = False
         """Whether calls that begin now get the stack, where it needs two hooks."""
-        self.owns_output: Callable[[torch.nn.Module], bool] | None = None
-        """Tells whether the output of a call may be written into; None: always. The host's access sets it."""
+        self.owns_output: bool | None = None
+        """As `ModelAccess.owns_output` tells it. The attachment sets it."""
         self._traced_input: torch.Tensor | None = None
 
     def __reduce__(self) -> str:
@@ -201,7 +202,10 @@ class Bypass(CallPatch):
                 # The call began before this stack came, or while it was not in force.
                 return output
         if self.owns_output is not None and not (
-            next(iter(layer._forward_hooks.values()), self) is self and self.owns_output(layer)
+            self.owns_output
+            and "forward" not in layer.__dict__
+            and next(iter(layer._forward_hooks.values()), self) is self
+            and not _global_forward_hooks
         ):
             # The layer, or a hook that came before this one, may have returned its input or something that it keeps.
             output = output.clone()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch.nn.modules.module import _global_forward_hooks
 
 from ...adapters.base import Shape
 from ...errors import Message, ModeError, about
@@ -20,7 +19,7 @@ from ...weights.dtype_names import dtype_name
 from ...weights.storage import WIDE_DTYPES, Storage, storage_of
 from ...weights.stored_linear import StoredLinear
 from .hidden_weights import HiddenWeight, has_no_marks, hidden_weight, is_plain
-from .layer_code import Code, code_of, keeps_plain_numbers
+from .layer_code import Code, code_of, runs_torchs_code
 from .marked_class import class_of, mark, takes_marks, unmark
 from .weight_forward import patch_weight, unpatch_weight
 
@@ -106,10 +105,9 @@ class PlainAccess(ModuleAccess):
             raise ModeError(about(f"{class_of(layer).__name__}.bias", Message("reason.elsewhere")))
         return hidden.decode(0, hidden.shape[0])
 
-    @property
-    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
-        """Tells of a layer whether what a call returns is new memory that nothing else uses."""
-        return _owns_output
+    def owns_output(self, layer: torch.nn.Module) -> bool:
+        """Tells whether the layer's class returns new memory from a call."""
+        return isinstance(layer, StoredLinear) or runs_torchs_code(layer)
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
         """Lets compiled code see that a bypass is on the layer."""
@@ -189,7 +187,7 @@ def _hidden(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
     parameter = layer._parameters.get(name)
     if found is not None or name != "weight" or parameter is None or parameter.dtype in WIDE_DTYPES:
         return found
-    if not (is_linear(layer) or is_plain_convolution(layer)) or keeps_plain_numbers(layer):
+    if not (is_linear(layer) or is_plain_convolution(layer)) or runs_torchs_code(layer):
         return None
     shape = tuple(parameter.shape)
     if isinstance(layer, torch.nn.Linear):
@@ -213,10 +211,6 @@ def _is_linear_of_a_library(layer: torch.nn.Module) -> bool:
 def _reads_its_layers(parent: torch.nn.Module) -> bool:
     """Returns True if `parent` may compute with its layers' weights without calling them, as torch's fast path does."""
     return isinstance(parent, torch.nn.TransformerEncoderLayer)
-
-
-def _owns_output(layer: torch.nn.Module) -> bool:
-    return not _global_forward_hooks and (code_of(layer) is Code.TORCH or isinstance(layer, StoredLinear))
 
 
 def _all_paths(
