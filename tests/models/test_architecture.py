@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib_lora_guard.models import Architecture, accepts, detect_lora, detect_model
+from lib_lora_guard.models import Architecture, accepts, detect_lora, detect_model, text
 
 A = Architecture
 
@@ -209,3 +209,22 @@ def test_a_lora_is_accepted_by_its_own_architecture_and_its_twin():
     assert not accepts(A.SD1, A.SD2)
     assert not accepts(A.SDXL, A.SDXL_REFINER)
     assert not accepts(A.FLUX, A.FLUX2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "found", "missing"),
+    [
+        (Architecture.FLUX, ["t5"], ["clip_l"]),
+        (Architecture.SDXL, ["clip_l"], ["clip_g"]),
+        (Architecture.SDXL, ["clip"], []),
+        (Architecture.FLUX, ["clip"], ["t5"]),
+        (Architecture.SD3, ["clip_l", "clip_g"], ["t5"]),
+        (Architecture.Z_IMAGE, ["llm"], []),
+        (Architecture.Z_IMAGE, ["clip_l"], ["llm"]),
+        (Architecture.WAN, [], ["t5"]),
+        (Architecture.KOLORS, ["llm"], []),
+        (None, [], ["any"]),
+    ],
+)
+def test_the_text_encoders_that_a_model_runs_with(architecture, found, missing):
+    assert text.missing_encoders(architecture, found) == missing
