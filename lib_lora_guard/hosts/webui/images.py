@@ -16,7 +16,7 @@ from ...messages import Joined, say
 from ...runtime.advice import Advice
 from ...runtime.hooks import P, R, Row
 from ...runtime.image_words import ImageWords
-from .types import Processing, comment_of
+from .types import Processing, comments_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Images:
     ) -> R:
         """Stands in place of `process_images_inner`. The error goes on as it is."""
         try:
-            with self._words.image(id(p), comment_of(p)):
+            with self._words.image(id(p), *comments_of(p)):
                 return original(p, *args, **kwargs)
         except Exception as error:
             if isinstance(error, LayerError) or is_out_of_memory(error):

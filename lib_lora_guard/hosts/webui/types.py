@@ -52,15 +52,27 @@ class Commented(Protocol):
     def comment(self, text: str) -> None: ...
 
 
-def comment_of(request: Processing | Commented) -> Comment | None:
-    """Returns what shows a line of text under the images of a request; None where the host has no place for one.
+def comments_of(request: Processing | Commented) -> tuple[Comment | None, Comment | None]:
+    """Returns what shows a line of text under the images of a request, and what takes one back.
+
+    Each is None where the host has no place for it.
 
     Args:
         request: `Commented` in the A1111 family since 1.5 and in Forge, whose pages show the lines and whose infotexts and
-            API leave them out.
+            API leave them out. The host keeps the lines as the keys of `comments` until the images are done.
     """
     comment: Comment | None = getattr(request, "comment", None)
-    return comment if callable(comment) else None
+    if not callable(comment):
+        return None, None
+
+    def lines() -> object:
+        return getattr(request, "comments", None)
+
+    def take_back(line: str) -> None:
+        if isinstance(shown := lines(), dict):
+            shown.pop(line, None)
+
+    return comment, take_back if isinstance(lines(), dict) else None
 
 
 class TextEncoder(Protocol):
