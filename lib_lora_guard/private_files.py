@@ -23,16 +23,20 @@ _KINDS = (
 )
 
 
-def make_private_folder(folder: Path) -> None:
+def make_private_folder(folder: Path, is_own: bool = True) -> None:
     """Makes a folder with its parents, for its owner alone; takes the rights of others from one that is there.
 
-    A link to a folder is left as it is: the user has chosen that folder, for more than this.
+    A folder that the user has chosen, by a link or by name, is left as it is: it may serve more than this.
+
+    Args:
+        folder: The folder.
+        is_own: False if the user has named it.
 
     Raises:
         OSError: It cannot be made, or something else has its name.
     """
     folder.mkdir(_FOLDER_MODE, parents=True, exist_ok=True)
-    if os.name != "posix":
+    if os.name != "posix" or not is_own:
         return
     status = folder.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and status.st_mode & _OTHERS:

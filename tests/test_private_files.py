@@ -47,6 +47,7 @@ def test_a_folder_that_is_there_is_closed_and_a_linked_one_is_not(tmp_path):
     (tmp_path / "link").symlink_to(shared)
     make_private_folder(open_one)
     make_private_folder(tmp_path / "link")
+    make_private_folder(shared, is_own=False)
     assert (mode(open_one), mode(shared)) == (0o700, 0o775)
     open_one.chmod(0o500)
     make_private_folder(open_one)

@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from ..errors import Message, ModeError, RestoreError, about, reason
-from ..memory.probe import disk_spare_bytes
+from ..memory.probe import default_spool_dir, disk_spare_bytes
 from ..private_files import make_private_folder, private_opener
 from ..recorder.processes import is_running
 from ..units import MB
@@ -128,7 +128,7 @@ class Spool:
 
     def _open(self) -> FileIO:
         if self._file is None:
-            make_private_folder(self.folder)
+            make_private_folder(self.folder, is_own=self.folder == default_spool_dir())
             started_ms = round(psutil.Process().create_time() * 1000)
             path = self.folder / f"lora-guard-{os.getpid()}-{started_ms}-{secrets.token_hex(4)}.spool"
             self._file, self.path = FileIO(path, "x+", opener=private_opener), path
