@@ -22,7 +22,7 @@ BELOW = {
     "reporting": {"planning", "weights", "adapters", "files"},
     "patching": {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting"},
     "checkpoints": {"files", "weights", "adapters", "models", "planning"},
-    "baking": {"files", "weights", "adapters", "models", "checkpoints", "patching"},
+    "baking": {"files", "weights", "recorder", "adapters", "models", "checkpoints", "patching"},
     "replay": {"weights", "planning"},
     "ui": {"files", "memory", "weights", "planning", "reporting"},
     "demo": {*PURE, "hosts/plain"},
