@@ -18,6 +18,7 @@ from ...patching.room_to_read import room_now_bytes
 from ...planning.mode import requested
 from ...reporting.report import ApplyReport
 from .access import PlainAccess
+from .stack_argument import read_stack
 
 
 class LoraGuard:
@@ -63,13 +64,10 @@ class LoraGuard:
             LoraFileError: A file cannot be read.
             LoraMismatchError: A file does not fit the model.
             ModeError: `mode` has another value, or asks to merge into low-bit weights.
-            TypeError: `stack` is no list of pairs.
+            TypeError: `stack` is no list of pairs, or a strength is no number.
         """
         wish = requested(mode)
-        if isinstance(stack, (str, Path)) or not all(
-            isinstance(item, (tuple, list)) and len(item) == 2 for item in stack
-        ):
-            raise TypeError('stack must be a list of (file, strength) pairs: [("style.safetensors", 0.8)]')
+        stack = read_stack(stack)
         # Tensors made in inference mode could never be changed or differentiated outside it.
         with torch.inference_mode(False), torch.no_grad():
             keyed = [self._read(Path(path), as_trained) for path, _ in stack]
