@@ -127,6 +127,12 @@ class PeftSettings:
             raise LoraMismatchError.of("lora.no_usable_eps")
         return float(eps)
 
+    @property
+    def shares_blocks(self) -> bool | None:
+        """True if one block of an OFT is for the whole input; None if the configuration does not say."""
+        shares = self.entries.get("block_share")
+        return shares if isinstance(shares, bool) else None
+
     def _of_pattern(self, entry: str, module: str) -> Any:
         """The number that `alpha_pattern` or `rank_pattern` has for a module, by PEFT's rule; None if it has none."""
         if not self.entries.get(entry):
