@@ -3,6 +3,7 @@
 import pytest
 
 from lib_lora_guard.models import Architecture, accepts, detect_lora, detect_model, text
+from lib_lora_guard.models.architecture import may_be_for
 
 A = Architecture
 
@@ -94,6 +95,18 @@ LORAS = {
     "cascade": ({"lora_prior_unet_down_blocks_0_2_attention_attn_out_proj": (2048, 2048)}, A.CASCADE),
     "hidream": ({"diffusion_model.double_stream_blocks.0.block.attn1.to_q": (2560, 2560)}, A.HIDREAM),
     "auraflow": ({"lora_unet_double_layers_0_attn_w1q": (3072, 3072)}, A.AURAFLOW),
+    "auraflow, mlp of a single block": (
+        {"transformer.single_transformer_blocks.3.ff.linear_1": (8192, 3072)},
+        A.AURAFLOW,
+    ),
+    "auraflow, out of a single block": (
+        {"lora_unet_single_transformer_blocks_3_attn_to_out_0": (3072, 3072)},
+        A.AURAFLOW,
+    ),
+    "auraflow, modulation of a single block": (
+        {"transformer.single_transformer_blocks.0.norm1.linear": (18432, 3072)},
+        A.AURAFLOW,
+    ),
     "sd2 text encoder": ({"lora_te_" + TE: (1024, 1024)}, A.SD2),
     "flux t5": ({"lora_te2_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)}, A.FLUX),
     "kohya's t5 of sd3 or flux": ({"lora_te3_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)}, None),
@@ -152,6 +165,20 @@ def test_the_width_is_read_from_every_kind(tensors):
 def test_metadata_breaks_a_tie(metadata, expected):
     file = lora({f"lora_unet_down_blocks_0_attentions_0_{ATTN1}": (320, 320)})
     assert detect_lora(file, metadata) is expected
+
+
+@pytest.mark.parametrize(
+    ("block", "name", "is_open"),
+    [(0, "attn.to_q", True), (31, "attn.to_v", True), (32, "attn.to_q", False), (0, "proj_mlp", False)],
+)
+def test_queries_of_a_single_block_may_be_auraflows(block, name, is_open):
+    """It has 32 single blocks, Flux 38, of the same width; their queries, keys and values have the same names."""
+    rows = 12288 if name == "proj_mlp" else 3072
+    file = lora({f"transformer.single_transformer_blocks.{block}.{name}": (rows, 3072)})
+    assert (A.AURAFLOW in may_be_for(file)) is is_open
+    assert {A.FLUX, A.CHROMA, A.HUNYUAN_VIDEO} <= set(may_be_for(file))
+    claimed = may_be_for(file, {"modelspec.architecture": "auraflow-v0.3/lora"})
+    assert (claimed == (A.AURAFLOW,)) is is_open
 
 
 def test_metadata_tells_chroma_from_flux():
