@@ -115,11 +115,11 @@ def measure_stack(layer, x, terms, shape, repeats):
     magnitudes = {i: getattr(t.adapter, "magnitude", None) for i, t in enumerate(terms)}
     ratios = {i: torch.ones(m.numel()) for i, m in magnitudes.items() if m is not None}
     if exact:
-        handles = Bypass("k", tuple(terms), shape, ratios).attach(layer)
+        bypass = Bypass("k", tuple(terms), shape, ratios)
+        bypass.attach(layer)
         row["bypass_ms"] = seconds(run, repeats)
         row["bypass_extra_mb"] = peak_mb(run) - base_mb
-        for handle in handles:
-            handle.remove()
+        bypass.detach(layer)
     layer.weight_terms = WeightTerms("k", terms)
     row["on_the_fly_ms"] = seconds(run, repeats)
     row["on_the_fly_extra_mb"] = peak_mb(run) - base_mb

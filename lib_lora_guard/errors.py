@@ -5,6 +5,7 @@
     |   `-- LoraFileError  the file is missing, broken, or no LoRA
     |-- LoraMismatchError  the LoRA does not fit this model                (also a ValueError)
     |-- ModeError          a weight does not support the requested mode    (also a ValueError)
+    |-- BusyError          LoRAs of this model are being changed, or another guard's are on it (also a RuntimeError)
     |-- RestoreError       an original value could not be restored         (also a RuntimeError)
     |-- LayerError         a patched layer could not finish its forward    (also a RuntimeError)
     |-- MemoryShortError   the operation would need more RAM than there is (also a RuntimeError)
@@ -55,6 +56,10 @@ class LoraMismatchError(LoraGuardError, ValueError):
 
 class ModeError(LoraGuardError, ValueError):
     """A weight cannot use the requested mode without losing the LoRA."""
+
+
+class BusyError(LoraGuardError, RuntimeError):
+    """The model cannot be changed now: a change is under way in this very thread, or another guard's LoRAs are on it."""
 
 
 class RestoreError(LoraGuardError, RuntimeError):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import FileFormatError, Message, about
+from ..inference_mode import outside_inference
 from ..lazy_torch import torch
 from ..units import MB
 
@@ -250,6 +251,7 @@ def check_size(path: Path, tensors: Mapping[str, TensorEntry], size: int) -> Non
         raise refusal(path, Message("file.too_short", {"wanted": needed, "found": size}))
 
 
+@outside_inference
 def read_entries(
     header: FileHeader, names: Iterable[str] | None, typed: Callable[[TensorEntry, torch.Tensor], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
@@ -273,8 +275,7 @@ def read_entries(
             _fill(memoryview(memory).cast("B"), header, entry, file)
         return typed(entry, buffer)
 
-    with torch.inference_mode(False):
-        return _read_each(header, names, read)
+    return _read_each(header, names, read)
 
 
 def _memory(header: FileHeader, entry: TensorEntry) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -11,6 +12,7 @@ import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..adapters.base import Shape
+from ..errors import Message
 from ..memory.probe import BackupBudget
 from ..weights.storage import Storage
 from .on_the_fly import WeightTerms
@@ -21,7 +23,8 @@ class Site:
     """One parameter in its place.
 
     `layer` is the module that owns it under `name`. `storage` tells its format and its real shape, also where the bytes
-    are packed. `can_bypass` and `can_on_the_fly` tell whether the layer's own code allows these modes.
+    are packed. `can_bypass`, `can_on_the_fly` and `can_merge` tell whether the layer's own code and storage allow these
+    modes; `obstacle` says why not, where the storage does not tell.
     """
 
     key: str
@@ -30,6 +33,8 @@ class Site:
     storage: Storage
     can_bypass: bool
     can_on_the_fly: bool
+    can_merge: bool = True
+    obstacle: Message | None = None
 
     @property
     def shape(self) -> Shape:
@@ -73,11 +78,32 @@ class ModelAccess(Protocol):
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
 
+    @property
+    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
+        """Tells of a layer whether what a call returns is new memory that nothing else uses; asked at every call.
+
+        None: it is for every layer.
+        """
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
+        """Lets compiled code see whether a bypass is on the layer. Idempotent.
+
+        Args:
+            layer: The layer.
+            scales_input: Tells whether the bypass scales the layer's input too; None if there is no bypass any more.
+        """
+
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`."""
 
     def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back. Idempotent."""
+        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back. Idempotent.
+
+        `terms` take the place of earlier ones in one step: a forward pass of another thread has the one or the other.
+        """
+
+    def weight_terms(self, site: Site) -> WeightTerms | None:
+        """Returns what the layer's forward pass adds to its temporary weight now; None if nothing of the guard's."""
 
     def device(self) -> torch.device:
         """Returns the device the model computes on."""
@@ -135,9 +161,23 @@ class ModuleAccess(ABC):
         values = self.decoded_rows(site, start, length, device)
         return torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
 
+    @property
+    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
+        """Returns None: the host's layers return new memory."""
+        return None
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:  # noqa: B027
+        """Does nothing: the host compiles none of its layers."""
+
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`."""
-        setattr(site.layer, site.name, value)
+        layer, name = site.layer, site.name
+        is_plain = type(layer).__setattr__ is torch.nn.Module.__setattr__ and name in layer._parameters
+        if is_plain and not torch.nn.modules.module._global_parameter_registration_hooks:
+            # As torch's own, without the questions what else it could be: a third of the time of a restore.
+            layer._parameters[name] = value
+        else:
+            setattr(layer, name, value)
 
 
 def find_owner(model: torch.nn.Module, key: str) -> tuple[torch.nn.Module, str] | None:

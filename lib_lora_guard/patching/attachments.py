@@ -1,15 +1,20 @@
-"""One attachment per patched weight: it applies the stack to the weight and takes it back. Both are idempotent."""
+"""One attachment per patched weight: it applies the stack to the weight and takes it back.
+
+Both are idempotent and may be interrupted anywhere: what there is to do is found on the layer, each time anew.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ..adapters import Term, apply_terms
 from ..errors import LoraMismatchError, Message, about
+from ..inference_mode import outside_inference
 from ..memory.out_of_memory import is_out_of_memory
 from ..planning.cheap import Forms, forms_of
 from ..planning.mode import Choice, Mode
@@ -17,11 +22,12 @@ from ..units import MB
 from ..weights.dtype_names import dtype_name
 from ..weights.storage import storage_of
 from .access import ModelAccess, Site
-from .backup import Backup, Where, moved, parameter_bytes
+from .backup import Backup, HeldBackup, Place, Where, lies_in_ram, moved, parameter_bytes
 from .bypass import Bypass
 from .merging import CPU, SLICE_BYTES, is_finite, merge
 from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
+from .placed import Found, Placed, compare
 from .plan import PlannedWeight, is_same_term
 
 
@@ -73,6 +79,19 @@ class Attachment(ABC):
     def detach(self) -> None:
         """Takes it back: the weight has its original bits."""
 
+    def replace(self, other: Attachment) -> None:
+        """Applies the stack in the place of `other`, which is on the same parameter.
+
+        Where both work in the same way this is one step: a forward pass beside it has the one stack or the other. Else
+        it may find the weight without any. Idempotent, and undone by `other.replace(self)`.
+        """
+        other.detach()
+        self.attach()
+
+    def is_beside(self, other: Attachment) -> bool:
+        """Returns True if `other` is on the same parameter of the same layer."""
+        return other.site.layer is self.site.layer and other.site.name == self.site.name
+
     def drop_device_copies(self) -> None:  # noqa: B027  # most attachments keep none
         """Frees this attachment's copies on a GPU; the next forward pass makes them again."""
 
@@ -116,9 +135,9 @@ class BypassAttachment(Attachment):
             ratios = ratios_of(access, site, terms, forms, device)
         self.ratios: dict[int, torch.Tensor] = ratios
         self.hook = Bypass(planned.site.key, terms, planned.site.shape, ratios, access.bias, access.is_in_force, forms)
+        self.hook.owns_output = access.owns_output
         if older is not None:
             self.hook.share_factors_with(older.hook)
-        self._handles: list[Any] = []
 
     def has_ratios_of(self, planned: PlannedWeight) -> bool:
         """Returns True if the DoRAs of `planned` have the norms that are known here."""
@@ -126,12 +145,20 @@ class BypassAttachment(Attachment):
         return mine == ratio_identity(planned.terms, _forms(planned))
 
     def attach(self) -> None:
-        if not self._handles:
-            self._handles = self.hook.attach(self.site.layer)
+        self.hook.attach(self.site.layer)
+        self.access.show_bypass(self.site.layer, self.hook.scales_input)
 
     def detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self.hook.detach(self.site.layer)
+        self.access.show_bypass(self.site.layer, None)
+
+    def replace(self, other: Attachment) -> None:
+        if not (
+            isinstance(other, BypassAttachment)
+            and self.is_beside(other)
+            and self.hook.take_place_of(other.hook, self.site.layer)
+        ):
+            super().replace(other)
 
     def drop_device_copies(self) -> None:
         self.hook.drop_device_copies()
@@ -158,7 +185,16 @@ class OnTheFlyAttachment(Attachment):
         self.access.set_weight_terms(self.site, self.weight_terms)
 
     def detach(self) -> None:
-        self.access.set_weight_terms(self.site, None)
+        # Those of another guard stay.
+        site = self.planned.site
+        if self.access.weight_terms(site) is self.weight_terms:
+            self.access.set_weight_terms(site, None)
+
+    def replace(self, other: Attachment) -> None:
+        if isinstance(other, OnTheFlyAttachment) and self.is_beside(other):
+            self.attach()
+        else:
+            super().replace(other)
 
     def drop_device_copies(self) -> None:
         self.weight_terms.drop_device_copies()
@@ -211,6 +247,8 @@ class MergeAttachment(Attachment):
         self._compute_device = device
         self._home: torch.device | None = None
         """The device that a strayed parameter belongs on."""
+        self._placed: Placed | None = None
+        """The merged value that this attachment has last put in place."""
         self._ready: torch.nn.Parameter | None = None
         """The merged value of a small parameter, computed before anything is changed."""
         if parameter_bytes(planned.site.parameter) <= KEPT_BYTES:
@@ -237,6 +275,59 @@ class MergeAttachment(Attachment):
             return
         self._restore(self._device())
 
+    def replace(self, other: Attachment) -> None:
+        """On a device, one weight after the other has its original in place: three values of it would not fit there."""
+        if not (
+            isinstance(other, MergeAttachment)
+            and other.backup is self.backup
+            and self.is_beside(other)
+            and lies_in_ram(self.site.parameter)
+        ):
+            super().replace(other)
+            return
+        if not self._is_in_place():
+            merged = self._merge(self._from_backup()) if self._ready is None else self._ready
+            self._put(merged, CPU, MergeState.MERGED)
+        # In this order: an undo in between finds both merged, and this one in place.
+        self.state = MergeState.MERGED
+        other.state = MergeState.RESTORED
+
+    def look(self) -> Found:
+        """Tells what lies where the merged value was put. Costs nothing unless something has happened to it."""
+        if self.state is not MergeState.MERGED:
+            # Half done, or not done at all: that is for an undo.
+            return Found.MERGED
+        site, placed = self.planned.site, self._placed
+        # Asked at every change for every merge: written out.
+        if placed is not None and placed.is_surely(site.layer._parameters.get(site.name)):
+            return Found.MERGED
+        parameter, original = self._here(), self._from_backup()
+        found = compare(parameter, self._merge(original), original)
+        if found is Found.MERGED and isinstance(parameter, torch.nn.Parameter):
+            self._placed = Placed(parameter)
+        elif found is Found.CONVERTED and isinstance(parameter, torch.nn.Parameter):
+            self._convert(original, parameter)
+        return found
+
+    def _convert(self, original: torch.nn.Parameter, parameter: torch.nn.Parameter) -> None:
+        """Follows the user, who has converted the merged parameter: the original has the same dtype from now on."""
+        data = original.detach().to(parameter.device, parameter.dtype)
+        converted = torch.nn.Parameter(data, requires_grad=original.requires_grad)
+        where = Where.RAM if lies_in_ram(converted) else Where.VRAM
+        self._ready, self._placed = None, Placed(parameter)
+        site = dataclasses.replace(self.site, storage=storage_of(converted))
+        self.planned = self.planned._replace(site=site)
+        self.backup = HeldBackup(self.site.key, converted, Place(where, "converted by the user"))
+
+    def _is_in_place(self) -> bool:
+        return self._placed is not None and self._placed.is_surely(self._here())
+
+    def _here(self) -> object:
+        """Returns what lies in the parameter's place, whatever it is. Faster than `getattr` for a parameter."""
+        site = self.planned.site
+        here = site.layer._parameters.get(site.name)
+        return getattr(site.layer, site.name, None) if here is None else here
+
     def suspend(self) -> None:
         """Puts the original back where its backup lies, not where the weight lies: the host is about to move it."""
         self._restore(self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU)
@@ -257,40 +348,44 @@ class MergeAttachment(Attachment):
         A value that lies elsewhere goes in as it is first: what it replaces is freed and makes room on the device.
         """
         if value.device != device:
-            self.state, self._home = MergeState.STRAYED, device
+            self._home, self.state = device, MergeState.STRAYED
             self.access.set_parameter(self.site, value)
             value = moved(value, device)
         elif self.state is not MergeState.STRAYED:
             self.state = MergeState.UNKNOWN
+        self._placed = Placed(value) if done is MergeState.MERGED else None
         self.access.set_parameter(self.site, value)
         self.state, self._home = done, None
 
     def _device(self) -> torch.device:
         """Where the parameter belongs. The model may have been moved since this attachment was made."""
-        return self._home or self.site.parameter.device
+        if self._home is not None:
+            return self._home
+        here = self._here()
+        return here.device if isinstance(here, torch.Tensor) else self.site.parameter.device
 
     def _from_backup(self) -> torch.nn.Parameter:
         """Returns the original: out of VRAM if its backup lies there, else in RAM."""
         return self.backup.parameter(self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU)
 
+    @outside_inference
     def _merge(self, original: torch.nn.Parameter) -> torch.nn.Parameter:
         wide = storage_of(original).wide
         dtype = original.dtype if wide else torch.float32
-        with torch.inference_mode(False), torch.no_grad():
-            if wide:
-                data = original.detach()
-                on_device = self._compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
-                small = MOVED_SLICE_BYTES if data.device != on_device else SLICE_BYTES
-                merged = merge(data, self.terms, device=on_device, out_dtype=dtype, slice_bytes=small)
-                was_finite = is_finite(data)
-            else:
-                dense = self.access.dense(site_of(self.site, original))
-                was_finite = is_finite(dense)
-                merged = apply_terms(dense, self.terms).to(dtype).contiguous()
-            if was_finite and not is_finite(merged):
-                why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
-                raise UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
-            return torch.nn.Parameter(merged, requires_grad=False)
+        if wide:
+            data = original.detach()
+            on_device = self._compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
+            small = MOVED_SLICE_BYTES if data.device != on_device else SLICE_BYTES
+            merged = merge(data, self.terms, device=on_device, out_dtype=dtype, slice_bytes=small)
+            was_finite = is_finite(data)
+        else:
+            dense = self.access.dense(site_of(self.site, original))
+            was_finite = is_finite(dense)
+            merged = apply_terms(dense, self.terms).to(dtype).contiguous()
+        if was_finite and not is_finite(merged):
+            why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
+            raise UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
+        return torch.nn.Parameter(merged, requires_grad=False)
 
 
 KEPT_BYTES = 1 * MB

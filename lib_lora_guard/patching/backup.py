@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..errors import Joined, Message, ModeError, RestoreError, about, reason
+from ..inference_mode import outside_inference
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.probe import BackupBudget, default_spool_dir
 from ..units import MB
@@ -106,10 +107,10 @@ class SpooledBackup(Backup):
         # A backup that is dropped without `release` must not keep the file.
         self._free = weakref.finalize(self, spool.free, region)
 
+    @outside_inference
     def parameter(self, device: torch.device) -> torch.nn.Parameter:
-        with torch.inference_mode(False), torch.no_grad():
-            data = self._spool.read(self.key, self._region, device)
-            return torch.nn.Parameter(data, requires_grad=self._requires_grad)
+        data = self._spool.read(self.key, self._region, device)
+        return torch.nn.Parameter(data, requires_grad=self._requires_grad)
 
     def release(self) -> None:
         self._free()
@@ -132,6 +133,7 @@ class BackupStore:
         self._spool = Spool(spool_dir or default_spool_dir())
         self._backups: weakref.WeakSet[Backup] = weakref.WeakSet()
 
+    @outside_inference
     def keep(self, key: str, parameter: torch.nn.Parameter, offloaded: torch.Tensor | None = None) -> Backup:
         """Backs `parameter` up, which stays as it is.
 
@@ -144,10 +146,14 @@ class BackupStore:
         Raises:
             ModeError: There is no room for it anywhere.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            backup = self._keep(key, parameter, offloaded)
+        backup = self._keep(key, parameter, offloaded)
         self._backups.add(backup)
         return backup
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no backup was made, or none is left."""
+        return not self._backups
 
     def release_all_but(self, needed: Iterable[Backup]) -> None:
         """Releases every backup that is not in `needed`."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ..adapters import LowRank, Term
 from ..errors import LoraGuardError
@@ -17,10 +20,17 @@ from .forward_program import BiasOf, Program, compile_program
 from .forward_steps import LowRankStep
 from .layer_call import LayerCall, naming_the_layer
 from .low_rank import JoinedLowRank
+from .operators import CallPatch, bypass, number_of, scaled_input
+
+WAIT_SECONDS = 1.0
+"""The longest time that `detach` waits for calls of the layer in other threads. One of them may wait for this thread."""
 
 
-class Bypass:
+class Bypass(CallPatch):
     """Forward hooks for one linear or convolution layer.
+
+    Most stacks need one hook, after the layer. One that scales the layer's input needs a second one before it; then a call
+    that did not begin with the scaled input is left as it is, so that no call has a half of the stack.
 
     Args:
         key: The name of the weight, for errors.
@@ -50,50 +60,157 @@ class Bypass:
         self._forms = forms_of(terms, shape) if forms is None else forms
         self._is_low_rank = all(isinstance(form, LowRank) for form in self._forms)
         self.program = compile_program(terms, self._forms, shape, self._ratios, bias_of)
+        self._is_one_hook = self.program.input_scale is None
         self._scales: DeviceCache[torch.Tensor] = DeviceCache()
         self._said: set[str] = set()
-        # Per thread: two threads may run one model.
-        self._unscaled_input = threading.local()
+        # By thread: two threads may run one model.
+        self._unscaled: dict[int, torch.Tensor] = {}
+        self._takes_calls = False
+        """Whether calls that begin now get the stack, where it needs two hooks."""
+        self.owns_output: Callable[[torch.nn.Module], bool] | None = None
+        """Tells whether the output of a call may be written into; None: always. The host's access sets it."""
+        self._traced_input: torch.Tensor | None = None
 
     def __reduce__(self) -> str:
         raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
 
-    def attach(self, layer: torch.nn.Module) -> list[Any]:
-        """Hooks `layer` and returns handles that remove the hooks."""
-        handles: list[Any] = [layer.register_forward_hook(self, with_kwargs=True)]
-        if self.program.input_scale is not None:
-            handles.append(layer.register_forward_pre_hook(self.scale_input, with_kwargs=True))
-            handles.append(layer.register_forward_hook(self._forget_input, always_call=True))
-        return handles
+    def attach(self, layer: torch.nn.Module) -> None:
+        """Hooks `layer`. Idempotent, also after a call that was interrupted."""
+        if self._is_on(layer):
+            return
+        self.detach(layer)
+        # First, so that the hooks of others get the output of the patched layer, as they would after a merge.
+        _hook(layer, Role.CHANGE, self, is_first=True)
+        if not self._is_one_hook:
+            _hook(layer, Role.FORGET, self._forget_input)
+            _hook(layer, Role.SCALE, self.scale_input)
+        self._takes_calls = True
+
+    def detach(self, layer: torch.nn.Module) -> None:
+        """Takes the hooks off `layer`. Idempotent. They are looked for on the layer: no note of them could be complete."""
+        self._takes_calls = False
+        if not self._is_one_hook:
+            for number in self._hooks_in(layer._forward_pre_hooks):
+                layer._forward_pre_hooks_with_kwargs.pop(number, None)
+                layer._forward_pre_hooks.pop(number, None)
+            self._await_calls()
+        table = layer._forward_hooks
+        for number in self._hooks_in(table):
+            # The hook goes last: as long as it is there, an interrupted removal is found and finished.
+            layer._forward_hooks_with_kwargs.pop(number, None)
+            layer._forward_hooks_always_called.pop(number, None)
+            table.pop(number, None)
+
+    def take_place_of(self, other: Bypass, layer: torch.nn.Module) -> bool:
+        """Puts this bypass on `layer` in the place of `other`, so that no call finds the layer without a LoRA.
+
+        Returns:
+            False if that cannot be done in one step; nothing has changed then.
+        """
+        if not (self._is_one_hook and other._is_one_hook):
+            return False
+        numbers = other._hooks_in(layer._forward_hooks)
+        if len(numbers) != 1 or numbers[0] not in layer._forward_hooks_with_kwargs:
+            return False
+        layer._forward_hooks[numbers[0]] = self
+        self._takes_calls = True
+        return True
+
+    def _is_on(self, layer: torch.nn.Module) -> bool:
+        after = self._hooks_in(layer._forward_hooks)
+        if not after or after[0] not in layer._forward_hooks_with_kwargs:
+            return False
+        if self._is_one_hook:
+            return len(after) == 1
+        before = self._hooks_in(layer._forward_pre_hooks)
+        return (
+            self._takes_calls
+            and len(after) == 2
+            and after[1] in layer._forward_hooks_always_called
+            and len(before) == 1
+            and before[0] in layer._forward_pre_hooks_with_kwargs
+        )
+
+    def _hooks_in(self, table: Mapping[int, Callable[..., Any]]) -> list[int]:
+        """Returns the numbers of this bypass's hooks in a layer's table of hooks."""
+        if not table:
+            return []
+        # A list first: another thread may hook the layer meanwhile.
+        return [n for n, hook in list(table.items()) if hook is self or getattr(hook, "__self__", None) is self]
+
+    def _await_calls(self) -> None:
+        """Waits until no other thread is in a call that began with a scaled input: it needs the hook after the layer."""
+        end = time.monotonic() + WAIT_SECONDS
+        while set(self._unscaled) - {threading.get_ident()} and time.monotonic() < end:
+            time.sleep(0.0002)
 
     def scale_input(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one."""
-        if not self._in_force():
-            return args, kwargs
-        x = args[0] if args else next(iter(kwargs.values()))
+        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Scales the input per channel, before the layer's own product. The steps after it get the unscaled one.
+
+        torch gives no `kwargs` while another thread is in the middle of `attach` or `detach`.
+        """
+        if is_compiling():
+            number = number_of(layer)
+            if number is not None and kwargs is not None:
+                self._traced_input = args[0] if args else next(iter(kwargs.values()))
+                return _with_input(args, kwargs, scaled_input(self._traced_input, number))
+            # The rest is not compiled with the values that it has now.
+            torch._dynamo.graph_break()
+        if kwargs is None or not self._in_force():
+            return None
+        x, thread = args[0] if args else next(iter(kwargs.values())), threading.get_ident()
+        # In this order: either this call sees that the stack is going, or `detach` sees the call and waits for it.
+        self._unscaled[thread] = x
+        if not self._takes_calls:
+            self._unscaled.pop(thread, None)
+            return None
+        return _with_input(args, kwargs, self.scaled(x))
+
+    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...], *more: Any) -> torch.Tensor:
+        """Adds the stack to the output of a call; `more` is the call's `kwargs` and its output.
+
+        torch gives no `kwargs` while another thread is in the middle of `attach` or `detach`.
+        """
+        output: torch.Tensor = more[-1]
+        if is_compiling():
+            number = number_of(layer)
+            if number is not None and len(more) == 2:
+                x, self._traced_input = self._traced_input, None
+                given = args or tuple(more[0].values())
+                return bypass(given[0] if x is None else x, output, number)
+            # The rest is not compiled with the values that it has now.
+            torch._dynamo.graph_break()
+        if self._is_one_hook:
+            given = args or (tuple(more[0].values()) if len(more) == 2 else ())
+            if not given or not self._in_force():
+                return output
+            x = given[0]
+        else:
+            x = self._unscaled.get(threading.get_ident())
+            if x is None:
+                # The call began before this stack came, or while it was not in force.
+                return output
+        if self.owns_output is not None and not (
+            next(iter(layer._forward_hooks.values()), self) is self and self.owns_output(layer)
+        ):
+            # The layer, or a hook that came before this one, may have returned its input or something that it keeps.
+            output = output.clone()
+        return self.changed(layer, x, output)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `x` scaled per channel, as a new tensor."""
         with naming_the_layer(self.key):
             scale = self._scales.get(x.device, torch.float32, lambda: self._input_scale().to(x.device))
             per_channel = scale.view(-1, *[1] * (len(self.shape) - 2))
-            self._unscaled_input.x = x
             if x.requires_grad and torch.is_grad_enabled():
-                scaled = (x * per_channel).to(x.dtype)
-            else:
-                # The kernel multiplies in fp32, without an fp32 copy of the input.
-                scaled = torch.mul(x, per_channel, out=torch.empty_like(x))
-        if args:
-            return (scaled, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): scaled}
+                return (x * per_channel).to(x.dtype)
+            # The kernel multiplies in fp32, without an fp32 copy of the input.
+            return torch.mul(x, per_channel, out=torch.empty_like(x))
 
-    def __call__(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor:
-        if not self._in_force():
-            return output
-        x = getattr(self._unscaled_input, "x", None)
-        if x is None:
-            x = args[0] if args else next(iter(kwargs.values()))
+    def changed(self, layer: torch.nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Returns `output` with the stack in it. It may be changed in place. `x` is the layer's unscaled input."""
         without_batch = x.dim() == len(self.shape) - 1 and len(self.shape) > 2
         if without_batch:
             x, output = x.unsqueeze(0), output.unsqueeze(0)
@@ -107,7 +224,11 @@ class Bypass:
 
     def _forget_input(self, layer: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Runs last, and after an exception too: an activation must not outlive its call."""
-        self._unscaled_input.x = None
+        if is_compiling():
+            if number_of(layer) is not None:
+                return
+            torch._dynamo.graph_break()
+        self._unscaled.pop(threading.get_ident(), None)
 
     @property
     def low_rank(self) -> JoinedLowRank | None:
@@ -134,6 +255,11 @@ class Bypass:
         for mine, theirs in zip(self.program.steps, older.program.steps, strict=False):
             mine.share_factors_with(theirs)
 
+    @property
+    def scales_input(self) -> bool:
+        """True if the stack scales the layer's input too."""
+        return self.program.input_scale is not None
+
     def drop_device_copies(self) -> None:
         """Frees the copies on devices; the next call of the layer makes them again."""
         self._scales.drop()
@@ -154,3 +280,38 @@ class Bypass:
         if scale is None:
             raise TypeError("this stack leaves the input as it is")
         return scale
+
+
+class Role(Enum):
+    """The hooks of a bypass, with the number of each on its layer.
+
+    It is the same every time, because compiled code looks hooks up by number. torch's own numbers begin at 0.
+    """
+
+    CHANGE = -1
+    SCALE = -2
+    FORGET = -3
+
+
+def _hook(layer: torch.nn.Module, role: Role, hook: Callable[..., Any], is_first: bool = False) -> None:
+    """Hooks `layer` as torch's own registration does, under the number of the role, or one like it if that is taken."""
+    table: Any
+    if role is Role.SCALE:
+        table, marks = layer._forward_pre_hooks, [layer._forward_pre_hooks_with_kwargs]
+    else:
+        table, marks = layer._forward_hooks, [layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called]
+    number = role.value
+    while number in table:
+        number -= len(Role)
+    # Before the hook itself: another thread may be in a call of the layer.
+    marks[-1 if role is Role.FORGET else 0][number] = True
+    table[number] = hook
+    if is_first and len(table) > 1:
+        table.move_to_end(number, last=False)
+
+
+def _with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], x: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a call with another input."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})

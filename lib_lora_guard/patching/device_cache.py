@@ -28,9 +28,11 @@ class DeviceCache(Generic[T]):
         if device.type == "cpu":
             return _outside_inference(make)
         key = (device, dtype, _stream_id(device))
-        if key not in self._values:
-            self._values[key] = _outside_inference(make)
-        return self._values[key]
+        value = self._values.get(key)
+        if value is None:
+            # Another thread may drop all values meanwhile.
+            value = self._values[key] = _outside_inference(make)
+        return value
 
     def drop(self) -> None:
         """Frees all values."""

@@ -98,6 +98,11 @@ class JoinedLowRank:
         self._blocks: DeviceCache[tuple[Block, ...]] = DeviceCache()
         self._made: tuple[tuple[Block, ...], tuple[tuple[Block, Scale], ...]] | None = None
 
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The present factor of each entry."""
+        return self._scales
+
     def scales_at(self, strengths: Iterable[float]) -> tuple[float, ...]:
         """Returns the factor of each entry at these strengths."""
         return tuple([s * entry.factors.scale for s, entry in zip(strengths, self._entries, strict=True)])

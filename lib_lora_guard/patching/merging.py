@@ -15,6 +15,7 @@ import torch
 
 from ..adapters.base import Shape, Slice, Term, apply_terms, mismatch, product_of
 from ..errors import LoraMismatchError, Message
+from ..inference_mode import outside_inference
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from ..units import MB
 from ..weights.storage import FP8_DTYPES, widest_float
@@ -27,6 +28,7 @@ SMALLEST_SLICE_BYTES = 1 * MB
 CPU = torch.device("cpu")
 
 
+@outside_inference
 def merge(
     original: torch.Tensor,
     terms: Sequence[Term],
@@ -53,11 +55,10 @@ def merge(
         MemoryError: Neither the device nor the CPU has room.
     """
     data, terms = original.detach(), tuple(terms)
-    with torch.inference_mode(False), torch.no_grad():
-        size = min(slice_bytes, data.numel() * _compute_dtype(data).itemsize)
-        if keep_shape(terms, tuple(data.shape)) and _slices(terms, 0, data, size) is not None:
-            return _merge_slices(data, terms, device, out_dtype, size)
-        return _merge_whole(data, terms, device, out_dtype)
+    size = min(slice_bytes, data.numel() * _compute_dtype(data).itemsize)
+    if keep_shape(terms, tuple(data.shape)) and _slices(terms, 0, data, size) is not None:
+        return _merge_slices(data, terms, device, out_dtype, size)
+    return _merge_whole(data, terms, device, out_dtype)
 
 
 def term_rows(term: Term, start: int, length: int, shape: Shape) -> Term | Literal["nothing"] | None:

@@ -9,6 +9,7 @@ import torch
 from ..adapters import Term, apply_terms
 from ..adapters.base import product_of
 from ..adapters.forms import Decomposed
+from ..inference_mode import outside_inference
 from ..planning.cheap import Forms
 from ..units import FP32_BYTES, MB
 from ..weights.storage import widest_float
@@ -23,6 +24,7 @@ def has_dora(forms: Forms) -> bool:
     return any(isinstance(form, Decomposed) for form in forms)
 
 
+@outside_inference
 def ratios_of(
     access: ModelAccess, site: Site, terms: Sequence[Term], forms: Forms, device: torch.device
 ) -> dict[int, torch.Tensor]:
@@ -44,10 +46,8 @@ def ratios_of(
     result = {}
     for index, (term, form) in enumerate(zip(terms, forms, strict=True)):
         if isinstance(form, Decomposed):
-            # Tensors made in inference mode could not be used in a forward pass outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                norm = _pass(access, site, terms[:index], term, form, device)
-                result[index] = form.magnitude.float() / norm
+            norm = _pass(access, site, terms[:index], term, form, device)
+            result[index] = form.magnitude.float() / norm
     return result
 
 

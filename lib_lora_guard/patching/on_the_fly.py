@@ -11,9 +11,10 @@ from ..adapters import Adapter, Term, apply_terms
 from ..weights.storage import shares_storage
 from .device_cache import DeviceCache
 from .layer_call import naming_the_layer
+from .operators import WeightPatch
 
 
-class WeightTerms:
+class WeightTerms(WeightPatch):
     """The stack of one weight, for a dequantised or cast copy of it on any device.
 
     Args:

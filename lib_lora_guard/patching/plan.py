@@ -63,6 +63,8 @@ def facts_of(site: Site) -> WeightFacts:
         site.can_bypass,
         site.can_on_the_fly,
         sees_one_token(site.key),
+        site.can_merge,
+        site.obstacle,
     )
 
 
@@ -70,7 +72,7 @@ def plan_weights(
     stacks: Mapping[str, tuple[Site, Sequence[Term]]],
     wish: Wish,
     present: Mapping[str, PlannedWeight],
-    on_mode_error: OnModeError,
+    on_mode_error: OnModeError | None,
 ) -> Plan:
     """Chooses the mode of every weight.
 
@@ -79,10 +81,11 @@ def plan_weights(
         wish: The requested mode.
         present: The weights of the stack that the model has now.
         on_mode_error: Called with the origins of the terms and the error for a weight that no mode can carry. Such a
-            weight is left out.
+            weight is left out. None: the error is raised.
 
     Raises:
-        ModeError: Merging was requested for a weight whose storage would round the LoRA away.
+        ModeError: Merging was requested for a weight whose storage would round the LoRA away, or no mode can carry a weight
+            and `on_mode_error` is None.
     """
     plan = {}
     for key, (site, terms) in stacks.items():
@@ -90,7 +93,7 @@ def plan_weights(
         try:
             plan[key] = PlannedWeight(site, kept, choose_mode(facts_of(site), kept, wish, forms))
         except ModeError as error:
-            if wish is Wish.MERGE:
+            if wish is Wish.MERGE or on_mode_error is None:
                 raise
             on_mode_error({term.origin for term in terms}, error)
     return plan

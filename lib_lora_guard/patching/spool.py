@@ -143,8 +143,9 @@ class Spool:
 
     def _free_start(self, size: int) -> int:
         """Returns the offset of `size` free bytes: the first gap that is large enough, or the end."""
-        start = 0
-        for region in sorted(self._live, key=lambda r: r.start):
+        # Copied at once: the collector may free a region at any moment.
+        start, live = 0, tuple(self._live)
+        for region in sorted(live, key=lambda r: r.start):
             if region.start - start >= size:
                 return start
             start = region.start + region.bytes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from .engine import Engine
 from .forward_program import Program
 from .low_rank import JoinedLowRank, ScaleVectors
 from .plan import PlannedWeight
-from .transaction import Transaction
+from .transaction import Step
 
 
 def set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
@@ -28,8 +27,12 @@ def set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
         engine: The engine of the model.
         strengths: The new strength by place in the stack. LoRAs that are not named keep theirs.
     """
+    engine.exclusively(lambda: _set_strengths(engine, strengths))
+
+
+def _set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
     engine.finish_undoing()
-    exchanges, target, vectors = _Exchanges(), dict(engine.attached), ScaleVectors()
+    exchanges, anew = _Exchanges(), dict[str, Attachment]()
     device: torch.device | None = None
     for key, attachment in engine.attached.items():
         old = attachment.planned
@@ -38,53 +41,60 @@ def set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
             continue
         new = old.with_terms(terms)
         if isinstance(attachment, OnTheFlyAttachment):
-            exchanges.on_the_fly.append((attachment, new))
+            exchanges.on_the_fly.append((attachment, old, new))
         elif isinstance(attachment, BypassAttachment) and (joined := attachment.hook.low_rank) is not None:
             scales = joined.scales_at([term.strength for term in terms])
-            exchanges.low_rank.append((attachment, new, joined, scales))
+            exchanges.low_rank.append((attachment, old, new, joined, (joined.scales, joined.vectors), scales))
         elif isinstance(attachment, BypassAttachment) and attachment.has_ratios_of(new):
-            exchanges.programs.append((attachment, new, attachment.hook.at_strengths(terms)))
+            hook = attachment.hook
+            exchanges.programs.append((attachment, old, new, hook.program, hook.at_strengths(terms)))
         else:
             # Called once: it looks at every parameter of the model.
             device = attachment.access.device() if device is None else device
-            target[key] = _anew(attachment, new, device)
-    with Transaction() as transaction:
-        transaction.do(lambda: exchanges.make(vectors), lambda: exchanges.undo(vectors))
-        if device is not None:
-            engine.commit(target)
+            anew[key] = _anew(attachment, new, device)
+    target = {**engine.attached, **anew} if anew else engine.attached
+    engine.commit(target, [Step(exchanges.make, exchanges.undo)])
 
 
 class _Exchanges:
-    """The exchanges inside attachments that stay. The old strengths are kept for an undo."""
+    """The exchanges inside attachments that stay, with the old strengths beside the new ones."""
 
     def __init__(self) -> None:
-        self.low_rank: list[tuple[BypassAttachment, PlannedWeight, JoinedLowRank, tuple[float, ...]]] = []
-        self.programs: list[tuple[BypassAttachment, PlannedWeight, Program]] = []
-        self.on_the_fly: list[tuple[OnTheFlyAttachment, PlannedWeight]] = []
-        self._undo: list[tuple[Attachment, PlannedWeight, Any]] = []
+        self.low_rank: list[
+            tuple[
+                BypassAttachment,
+                PlannedWeight,
+                PlannedWeight,
+                JoinedLowRank,
+                tuple[tuple[float, ...], ScaleVectors],
+                tuple[float, ...],
+            ]
+        ] = []
+        self.programs: list[tuple[BypassAttachment, PlannedWeight, PlannedWeight, Program, Program]] = []
+        self.on_the_fly: list[tuple[OnTheFlyAttachment, PlannedWeight, PlannedWeight]] = []
 
-    def make(self, vectors: ScaleVectors) -> None:
-        for low_rank, new, joined, scales in self.low_rank:
-            self._undo.append((low_rank, low_rank.planned, joined.exchange(scales, vectors)))
-            low_rank.planned = new
-        for bypass, new, program in self.programs:
-            self._undo.append((bypass, bypass.planned, bypass.hook.exchange(program)))
+    def make(self) -> None:
+        vectors = ScaleVectors()
+        for bypass, _, new, joined, _, scales in self.low_rank:
+            joined.exchange(scales, vectors)
             bypass.planned = new
-        for on_the_fly, new in self.on_the_fly:
-            self._undo.append((on_the_fly, on_the_fly.planned, None))
+        for bypass, _, new, _, program in self.programs:
+            bypass.hook.exchange(program)
+            bypass.planned = new
+        for on_the_fly, _, new in self.on_the_fly:
             on_the_fly.weight_terms.exchange(new.terms)
             on_the_fly.planned = new
 
-    def undo(self, vectors: ScaleVectors) -> None:
-        while self._undo:
-            attachment, old, before = self._undo.pop()
-            attachment.planned = old
-            if isinstance(attachment, OnTheFlyAttachment):
-                attachment.weight_terms.exchange(old.terms)
-            elif isinstance(attachment, BypassAttachment) and isinstance(before, Program):
-                attachment.hook.exchange(before)
-            elif isinstance(attachment, BypassAttachment) and (joined := attachment.hook.low_rank) is not None:
-                joined.exchange(before, vectors)
+    def undo(self) -> None:
+        for bypass, old, _, joined, (scales, vectors), _ in self.low_rank:
+            joined.exchange(scales, vectors)
+            bypass.planned = old
+        for bypass, old, _, program, _ in self.programs:
+            bypass.hook.exchange(program)
+            bypass.planned = old
+        for on_the_fly, old, _ in self.on_the_fly:
+            on_the_fly.weight_terms.exchange(old.terms)
+            on_the_fly.planned = old
 
 
 def _at(term: Term, strengths: Mapping[int, float]) -> Term:

@@ -1,50 +1,109 @@
-"""A transaction: every change is recorded with its undo before the next one starts."""
+"""A transaction: every change is noted with its undo before the first one starts.
+
+An interrupt (Ctrl+C, an alarm's handler, an exception set by another thread) can come between any two instructions, twice
+too. So nothing is noted while changes are made: a note could be missed. Each undo finds out from the model what there is
+to be undone, and may run again.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from ..messages import say
 
 log = logging.getLogger(__name__)
 
 
-class Transaction:
-    """Undoes its changes, last first, if its block ends in an exception.
+class Undoable(Protocol):
+    """Something that a change puts on a model: both of its ways may run again, wherever they were interrupted."""
 
-    >>> with Transaction() as transaction:
-    ...     transaction.do(change, undo)
+    def attach(self) -> object:
+        """Puts it on."""
 
-    An undo that fails does not stop the others. It is kept in `failed`, to be tried again when its cause (memory,
-    mostly) is over.
+    def detach(self) -> object:
+        """Takes it off."""
+
+
+U = TypeVar("U", bound=Undoable)
+
+
+class Replaceable(Undoable, Protocol):
+    """One that can take another's place."""
+
+    def replace(self: U, other: U) -> object:
+        """Puts this one on and takes `other` off."""
+
+
+R = TypeVar("R", bound=Replaceable)
+Pair: TypeAlias = tuple[R | None, R | None]
+"""What is on the model before a change and after it, in one place; None for nothing."""
+
+
+class Step(NamedTuple):
+    """Another change with its undo.
+
+    `undo` must be right whether `do` ran wholly, in part or not at all, and when it has itself run in part before.
     """
 
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
-        self.failed: list[Callable[[], object]] = []
+    do: Callable[[], object]
+    undo: Callable[[], object]
 
-    def do(self, change: Callable[[], object], undo: Callable[[], object]) -> None:
-        """Makes a change. `undo` must be right whether `change` ran wholly, in part or not at all."""
-        self._undo.append(undo)
-        change()
 
-    def __enter__(self) -> Transaction:
-        return self
+class Transaction(Generic[R]):
+    """Changes that are made together or not at all.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self.rollback()
+    Args:
+        pairs: What leaves, what comes and what is replaced, in order.
+        also: Further changes, after these.
+    """
 
-    def rollback(self) -> None:
-        """Undoes the changes, last first."""
-        while self._undo:
-            undo = self._undo.pop()
+    def __init__(self, pairs: Sequence[Pair[R]], also: Sequence[Step] = ()) -> None:
+        self.pairs, self.also = pairs, also
+
+    def do(self, start: int, end: int) -> None:
+        """Makes the changes of the pairs `start : end`."""
+        for old, new in self.pairs[start:end]:
+            _exchange(old, new)
+
+    def do_also(self) -> None:
+        """Makes the further changes."""
+        for step in self.also:
+            step.do()
+
+    def undo(self) -> tuple[Transaction[R] | None, Exception | None]:
+        """Undoes all changes, last first, also those that were not made. An undo that fails does not stop the others.
+
+        Returns:
+            The changes whose undo has failed, to be tried again when its cause (memory, mostly) is over, with the last
+            error; None twice if all is undone.
+        """
+        pairs: list[Pair[R]] = []
+        also: list[Step] = []
+        last: Exception | None = None
+        for step in reversed(self.also):
             try:
-                undo()
-            except Exception:
-                self.failed.append(undo)
+                step.undo()
+            except Exception as error:
+                also.insert(0, step)
+                last = error
                 say(log, logging.ERROR, "memory.undo_failed", exc_info=True)
+        for old, new in reversed(self.pairs):
+            try:
+                _exchange(new, old)
+            except Exception as error:
+                pairs.insert(0, (old, new))
+                last = error
+                say(log, logging.ERROR, "memory.undo_failed", exc_info=True)
+        return (Transaction(pairs, also) if pairs or also else None), last
+
+
+def _exchange(old: R | None, new: R | None) -> None:
+    if new is None:
+        if old is not None:
+            old.detach()
+    elif old is None:
+        new.attach()
+    else:
+        new.replace(old)

@@ -65,7 +65,8 @@ def requested(mode: str) -> Wish:
 class WeightFacts:
     """Everything about a weight that the choice may depend on.
 
-    `wide` is storage of 16 bits or more. `can_bypass` and `can_on_the_fly` tell what the layer's own code allows.
+    `wide` is storage of 16 bits or more. `can_bypass`, `can_on_the_fly` and `can_merge` tell what the layer's own code and
+    storage allow, `obstacle` why not.
     """
 
     key: str
@@ -76,6 +77,17 @@ class WeightFacts:
     can_on_the_fly: bool
     one_token: bool = False
     """True for modulations and embedders, which see one token a picture instead of thousands."""
+    can_merge: bool = True
+    obstacle: Message | None = None
+
+    @property
+    def takes_merge(self) -> bool:
+        """True if a merge into this weight loses nothing."""
+        return self.wide and self.can_merge
+
+    def refusal(self, sentence: str) -> ModeError:
+        """Returns the error for this weight: its obstacle, or else `sentence` with the storage."""
+        return ModeError(about(self.key, self.obstacle or Message(sentence, {"format": self.format})))
 
 
 @dataclass(frozen=True)
@@ -118,28 +130,31 @@ def choose_mode(
         plain = all(isinstance(form, LowRank) for form in forms)
         return Choice(Mode.BYPASS, _LOW_RANK if plain else _CHEAP, forms)
     if facts.can_on_the_fly:
-        asked = exact and wish is Wish.ON_THE_FLY
-        return Choice(Mode.ON_THE_FLY, _ASKED if asked else _CHEAPER_ON_WEIGHT if exact else _NEEDS_WEIGHT, forms)
+        asked = wish is Wish.ON_THE_FLY and (exact or not facts.can_bypass)
+        reason = _CHEAPER_ON_WEIGHT if exact else facts.obstacle or _NEEDS_WEIGHT
+        return Choice(Mode.ON_THE_FLY, _ASKED if asked else reason, forms)
     if exact:
         return Choice(Mode.BYPASS, _NO_WEIGHT, forms)
-    if facts.wide:
+    if facts.takes_merge:
         return Choice(Mode.MERGE, _DIRECT, forms)
-    raise ModeError(about(facts.key, Message("reason.hidden_weight", {"format": facts.format})))
+    raise facts.refusal("reason.hidden_weight")
 
 
 def _reason_to_merge(facts: WeightFacts, terms: Sequence[Term], wish: Wish) -> Message | None:
     """Returns the reason to merge, if there is one whatever the cheap forms are; None if the forms decide."""
     if len(facts.shape) < 2:
-        return _SMALL
+        if facts.can_merge:
+            return _SMALL
+        raise facts.refusal("reason.outside_layers")
     if not (facts.can_bypass or facts.can_on_the_fly):
-        if facts.wide:
-            return _NO_CALL
-        raise ModeError(about(facts.key, Message("reason.outside_layers", {"format": facts.format})))
-    if wish is Wish.MERGE and not facts.wide:
-        raise ModeError(about(facts.key, Message("reason.rounds_away", {"format": facts.format})))
-    if wish is Wish.MERGE or (wish is Wish.PREFER_MERGE and facts.wide):
+        if facts.takes_merge:
+            return facts.obstacle or _NO_CALL
+        raise facts.refusal("reason.outside_layers")
+    if wish is Wish.MERGE and not facts.takes_merge:
+        raise facts.refusal("reason.rounds_away")
+    if wish is Wish.MERGE or (wish is Wish.PREFER_MERGE and facts.takes_merge):
         return _ASKED
-    if wish is Wish.AUTO and facts.wide and any(term.adapter.is_whole_tensor for term in terms):
+    if wish is Wish.AUTO and facts.takes_merge and any(term.adapter.is_whole_tensor for term in terms):
         # As many numbers as the weight itself: on the fly they would take its size again in VRAM, or, where another
         # extension calculates them, be calculated again in every step.
         return _LARGE

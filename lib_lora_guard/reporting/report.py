@@ -40,6 +40,12 @@ class LoraReport:
         self.modes[choice.mode.value] += 1
         self.reasons.setdefault(choice.mode.value, set()).add(choice.reason)
 
+    def forget_counts(self) -> None:
+        """Forgets the weights that were counted: the change was planned anew."""
+        self.used = 0
+        self.modes.clear()
+        self.reasons.clear()
+
     @property
     def is_worrying(self) -> bool:
         """True if the image will lack a part of this LoRA."""

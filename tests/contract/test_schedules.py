@@ -399,7 +399,7 @@ def test_a_stack_that_could_not_be_applied_is_tried_again_as_it_is(forge):
         (Bypass, "exchange", dora),
         (JoinedLowRank, "exchange", slices_of_qkv),
         (WeightTerms, "exchange", other_kinds),
-        (MergeAttachment, "attach", other_kinds),
+        (MergeAttachment, "replace", other_kinds),
     ],
 )
 def test_a_fault_in_the_middle_of_a_change_leaves_the_old_strengths(forge, monkeypatch, owner, name, second):

@@ -103,7 +103,7 @@ def what_is_wrong(bench, old, new, raised, kind):
         yield f"an error of another kind came out as {raised!r}"
     if not is_planted(raised):
         yield f"another error: {raised!r}"
-    if bench.engine._unfinished:
+    if bench.engine.is_unfinished:
         # An undo has failed too: nothing builds on that before it is done.
         bench.engine.finish_undoing()
     if not bench.shows(old):
@@ -167,10 +167,10 @@ def test_a_failed_undo_is_done_before_the_next_change(monkeypatch):
         bench.settle("other")
         with Faults(k, for_good=True), contextlib.suppress(Exception):
             bench.change("two")
-        if bench.engine._unfinished:
+        if bench.engine.is_unfinished:
             unfinished += 1
             with Faults(1, for_good=True), pytest.raises(RestoreError, match="a weight could not be restored"):
                 bench.change("two")
-            assert bench.engine._unfinished
+            assert bench.engine.is_unfinished
         assert bench.settle("two")
     assert unfinished, "no undo failed: nothing was tested"

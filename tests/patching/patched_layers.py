@@ -41,13 +41,12 @@ def run(layer, terms, x):
         ratios_of(access, site, terms, forms_of(terms, site.shape), torch.device("cpu")),
         access.bias,
     )
-    handles = hook.attach(layer)
+    hook.attach(layer)
     try:
         return model(x)
     finally:
-        for handle in handles:
-            handle.remove()
-        assert getattr(hook._unscaled_input, "x", None) is None
+        hook.detach(layer)
+        assert not hook._unscaled
 
 
 def check(layer, entries, x):

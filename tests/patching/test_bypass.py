@@ -1,5 +1,7 @@
 """A bypass gives what the patched weight gives, on every shape of layer; faults are planted to show that it is seen."""
 
+import threading
+
 import pytest
 import torch
 from patching.patched_layers import LINEAR, call_hook, check, entry, make_input, run
@@ -120,10 +122,9 @@ def test_a_layer_without_bias_and_a_call_by_keyword():
     forms = forms_of(terms, site.shape)
     hook = Bypass("k", tuple(terms), site.shape, ratios_of(access, site, terms, forms, torch.device("cpu")))
     positional = run(layer, terms, x)
-    handles = hook.attach(layer)
+    hook.attach(layer)
     assert torch.equal(layer(input=x), positional)
-    for handle in handles:
-        handle.remove()
+    hook.detach(layer)
 
 
 class OutputSized(TorchDispatchMode):
@@ -152,3 +153,111 @@ def test_a_lora_adds_in_place_and_allocates_its_rank_activation_alone(kind):
         result = Bypass("k", (parse_term(value, {}),), tuple(layer.weight.shape))(layer, (x,), {}, output)
     assert result.data_ptr() == output.data_ptr(), "added in place"
     assert set(counted.seen) <= {x.untyped_storage().data_ptr(), output.untyped_storage().data_ptr()}
+
+
+class Slow(torch.nn.Linear):
+    """Its call waits in the middle."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def forward(self, x):
+        result = super().forward(x)
+        self.inside.set()
+        assert self.go_on.wait(20)
+        return result
+
+
+def dora_by_column(layer):
+    terms = [parse_term(entry("lora", LINEAR, dora="input"), {})]
+    model = torch.nn.Sequential(layer)
+    access = PlainAccess(model)
+    site = access.site("0.weight")
+    ratios = ratios_of(access, site, terms, forms_of(terms, site.shape), torch.device("cpu"))
+    return Bypass("k", tuple(terms), site.shape, ratios)
+
+
+def test_hooks_before_and_after_a_layer_go_when_no_call_is_between_them():
+    layer, x = Slow(16, 24), make_input(LINEAR)
+    layer.go_on.set()
+    base, hook = layer(x).clone(), dora_by_column(layer)
+    hook.attach(layer)
+    patched = layer(x).clone()
+    layer.inside.clear()
+    layer.go_on.clear()
+    found = []
+    call = threading.Thread(target=lambda: found.append(call_without_grad(layer, x)))
+    call.start()
+    assert layer.inside.wait(20)
+    going = threading.Thread(target=hook.detach, args=(layer,))
+    going.start()
+    going.join(0.1)
+    assert going.is_alive(), "it did not wait for the call"
+    layer.go_on.set()
+    for thread in (call, going):
+        thread.join(20)
+    assert torch.equal(found[0], patched)
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+    assert torch.equal(layer(x), base)
+
+
+def test_a_call_that_began_before_the_hooks_came_has_nothing_of_them():
+    layer, x = Slow(16, 24), make_input(LINEAR)
+    layer.go_on.set()
+    base, hook = layer(x).clone(), dora_by_column(layer)
+    layer.inside.clear()
+    layer.go_on.clear()
+    found = []
+    # Some hook, so that torch looks for hooks after the call too.
+    layer.register_forward_hook(lambda *_: None)
+    call = threading.Thread(target=lambda: found.append(call_without_grad(layer, x)))
+    call.start()
+    assert layer.inside.wait(20)
+    hook.attach(layer)
+    layer.go_on.set()
+    call.join(20)
+    assert torch.equal(found[0], base)
+    assert not torch.equal(layer(x), base)
+
+
+def call_without_grad(layer, x):
+    with torch.no_grad():
+        return layer(x)
+
+
+@pytest.mark.parametrize("two_hooks", [False, True])
+def test_attach_and_detach_finish_what_was_left_half_done(two_hooks):
+    layer = torch.nn.Linear(16, 24)
+    hook = dora_by_column(layer) if two_hooks else Bypass("k", (parse_term(entry("lora", LINEAR), {}),), LINEAR)
+    x = make_input(LINEAR)
+    hook.attach(layer)
+    patched = layer(x).clone()
+    hook.detach(layer)
+    # As `register_forward_hook` leaves it that was interrupted before it noted that the hook takes keywords.
+    layer.register_forward_hook(hook)
+    if two_hooks:
+        layer.register_forward_pre_hook(hook.scale_input)
+    hook.attach(layer)
+    hook.attach(layer)
+    assert torch.equal(layer(x), patched)
+    tables = [v for k, v in vars(layer).items() if "forward" in k and "hooks" in k and isinstance(v, dict)]
+    hook.detach(layer)
+    assert not any(tables)
+
+
+def test_a_bypass_takes_the_place_of_another_in_the_same_hook():
+    layer, order = torch.nn.Linear(16, 24), []
+    first, second = (Bypass("k", (parse_term(entry("lora", LINEAR, seed), {}),), LINEAR) for seed in (1, 2))
+    first.attach(layer)
+    layer.register_forward_hook(lambda *_: order.append("users"))
+    assert second.take_place_of(first, layer)
+    assert next(iter(layer._forward_hooks.values())) is second
+    assert first not in layer._forward_hooks.values()
+    assert not second.take_place_of(first, layer)
+    x = make_input(LINEAR)
+    changed = layer(x).clone()
+    second.detach(layer)
+    second.attach(layer)
+    assert torch.equal(layer(x), changed)

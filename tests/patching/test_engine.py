@@ -137,6 +137,9 @@ STEPS = [
     (OnTheFlyAttachment, "detach"),
     (MergeAttachment, "attach"),
     (MergeAttachment, "detach"),
+    (BypassAttachment, "replace"),
+    (OnTheFlyAttachment, "replace"),
+    (MergeAttachment, "replace"),
 ]
 
 

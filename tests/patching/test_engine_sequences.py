@@ -29,12 +29,14 @@ from support.reference import merge_reference
 
 from lib_lora_guard.errors import LoraMismatchError, ModeError, RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
+from lib_lora_guard.hosts.plain.marked_class import class_of
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup, merging, norms, transaction
 from lib_lora_guard.patching.attachments import BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.operators import NUMBER, WEIGHT_PATCH
 from lib_lora_guard.patching.spool import Spool
 from lib_lora_guard.planning.mode import Mode, Wish
 
@@ -69,6 +71,9 @@ POINTS = [
     (OnTheFlyAttachment, "detach"),
     (MergeAttachment, "attach"),
     (MergeAttachment, "detach"),
+    (BypassAttachment, "replace"),
+    (OnTheFlyAttachment, "replace"),
+    (MergeAttachment, "replace"),
     (PlainAccess, "site"),
     (PlainAccess, "dense"),
     (PlainAccess, "rows"),
@@ -219,7 +224,7 @@ class Changes(RuleBasedStateMachine):
             assert any(number == 4 for number, _ in stack)
         assert same_objects(self.engine.attached, before), "a failed change left other attachments"
         self.applied, self.wish = old
-        if self.engine._unfinished:
+        if self.engine.is_unfinished:
             assert plan is not None
             with contextlib.suppress(ModeError):
                 self.engine.change(self.access, [self.request(n, s, i) for i, (n, s) in enumerate(old[0])], old[1])
@@ -271,7 +276,7 @@ class Changes(RuleBasedStateMachine):
             if self.wish is Wish.ON_THE_FLY:
                 assert attachment.mode is Mode.ON_THE_FLY
             assert bool(layer._forward_hooks) == (attachment.mode is Mode.BYPASS)
-            patched = getattr(layer, "weight_terms", None) is not None or "forward" in vars(layer)
+            patched = getattr(layer, "weight_terms", None) is not None or WEIGHT_PATCH in vars(layer)
             assert patched == (attachment.mode is Mode.ON_THE_FLY)
 
     def check_backups(self):
@@ -299,7 +304,8 @@ class Changes(RuleBasedStateMachine):
             assert not layer._forward_hooks, f"{name} still has a hook"
             assert not layer._forward_pre_hooks, f"{name} still has a hook before it"
             assert getattr(layer, "weight_terms", None) is None
-            assert "forward" not in vars(layer)
+            assert not {"forward", NUMBER, WEIGHT_PATCH} & set(vars(layer))
+            assert class_of(layer) is type(layer)
         assert self.engine._backups.bytes() == 0
 
     def reference(self):
@@ -365,7 +371,7 @@ def test_the_traceback_of_a_failed_change_keeps_no_backup_alive(point, for_ever,
             kept.append(error)
     assert kept
     engine.change(access, [])
-    assert not engine._unfinished
+    assert not engine.is_unfinished
     assert engine._backups.bytes() == 0
 
 

@@ -54,6 +54,8 @@ def test_merging_and_restoring_are_announced_with_their_ram():
     size = BYTES[KEYS[0]] + BYTES[KEYS[1]]
     assert watched.change(stack(*KEYS[:2])) == [(Phase.MERGE, size)]
     assert watched.change(stack(*KEYS[:2])) == [], "nothing changed"
+    assert watched.change(stack(*KEYS[:2], strength=0.5)) == [(Phase.MERGE, size)], "one takes the other's place"
+    assert watched.change(stack(*KEYS[1:3])) == [(Phase.RESTORE, 0), (Phase.MERGE, BYTES[KEYS[1]] + BYTES[KEYS[2]])]
     assert watched.change(stack(*KEYS[:2], strength=0.5)) == [(Phase.RESTORE, 0), (Phase.MERGE, size)]
     assert watched.change(stack(KEYS[0], strength=0.5)) == [(Phase.RESTORE, 0)]
     assert watched.change([]) == [(Phase.RESTORE, 0)]
@@ -95,13 +97,14 @@ def test_backups_of_weights_on_a_device_are_announced(monkeypatch):
     size = BYTES[KEYS[0]] + BYTES[KEYS[1]]
     assert watched.change(stack(*KEYS[:2])) == [(Phase.BACKUP, size), (Phase.MERGE, 0)]
     assert seen == [[Phase.BACKUP]] * 2
-    again = [(Phase.RESTORE, 0), (Phase.MERGE, 0)]
-    assert watched.change(stack(*KEYS[:2], strength=0.5)) == again, "their originals are kept"
-    assert watched.change(stack(*KEYS[:3], strength=0.5)) == [(Phase.BACKUP, BYTES[KEYS[2]]), again[1]]
+    merge = (Phase.MERGE, 0)
+    assert watched.change(stack(*KEYS[:2], strength=0.5)) == [merge], "their originals are kept"
+    assert watched.change(stack(*KEYS[:3], strength=0.5)) == [(Phase.BACKUP, BYTES[KEYS[2]]), merge]
+    assert watched.change(stack(*KEYS[1:3], strength=0.3)) == [(Phase.RESTORE, 0), merge]
     watched.change([])
     copies = {KEYS[0]: watched.model.state_dict()[KEYS[0]]}
     with watched.engine.offloaded(copies):
-        assert watched.change(stack(*KEYS[:2])) == [(Phase.BACKUP, BYTES[KEYS[1]]), again[1]], "the host left a copy"
+        assert watched.change(stack(*KEYS[:2])) == [(Phase.BACKUP, BYTES[KEYS[1]]), merge], "the host left a copy"
 
 
 def test_a_change_that_fails_ends_its_phase(monkeypatch):

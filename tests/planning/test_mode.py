@@ -114,5 +114,7 @@ def test_facts_hold_nothing_about_free_memory():
         "wide",
         "can_bypass",
         "can_on_the_fly",
+        "can_merge",
+        "obstacle",
         "one_token",
     }

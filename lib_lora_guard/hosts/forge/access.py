@@ -119,6 +119,11 @@ class ForgeAccess(ModuleAccess):
             # Its mere presence makes Forge's bnb layers dequantise the whole weight.
             attributes.pop("forge_online_loras", None)
 
+    def weight_terms(self, site: Site) -> WeightTerms | None:
+        """Returns what the layer's forward pass adds to its temporary weight now; None if nothing of the guard's."""
+        patches = (site.layer.__dict__.get("forge_online_loras") or {}).get(site.name)
+        return patches.terms if isinstance(patches, GuardPatches) else None
+
     def device(self) -> torch.device:
         """Returns the GPU that parts of the model are on, or the CPU."""
         devices = {parameter.device for parameter in self.model.parameters()}

@@ -2,73 +2,123 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks
 
 from ...adapters.base import Shape
-from ...errors import LoraGuardError
+from ...errors import Message, ModeError, about
 from ...memory.probe import BackupBudget, measure_budget
-from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution, plain_bias
+from ...patching.access import ModuleAccess, Site, is_linear, is_plain_convolution, plain_bias
 from ...patching.on_the_fly import WeightTerms
+from ...patching.operators import WEIGHT_PATCH, give_number, take_number
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...units import MB
-from ...weights.storage import storage_of
+from ...weights.dtype_names import dtype_name
+from ...weights.storage import WIDE_DTYPES, Storage, storage_of
 from ...weights.stored_linear import StoredLinear
+from .hidden_weights import HiddenWeight, has_no_marks, hidden_weight, is_plain
+from .layer_code import Code, code_of, keeps_plain_numbers
+from .marked_class import class_of, mark, unmark
+from .weight_forward import patch_weight, unpatch_weight
 
 VRAM_RESERVE_BYTES = 2048 * MB
 """VRAM that backups leave to the forward pass."""
 
 
 class PlainAccess(ModuleAccess):
-    """A module whose layers are dense, except those that `load_stored` has replaced by StoredLinear."""
+    """A module whose layers are dense, quantised by another library, or StoredLinear from `load_stored`."""
 
     gone = "the {name} this guard was made for is gone"
 
+    def __init__(self, model: torch.nn.Module) -> None:
+        """
+        Args:
+            model: The module.
+        """
+        super().__init__(model)
+        self._first_paths: dict[str, str] = {}
+        """Of a module that several names lead to: the first one, by the others."""
+
     def shapes(self) -> dict[str, Shape]:
-        """Returns the real shapes of all parameters by name, without those that hold the scales of a stored weight."""
+        """Returns the real shapes of all parameters by name, without those that hold the scales of a stored weight.
+
+        A module that two names lead to has both.
+        """
         shapes: dict[str, Shape] = {}
-        for path, layer in self.model.named_modules():
+        seen: dict[int, str] = {}
+        self._first_paths = {}
+        for path, layer in _all_paths(self.model, "", ()):
+            first = seen.setdefault(id(layer), path)
+            if first != path:
+                self._first_paths[path] = first
             dot = f"{path}." if path else ""
-            if isinstance(layer, StoredLinear):
-                shapes[f"{dot}weight"] = layer.storage().shape
-                if layer.bias is not None:
-                    shapes[f"{dot}bias"] = tuple(layer.bias.shape)
-            else:
-                shapes |= {f"{dot}{n}": tuple(p.shape) for n, p in layer.named_parameters(recurse=False)}
+            shapes.update([(dot + name, shape) for name, shape in _shapes_of(layer)])
         return shapes
 
     def site(self, key: str) -> Site | None:
         """Returns the parameter called `key`, or None if the model has none of that name."""
-        owner = find_owner(self.model, key)
-        if owner is None:
+        path, _, name = key.rpartition(".")
+        parents = _modules_on(self.model, path)
+        if parents is None:
             return None
-        layer, name = owner
-        is_weight = name == "weight"
-        is_stored, parameter = isinstance(layer, StoredLinear), getattr(layer, name)
-        storage = layer.storage() if isinstance(layer, StoredLinear) and is_weight else storage_of(parameter)
-        is_convolution = isinstance(layer, torch.nn.modules.conv._ConvNd)
-        return Site(
-            key=key,
-            layer=layer,
-            name=name,
-            storage=storage,
-            can_bypass=is_weight and (is_stored or is_linear(layer) or is_plain_convolution(layer)),
-            can_on_the_fly=is_weight and (is_stored or is_linear(layer) or is_convolution),
-        )
+        layer = parents[-1]
+        first = self._first_paths.get(path, path)
+        key = f"{first}.{name}" if first else name
+        if isinstance(layer, StoredLinear) and name == "weight":
+            return Site(key, layer, name, layer.storage(), can_bypass=True, can_on_the_fly=True)
+        parameter = layer._parameters.get(name)
+        hidden = None if is_plain(parameter) and has_no_marks(layer) else _hidden(layer, name)
+        if hidden is not None:
+            storage = hidden.storage(layer._parameters.get(hidden.name) if hidden.name else None)
+        elif parameter is not None:
+            storage = storage_of(parameter)
+        else:
+            return None
+        return _site(key, layer, name, storage, hidden, _reads_its_layers(parents[-2]) if len(parents) > 1 else False)
 
     def decoded_rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
-        """Returns `length` rows from `start` as plain numbers."""
+        """Returns `length` rows from `start` as plain numbers.
+
+        Raises:
+            ModeError: Nothing here can decode the weight.
+        """
         if isinstance(site.layer, StoredLinear) and site.name == "weight":
             return site.layer.decode_rows(start, length, torch.float32)
-        return site.parameter.detach().narrow(0, start, length)
+        hidden = _hidden(site.layer, site.name)
+        if hidden is None:
+            return site.parameter.detach().narrow(0, start, length)
+        if hidden.decode is None:
+            raise ModeError(
+                about(site.key, hidden.obstacle or Message("reason.hidden_weight", {"format": hidden.format}))
+            )
+        return hidden.decode(start, length)
 
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
-        """Returns the bias of a layer; None if it has none."""
-        return plain_bias(layer)
+        """Returns the bias of a layer as its call adds it; None if it has none."""
+        bias = plain_bias(layer)
+        if bias is None or not bias.is_meta:
+            return bias
+        hidden = hidden_weight(layer, "bias")
+        if hidden is None or hidden.decode is None:
+            raise ModeError(about(f"{class_of(layer).__name__}.bias", Message("reason.elsewhere")))
+        return hidden.decode(0, hidden.shape[0])
+
+    @property
+    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
+        """Tells of a layer whether what a call returns is new memory that nothing else uses."""
+        return _owns_output
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
+        """Lets compiled code see whether a bypass is on the layer."""
+        if scales_input is None:
+            unmark(layer)
+            take_number(layer)
+        else:
+            give_number(layer)
+            mark(layer, scales_input)
 
     def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
         """Makes the layer's forward pass add `terms` to its weight; None takes that back."""
@@ -76,13 +126,22 @@ class PlainAccess(ModuleAccess):
         if isinstance(layer, StoredLinear):
             layer.weight_terms = terms
         elif terms is not None:
-            layer.__dict__["forward"] = _PatchedForward(layer, site.name, terms)
+            patch_weight(layer, terms)
         else:
-            layer.__dict__.pop("forward", None)
+            unpatch_weight(layer)
+
+    def weight_terms(self, site: Site) -> WeightTerms | None:
+        """Returns what the layer's forward pass adds to its weight now."""
+        if isinstance(site.layer, StoredLinear):
+            terms = site.layer.weight_terms
+            return terms if isinstance(terms, WeightTerms) else None
+        found: WeightTerms | None = site.layer.__dict__.get(WEIGHT_PATCH)
+        return found
 
     def device(self) -> torch.device:
-        """Returns the device of the first parameter."""
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        """Returns the device of the first parameter that lies on one."""
+        devices = (p.device for p in self.model.parameters() if not p.is_meta)
+        return next(devices, torch.device("cpu"))
 
     def backup_budget(self) -> BackupBudget:
         """Measures how much memory backups of merged weights may take now."""
@@ -99,26 +158,104 @@ class PlainAccess(ModuleAccess):
         return next(wide, torch.float32)
 
 
-class _PatchedForward:
-    """The layer's own forward code, run on a shallow copy of the layer that holds the patched weight."""
+def _site(
+    key: str, layer: torch.nn.Module, name: str, storage: Storage, hidden: HiddenWeight | None, is_read: bool
+) -> Site:
+    """Decides which modes a layer's parameter allows."""
+    if hidden is None and name == "weight" and storage.wide and not is_read and _is_torchs_own(layer):
+        return Site(key, layer, name, storage, True, True)
+    if name != "weight":
+        can_merge = hidden is None
+        return Site(key, layer, name, storage, False, False, can_merge, None if hidden is None else hidden.obstacle)
+    linear = is_linear(layer) or is_plain_convolution(layer) or _is_linear_of_a_library(layer)
+    convolution = isinstance(layer, torch.nn.modules.conv._ConvNd)
+    code = code_of(layer) if linear or convolution else None
+    obstacle = None if hidden is None else hidden.obstacle
+    # A class that packs its weight has code of its own for it, and could not be anything but `W x + b`.
+    bypass = linear and not is_read and (code in (Code.TORCH, Code.LINEAR) or (code is Code.CLASS and not storage.wide))
+    on_the_fly = (
+        (is_linear(layer) or convolution)
+        and not is_read
+        and hidden is None
+        and (code is Code.TORCH or (code is Code.CLASS and storage.wide))
+    )
+    if obstacle is None and code is Code.REPLACED:
+        obstacle = Message("reason.own_forward", {"class_name": class_of(layer).__name__})
+    elif obstacle is None and code is Code.CLASS and storage.wide:
+        obstacle = Message("reason.own_code", {"class_name": class_of(layer).__name__})
+    return Site(key, layer, name, storage, bypass, on_the_fly, hidden is None, obstacle)
 
-    def __init__(self, layer: torch.nn.Module, name: str, terms: WeightTerms) -> None:
-        self._layer = weakref.ref(layer)
-        self._name = name
-        self._terms = terms
 
-    def __reduce__(self) -> str:
-        raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
+def _hidden(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
+    found = hidden_weight(layer, name)
+    parameter = layer._parameters.get(name)
+    if found is not None or name != "weight" or parameter is None or parameter.dtype in WIDE_DTYPES:
+        return found
+    if not (is_linear(layer) or is_plain_convolution(layer)) or keeps_plain_numbers(layer):
+        return None
+    shape = tuple(parameter.shape)
+    if isinstance(layer, torch.nn.Linear):
+        shape = layer.out_features, layer.in_features
+    return HiddenWeight(dtype_name(parameter.dtype), shape, None)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layer = self._layer()
-        if layer is None:
-            raise ReferenceError("the layer is gone")
-        parameter = getattr(layer, self._name)
-        patched = self._terms.apply(parameter.detach(), parameter)
-        shadow = copy.copy(layer)
-        shadow.__dict__ = {
-            **layer.__dict__,
-            "_parameters": {**layer._parameters, self._name: torch.nn.Parameter(patched, requires_grad=False)},
-        }
-        return type(layer).forward(shadow, *args, **kwargs)
+
+def _is_torchs_own(layer: torch.nn.Module) -> bool:
+    """Returns True for the most frequent layers, to which every mode is open: they are not looked at any closer."""
+    base = class_of(layer)
+    return "forward" not in layer.__dict__ and (
+        base is torch.nn.Linear
+        or (isinstance(layer, torch.nn.Conv2d) and base is torch.nn.Conv2d and layer.groups == 1)
+    )
+
+
+def _is_linear_of_a_library(layer: torch.nn.Module) -> bool:
+    return class_of(layer).__module__.startswith("hqq.")
+
+
+def _reads_its_layers(parent: torch.nn.Module) -> bool:
+    """Returns True if `parent` may compute with its layers' weights without calling them, as torch's fast path does."""
+    return isinstance(parent, torch.nn.TransformerEncoderLayer)
+
+
+def _owns_output(layer: torch.nn.Module) -> bool:
+    return not _global_forward_hooks and (code_of(layer) is Code.TORCH or isinstance(layer, StoredLinear))
+
+
+def _all_paths(
+    module: torch.nn.Module, path: str, above: tuple[torch.nn.Module, ...]
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yields every name of every module. A module inside itself is left out."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and child is not module and child not in above:
+            yield from _all_paths(child, f"{path}.{name}" if path else name, (*above, module))
+
+
+def _modules_on(model: torch.nn.Module, path: str) -> list[torch.nn.Module] | None:
+    """Returns the modules on the way from `model` to the one at `path`; None if there is none."""
+    modules = [model]
+    for part in path.split(".") if path else ():
+        child = getattr(modules[-1], part, None)
+        if not isinstance(child, torch.nn.Module):
+            return None
+        modules.append(child)
+    return modules
+
+
+def _shapes_of(layer: torch.nn.Module) -> Iterator[tuple[str, Shape]]:
+    if isinstance(layer, StoredLinear):
+        yield "weight", layer.storage().shape
+        if layer.bias is not None:
+            yield "bias", tuple(layer.bias.shape)
+        return
+    parameters = [(name, one) for name, one in layer._parameters.items() if one is not None]
+    if "weight" in layer._parameters and has_no_marks(layer) and all(is_plain(one) for _, one in parameters):
+        yield from [(name, tuple(one.shape)) for name, one in parameters]
+        return
+    weight = _hidden(layer, "weight")
+    if weight is not None:
+        yield "weight", weight.shape
+    for name, parameter in parameters:
+        if weight is None or name != "weight":
+            hidden = hidden_weight(layer, name)
+            yield name, tuple(parameter.shape) if hidden is None else hidden.shape

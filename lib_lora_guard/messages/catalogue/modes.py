@@ -18,6 +18,25 @@ TEXTS: dict[str, tuple[str, str]] = {
     "reason.needs_weight": ("kind needs the weight", "此类型需要权重"),
     "reason.no_weight": ("weight not reachable", "无法访问权重"),
     "reason.direct": ("layer computes with its weight directly", "该层直接使用其权重计算"),
+    # Reasons for a choice, and why another is not possible: the layer's own code.
+    "reason.own_code": (
+        "{class_name} computes with its weight in a way of its own",
+        "{class_name} 以自己的方式使用其权重进行计算",
+    ),
+    "reason.own_forward": (
+        "another program has replaced the forward of this {class_name}",
+        "另一个程序替换了此 {class_name} 的 forward",
+    ),
+    "reason.computed": (
+        "its weight is computed anew for each call (weight norm, parametrization); use a LoRA of another kind, or remove "
+        "the parametrization first",
+        "其权重在每次调用时重新计算（weight norm、parametrization）；请使用其他类型的 LoRA，或先移除 parametrization",
+    ),
+    "reason.elsewhere": (
+        "its weight is not on the layer but kept elsewhere between calls (offloaded); load the model without offloading "
+        "for this",
+        "其权重不在该层上，而是在调用之间保存在别处（已卸载）；为此请在不卸载的情况下加载模型",
+    ),
     # Reasons why none is possible.
     "reason.outside_layers": (
         "stored as {format} and read outside any layer, so a LoRA cannot be added to it",
@@ -28,7 +47,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "以 {format} 存储；合并会因舍入丢失 LoRA 的大部分效果。请使用 auto 模式",
     ),
     "reason.hidden_weight": (
-        "stored as {format} in a layer that gives no access to the weight it computes with",
-        "以 {format} 存储，且所在的层不提供对其计算所用权重的访问",
+        "stored as {format} in a layer that gives no access to the weight it computes with; use a LoRA of another kind "
+        "(LoRA, LoHa, IA3), or the model in 16 bits",
+        "以 {format} 存储，且所在的层不提供对其计算所用权重的访问；请使用其他类型的 LoRA（LoRA、LoHa、IA3），或使用 16 位模型",
     ),
 }

@@ -168,6 +168,7 @@ def test_a_transposed_or_grouped_convolution_is_patched_through_its_weight(tmp_p
     guard.remove()
     assert torch.equal(model(x), base)
     assert "forward" not in vars(model[0])
+    assert type(model[0]) is torch.nn.Conv2d
 
 
 def test_two_guards_of_one_model_share_its_stack(model, files):

@@ -1,0 +1,89 @@
+"""The class of a layer while a LoRA is on it: a subclass of its own, one for each way of patching.
+
+torch.compile looks at a layer's class before it runs what it has compiled, and not at its forward hooks. So a change of class is
+what makes it look again, and with the old class it finds what it had. The subclass is also where an on-the-fly forward pass
+lives: a `forward` in the layer's own dictionary may be another program's, and a copy of the layer (`DataParallel` makes some)
+would call the one of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
+
+import torch
+
+from ...errors import LoraGuardError
+
+Forward: TypeAlias = Callable[..., Any]
+
+_BASE = "_lora_guard_base"
+
+_classes: dict[tuple[type, Hashable], type] = {}
+"""By the layer's own class and the way of patching. Always the same ones: each is compiled once."""
+
+
+def class_of(layer: torch.nn.Module) -> type[torch.nn.Module]:
+    """Returns the class that `layer` has without LoRAs."""
+    found: type[torch.nn.Module] = type(layer).__dict__.get(_BASE, type(layer))
+    return found
+
+
+def mark(layer: torch.nn.Module, way: Hashable, forward: Forward | None = None) -> bool:
+    """Gives `layer` the subclass for a way of patching. Idempotent.
+
+    Args:
+        layer: The layer.
+        way: The way; the same one always has the same `forward`.
+        forward: The forward pass of the subclass; None leaves the class's own.
+
+    Returns:
+        False if the layer's class allows no subclass.
+    """
+    base = class_of(layer)
+    try:
+        marked = _classes.get((base, way))
+        if marked is None:
+            marked = _classes.setdefault((base, way), _subclass(base, forward))
+        _set_class(layer, marked)
+    except TypeError:
+        # A class of another language, or one that checks its subclasses.
+        return False
+    return True
+
+
+def unmark(layer: torch.nn.Module) -> None:
+    """Gives `layer` its own class again. Idempotent. A class that another program has put on top stays."""
+    _set_class(layer, class_of(layer))
+
+
+def _set_class(layer: torch.nn.Module, to: type) -> None:
+    # Past the module's own `__setattr__`, which looks for parameters first and takes ten times as long.
+    object.__setattr__(layer, "__class__", to)
+
+
+def _subclass(base: type[torch.nn.Module], forward: Forward | None) -> type:
+    # Names as the layer's own: programs look at them, torch.fx for one.
+    contents: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _refuse,
+        "__copy__": _shallow_copy,
+        _BASE: base,
+    }
+    if forward is not None:
+        contents["forward"] = forward
+    make: Any = type(base)
+    subclass: type = make(base.__name__, (base,), contents)
+    return subclass
+
+
+def _refuse(layer: torch.nn.Module, protocol: int) -> str:
+    raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
+
+
+def _shallow_copy(layer: torch.nn.Module) -> torch.nn.Module:
+    result = type(layer).__new__(type(layer))
+    result.__dict__.update(layer.__dict__)
+    return result
