@@ -47,6 +47,25 @@ _SECOND = """
 ## On diffusers' layout
 """
 _LAST = """
+## Wider inputs
+
+An inpainting, FLUX-tools or image-to-video model has more input channels in its first projection (`conv_in`, `x_embedder`,
+`img_in`, `patch_embedding`: 4 to 9, 64 to 384, 16 to 36) than the model a LoRA was trained with. The first channels are those
+of the image in all of them. `tests/adapters/test_layers_of_another_size.py` holds every kind to its formula, in every mode.
+
+| kind | further channels |
+| --- | --- |
+| LoRA, LoCon, LoHa, LoKr, with a Tucker core too; differences | get nothing |
+| IA3 on the input | factor 1 |
+| GLoRA | get nothing; `W A` sees the first columns of W alone |
+| OFT and BOFT of PEFT, OFT of OneTrainer (input side) | are not turned: identity. A factor per row scales the whole row |
+| OFT and BOFT of LyCORIS and sd-scripts, IA3 on the output | the rows are changed whole: the width does not matter |
+| OFT with a single block, where no `adapter_config.json` says `block_share` | left out and named: the block may be for all inputs or for the first |
+| DoRA of any kind; OFT with `dora_scale` and no `initial_norm` | left out and named: the norms that it was trained with are those of fewer columns |
+| whole weights (`set_weight`, `modules_to_save`) | left out and named: the file has no values for the further channels |
+
+`block_share: true` on a wider input turns all of it: such a file does not say how many columns it was trained with.
+
 ## Not in the tables
 
 - **Text encoders**: `tests/references/test_language_models.py` holds Qwen3, Gemma 2, Mistral, Qwen2.5-VL and UMT5 of

@@ -5,6 +5,11 @@ from .version import __version__
 __all__ = ["LoraGuard", "__version__", "load_stored"]
 
 
+def __dir__() -> list[str]:
+    # What `__getattr__` makes is in no module dictionary.
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     # Lazy: Forge imports this package before it has decided whether the guard is wanted.
     if name in ("LoraGuard", "load_stored"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lib_lora_guard"
 HOSTS = {"backend", "modules", "modules_forge", "networks", "packages_3rdparty"}
-GROUND = {"messages", "errors", "version", "units", "settings", "lazy_torch", "inference_mode"}
+GROUND = {"messages", "errors", "version", "units", "settings", "lazy_torch", "private_files", "inference_mode"}
 """Free to all."""
 PURE = {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting", "patching"}
 BELOW = {
@@ -22,7 +22,7 @@ BELOW = {
     "reporting": {"planning", "weights", "adapters", "files"},
     "patching": {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting"},
     "checkpoints": {"files", "weights", "adapters", "models", "planning"},
-    "baking": {"files", "weights", "adapters", "models", "checkpoints", "patching"},
+    "baking": {"files", "weights", "recorder", "adapters", "models", "checkpoints", "patching"},
     "replay": {"weights", "planning"},
     "ui": {"files", "memory", "weights", "planning", "reporting"},
     "demo": {*PURE, "hosts/plain"},

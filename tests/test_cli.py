@@ -118,6 +118,7 @@ def test_the_json_document_has_stable_names_with_units(files, capsys):
 
 TEXT_AND_VAE = {
     "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": (768, 768),
+    "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096),
     "vae.decoder.conv_in.weight": (512, 16, 3, 3),
 }
 
@@ -149,6 +150,24 @@ def test_nothing_is_said_to_fit_while_a_part_of_the_model_is_not_counted(
     assert row.split() == ["fits", *(["open"] * 3 if missing else ["yes"] * 3)]
     assert ("LoRA Guard fits: " in text) is (not missing)
     assert (f"Not counted, because they are not in this file: {', '.join(names)}." in text) is bool(missing)
+
+
+@pytest.mark.parametrize(("kept", "missing", "name"), [("clip_l", "t5", "T5"), ("t5xxl", "clip_l", "CLIP-L")])
+def test_a_model_with_one_of_its_two_text_encoders_is_not_counted_as_whole(
+    files, tmp_path, capsys, monkeypatch, kept, missing, name
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    parts = {key: shape for key, shape in TEXT_AND_VAE.items() if kept in key or key.startswith("vae.")}
+    model = {f"model.diffusion_model.{key}": shape for key, shape in SMALL.items()} | parts
+    write_safetensors(tmp_path / "model.safetensors", stored(model, "F8_E4M3"))
+    found = document(capsys, tmp_path / "model.safetensors", files / "small.safetensors")
+    assert found["model"]["not_counted"] == ["text_encoders"]
+    assert found["model"]["text_encoders_not_counted"] == [missing]
+    assert [one["fits"] for one in found["predicted"]] == [None] * 3
+    assert plan(tmp_path / "model.safetensors", files / "small.safetensors") == 0
+    text = capsys.readouterr().out
+    assert f"Not counted, because they are not in this file: text encoder {name}." in text
+    assert "LoRA Guard fits: " not in text
 
 
 FUSED = "diffusion_model.double_blocks.0.img_attn.qkv"

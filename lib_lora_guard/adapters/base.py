@@ -282,6 +282,21 @@ def is_narrower(columns: int, shape: Shape) -> bool:
     return len(shape) > 1 and columns < product_of(shape[1:]) and columns % product_of(shape[2:]) == 0
 
 
+def channels_of(columns: int, shape: Shape, *, may_expand: bool) -> int | None:
+    """The input channels of a weight of `shape` that a change of so many flattened columns is for; None if it fits none.
+
+    Args:
+        columns: input channels times kernel size, as the file has them.
+        shape: the weight's.
+        may_expand: the weight is an input projection, which may have more channels than the file knows.
+    """
+    if len(shape) < 2:
+        return None
+    if columns == product_of(shape[1:]):
+        return shape[1]
+    return columns // product_of(shape[2:]) if may_expand and columns and is_narrower(columns, shape) else None
+
+
 def filled(delta: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """`delta` in a weight's `shape`; input channels that it does not have are zeros."""
     if delta.numel() == product_of(shape):

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from ..errors import LoraMismatchError
 from ..lazy_torch import torch
-from .base import Adapter, RowFunction, Shape, mismatch, product_of
+from .base import Adapter, RowFunction, Shape, channels_of, filled, mismatch
 from .kinds import Found, Kind, register
 from .rotations import bounded, cayley_less_one, check_rows, finish, scale_rows, skew_of, turn_columns, widened
 
@@ -31,7 +31,9 @@ class BoftAdapter(Adapter):
     rescale: torch.Tensor | None = None
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
-        size = _check_blocks(self.blocks, len(shape) > 1, shape[0], shape)
+        size, channels = _check_blocks(self.blocks, shape)
+        if len(shape) < 2 or channels != shape[0]:
+            raise mismatch("BOFT", (channels,), shape)
         if size % 2:
             raise LoraMismatchError.of("lora.odd_blocks", found=list(self.blocks.shape))
         check_rows("rescale", self.rescale, shape)
@@ -57,7 +59,8 @@ class PeftBoftAdapter(Adapter):
     """`W' = factor * W B^T` over the flattened input side.
 
     `blocks` `(m, n, b, b)` (`boft_R`), `n * b == in * kernel`; `factor` (`boft_s`) has one number per output row. Stages
-    and shuffle as in peft `tuners/boft/layer.py`.
+    and shuffle as in peft `tuners/boft/layer.py`. Of a wider input projection the blocks turn the columns that they are
+    for; the others stay as they are.
     """
 
     kind: ClassVar[str] = "boft"
@@ -65,25 +68,27 @@ class PeftBoftAdapter(Adapter):
     factor: torch.Tensor | None = None
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
-        size = _check_blocks(self.blocks, len(shape) > 1, product_of(shape[1:]), shape)
+        size, columns = _check_blocks(self.blocks, shape)
+        if channels_of(columns, shape, may_expand=may_expand) is None:
+            raise mismatch("BOFT", (columns,), shape)
         if size % 2 and self.blocks.shape[0] > 1:
             raise LoraMismatchError.of("lora.odd_blocks", found=list(self.blocks.shape))
         check_rows("boft_s", self.factor, shape)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         base = widened(weight)
-        stages, _, size, _ = self.blocks.shape
+        stages, count, size, _ = self.blocks.shape
         # The block of the file is Cayley's transform of -S; from the right it stands transposed.
         turns = cayley_less_one(skew_of(self.blocks.to(base)).div_(2.0)).mul_(strength)
-        columns = base.flatten(1)
-        out = columns.shape[0]
+        known = base.flatten(1)[:, : count * size]
+        columns, out = known, known.shape[0]
         for stage in range(stages):
             # Half blocks 2**stage apart become neighbours, are turned and go back; the first stage has no shuffle.
             pairs = (2**stage, size // 2)
             mixed = columns if stage == 0 else columns.reshape(out, -1, 2, *pairs).transpose(2, 3).reshape(out, -1)
             mixed = mixed + turn_columns(mixed, turns[stage])
             columns = mixed if stage == 0 else mixed.reshape(out, -1, pairs[0], 2, pairs[1]).transpose(2, 3).flatten(1)
-        delta = columns.reshape(base.shape) - base
+        delta = filled(columns - known, base.shape)
         return finish(weight, base, scale_rows(base, delta, self.factor, strength), function)
 
     def rows(self, start: int, length: int) -> PeftBoftAdapter:
@@ -92,17 +97,21 @@ class PeftBoftAdapter(Adapter):
         return replace(self, factor=factor)
 
 
-def _check_blocks(blocks: torch.Tensor, has_matrix: bool, channels: int, shape: Shape) -> int:
-    """The block size. Raises LoraMismatchError unless the blocks turn `channels` channels."""
+def _check_blocks(blocks: torch.Tensor, shape: Shape) -> tuple[int, int]:
+    """The block size, and the number of channels that the blocks turn.
+
+    Raises:
+        LoraMismatchError: they are no stages of blocks for a weight of any `shape`.
+    """
     if blocks.dim() != 4 or blocks.shape[2] != blocks.shape[3] or not all(blocks.shape):
         raise LoraMismatchError.of(
             "lora.wrong_form", what="BOFT blocks", wanted="(m, n, b, b)", found=list(blocks.shape)
         )
     stages, count, size, _ = blocks.shape
     # The last stage pairs channels across groups of 2**(m - 1) blocks.
-    if not has_matrix or count * size != channels or count % 2 ** (stages - 1):
+    if count % 2 ** (stages - 1):
         raise mismatch("BOFT", (count * size,), shape)
-    return size
+    return size, count * size
 
 
 def _make_peft(found: Found) -> PeftBoftAdapter:

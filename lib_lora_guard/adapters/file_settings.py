@@ -3,14 +3,15 @@
 Its places: diffusers 0.35 and later write it as JSON into the safetensors metadata (`lora_adapter_metadata`, with the
 component's name before each entry where a pipeline was saved); PEFT writes `adapter_config.json` beside the file;
 finetrainers writes `lora_config`. Other trainers only state alpha and rank as text (`ss_network_alpha` and
-`ss_network_dim` of kohya's sd-scripts, `lora_alpha` and `r`): these count where the rank is the one of the factors.
+`ss_network_dim` of kohya's sd-scripts, `lora_alpha` and `r`): these count where the rank is the one of the factors. An
+alpha without a rank counts where its name says that it is a LoRA's and all factors have one rank (`stated_alpha`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from ..errors import LoraFileError, LoraMismatchError, Message
 from ..files import shown
+from ..units import MB
 from .base import LARGEST_NUMBER
 from .known_settings import not_understood, refusal_of
 from .name_patterns import Expression, Patterns
@@ -29,6 +31,7 @@ _SAVED_UNDER = ("model.diffusion_model.", "diffusion_model.", *(f"{component}." 
 _PEFT = "base_model.model."
 _FLAT = ("lora_", "lycoris_")
 _ALPHAS, _RANKS = ("lora_alpha", "alpha", "network_alpha"), ("r", "rank", "lora_rank", "network_dim")
+_OF_KOHYA = "ss_network_alpha", "ss_network_dim"
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -40,11 +43,24 @@ class PeftSettings:
         entries: as in the JSON.
         component: the name that stood before each entry; "" for none.
         stated: alpha by rank, from text that is no configuration of PEFT.
+        alone: such text for an alpha without a rank, as its name and its value.
     """
 
     entries: Mapping[str, Any] = field(default_factory=dict)
     component: str = ""
     stated: Mapping[int, float] = field(default_factory=dict)
+    alone: tuple[str, str] | None = None
+
+    def with_rank(self, rank: int) -> PeftSettings:
+        """The settings of factors that all have one rank: an alpha that stands alone is for it.
+
+        They are the same where the name or the value leaves open if it is this scale: a bare `alpha` may be a strength.
+        """
+        entry, text = self.alone or ("", "")
+        stated: dict[int, float] = {}
+        if not entry.endswith(("lora_alpha", "network_alpha")) or not _put(stated, rank, text):
+            return self
+        return replace(self, stated=stated, alone=None)
 
     def alpha_for(self, module: str, rank: int) -> float | None:
         """The alpha that gives `alpha / rank` the scale of the configuration; None if it states none.
@@ -127,6 +143,12 @@ class PeftSettings:
             raise LoraMismatchError.of("lora.no_usable_eps")
         return float(eps)
 
+    @property
+    def shares_blocks(self) -> bool | None:
+        """True if one block of an OFT is for the whole input; None if the configuration does not say."""
+        shares = self.entries.get("block_share")
+        return shares if isinstance(shares, bool) else None
+
     def _of_pattern(self, entry: str, module: str) -> Any:
         """The number that `alpha_pattern` or `rank_pattern` has for a module, by PEFT's rule; None if it has none."""
         if not self.entries.get(entry):
@@ -193,15 +215,30 @@ class FileSettings:
     @property
     def has_stated(self) -> bool:
         """True if a scale stands in text that is no configuration of PEFT."""
-        return any(settings.stated for settings in self._by_component.values())
+        return any(settings.stated or settings.alone for settings in self._by_component.values())
+
+    def alone(self) -> list[PeftSettings]:
+        """Those with an alpha that stands without a rank."""
+        return [settings for settings in self._by_component.values() if settings.alone]
+
+    def with_ranks(self, ranks: Callable[[PeftSettings], Collection[int]]) -> FileSettings:
+        """The settings with every alpha that stands alone and is for factors of one rank; itself if there is none.
+
+        Args:
+            ranks: returns the ranks of the factors that a component's settings are for.
+        """
+        found = dict(self._by_component)
+        for component, settings in found.items():
+            if settings.alone and len(own := ranks(settings)) == 1:
+                found[component] = settings.with_rank(*own)
+        return self if found == self._by_component else FileSettings(found, self.notes)
 
     def without_stated(self) -> FileSettings:
         """The settings of a file whose tensors say the scale themselves: text beside them does not count."""
         if not self.has_stated:
             return self
-        return FileSettings(
-            {component: replace(settings, stated={}) for component, settings in self._by_component.items()}, self.notes
-        )
+        silent = {part: replace(settings, stated={}, alone=None) for part, settings in self._by_component.items()}
+        return FileSettings(silent, self.notes)
 
     def refusal(self) -> Message | None:
         """Why the file cannot be applied, if its settings say so; None if they do not."""
@@ -220,15 +257,14 @@ def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
         metadata: the text entries of its header.
     """
     text = metadata.get("lora_adapter_metadata") or _beside(path) or metadata.get("lora_config")
-    if not text:
-        return FileSettings({part: PeftSettings({}, part, stated) for part, stated in _stated(metadata).items()})
+    if not text or isinstance(text, Message):
+        return FileSettings(_stated(metadata), (text,) if isinstance(text, Message) else ())
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
-        stated = {part: PeftSettings({}, part, by_rank) for part, by_rank in _stated(metadata).items()}
-        return FileSettings(stated, (Message("lora.settings_unreadable"),))
+        return FileSettings(_stated(metadata), (Message("lora.settings_unreadable"),))
     parts: dict[str, dict[str, Any]] = {}
     for key, value in entries.items():
         component, dot, rest = key.partition(".")
@@ -243,17 +279,20 @@ def settings_of(path: Path, metadata: Mapping[str, str]) -> FileSettings:
     return FileSettings(settings, tuple(_said(unknown)))
 
 
-def _beside(path: Path) -> str | None:
-    """PEFT's configuration in the folder of its file; what stands for no JSON if it cannot be read."""
+def _beside(path: Path) -> str | Message | None:
+    """PEFT's configuration in the folder of its file; a sentence if it cannot be read, None if there is none."""
     if not path.name.startswith("adapter_model"):
         return None
     config = path.with_name("adapter_config.json")
     try:
-        if config.is_file() and config.stat().st_size <= _MAX_CONFIG_BYTES:
-            return config.read_text(encoding="utf-8", errors="replace")
+        if not config.is_file():
+            return None
+        found = config.stat().st_size
+        if found > _MAX_CONFIG_BYTES:
+            return Message("lora.config_too_long", {"found_mb": found / MB, "most_mb": _MAX_CONFIG_BYTES / MB})
+        return config.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "unreadable"
-    return None
+        return Message("lora.settings_unreadable")
 
 
 def _said(unknown: list[str]) -> Iterator[Message]:
@@ -262,32 +301,46 @@ def _said(unknown: list[str]) -> Iterator[Message]:
         yield Message("lora.settings_unknown", {"count": len(unknown), "first": first})
 
 
-def _stated(metadata: Mapping[str, str]) -> dict[str, dict[int, float]]:
-    """Alpha by rank that trainers write as text, by component."""
-    stated: dict[str, dict[int, float]] = {}
+def _stated(metadata: Mapping[str, str]) -> dict[str, PeftSettings]:
+    """The settings that trainers write as text, by component: an alpha for a rank, or alone."""
+    stated: dict[str, PeftSettings] = {}
     for component in ("", *_COMPONENTS):
         dot = f"{component}." if component else ""
-        alpha = next((metadata[f"{dot}{key}"] for key in _ALPHAS if f"{dot}{key}" in metadata), None)
-        rank = next((metadata[f"{dot}{key}"] for key in _RANKS if f"{dot}{key}" in metadata), None)
-        _put(stated.setdefault(component, {}), rank, alpha)
-    kohya = stated[""]
-    _put(kohya, metadata.get("ss_network_dim"), metadata.get("ss_network_alpha"))
+        names = [([f"{dot}{key}" for key in _ALPHAS], [f"{dot}{key}" for key in _RANKS])]
+        names += [] if component else [([_OF_KOHYA[0]], [_OF_KOHYA[1]])]
+        by_rank: dict[int, float] = {}
+        alone: tuple[str, str] | None = None
+        for alphas, ranks in names:
+            entry = next((name for name in alphas if name in metadata), None)
+            rank = next((metadata[name] for name in ranks if name in metadata), None)
+            if entry is not None and not _put(by_rank, rank, metadata[entry]):
+                alone = alone or (entry, metadata[entry])
+        if not component:
+            _put(by_rank, *_of_convolutions(metadata))
+        if by_rank or alone:
+            stated[component] = PeftSettings({}, component, by_rank, None if by_rank else alone)
+    return stated
+
+
+def _of_convolutions(metadata: Mapping[str, str]) -> tuple[Any, Any]:
+    """Rank and alpha that kohya's trainers have for convolutions; None for what is not there."""
     try:
         more = json.loads(metadata.get("ss_network_args") or "{}")
     except (ValueError, RecursionError):
-        more = {}
-    if isinstance(more, dict):
-        _put(kohya, more.get("conv_dim"), more.get("conv_alpha"))
-    return {component: by_rank for component, by_rank in stated.items() if by_rank}
+        more = None
+    return (more.get("conv_dim"), more.get("conv_alpha")) if isinstance(more, dict) else (None, None)
 
 
-def _put(by_rank: dict[int, float], rank: Any, alpha: Any) -> None:
+def _put(by_rank: dict[int, float], rank: Any, alpha: Any) -> bool:
+    """Puts an alpha to its rank; False if one of them is no usable number."""
     try:
         number, value = int(rank), float(alpha)
     except (TypeError, ValueError, OverflowError):
-        return
+        return False
     # kohya's sd-scripts take an alpha of 0 for the rank.
     value = value or float(number)
-    if number > 0 and abs(value) < LARGEST_NUMBER:
-        # Two alphas for one rank: the file does not say which modules have which.
-        by_rank[number] = value if by_rank.get(number, value) == value else math.nan
+    if number <= 0 or not abs(value) < LARGEST_NUMBER:
+        return False
+    # Two alphas for one rank: the file does not say which modules have which.
+    by_rank[number] = value if by_rank.get(number, value) == value else math.nan
+    return True

@@ -25,7 +25,7 @@ from .file_settings import FileSettings, settings_of
 from .kinds import Fields, Found, Kind
 from .other_kinds import other_kind
 from .ranked import RankedAdapter
-from .stated_alpha import notes_on_alpha
+from .stated_alpha import notes_on_alpha, with_ranks
 from .whole_weights import whole_weights
 
 log = logging.getLogger(__name__)
@@ -250,6 +250,8 @@ def parse_tensors(
             put(one.module, "bias", weight)
     if not adapters:
         raise _refusal(name, Message("lora.none", {"count": len(tensors)}))
+    if (completed := with_ranks(settings, adapters)) is not settings:
+        return parse_tensors(path, tensors, completed, as_trained)
     whole = whole_weights(name, unknown, tensors, adapters, settings)
     adapters.update(whole.adapters)
     lost.update(whole.lost)

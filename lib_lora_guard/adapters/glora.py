@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..errors import LoraMismatchError
 from ..lazy_torch import torch
-from .base import RowFunction, Shape, check_rank, mismatch, product_of
+from .base import RowFunction, Shape, channels_of, check_rank, filled, mismatch, product_of
 from .kinds import Found, HostTuple, Kind, register
 from .ranked import RankedAdapter
 
@@ -17,6 +17,8 @@ class GloraAdapter(RankedAdapter):
     """New layout: `a1` `(in, rank)`, `a2` `(rank, in)`, `b1` `(out, rank)`, `b2` `(rank, in * kernel)`.
 
     Old layout: `a1` `(rank, in)`, `a2` `(in, rank)`, `b1` `(rank, in)`, `b2` `(out, rank)`; `W @ a2 @ a1 + b2 @ b1`.
+
+    On a wider input projection W is the columns that the factors know; the others stay as they are.
     """
 
     kind: ClassVar[str] = "glora"
@@ -34,7 +36,7 @@ class GloraAdapter(RankedAdapter):
         """True if the factors have the old layout; a square weight that fits both is read as old, as the host does."""
         old, new = self._readings()
         if old and new:
-            return self.a2.shape[0] == shape[0] == shape[1]
+            return self.a2.shape[0] == shape[0] <= shape[1]
         return old
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
@@ -53,12 +55,13 @@ class GloraAdapter(RankedAdapter):
             found = [list(f.shape) for f in factors]
             raise LoraMismatchError.of("lora.no_product", what="GLoRA factors", found=found)
         gives = (b_out.shape[0], product_of(b_in.shape[1:]))
-        if gives != (shape[0], product_of(shape[1:])):
+        channels = channels_of(gives[1], shape, may_expand=may_expand)
+        if gives[0] != shape[0] or channels is None:
             raise mismatch("GLoRA", gives, shape)
-        columns = product_of(shape[1:]) if old else shape[1]
+        columns = gives[1] if old else channels
         if (a_in.shape[0], product_of(a_out.shape[1:])) != (columns, columns):
             raise mismatch("GLoRA a1/a2", (a_in.shape[0], product_of(a_out.shape[1:])), shape)
-        self.check_magnitude(shape)
+        self.check_magnitude(shape, is_narrow=channels < shape[1])
 
     def rows(self, start: int, length: int) -> GloraAdapter | None:
         old, new = self._readings()
@@ -71,15 +74,17 @@ class GloraAdapter(RankedAdapter):
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         a1, a2, b1, b2 = (t.flatten(1).to(weight) for t in (self.a1, self.a2, self.b1, self.b2))
-        if self.is_old(tuple(weight.shape)):
+        old, kernel = self.is_old(tuple(weight.shape)), product_of(weight.shape[2:])
+        known = weight.narrow(1, 0, (b1 if old else b2).shape[1] // kernel)
+        if old:
             rank = self.a1.shape[0]
-            delta = torch.addmm(b2 @ b1, weight.flatten(1) @ a2, a1).reshape(weight.shape)
+            delta = torch.addmm(b2 @ b1, known.flatten(1) @ a2, a1)
         else:
             rank = self.a2.shape[0]
-            delta = torch.einsum("oi...,ir->or...", weight, a1)
-            delta = torch.einsum("or...,rj->oj...", delta, a2).reshape(weight.shape)
-            delta = delta + (b1 @ b2).reshape(weight.shape)
-        return self.add(weight, delta, self.scale_for(rank), strength, function)
+            delta = torch.einsum("oi...,ir->or...", known, a1)
+            delta = torch.einsum("or...,rj->oj...", delta, a2).flatten(1)
+            delta = delta + b1 @ b2
+        return self.add(weight, filled(delta, weight.shape), self.scale_for(rank), strength, function)
 
     def _readings(self) -> tuple[bool, bool]:
         """True for each layout, old and new, that the shapes of the factors allow."""

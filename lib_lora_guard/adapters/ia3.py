@@ -35,15 +35,21 @@ class Ia3Adapter(Adapter):
         return self.centre == _PEFT and not self.on_input
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
-        axis = 1 if self.on_input else 0
-        if len(shape) <= axis or self.weight.numel() != shape[axis]:
+        axis, found = 1 if self.on_input else 0, self.weight.numel()
+        fits = len(shape) > axis and found == shape[axis]
+        fills = self.on_input and may_expand and len(shape) > 1 and 0 < found < shape[1]
+        if not fits and not fills:
             raise mismatch("IA3 on the input" if self.on_input else "IA3 on the output", self.weight.shape, shape)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         wide = torch.promote_types(weight.dtype, torch.float32)
         channels = [1] * weight.dim()
         channels[1 if self.on_input else 0] = -1
-        less_one = (self.weight.to(device=weight.device, dtype=wide) - self.centre).mul_(strength).reshape(channels)
+        less_one = (self.weight.to(device=weight.device, dtype=wide) - self.centre).mul_(strength).flatten()
+        if self.on_input:
+            # A wider input projection: channels that the file does not know keep their factor 1.
+            less_one = torch.nn.functional.pad(less_one, (0, weight.shape[1] - less_one.shape[0]))
+        less_one = less_one.reshape(channels)
         if function is not None:
             return weight.copy_(weight.to(wide) + function(weight.to(wide) * less_one))
         # In place and yet rounded once: torch multiplies in the wider of the two dtypes.

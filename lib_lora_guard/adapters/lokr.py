@@ -112,9 +112,9 @@ class LokrAdapter(RankedAdapter):
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    if not left.is_meta or left.dim() != 2 or right.dim() != 2:
+    if not left.is_meta:
         return left @ right
-    if left.shape[1] != right.shape[0]:
+    if not left.dim() == right.dim() == 2 or left.shape[1] != right.shape[0]:
         raise ValueError(f"{list(left.shape)} times {list(right.shape)}")
     return left.new_empty((left.shape[0], right.shape[1]))
 

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, ClassVar
 from ..errors import LoraFileError, LoraMismatchError
 from ..files import shown
 from ..lazy_torch import torch
-from .base import Adapter, RowFunction, Shape, mismatch, product_of
+from .base import (
+    Adapter,
+    RowFunction,
+    Shape,
+    UnsuitedLayerError,
+    channels_of,
+    filled,
+    is_narrower,
+    mismatch,
+    product_of,
+)
 from .boft import BoftAdapter
 from .kinds import Found, Kind, register
 from .rotations import (
@@ -171,7 +181,8 @@ class PeftOftAdapter(Adapter):
     """Turns the input: `W' = f * W R^T` over the flattened input side.
 
     `packed` `(n, b (b - 1) / 2)` holds the upper triangle of each block, `n * b == in * kernel`; one block is shared by
-    the whole input (`block_share`). peft and OneTrainer write it.
+    the whole input (`block_share`). peft and OneTrainer write it. Of a wider input projection the blocks turn the columns
+    that they are for; the others stay as they are.
 
     Attributes:
         packed: the blocks.
@@ -179,6 +190,8 @@ class PeftOftAdapter(Adapter):
             the exact one. Only `adapter_config.json` says (`use_cayley_neumann`, `num_cayley_neumann_terms`), and it
             matters: the series approaches the transform of S, the exact formula is that of -S (peft
             `tuners/oft/layer.py`).
+        shared: True if one block is for the whole input, False if each block has its own part; None if the file does not
+            say: then a single block is shared.
         divisor: of the blocks before use (OneTrainer's scaled OFT).
         bound: each skew block is shortened to `bound / sqrt(n)` (peft's `coft`, `eps`); None for no bound.
         turns_kernels: a convolution is `W R`, as OneTrainer has it (`modules/module/LoRAModule.py`), not `W R^T`.
@@ -190,6 +203,7 @@ class PeftOftAdapter(Adapter):
     kind: ClassVar[str] = "oft"
     packed: torch.Tensor
     terms: int | None = 5
+    shared: bool | None = None
     divisor: float = 1.0
     bound: float | None = None
     turns_kernels: bool = False
@@ -211,12 +225,17 @@ class PeftOftAdapter(Adapter):
         if self.packed.dim() != 2 or size * (size - 1) // 2 != self.packed.shape[1] or size < 2:
             found, wanted = list(self.packed.shape), "(n, b * (b - 1) / 2)"
             raise LoraMismatchError.of("lora.wrong_form", what="peft OFT", wanted=wanted, found=found)
-        count, columns = self.packed.shape[0], product_of(shape[1:])
-        if len(shape) < 2 or (count * size != columns and (count != 1 or columns % size)):
-            raise mismatch("peft OFT", (count * size,), shape)
+        turned = self._turned_columns(shape)
+        channels = channels_of(turned, shape, may_expand=may_expand)
+        if channels is None:
+            raise mismatch("peft OFT", (turned,), shape)
+        if self.shared is None and self.packed.shape[0] == 1 and may_expand and is_narrower(size, shape):
+            raise UnsuitedLayerError.of("lora.oft_one_block", size=size, shape=list(shape))
         check_rows("dora_multiplier", self.factor, shape)
         check_rows("dora_scale", self.magnitude, shape)
         check_rows("initial_norm", self.initial_norm, shape)
+        if self.magnitude is not None and self.initial_norm is None and channels < shape[1]:
+            raise UnsuitedLayerError.of("lora.narrow_dora", shape=list(shape))
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         base, size = widened(weight), self.block_size
@@ -227,8 +246,15 @@ class PeftOftAdapter(Adapter):
         if self.turns_kernels and base.dim() > 2:
             skew = -skew
         turn = cayley_less_one(skew) if self.terms is None else series_less_one(-skew, self.terms)
-        delta = turn_columns(base.flatten(1), turn).reshape(base.shape).mul_(strength)
+        known = base.flatten(1)[:, : self._turned_columns(tuple(base.shape))]
+        delta = filled(turn_columns(known, turn), base.shape).mul_(strength)
         return finish(weight, base, scale_rows(base, delta, self._row_factor(base), strength), function)
+
+    def _turned_columns(self, shape: Shape) -> int:
+        """The number of flattened columns of a weight of `shape` that the blocks turn."""
+        columns, own = product_of(shape[1:]), self.packed.shape[0] * self.block_size
+        is_shared = self.packed.shape[0] == 1 and self.shared is not False and columns % own == 0
+        return columns if is_shared else own
 
     def rows(self, start: int, length: int) -> PeftOftAdapter:
         """Every row is turned alike, each with its own factor."""
@@ -311,6 +337,7 @@ def _make_peft(found: Found) -> PeftOftAdapter:
         **fields,
         terms=settings.cayley_terms,
         bound=settings.oft_bound,
+        shared=settings.shares_blocks,
         turns_kernels=_is_flat(found.module),
         magnitude=found.shared.get("magnitude"),
     )

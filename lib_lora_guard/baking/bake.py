@@ -27,6 +27,7 @@ from .dtypes import compute_dtype, dtype_for, packed_shape, rounded
 from .effect import Effect
 from .source import ModelSource, by_row
 from .stack import Stack
+from .unfinished import unfinished
 
 MARKER = "scaled_fp8"
 
@@ -60,6 +61,7 @@ def bake(
     wanted: torch.dtype | None,
     metadata: Mapping[str, str],
     progress: Progress | None = None,
+    replaces: bool = True,
 ) -> BakeReport:
     """Writes the model with the LoRAs.
 
@@ -70,6 +72,7 @@ def bake(
         wanted: Its dtype; None keeps each tensor's dtype.
         metadata: Its metadata.
         progress: Called while tensors are written.
+        replaces: False keeps a file that has appeared at `output` meanwhile.
 
     Raises:
         FileFormatError: The model has a format that cannot be copied. Nothing was written.
@@ -80,7 +83,7 @@ def bake(
     if not baker.keeps_scales():
         metadata = {key: text for key, text in metadata.items() if key != COMFY_LAYERS}
     with torch.inference_mode(False), torch.no_grad():
-        write_safetensors(output, entries, metadata, progress)
+        write_safetensors(output, entries, metadata, progress, replaces, unfinished(output))
     baker.report.bytes = output.stat().st_size
     baker.report.cosine, baker.report.cosines = baker.effect.cosine, baker.effect.cosines
     return baker.report

@@ -47,15 +47,18 @@ def check_output(output: Path, inputs: Sequence[Path], force: bool) -> None:
         raise LoraGuardError(f"{shown(output.name)}: is there already; give another name, or --force to replace it")
 
 
-def metadata_for(header: FileHeader, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
-    """Returns the model's own metadata plus the baked LoRAs: name, strength and SHA-256 of each file, in the order of
-    the stack.
+def metadata_for(header: FileHeader, loras: Sequence[tuple[Path, float, str]]) -> dict[str, str]:
+    """Returns the model's own metadata plus the baked LoRAs, in the order of the stack.
 
     Entries of an earlier baking stay in front.
+
+    Args:
+        header: The model's.
+        loras: Path, strength and SHA-256 of each file.
     """
     kept = {key: text for key, text in header.metadata.items() if _is_kept(header, key)}
     baked = _baked_before(header.metadata)
-    baked += [{"file": path.name, "strength": strength, "sha256": sha256_of(path)} for path, strength in loras]
+    baked += [{"file": path.name, "strength": strength, "sha256": digest} for path, strength, digest in loras]
     said = {BAKED: json.dumps(baked, ensure_ascii=False), VERSION: __version__}
     return {"format": "pt", **kept, **said}
 

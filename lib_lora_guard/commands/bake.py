@@ -11,13 +11,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..adapters.files import read_lora_file
+from ..adapters.files import LoraFile, read_lora_file
 from ..baking import BakedLora, BakeReport, bake, check_output, match_stack
-from ..baking.output import metadata_for
+from ..baking.output import metadata_for, sha256_of
+from ..baking.unfinished import remove_abandoned
 from ..checkpoints.model_header import read_checkpoint
 from ..demo.measure import Measured, measured
 from ..errors import LoraFileError
-from ..files import shown
+from ..files import read_unchanged, shown
 from ..messages import Message
 from ..patching.room_to_read import room_now_bytes
 from ..units import GB, MB
@@ -78,15 +79,16 @@ def make_baked(request: BakeRequest, console: Console) -> BakeResult:
         OSError: The new file cannot be written.
     """
     check_output(request.output, [request.model, *(path for path, _ in request.loras)], request.force)
+    count, size = remove_abandoned(request.output.parent)
+    if count:
+        say(console, Message("bake.removed_unfinished", {"count": count, "size": _size(size)}))
     with measured() as cost:
         checkpoint = read_checkpoint(request.model)
-        files = [(read_lora_file(path, room=room_now_bytes), strength) for path, strength in request.loras]
+        loras = [(path, strength, *_read(path)) for path, strength in request.loras]
+        files = [(file, strength) for _, strength, file, _ in loras]
         factor_bytes = sum(adapter.bytes for file, _ in files for adapter in file.adapters.values())
         stack = match_stack(checkpoint, files)
-        try:
-            metadata = metadata_for(checkpoint.header, request.loras)
-        except OSError as error:
-            raise LoraFileError(f"a LoRA file cannot be read any more ({error}); try again") from error
+        metadata = metadata_for(checkpoint.header, [(path, strength, digest) for path, strength, _, digest in loras])
         with _progress(console) as bar:
             task = bar.add_task(shown(request.output.name), total=None)
             report = bake(
@@ -96,8 +98,27 @@ def make_baked(request: BakeRequest, console: Console) -> BakeResult:
                 request.dtype,
                 metadata,
                 lambda done, total: bar.update(task, completed=done, total=total),
+                request.force,
             )
     return BakeResult(request, stack.loras, report, cost, factor_bytes)
+
+
+def _read(path: Path) -> tuple[LoraFile, str]:
+    """Reads a LoRA file, and its SHA-256 from the same bytes.
+
+    Raises:
+        LoraFileError: The file cannot be read.
+        FileFormatError: It is written to all the time.
+    """
+
+    def both() -> tuple[LoraFile, str]:
+        file = read_lora_file(path, room=room_now_bytes)
+        try:
+            return file, sha256_of(path)
+        except OSError as error:
+            raise LoraFileError(f"a LoRA file cannot be read any more ({error}); try again") from error
+
+    return read_unchanged(path, both)
 
 
 def _progress(console: Console) -> Progress:

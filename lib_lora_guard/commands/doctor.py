@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ from ..memory.calibration_file import CalibrationFile
 from ..memory.calibration_report import Kept, kept_in
 from ..memory.torch_build import torch_build
 from ..messages import Joined, Message
-from ..recorder.crash import Crash, last_crash
+from ..private_files import open_private
+from ..recorder.crash import LONGEST_BYTES, Crash, last_crash
 from ..recorder.crash_report import crash_report
 from ..units import GB
 from ..version import __version__
@@ -118,8 +118,8 @@ def known_crash(data: Path) -> Crash | None:
     """
     with tempfile.TemporaryDirectory(prefix="lora-guard-") as place:
         for file in (found for pattern in _FLIGHTS for found in data.glob(pattern)):
-            with contextlib.suppress(OSError):
-                shutil.copyfile(file, Path(place) / f"{file.stem}.ring")
+            with contextlib.suppress(OSError), open_private(file, "rb") as ring:
+                (Path(place) / f"{file.stem}.ring").write_bytes(ring.read(LONGEST_BYTES))
         return last_crash(Path(place))
 
 

@@ -10,6 +10,7 @@ from ..checkpoints.lora_header import read_facts
 from ..checkpoints.model_header import DENOISER, TEXT, VAE, Checkpoint, read_checkpoint
 from ..errors import LoraMismatchError
 from ..files import shown
+from ..models.text import ANY, CLIP_G, CLIP_H, CLIP_L, LLM, T5, find_encoders, missing_encoders
 from ..planning import activations
 from ..planning.advice import advice
 from ..planning.host_memory import Latent, unet_estimate_bytes
@@ -100,7 +101,7 @@ def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, comput
         activation_bytes=step.used_bytes,
         compute_bytes=compute_bytes,
         held_bytes=step.held_bytes,
-        not_counted=[PARTS[part] for part in not_counted(checkpoint)],
+        not_counted=_names_of_missing(checkpoint),
     )
 
 
@@ -109,8 +110,32 @@ PARTS = {TEXT: "text encoders", VAE: "VAE"}
 
 
 def not_counted(checkpoint: Checkpoint) -> list[str]:
-    """Returns the parts that an image needs and that this file lacks."""
-    return [part for part in PARTS if not checkpoint.of_part(part)]
+    """Returns the parts that an image needs and that this file lacks, in whole or in part."""
+    return [part for part in PARTS if not checkpoint.of_part(part) or (part == TEXT and encoders_missing(checkpoint))]
+
+
+def encoders_missing(checkpoint: Checkpoint) -> list[str]:
+    """Returns the kinds of text encoders, of `models.text`, that an image needs and that this file lacks."""
+    return missing_encoders(checkpoint.architecture, find_encoders(checkpoint.shapes).values())
+
+
+def _names_of_missing(checkpoint: Checkpoint) -> list[str]:
+    names = [PARTS[part] for part in not_counted(checkpoint)]
+    if TEXT in not_counted(checkpoint) and checkpoint.of_part(TEXT):
+        kinds = [ENCODERS[kind] for kind in encoders_missing(checkpoint)]
+        names[0] = f"text encoder {' and '.join(kinds)}"
+    return names
+
+
+ENCODERS = {
+    CLIP_L: "CLIP-L",
+    CLIP_G: "CLIP-G",
+    CLIP_H: "OpenCLIP-H",
+    T5: "T5",
+    LLM: "language model",
+    ANY: "of any kind",
+}
+"""The kinds of text encoders with their names for users."""
 
 
 LINE_CHARACTERS = 300

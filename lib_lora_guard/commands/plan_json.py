@@ -11,7 +11,7 @@ from ..planning.predict import Prediction
 from ..planning.rates import BANDWIDTH_EFFICIENCY, CPU_MERGE_VALUES, EFFICIENCY, GpuRates
 from ..version import __version__
 from .page import SHOWN_KEYS, counts
-from .plan import PlanResult, not_counted
+from .plan import PlanResult, encoders_missing, not_counted
 from .stack import StackedLora
 
 SCHEMA = "lora-guard/plan/1"
@@ -56,6 +56,7 @@ def _model(result: PlanResult) -> dict[str, Any]:
         "denoiser_parameters": len(checkpoint.of_part(DENOISER)),
         "part_bytes": part_bytes(checkpoint),
         "not_counted": not_counted(checkpoint),
+        "text_encoders_not_counted": encoders_missing(checkpoint),
         "denoiser_memory_bytes": result.model.denoiser_bytes,
         "activation_estimate_bytes": result.model.activation_bytes,
         "forge_activation_estimate_bytes": result.forge_activation_bytes,

@@ -7,7 +7,9 @@ dtype.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -18,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ..lazy_torch import torch
-from ..units import GB
+from ..units import GB, MB
 from .header import MAX_HEADER_BYTES, shown
 from .safetensors_file import FORMATS
 
 SLICE_BYTES = 64 << 20
 """Bytes written at once, and copied at once of a tensor that is not contiguous in RAM."""
 _ALIGNMENT = 8
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 Progress = Callable[[int, int], None]
 
@@ -45,7 +48,12 @@ class Entry:
 
 
 def write_safetensors(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None, progress: Progress | None = None
+    path: Path,
+    entries: Sequence[Entry],
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    replaces: bool = True,
+    partial: Path | None = None,
 ) -> None:
     """Writes a new file beside `path` and renames it to `path` when it is complete; until then `path` is unchanged.
 
@@ -57,15 +65,17 @@ def write_safetensors(
         entries: The tensors.
         metadata: The text entries of the header.
         progress: Called with the bytes of tensors written so far and in total.
+        replaces: False keeps a file that is at `path` when the new one is complete.
+        partial: The name of the file while it is written, in the same folder; None for one by chance.
 
     Raises:
-        OSError: There is no folder, no room on the disk, or no right to write.
+        OSError: There is no folder, no room on the disk, or no right to write; or there is a file and `replaces` is False.
         ValueError: An entry cannot be written, or loads as another dtype or shape.
     """
     header = _header(entries, metadata or {})
     total = sum(entry.bytes for entry in entries)
     _check_place(path, len(header) + total)
-    partial = path.with_name(f"{path.name[:40]}.{os.urandom(4).hex()}.partial")
+    partial = partial or path.with_name(f"{path.name[:40]}.{os.urandom(4).hex()}.partial")
     try:
         with partial.open("xb", buffering=0) as file:
             _write(file, memoryview(header))
@@ -75,8 +85,14 @@ def write_safetensors(
                     done += size
                     if progress is not None:
                         progress(done, total)
-            os.fsync(file.fileno())
-        _replace(partial, path)
+            _synced(file)
+        if replaces:
+            _replace(partial, path)
+        else:
+            _place(partial, path)
+    except _WriteError as error:
+        partial.unlink(missing_ok=True)
+        raise _unwritten(path, len(header) + total, error.cause) from error.cause
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -121,14 +137,32 @@ def _check_place(path: Path, needed_bytes: int) -> None:
 
     free = shutil.disk_usage(path.parent).free
     if needed_bytes > free:
-        raise OSError(
-            f"{shown(path.name)}: needs {_gb(needed_bytes)} on the disk, {_gb(free)} are free; make room, or choose "
+        raise _no_room(path, needed_bytes, free)
+
+
+def _no_room(path: Path, needed_bytes: int, free_bytes: int) -> OSError:
+    return OSError(
+        f"{shown(path.name)}: needs {_size(needed_bytes)} on the disk, {_size(free_bytes)} are free; make room, or choose "
+        "another disk"
+    )
+
+
+def _unwritten(path: Path, needed_bytes: int, error: OSError) -> OSError:
+    """Returns the error for a write that failed; the unfinished file is gone by now."""
+    if error.errno in _FULL:
+        import shutil
+
+        return _no_room(path, needed_bytes, shutil.disk_usage(path.parent).free)
+    if error.errno == errno.EFBIG:
+        return OSError(
+            f"{shown(path.name)}: needs {_size(needed_bytes)}, more than this disk takes in one file (FAT32: 4 GB); choose "
             "another disk"
         )
+    return OSError(f"{shown(path.name)}: cannot be written ({error.strerror or error}); check the disk")
 
 
-def _gb(count: int) -> str:
-    return f"{count / GB:.2f} GB"
+def _size(count: int) -> str:
+    return f"{count / GB:.2f} GB" if count >= GB else f"{count / MB:.2f} MB"
 
 
 def _replace(partial: Path, path: Path) -> None:
@@ -140,6 +174,28 @@ def _replace(partial: Path, path: Path) -> None:
             f"{shown(path.name)}: cannot be replaced ({error.strerror or error}); close the program that uses it, or "
             "choose another name"
         ) from error
+
+
+def _place(partial: Path, path: Path) -> None:
+    """Gives the complete file its name, unless something has that name by now."""
+    try:
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            # A file system without second names: an empty file of ours keeps the name until it is replaced.
+            path.touch(exist_ok=False)
+            _replace(partial, path)
+            return
+    except FileExistsError as error:
+        raise OSError(
+            f"{shown(path.name)}: another program has made a file of this name meanwhile, and it stays; bake again with "
+            "another name, or --force to replace it"
+        ) from error
+    # A second name that stays does no harm.
+    with contextlib.suppress(OSError):
+        partial.unlink()
 
 
 def _write_entry(file: FileIO, entry: Entry) -> Iterator[int]:
@@ -176,7 +232,26 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
             yield from _pieces(part if rows else part[0])
 
 
+class _WriteError(Exception):
+    """The system has refused to write; an error of a tensor that is loaded meanwhile is none of these."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
 def _write(file: FileIO, data: memoryview) -> None:
-    while data:
-        # The system may write less than it is given.
-        data = data[file.write(data) or 0 :]
+    try:
+        while data:
+            # The system may write less than it is given.
+            data = data[file.write(data) or 0 :]
+    except OSError as error:
+        raise _WriteError(error) from error
+
+
+def _synced(file: FileIO) -> None:
+    """Waits until the file is on the disk: some file systems find no room only then."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise _WriteError(error) from error

@@ -13,6 +13,7 @@ from ..errors import HostError, named
 from ..messages import say
 from ..reporting import log as reporting_log
 from ..runtime.corrections import keep_calibration
+from ..runtime.data_folder import look_over
 from .forge import takeover as forge
 from .recognise import explain
 from .webui.options import GuardOptions
@@ -69,6 +70,7 @@ def start(arguments: Sequence[str]) -> bool:
     except Exception:
         say(log, logging.ERROR, "host.could_not_start", exc_info=True, version=version.__version__)
         return False
+    look_over(JOURNAL_FOLDER)
     keep_calibration(JOURNAL_FOLDER)
     try:
         forge.keep_journal(JOURNAL_FOLDER)

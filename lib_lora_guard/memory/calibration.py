@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ..messages import say
+from ..messages import reason, say
 from .calibration_file import CalibrationFile, Entries, Entry
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Calibration:
 
     def _warn_once(self, error: OSError) -> None:
         if not self._warned:
-            say(log, logging.WARNING, "calibration.not_kept", file=str(self._file.path), error=str(error))
+            say(log, logging.WARNING, "calibration.not_kept", file=str(self._file.path), error=reason(error))
         self._warned = True
 
 

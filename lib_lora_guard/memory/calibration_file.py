@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..messages import say
+from ..private_files import make_private_folder, open_private
 from .file_lock import locked
+
+log = logging.getLogger(__name__)
 
 VERSION = 2
 """Since version 2 a step includes the copy of the largest low-bit layer. Corrections of another version do not fit."""
@@ -49,15 +54,18 @@ class CalibrationFile:
 
     def read(self) -> Entries:
         """Returns the entries; none if the file is missing, unreadable or of another version."""
-        return self._read_entries() or {}
+        try:
+            return self._read_entries() or {}
+        except OSError:
+            return {}
 
     def change(self, change: Callable[[Entries], None]) -> Entries:
         """Applies `change` to the entries of the file, writes the result and returns it.
 
         Raises:
-            OSError: The file cannot be locked or written.
+            OSError: The file cannot be locked, read or written; it stays as it is.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self.path.parent)
         with locked(self._lock_path, WAIT_SECONDS):
             found = self._read_entries()
             if found is None:
@@ -81,11 +89,15 @@ class CalibrationFile:
         return count
 
     def _read_entries(self) -> Entries | None:
-        """Returns the entries; empty if there is no file, None for a file that is not of this version."""
+        """Returns the entries; empty if there is no file, None for a file that is not of this version.
+
+        Raises:
+            OSError: There is something that cannot be read.
+        """
         try:
-            with self.path.open("rb") as file:
+            with open_private(self.path, "rb") as file:
                 raw = file.read(_LONGEST_BYTES)
-        except OSError:
+        except FileNotFoundError:
             return {}
         try:
             document = json.loads(raw)
@@ -103,6 +115,7 @@ class CalibrationFile:
         if not aside.exists():
             with suppress(OSError):
                 os.replace(self.path, aside)
+                say(log, logging.WARNING, "calibration.begun_anew", file=str(self.path), kept=aside.name)
 
     def _write(self, entries: Entries) -> None:
         listed = [
@@ -110,7 +123,10 @@ class CalibrationFile:
             for name, entry in entries.items()
         ]
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(json.dumps({"version": VERSION, "entries": listed}), encoding="utf-8")
+        # Left by a killed process, or a link to another file.
+        temporary.unlink(missing_ok=True)
+        with open_private(temporary, "xb") as file:
+            file.write(json.dumps({"version": VERSION, "entries": listed}).encode())
         _retry_while_open(lambda: os.replace(temporary, self.path))
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..private_files import open_private
+
 if sys.platform == "win32":
     import msvcrt
 
@@ -46,7 +48,7 @@ def locked(path: Path, wait_seconds: float) -> Iterator[None]:
         TimeoutError: Another process or thread held the lock for longer than `wait_seconds`.
         OSError: The file cannot be opened, or the file system has no locks.
     """
-    with path.open("ab") as file:
+    with open_private(path, "ab") as file:
         until = time.monotonic() + wait_seconds
         while True:
             try:

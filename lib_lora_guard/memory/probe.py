@@ -5,6 +5,7 @@ Source: fstab(5) for the list of mounts.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ class BackupBudget:
 
 
 def default_spool_dir() -> Path:
-    """Returns the folder for backups on disk if none is configured."""
-    return Path(tempfile.gettempdir()) / "lora-guard-spool"
+    """Returns the folder for backups on disk if none is configured: one for each user, who alone may enter it."""
+    name = "lora-guard-spool"
+    return Path(tempfile.gettempdir()) / (f"{name}-{os.getuid()}" if os.name == "posix" else name)
 
 
 def measure_budget(

@@ -90,6 +90,8 @@ _RULES = (
     _rule(A.SD3, r"^joint_blocks_\d+_(x|context)_block_"),
     _rule(A.HIDREAM, r"^(double|single)_stream_blocks_\d+_"),
     _rule(A.AURAFLOW, r"^joint_transformer_blocks_\d+_|^(double|single)_layers_\d+_(attn|mlp|mod)"),
+    # Flux's single blocks have neither of these, and Flux 2's no number behind `to_out`.
+    _rule(A.AURAFLOW, r"^single_transformer_blocks_\d+_(ff_|norm1_|attn_to_out_0$)"),
     _rule(A.CASCADE, r"^(down|up)_blocks_\d+_\d+_(attention|mapper|channelwise|kv_mapper|depthwise)|^clip_txt_mapper"),
     _rule(A.CHROMA, r"^distilled_guidance_layer_"),
     # The only ones of this family whose blocks are 3584 wide (the refiner's: 3328).
@@ -173,6 +175,7 @@ _METADATA_PATTERNS = {
     A.FLUX2: r"flux[-_.]?2",
     A.FLUX: r"flux(?![-_.]?2)",
     A.KOLORS: r"kolors",
+    A.AURAFLOW: r"aura[-_. ]?flow|pony[-_. ]?v7",
     A.QWEN_IMAGE: r"qwen[-_]?image",
     A.HUNYUAN_VIDEO: r"hunyuan[-_]?video|lora_framepack",
     A.HUNYUAN_IMAGE: r"hunyuan[-_]?image",
@@ -265,12 +268,13 @@ _DOUBLE_STREAM = {
     double_stream.FLUX2: A.FLUX2,
     double_stream.QWEN_IMAGE: A.QWEN_IMAGE,
     double_stream.HUNYUAN_VIDEO: A.HUNYUAN_VIDEO,
+    double_stream.AURAFLOW: A.AURAFLOW,
 }
 
 
 def _flux_like(evidence: Evidence, *, model: bool = False) -> tuple[Architecture, ...]:
-    """Decides between Flux, Flux 2, Chroma, Qwen-Image and Hunyuan Video: their blocks have the same names, most have
-    the same width.
+    """Decides between Flux, Flux 2, Chroma, Qwen-Image, Hunyuan Video and AuraFlow: their blocks have the same names,
+    most have the same width.
     """
     if not model and (found := double_stream.possible(evidence)):
         named = tuple(_DOUBLE_STREAM[name] for name in found)

@@ -1,4 +1,4 @@
-"""Tells Flux.1, Chroma, Flux.2, Qwen-Image and Hunyuan Video apart: many of their modules share a name and a width.
+"""Tells Flux.1, Chroma, Flux.2, Qwen-Image, Hunyuan Video and AuraFlow apart: many of their modules share a name and a width.
 
 A LoRA for a few blocks, or for attentions alone, may fit several of them. Each model is written down as its modules and
 the number of its blocks; what contradicts that rules it out. Sources: the classes and default sizes of diffusers
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .evidence import Evidence
 
 FLUX, CHROMA, FLUX2, HUNYUAN_VIDEO, QWEN_IMAGE = "flux", "chroma", "flux2", "hunyuan_video", "qwen_image"
+AURAFLOW = "auraflow"
 
 Widths = tuple[float, float]
 """Input and output width in units of the hidden width; 0 for any."""
@@ -178,6 +179,11 @@ _OF_QWEN = {
     ),
     **dict(_named("", embedders=(_ANY, " ".join(_EMBEDDERS[:2])), final=(_ANY, "norm_out_linear"))),
 }
+_OF_AURAFLOW = {
+    **{key: widths for key, widths in _OF_CHROMA.items() if key[0] == "single_transformer_blocks" and "attn" in key[1]},
+    **dict(_named("", top=(_ANY, "context_embedder proj_out norm_out_linear"))),
+}
+"""Its other layers have names of their own, which `architecture` knows."""
 
 
 def _blocks(double: int, single: int) -> dict[str, int]:
@@ -197,6 +203,7 @@ _MODELS = (
     _Model(FLUX2, 6144, _blocks(8, 48), _OF_FLUX2),  # dev
     _Model(QWEN_IMAGE, 3072, {"transformer_blocks": 60}, _OF_QWEN),
     _Model(HUNYUAN_VIDEO, 3072, _blocks(20, 40), _OF_FLUX),
+    _Model(AURAFLOW, 3072, {"single_transformer_blocks": 32}, _OF_AURAFLOW),
 )
 _STACKS = ("double_blocks", "transformer_blocks", "single_blocks", "single_transformer_blocks")
 _NAMED_BY_BFL = ("double_blocks", "single_blocks", "single_transformer_blocks")

@@ -13,8 +13,9 @@ from functools import lru_cache
 from ..adapters.base import Shape
 from ..adapters.file_keys import meaning_of
 from ..adapters.kinds import Kind, Size
-from .prefixes import unwrapped, without_prefixes
+from ..adapters.module_names import without_prefixes
 from .routes import flatten
+from .wrappers import unwrapped
 
 _ELSEWHERE = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "control_model.", "model_ema.")
 _TEXT = re.compile(

@@ -32,7 +32,9 @@ _INPUT_PROJECTIONS = (
     "x_embedder.proj.weight",
     "conv_in.weight",
     "input_blocks.0.0.weight",
+    "patch_embedding.weight",
 )
+"""The image's channels come first in all of them; a mask or a second image follows (inpainting, FLUX tools, Wan I2V)."""
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..adapters.base import Shape
+from ..adapters.file_keys import meaning_of
 from ..adapters.files import LoraFile
 from ..adapters.left_out import LeftOut
 from ..adapters.module_names import plain_name
@@ -24,7 +25,8 @@ def left_out(file: LoraFile, used: Iterable[str], shapes: Mapping[str, Shape]) -
     modules = {module for module, _ in file.adapters}
     others: dict[str, list[str]] = {}
     for key in file.unknown_keys:
-        others.setdefault(key.rpartition(".")[0], []).append(key)
+        meaning = meaning_of(key)
+        others.setdefault(meaning.module if meaning else key.rpartition(".")[0], []).append(key)
     lonely = others.keys() - modules
     left = (modules - set(used)) | lonely
     if not left:

@@ -1,6 +1,6 @@
 """Maps the module names in a LoRA file to the weights of one model.
 
-A name has three layers. Prefixes come first (`lora_unet_`, `transformer.`, `base_model.model.`; `prefixes`) and stand
+A name has three layers. Prefixes come first (`lora_unet_`, `transformer.`, `base_model.model.`; `adapters.module_names`) and stand
 for a component. The rest is the module's name inside it, in the original layout or that of diffusers. A name is looked
 up as it is written, then with one prefix taken off, then with two: a name that is the model's own counts first.
 """
@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from ..adapters.base import Shape
+from ..adapters.module_names import starts
 from ..errors import LoraMismatchError
 from . import cosmos, flux, flux2, krea2, lumina, mmdit, text, unet, wan
-from .prefixes import starts, unwrapped
 from .routes import Modules, Route, Spelling, Table, flatten
+from .wrappers import unwrapped
 
 LAYOUTS: tuple[Callable[[Mapping[str, Shape]], Iterator[Spelling]], ...] = (
     unet.spellings,

@@ -11,14 +11,31 @@ packages_3rdparty/comfyui_lora_collection/lora.py and Neo's modules_forge/packag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..adapters.base import Shape
+from .architecture import A
 from .cosmos import adapter_spellings
 from .routes import Spelling, numbers
 
 CLIP_L, CLIP_G, CLIP_H, CLIP, T5, LLM = "clip_l", "clip_g", "clip_h", "clip", "t5", "llm"
 """CLIP stands for an encoder whose width is none of the three, LLM for any language model."""
+
+ANY = "any"
+"""A text encoder of a model whose encoders are not known."""
+NEEDED: Mapping[A | None, Sequence[str]] = {
+    A.SD1: (CLIP_L,),
+    A.SD2: (CLIP_H,),
+    A.SDXL: (CLIP_L, CLIP_G),
+    A.SDXL_REFINER: (CLIP_G,),
+    A.SD3: (CLIP_L, CLIP_G, T5),
+    A.FLUX: (CLIP_L, T5),
+    A.CHROMA: (T5,),
+    A.AURAFLOW: (T5,),
+    A.WAN: (T5,),
+    **dict.fromkeys((A.FLUX2, A.QWEN_IMAGE, A.Z_IMAGE, A.LUMINA2, A.KREA2, A.ANIMA, A.ERNIE_IMAGE), (LLM,)),
+}
+"""The text encoders that a model runs with. Sources: the pipelines in diffusers and the loaders of Forge and Neo."""
 
 _WIDTHS = {768: CLIP_L, 1280: CLIP_G, 1024: CLIP_H}
 _MARK = re.compile(
@@ -86,6 +103,20 @@ def find_encoders(shapes: Mapping[str, Shape]) -> dict[str, str]:
         if mark and "vision" not in mark["prefix"]:
             found.setdefault(mark["prefix"], T5 if mark["t5"] else LLM if mark["llm"] else CLIP)
     return {prefix: _which_clip(shapes, prefix) if kind == CLIP else kind for prefix, kind in found.items()}
+
+
+def missing_encoders(architecture: A | None, found: Iterable[str]) -> list[str]:
+    """Returns the kinds of text encoders that a model of this architecture runs with and that were not found.
+
+    Args:
+        architecture: If it is not in NEEDED, or None, one encoder of any kind is enough; SD 3 counts its T5.
+        found: Kinds, as `find_encoders` returns them.
+    """
+    kinds = set(found)
+    if architecture not in NEEDED:
+        return [] if kinds else [ANY]
+    # A CLIP of unknown width may be each of the three.
+    return [kind for kind in NEEDED[architecture] if kind not in kinds and (CLIP not in kinds or kind in (T5, LLM))]
 
 
 def inside_containers(name: str) -> int:

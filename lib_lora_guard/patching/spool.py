@@ -22,7 +22,8 @@ import psutil
 import torch
 
 from ..errors import Message, ModeError, RestoreError, about, reason
-from ..memory.probe import disk_spare_bytes
+from ..memory.probe import default_spool_dir, disk_spare_bytes
+from ..private_files import make_private_folder, private_opener
 from ..recorder.processes import is_running
 from ..units import MB
 
@@ -127,10 +128,10 @@ class Spool:
 
     def _open(self) -> FileIO:
         if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self.folder, is_own=self.folder == default_spool_dir())
             started_ms = round(psutil.Process().create_time() * 1000)
             path = self.folder / f"lora-guard-{os.getpid()}-{started_ms}-{secrets.token_hex(4)}.spool"
-            self._file, self.path = FileIO(path, "x+"), path
+            self._file, self.path = FileIO(path, "x+", opener=private_opener), path
             # Runs once: when this object is freed, or when the interpreter ends.
             self._close = weakref.finalize(self, _close_and_delete, self._file, path)
         return self._file

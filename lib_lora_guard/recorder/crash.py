@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Mapping
@@ -11,9 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..messages import say
+from ..private_files import open_private
 from .flight_recorder import Phase, name_only
 from .flight_ring import bodies
 from .processes import is_running, machine_name
+
+log = logging.getLogger(__name__)
 
 KEPT_FILES = 3
 """Number of files of reported crashes that are kept for inspection."""
@@ -23,7 +28,9 @@ FOREIGN_SECONDS = 86400.0
 use.
 """
 
-_LONGEST_BYTES = 1 << 20
+LONGEST_BYTES = 1 << 20
+"""The largest part of a file that is read."""
+
 _NAME = re.compile(r"flight-(\d{1,9})-(\d{1,15})\.ring")
 _REPORTED = ".told"
 
@@ -60,28 +67,39 @@ class Crash:
 def last_crash(folder: Path) -> Crash | None:
     """Returns the newest crash that was not reported yet, and marks all of them as reported.
 
-    None if every process has ended normally, was in no phase, or still runs. Deletes the files of dead processes.
+    None if every process has ended normally, was in no phase, or still runs. Deletes the files of dead processes, and says
+    how many of them were damaged.
     """
     try:
         found = sorted(folder.iterdir())
     except OSError:
         return None
-    crashes = [crash for path in found if (crash := _claim(path)) is not None]
+    damaged: list[str] = []
+    crashes = [crash for path in found if (crash := _claim(path, damaged)) is not None]
     _delete_old(folder)
+    if damaged:
+        say(log, logging.WARNING, "flight.damaged", count=len(damaged), first=damaged[0])
     return max(crashes, key=lambda crash: crash.time, default=None)
 
 
-def _claim(path: Path) -> Crash | None:
+def _claim(path: Path, damaged: list[str]) -> Crash | None:
     """Returns the crash in a file and marks the file as reported. None if the process still runs, or if there is no
     crash; then the file is deleted.
+
+    Args:
+        path: The file.
+        damaged: Gets its name if it has something in it and no complete record.
     """
     name = _NAME.fullmatch(path.name)
     if name is None:
         return None
     pid, start_ms = int(name[1]), int(name[2])
-    record = _newest(path)
-    if record is None:
+    try:
+        with open_private(path, "rb") as file:
+            ring = file.read(LONGEST_BYTES)
+    except OSError:
         return None
+    record = _newest(ring)
     machine = record.get("machine", machine_name())
     seen = max(_number(record.get("time")), start_ms / 1000)
     in_use = is_running(pid, start_ms) if machine == machine_name() else abs(time.time() - seen) < FOREIGN_SECONDS
@@ -99,16 +117,13 @@ def _claim(path: Path) -> Crash | None:
     except OSError:
         # The file cannot be moved (read-only folder): report it again rather than never.
         return crash
+    if not record and ring.strip(b"\0"):
+        damaged.append(path.name)
     return crash
 
 
-def _newest(path: Path) -> dict[str, Any] | None:
-    """Returns the newest complete record; empty if there is none, None if the file cannot be read now."""
-    try:
-        with path.open("rb") as file:
-            ring = file.read(_LONGEST_BYTES)
-    except OSError:
-        return None
+def _newest(ring: bytes) -> dict[str, Any]:
+    """Returns the newest complete record; empty if there is none."""
     for body in reversed(bodies(ring)):
         with suppress(ValueError, RecursionError):
             record = json.loads(body)
@@ -145,9 +160,11 @@ def _crash(pid: int, record: Mapping[str, Any]) -> Crash | None:
 def _delete_old(folder: Path) -> None:
     """Deletes reported files, except the newest KEPT_FILES."""
     with suppress(OSError):
-        reported = sorted(folder.glob(f"flight-*{_REPORTED}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        # Links to nothing too, and folders under such a name stay without keeping the others.
+        reported = sorted(folder.glob(f"flight-*{_REPORTED}"), key=lambda path: path.lstat().st_mtime, reverse=True)
         for path in reported[KEPT_FILES:]:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 # The file may be of another version or edited by hand: a value of the wrong type counts as missing.

@@ -24,7 +24,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..messages import say
+from ..messages import reason, say
+from ..private_files import make_private_folder, open_private
 from ..version import __version__
 from .flight_ring import BODY_BYTES, SLOT_BYTES, packed, start_of
 from .processes import machine_name, own_start_ms
@@ -105,20 +106,20 @@ class FlightRecorder:
         there.
         """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(folder)
             if shutil.disk_usage(folder).free < SPARE_DISK_BYTES:
                 raise OSError(f"less than {SPARE_DISK_BYTES >> 20} MB free")
             path = folder / f"flight-{os.getpid()}-{own_start_ms()}.ring"
             # Never truncate: an earlier recorder of this process ("Reload UI") may still map the file.
-            path.touch()
-            with path.open("r+b") as file:
+            open_private(path, "ab").close()
+            with open_private(path, "r+b") as file:
                 # Write and sync so that the blocks exist: on a full disk, a hole would end the process later.
                 file.write(bytes(max(2, ring_bytes // SLOT_BYTES) * SLOT_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
                 ring = mmap.mmap(file.fileno(), 0)
         except (OSError, ValueError) as error:
-            say(log, logging.WARNING, "flight.not_kept", folder=str(folder), error=str(error))
+            say(log, logging.WARNING, "flight.not_kept", folder=str(folder), error=reason(error))
             return None
         return cls(ring, path)
 

@@ -1,7 +1,8 @@
 """Keeps what is to be said of an image's LoRAs: in the log, and where the host shows the image, each once in an image.
 
 A file is read once for many images, a batch loads its models many times, a second pass reads the prompt again: all of them
-tell what they find, and this lets each sentence through once.
+tell what they find, and this lets each sentence through once. Under the image a LoRA has one line: what is found later
+joins it.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..messages import Message, in_language
+from ..messages import Joined, Message, in_language
 from ..messages.catalogue import ENGLISH
 from ..reporting.report import ApplyReport, LoraReport, clean_text
 
 log = logging.getLogger(__name__)
 
 Comment = Callable[[str], None]
-"""Shows a line of text under an image."""
+"""Shows a line of text under an image, or takes one back."""
 
 
 @dataclass(eq=False)
@@ -29,7 +30,26 @@ class _Image:
     """The id of the host's object for the request."""
     comment: Comment | None
     """Shows a line under the image; None where the host cannot."""
+    take_back: Comment | None
+    """Takes a line back that was shown; None where the host cannot."""
     said: set[str] = field(default_factory=set)
+    lines: dict[str, tuple[list[Message], str]] = field(default_factory=dict)
+    """The sentences on each LoRA, by its name, and the line that shows them."""
+
+    def show(self, message: Message, language: str) -> None:
+        """Shows a sentence; in the line of its LoRA, if that has one that can be taken back."""
+        if self.comment is None:
+            return
+        name = str(message.facts.get("name", message))
+        sentences, before = self.lines.get(name, ([], ""))
+        if before and self.take_back is not None:
+            self.take_back(before)
+            sentences = joined(sentences, message)
+        else:
+            sentences = [message]
+        line = one_line(sentences[0] if len(sentences) == 1 else Joined(sentences, "list.semicolon"), language)
+        self.comment(line)
+        self.lines[name] = sentences, line
 
 
 class ImageWords:
@@ -44,17 +64,18 @@ class ImageWords:
         self._images: list[_Image] = []
 
     @contextmanager
-    def image(self, request: int, comment: Comment | None) -> Iterator[None]:
+    def image(self, request: int, comment: Comment | None, take_back: Comment | None = None) -> Iterator[None]:
         """Wraps the work on one request, or a part of it: inside the same request the outer wrapper counts.
 
         Args:
             request: The id of the host's object for it, which lives for as long as the work does.
             comment: Shows a line under the image; None where the host cannot.
+            take_back: Takes a line back that was shown; None where the host cannot.
         """
         if any(image.request == request for image in self._images[-1:]):
             yield
             return
-        image = _Image(request, comment)
+        image = _Image(request, comment, take_back)
         self._images.append(image)
         try:
             yield
@@ -87,10 +108,8 @@ class ImageWords:
         if image is None:
             return
         image.said.add(message)
-        if image.comment is None:
-            return
         try:
-            image.comment(one_line(message, self._language()))
+            image.show(message, self._language())
         except Exception:
             # The image counts, not what is said of it.
             log.debug("nothing can be shown under the image", exc_info=True)
@@ -118,6 +137,23 @@ def lacking(lora: LoraReport, model: str) -> Message | None:
         facts = {"name": name, "model": model, "count": len(lora.lost), "first": clean_text(lora.lost[0])}
         return Message("host.lost_on_model", facts)
     return None
+
+
+def joined(sentences: Sequence[Message], message: Message) -> list[Message]:
+    """Returns the sentences with one more; the same sentence on two models is one that names both."""
+    for place, other in enumerate(sentences):
+        if other.key == message.key and _but_model(other) == _but_model(message):
+            models = Joined([other.facts.get("model", ""), message.facts.get("model", "")])
+            return [
+                *sentences[:place],
+                Message(message.key, {**message.facts, "model": models}),
+                *sentences[place + 1 :],
+            ]
+    return [*sentences, message]
+
+
+def _but_model(message: Message) -> dict[str, object]:
+    return {name: fact for name, fact in message.facts.items() if name != "model"}
 
 
 def one_line(message: str, language: str) -> str:

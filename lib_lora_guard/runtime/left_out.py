@@ -77,7 +77,9 @@ def applied_in_part(name: str, file: LoraFile, left: Remainder) -> tuple[Message
         parts.append(Message("host.keys_lost", {"count": len(left.lost), "first": clean_text(left.lost[0])}))
     if not parts:
         return None
-    facts = {"name": name, "what": Joined(parts, "list.semicolon"), "percent": percent(left.modules.share)}
+    # What is lost of a module of which the rest is applied counts by its keys.
+    share = left.modules.share or len(left.lost) / max(1, len(file.shapes))
+    facts = {"name": name, "what": Joined(parts, "list.semicolon"), "percent": percent(share)}
     if left.modules.is_much:
         return Message("host.in_small_part", facts), logging.WARNING
     return Message("host.in_part", facts), logging.WARNING if left.lost else logging.INFO

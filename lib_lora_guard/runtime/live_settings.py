@@ -1,8 +1,12 @@
-"""The user's settings, read at each use: a request over the API may bring options of its own for one image."""
+"""The user's settings, read at each use; what shapes a picture stays for an image as it was at its begin.
+
+A request over the API may bring options of its own for one image, and another client may change them at any time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..messages.languages import language_of, system_locale
@@ -12,6 +16,8 @@ from ..units import MB
 LOW_BITS_OPTION = "forge_unet_storage_dtype"
 """The host's dropdown "Diffusion in Low Bits"; several of its choices end in "(fp16 LoRA)"."""
 HOST_FILE_LIMIT_OPTION = "lora_in_memory_limit"
+SHAPING = (PREFIX + "mode", LOW_BITS_OPTION)
+"""The options that the guard reads while an image is made, and that show in the picture."""
 
 
 def mode_of(options: Mapping[str, object]) -> LoraMode:
@@ -37,10 +43,31 @@ class LiveSettings:
 
     options: Mapping[str, object] = field(default_factory=dict)
     as_trained: bool = False
+    _images: list[Mapping[str, object]] = field(default_factory=list)
+    """The shaping options of each image that is being made, the innermost last."""
+
+    @contextmanager
+    def image(self, own: Collection[str] = ()) -> Iterator[None]:
+        """Wraps the making of an image: `mode` answers the same until it ends, whatever is set meanwhile.
+
+        The text encoder is patched minutes before the U-Net's second pass. In two modes they make a picture of none.
+
+        Args:
+            own: The options that the image's own request sets; they are in force already. An image inside another one,
+                a detailer's, takes the others from that.
+        """
+        outer = self._images[-1] if self._images else self.options
+        latched = {name: (self.options if name in own else outer).get(name) for name in SHAPING}
+        self._images.append(latched)
+        try:
+            yield
+        finally:
+            # By identity: another extension may run two images at once, and the first may end first.
+            self._images[:] = [image for image in self._images if image is not latched]
 
     def mode(self) -> LoraMode:
-        """Returns the mode for the present image."""
-        return mode_of(self.options)
+        """Returns the mode for the present image; between images the one that the next would have."""
+        return mode_of(self._images[-1] if self._images else self.options)
 
     def language(self) -> str:
         """Returns the language of the reader of the WebUI: by the guard's own setting, else the WebUI's, else the system's."""

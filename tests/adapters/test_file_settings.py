@@ -37,6 +37,16 @@ def test_alpha_comes_from_pefts_settings_in_the_metadata_or_beside_the_file(tmp_
     assert read_lora_file(folder / "adapter_model.safetensors").adapters["base_model.model.p", "weight"].alpha == 6.0
 
 
+def test_a_configuration_that_is_too_large_is_named(tmp_path, caplog):
+    tensors = {"p.lora_A.weight": rand(4, 6, seed=1), "p.lora_B.weight": rand(8, 4, seed=2)}
+    save_file(tensors, str(tmp_path / "adapter_model.safetensors"))
+    padding = " " * (3 << 19)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 6}' + padding, encoding="utf-8")
+    (adapter,) = read_lora_file(tmp_path / "adapter_model.safetensors").adapters.values()
+    assert adapter.alpha is None
+    assert "adapter_config.json beside it has 1.5 MB and is not read, for at most 1 MB are" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"lora_alpha": "many", "alpha_pattern": {"(a+)+$": 2}}'])
 def test_settings_that_cannot_be_read_are_left_out_with_a_warning(tmp_path, text, caplog):
     tensors = {

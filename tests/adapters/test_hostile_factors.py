@@ -54,6 +54,8 @@ LEFT_OUT = {
     "0-d factor with a bias": ({"lin.lora_B.weight": t(24, 2), "lin.lora_A.weight": number(1.0), "lin.alpha": number(1.0), "lin.lora_B.bias": t(24)}, ZERO),
     "1-d factors": ({UP: t(24), DOWN: t(16)}, "factors [24] and [16] are no pair of matrices"),
     "0-d LoHa": (loha("lin", *[number(1.0)] * 4), ZERO),
+    "1-d LoKr factor": (module("lin", lokr_w1=t(2, 2), lokr_w2_a=t(12), lokr_w2_b=t(12, 8)), "LoKr factors do not multiply: [12] times [12, 8]"),
+    "4-d LoKr factors": (module("lin", lokr_w1=t(2, 2), lokr_w2_a=t(12, 2, 1, 1), lokr_w2_b=t(2, 8, 1, 1)), "LoKr factors do not multiply: [12, 2, 1, 1] times"),
     "0-d LoKr": (module("lin", lokr_w1=number(1.0), lokr_w2=t(12, 8)), ZERO),
     "0-d LoKr factor": (module("lin", lokr_w1=t(2, 2), lokr_w2_a=t(12, 2), lokr_w2_b=number(1.0)), "cannot be those of a lokr"),
     "1-d LoKr": (module("lin", lokr_w1=t(2), lokr_w2=t(12, 8)), "LoKr sides must be matrices, found [2] and [12, 8]"),

@@ -1,5 +1,7 @@
 """Layers that a LoRA does not fit: filled where an input projection is wider, else left out alone, for the true reason."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -80,6 +82,127 @@ def test_a_narrower_input_is_left_out_alone(kind, tmp_path):
     report = LoraGuard(model).apply([(tmp_path / "trained.safetensors", 1.0)])
     assert report.loras[0].lost[0].startswith("conv_in.weight: ")
     assert "the weight is [8, 4, 3, 3]" in report.loras[0].lost[0]
+
+
+def turn_of(packed, size):
+    """peft's five Neumann terms, which it multiplies a linear layer's input with: `W R^T`."""
+    upper = torch.triu_indices(size, size, 1)
+    skew = torch.zeros(packed.shape[0], size, size).double()
+    skew[:, upper[0], upper[1]] = packed.double()
+    skew = skew - skew.mT
+    return torch.block_diag(*(torch.eye(size) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q for q in skew))
+
+
+def butterfly_of(blocks):
+    """peft's first stage of BOFT, Cayley's transform of half the skew part: `W B`."""
+    halves, eye = [(q - q.T).double() / 2 for q in blocks], torch.eye(4).double()
+    return torch.block_diag(*((eye + half) @ torch.linalg.inv(eye - half) for half in halves))
+
+
+NARROW, WIDE = 16, 40
+
+
+def on_the_input(kind, narrow):
+    """The tensors of one kind for a linear layer of 16 inputs, and its weight `(8, 16)` with them, in float64."""
+    w = narrow.double()
+    if kind == "ia3":
+        factor = r(1, NARROW, seed=1)
+        return {"weight": factor, "on_input": torch.tensor(True)}, w * (1 + factor.double())
+    if kind == "peft ia3":
+        factor = 1 + r(1, NARROW, seed=1)
+        return {"ia3_l": factor}, w * factor.double()
+    if kind.startswith("glora"):
+        shapes = {"a1": (NARROW, 2), "a2": (2, NARROW), "b1": (8, 2), "b2": (2, NARROW)}
+        a1, a2, b1, b2 = (r(*shape, seed=n) for n, shape in enumerate(shapes.values()))
+        wanted = w + b1.double() @ b2.double() + w @ a1.double() @ a2.double()
+        if kind == "glora old":
+            a1, a2, b1, b2 = a2, a1, b2, b1
+        return {f"{name}.weight": t for name, t in zip(shapes, (a1, a2, b1, b2), strict=True)}, wanted
+    if kind == "peft boft":
+        blocks, factor = r(1, 4, 4, 4, seed=1), 1 + r(8, 1, seed=2)
+        return {"boft_R": blocks, "boft_s": factor}, (w @ butterfly_of(blocks[0]), factor.double())
+    packed = r(4, 6, seed=1)
+    if kind == "oft and row factors":
+        factor = 1 + r(8, 1, seed=2)
+        return {"oft_R.weight": packed, "dora_multiplier": factor}, (w @ turn_of(packed, 4).T, factor.double())
+    return {"oft_R.weight": packed}, w @ turn_of(packed, 4).T
+
+
+@pytest.mark.parametrize(
+    "kind", ["ia3", "peft ia3", "glora", "glora old", "peft oft", "oft and row factors", "peft boft"]
+)
+def test_kinds_that_act_on_the_input_leave_further_channels_as_they_are(kind, tmp_path):
+    """Flux Fill and Depth: `x_embedder` has 384 or 128 inputs, of which the first 64 are those of the image."""
+    model = layers(x_embedder=torch.nn.Linear(WIDE, 8), to_q=torch.nn.Linear(8, 8))
+    wanted = model["x_embedder"].weight.double()
+    tensors, narrow = on_the_input(kind, wanted[:, :NARROW])
+    narrow, of_rows = narrow if isinstance(narrow, tuple) else (narrow, 1.0)
+    wanted[:, :NARROW] = narrow
+    # Rotation and row factor are moved by the strength one by one.
+    strengths = (1.0, 0.6) if isinstance(of_rows, float) else (1.0,)
+    file = {f"x_embedder.{key}": tensor for key, tensor in tensors.items()}
+    wanted = {"x_embedder": wanted * of_rows, **of_attention(model)}
+    assert_as_trained(tmp_path, model, {**file, **attention()}, wanted, strengths=strengths)
+
+
+@pytest.mark.parametrize("kind", ["ia3", "peft ia3", "glora", "peft oft", "peft boft"])
+def test_they_are_left_out_where_the_layer_is_no_input_projection(kind, tmp_path):
+    model = layers(proj=torch.nn.Linear(WIDE, 8), to_q=torch.nn.Linear(8, 8), to_k=torch.nn.Linear(8, 8))
+    file = {f"proj.{key}": t for key, t in on_the_input(kind, model["proj"].weight[:, :NARROW])[0].items()}
+    lora = applied(tmp_path, model, {**file, **attention(), **attention("to_k")})
+    assert (lora.used, len(lora.lost), lora.refused) == (2, 1, None)
+    assert lora.lost[0].startswith("proj.weight: ")
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_glora_and_oft_of_a_convolution_leave_further_channels_as_they_are(kernel, tmp_path):
+    model = layers(conv_in=torch.nn.Conv2d(9, 8, kernel), to_q=torch.nn.Linear(8, 8))
+    weight = model["conv_in"].weight.double()
+    a1, a2, b1 = r(4, 2, seed=1).double(), r(2, 4, seed=2).double(), r(8, 2, seed=3).double()
+    b2 = r(2, 4, kernel, kernel, seed=4)
+    wanted, known = weight.clone(), weight[:, :4]
+    wanted[:, :4] += (b1 @ b2.double().flatten(1)).reshape(known.shape)
+    wanted[:, :4] += torch.einsum("oikl,ir,rj->ojkl", known, a1, a2)
+    file = {f"conv_in.{name}.weight": t.float() for name, t in (("a1", a1), ("a2", a2), ("b1", b1), ("b2", b2))}
+    assert_as_trained(tmp_path, model, {**file, **attention()}, {"conv_in": wanted, **of_attention(model)})
+    packed, wanted = r(kernel**2, 6, seed=5), weight.clone()
+    wanted[:, :4] = (known.flatten(1) @ turn_of(packed, 4).T).reshape(known.shape)
+    file = {"conv_in.oft_R.weight": packed, **attention()}
+    metadata = {"lora_adapter_metadata": json.dumps({"peft_type": "OFT", "block_share": False})}
+    assert_as_trained(
+        tmp_path, model, file, {"conv_in": wanted, **of_attention(model)}, metadata=metadata, strengths=(1.0,)
+    )
+
+
+@pytest.mark.parametrize("shared", [True, False, None])
+def test_one_block_is_for_all_inputs_or_for_the_first_as_the_settings_say(shared, tmp_path):
+    model = layers(x_embedder=torch.nn.Linear(32, 8), to_q=torch.nn.Linear(8, 8))
+    weight, packed = model["x_embedder"].weight.double(), r(1, 120, seed=1)
+    first, turn = weight.clone(), turn_of(packed, 16)
+    first[:, :16] = weight[:, :16] @ turn.T
+    every = weight @ torch.block_diag(turn, turn).T
+    file = {"x_embedder.oft_R.weight": packed, **attention()}
+    wanted = of_attention(model)
+    if shared is None:
+        assert_as_trained(tmp_path, model, file, wanted, lost=1, strengths=(1.0,))
+        why = LoraGuard(model).apply([(tmp_path / "trained.safetensors", 1.0)]).loras[0].lost[0]
+        assert why.startswith("x_embedder.weight: its OFT has one block of 16 and the weight is [8, 32]")
+        return
+    metadata = {"lora_adapter_metadata": json.dumps({"peft_type": "OFT", "block_share": shared})}
+    wanted["x_embedder"] = every if shared else first
+    assert_as_trained(tmp_path, model, file, wanted, metadata=metadata, strengths=(1.0,))
+
+
+def test_a_dora_of_onetrainers_oft_needs_the_norms_that_it_was_trained_with(tmp_path):
+    model = layers(x_embedder=torch.nn.Linear(WIDE, 8), to_q=torch.nn.Linear(8, 8))
+    packed, magnitude, norm = r(4, 6, seed=1), 1 + r(8, seed=2), 1.5 + r(8, seed=3)
+    file = {"x_embedder.oft_R.weight": packed, "x_embedder.dora_scale": magnitude, **attention()}
+    assert_as_trained(tmp_path, model, file, of_attention(model), lost=1, strengths=(1.0,))
+    wanted = model["x_embedder"].weight.double()
+    wanted[:, :NARROW] = wanted[:, :NARROW] @ turn_of(packed, 4).T
+    wanted = wanted * (magnitude.double() / norm.double())[:, None]
+    file["x_embedder.initial_norm"] = norm
+    assert_as_trained(tmp_path, model, file, {"x_embedder": wanted, **of_attention(model)}, strengths=(1.0,))
 
 
 def test_dora_of_a_narrower_input_is_left_out_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.measure import same_bits
 
 from baking.checkpoints import MODELS, TARGETS, flux, merged, write_lora
 from lib_lora_guard import baking, cli
+from lib_lora_guard.baking.unfinished import unfinished
 from lib_lora_guard.commands import bake as command
 from lib_lora_guard.files import open_header
 from lib_lora_guard.messages.catalogue import baking as sentences
@@ -179,6 +181,76 @@ def test_a_model_that_changes_meanwhile_is_noticed(files, tmp_path, capsys, monk
     assert bake(model, files / "style.safetensors", "-o", tmp_path / "a.safetensors") == 1
     assert "bytes as when its header was read" in error(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_the_recorded_hash_is_of_the_bytes_that_were_baked(files, tmp_path, capsys, monkeypatch):
+    """The LoRA is replaced after it was read, as a trainer does that saves again: all is read anew."""
+    lora, out = tmp_path / "style.safetensors", tmp_path / "a.safetensors"
+    first, second = (files / f"{name}.safetensors" for name in ("faint", "style"))
+    lora.write_bytes(first.read_bytes())
+    read, times = command.read_lora_file, []
+
+    def replaced(path, room):
+        file = read(path, room=room)
+        if not times:
+            lora.write_bytes(second.read_bytes())
+        times.append(1)
+        return file
+
+    monkeypatch.setattr(command, "read_lora_file", replaced)
+    assert bake(files / "model.safetensors", lora, "-o", out) == 0
+    assert len(times) == 2
+    (said,) = json.loads(open_header(out).metadata["lora_guard.baked"])
+    assert said["sha256"] == hashlib.sha256(second.read_bytes()).hexdigest()
+    assert bake(files / "model.safetensors", second, "-o", tmp_path / "b.safetensors") == 0
+    baked, wanted = load_file(out), load_file(tmp_path / "b.safetensors")
+    assert all(same_bits(baked[name], wanted[name]) for name in wanted)
+
+
+def test_a_lora_that_goes_before_its_hash_is_known_is_said(files, tmp_path, capsys, monkeypatch):
+    lora = tmp_path / "style.safetensors"
+    lora.write_bytes((files / "style.safetensors").read_bytes())
+    read = command.read_lora_file
+
+    def gone(path, room):
+        file = read(path, room=room)
+        lora.unlink(missing_ok=True)
+        return file
+
+    monkeypatch.setattr(command, "read_lora_file", gone)
+    assert bake(files / "model.safetensors", lora, "-o", tmp_path / "a.safetensors") == 1
+    assert error(capsys).startswith(f"lora-guard: {lora}: no such file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_appears_while_it_bakes_is_replaced_with_force_alone(files, tmp_path, capsys, monkeypatch):
+    out, add = tmp_path / "a.safetensors", baking.effect.Effect.add
+
+    def appears(*arguments):
+        out.write_bytes(b"mine")
+        return add(*arguments)
+
+    monkeypatch.setattr(baking.effect.Effect, "add", appears)
+    words = files / "model.safetensors", files / "style.safetensors", "-o", out
+    assert bake(*words) == 1
+    assert "a.safetensors: another program has made a file of this name meanwhile, and it stays" in error(capsys)
+    assert out.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [out]
+    assert bake(*words, "--force") == 0
+    assert load_file(out).keys() == load_file(files / "model.safetensors").keys()
+
+
+def test_what_a_killed_bake_has_left_goes_and_is_said(files, tmp_path, capsys):
+    left = unfinished(tmp_path / "old.safetensors")
+    dead = left.with_name(left.name.replace(f".{os.getpid()}-", ".999999999-"))
+    for path in (left, dead):
+        path.write_bytes(bytes(3 << 20))
+    out = tmp_path / "a.safetensors"
+    assert bake(files / "model.safetensors", files / "style.safetensors", "-o", out, "--json") == 0
+    shown = capsys.readouterr()
+    assert "removed what bakes that were killed have left here: 1 files, 3.0 MB" in shown.err
+    assert json.loads(shown.out)["file"] == "a.safetensors"
+    assert sorted(tmp_path.iterdir()) == sorted([out, left])
 
 
 def test_many_skipped_keys_are_counted(files, tmp_path, capsys):

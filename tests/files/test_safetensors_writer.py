@@ -1,4 +1,6 @@
+import errno
 import functools
+import io
 import os
 import shutil
 import subprocess
@@ -236,3 +238,72 @@ def test_replaces_a_longer_file(tmp_path):
         write_safetensors(path, entries_of(tensors))
         check(path, tensors)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def appearing(path, content=b"of another program"):
+    """A tensor during whose loading a file appears at `path`."""
+
+    def load():
+        path.write_bytes(content)
+        return torch.ones(4)
+
+    return [Entry("a", torch.float32, (4,), load)]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_appears_meanwhile_stays(tmp_path, monkeypatch, has_links):
+    def link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(OSError, match=r"^a\.safetensors: another program has made a file of this name meanwhile"):
+        write_safetensors(path, appearing(path), replaces=False)
+    assert path.read_bytes() == b"of another program"
+    assert list(tmp_path.iterdir()) == [path]
+    path.unlink()
+    write_safetensors(path, entries_of({"a": torch.ones(3)}), replaces=False)
+    check(path, {"a": torch.ones(3)})
+    assert list(tmp_path.iterdir()) == [path]
+    write_safetensors(path, appearing(path))
+    check(path, {"a": torch.ones(4)})
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (
+            errno.ENOSPC,
+            r"^a\.safetensors: needs 8\.00 MB on the disk, 5\.00 MB are free; make room, or choose another disk$",
+        ),
+        (errno.EFBIG, r"^a\.safetensors: needs 8\.00 MB, more than this disk takes in one file \(FAT32: 4 GB\)"),
+        (errno.EIO, r"^a\.safetensors: cannot be written \(Input/output error\); check the disk$"),
+    ],
+)
+@pytest.mark.parametrize("when", ["writing", "syncing"])
+def test_a_disk_that_ends_while_it_is_written_is_named_with_what_was_needed(tmp_path, monkeypatch, number, said, when):
+    usage, free = namedtuple("Usage", "total used free"), [9 << 20, 5 << 20]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1 << 30, 0, free.pop(0)))
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if len(data) < 1 << 20:
+                return super().write(data)
+            raise OSError(number, os.strerror(number))
+
+    def failing(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    if when == "writing":
+        monkeypatch.setattr(type(tmp_path), "open", lambda self, mode, buffering: Full(self, mode[:1]))
+    else:
+        monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match=said):
+        write_safetensors(tmp_path / "a.safetensors", entries_of({"a": torch.ones(2 << 20)}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_tensor_itself_is_no_full_disk(tmp_path):
+    with pytest.raises(OSError, match="of the model"):
+        write_safetensors(tmp_path / "a.safetensors", failing(OSError(errno.ENOSPC, "of the model")))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from support import warm
 from lib_lora_guard.hosts import start
 from lib_lora_guard.hosts.forge import takeover as forge
 from lib_lora_guard.reporting import log as reporting_log
+from lib_lora_guard.runtime.journal import Journal
+from lib_lora_guard.runtime.live_settings import LiveSettings
 from lib_lora_guard.version import __version__
 
 ROOT = Path(__file__).parent.parent.parent
@@ -182,6 +185,27 @@ def test_an_unexpected_error_at_start_does_not_keep_forge_from_starting(monkeypa
         f"error: {__version__} could not start, so nothing is changed (ZeroDivisionError: planted)"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pipes of this kind")
+def test_a_foreign_thing_in_its_folder_does_not_keep_forge_from_starting(monkeypatch, capsys, tmp_path):
+    (tmp_path / "calibration.json").mkdir()
+    os.mkfifo(tmp_path / "flight-7-7.ring")
+    journal = Journal(lambda: None)
+    takeover = types.SimpleNamespace(settings=LiveSettings(), journal=journal)
+    monkeypatch.setattr(forge, "install", lambda: takeover)
+    monkeypatch.setattr(forge, "close_at_the_end", lambda journal: None)
+    monkeypatch.setattr(start, "JOURNAL_FOLDER", tmp_path)
+    monkeypatch.setattr(start, "keep_calibration", lambda folder: None)
+    for handler in list(logging.getLogger("lib_lora_guard").handlers):
+        logging.getLogger("lib_lora_guard").removeHandler(handler)
+    assert start.start([]) is True
+    assert journal.is_open
+    journal.close()
+    line, in_place = capsys.readouterr().out.splitlines()
+    assert "2 things have the names of LoRA Guard's own files" in line
+    assert "(calibration.json: a folder)" in line
+    assert in_place == f"[LoRA Guard] {__version__} in place of Forge's LoRA patcher"
 
 
 def test_the_flags_have_help():

@@ -373,7 +373,8 @@ def test_on_windows_the_first_byte_is_locked(tmp_path, monkeypatch):
         sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK="lock", LK_UNLCK="unlock", locking=locking)
     )
     monkeypatch.setattr(sys, "platform", "win32")
-    specification = importlib.util.spec_from_file_location("file_lock_on_windows", file_lock.__file__)
+    name = "lib_lora_guard.memory.file_lock_on_windows"
+    specification = importlib.util.spec_from_file_location(name, file_lock.__file__)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     with module.locked(tmp_path / "lock", 5):

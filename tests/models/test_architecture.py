@@ -2,7 +2,8 @@
 
 import pytest
 
-from lib_lora_guard.models import Architecture, accepts, detect_lora, detect_model
+from lib_lora_guard.models import Architecture, accepts, detect_lora, detect_model, text
+from lib_lora_guard.models.architecture import may_be_for
 
 A = Architecture
 
@@ -94,6 +95,18 @@ LORAS = {
     "cascade": ({"lora_prior_unet_down_blocks_0_2_attention_attn_out_proj": (2048, 2048)}, A.CASCADE),
     "hidream": ({"diffusion_model.double_stream_blocks.0.block.attn1.to_q": (2560, 2560)}, A.HIDREAM),
     "auraflow": ({"lora_unet_double_layers_0_attn_w1q": (3072, 3072)}, A.AURAFLOW),
+    "auraflow, mlp of a single block": (
+        {"transformer.single_transformer_blocks.3.ff.linear_1": (8192, 3072)},
+        A.AURAFLOW,
+    ),
+    "auraflow, out of a single block": (
+        {"lora_unet_single_transformer_blocks_3_attn_to_out_0": (3072, 3072)},
+        A.AURAFLOW,
+    ),
+    "auraflow, modulation of a single block": (
+        {"transformer.single_transformer_blocks.0.norm1.linear": (18432, 3072)},
+        A.AURAFLOW,
+    ),
     "sd2 text encoder": ({"lora_te_" + TE: (1024, 1024)}, A.SD2),
     "flux t5": ({"lora_te2_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)}, A.FLUX),
     "kohya's t5 of sd3 or flux": ({"lora_te3_encoder_block_0_layer_0_SelfAttention_q": (4096, 4096)}, None),
@@ -154,6 +167,20 @@ def test_metadata_breaks_a_tie(metadata, expected):
     assert detect_lora(file, metadata) is expected
 
 
+@pytest.mark.parametrize(
+    ("block", "name", "is_open"),
+    [(0, "attn.to_q", True), (31, "attn.to_v", True), (32, "attn.to_q", False), (0, "proj_mlp", False)],
+)
+def test_queries_of_a_single_block_may_be_auraflows(block, name, is_open):
+    """It has 32 single blocks, Flux 38, of the same width; their queries, keys and values have the same names."""
+    rows = 12288 if name == "proj_mlp" else 3072
+    file = lora({f"transformer.single_transformer_blocks.{block}.{name}": (rows, 3072)})
+    assert (A.AURAFLOW in may_be_for(file)) is is_open
+    assert {A.FLUX, A.CHROMA, A.HUNYUAN_VIDEO} <= set(may_be_for(file))
+    claimed = may_be_for(file, {"modelspec.architecture": "auraflow-v0.3/lora"})
+    assert (claimed == (A.AURAFLOW,)) is is_open
+
+
 def test_metadata_tells_chroma_from_flux():
     file = lora({"lora_unet_double_blocks_0_img_attn_qkv": (9216, 3072)})
     assert detect_lora(file, {"modelspec.architecture": "chroma/lora"}) is A.CHROMA
@@ -209,3 +236,22 @@ def test_a_lora_is_accepted_by_its_own_architecture_and_its_twin():
     assert not accepts(A.SD1, A.SD2)
     assert not accepts(A.SDXL, A.SDXL_REFINER)
     assert not accepts(A.FLUX, A.FLUX2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "found", "missing"),
+    [
+        (Architecture.FLUX, ["t5"], ["clip_l"]),
+        (Architecture.SDXL, ["clip_l"], ["clip_g"]),
+        (Architecture.SDXL, ["clip"], []),
+        (Architecture.FLUX, ["clip"], ["t5"]),
+        (Architecture.SD3, ["clip_l", "clip_g"], ["t5"]),
+        (Architecture.Z_IMAGE, ["llm"], []),
+        (Architecture.Z_IMAGE, ["clip_l"], ["llm"]),
+        (Architecture.WAN, [], ["t5"]),
+        (Architecture.KOLORS, ["llm"], []),
+        (None, [], ["any"]),
+    ],
+)
+def test_the_text_encoders_that_a_model_runs_with(architecture, found, missing):
+    assert text.missing_encoders(architecture, found) == missing

@@ -13,6 +13,7 @@ from patching.kept_parameters import CPU, DISK_ONLY, DTYPES, assert_same, parame
 from support import warm
 
 from lib_lora_guard.errors import ModeError, RestoreError
+from lib_lora_guard.memory.probe import default_spool_dir
 from lib_lora_guard.patching import spool
 from lib_lora_guard.patching.backup import BackupStore, Where
 from lib_lora_guard.patching.spool import Spool
@@ -134,6 +135,19 @@ def test_the_file_is_deleted_with_its_last_backup(spooling, tmp_path):
     again = spooling.keep("again", parameter(seed=9))
     assert_same(again.parameter(CPU), parameter(seed=9))
     assert len(spooled_files(tmp_path)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of this kind")
+def test_only_their_owner_may_read_backups_and_each_user_has_a_folder(on_gpu, tmp_path):
+    before = os.umask(0)
+    try:
+        kept = BackupStore(lambda: DISK_ONLY, tmp_path / "spool").keep("a", parameter())
+        (file,) = spooled_files(tmp_path)
+        assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+        kept.release()
+    finally:
+        os.umask(before)
+    assert default_spool_dir().name == f"lora-guard-spool-{os.getuid()}"
 
 
 def test_two_stores_of_one_process_have_two_files(on_gpu, tmp_path):

@@ -97,6 +97,7 @@ def test_a_mode_that_would_lose_the_lora_is_refused_with_the_key(facts, stack, w
     [
         ("diffusion_model.img_in.weight", True),
         ("diffusion_model.input_blocks.0.0.weight", True),
+        ("patch_embedding.weight", True),
         ("diffusion_model.input_blocks.1.0.weight", False),
         ("single_blocks.3.linear1.weight", False),
     ],

@@ -21,6 +21,7 @@ from ...patching.room_to_read import room_now_bytes
 from ...planning.mode import Wish, requested
 from ...reporting.report import ApplyReport
 from .access import PlainAccess
+from .stack_argument import read_stack
 
 FileKey: TypeAlias = tuple[str, FileState, bool]
 """A LoRA file at one moment: its path and state on disk, and how it is to be read (as_trained)."""
@@ -88,25 +89,20 @@ class LoraGuard:
             LoraMismatchError: A file does not fit the model.
             ModeError: `mode` has another value, or asks to merge into low-bit weights.
             BusyError: This thread is in the middle of a change, or another guard's LoRA is on one of the weights.
-            TypeError: `stack` is no list of pairs.
+            TypeError: `stack` is no list of pairs, or a strength is no number.
         """
-        wish = requested(mode)
-        if isinstance(stack, (str, Path)) or not all(
-            isinstance(item, (tuple, list)) and len(item) == 2 for item in stack
-        ):
-            raise TypeError('stack must be a list of (file, strength) pairs: [("style.safetensors", 0.8)]')
-        return self._apply(stack, wish, as_trained)
+        return self._apply(read_stack(stack), requested(mode), as_trained)
 
     @outside_inference
-    def _apply(self, stack: Sequence[tuple[str | Path, float]], wish: Wish, as_trained: bool) -> ApplyReport:
-        found = [self._read(Path(path), as_trained) for path, _ in stack]
+    def _apply(self, stack: Sequence[tuple[Path, float]], wish: Wish, as_trained: bool) -> ApplyReport:
+        found = [self._read(path, as_trained) for path, _ in stack]
 
         def requests() -> list[LoraRequest]:
             shapes = self._access.shapes() | self._engine.unpatched_shapes()
             if self._target.shapes != shapes:
                 self._target = Target(shapes)
             return [
-                self._request(n, file, float(strength))
+                self._request(n, file, strength)
                 for n, ((_, file), (_, strength)) in enumerate(zip(found, stack, strict=True))
             ]
 

@@ -50,7 +50,7 @@ def load_stored(model: torch.nn.Module, path: str | Path, prefix: str = "") -> l
     for name, layer in weights.items():
         wanted = layer.out_features, layer.in_features
         decoder, parts = file.weight(name)
-        file.check_shape(f"{name}.weight", wanted, decoder.shape_of(parts))
+        file.check_shape(f"{name}.weight", wanted, file.shape_of(name, decoder, parts))
         bias = None if layer.bias is None else layer.bias.data
         if file.has(f"{name}.bias"):
             bias = file.plain(f"{name}.bias")
@@ -110,18 +110,28 @@ class _StoredFile:
         if self._is_bnb(key):
             return self._named(lambda key: from_file_parts(self._tensors, key), key)
         scale_key = self._scale_of[key]
-        scale = None if scale_key is None else self._tensors[scale_key]
+        scale = None if scale_key is None else self._scale(scale_key, tensor)
         if tensor.dtype in FP8_DTYPES:
             return ScaledFp8Codec(), {"data": tensor} if scale is None else {"data": tensor, "scale": scale}
         tensor = self.plain(f"{name}.weight")
         if scale is not None:
-            if scale.numel() not in (1, tensor.shape[0]):
-                raise self._refused(
-                    str(scale_key), f"expected one scale or {tensor.shape[0]}, found {list(scale.shape)}"
-                )
             # Multiplied here: in 16 bits the product would be rounded.
-            tensor = tensor.float() * scale.float().reshape(-1, 1)
+            tensor = tensor.float() * scale.float()
         return PlainCodec(tensor.dtype, dtype_name(tensor.dtype)), {"data": tensor}
+
+    def _scale(self, key: str, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the scale of a weight: one number, or `(rows, 1)`. Anything else would broadcast to other numbers in silence."""
+        scale = self._tensors[key]
+        if weight.dim() != 2:
+            raise self._refused(key, f"expected the scale of a matrix, found a weight of {list(weight.shape)}")
+        rows = weight.shape[0]
+        if not scale.is_floating_point():
+            raise self._refused(key, f"expected floating-point scales, found {self.header.tensors[key].format}")
+        if scale.numel() != 1 and scale.shape != (rows, *(1 for _ in scale.shape[1:])):
+            raise self._refused(key, f"expected one scale or {rows}, one a row, found {list(scale.shape)}")
+        if not torch.isfinite(scale.float()).all():
+            raise self._refused(key, "expected finite scales, found others")
+        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(rows, 1)
 
     def plain(self, name: str) -> torch.Tensor:
         """Returns a tensor of floating-point numbers."""
@@ -130,6 +140,10 @@ class _StoredFile:
         if tensor.dtype not in (*WIDE_DTYPES, *FP8_DTYPES):
             raise self._refused(key, f"expected plain floating-point numbers, found {self.header.tensors[key].format}")
         return tensor
+
+    def shape_of(self, name: str, decoder: Decoder, parts: Parts) -> tuple[int, int]:
+        """Returns the shape of a weight as its format has it."""
+        return self._named(lambda key: decoder.shape_of(parts), f"{self.prefix}{name}.weight")
 
     def check_shape(self, name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> None:
         if found != wanted:

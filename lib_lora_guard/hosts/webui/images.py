@@ -1,5 +1,5 @@
-"""Stands around the making of a request's images: shows under them what they lack of their LoRAs, and says what would help
-after one that ended for lack of memory.
+"""Stands around the making of a request's images: keeps their mode, shows under them what they lack of their LoRAs, and says
+what would help after one that ended for lack of memory.
 
 Sources: `modules/processing.py` (`process_images_inner`, called once for each request).
 """
@@ -16,7 +16,8 @@ from ...messages import Joined, say
 from ...runtime.advice import Advice
 from ...runtime.hooks import P, R, Row
 from ...runtime.image_words import ImageWords
-from .types import Processing, comment_of
+from ...runtime.live_settings import LiveSettings
+from .types import Processing, comments_of, own_options
 
 log = logging.getLogger(__name__)
 
@@ -25,20 +26,21 @@ PASSES = 2
 
 
 class Images:
-    def __init__(self, advice: Advice, words: ImageWords | None = None) -> None:
+    def __init__(self, advice: Advice, words: ImageWords | None = None, settings: LiveSettings | None = None) -> None:
         """
         Args:
             advice: For images that end for lack of memory.
             words: What is said of an image's LoRAs while it is made.
+            settings: The user's.
         """
-        self._advice, self._words = advice, words or ImageWords()
+        self._advice, self._words, self._settings = advice, words or ImageWords(), settings or LiveSettings()
 
     def process_images_inner(
         self, original: Callable[Concatenate[Processing, P], R], p: Processing, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Stands in place of `process_images_inner`. The error goes on as it is."""
         try:
-            with self._words.image(id(p), comment_of(p)):
+            with self._settings.image(own_options(p)), self._words.image(id(p), *comments_of(p)):
                 return original(p, *args, **kwargs)
         except Exception as error:
             if isinstance(error, LayerError) or is_out_of_memory(error):

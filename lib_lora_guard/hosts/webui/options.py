@@ -1,6 +1,7 @@
 """The guard's settings inside Forge: read from Forge's options, carried out when they change.
 
-The mode is read each time LoRAs are applied, because a request over the API may bring options of its own for one image.
+The mode is read when an image begins, because a request over the API may bring options of its own for one image; see
+`runtime.live_settings`. The panel shows that of the next image.
 """
 
 from __future__ import annotations

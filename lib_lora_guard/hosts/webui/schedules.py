@@ -20,7 +20,7 @@ from ...reporting.report import clean_text
 from ...runtime.hooks import HookSet, Row, lay
 from ...runtime.host import StepStrengths
 from ...runtime.image_words import ImageWords
-from .types import comment_of
+from .types import comments_of
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Schedules:
     def activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:
         """Stands in place of `ExtraNetworkLora.activate`, which is called for every batch, for the hires pass and for a
         refiner. A tag that is not understood is named, and the others are handed on."""
-        with self._words.image(id(p), comment_of(p)):
+        with self._words.image(id(p), *comments_of(p)):
             return self._activate(original, network, p, params_list)
 
     def _activate(self, original: Callable[..., Any], network: Any, p: Any, params_list: list[Any]) -> Any:

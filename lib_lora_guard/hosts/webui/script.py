@@ -10,7 +10,7 @@ from modules import scripts
 
 from ...reporting.report import ApplyReport, clean_text
 from ...runtime import installed
-from .types import comment_of
+from .types import comments_of
 
 
 class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes are not typed
@@ -26,7 +26,7 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
             return
         objects = p.sd_model.forge_objects_after_applying_lora
         reports = takeover.image_reports(objects.unet, objects.clip.patcher)
-        with takeover.words.image(id(p), comment_of(p)):
+        with takeover.words.image(id(p), *comments_of(p)):
             # Where nothing was loaded for this image, nothing has said it yet.
             takeover.words.tell_of(reports)
         text = summary(takeover.settings.mode().value, reports, takeover.left_out())

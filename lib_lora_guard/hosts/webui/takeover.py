@@ -57,7 +57,7 @@ class WebTakeover:
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = (
             rule_log,
-            images.Images(advice, files.words),
+            images.Images(advice, files.words, settings),
             memory_settings,
         )
         self.prompts = PromptCache()

@@ -5,7 +5,7 @@ Sources: `modules/processing.py` and `modules/sd_models.py` of the A1111 family;
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -52,15 +52,33 @@ class Commented(Protocol):
     def comment(self, text: str) -> None: ...
 
 
-def comment_of(request: Processing | Commented) -> Comment | None:
-    """Returns what shows a line of text under the images of a request; None where the host has no place for one.
+def comments_of(request: Processing | Commented) -> tuple[Comment | None, Comment | None]:
+    """Returns what shows a line of text under the images of a request, and what takes one back.
+
+    Each is None where the host has no place for it.
 
     Args:
         request: `Commented` in the A1111 family since 1.5 and in Forge, whose pages show the lines and whose infotexts and
-            API leave them out.
+            API leave them out. The host keeps the lines as the keys of `comments` until the images are done.
     """
     comment: Comment | None = getattr(request, "comment", None)
-    return comment if callable(comment) else None
+    if not callable(comment):
+        return None, None
+
+    def lines() -> object:
+        return getattr(request, "comments", None)
+
+    def take_back(line: str) -> None:
+        if isinstance(shown := lines(), dict):
+            shown.pop(line, None)
+
+    return comment, take_back if isinstance(lines(), dict) else None
+
+
+def own_options(request: object) -> Collection[str]:
+    """Returns the names of the WebUI's options that a request sets for its own images; the WebUI has set them before."""
+    options = getattr(request, "override_settings", None)
+    return options.keys() if isinstance(options, Mapping) else ()
 
 
 class TextEncoder(Protocol):

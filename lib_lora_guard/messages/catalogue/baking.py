@@ -9,6 +9,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "converted",
         "{name}：已写入 {size}；{baked} 个张量融合了 LoRA（{formats}），{copied} 个原样复制，{converted} 个转换了精度",
     ),
+    "bake.removed_unfinished": (
+        "removed what bakes that were killed have left here: {count} files, {size}",
+        "已删除此处被强行终止的融合任务留下的 {count} 个文件，共 {size}",
+    ),
     "bake.lora": (
         "{name}, strength {strength}: {used} modules used, {skipped} keys skipped, {lost} lost",
         "{name}，强度 {strength}：使用 {used} 个模块，跳过 {skipped} 个键，丢失 {lost} 个键",

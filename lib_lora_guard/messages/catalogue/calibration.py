@@ -8,6 +8,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "what was measured cannot be written to {file} ({error}); estimates are corrected until this program ends",
         "无法将测量结果写入 {file}（{error}）；对估算值的修正仅在本次运行期间有效",
     ),
+    "calibration.begun_anew": (
+        "{file} is damaged or of another version, so it is begun anew; the old one is kept beside it as {kept}",
+        "{file} 已损坏或属于其他版本，现已重新开始记录；旧文件以 {kept} 之名保留在旁边",
+    ),
     "calibration.line": (
         "{what}, on {card}: predicted {predicted_mb:.0f} MB, measured {measured_mb:.0f} MB; the next prediction is changed by {correction_mb:+.0f} MB",
         "{what}，{card}：预测 {predicted_mb:.0f} MB，实测 {measured_mb:.0f} MB；下次预测调整 {correction_mb:+.0f} MB",

@@ -9,6 +9,11 @@ TEXTS: dict[str, tuple[str, str]] = {
         "no flight record can be kept in {folder} ({error}); if this program is killed, the next start cannot say why",
         "无法在 {folder} 中保存运行记录（{error}）；如果程序被强行终止，下次启动时将无法说明原因",
     ),
+    "flight.damaged": (
+        "flight records that are damaged, so that they cannot say why a program was killed: {count} ({first}); they are "
+        "deleted",
+        "有 {count} 个运行记录已损坏（{first}），无法说明程序为何被强行终止；已将其删除",
+    ),
     "flight.given_up": (
         "the flight record can no longer be written ({error}); images are made all the same",
         "无法继续写入运行记录（{error}）；图片仍会照常生成",

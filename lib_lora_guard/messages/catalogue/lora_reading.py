@@ -50,6 +50,18 @@ TEXTS: dict[str, tuple[str, str]] = {
         "the metadata states alpha {alpha:g}, the tensors do not; it is used for {count} modules",
         "alpha {alpha:g} 只写在元数据中，张量中没有；已用于 {count} 个模块",
     ),
+    "lora.alpha_alone": (
+        "the metadata has {entry} = {value} without a rank, and {count} modules of rank {found} have no alpha; they are "
+        "applied with alpha / rank = 1: compare the strength with the program that made the file",
+        "元数据中有 {entry} = {value}，但没有对应的秩，而秩为 {found} 的 {count} 个模块没有 alpha；按 alpha / rank = 1 应用："
+        "请与生成该文件的程序对比强度",
+    ),
+    "lora.config_too_long": (
+        "the adapter_config.json beside it has {found_mb:.1f} MB and is not read, for at most {most_mb:.0f} MB are; its alpha is "
+        "not known and 1 is used: replace it by the one that PEFT saved with the file",
+        "旁边的 adapter_config.json 有 {found_mb:.1f} MB，超过可读取的 {most_mb:.0f} MB，因此未读取；无法得知 alpha，按 1 处理："
+        "请换成 PEFT 随该文件保存的那一个",
+    ),
     "lora.alpha_not_stated": (
         "{count} modules have no alpha, and that of the metadata is for rank {rank} while theirs is {found}; they are applied "
         "with alpha / rank = 1: compare the strength with the program that made the file",

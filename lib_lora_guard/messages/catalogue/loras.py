@@ -134,6 +134,13 @@ TEXTS: dict[str, tuple[str, str]] = {
     "lora.up_down": ("up {up} and down {down} do not multiply{core}", "up {up} 与 down {down} 无法相乘{core}"),
     "lora.not_matrices": ("{what} must be matrices, found {found}", "{what} 应为矩阵，实际为 {found}"),
     "lora.no_product": ("{what} do not multiply: {found}", "{what} 无法相乘：{found}"),
+    "lora.oft_one_block": (
+        "its OFT has one block of {size} and the weight is {shape}: the file does not say whether the block is for all "
+        "inputs (block_share) or for the first {size}; use the model that it was trained on, or keep its "
+        "adapter_config.json beside the file",
+        "其 OFT 只有一个大小为 {size} 的块，而权重为 {shape}：文件没有说明该块用于全部输入（block_share）还是仅用于前 {size} 个；"
+        "请使用其训练时所用的模型，或将其 adapter_config.json 放在文件旁边",
+    ),
     "lora.not_both_matrices": ("{what} must be matrices, found {a} and {b}", "{what} 应为矩阵，实际为 {a} 和 {b}"),
     "lora.pair_no_product": ("{what} {a} and {b} do not multiply", "{what} {a} 与 {b} 无法相乘"),
     "lora.wrong_form": ("{what} must be {wanted}, found {found}", "{what} 应为 {wanted}，实际为 {found}"),

@@ -259,5 +259,7 @@ def test_a_model_that_is_gone_is_said_to_be_gone(files):
 
 def test_the_package_has_its_public_name_and_no_other():
     assert lib_lora_guard.LoraGuard is LoraGuard
+    assert set(lib_lora_guard.__all__) <= set(dir(lib_lora_guard))
+    assert "PREFIX" not in dir(lib_lora_guard)
     with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
         _ = lib_lora_guard.Nonsense

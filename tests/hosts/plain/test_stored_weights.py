@@ -203,6 +203,52 @@ def test_a_marker_of_another_format_is_refused(tmp_path):
         load_stored(torch.nn.Sequential(torch.nn.Linear(8, 4)), tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (torch.ones(0), r"expected one scale or 4, one a row, found \[0\]"),
+        (torch.ones(5), r"expected one scale or 4, one a row, found \[5\]"),
+        (torch.ones(1, 4), r"expected one scale or 4, one a row, found \[1, 4\]"),
+        (torch.ones(2, 2), r"expected one scale or 4, one a row, found \[2, 2\]"),
+        (torch.ones(4, dtype=torch.int32), "expected floating-point scales, found I32"),
+        (torch.ones(4, dtype=torch.bool), "expected floating-point scales, found BOOL"),
+        (torch.ones(4, dtype=torch.complex64), "expected floating-point scales, found C64"),
+        (torch.tensor([1.0, float("nan"), 1.0, 1.0]), "expected finite scales, found others"),
+        (torch.tensor(float("inf")), "expected finite scales, found others"),
+    ],
+)
+def test_a_scale_that_is_none_is_refused_with_file_and_key(tmp_path, dtype, scale, said):
+    save_file({"0.weight": torch.ones(4, 4).to(dtype), "0.scale_weight": scale}, tmp_path / "m.safetensors")
+    with pytest.raises(FileFormatError, match=rf"^m\.safetensors: 0\.scale_weight: {said}"):
+        load_stored(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (4,), (4, 1), (4, 1, 1)])
+@pytest.mark.parametrize("of", [torch.float32, torch.float64, torch.float16])
+def test_one_scale_or_one_a_row_in_any_floating_point_dtype(tmp_path, dtype, shape, of):
+    scale = (rand(max((1, *shape)), seed=2).abs() + 0.1).to(of).reshape(shape)
+    weight = rand(4, 4, seed=1).to(dtype)
+    save_file({"0.weight": weight, "0.scale_weight": scale}, tmp_path / "m.safetensors")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    load_stored(model, tmp_path / "m.safetensors")
+    wanted = weight.double() * (scale.double().reshape(-1, 1) if scale.numel() > 1 else scale.double().reshape(()))
+    assert torch.allclose(model(torch.eye(4)).double(), wanted.t(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
+def test_a_vector_with_a_scale_is_no_square_matrix(tmp_path, dtype):
+    """[4] times [4, 1] would be [4, 4], the layer's own shape."""
+    save_file({"0.weight": torch.ones(4).to(dtype), "0.scale_weight": torch.ones(4)}, tmp_path / "m.safetensors")
+    with pytest.raises(FileFormatError, match=r"^m\.safetensors: 0\.scale_weight: .*found a weight of \[4\]"):
+        load_stored(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "m.safetensors")
+    for weight in (torch.ones(4), torch.ones(()), torch.ones(4, 4, 1)):
+        save_file({"0.weight": weight.to(dtype)}, tmp_path / "m.safetensors")
+        with pytest.raises(FileFormatError, match=r"^m\.safetensors: "):
+            load_stored(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "m.safetensors")
+
+
 def test_what_the_model_has_no_place_for_is_not_read(tmp_path):
     """A stray tensor in a format that no torch has stops nothing."""
     weight = rand(4, 8, seed=1)

@@ -165,12 +165,20 @@ def test_two_scales_that_contradict_are_refused(model, tmp_path):
     check(model, write(tmp_path / "b.safetensors", both), {f"{Q}.weight": delta() / RANK})
 
 
+def test_a_scale_behind_the_prefixes_of_a_pipeline_belongs_to_its_module(model, tmp_path):
+    both = {**pair(Q), f"pipe.dit.{Q}.alpha": torch.tensor(1.0)}
+    check(model, write(tmp_path / "a.safetensors", both), {f"{Q}.weight": delta() / RANK})
+
+
 def test_two_encoders_are_not_one_module():
     from lib_lora_guard.adapters.module_names import plain_name
 
     names = ["lora_te1_x", "lora_te2_x", "lora_unet_x", "transformer_2.x", "text_encoder_2.y", "text_encoders.clip_l.x"]
     assert len({plain_name(name) for name in names}) == len(names)
     assert plain_name("transformer.transformer_blocks.0") == plain_name("lora_unet_transformer_blocks_0")
+    # Every prefix that a name may have before a model's module, `models.names` takes off too.
+    starts = ("pipe.dit.", "net.", "model.", "lora_unet__", "base_model.model.unet.", "module._orig_mod.transformer.")
+    assert {plain_name(start + "blocks.0.to_q") for start in starts} == {"blocks_0_to_q"}
     assert plain_name("text_encoder.a.b") == plain_name("lora_te1_a_b") == plain_name("lora_te_a_b")
 
 
@@ -252,10 +260,73 @@ def test_an_alpha_for_another_rank_is_named_and_not_used(model, tmp_path, caplog
     assert "1 modules have no alpha, and that of the metadata is for rank 8 while theirs is 4" in caplog.text
 
 
+ALONE = {
+    "lora_alpha": ({"lora_alpha": "16"}, 16),
+    "component": ({"transformer.lora_alpha": "16"}, 16),
+    "kohya": ({"ss_network_alpha": "16", "ss_network_dim": "Dynamic"}, 16),
+    "kohya's zero": ({"ss_network_alpha": "0"}, RANK),
+    "a bare name": ({"alpha": "16"}, None),
+    "no number": ({"lora_alpha": "many", "r": str(RANK)}, None),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_an_alpha_without_a_rank_is_for_factors_of_one_rank(case, model, tmp_path, caplog):
+    metadata, alpha = ALONE[case]
+    path = write(tmp_path / "a.safetensors", {**pair(f"transformer.{Q}"), **pair(f"transformer.{K}", 1)}, metadata)
+    scale = 1 if alpha is None else alpha / RANK
+    check(model, path, {f"{Q}.weight": delta() * scale, f"{K}.weight": delta(1) * scale})
+    entry, value = next(iter(metadata.items()))
+    said = f"the metadata has {entry} = {value} without a rank, and 2 modules of rank 4 have no alpha"
+    assert (said in caplog.text) == (alpha is None)
+    assert (f"states alpha {alpha}, the tensors do not; it is used for 2 modules" in caplog.text) == (alpha is not None)
+
+
+def test_an_alpha_without_a_rank_is_named_where_ranks_differ(model, tmp_path, caplog):
+    tensors = {**pair(Q), f"{K}.lora_A.weight": r(2, WIDTH, n=1), f"{K}.lora_B.weight": r(WIDTH, 2, n=2)}
+    path = write(tmp_path / "a.safetensors", tensors, {"lora_alpha": "16"})
+    check(model, path, {f"{Q}.weight": delta(), f"{K}.weight": r(WIDTH, 2, n=2).double() @ r(2, WIDTH, n=1).double()})
+    assert "has lora_alpha = 16 without a rank, and 2 modules of rank 2, 4 have no alpha" in caplog.text
+
+
+@pytest.mark.parametrize("end", ["", " "])
+def test_tensors_have_the_say_over_an_alpha_without_a_rank(end, model, tmp_path, caplog):
+    tensors = {**pair(Q), f"{Q}.alpha": torch.tensor(2.0)}
+    check(model, write(tmp_path / "a.safetensors", tensors, {"lora_alpha": f"16{end}"}), {f"{Q}.weight": delta() / 2})
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["diff", "ia3"])
+def test_an_alpha_beside_a_kind_without_a_scale_is_no_warning(kind, model, tmp_path, caplog):
+    """The host reads none there either."""
+    change, factor = r(WIDTH, WIDTH), r(WIDTH, 1, n=3)
+    ia3 = {f"{Q}.weight": factor, f"{Q}.on_input": torch.tensor(False)}
+    tensors = {f"{Q}.diff": change} if kind == "diff" else ia3
+    weight = model.state_dict()[f"{Q}.weight"]
+    wanted = change.double() if kind == "diff" else weight.double() * factor.double()
+    (lora,) = check(
+        model, write(tmp_path / "a.safetensors", {**tensors, f"{Q}.alpha": torch.tensor(2.0)}), {f"{Q}.weight": wanted}
+    ).loras
+    assert (lora.lost, lora.skipped, lora.is_worrying) == ([], [], False)
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
 def test_tensors_have_the_say_over_text(model, tmp_path):
     tensors = {**pair(Q), f"{Q}.alpha": torch.tensor(2.0), **pair(K, 1)}
     path = write(tmp_path / "a.safetensors", tensors, {"ss_network_alpha": "16", "ss_network_dim": str(RANK)})
     check(model, path, {f"{Q}.weight": delta() * 2 / RANK, f"{K}.weight": delta(1)})
+
+
+def test_patterns_for_names_without_dots_are_refused_with_the_next_step(model, tmp_path):
+    config = json.dumps({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"to_q": 2}})
+    flat = pair("lora_unet_blocks_0_attn_to_q", down="lora_down.weight", up="lora_up.weight")
+    path = write(tmp_path / "a.safetensors", flat, {"lora_adapter_metadata": config})
+    with pytest.raises(LoraFileError) as caught:
+        LoraGuard(model).apply([(path, 1.0)])
+    assert str(caught.value) == (
+        "a.safetensors: its settings are for single modules by their names with dots, and the file has "
+        "lora_unet_blocks_0_attn_to_q; save it again in the names of PEFT or diffusers"
+    )
 
 
 @pytest.mark.parametrize(

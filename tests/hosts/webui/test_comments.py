@@ -191,3 +191,46 @@ def test_a_model_that_lacks_a_lora_at_work_is_named(loras, lines):
     loras.after = lambda p: loras.words.tell_of([report])
     loras.image("<lora:good:1>", n_iter=2)
     assert len(lines.about("nan.safetensors")) == 1
+
+
+def test_factors_that_a_whole_difference_replaces_are_keys_of_their_module_and_no_modules(loras, tmp_path):
+    write_kohya(tmp_path / "both.safetensors", MODULES, extra={"lora_unet_blocks_0_proj.diff": rand(32, 32, seed=4)})
+    loras.networks.list_available_networks()
+    (line,) = loras.image("<lora:both:1>").comments
+    # 3 of the file's 7 tensors; its two modules are both applied.
+    assert "3 keys cannot be applied to this model: " in line
+    assert "that is 43 % of the file, the rest is applied" in line
+
+
+def test_a_lora_has_one_line_even_if_parts_of_it_are_lost_in_different_places(loras, lines):
+    lost = LoraReport("part.safetensors", 0.5, used=3, lost=["a.weight: too large"])
+    loras.after = lambda p: loras.words.tell_of([ApplyReport("KModel", [lost], 0, 0, 1.0)])
+    p = loras.image("<lora:good:1><lora:part:0.5>", n_iter=2)
+    (line,) = p.comments
+    assert line.startswith(
+        "LoRA Guard: part.safetensors: 2 of its keys have no place in this model and are left out (first: "
+    )
+    assert line.endswith("; part.safetensors: 1 of its weights are left out of KModel: a.weight: too large (LG-L02)")
+    assert sum("LG-L02" in text for text in lines.about("part.safetensors")) == 2, "the log says each when it is found"
+
+
+def test_the_same_sentence_on_two_models_is_one_that_names_both(loras):
+    models = ("KModel", "CLIP", "T5")
+    refused = [
+        ApplyReport(model, [LoraReport("nan.safetensors", 1.0, refused="it holds NaN")], 0, 0, 1.0) for model in models
+    ]
+    loras.after = lambda p: loras.words.tell_of(refused)
+    assert list(loras.image("<lora:good:1>", n_iter=2).comments) == [
+        "LoRA Guard: nan.safetensors NOT applied to KModel, CLIP, T5: it holds NaN (LG-L01)"
+    ]
+
+
+def test_a_host_that_takes_no_line_back_shows_both(loras):
+    shown = []
+    with loras.words.image(1, shown.append):
+        for model in ("KModel", "CLIP"):
+            loras.words.tell_of([ApplyReport(model, [LoraReport("nan", 1.0, refused="NaN")], 0, 0, 1.0)])
+    assert [line.partition(": ")[2] for line in shown] == [
+        "nan NOT applied to KModel: NaN (LG-L01)",
+        "nan NOT applied to CLIP: NaN (LG-L01)",
+    ]
