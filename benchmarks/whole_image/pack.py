@@ -53,23 +53,11 @@ REPLACED = {"pillow": "10.4.0"}
 SHARED_LIBRARIES = ("libbitsandbytes_cuda130.so", "libbitsandbytes_cpu.so")
 """Of bitsandbytes' many: the one for that machine's CUDA, and the one for a trial here."""
 
-LEFT_OUT = {
-    ".git",
-    "__pycache__",
-    "models",
-    "outputs",
-    "output",
-    "cache",
-    "extensions",
-    "config.json",
-    "ui-config.json",
-    "params.txt",
-    "tiny",
-    "docker",
-    "localizations",
-    "forge_space_idm_vton",
-}
-"""Files and folders of a host that its user fills, or that no image needs."""
+LEFT_OUT = (
+    *(".git", "models", "outputs", "output", "cache", "config.json", "ui-config.json", "params.txt", "extensions/*"),
+    *("backend/huggingface/tiny", "extensions-builtin/forge_space_*"),
+)
+"""Paths in a host that its user fills, or that no image needs."""
 
 TOKENIZERS_KEPT = ("FLUX.1-dev", "FLUX.1-schnell", "stable-diffusion-v1-5")
 """Of the models whose tokenizers a host brings. The others' become empty files: Neo unpacks them only where none is."""
@@ -146,11 +134,17 @@ def pack_hosts(options):
         made = Path(folder)
         for host, (root, *_) in (("forge", options.forge), ("neo", options.neo)):
             target = made / host
-            shutil.copytree(root, target, ignore=lambda _, files: LEFT_OUT & set(files), symlinks=True)
+            unwanted = {path for pattern in LEFT_OUT for path in Path(root).glob(pattern)}
+            shutil.copytree(root, target, ignore=ignoring(unwanted), symlinks=True)
             for file in (target / "backend" / "huggingface").rglob("*"):
                 if file.is_file() and not set(TOKENIZERS_KEPT) & set(file.parts) and is_of_tokenizer(file):
                     file.write_text("")
         archive(options.out / "hosts.tar.xz", [(path, path.name) for path in sorted(made.iterdir())])
+
+
+def ignoring(unwanted):
+    """Returns what `copytree` leaves out: these paths, and Python's caches."""
+    return lambda folder, files: [f for f in files if Path(folder, f) in unwanted or f in ("__pycache__", ".git")]
 
 
 def is_of_tokenizer(file):

@@ -283,6 +283,7 @@ def parse(arguments=None):
     parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS", help="for all of it")
     parser.add_argument("--checkpoint", help="an existing one instead of a made Flux")
     parser.add_argument("--loras", nargs="+", default=[], metavar="LETTER=NAME", help="with --checkpoint")
+    parser.add_argument("--modules", nargs="+", type=Path, default=[], help="text encoders and VAE beside --checkpoint")
     parser.add_argument("--extensions", nargs="+", type=Path, default=[], help="more extensions for the host")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the host's own arguments; comes last")
     parser.add_argument("--port", type=int, default=7861)
@@ -306,8 +307,10 @@ def parse(arguments=None):
         options.loras = pairs(options.loras)
         if missing := [letter for letter in letters if letter not in options.loras]:
             parser.error(f"--loras: no file for {', '.join(missing)}")
-    beside = flux_files.SEPARATE.values() if options.made and options.storage == "q4_k" else ()
-    options.config = {"forge_additional_modules": [str(options.models / folder / name) for folder, name in beside]}
+    modules = [path.absolute() for path in options.modules]
+    if options.made and options.storage == "q4_k":
+        modules = [options.models / folder / name for folder, name in flux_files.SEPARATE.values()]
+    options.config = {"forge_additional_modules": [str(path) for path in modules]}
     return options
 
 

@@ -203,6 +203,11 @@ def first_step_beyond(guard, *_):
     )
 
 
+def from_fp16(guard, *_):
+    """Returns the largest mean difference from the pictures with a LoRA of stock's exact way, in grey levels."""
+    return most(row.get("from_ways", {}).get("fp16", {}).get("mean_levels") for row in guard.with_lora())
+
+
 RATIOS = (
     Ratio("image after a change / same again", "<= 1.10 (Neo 1.2)", change, lambda v: v <= 1.1),
     Ratio("steps/s after any change / stock's without LoRA", ">= 0.92", steps_after_change, lambda v: v >= 0.92),
@@ -236,6 +241,7 @@ RATIOS = (
         lambda guard, *_: most(row.get("max_levels") for row in guard.rows),
         lambda v: v == 0,
     ),
+    Ratio("with a LoRA: mean levels from stock fp16's picture", "small", from_fp16),
 )
 
 
