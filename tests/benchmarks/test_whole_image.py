@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import struct
 
 import day
 import flux_files
