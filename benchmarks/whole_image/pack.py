@@ -59,6 +59,17 @@ LEFT_OUT = (
 )
 """Paths in a host that its user fills, or that no image needs."""
 
+REPAIRS = {
+    "forge/packages_3rdparty/gguf/gguf_reader.py": (
+        """            .view(dtype = dtype)[:count]
+            .newbyteorder(override_order or self.byte_order)
+""",
+        """            .view(np.dtype(dtype).newbyteorder(override_order or self.byte_order))[:count]
+""",
+    ),
+}
+"""Text of a host to replace: Forge's GGUF reader uses what numpy 2, which that machine has, no longer has."""
+
 TOKENIZERS_KEPT = ("FLUX.1-dev", "FLUX.1-schnell", "stable-diffusion-v1-5")
 """Of the models whose tokenizers a host brings. The others' become empty files: Neo unpacks them only where none is."""
 
@@ -139,6 +150,11 @@ def pack_hosts(options):
             for file in (target / "backend" / "huggingface").rglob("*"):
                 if file.is_file() and not set(TOKENIZERS_KEPT) & set(file.parts) and is_of_tokenizer(file):
                     file.write_text("")
+        for name, (old, new) in REPAIRS.items():
+            text = (made / name).read_text(encoding="utf-8")
+            if old not in text:
+                sys.exit(f"{name}: the text to replace is not in it")
+            (made / name).write_text(text.replace(old, new), encoding="utf-8")
         archive(options.out / "hosts.tar.xz", [(path, path.name) for path in sorted(made.iterdir())])
 
 

@@ -148,6 +148,8 @@ class WayRun:
                     row |= {"same_as": case.same_as, **levels_apart(picture, pictures[case.same_as])}
                 row |= self.beside_other_ways(part, case, picture)
             say(table.line(self.results.add(row)))
+            if not self.longest:
+                raise HostError(f"the first image failed: {row['error']}")
             if self.host.process.poll() is not None:
                 raise HostError(f"the host ended with {self.host.process.returncode}: {self.host.last_words()}")
         return True
