@@ -2,8 +2,9 @@
 
     python benchmarks/engine_pairs.py --before ../main --after . --pairs 30
 
-Each version runs in a process of its own. Printed are, for each step and mode, the median of the CPU times of both and of the
-ratios of the pairs, with the interval that the median of the ratios lies in (95 %, by order of rank).
+Each version runs in a process of its own, which gives the least of three times for each step and mode. The processes are made anew
+every few pairs: where memory happens to lie would else count as a difference. Printed are the median of the CPU times of both and
+of the ratios of the pairs, with the interval that the median of the ratios lies in (95 %, by order of rank).
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 LAYERS, WIDTH, RANK = 120, 64, 16
+TIMES, PAIRS_OF_A_PROCESS = 3, 2
 MODES = {"auto": "AUTO", "on the fly": "ON_THE_FLY", "merge": "MERGE"}
 
 
@@ -73,8 +75,10 @@ def child():
             found[f"{name}: remove"] = timed(lambda: engine.change(access, []))  # noqa: B023  # the same
         return found
 
+    run()
     for _ in sys.stdin:
-        print(json.dumps(run()), flush=True)
+        turns = [run() for _ in range(TIMES)]
+        print(json.dumps({step: min(turn[step] for turn in turns) for step in turns[0]}), flush=True)
 
 
 def interval(ratios):
@@ -84,31 +88,40 @@ def interval(ratios):
     return ordered[max(0, math.floor(count / 2 - reach))], ordered[min(count - 1, math.ceil(count / 2 + reach) - 1)]
 
 
+def start(tree):
+    """Starts a process that runs the version in `tree`."""
+    safe_path = ["-P"] if sys.version_info >= (3, 11) else []
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *safe_path, str(Path(__file__).resolve()), "child"]
+    return subprocess.Popen(
+        command, env=environment, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def end(children):
+    for process in children.values():
+        process.stdin.close()
+        process.wait()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--after", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--pairs", type=int, default=30)
     chosen = parser.parse_args()
+    trees = {name: getattr(chosen, name).resolve() for name in ("before", "after")}
+    found = {name: [] for name in trees}
     children = {}
-    for name in ("before", "after"):
-        tree = getattr(chosen, name).resolve()
-        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", str(Path(__file__).resolve()), "child"] if sys.version_info >= (3, 11) else [sys.executable, str(Path(__file__).resolve()), "child"]  # fmt: skip
-        children[name] = subprocess.Popen(
-            command, env=environment, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-    found = {name: [] for name in children}
-    for pair in range(chosen.pairs + 2):
+    for pair in range(chosen.pairs):
+        if pair % PAIRS_OF_A_PROCESS == 0:
+            end(children)
+            children = {name: start(tree) for name, tree in trees.items()}
         for name in (list(children), list(children)[::-1])[pair % 2]:
             children[name].stdin.write("go\n")
             children[name].stdin.flush()
-            answer = json.loads(children[name].stdout.readline())
-            if pair >= 2:
-                found[name].append(answer)
-    for process in children.values():
-        process.stdin.close()
-        process.wait()
+            found[name].append(json.loads(children[name].stdout.readline()))
+    end(children)
     print(f"{'CPU ms':34} {'before':>8} {'after':>8} {'ratio':>6}  interval")
     for step in found["before"][0]:
         before, after = ([one[step] for one in found[name]] for name in ("before", "after"))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -18,9 +16,8 @@ from ..weights.storage import Storage
 from .on_the_fly import WeightTerms
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One parameter in its place.
+class Site(NamedTuple):
+    """One parameter in its place. A tuple, because each change makes one for every weight.
 
     `layer` is the module that owns it under `name`. `storage` tells its format and its real shape, also where the bytes
     are packed. `can_bypass`, `can_on_the_fly` and `can_merge` tell whether the layer's own code and storage allow these
@@ -78,32 +75,29 @@ class ModelAccess(Protocol):
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
 
-    @property
-    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
-        """Tells of a layer whether what a call returns is new memory that nothing else uses; asked at every call.
+    def owns_output(self, layer: torch.nn.Module) -> bool | None:
+        """Tells whether the layer's class returns new memory from a call, so that a bypass may write into it.
 
-        None: it is for every layer.
+        None: so does whatever else may be on the layer (a `forward` in the place of its class's, hooks).
         """
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
-        """Lets compiled code see whether a bypass is on the layer. Idempotent.
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
+        """Lets compiled code see that a bypass is on the layer, and whether it scales the layer's input too. Idempotent."""
 
-        Args:
-            layer: The layer.
-            scales_input: Tells whether the bypass scales the layer's input too; None if there is no bypass any more.
-        """
+    def hide_bypass(self, layer: torch.nn.Module) -> None:
+        """Takes that back. Idempotent."""
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`."""
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back. Idempotent.
+    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Makes the layer's forward pass add `terms` to its temporary weight. Idempotent.
 
-        `terms` take the place of earlier ones in one step: a forward pass of another thread has the one or the other.
+        They take the place of earlier ones in one step: a forward pass of another thread has the one or the other.
         """
 
-    def weight_terms(self, site: Site) -> WeightTerms | None:
-        """Returns what the layer's forward pass adds to its temporary weight now; None if nothing of the guard's."""
+    def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Takes that back; terms that have taken the place of `terms` stay. Idempotent."""
 
     def device(self) -> torch.device:
         """Returns the device the model computes on."""
@@ -161,13 +155,15 @@ class ModuleAccess(ABC):
         values = self.decoded_rows(site, start, length, device)
         return torch.empty(values.shape, dtype=torch.float32, device=device).copy_(values)
 
-    @property
-    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
+    def owns_output(self, layer: torch.nn.Module) -> bool | None:
         """Returns None: the host's layers return new memory."""
         return None
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:  # noqa: B027
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:  # noqa: B027
         """Does nothing: the host compiles none of its layers."""
+
+    def hide_bypass(self, layer: torch.nn.Module) -> None:  # noqa: B027
+        """Does nothing either."""
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`."""

@@ -5,8 +5,6 @@ Both are idempotent and may be interrupted anywhere: what there is to do is foun
 
 from __future__ import annotations
 
-import dataclasses
-from abc import ABC, abstractmethod
 from enum import Enum
 from typing import ClassVar
 
@@ -39,9 +37,10 @@ class UnusableTermsError(LoraMismatchError):
         self.key, self.terms = key, terms
 
 
-class Attachment(ABC):
+class Attachment:
     """One planned weight, carried out on a model."""
 
+    # No abstract class: a change asks `isinstance` of each attachment, which would take ten times as long.
     mode: ClassVar[Mode]
 
     def __init__(self, access: ModelAccess, planned: PlannedWeight) -> None:
@@ -71,13 +70,13 @@ class Attachment(ABC):
             and all(map(is_same_term, self.terms, planned.terms))
         )
 
-    @abstractmethod
     def attach(self) -> None:
         """Applies the stack."""
+        raise NotImplementedError
 
-    @abstractmethod
     def detach(self) -> None:
         """Takes it back: the weight has its original bits."""
+        raise NotImplementedError
 
     def replace(self, other: Attachment) -> None:
         """Applies the stack in the place of `other`, which is on the same parameter.
@@ -92,8 +91,8 @@ class Attachment(ABC):
         """Returns True if `other` is on the same parameter of the same layer."""
         return other.site.layer is self.site.layer and other.site.name == self.site.name
 
-    def drop_device_copies(self) -> None:  # noqa: B027  # most attachments keep none
-        """Frees this attachment's copies on a GPU; the next forward pass makes them again."""
+    def drop_device_copies(self) -> None:
+        """Frees this attachment's copies on a GPU, if it keeps any; the next forward pass makes them again."""
 
     @property
     def device_bytes(self) -> int:
@@ -135,7 +134,7 @@ class BypassAttachment(Attachment):
             ratios = ratios_of(access, site, terms, forms, device)
         self.ratios: dict[int, torch.Tensor] = ratios
         self.hook = Bypass(planned.site.key, terms, planned.site.shape, ratios, access.bias, access.is_in_force, forms)
-        self.hook.owns_output = access.owns_output
+        self.hook.owns_output = access.owns_output(planned.site.layer)
         if older is not None:
             self.hook.share_factors_with(older.hook)
 
@@ -145,12 +144,14 @@ class BypassAttachment(Attachment):
         return mine == ratio_identity(planned.terms, _forms(planned))
 
     def attach(self) -> None:
-        self.hook.attach(self.site.layer)
-        self.access.show_bypass(self.site.layer, self.hook.scales_input)
+        layer = self.planned.site.layer
+        self.hook.attach(layer)
+        self.access.show_bypass(layer, self.hook.scales_input)
 
     def detach(self) -> None:
-        self.hook.detach(self.site.layer)
-        self.access.show_bypass(self.site.layer, None)
+        layer = self.planned.site.layer
+        self.hook.detach(layer)
+        self.access.hide_bypass(layer)
 
     def replace(self, other: Attachment) -> None:
         if not (
@@ -186,9 +187,7 @@ class OnTheFlyAttachment(Attachment):
 
     def detach(self) -> None:
         # Those of another guard stay.
-        site = self.planned.site
-        if self.access.weight_terms(site) is self.weight_terms:
-            self.access.set_weight_terms(site, None)
+        self.access.take_weight_terms(self.planned.site, self.weight_terms)
 
     def replace(self, other: Attachment) -> None:
         if isinstance(other, OnTheFlyAttachment) and self.is_beside(other):
@@ -315,7 +314,7 @@ class MergeAttachment(Attachment):
         converted = torch.nn.Parameter(data, requires_grad=original.requires_grad)
         where = Where.RAM if lies_in_ram(converted) else Where.VRAM
         self._ready, self._placed = None, Placed(parameter)
-        site = dataclasses.replace(self.site, storage=storage_of(converted))
+        site = self.site._replace(storage=storage_of(converted))
         self.planned = self.planned._replace(site=site)
         self.backup = HeldBackup(self.site.key, converted, Place(where, "converted by the user"))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _global_forward_hooks
 
 from ..adapters import LowRank, Term
 from ..errors import LoraGuardError
@@ -24,6 +24,10 @@ from .operators import CallPatch, bypass, number_of, scaled_input
 
 WAIT_SECONDS = 1.0
 """The longest time that `detach` waits for calls of the layer in other threads. One of them may wait for this thread."""
+
+CHANGE, SCALE, FORGET = -1, -2, -3
+"""The numbers of a bypass's hooks on its layer: always the same, because compiled code looks hooks up by number. torch's
+own numbers begin at 0."""
 
 
 class Bypass(CallPatch):
@@ -67,8 +71,8 @@ class Bypass(CallPatch):
         self._unscaled: dict[int, torch.Tensor] = {}
         self._takes_calls = False
         """Whether calls that begin now get the stack, where it needs two hooks."""
-        self.owns_output: Callable[[torch.nn.Module], bool] | None = None
-        """Tells whether the output of a call may be written into; None: always. The host's access sets it."""
+        self.owns_output: bool | None = None
+        """As `ModelAccess.owns_output` tells it. The attachment sets it."""
         self._traced_input: torch.Tensor | None = None
 
     def __reduce__(self) -> str:
@@ -80,21 +84,26 @@ class Bypass(CallPatch):
             return
         self.detach(layer)
         # First, so that the hooks of others get the output of the patched layer, as they would after a merge.
-        _hook(layer, Role.CHANGE, self, is_first=True)
+        _hook(layer, CHANGE, self, is_first=True)
         if not self._is_one_hook:
-            _hook(layer, Role.FORGET, self._forget_input)
-            _hook(layer, Role.SCALE, self.scale_input)
+            _hook(layer, FORGET, self._forget_input)
+            _hook(layer, SCALE, self.scale_input)
         self._takes_calls = True
 
     def detach(self, layer: torch.nn.Module) -> None:
         """Takes the hooks off `layer`. Idempotent. They are looked for on the layer: no note of them could be complete."""
         self._takes_calls = False
+        table = layer._forward_hooks
+        if self._is_one_hook and table.get(CHANGE) is self:
+            # The usual case, in a third of the time.
+            layer._forward_hooks_with_kwargs.pop(CHANGE, None)
+            table.pop(CHANGE, None)
+            return
         if not self._is_one_hook:
             for number in self._hooks_in(layer._forward_pre_hooks):
                 layer._forward_pre_hooks_with_kwargs.pop(number, None)
                 layer._forward_pre_hooks.pop(number, None)
             self._await_calls()
-        table = layer._forward_hooks
         for number in self._hooks_in(table):
             # The hook goes last: as long as it is there, an interrupted removal is found and finished.
             layer._forward_hooks_with_kwargs.pop(number, None)
@@ -193,7 +202,10 @@ class Bypass(CallPatch):
                 # The call began before this stack came, or while it was not in force.
                 return output
         if self.owns_output is not None and not (
-            next(iter(layer._forward_hooks.values()), self) is self and self.owns_output(layer)
+            self.owns_output
+            and "forward" not in layer.__dict__
+            and next(iter(layer._forward_hooks.values()), self) is self
+            and not _global_forward_hooks
         ):
             # The layer, or a hook that came before this one, may have returned its input or something that it keeps.
             output = output.clone()
@@ -282,29 +294,18 @@ class Bypass(CallPatch):
         return scale
 
 
-class Role(Enum):
-    """The hooks of a bypass, with the number of each on its layer.
-
-    It is the same every time, because compiled code looks hooks up by number. torch's own numbers begin at 0.
-    """
-
-    CHANGE = -1
-    SCALE = -2
-    FORGET = -3
-
-
-def _hook(layer: torch.nn.Module, role: Role, hook: Callable[..., Any], is_first: bool = False) -> None:
-    """Hooks `layer` as torch's own registration does, under the number of the role, or one like it if that is taken."""
-    table: Any
-    if role is Role.SCALE:
-        table, marks = layer._forward_pre_hooks, [layer._forward_pre_hooks_with_kwargs]
-    else:
-        table, marks = layer._forward_hooks, [layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called]
-    number = role.value
+def _hook(layer: torch.nn.Module, number: int, hook: Callable[..., Any], is_first: bool = False) -> None:
+    """Hooks `layer` as torch's own registration does, under `number`, or a lower one if that is taken."""
+    table: Any = layer._forward_hooks
+    marks = layer._forward_hooks_with_kwargs
+    if number == SCALE:
+        table, marks = layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs
+    elif number == FORGET:
+        marks = layer._forward_hooks_always_called
     while number in table:
-        number -= len(Role)
+        number -= len((CHANGE, SCALE, FORGET))
     # Before the hook itself: another thread may be in a call of the layer.
-    marks[-1 if role is Role.FORGET else 0][number] = True
+    marks[number] = True
     table[number] = hook
     if is_first and len(table) > 1:
         table.move_to_end(number, last=False)

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -376,10 +376,11 @@ class Engine:
 
     def _forget_replaced(self) -> None:
         """Forgets merges whose parameter the user has replaced, loaded or converted. The user's values stay."""
-        found = {}
-        for key, attachment in self.attached.items():
-            if isinstance(attachment, MergeAttachment) and (what := attachment.look()) is not Found.MERGED:
-                found[key] = what
+        found = {
+            key: what
+            for key, one in self.attached.items()
+            if isinstance(one, MergeAttachment) and (what := one.look()) is not Found.MERGED
+        }
         if not found:
             return
         state, gone = self._state, {key for key, what in found.items() if what is not Found.CONVERTED}
@@ -432,7 +433,7 @@ class Engine:
         """Returns the site as it is without LoRAs: a merge may have given the parameter another shape or dtype."""
         site, old = access.site(key), self.attached.get(key)
         if site is not None and isinstance(old, MergeAttachment) and old.site.layer is site.layer:
-            return replace(site, storage=old.site.storage)
+            return site._replace(storage=old.site.storage)
         return site
 
     def _plan(

@@ -62,11 +62,6 @@ def give_number(layer: torch.nn.Module) -> None:
         layer.__dict__[NUMBER] = number
 
 
-def take_number(layer: torch.nn.Module) -> None:
-    """Takes the number away. A graph that still has it finds the layer without a stack."""
-    layer.__dict__.pop(NUMBER, None)
-
-
 def bypass(x: torch.Tensor, output: torch.Tensor, number: int) -> torch.Tensor:
     """Returns `output` with the layer's stack in it, as a new tensor. To be traced."""
     result: torch.Tensor = torch.ops.lora_guard.bypass(x, output, number)

@@ -65,7 +65,11 @@ class Transaction(Generic[R]):
     def do(self, start: int, end: int) -> None:
         """Makes the changes of the pairs `start : end`."""
         for old, new in self.pairs[start:end]:
-            _exchange(old, new)
+            if new is None and old is not None:
+                # Without a call: a removal is nothing else.
+                old.detach()
+            else:
+                _exchange(old, new)
 
     def do_also(self) -> None:
         """Makes the further changes."""

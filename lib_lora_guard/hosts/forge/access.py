@@ -110,19 +110,17 @@ class ForgeAccess(ModuleAccess):
             return None
         return _gguf_rows(bias, 0, 1, bias.device, is_vector=True) if _is_gguf(bias) else bias.data
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back."""
+    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Makes the layer's forward pass add `terms` to its temporary weight."""
+        site.layer.__dict__["forge_online_loras"] = {site.name: GuardPatches(terms, site.layer)}
+
+    def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Takes that back, unless others have taken the place of `terms`."""
         attributes = site.layer.__dict__
-        if terms is not None:
-            attributes["forge_online_loras"] = {site.name: GuardPatches(terms, site.layer)}
-        else:
+        patches = (attributes.get("forge_online_loras") or {}).get(site.name)
+        if isinstance(patches, GuardPatches) and patches.terms is terms:
             # Its mere presence makes Forge's bnb layers dequantise the whole weight.
             attributes.pop("forge_online_loras", None)
-
-    def weight_terms(self, site: Site) -> WeightTerms | None:
-        """Returns what the layer's forward pass adds to its temporary weight now; None if nothing of the guard's."""
-        patches = (site.layer.__dict__.get("forge_online_loras") or {}).get(site.name)
-        return patches.terms if isinstance(patches, GuardPatches) else None
 
     def device(self) -> torch.device:
         """Returns the GPU that parts of the model are on, or the CPU."""

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch.nn.modules.module import _global_forward_hooks
 
 from ...adapters.base import Shape
 from ...errors import Message, ModeError, about
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, is_linear, is_plain_convolution, plain_bias
 from ...patching.on_the_fly import WeightTerms
-from ...patching.operators import WEIGHT_PATCH, give_number, take_number
+from ...patching.operators import WEIGHT_PATCH
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...units import MB
 from ...weights.dtype_names import dtype_name
 from ...weights.storage import WIDE_DTYPES, Storage, storage_of
 from ...weights.stored_linear import StoredLinear
 from .hidden_weights import HiddenWeight, has_no_marks, hidden_weight, is_plain
-from .layer_code import Code, code_of, keeps_plain_numbers
-from .marked_class import class_of, mark, unmark
+from .layer_code import Code, code_of, runs_torchs_code
+from .marked_class import class_of, mark, takes_marks, unmark
 from .weight_forward import patch_weight, unpatch_weight
 
 VRAM_RESERVE_BYTES = 2048 * MB
@@ -106,37 +105,33 @@ class PlainAccess(ModuleAccess):
             raise ModeError(about(f"{class_of(layer).__name__}.bias", Message("reason.elsewhere")))
         return hidden.decode(0, hidden.shape[0])
 
-    @property
-    def owns_output(self) -> Callable[[torch.nn.Module], bool] | None:
-        """Tells of a layer whether what a call returns is new memory that nothing else uses."""
-        return _owns_output
+    def owns_output(self, layer: torch.nn.Module) -> bool:
+        """Tells whether the layer's class returns new memory from a call."""
+        return isinstance(layer, StoredLinear) or runs_torchs_code(layer)
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool | None) -> None:
-        """Lets compiled code see whether a bypass is on the layer."""
-        if scales_input is None:
-            unmark(layer)
-            take_number(layer)
-        else:
-            give_number(layer)
-            mark(layer, scales_input)
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
+        """Lets compiled code see that a bypass is on the layer."""
+        mark(layer, scales_input)
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        """Makes the layer's forward pass add `terms` to its weight; None takes that back."""
+    def hide_bypass(self, layer: torch.nn.Module) -> None:
+        """Takes that back."""
+        unmark(layer)
+
+    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Makes the layer's forward pass add `terms` to its weight."""
         layer = site.layer
         if isinstance(layer, StoredLinear):
             layer.weight_terms = terms
-        elif terms is not None:
-            patch_weight(layer, terms)
         else:
-            unpatch_weight(layer)
+            patch_weight(layer, terms)
 
-    def weight_terms(self, site: Site) -> WeightTerms | None:
-        """Returns what the layer's forward pass adds to its weight now."""
-        if isinstance(site.layer, StoredLinear):
-            terms = site.layer.weight_terms
-            return terms if isinstance(terms, WeightTerms) else None
-        found: WeightTerms | None = site.layer.__dict__.get(WEIGHT_PATCH)
-        return found
+    def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Takes that back, unless others have taken the place of `terms`."""
+        layer = site.layer
+        if layer.__dict__.get(WEIGHT_PATCH) is terms:
+            unpatch_weight(layer)
+        elif isinstance(layer, StoredLinear) and layer.weight_terms is terms:
+            layer.weight_terms = None
 
     def device(self) -> torch.device:
         """Returns the device of the first parameter that lies on one."""
@@ -178,6 +173,7 @@ def _site(
         and not is_read
         and hidden is None
         and (code is Code.TORCH or (code is Code.CLASS and storage.wide))
+        and takes_marks(layer)
     )
     if obstacle is None and code is Code.REPLACED:
         obstacle = Message("reason.own_forward", {"class_name": class_of(layer).__name__})
@@ -191,7 +187,7 @@ def _hidden(layer: torch.nn.Module, name: str) -> HiddenWeight | None:
     parameter = layer._parameters.get(name)
     if found is not None or name != "weight" or parameter is None or parameter.dtype in WIDE_DTYPES:
         return found
-    if not (is_linear(layer) or is_plain_convolution(layer)) or keeps_plain_numbers(layer):
+    if not (is_linear(layer) or is_plain_convolution(layer)) or runs_torchs_code(layer):
         return None
     shape = tuple(parameter.shape)
     if isinstance(layer, torch.nn.Linear):
@@ -215,10 +211,6 @@ def _is_linear_of_a_library(layer: torch.nn.Module) -> bool:
 def _reads_its_layers(parent: torch.nn.Module) -> bool:
     """Returns True if `parent` may compute with its layers' weights without calling them, as torch's fast path does."""
     return isinstance(parent, torch.nn.TransformerEncoderLayer)
-
-
-def _owns_output(layer: torch.nn.Module) -> bool:
-    return not _global_forward_hooks and (code_of(layer) is Code.TORCH or isinstance(layer, StoredLinear))
 
 
 def _all_paths(

@@ -37,19 +37,17 @@ WRAPPING_LIBRARIES = ("accelerate", "diffusers")
 def code_of(layer: torch.nn.Module) -> Code:
     """Tells whose code a call of `layer` runs."""
     own, base = layer.__dict__.get("forward"), class_of(layer)
-    if own is None and (base is torch.nn.Linear or base is torch.nn.Conv2d):
-        # Most layers of most models: this is asked in every call.
-        return Code.TORCH
     code = _code_of_class(base)
     if own is None:
         return code
     return Code.LINEAR if code is not Code.CLASS and _leads_to(own, base) else Code.REPLACED
 
 
-def keeps_plain_numbers(layer: torch.nn.Module) -> bool:
-    """Returns True if a narrow weight (fp8, int8) on `layer` is the numbers themselves, for all that is known.
+def runs_torchs_code(layer: torch.nn.Module) -> bool:
+    """Returns True if the `forward` of the layer's class is torch's own.
 
-    A class with a `forward` of its own may have packed them, or keep a scale beside them.
+    Then a call returns new memory, and a narrow weight (fp8, int8) is the numbers themselves, for all that is known. A class with a
+    `forward` of its own may have packed them, keep a scale beside them, or return what it got.
     """
     return _code_of_class(class_of(layer)) is Code.TORCH
 
@@ -58,6 +56,9 @@ _codes: weakref.WeakKeyDictionary[type, Code] = weakref.WeakKeyDictionary()
 
 
 def _code_of_class(base: type[torch.nn.Module]) -> Code:
+    if base is torch.nn.Linear or base is torch.nn.Conv2d:
+        # Most layers of most models.
+        return Code.TORCH
     found = _codes.get(base)
     if found is None:
         found = _codes[base] = _read_class(base)

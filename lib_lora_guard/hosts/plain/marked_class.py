@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ...errors import LoraGuardError
+from ...patching.operators import NUMBER, give_number
 
 Forward: TypeAlias = Callable[..., Any]
 
@@ -29,37 +30,45 @@ def class_of(layer: torch.nn.Module) -> type[torch.nn.Module]:
     return found
 
 
-def mark(layer: torch.nn.Module, way: Hashable, forward: Forward | None = None) -> bool:
-    """Gives `layer` the subclass for a way of patching. Idempotent.
-
-    Args:
-        layer: The layer.
-        way: The way; the same one always has the same `forward`.
-        forward: The forward pass of the subclass; None leaves the class's own.
-
-    Returns:
-        False if the layer's class allows no subclass.
-    """
-    base = class_of(layer)
+def takes_marks(layer: torch.nn.Module) -> bool:
+    """Returns True if the layer's class allows a subclass."""
     try:
-        marked = _classes.get((base, way))
-        if marked is None:
-            marked = _classes.setdefault((base, way), _subclass(base, forward))
-        _set_class(layer, marked)
-    except TypeError:
-        # A class of another language, or one that checks its subclasses.
+        _marked_class(class_of(layer), None, None)
+    except Exception:
+        # Its own check of subclasses: any error.
         return False
     return True
 
 
-def unmark(layer: torch.nn.Module) -> None:
-    """Gives `layer` its own class again. Idempotent. A class that another program has put on top stays."""
-    _set_class(layer, class_of(layer))
+def mark(layer: torch.nn.Module, way: Hashable, forward: Forward | None = None) -> None:
+    """Gives `layer` a number and the subclass for a way of patching. Idempotent.
 
-
-def _set_class(layer: torch.nn.Module, to: type) -> None:
+    Args:
+        layer: The layer. If its class allows no subclass, it keeps its class.
+        way: The way; the same one always has the same `forward`.
+        forward: The forward pass of the subclass; None leaves the class's own.
+    """
+    give_number(layer)
+    try:
+        marked = _marked_class(class_of(layer), way, forward)
+    except Exception:
+        return
     # Past the module's own `__setattr__`, which looks for parameters first and takes ten times as long.
-    object.__setattr__(layer, "__class__", to)
+    object.__setattr__(layer, "__class__", marked)
+
+
+def unmark(layer: torch.nn.Module) -> None:
+    """Gives `layer` its own class again and takes the number. Idempotent. A class that another program has put on top stays."""
+    base = type(layer).__dict__.get(_BASE)
+    if base is not None:
+        object.__setattr__(layer, "__class__", base)
+    # A graph that still has the number finds the layer without a stack.
+    layer.__dict__.pop(NUMBER, None)
+
+
+def _marked_class(base: type, way: Hashable, forward: Forward | None) -> type:
+    marked = _classes.get((base, way))
+    return _classes.setdefault((base, way), _subclass(base, forward)) if marked is None else marked
 
 
 def _subclass(base: type[torch.nn.Module], forward: Forward | None) -> type:

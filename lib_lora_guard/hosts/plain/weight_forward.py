@@ -8,7 +8,7 @@ import torch
 from torch.compiler import is_compiling
 
 from ...patching.on_the_fly import WeightTerms
-from ...patching.operators import WEIGHT_PATCH, WeightPatch, give_number, number_of, patched_weight, take_number
+from ...patching.operators import WEIGHT_PATCH, WeightPatch, number_of, patched_weight
 from .layer_code import Code, code_of
 from .marked_class import class_of, mark, unmark
 
@@ -18,7 +18,6 @@ _WEIGHT = "weight"
 def patch_weight(layer: torch.nn.Module, terms: WeightTerms) -> None:
     """Makes the forward pass of `layer` add `terms` to its weight."""
     layer.__dict__[WEIGHT_PATCH] = terms
-    give_number(layer)
     base = class_of(layer)
     if base is torch.nn.Linear:
         # `site` lets no layer with a forward of its own come here.
@@ -38,7 +37,6 @@ def patch_weight(layer: torch.nn.Module, terms: WeightTerms) -> None:
 def unpatch_weight(layer: torch.nn.Module) -> None:
     """Takes that back. Idempotent."""
     unmark(layer)
-    take_number(layer)
     layer.__dict__.pop(WEIGHT_PATCH, None)
 
 

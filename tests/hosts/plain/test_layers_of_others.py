@@ -115,6 +115,25 @@ def test_a_class_with_a_forward_of_its_own_gets_another_weight(kind):
     assert same_bits(model(X), base)
 
 
+@pytest.mark.parametrize("base", [torch.nn.Linear, Scaled])
+@pytest.mark.parametrize("kind", ["lora", "glora"])
+def test_a_class_that_allows_no_subclass_is_never_patched_on_the_fly(kind, base):
+    class Final(base):
+        def __init_subclass__(cls):
+            raise RuntimeError("no subclasses")
+
+    layer = linear(Final)
+    model, before = torch.nn.Sequential(layer), layer(X)
+    wanted = with_weight(layer, merged(layer.weight, kind))(X)
+    for wish in MODES:
+        patched = Patched(model, kind, wish)
+        assert patched.mode is not Mode.ON_THE_FLY
+        assert_same(model(X), wanted, before)
+        patched.remove()
+        assert type(layer) is Final
+        assert same_bits(model(X), before)
+
+
 @pytest.mark.parametrize("wish", MODES)
 def test_a_layer_that_returns_its_input_never_has_it_changed(wish):
     model = torch.nn.Sequential(linear(Skip, IN, IN))
