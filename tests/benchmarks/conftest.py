@@ -2,5 +2,6 @@ import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
-if str(BENCHMARKS) not in sys.path:
-    sys.path.append(str(BENCHMARKS))
+for folder in (BENCHMARKS, BENCHMARKS / "whole_image"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))

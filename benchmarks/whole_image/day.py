@@ -1,0 +1,105 @@
+"""A person's images one after the other: the cases of the benchmark, by name of the day."""
+
+from typing import NamedTuple
+
+FIRST_PROMPT = "a lighthouse on a cliff"
+OTHER_PROMPT = "two horses on a beach at dawn, film"
+RANKS = {"A": 16, "B": 32, "C": 32, "D": 32, "X": 112, "Y": 112, "Z": 112}
+"""LoRAs that a day may use, with their ranks. Of a Flux, X, Y and Z have about 1 GB each."""
+
+
+class Case(NamedTuple):
+    """One image.
+
+    Attributes:
+        name: What the person does for it.
+        stack: LoRAs with their strengths.
+        prompt: The text without the LoRAs.
+        same_as: An earlier case of the day that must give the same picture.
+        changes: Whether LoRAs or strengths differ from the case before.
+        steps: Steps of its own; None takes the run's. For what only prepares the next image.
+    """
+
+    name: str
+    stack: tuple[tuple[str, float], ...] = ()
+    prompt: str = FIRST_PROMPT
+    same_as: str | None = None
+    changes: bool = False
+    steps: int | None = None
+
+
+A, WEAK, B = ("A", 0.8), ("A", 0.5), ("B", 0.7)
+BOTH = (("A", 0.8), ("B", 0.4))
+THREE = (("B", 0.5), ("C", 0.5), ("D", 0.5))
+BIG = (("X", 0.4), ("Y", 0.4), ("Z", 0.4))
+
+DAYS = {
+    "ten": (
+        Case("cold, no LoRA"),
+        Case("no LoRA", same_as="cold, no LoRA"),
+        Case("first LoRA", (A,), changes=True),
+        Case("same again", (A,), same_as="first LoRA"),
+        Case("strength", (WEAK,), changes=True),
+        Case("another LoRA", (B,), changes=True),
+        Case("two LoRAs", BOTH, changes=True),
+        Case("new prompt", BOTH, OTHER_PROMPT),
+        Case("previous prompt", BOTH, same_as="two LoRAs"),
+        Case("removed", same_as="no LoRA", changes=True),
+    ),
+    "long": (
+        Case("no LoRA, 2 steps", steps=2),
+        Case("no LoRA"),
+        Case("first LoRA, 2 steps", (A,), steps=2, changes=True),
+        Case("same again", (A,)),
+    ),
+    "three": (
+        Case("cold, no LoRA"),
+        Case("no LoRA", same_as="cold, no LoRA"),
+        Case("three LoRAs", THREE, changes=True),
+        Case("same again", THREE, same_as="three LoRAs"),
+        Case("removed", same_as="no LoRA", changes=True),
+    ),
+    "big": (
+        Case("cold, no LoRA"),
+        Case("no LoRA", same_as="cold, no LoRA"),
+        Case("three LoRAs of 1 GB", BIG, changes=True),
+        Case("same again", BIG, same_as="three LoRAs of 1 GB"),
+        Case("removed", same_as="no LoRA", changes=True),
+    ),
+}
+"""`ten`: an ordinary day. `long`: two images whose preparation was made by short ones. `three` and `big`: one stack."""
+
+
+class Part(NamedTuple):
+    """A part of a plan: a day at a number of steps."""
+
+    steps: int
+    day: str
+
+    @classmethod
+    def parse(cls, text):
+        """Reads "4" (an ordinary day) or "50:long".
+
+        Raises:
+            ValueError: The steps are no number from 1, or there is no such day.
+        """
+        steps, _, day = text.partition(":")
+        day = day or "ten"
+        if not steps.isdigit() or int(steps) < 1 or day not in DAYS:
+            raise ValueError(f"{text}: expected STEPS or STEPS:DAY, with a day of {', '.join(DAYS)}")
+        return cls(int(steps), day)
+
+
+def loras_of(plan):
+    """Returns the letters of the LoRAs that the parts of a plan use, in order."""
+    return sorted({letter for part in plan for case in DAYS[part.day] for letter, _ in case.stack})
+
+
+def prompt_of(case, files):
+    """Returns the prompt with its LoRA tags.
+
+    Args:
+        case: The image.
+        files: The name of the LoRA file for each letter.
+    """
+    return " ".join([case.prompt, *(f"<lora:{files[letter]}:{strength:g}>" for letter, strength in case.stack)])

@@ -1,0 +1,282 @@
+"""The parts of the whole-image benchmark that need no host: its cases, its table, the files that it makes, the slow link."""
+
+import importlib.util
+import json
+
+import day
+import flux_files
+import pack
+import pytest
+import run
+import table
+import torch
+import ways
+from peaks import own_ram_bytes, resident_bytes
+
+from lib_lora_guard.files.gguf_file import read_header
+
+SETTING = {"host": "forge", "storage": "fp8", "free_gb": 12.0, "size": 1024, "slow_link_gb_s": None}
+
+
+def image(way, case, seconds, step, *, first=1.0, ram=20_000, loras=0, lora_mb=0, changes=False, **more):
+    """A row as run.py writes it."""
+    row = {**SETTING, "way": way, "day": "ten", "plan_steps": 4, "steps": 4, "case": case, "seconds": seconds}
+    row |= {"usual_step_s": step, "to_first_step_s": first, "first_step_s": step + 0.1, "own_ram_mb": ram}
+    return {**row, "loras": loras, "lora_mb": lora_mb, "changes": changes, **more}
+
+
+ROWS = [
+    image("stock", "cold, no LoRA", 9.0, 0.5, ram=21_000),
+    image("stock", "no LoRA", 4.0, 0.5, same_as="cold, no LoRA", max_levels=28, mean_levels=4.07),
+    image("stock", "first LoRA", 20.0, 0.4, ram=47_000, loras=1, lora_mb=150, changes=True),
+    image("fp16", "first LoRA", 12.0, 0.5, ram=36_000, loras=1, lora_mb=150, changes=True),
+    image("fp16", "same again", 8.0, 0.5, ram=36_000, loras=1, lora_mb=150),
+    image("guard", "no LoRA", 4.2, 0.5, same_as="cold, no LoRA", max_levels=0, mean_levels=0.0),
+    image("guard", "first LoRA", 6.0, 0.625, first=2.5, ram=21_300, loras=1, lora_mb=150, changes=True),
+    image(
+        "guard", "same again", 5.0, 0.5, loras=1, lora_mb=150, from_ways={"fp16": {"max_levels": 3, "mean_levels": 0.2}}
+    ),
+]
+
+
+def test_the_ratios_that_are_promised():
+    found = table.ratios(ROWS)["guard"]
+    expected = {
+        "image after a change / same again": 6.0 / 5.0,
+        "steps/s after any change / stock's without LoRA": 0.5 / 0.625,
+        "steps/s with a LoRA / stock's without LoRA": 0.5 / 0.625,
+        "image after a change / stock fp16's": 6.0 / 12.0,
+        "same again / stock fp16's": 5.0 / 8.0,
+        "no LoRA / stock's": 4.2 / 4.0,
+        "moves, applying and first step beyond a usual one, s": 2.5 + 0.725 - (1.0 + 0.5),
+        "RAM beyond stock's without LoRA + the LoRA's, MB": 21_300 - 21_000 - 150,
+        "RAM peak / stock fp16's": 21_300 / 36_000,
+        "same prompt again: levels apart": 0,
+        "with a LoRA: mean levels from stock fp16's picture": 0.2,
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_a_ratio_whose_part_is_missing_is_none_and_the_table_leaves_it_out():
+    alone = [row for row in ROWS if row["way"] == "guard"]
+    found = table.ratios(alone)["guard"]
+    assert found["image after a change / same again"] == pytest.approx(1.2)
+    assert [label for label, value in found.items() if value is None] == [
+        "steps/s after any change / stock's without LoRA",
+        "steps/s with a LoRA / stock's without LoRA",
+        "image after a change / stock fp16's",
+        "same again / stock fp16's",
+        "no LoRA / stock's",
+        "RAM beyond stock's without LoRA + the LoRA's, MB",
+        "RAM peak / stock fp16's",
+    ]
+    assert "stock fp16's |" not in table.ratio_table(alone)
+
+
+def test_the_page_has_each_image_once_and_marks_what_is_missed(tmp_path):
+    broken = {**SETTING, "way": "fp16", "day": "ten", "plan_steps": 4, "steps": 4, "case": "two LoRAs", "loras": 2}
+    broken |= {"changes": True, "error": "HTTP 500: OutOfMemoryError"}
+    older = image("guard", "first LoRA", 99.0, 9.0, changes=True, loras=1)
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in [older, *ROWS, broken]) + '\n{"way": "gua')
+    text = table.page(table.read([file]))
+    assert "**forge, fp8, 12 GB free, 1024 px, 4 steps (ten)**" in text
+    assert "| no LoRA | 4.0; 2.00; 20.0; 28 / 4.07 | - | 4.2; 2.00; 20.0; 0 / 0 |" in text
+    assert "| first LoRA | 20.0; 2.50; 47.0 | 12.0; 2.00; 36.0 | 6.0; 1.60; 21.3 |" in text
+    assert "| two LoRAs | - | **HTTP 500: OutOfMemoryError** | - |" in text
+    assert "| peak of RAM, GB | 47.0 | 36.0 | 21.3 |" in text
+    assert "| image after a change / same again | <= 1.10 (Neo 1.2) | **1.20** |" in text
+    assert "| image after a change / stock fp16's | <= 0.5 (20 steps) | 0.50 |" in text
+
+
+def test_an_image_that_failed_is_no_like_of_a_ratio():
+    failed = image("guard", "two LoRAs", 1.0, 0.1, changes=True, loras=2, error="HTTP 500")
+    assert table.ratios([*ROWS, failed]) == table.ratios(ROWS)
+
+
+def test_a_plan_names_steps_and_days():
+    assert [day.Part.parse(text) for text in ("4", "50:long")] == [(4, "ten"), (50, "long")]
+    for text in ("0", "x", "4:eleven", ":ten"):
+        with pytest.raises(ValueError, match="expected STEPS"):
+            day.Part.parse(text)
+    assert day.loras_of([day.Part(4, "ten"), day.Part(4, "three")]) == ["A", "B", "C", "D"]
+
+
+@pytest.mark.parametrize("name", day.DAYS)
+def test_a_picture_is_compared_with_one_of_the_same_stack_and_prompt(name):
+    before, seen = (), {}
+    for case in day.DAYS[name]:
+        assert case.changes == (case.stack != before)
+        if case.same_as:
+            like = seen[case.same_as]
+            assert (case.stack, case.prompt, case.steps) == (like.stack, like.prompt, like.steps)
+        before, seen[case.name] = case.stack, case
+    assert len(seen) == len(day.DAYS[name])
+    assert {letter for case in seen.values() for letter, _ in case.stack} <= set(day.RANKS)
+
+
+def test_the_prompt_of_two_loras():
+    case = next(case for case in day.DAYS["ten"] if case.name == "two LoRAs")
+    assert day.prompt_of(case, {"A": "a", "B": "b"}) == "a lighthouse on a cliff <lora:a:0.8> <lora:b:0.4>"
+
+
+def test_ways_are_stock_this_checkout_or_a_build(tmp_path):
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "preload.py").write_text("")
+    (tmp_path / "before" / "COMMIT").write_text("6090d05\n")
+    assert ways.Way.parse("fp16") == ("fp16", "Automatic (fp16 LoRA)", None)
+    assert ways.Way.parse("guard").build == ways.PROJECT
+    before = ways.Way.parse("before", tmp_path)
+    assert (before, before.commit) == (("before", "Automatic", tmp_path / "before"), "6090d05")
+    assert ways.Way.parse(f"old={tmp_path / 'before'}").build == tmp_path / "before"
+    with pytest.raises(ValueError, match="none is in"):
+        ways.Way.parse("nothing", tmp_path)
+    folder = tmp_path / "data"
+    ways.data_folder(folder, before, {"VERSION_UID": "PY313"})
+    assert json.loads((folder / "config.json").read_text()) == {
+        "VERSION_UID": "PY313",
+        "forge_unet_storage_dtype": "Automatic",
+    }
+    assert [path.name for path in (folder / "extensions").iterdir()] == ["lora-guard"]
+
+
+ARGUMENTS = ["--root", "f", "--models", "m", "--work", "w", "--out", "o"]
+
+
+def test_arguments_name_made_files_or_existing_ones(capsys):
+    made = run.parse([*ARGUMENTS, "--host", "neo", "--storage", "q4_k", "--plan", "4", "20:three", "--ways", "stock"])
+    assert made.checkpoint == "whole_image_flux_q4_k.gguf"
+    assert made.loras == {letter: f"whole_image_{letter.lower()}" for letter in "ABCD"}
+    assert [text.rpartition("/")[2] for text in made.config["forge_additional_modules"]] == [
+        "whole_image_clip_l.safetensors",
+        "whole_image_t5xxl_fp8.safetensors",
+        "whole_image_ae.safetensors",
+    ]
+    own = run.parse([*ARGUMENTS, "--host", "forge", "--checkpoint", "tiny", "--loras", "A=one", "B=two"])
+    assert (own.loras, own.config) == ({"A": "one", "B": "two"}, {"forge_additional_modules": []})
+    for wrong, said in (
+        (["--host", "forge", "--checkpoint", "tiny", "--loras", "A=one"], "no file for B"),
+        (["--host", "forge", "--storage", "int8"], "only Forge Neo"),
+        (["--host", "forge", "--plan", "none"], "expected STEPS"),
+    ):
+        with pytest.raises(SystemExit):
+            run.parse([*ARGUMENTS, *wrong])
+        assert said in capsys.readouterr().err
+
+
+def test_step_times_come_from_the_notes():
+    times = [("step begins", 12.0), ("step ended", 13.5), ("step begins", 14.0), ("step ended", 14.4)]
+    times += [("step begins", 15.0), ("step ended", 15.6), ("step begins", 16.0)]
+    notes = [{"event": event, "at": at} for event, at in times]
+    assert run.step_times(notes, 10.0) == {"to_first_step_s": 2.0, "first_step_s": 1.5, "usual_step_s": 0.5}
+    assert run.step_times([], 10.0) == {}
+
+
+def test_ram_is_what_no_file_backs():
+    status = "VmRSS:\t  900 kB\nRssAnon:\t  500 kB\nRssFile:\t  300 kB\nRssShmem:\t  100 kB\n"
+    assert own_ram_bytes(status) == 600 * 1024
+    assert resident_bytes(status) == 900 * 1024
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "values"),
+    [
+        (flux_files.flux_shapes, 780, 11_901_408_320),
+        (flux_files.t5_shapes, 219, 4_762_310_656),
+        (flux_files.clip_shapes, 196, 123_060_480),
+        (flux_files.vae_shapes, 244, 83_819_683),
+    ],
+)
+def test_shapes_are_those_of_the_published_models(shapes, tensors, values):
+    found = shapes()
+    assert (len(found), sum(torch.Size(shape).numel() for shape in found.values())) == (tensors, values)
+
+
+BLOCK = {
+    "double_blocks.0.img_attn.qkv.weight": (8, 256),
+    "double_blocks.0.img_attn.qkv.bias": (8,),
+    "img_in.weight": (8, 4),
+}
+
+
+def test_a_gguf_has_what_its_header_says(tmp_path):
+    path = tmp_path / "m.gguf"
+    flux_files.write_gguf(path, flux_files.Maker(torch), BLOCK)
+    header = read_header(path)
+    found = {name: (entry.format, entry.shape) for name, entry in header.tensors.items()}
+    assert found == {
+        "double_blocks.0.img_attn.qkv.weight": ("Q4_K", (8, 256)),
+        "double_blocks.0.img_attn.qkv.bias": ("F32", (8,)),
+        "img_in.weight": ("F16", (8, 4)),
+    }
+
+
+def test_int8_has_a_scale_and_a_note_a_matrix():
+    made = flux_files.Maker(torch).transformer("int8", BLOCK)
+    name = "double_blocks.0.img_attn.qkv."
+    assert set(made) == {*BLOCK, name + "weight_scale", name + "comfy_quant"}
+    assert json.loads(bytes(made[name + "comfy_quant"].tolist())) == {"format": "int8_tensorwise"}
+    assert made[name + "weight"].abs().amax() == 127
+    values = made[name + "weight"].float() * made[name + "weight_scale"]
+    assert values.std().item() == pytest.approx(flux_files.GAIN / 16, rel=0.1)
+
+
+def test_loras_are_on_the_matrices_of_the_blocks():
+    made = flux_files.Maker(torch).lora("A", 4, BLOCK)
+    module = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
+        f"{module}.lora_down.weight": (4, 256),
+        f"{module}.lora_up.weight": (8, 4),
+        f"{module}.alpha": (),
+    }
+    difference = made[f"{module}.lora_up.weight"].float() @ made[f"{module}.lora_down.weight"].float()
+    assert difference.std().item() == pytest.approx(0.3 * flux_files.GAIN / 16, rel=0.3)
+
+
+def test_packages_are_split_into_shared_and_own():
+    freezes = {
+        "forge": "einops==0.4.1\nhttpx==0.24.1\ntorch==2.13\npytest==9\n",
+        "neo": "einops==0.8.2\nhttpx==0.24.1\n",
+    }
+    assert pack.to_install(freezes) == {
+        "common": ["httpx==0.24.1", "pillow==10.4.0"],
+        "forge": ["einops==0.4.1"],
+        "neo": ["einops==0.8.2"],
+    }
+
+
+@pytest.fixture
+def link(monkeypatch):
+    """A link of 1 GB/s instead of 50, whose sleeps are noted instead of slept."""
+    path = run.HERE / "whole_image_probe" / "slow_link.py"
+    spec = importlib.util.spec_from_file_location("slow_link", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.SlowLink(torch, 1e9)
+    made.fast_rate, made.cycles_per_second, made.slept, made.cycles = 50e9, 1e9, [], []
+    monkeypatch.setattr(module.time, "sleep", made.slept.append)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: 10.0)
+    monkeypatch.setattr(torch.cuda, "_sleep", made.cycles.append)
+    return made
+
+
+def test_a_copy_that_is_waited_for_takes_as_long_as_the_link_says(link):
+    link.after(100_000_000, began=9.98, in_background=False)
+    assert link.slept == pytest.approx([0.08])
+    link.after(600_000, began=10.0, in_background=False)
+    link.after(600_000, began=10.0, in_background=False)
+    assert link.slept == pytest.approx([0.08, 0.0012])  # short ones are added up
+    link.after(1_000_000, began=9.0, in_background=False)
+    assert len(link.slept) == 2  # it was slow by itself
+
+
+def test_a_copy_in_the_background_makes_its_stream_wait(link):
+    link.after(100_000_000, began=10.0, in_background=True)
+    assert (link.slept, link.cycles) == ([], [98_000_000])
+
+
+def test_only_copies_between_ram_and_the_card_wait(link):
+    moved = torch.zeros(4)
+    assert link.wrap("to")(moved, torch.float64).dtype == torch.float64
+    assert link.wrap("copy_")(moved, torch.ones(4)).tolist() == [1] * 4
+    assert link.copies == 0
