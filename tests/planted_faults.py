@@ -64,7 +64,7 @@ FAULTS = [
     Fault("a bypass writes into what others keep", "if self.owns_output is not None and not (", "if False and not (", "hosts/plain", "hosts/plain/test_layers_of_others.py"),
     Fault("hooks of others run before a bypass", "_hook(layer, CHANGE, self, is_first=True)", "_hook(layer, CHANGE, self)", "hosts/plain", "hosts/plain/test_layers_of_others.py"),
     Fault("packed bytes are taken for the weight", "return HiddenWeight(dtype_name(parameter.dtype), shape, None)", "return None", "hosts/plain", "hosts/plain/test_layers_of_others.py"),
-    Fault("compiled code does not see a bypass", "            mark(layer, scales_input)\n", "            pass\n", "hosts/plain", "hosts/plain/test_compiled_models.py"),
+    Fault("compiled code does not see a bypass", "        mark(layer, scales_input)\n", "        pass\n", "hosts/plain", "hosts/plain/test_compiled_models.py"),
     Fault("a change of strengths compiles anew", "    while number in table:\n", "    number = -id(hook)\n    while number in table:\n", "hosts/plain", "hosts/plain/test_compiled_models.py"),
     Fault("compiled blocks share a LoRA", "        number = id(layer)\n", "        number = 1\n", "hosts/plain", "hosts/plain/test_compiled_models.py"),
     Fault("DoRA: the norm of the wrong axis", "norm = _norm(base, keep_dim=0)", "norm = _norm(base, keep_dim=1)", "adapters", "adapters/test_kinds.py"),

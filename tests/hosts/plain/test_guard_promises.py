@@ -105,10 +105,11 @@ def test_another_file_of_equal_size_and_time_is_another_file(model, style, pose)
 
 
 def test_a_second_thread_waits_for_the_first(model, style, pose, monkeypatch):
-    inside, go_on, done = threading.Event(), threading.Event(), []
+    inside, go_on, done, writers = threading.Event(), threading.Event(), [], set()
     original = PlainAccess.set_parameter
 
     def slowly(self, site, value):
+        writers.add(threading.get_ident())
         if not go_on.is_set():
             inside.set()
             go_on.wait(20)
@@ -130,6 +131,7 @@ def test_a_second_thread_waits_for_the_first(model, style, pose, monkeypatch):
         second.join(0.1)
         assert done == []
         assert second.is_alive()
+        assert len(writers) == 1
     finally:
         go_on.set()
         for thread in (first, second):
@@ -155,11 +157,14 @@ def test_a_change_in_the_middle_of_a_change_of_the_same_thread_is_refused_in_a_l
     guard, base = LoraGuard(model), run(model)
     guard.apply([(style, 1.0)], mode="merge")
     before = run(model)
-    original = PlainAccess.set_parameter
+    original, asked = PlainAccess.set_parameter, []
 
     def asking(self, site, value):
         original(self, site, value)
-        guard.remove()
+        if len(asked) < 50:
+            # Without an end it would never come back, were it not refused.
+            asked.append(site)
+            guard.remove()
 
     monkeypatch.setattr(PlainAccess, "set_parameter", asking)
     with pytest.raises(BusyError, match=r"being changed in this very thread.*has returned$"):
