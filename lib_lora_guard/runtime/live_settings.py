@@ -5,9 +5,10 @@ A request over the API may bring options of its own for one image, and another c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from ..messages.languages import language_of, system_locale
 from ..settings import PREFIX, LoraMode, read
@@ -47,17 +48,17 @@ class LiveSettings:
     """The shaping options of each image that is being made, the innermost last."""
 
     @contextmanager
-    def image(self, own: Collection[str] = ()) -> Iterator[None]:
+    def image(self, own: Mapping[str, object] = MappingProxyType({})) -> Iterator[None]:
         """Wraps the making of an image: `mode` answers the same until it ends, whatever is set meanwhile.
 
         The text encoder is patched minutes before the U-Net's second pass. In two modes they make a picture of none.
 
         Args:
-            own: The options that the image's own request sets; they are in force already. An image inside another one,
-                a detailer's, takes the others from that.
+            own: The options that the image's own request sets. An image inside another one, a detailer's, takes the
+                others from that.
         """
         outer = self._images[-1] if self._images else self.options
-        latched = {name: (self.options if name in own else outer).get(name) for name in SHAPING}
+        latched = {name: (own if name in own else outer).get(name) for name in SHAPING}
         self._images.append(latched)
         try:
             yield
