@@ -35,16 +35,17 @@ from real_forge.killed import DATA, open_phases, tells_of_death  # noqa: E402
 from real_forge.run import link_extensions, markdown, measured_on, write_table  # noqa: E402
 from real_forge.server import FORGE, ApiError, Server  # noqa: E402
 
-SD = "rand_sd15_tiny"
+FAMILIES = {"tiny_flux_bf16": ("flux", 1), "rand_sd15_tiny": ("sd15", 7)}
+"""Checkpoints with the family that their LoRAs are named after, and the CFG scale. The first takes a fifth of the time."""
 MODES = tuple(mode.value for mode in LoraMode)
 STACKS = {
     "without": "",
-    "a": "<lora:lg_sd15_a:1>",
-    "a, weak": "<lora:lg_sd15_a:0.4>",
-    "b": "<lora:lg_sd15_b:1>",
-    "a and b": "<lora:lg_sd15_a:0.7> <lora:lg_sd15_b:-0.6>",
-    "text encoder": "<lora:lg_sd15_text:1>",
-    "norms and b": "<lora:lg_sd15_norm:1> <lora:lg_sd15_b:0.5>",
+    "a": "<lora:lg_{0}_a:1>",
+    "a, weak": "<lora:lg_{0}_a:0.4>",
+    "b": "<lora:lg_{0}_b:1>",
+    "a and b": "<lora:lg_{0}_a:0.7> <lora:lg_{0}_b:-0.6>",
+    "text encoder": "<lora:lg_{0}_text:1>",
+    "norms and b": "<lora:lg_{0}_norm:1> <lora:lg_{0}_b:0.5>",
 }
 SHAPES = {
     "one pass": {},
@@ -65,19 +66,25 @@ ALLOWED_MB = 0.02
 """A change, above stock's."""
 
 
-def server(folder, name, flags=()):
-    """A Forge with settings of its own, so that the user's file stays as it is."""
-    config = Path(folder) / f"{name}.json"
-    config.write_text(json.dumps({"lora_guard_mode": MODES[0]}), encoding="utf-8")
-    return Server(Path(folder) / f"{name}.log", ["--ui-settings-file", str(config), *flags])
+class Forge(Server):
+    """A Forge with one checkpoint, and settings of its own, so that the user's file stays as it is."""
 
+    def __init__(self, folder, name, model, flags=()):
+        config = Path(folder) / f"{name}.json"
+        config.write_text(json.dumps({"lora_guard_mode": MODES[0]}), encoding="utf-8")
+        super().__init__(Path(folder) / f"{name}.log", ["--ui-settings-file", str(config), *flags])
+        self.model, (self.family, self.cfg_scale) = model, FAMILIES[model]
 
-def set_mode(forge, mode):
-    forge.call("/sdapi/v1/options", {"lora_guard_mode": mode})
+    def set_mode(self, mode):
+        """As another client does that is no client of the queue: it waits for no image."""
+        self.call("/sdapi/v1/options", {"lora_guard_mode": mode})
 
+    def load(self):
+        self.image(self.model, steps=1, cfg_scale=self.cfg_scale)
 
-def picture(forge, stack, shape="one pass", **settings):
-    return forge.image(prompt=f"a cat {STACKS[stack]}", steps=STEPS, **SHAPES[shape], **settings)
+    def picture(self, stack, shape="one pass", **settings):
+        prompt = f"a cat {STACKS[stack]}".format(self.family)
+        return self.image(prompt=prompt, steps=STEPS, cfg_scale=self.cfg_scale, **SHAPES[shape], **settings)
 
 
 # Pictures.
@@ -86,12 +93,11 @@ def picture(forge, stack, shape="one pass", **settings):
 def references(forge):
     """`{(stack, shape): {mode: picture}}`, made by one client."""
     found = {}
-    forge.image(SD)
     for mode in MODES:
-        set_mode(forge, mode)
+        forge.set_mode(mode)
         for stack in STACKS:
             for shape in SHAPES:
-                found.setdefault((stack, shape), {})[mode] = picture(forge, stack, shape)
+                found.setdefault((stack, shape), {})[mode] = forge.picture(stack, shape)
     return found
 
 
@@ -127,9 +133,9 @@ class Client(threading.Thread):
             own = self.random.choice(MODES)
             settings = {"override_settings": {"lora_guard_mode": own}}
         elif chance < 0.8:
-            set_mode(self.forge, self.random.choice(MODES))
+            self.forge.set_mode(self.random.choice(MODES))
             self.set += 1
-        image = picture(self.forge, stack, shape, **settings)
+        image = self.forge.picture(stack, shape, **settings)
         wanted = self.wanted[stack, shape]
         if own is not None:
             wanted = {own: wanted[own]}
@@ -143,7 +149,8 @@ class Client(threading.Thread):
 
 def pictures(options, folder):
     """Rows of the table, and what is wrong."""
-    with server(folder, "pictures") as forge:
+    with Forge(folder, "pictures", options.model) as forge:
+        forge.load()
         started = time.perf_counter()
         wanted = references(forge)
         one_client = time.perf_counter() - started
@@ -184,7 +191,7 @@ def pictures(options, folder):
 
 
 def digests():
-    files = sorted((FORGE / "models" / "Lora").glob("lg_sd15_*.safetensors"))
+    files = sorted((FORGE / "models" / "Lora").glob("lg_*.safetensors"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -194,7 +201,7 @@ def busy(forge, seed, until):
     while not until.is_set():
         stack, shape, mode = chance.choice([*STACKS]), chance.choice([*SHAPES]), chance.choice(MODES)
         with contextlib.suppress(OSError, ApiError, ValueError):
-            picture(forge, stack, shape, override_settings={"lora_guard_mode": mode})
+            forge.picture(stack, shape, override_settings={"lora_guard_mode": mode})
 
 
 def kills(options, folder):
@@ -202,14 +209,15 @@ def kills(options, folder):
     chance, wrong, phases = random.Random(options.seed), [], Counter()
     before, died_in, first, told = digests(), None, None, 0
     for n in range(options.kills + 1):
-        with server(folder, f"kill_{n}") as forge:
+        with Forge(folder, f"kill_{n}", options.model) as forge:
             said = [line for line in forge.console().splitlines() if "LoRA Guard" in line]
             if died_in is not None:
                 tells = tells_of_death(said)
                 told += tells
                 if tells is not bool(died_in):
                     wrong.append(f"start {n}: died in {died_in or 'nothing'}, and the next start says {said}")
-            image = forge.image(SD, prompt=f"a cat {STACKS['a and b']}", steps=STEPS)
+            forge.load()
+            image = forge.picture("a and b")
             first = image if first is None else first
             if not np.array_equal(image, first):
                 wrong.append(f"start {n}: another first picture")
@@ -255,11 +263,11 @@ def slope(values):
 def resident(side, flags, options, folder):
     """The resident memory after each change of the LoRAs, in MB."""
     found, stacks = [], [*STACKS]
-    with server(folder, f"memory_{side}", flags) as forge:
-        forge.image(SD)
+    with Forge(folder, f"memory_{side}", options.model, flags) as forge:
+        forge.load()
         process = psutil.Process(forge.process.pid)
         for n in range(options.changes):
-            picture(forge, stacks[n % len(stacks)])
+            forge.picture(stacks[n % len(stacks)])
             found.append(process.memory_info().rss / 2**20)
     return found
 
@@ -286,6 +294,7 @@ PARTS = {"pictures": pictures, "kills": kills, "memory": memory}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--model", choices=FAMILIES, default=next(iter(FAMILIES)))
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--images", type=int, default=200, help="of each client")
     parser.add_argument("--kills", type=int, default=30)
@@ -306,7 +315,7 @@ def main():
     print(f"logs in {folder}")
     print("\n".join(wrong) or "all as it should be")
     if options.write_docs and not wrong:
-        write_table("clients", f"{measured_on()} The tiny SD1.5, {STEPS} steps, 64x64.\n\n{table}")
+        write_table("clients", f"{measured_on()} {options.model}, {STEPS} steps, 64x64.\n\n{table}")
     return bool(wrong)
 
 
