@@ -1,6 +1,7 @@
 """Makes LoRA files at random and holds the product to its rules with each of them. Run by hand:
 
     python tests/fuzz_files.py [--files 1000] [--seed 0] [--start 0] [--seconds 540] [--keep DIR] [--json FILE]
+    python tests/fuzz_files.py --bombs [WORD]
 
 A file is made from the seed and its number alone: `--start 4711 --files 1` makes that one again. What does not hold is printed with
 the file's number, and the file is kept in DIR. Ends with 1 where a rule does not hold.
@@ -26,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
-from fuzz import checks, files, models  # noqa: E402
+from fuzz import bombs, checks, files, models  # noqa: E402
 
 
 def run(count: int, seed: int = 0, start: int = 0, seconds: float = 1e9, keep: Path | None = None, say=print) -> dict:
@@ -107,7 +108,17 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--bombs",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="instead: files that would take memory, those with WORD in their name",
+    )
     options = parser.parse_args()
+    if options.bombs is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            return 1 if any(one["fault"] for one in bombs.run(Path(folder), options.bombs).values()) else 0
     found = run(options.files, options.seed, options.start, options.seconds, options.keep)
     if options.json:
         options.json.write_text(json.dumps(found))
