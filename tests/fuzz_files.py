@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 
-from fuzz import bombs, checks, files, models  # noqa: E402
+from fuzz import checks, files, models  # noqa: E402
 
 
 def run(count: int, seed: int = 0, start: int = 0, seconds: float = 1e9, keep: Path | None = None, say=print) -> dict:
@@ -117,6 +117,9 @@ def main() -> int:
     )
     options = parser.parse_args()
     if options.bombs is not None:
+        # Forks: not on Windows.
+        from fuzz import bombs
+
         with tempfile.TemporaryDirectory() as folder:
             return 1 if any(one["fault"] for one in bombs.run(Path(folder), options.bombs).values()) else 0
     found = run(options.files, options.seed, options.start, options.seconds, options.keep)
