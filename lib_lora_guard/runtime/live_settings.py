@@ -9,10 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TypeAlias
 
 from ..messages.languages import language_of, system_locale
 from ..settings import PREFIX, LoraMode, read
 from ..units import MB
+
+Options: TypeAlias = Mapping[str, object]
+"""The host's options by name."""
 
 LOW_BITS_OPTION = "forge_unet_storage_dtype"
 """The host's dropdown "Diffusion in Low Bits"; several of its choices end in "(fp16 LoRA)"."""
@@ -21,7 +25,7 @@ SHAPING = (PREFIX + "mode", LOW_BITS_OPTION)
 """The options that the guard reads while an image is made, and that show in the picture."""
 
 
-def mode_of(options: Mapping[str, object]) -> LoraMode:
+def mode_of(options: Options) -> LoraMode:
     """Returns the mode that the host's options ask for.
 
     If the guard's own mode is "Automatic", a choice with "(fp16 LoRA)" in Forge's "Diffusion in Low Bits" gives FP16. This holds
@@ -42,13 +46,13 @@ class LiveSettings:
         as_trained: DoRA as its trainer means it, where the host differs.
     """
 
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     as_trained: bool = False
-    _images: list[Mapping[str, object]] = field(default_factory=list)
+    _images: list[Options] = field(default_factory=list)
     """The shaping options of each image that is being made, the innermost last."""
 
     @contextmanager
-    def image(self, own: Mapping[str, object] = MappingProxyType({})) -> Iterator[None]:
+    def image(self, own: Options = MappingProxyType({})) -> Iterator[None]:
         """Wraps the making of an image: `mode` answers the same until it ends, whatever is set meanwhile.
 
         The text encoder is patched minutes before the U-Net's second pass. In two modes they make a picture of none.

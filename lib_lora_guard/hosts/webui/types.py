@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from ...runtime.image_words import Comment
+from ...runtime.live_settings import Options
 
 
 class DenoiserPatcher(Protocol):
@@ -75,7 +76,7 @@ def comments_of(request: Processing | Commented) -> tuple[Comment | None, Commen
     return comment, take_back if isinstance(lines(), dict) else None
 
 
-def own_options(request: Processing) -> Mapping[str, object]:
+def own_options(request: Processing) -> Options:
     """Returns the WebUI's options that a request sets for its own images.
 
     The WebUI has set them before it makes the images; another client may have set others since.
