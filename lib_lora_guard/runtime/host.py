@@ -209,6 +209,11 @@ class FittedLora:
 class LoraPatchers(Protocol):
     """The host's patchers, to which the LoRAs of a prompt are added one after the other."""
 
+    @property
+    def counts_once(self) -> bool:
+        """True if the same file with the same strength counts once however often a prompt names it."""
+        ...
+
     def has_loras(self, patcher: PatcherObject) -> bool:
         """Returns True if a patcher has LoRAs already."""
         ...

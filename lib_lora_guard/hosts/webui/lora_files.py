@@ -64,6 +64,10 @@ class LazyState(Mapping[str, torch.Tensor]):
     def copy(self) -> dict[str, torch.Tensor]:
         return dict(self.state)
 
+    def for_host(self) -> Mapping[str, torch.Tensor]:
+        """Returns what the host's own reader of patches can take."""
+        return self
+
 
 class LoraFiles:
     """Reads LoRA files for Forge's models; files just used are kept while they are unchanged on disk.
@@ -144,10 +148,10 @@ class LoraFiles:
             self._last_stack, self._in_stack = self._in_stack, set()
             self.left_out, self._in_part = {}, {}
         if self.is_host_reading():
-            return original(model, clip, _as_read(lora), strength_model, strength_clip, filename, online_mode)
+            return original(model, clip, _for_host(lora), strength_model, strength_clip, filename, online_mode)
         if (why := self.patchers.not_patchable(model)) is not None:
             self.words.tell(why)
-            return original(model, clip, _as_read(lora), strength_model, strength_clip, filename, online_mode)
+            return original(model, clip, _for_host(lora), strength_model, strength_clip, filename, online_mode)
         try:
             file = self._read(filename, lora)
             sides = [
@@ -162,7 +166,7 @@ class LoraFiles:
             return model, clip
         except Exception:
             say(log, logging.ERROR, "host.guard_could_not_read", exc_info=True, name=name)
-            return original(model, clip, _as_read(lora), strength_model, strength_clip, filename, online_mode)
+            return original(model, clip, _for_host(lora), strength_model, strength_clip, filename, online_mode)
         fits = [match for match in found if match is not None]
         left = self._remainder(file, fits)
         why = nothing_applied(file, fits, left)
@@ -309,13 +313,12 @@ def _is_hosts_own(reader: Any) -> bool:
     return code is not None and code.co_name in _READERS
 
 
+def _for_host(lora: Any) -> Any:
+    return lora.for_host() if isinstance(lora, LazyState) else lora
+
+
 _READERS = ("load_lora_state_dict", "load_torch_file")
 """Forge's function, and the one that Forge Neo's is made from."""
-
-
-def _as_read(lora: Any) -> Any:
-    """Returns tensors as the host expects them: a dict of its own."""
-    return lora.copy() if isinstance(lora, LazyState) else lora
 
 
 FileKey = tuple[str, FileState]

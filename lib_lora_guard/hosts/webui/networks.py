@@ -71,7 +71,7 @@ class LoraStack:
             result = original([names[i] for i in used], text, unet, *ranks, *args, **kwargs)
         if self._words.is_open:
             self.files.tell_again()
-        sides = (("host.unet", unet), ("host.text_encoder", text))
+        sides = (("host.unet", unet), ("host.text_encoder", text)) if self.files.patchers.counts_once else ()
         for message in same_twice([(names[i], found[names[i]]) for i in used], sides):
             self._words.tell(message)
         return result

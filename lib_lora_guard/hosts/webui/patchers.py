@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class TuplePatchers:
     """The patchers of a host that keeps the stack in `lora_patches`."""
 
+    counts_once = True
+
     def has_loras(self, patcher: PatcherObject) -> bool:
         """Returns True if a patcher has LoRAs already."""
         return bool(getattr(patcher, "lora_patches", None))
