@@ -14,7 +14,7 @@ from ..messages import say
 from ..reporting import log as reporting_log
 from ..runtime.corrections import keep_calibration
 from ..runtime.data_folder import look_over
-from ..runtime.installed import install, installed
+from ..runtime.installed import installed
 from .forge import takeover as forge
 from .neo import takeover as neo
 from .neo.api import is_neo_like
@@ -68,8 +68,8 @@ def start(arguments: Sequence[str]) -> bool:
         return False
     try:
         is_neo = is_neo_like()
-        install(neo.make if is_neo else forge.make)
-        of_process.settings.as_trained = as_trained
+        takeover = neo.install() if is_neo else forge.install()
+        takeover.settings.as_trained = as_trained
     except HostError as error:
         say(log, logging.WARNING, "host.does_not_fit", version=version.__version__, why=explain(error))
         return False

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 
 from ..adapters import Term
+from ..adapters.patch_tuples import PatchValue
 from ..messages import Message
 
 PatcherT = TypeVar("PatcherT", contravariant=True)
@@ -185,7 +186,7 @@ class HostStacks(Protocol[PatcherT]):
         ...
 
 
-Entries: TypeAlias = Mapping[Hashable, Sequence[Sequence[object]]]
+Entries: TypeAlias = Mapping[Hashable, Sequence[Sequence[PatchValue]]]
 """Patches by parameter: `(strength, value, strength of the model, part)`. They are compared, never applied."""
 
 

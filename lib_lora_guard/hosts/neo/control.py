@@ -134,6 +134,8 @@ class LoraControl:
             try:
                 with stack.engine.offloaded(stack.offloaded):
                     is_as_wished = self._stacks.change(stack, access, patcher.model, requests, asked.mode)
+                # The engine leaves alone what it has put on a layer already, and Neo may have emptied the list.
+                stack.reattach()
             except Exception as error:
                 say(log, logging.ERROR, "host.apply_failed", exc_info=True, model=access.name)
                 self._fall_back(patcher, stack, access, requests, error, load_again)
@@ -148,8 +150,8 @@ class LoraControl:
         the model: Neo lets a parent stand for a clone that is gone."""
         if stack.left_to_host:
             return
+        stack.reattach()
         if not stack.engine.suspended:
-            stack.reattach()
             return
         access = NeoAccess(self._api, patcher.model)
         requests = requests_of(stack.loras, self._settings.as_trained)

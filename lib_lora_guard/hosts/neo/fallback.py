@@ -6,11 +6,12 @@ The patches are values of Neo's own kind, whose change the guard calculates: so 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from ...adapters import Term
+from ...adapters.patch_tuples import PatchValue
 from ...memory.snapshot import available_ram_bytes
 from ...messages import Message
 from ...patching.access import ModelAccess, Site
@@ -86,19 +87,21 @@ def _has_room(merged: Sequence[Site]) -> bool:
     return not merged or sum(site.storage.bytes for site in merged) + RAM_FLOOR_BYTES < available_ram_bytes()
 
 
-def _value_class(adapter_class: type) -> type:
+def _value_class(adapter_class: type) -> Callable[[Term], PatchValue]:
     """Makes a class of values that Neo's own merge takes: it calls `calculate_weight` for them."""
 
-    def start(value: object, term: Term) -> None:
-        vars(value).update({GIVEN: term, "name": "lora_guard", "loaded_keys": set()})
-        # Neo counts what the factors of a stack take.
-        vars(value)["weights"] = tuple(term.adapter.tensors())
+    class GuardValue(adapter_class):  # type: ignore[misc]  # Neo's class is known when it runs
+        name = "lora_guard"
 
-    def calculate_weight(
-        value: object, weight: torch.Tensor, key: str, strength: float, *args: object, **kwargs: object
-    ) -> torch.Tensor:
-        term: Term = vars(value)[GIVEN]
-        return term.adapter.patch(weight, strength, term.function)
+        def __init__(self, term: Term) -> None:
+            self.lora_guard_term = term
+            self.loaded_keys: set[str] = set()
+            # Neo counts what the factors of a stack take.
+            self.weights = tuple(term.adapter.tensors())
 
-    body: Mapping[str, object] = {"__init__": start, "calculate_weight": calculate_weight}
-    return type("GuardValue", (adapter_class,), dict(body))
+        def calculate_weight(
+            self, weight: torch.Tensor, key: str, strength: float, *_: PatchValue, **__: PatchValue
+        ) -> torch.Tensor:
+            return self.lora_guard_term.adapter.patch(weight, strength, self.lora_guard_term.function)
+
+    return GuardValue

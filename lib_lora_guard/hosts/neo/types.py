@@ -11,9 +11,11 @@ from typing import Protocol, TypeAlias
 
 import torch
 
+from ...adapters.base import RowFunction
+from ...adapters.patch_tuples import PatchValue
 from ...runtime.host import FittedLora
 
-HostPatch: TypeAlias = tuple[float, object, float, object, object, bool | None]
+HostPatch: TypeAlias = tuple[float, PatchValue, float, tuple[int, int, int] | None, RowFunction | None, bool | None]
 """`(strength, value, strength of the model, offset, function, on the fly)`."""
 
 Loras: TypeAlias = tuple[FittedLora, ...]
@@ -28,7 +30,7 @@ class Patcher(Protocol):
     offload_device: torch.device
     patches: dict[str, list[HostPatch]]
     patches_uuid: uuid.UUID
-    object_patches: Mapping[str, object]
+    object_patches: Mapping[str, PatchValue]
 
     def clone(self) -> Patcher: ...
     def memory_required(self, input_shape: Sequence[int]) -> float: ...
@@ -54,7 +56,7 @@ class MemoryManagement(Protocol):
     def get_free_memory(self, dev: torch.device | None = ...) -> int: ...
     def minimum_inference_memory(self) -> float: ...
     def unpin_memory(self, tensor: torch.Tensor) -> bool: ...
-    def bake_gguf_model(self, model: torch.nn.Module) -> object: ...
+    def bake_gguf_model(self, model: torch.nn.Module) -> torch.nn.Module | None: ...
     def load_models_gpu(self, models: Sequence[Patcher], memory_required: float = ...) -> None: ...
 
 

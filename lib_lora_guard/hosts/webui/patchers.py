@@ -5,11 +5,11 @@ Source: Forge's `backend/patcher/base.py` (`ModelPatcher.add_patches`, `lora_pat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...adapters import Term
-from ...adapters.patch_tuples import value_of
+from ...adapters.patch_tuples import PatchValue, value_of
 from ...messages import Message
 from ...runtime.host import Entries, FittedLora, PatcherObject
 
@@ -46,8 +46,8 @@ class TuplePatchers:
         return None
 
 
-def _patches(terms: Mapping[str, Sequence[Term]]) -> dict[object, object]:
-    patches: dict[object, object] = {}
+def _patches(terms: Mapping[str, Sequence[Term]]) -> dict[Hashable, PatchValue]:
+    patches: dict[Hashable, PatchValue] = {}
     for key, on_key in terms.items():
         for term in on_key:
             part = term.part
