@@ -127,8 +127,9 @@ class Host:
             return state, {"dtype": torch.float32, "manual_cast_enabled": True, "bnb_dtype": {"mixed": True}}
         for key in linear:
             state[key] = self._gguf(state[key], storage)
-            bias = key.replace("weight", "bias")
-            state[bias] = self._gguf(state[bias], "F32")
+        others = [k for k in state if ".conv." in k and REAL] + [k.replace("weight", "bias") for k in linear]
+        # A GGUF file holds every tensor in this form.
+        state |= {key: self._gguf(state[key], "F32") for key in others}
         return state, {"dtype": torch.bfloat16, "manual_cast_enabled": True, "bnb_dtype": "gguf"}
 
     def _kitchen(self, state, key, storage):
