@@ -19,9 +19,9 @@ FILE = "style.safetensors"
 
 
 def functions(host):
-    modules = {"backend.patcher.base": host.base, "backend.state_dict": host.state_dict}
+    modules = {one.__name__: one for one in (host.base, host.memory, host.state_dict)}
     found = {}
-    for row in (*START, *LATER):
+    for row in (row for row in (*START, *LATER) if row.module in modules):
         owner, *path = modules[row.module], *row.path.split(".")
         for name in path[:-1]:
             owner = getattr(owner, name)

@@ -66,7 +66,8 @@ def probe() -> NeoApi:
     parameters(base, "ModelPatcher.memory_required", ["self", "input_shape"])
     parameters(base, "ModelPatcher.add_patches", ["self", "patches", "strength_patch"])
     parameters(lora, "merge_lora_to_weight", ["patches", "weight", "key", "computation_dtype"])
-    for name in ("load_models_gpu", "get_free_memory", "minimum_inference_memory", "unpin_memory", "bake_gguf_model"):
+    parameters(memory, "load_models_gpu", ["models", "memory_required", "minimum_memory_required"])
+    for name in ("get_free_memory", "minimum_inference_memory", "unpin_memory", "bake_gguf_model"):
         attribute(memory, name)
     attribute(memory, "current_loaded_models")
     for family in FAMILIES[:2]:

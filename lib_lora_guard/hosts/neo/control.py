@@ -15,15 +15,18 @@ from ...errors import RestoreError, named
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import Joined, Message, say
 from ...patching.engine import LoraRequest
+from ...recorder.flight_recorder import Phase
 from ...reporting.report import clean_text
 from ...runtime.hooks import P, R
+from ...runtime.journal import Journal, ModelFacts
 from ...runtime.live_settings import LiveSettings
 from ...settings import LoraMode
+from ..webui.models import storage_name
 from .access import NeoAccess
 from .api import NeoApi
 from .fallback import HostPatches
-from .patchers import loras_of, requests_of
-from .stacks import NeoStack, NeoStacks
+from .patchers import label_of, loras_of, requests_of
+from .stacks import Asked, NeoStack, NeoStacks
 from .types import Patcher
 
 log = logging.getLogger(__name__)
@@ -32,14 +35,15 @@ log = logging.getLogger(__name__)
 class LoraControl:
     """Its methods stand in place of those of `ModelPatcher` that place a model, and call one another."""
 
-    def __init__(self, api: NeoApi, stacks: NeoStacks, settings: LiveSettings) -> None:
+    def __init__(self, api: NeoApi, stacks: NeoStacks, settings: LiveSettings, journal: Journal) -> None:
         """
         Args:
             api: Neo's modules.
             stacks: of all models.
             settings: the user's, read at every load.
+            journal: of the process.
         """
-        self._api, self._stacks, self._settings = api, stacks, settings
+        self._api, self._stacks, self._settings, self._journal = api, stacks, settings, journal
         self._host = HostPatches(api)
 
     # In place of Neo's methods.
@@ -115,6 +119,12 @@ class LoraControl:
             stack.reattach()
             self._remind(stack)
             return
+        about = ModelFacts(type(patcher.model).__name__, storage_name(patcher.model), tuple(map(label_of, loras)))
+        with self._journal.phase(Phase.APPLY_LORA, about):
+            self._change(patcher, stack, asked, load_again)
+
+    def _change(self, patcher: Patcher, stack: NeoStack, asked: Asked, load_again: Callable[[], None]) -> None:
+        loras = loras_of(patcher)
         before, stack.applied = stack.applied, None
         # As Neo does right after: norms are read from the weights now.
         self._api.memory.bake_gguf_model(patcher.model)

@@ -17,11 +17,14 @@ from ...runtime.machine import Machine
 from ...runtime.precautions import Precautions
 from ...runtime.preflight import Preflight
 from ...runtime.rule_log import RuleLog
+from ...runtime.step_timer import StepTimer
+from ..webui.checkpoint_reading import CheckpointReading
 from ..webui.lora_files import LoraFiles
 from ..webui.models import about_model
 from ..webui.takeover import WebTakeover
 from .api import NeoApi
 from .control import LoraControl
+from .memory import NeoMemory, NeoSizes
 from .patchers import NeoPatchers
 from .stacks import NeoStacks
 from .step_strengths import NeoStepStrengths
@@ -45,7 +48,7 @@ class NeoParts:
         self.precautions = Precautions(self._planned)
         self.words = ImageWords(settings.language)
         self.stacks = NeoStacks(settings, self._planned, journal.work, self.words)
-        self.control = LoraControl(api, self.stacks, settings)
+        self.control = LoraControl(api, self.stacks, settings, journal)
         self.patchers = NeoPatchers()
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words, self.patchers, UnreadFile)
         self.advice = Advice(api.memory, self.stacks.reports)
@@ -60,6 +63,9 @@ class NeoParts:
             self._memory_settings,
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
+        self.reading = CheckpointReading(self.preflight, self.advice.for_files)
+        self.memory = NeoMemory(api.memory, self.stacks, journal)
+        self.steps = StepTimer(NeoSizes(), journal, self.stacks.names_on)
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""

@@ -50,7 +50,8 @@ class NeoTakeover(NeoParts):
 
     def install(self) -> None:
         """Replaces the host's functions: all, or none where one fails."""
-        lay(START, self, {self.api.base.__name__: self.api.base}, self.hooks)
+        modules = {module.__name__: module for module in (self.api.base, self.api.memory_module)}
+        lay(START, self, modules, self.hooks)
 
     def install_in_webui(self) -> list[HostError]:
         """Replaces what Neo loads long after preload.py has run. May be called again.

@@ -46,6 +46,15 @@ class LoadedModel(Protocol):
     def model(self) -> Patcher | None: ...
 
 
+class Vae(Protocol):
+    """`backend.patcher.vae.VAE`. Shapes are of latents `(pictures, channels, height, width)`."""
+
+    device: torch.device
+    vae_dtype: torch.dtype
+
+    def memory_used_decode(self, shape: Sequence[int], dtype: torch.dtype) -> float: ...
+
+
 class MemoryManagement(Protocol):
     """The module `backend.memory_management`."""
 

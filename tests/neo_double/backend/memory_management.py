@@ -2,7 +2,7 @@ import torch
 
 current_loaded_models = []
 NUM_STREAMS = 1
-unpinned = []
+unpinned, asked = [], []
 
 
 def get_torch_device():
@@ -45,7 +45,8 @@ class LoadedModel:
         self.model = patcher
 
 
-def load_models_gpu(models, memory_required=0, force_patch_weights=False):
+def load_models_gpu(models, memory_required=0, force_patch_weights=False, minimum_memory_required=None):
+    asked.append((memory_required, minimum_memory_required))
     for patcher in models:
         current_loaded_models[:] = [one for one in current_loaded_models if one.model.model is not patcher.model]
         patcher.partially_load(patcher.load_device, 1e32, force_patch_weights=force_patch_weights)
