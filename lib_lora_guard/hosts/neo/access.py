@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -82,21 +83,21 @@ class NeoAccess(ModuleAccess):
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`. Neo finds the pinned ones by their address, so this one is unpinned first."""
         self._api.memory.unpin_memory(site.parameter)
-        setattr(site.layer, site.name, value)
+        super().set_parameter(site, value)
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms | None) -> None:
-        """Makes the layer's forward pass add `terms` to its temporary weight; None takes that back.
+    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Makes the layer's forward pass add `terms` to its temporary weight.
 
         A new list each time: the class's own one is that of every layer. What Neo or an extension has put there stays.
         """
         layer: WeightLayer = site.layer  # type: ignore[assignment]  # `site` lets no other layer come here
-        others = [one for one in layer.weight_function if not isinstance(one, WeightFunction)]
-        layer.weight_function = others if terms is None else [*others, WeightFunction(terms, site.layer)]
+        layer.weight_function = [*_of_others(layer), WeightFunction(terms, site.layer)]
 
-    def weight_terms(self, site: Site) -> WeightTerms | None:
-        """Returns what the layer's forward pass adds to its temporary weight now; None if nothing of the guard's."""
+    def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Takes that back, unless others have taken the place of `terms`."""
         layer: WeightLayer = site.layer  # type: ignore[assignment]  # as above
-        return next((one.terms for one in layer.weight_function if isinstance(one, WeightFunction)), None)
+        if any(isinstance(one, WeightFunction) and one.terms is terms for one in layer.weight_function):
+            layer.weight_function = _of_others(layer)
 
     def device(self) -> torch.device:
         """Returns the GPU that parts of the model are on, or the CPU."""
@@ -120,3 +121,7 @@ class NeoAccess(ModuleAccess):
 def _is_a(layer: torch.nn.Module, name: str) -> bool:
     """Returns True if a class of this name is among those of a layer: Neo makes some classes anew for each model."""
     return any(kind.__name__ == name for kind in type(layer).__mro__)
+
+
+def _of_others(layer: WeightLayer) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    return [one for one in layer.weight_function if not isinstance(one, WeightFunction)]
