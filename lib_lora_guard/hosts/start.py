@@ -79,7 +79,7 @@ def start(arguments: Sequence[str]) -> bool:
     look_over(JOURNAL_FOLDER)
     keep_calibration(JOURNAL_FOLDER)
     try:
-        of_process.keep_journal(JOURNAL_FOLDER)
+        of_process.keep_journal(takeover.journal, JOURNAL_FOLDER)
     except Exception as error:
         # Everything else works without it.
         say(log, logging.WARNING, "flight.not_kept", exc_info=True, folder=str(JOURNAL_FOLDER), error=named(error))

@@ -157,5 +157,4 @@ def installed() -> ForgeTakeover | None:
 
 def keep_journal(folder: Path) -> None:
     """Begins to write down what happens, in a file below `folder`; says how the last process died, if it did."""
-    install()
-    of_process.keep_journal(folder)
+    of_process.keep_journal(install().journal, folder)

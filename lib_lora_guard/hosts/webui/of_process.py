@@ -19,9 +19,9 @@ journal: Journal | None = None
 """None until the first takeover is made."""
 
 
-def keep_journal(folder: Path) -> None:
+def keep_journal(journal: Journal, folder: Path) -> None:
     """Begins to write down what happens, in a file below `folder`; says how the last process died, if it did."""
-    if journal is None or journal.is_open:
+    if journal.is_open:
         return
     crash = journal.open(folder)
     close_at_the_end(journal)
