@@ -21,7 +21,6 @@ HIRES = {
     "hr_scale": 2,
     "hr_second_pass_steps": 2,
     "denoising_strength": 0.6,
-    "hr_upscaler": "Lanczos",
     "hr_additional_modules": ["Use same choices"],
 }
 A, C = "a cat <lora:lg_sd15_a:1>", "a cat <lora:lg_sd15_b:1>"
