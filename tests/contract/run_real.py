@@ -98,9 +98,10 @@ def main():
         check=True,
     ).stdout.split()
     ask = ["git", "rev-parse", "--short=8", "HEAD"]
-    commit = os.environ.get("FORGE_COMMIT") or subprocess.run(
-        ask, cwd=forge, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    commit = (
+        os.environ.get("FORGE_COMMIT")
+        or subprocess.run(ask, cwd=forge, capture_output=True, text=True, check=True).stdout.strip()
+    )
     if before != hashes(suite):
         return 1
     record = {

@@ -151,7 +151,8 @@ class LoraFiles:
             return original(model, clip, _for_host(lora), strength_model, strength_clip, filename, online_mode)
         if (why := self.patchers.not_patchable(model)) is not None:
             self.words.tell(why)
-            return original(model, clip, _for_host(lora), strength_model, strength_clip, filename, online_mode)
+            # By its name alone.
+            return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
         try:
             file = self._read(filename, lora)
             sides = [
