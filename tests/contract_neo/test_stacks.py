@@ -59,6 +59,36 @@ def test_low_rank_loras_leave_the_product_of_quantised_weights_in_use(guarded, s
     assert len(layer.weight_function) == 1
 
 
+def test_what_loses_the_product_of_its_format_is_said(guarded, lines):
+    patcher, dense = guarded.build("kitchen fp8")
+    layer = patcher.model.blocks[0].proj
+    layer._full_precision_mm = False
+    patches = {"blocks.0.proj.weight": host_value("glora", shapes(dense)["blocks.0.proj.weight"], 3)}
+    patches |= {"blocks.0.qkv.weight": host_value("lora", shapes(dense)["blocks.0.qkv.weight"], 4)}
+    guarded.load(guarded.with_loras(patcher, (FILE, patches, 1.0)))
+    assert "1 of 1 patched fp8 weights run without the fast product" in lines.text
+    lines.clear()
+    guarded.load(guarded.with_loras(patcher, (FILE, {k: v for k, v in patches.items() if "qkv" in k}, 1.0)))
+    assert "fast product" not in lines.text
+
+
+def test_a_layer_of_neos_fast_fp8_is_a_plain_one_while_it_has_a_lora_on_the_fly(guarded):
+    patcher, dense = guarded.build("fp8")
+    base, fast = run(patcher), guarded.operations.ForgeOperationsFP8.Linear
+    layer = patcher.model.blocks[0].proj
+    layer.__class__ = fast
+    patches = {"blocks.0.proj.weight": host_value("glora", shapes(dense)["blocks.0.proj.weight"], 3)}
+    changed = guarded.load(guarded.with_loras(patcher, (FILE, patches, 1.0)))
+    assert type(layer) is guarded.operations.ForgeOperations.Linear
+    assert_same(run(changed), reference(patcher, dense, [(FILE, patches, 1.0)]), base)
+    # Neo empties the list.
+    guarded.place(changed, patcher.model_size() // 2)
+    layer.weight_function = []
+    guarded.load(patcher)
+    assert type(layer) is fast
+    assert "lora_guard_own_class" not in vars(layer)
+
+
 @pytest.mark.parametrize("storage", [*KITCHEN, "Q8_0"])
 def test_rows_of_a_stored_weight_are_those_of_the_whole(guarded, storage):
     from lib_lora_guard.hosts.neo.access import NeoAccess

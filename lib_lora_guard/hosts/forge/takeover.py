@@ -20,8 +20,7 @@ from ...runtime.hooks import HookSet, lay
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
-from ..webui import of_process
-from . import saving
+from ..webui import of_process, saving
 from .api import ForgeApi, probe
 from .hook_table import LATER, START
 from .parts import ForgeParts

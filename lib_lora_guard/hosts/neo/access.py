@@ -19,6 +19,9 @@ from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bia
 from .api import NeoApi
 from .types import WeightLayer
 
+OWN_CLASS = "lora_guard_own_class"
+"""The attribute of a layer that holds its class while it has another one."""
+
 
 class WeightFunction:
     """The guard's entry in `layer.weight_function`. Neo calls it with the weight of a forward pass."""
@@ -91,13 +94,23 @@ class NeoAccess(ModuleAccess):
         A new list each time: the class's own one is that of every layer. What Neo or an extension has put there stays.
         """
         layer: WeightLayer = site.layer  # type: ignore[assignment]  # `site` lets no other layer come here
+        if type(site.layer) is self._api.fast_fp8:
+            # Its fp8 product would take the patched weight for fp8, fail, and write an error at each call.
+            site.layer.__dict__[OWN_CLASS] = type(site.layer)
+            site.layer.__class__ = self._api.plain_linear
         layer.weight_function = [*_of_others(layer), WeightFunction(terms, site.layer)]
 
     def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
         """Takes that back, unless others have taken the place of `terms`."""
         layer: WeightLayer = site.layer  # type: ignore[assignment]  # as above
-        if any(isinstance(one, WeightFunction) and one.terms is terms for one in layer.weight_function):
+        mine = [one for one in layer.weight_function if isinstance(one, WeightFunction)]
+        if any(one.terms is not terms for one in mine):
+            return
+        if mine:
             layer.weight_function = _of_others(layer)
+        own_class = site.layer.__dict__.pop(OWN_CLASS, None)
+        if own_class is not None:
+            site.layer.__class__ = own_class
 
     def device(self) -> torch.device:
         """Returns the GPU that parts of the model are on, or the CPU."""
@@ -125,3 +138,9 @@ def _is_a(layer: torch.nn.Module, name: str) -> bool:
 
 def _of_others(layer: WeightLayer) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     return [one for one in layer.weight_function if not isinstance(one, WeightFunction)]
+
+
+def uses_product(layer: torch.nn.Module) -> bool:
+    """Returns True if a layer computes with the product of its quantised format as long as its weight is left alone."""
+    has_format = getattr(layer, "layout_type", None) is not None and not getattr(layer, "_full_precision_mm", True)
+    return has_format or OWN_CLASS in layer.__dict__

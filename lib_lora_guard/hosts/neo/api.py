@@ -30,6 +30,9 @@ class NeoApi:
     """`ForgeWeights`, from which every layer of Neo's derives."""
     adapter_class: type
     """`WeightAdapterBase`: the values of patches that Neo's own merge takes."""
+    plain_linear: type
+    fast_fp8: type | None
+    """The linear layer of `--fast-fp8`; None where Neo has none."""
 
 
 def is_neo_like() -> bool:
@@ -78,7 +81,18 @@ def probe() -> NeoApi:
     adapter_class = attribute(lora, "weight_adapter.WeightAdapterBase")
     _check_weight_functions(operations)
     _check_patchers(base)
-    return NeoApi(memory, memory, base, lora, operations, layer_class, adapter_class)
+    fast = getattr(operations, "ForgeOperationsFP8", None)
+    return NeoApi(
+        memory,
+        memory,
+        base,
+        lora,
+        operations,
+        layer_class,
+        adapter_class,
+        plain_linear=operations.ForgeOperations.Linear,
+        fast_fp8=None if fast is None else fast.Linear,
+    )
 
 
 def _check_weight_functions(operations: ModuleType) -> None:

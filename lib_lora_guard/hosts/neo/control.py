@@ -14,6 +14,7 @@ import torch
 from ...errors import RestoreError, named
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import Joined, Message, say
+from ...patching.attachments import OnTheFlyAttachment
 from ...patching.engine import LoraRequest
 from ...recorder.flight_recorder import Phase
 from ...reporting.report import clean_text
@@ -22,7 +23,7 @@ from ...runtime.journal import Journal, ModelFacts
 from ...runtime.live_settings import LiveSettings
 from ...settings import LoraMode
 from ..webui.models import storage_name
-from .access import NeoAccess
+from .access import NeoAccess, uses_product
 from .api import NeoApi
 from .fallback import HostPatches
 from .patchers import label_of, loras_of, requests_of
@@ -154,6 +155,7 @@ class LoraControl:
         if not stack.merges_again(name, is_as_wished):
             stack.applied = asked
         self._stacks.publish(stack, access.name)
+        _tell_of_products(stack, access.name)
 
     def _restore(self, patcher: Patcher, stack: NeoStack) -> None:
         """Brings the stack that a model has back after Neo has moved some of its layers. `patcher` may be another one of
@@ -255,6 +257,15 @@ class LoraControl:
                     say(log, logging.ERROR, "host.not_restored", model=access.name)
                 if patcher is not None and fitting:
                     self._host.give(patcher, access, fitting)
+
+
+def _tell_of_products(stack: NeoStack, model: str) -> None:
+    """Says which weights lose the product of their format: a kind that goes through the weight decodes it at each call."""
+    attached = [one for one in stack.engine.attached.values() if uses_product(one.site.layer)]
+    slow = [one for one in attached if isinstance(one, OnTheFlyAttachment)]
+    if slow:
+        formats = Joined(sorted({one.site.storage.format for one in slow}))
+        say(log, logging.INFO, "neo.products_off", model=model, count=len(slow), of=len(attached), formats=formats)
 
 
 def _names(requests: list[LoraRequest]) -> Joined:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ...recorder.flight_recorder import Phase
 from ...runtime.hooks import Row
+from ..webui import saving
 from ..webui.checkpoint_reading import reading_plan, text_encoder_plan
 from ..webui.takeover import HOOKS as WEB
 from .parts import NeoParts
@@ -48,4 +49,6 @@ LATER: tuple[Row[NeoParts], ...] = (
 )
 """The functions that exist when Neo runs the extension's scripts."""
 
-HOOKS = (*START, *LATER, *WEB)
+SAVING = (*saving.NEOS_SAVE_ROWS, *saving.CONTROL_ROWS)
+
+HOOKS = (*START, *LATER, *WEB, *SAVING)

@@ -18,7 +18,7 @@ from ...runtime.hooks import HookSet, lay
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
-from ..webui import of_process
+from ..webui import of_process, saving
 from ..webui.networks import STALE
 from .api import NeoApi, probe
 from .hook_table import LATER, START
@@ -62,6 +62,7 @@ class NeoTakeover(NeoParts):
         modules = dict(sys.modules)
         misfits = self.web.install(self.hooks, modules)
         self.install_loaded(modules)
+        saving.install(self.hooks, self.stacks.engines, saving.NEOS_SAVE_ROWS)
         return misfits
 
     def install_loaded(self, modules: Mapping[str, ModuleType]) -> None:

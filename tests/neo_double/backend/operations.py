@@ -111,6 +111,17 @@ class ForgeOperationsGGUF(ForgeOperations):
             return torch.nn.functional.linear(x, weight, bias)
 
 
+class ForgeOperationsFP8(ForgeOperations):
+    class Linear(ForgeOperations.Linear):
+        errors = 0
+
+        def forward(self, x):
+            weight, bias, _ = weights_manual_cast(self, x)
+            if self.weight_function:
+                type(self).errors += 1
+            return torch.nn.functional.linear(x, weight, bias)
+
+
 def mixed_precision_ops(quant_config, compute_dtype):
     class MixedPrecisionOps(ForgeOperations):
         class Linear(torch.nn.Module, ForgeWeights):
