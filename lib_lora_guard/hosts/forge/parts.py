@@ -21,11 +21,11 @@ from ...runtime.room import Room
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
 from ...runtime.vae_room import VaeRoom
+from ..webui.checkpoint_reading import CheckpointReading
 from ..webui.lora_files import LoraFiles
 from ..webui.takeover import WebTakeover
 from .api import ForgeApi
 from .calibration import ForgeCalibration
-from .checkpoint_reading import CheckpointReading
 from .eviction import ForgeEviction
 from .facts import about_model
 from .free_memory import ForgeFree

@@ -115,5 +115,6 @@ class WebTakeover:
             self._stacks.is_current,
             lambda: self._journal.phase(Phase.ENCODE_PROMPT),
             self.prompts,
+            self._files.patchers,
         )
         lay(conditioning.ROWS, conditions, modules, hooks)
