@@ -53,7 +53,7 @@ class ForgePlaced:
         return self._residency.swappable_bytes(self._loaded)
 
     def away_bytes(self) -> int:
-        """Returns the bytes that `shrink` has taken and `grow` has not brought back."""
+        """Returns the bytes that are swapped, and that `grow` can bring back."""
         return self._residency.away_bytes(self.module)
 
     def shrink(self, wanted_bytes: int) -> int:
@@ -149,10 +149,6 @@ class ForgeMemory:
         for place in range(len(loaded) - 1, -1, -1):
             if sys.getrefcount(loaded[place].model) <= 2:
                 loaded.pop(place).model_unload(avoid_model_moving=True)
-
-    def forget_layers(self, loaded: LoadedModel) -> None:
-        """Called when Forge moves a whole model; see `Residency.forget`."""
-        self._residency.forget(loaded)
 
     def empty_cache(self) -> None:
         """Gives back what torch holds of the card without using it."""
