@@ -122,7 +122,7 @@ class Room:
         outside = self._memory.size_bytes(placed.module, outside=device)
         room = self._memory.free_bytes(device) - need_bytes
         away = placed.away_bytes()
-        change = change_bytes(on_card, outside, away, room) if self._memory.knows_swapping() else room
+        change = change_bytes(on_card, outside, away, room, self._memory.swapping_bytes(placed.module))
         if change < 0 and may_leave:
             self._shrink(placed, min(-change, placed.swappable_bytes()))
         else:

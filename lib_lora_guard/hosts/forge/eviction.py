@@ -34,6 +34,8 @@ class _Planned(threading.local):
     """Above 0 if room has been made already."""
     places = 0
     """The number of models that Forge has to place in it."""
+    swapping_bytes: int | None = None
+    """To leave for swapped layers; None if the layers are not known."""
 
 
 class ForgeEviction:
@@ -83,21 +85,23 @@ class ForgeEviction:
         if by_host != swap_budget_bytes(free, need):
             # Another extension's rule, or a fork's.
             return by_host
-        return weights_on_card_bytes(free, need)
+        return weights_on_card_bytes(free, need, self._planned.swapping_bytes)
 
     @contextlib.contextmanager
-    def planned(self, places: int = 1) -> Iterator[None]:
+    def planned(self, places: int = 1, swapping_bytes: int | None = None) -> Iterator[None]:
         """Wraps a load that room has been made for.
 
         Args:
             places: how many models Forge has to place in it.
+            swapping_bytes: to leave for swapped layers.
         """
-        before = self._planned.depth, self._planned.places
-        self._planned.depth, self._planned.places = before[0] + 1, places
+        now = self._planned
+        before = now.depth, now.places, now.swapping_bytes
+        now.depth, now.places, now.swapping_bytes = before[0] + 1, places, swapping_bytes
         try:
             yield
         finally:
-            self._planned.depth, self._planned.places = before
+            now.depth, now.places, now.swapping_bytes = before
 
     def _free_all(self, original: Callable[P, R], bound: inspect.BoundArguments, device: torch.device) -> R:
         # A model that nothing refers to any more, as after another checkpoint was chosen, is freed where it lies.

@@ -147,7 +147,8 @@ class Loading:
         planned = moving_plan(self._memory.forges, patchers, plan.device, plan.needs.free_bytes)
         with self._journal.phase(Phase.MOVE_TO_GPU, about, planned):
             self._room.prepare(patchers, plan.device, plan.needs)
-            with self._eviction.planned(places), self._room.moving():
+            swapping = max(self._memory.swapping_bytes(patcher.model) for patcher in patchers)
+            with self._eviction.planned(places, swapping), self._room.moving():
                 yield
             self._room.watch_share(patchers, plan.device)
             if places:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from ...runtime.host import HostModel
+from ...runtime.swapping import SwappingRoom
+from ...units import MB
 from .facts import is_denoiser, is_forges_text_encoder, is_forges_vae
 from .free_memory import ForgeFree
 from .handover import Placement
@@ -21,6 +23,8 @@ from .types import LoadedModel, MemoryManagement, Patcher
 TEXT_ENCODER_PASSES = 2
 """For the prompt and the negative prompt."""
 VAE_PASSES = 1
+FORGES_SWAPPING_BYTES = 1280 * MB
+"""Forge leaves so much of the room, or a quarter of it where that is less."""
 
 
 class ForgePlaced:
@@ -73,16 +77,24 @@ class ForgePlaced:
 class ForgeMemory:
     """Forge's devices and the models on them: `runtime.host.DeviceMemory`."""
 
-    def __init__(self, forges: MemoryManagement, residency: Residency, placement: Placement, free: ForgeFree) -> None:
+    def __init__(
+        self,
+        forges: MemoryManagement,
+        residency: Residency,
+        placement: Placement,
+        free: ForgeFree,
+        swapping: SwappingRoom,
+    ) -> None:
         """
         Args:
             forges: Forge's `backend.memory_management`.
             residency: moves layers of loaded models.
             placement: knows the models that Forge has forgotten.
             free: says if free VRAM is known.
+            swapping: says what swapped layers need.
         """
         self.forges = forges
-        self._residency, self._placement, self._free = residency, placement, free
+        self._residency, self._placement, self._free, self._swapping = residency, placement, free, swapping
 
     def plans_for(self, device: torch.device | None) -> bool:
         """False if Forge moves models by a rule of its own: not CUDA, or told to keep nothing on the card."""
@@ -172,6 +184,10 @@ class ForgeMemory:
         stream = sys.modules.get("backend.stream")
         is_async = bool(getattr(stream, "should_use_stream", lambda: False)())
         return not is_async and self._free.is_believed
+
+    def swapping_bytes(self, model: torch.nn.Module) -> int:
+        """Returns the VRAM to leave for a model's swapped layers: Forge's own share where swapping was not measured."""
+        return self._swapping.bytes(model) if self.knows_swapping() else FORGES_SWAPPING_BYTES
 
     def _placed(self, loaded: LoadedModel) -> ForgePlaced:
         return ForgePlaced(loaded, self.forges, self._residency)

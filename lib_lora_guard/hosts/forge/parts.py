@@ -20,9 +20,11 @@ from ...runtime.preflight import Preflight
 from ...runtime.room import Room
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
+from ...runtime.swapping import SwappingRoom
 from ...runtime.vae_room import VaeRoom
 from ..webui.lora_files import LoraFiles
 from ..webui.takeover import WebTakeover
+from . import facts
 from .api import ForgeApi
 from .calibration import ForgeCalibration
 from .checkpoint_reading import CheckpointReading
@@ -78,7 +80,7 @@ class ForgeParts:
         self.steps = StepTimer(api.memory, journal, self.stacks.names_on)
         self.calibration = ForgeCalibration(api.memory, corrections)
         self.free = ForgeFree(api.memory, self.rule_log)
-        self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free)
+        self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free, SwappingRoom(facts))
         self.room = Room(self.memory, self.preflight, self.rule_log)
         self.eviction = ForgeEviction(self.memory, self.room, self.rule_log)
         self.reservations = Reservations(self.memory, self.rule_log, self.calibration)

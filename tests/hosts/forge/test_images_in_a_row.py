@@ -65,3 +65,12 @@ def test_a_new_prompt_costs_the_steps_nothing(parts, gigabytes, is_new_stack):
         for _ in range(3):
             images.image()
             assert images.image(is_new_prompt=True, is_new_stack=is_new_stack) >= first - 35 * MB
+
+
+def test_no_more_is_left_for_swapping_than_it_takes(parts):
+    """Two copies of the largest layer, here of 70 MB: Forge leaves 1280 MB."""
+    with images_on(parts, 12) as images:
+        images.image(is_new_prompt=True)
+        images.scene.load(images.stack, required=STEP)
+        left = images.scene.machine.free() - STEP
+        assert 256 * MB <= left < (256 + 35) * MB
