@@ -15,8 +15,12 @@ from dataclasses import dataclass
 
 from .rates import PAGEABLE_TO_GPU, PAGEABLE_TO_RAM
 
-NEW_PROMPT = 0.5
-"""Share of images with a new prompt, which needs the text encoder again. People change a prompt, and then look at seeds."""
+NEW_PROMPTS = 0.5
+"""Share of images with a new prompt, which needs the text encoder again, as long as it is not known."""
+PASSES = 2
+"""Of a text encoder: for the prompt and the negative prompt."""
+USUAL_IMAGES = 3
+"""What comes for one image is there for the next one, too."""
 USUAL_CALLS = 20
 """Of a job that does not say how many steps it has."""
 
@@ -40,6 +44,10 @@ class Job:
     """Calls of the model until others need its room."""
     decode_bytes: int = 0
     """VRAM that the decode after them takes, its weights included; 0 if none follows."""
+    new_prompts: float = NEW_PROMPTS
+    """Share of images with a new prompt."""
+    images: int = USUAL_IMAGES
+    """Images like this one, this one included."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,11 @@ class Choice:
         return self.comes_bytes > 0
 
 
+def runs_from_ram(passes: int, links: Links) -> bool:
+    """True if a model of few passes had better stay in RAM than come to the card and leave it again."""
+    return passes / links.swapping < 1 / links.to_card + 1 / links.to_ram
+
+
 def choose(state: State, job: Job, links: Links) -> Choice:
     """Returns the fastest way; of equal ones the one that moves least."""
     return min(ways(state, job, links), key=lambda way: (way.seconds, sum(way.leaving_bytes) + abs(way.comes_bytes)))
@@ -100,7 +113,9 @@ def ways(state: State, job: Job, links: Links) -> Iterator[Choice]:
     """
     for wanted in _amounts(state):
         leaving = _leaving(wanted, state.neighbours)
-        for comes in sorted({_comes(state, sum(leaving), grows) for grows in (True, False)}):
+        # What lies in RAM as a whole is about to be placed by the host.
+        grow = (True, False) if state.on_card_bytes else (True,)
+        for comes in sorted({_comes(state, sum(leaving), grows) for grows in grow}):
             swapped = state.outside_bytes - comes
             yield Choice(leaving, comes, swapped, _seconds(state, job, links, leaving, comes))
 
@@ -147,18 +162,17 @@ def _comes(state: State, left: int, grows: bool) -> int:
 
 def _seconds(state: State, job: Job, links: Links, leaving: Sequence[int], comes: int) -> float:
     left, away = sum(leaving), max(0, -comes)
-    free = state.free_bytes + left - comes
     copied = sum(min(part, one.copied_bytes) for part, one in zip(leaving, state.neighbours, strict=True))
-    model_copied = state.copied_bytes
-    out = left - copied + max(0, away - model_copied)
-    inwards = max(0, comes) + left * NEW_PROMPT
-    # What the decode lacks then: others leave first. What came from RAM just now has its copy there.
-    short = max(0, job.decode_bytes - free)
+    out = left - copied + max(0, away - state.copied_bytes)
+    now = out / links.to_ram + max(0, comes) / links.to_card
+    there_and_back = 1 / links.to_ram + 1 / links.to_card
+    short = max(0, job.decode_bytes - (state.free_bytes + left - comes))
     others = sum(one.on_card_bytes for one in state.neighbours) - left
-    others_copied = sum(one.copied_bytes for one in state.neighbours) - copied
     from_others = min(short, others)
     from_model = min(short - from_others, state.on_card_bytes + comes)
-    out += max(0, from_others - others_copied) + max(0, from_model - max(0, model_copied - away))
-    inwards += from_model + from_others * NEW_PROMPT
-    swapped = state.outside_bytes - comes
-    return out / links.to_ram + inwards / links.to_card + job.calls * swapped / links.swapping
+    now += (from_others + from_model) / links.to_ram
+    calls = job.images * job.calls * (state.outside_bytes - comes) / links.swapping
+    # For later images what left for the decode comes back, or stays away if that is faster.
+    later = (job.images - 1) * from_model * min(there_and_back, job.calls / links.swapping)
+    prompts = job.images * job.new_prompts * (left + from_others) * min(there_and_back, PASSES / links.swapping)
+    return now + calls + later + prompts

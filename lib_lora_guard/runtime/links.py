@@ -14,6 +14,7 @@ import torch
 
 from ..memory.file_lock import locked
 from ..planning.job_cost import Links
+from ..private_files import make_private_folder, open_private
 from ..units import MB
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ VERSION = 1
 PROBE_BYTES = 32 * MB
 """As large as a layer. Three copies in each direction take 0.1 s on a machine that zeroes new RAM with 1 GB/s."""
 TRIES = 3
+LONGEST_BYTES = 1 * MB
 LEAST, MOST = 1e8, 1e12
 """Bytes per second that are believed: a machine that slept meanwhile shows less."""
 WAIT_SECONDS = 1.0
@@ -78,8 +80,9 @@ def measure(device: torch.device, clock: Callable[[], float] = time.perf_counter
 
 def read(folder: Path) -> dict[str, Links]:
     """Returns the kept rates by card; none if there is no file of this version."""
-    with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError):
-        document = json.loads((folder / FILE_NAME).read_bytes())
+    with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError, LookupError):
+        with open_private(folder / FILE_NAME, "rb") as file:
+            document = json.loads(file.read(LONGEST_BYTES))
         if document["version"] == VERSION:
             cards = document["cards"].items()
             return {name: links for name, rates in cards if (links := _links(rates)) is not None}
@@ -92,13 +95,15 @@ def keep(folder: Path, name: str, links: Links) -> None:
     Raises:
         OSError: the file cannot be locked or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     path = folder / FILE_NAME
     with locked(path.with_name(path.name + ".lock"), WAIT_SECONDS):
         cards = read(folder) | {name: links}
         rates = {name: [one.to_card, one.to_ram, one.swapping] for name, one in cards.items()}
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"version": VERSION, "cards": rates}), encoding="utf-8")
+        temporary.unlink(missing_ok=True)
+        with open_private(temporary, "xb") as file:
+            file.write(json.dumps({"version": VERSION, "cards": rates}).encode())
         os.replace(temporary, path)
 
 

@@ -57,8 +57,7 @@ class Room:
             if placed is not None:
                 self._fit(placed, device, needs.free_bytes, placed.is_for(models[0]), choice.grows)
             return
-        if coming.passes == DECODE_PASSES and self._costs is not None:
-            self._costs.note_decode(needs.free_bytes + sum(self._memory.size_bytes(one.model) for one in models))
+        self._note(coming, models, needs)
         plan = self.make_room(device, coming, needs.free_bytes, models)
         if plan.swapped_bytes and coming.passes is not None:
             size_mb = plan.swapped_bytes / MB
@@ -66,7 +65,18 @@ class Room:
         for one in models:
             placed = self._memory.placed(one)
             if placed is not None:
-                self._fit(placed, device, needs.free_bytes, may_leave=placed.is_for(one))
+                may_grow = not self.stays_out(models, device)
+                self._fit(placed, device, needs.free_bytes, placed.is_for(one), may_grow)
+
+    def stays_out(self, models: Sequence[HostModel], device: torch.device) -> bool:
+        """True for a model of few passes that had better run from RAM: the denoiser lacks the room that it would take, so that
+        it would come and leave again."""
+        passes = self._memory.passes(models)
+        if self._costs is None or passes is None or passes == DECODE_PASSES:
+            return False
+        others = self._memory.placed_on(device, but=models)
+        is_short = any(one.returns() and self._memory.size_bytes(one.module, outside=device) for one in others)
+        return is_short and self._costs.runs_from_ram(passes, device)
 
     def make_room(
         self, device: torch.device, coming: Coming, need_bytes: int, staying: Sequence[HostModel]
@@ -87,6 +97,15 @@ class Room:
         plan = plan_eviction(coming, need_bytes, free, residents)
         self._send(leaving, residents, plan.leaving_bytes)
         return plan
+
+    def _note(self, coming: Coming, models: Sequence[HostModel], needs: Needs) -> None:
+        """Remembers what one image tells about the next."""
+        if self._costs is None or coming.passes is None:
+            return
+        if coming.passes == DECODE_PASSES:
+            self._costs.note_decode(needs.free_bytes + sum(self._memory.size_bytes(one.model) for one in models))
+        else:
+            self._costs.note_prompt()
 
     def _choose(self, models: Sequence[HostModel], device: torch.device, outside: int, needs: Needs) -> Choice | None:
         """Chooses by the seconds of the whole job which neighbours leave for the denoiser, and lets them leave.

@@ -148,7 +148,8 @@ class Loading:
         with self._journal.phase(Phase.MOVE_TO_GPU, about, planned):
             self._room.prepare(patchers, plan.device, plan.needs)
             swapping = max(self._memory.swapping_bytes(patcher.model) for patcher in patchers)
-            with self._eviction.planned(places, swapping), self._room.moving():
+            stays_out = self._room.stays_out(patchers, plan.device)
+            with self._eviction.planned(places, swapping, stays_out), self._room.moving():
                 yield
             self._room.watch_share(patchers, plan.device)
             if places:

@@ -84,12 +84,13 @@ def steps_of(p: Processing) -> int:
     """Returns the steps of the pass that a request begins next: of an image from noise all of its steps, of one that is changed
     its share of them. Rows that do not fit into one call, and samplers that call twice a step, make more of it.
     """
-    is_second = getattr(p, "is_hr_pass", False)
     steps = int(p.steps)
+    is_second = getattr(p, "is_hr_pass", False)
     if is_second:
         steps = int(getattr(p, "hr_second_pass_steps", 0) or steps)
-    is_changed = is_second or getattr(p, "init_images", None)
-    return max(1, round(steps * float(getattr(p, "denoising_strength", 1) or 0))) if is_changed else steps
+    strength: float | None = getattr(p, "denoising_strength", None)
+    is_changed = strength is not None and (is_second or bool(getattr(p, "init_images", None)))
+    return max(1, round(steps * strength)) if is_changed else steps
 
 
 ROWS: tuple[Row[Images], ...] = (

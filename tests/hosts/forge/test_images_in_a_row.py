@@ -74,3 +74,60 @@ def test_no_more_is_left_for_swapping_than_it_takes(parts):
         images.scene.load(images.stack, required=STEP)
         left = images.scene.machine.free() - STEP
         assert 256 * MB <= left < (256 + 35) * MB
+
+
+def test_a_text_encoder_runs_from_ram_beside_a_denoiser_that_lacks_the_room(parts):
+    """Leaving the card is slow, so what would have to leave again before the steps does not come."""
+    with images_on(parts, 12) as images:
+        images.image(is_new_prompt=True)
+        before = bytes_on_card(images.text.model)
+        moved = images.scene.machine.moved
+        images.scene.load(images.text)
+        assert bytes_on_card(images.text.model) == before == 0
+        assert images.scene.machine.moved == moved
+        assert_sound(images.text.model, True)
+
+
+def test_a_text_encoder_comes_to_a_card_with_room_for_all(parts):
+    with images_on(parts, 24) as images:
+        images.image(is_new_prompt=True)
+        assert bytes_on_card(images.text.model) == size_of(images.text.model)
+        moved = images.scene.machine.moved
+        images.image(is_new_prompt=True, is_new_stack=True)
+        assert images.scene.machine.moved == moved, "nothing moves where all fits"
+
+
+@pytest.mark.parametrize(("steps", "comes"), [(1, False), (50, True)])
+def test_with_few_steps_what_left_for_the_decode_may_stay_away(parts, steps, comes):
+    with images_on(parts, 12) as images:
+        first = images.image(is_new_prompt=True)
+        with images.scene.guard.jobs.job(lambda: steps):
+            assert (images.image(is_new_stack=True) >= first - 35 * MB) is comes
+
+
+def test_switched_off_the_denoiser_takes_all_room_before_its_steps(parts):
+    with images_on(parts, 12) as images:
+        images.scene.guard.settings.options = {"lora_guard_plan_residency": False}
+        first = images.image(is_new_prompt=True)
+        with images.scene.guard.jobs.job(lambda: 1):
+            assert images.image(is_new_stack=True) >= first - 35 * MB
+            # The text encoder gets what room there is, and gives it back.
+            images.scene.load(images.text)
+            assert bytes_on_card(images.text.model) > 0
+            assert images.image() >= first - 35 * MB
+
+
+def test_one_line_says_the_choice_with_its_numbers(parts, lines):
+    with images_on(parts, 12) as images:
+        for _ in range(3):
+            images.image(is_new_stack=True)
+        said = [line for line in lines() if line.startswith("Denoiser, 20 calls: ")]
+        assert 1 <= len(said) <= 2
+        assert "(6.5 GB/s to the card, 1.5 to RAM)" in said[0]
+
+
+def test_a_model_that_fits_is_not_chosen_for_and_no_link_is_measured(parts, monkeypatch):
+    with images_on(parts, 24) as images:
+        monkeypatch.setattr(images.scene.guard.links, "of", lambda device: pytest.fail("a link was asked for"))
+        for _ in range(2):
+            images.image(is_new_stack=True)
