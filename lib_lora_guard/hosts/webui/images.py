@@ -89,8 +89,9 @@ def steps_of(p: Processing) -> int:
     if is_second:
         steps = int(getattr(p, "hr_second_pass_steps", 0) or steps)
     strength: float | None = getattr(p, "denoising_strength", None)
-    is_changed = strength is not None and (is_second or bool(getattr(p, "init_images", None)))
-    return max(1, round(steps * strength)) if is_changed else steps
+    if strength is None or not (is_second or getattr(p, "init_images", None)):
+        return steps
+    return max(1, round(steps * strength))
 
 
 ROWS: tuple[Row[Images], ...] = (
