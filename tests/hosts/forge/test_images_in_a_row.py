@@ -131,3 +131,13 @@ def test_a_model_that_fits_is_not_chosen_for_and_no_link_is_measured(parts, monk
         monkeypatch.setattr(images.scene.guard.links, "of", lambda device: pytest.fail("a link was asked for"))
         for _ in range(2):
             images.image(is_new_stack=True)
+
+
+def test_a_stack_of_3_gb_takes_its_room_and_gives_it_back(parts):
+    """On 8 GB, as three LoRAs of 1 GB; then another stack that takes next to nothing."""
+    with images_on(parts, 8) as images:
+        first = images.image(is_new_prompt=True)
+        images.scene.load(images.stack.clone(), required=STEP, hard=3072 * MB)
+        assert images.scene.machine.free() >= STEP + 3072 * MB
+        assert 0 < bytes_on_card(images.denoiser.model) <= first - 3072 * MB + 512 * MB
+        assert images.image(is_new_stack=True, factors=MB) >= first - 35 * MB
