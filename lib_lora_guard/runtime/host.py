@@ -157,6 +157,10 @@ class DeviceMemory(Protocol):
         """True if the VRAM that swapping takes was measured for the host's way of swapping, and free VRAM is known."""
         ...
 
+    def swapping_bytes(self, model: torch.nn.Module) -> int:
+        """Returns the VRAM to leave for swapped layers while a model runs in part from RAM."""
+        ...
+
 
 class ModelFormats(Protocol):
     """The host's way to say how a model is stored and computed."""

@@ -84,6 +84,10 @@ class LiveSettings:
         """True in the mode "Forge's own": the host reads LoRA files itself."""
         return self.mode() is LoraMode.OWN
 
+    def plans_residency(self) -> bool:
+        """True if what lies on the card while a model runs is chosen by the seconds that the whole image takes."""
+        return read(self.options)[0].plan_residency
+
     def kept_files_bytes(self) -> int:
         """Returns how many bytes of LoRA files stay in RAM beyond the present stack."""
         return read(self.options)[0].kept_files_mb * MB

@@ -39,6 +39,7 @@ class Processing(Protocol):
     """One request for images. Sizes in pixels."""
 
     sd_model: SdModel
+    steps: int
     width: int
     height: int
     batch_size: int
