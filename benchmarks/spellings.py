@@ -22,8 +22,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from support.spelled import MAKERS, OF_TRANSFORMERS, SPELLINGS, UNETS, Found, parts_of, read_back  # noqa: E402
 
-from benchmarks.trainers_own import replaced, section_of  # noqa: E402
+from benchmarks.pages import replaced, section_of  # noqa: E402
 
+OWN = "## The trainers' own code"
+"""The section of `trainers_own.py`."""
 _HEAD = """# Spellings of LoRA files
 
 Every trainer writes the names of a model's layers in its own way, and a model has them in its authors' layout (Forge,
@@ -123,7 +125,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     page = "\n".join(_page()).rstrip() + "\n"
     if arguments.write and arguments.write.exists():
-        page = replaced(page, section_of(arguments.write.read_text(encoding="utf-8")))
+        page = replaced(page, OWN, section_of(arguments.write.read_text(encoding="utf-8"), OWN))
     if arguments.write:
         arguments.write.write_text(page, encoding="utf-8")
     else:

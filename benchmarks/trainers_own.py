@@ -8,8 +8,8 @@ layer is called with the trainer's forward pass in place. The same file on a cop
 `LoraGuard` in each of the three modes, must give the same. The error is that over all layers, as a share of what the
 trainer's network adds.
 
-Needs diffusers, transformers and what the two projects import; parts for pictures and servers are left out (`_importable`).
-Takes some minutes on one core.
+Needs diffusers, transformers, and of what OneTrainer needs `parse`; packages for pictures and servers are stood in for by
+empty ones (`_importable`). Takes a quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from safetensors.torch import save_file  # noqa: E402
 from support.named_models import module_of  # noqa: E402
 from support.spelled import MAKERS, original  # noqa: E402
 
+from benchmarks.pages import replaced  # noqa: E402
 from lib_lora_guard import LoraGuard  # noqa: E402
 
 HEADING = "## The trainers' own code"
@@ -554,7 +555,8 @@ def section(page: Page, sd_scripts: Path | None, onetrainer: Path | None) -> Ite
 Made by `python benchmarks/trainers_own.py --sd-scripts PATH --onetrainer PATH --write docs/spellings.md`, which runs the
 network code of the two projects: it makes the file, saves it and calculates what every layer should give. A cell says how
 many of the trainer's modules are used, and the largest error in the modes merge, bypass and on the fly, over all layers, as
-a share of what the trainer's network adds (at most {LIMIT:.0e}). The models are small and random.
+a share of what the trainer's network adds (at most {LIMIT:.0e}). The models are small and random, and in fp64, but for sd-scripts'
+OFT, which calculates in fp32.
 """
     if sd_scripts is not None:
         sys.path.insert(0, str(sd_scripts))
@@ -582,18 +584,6 @@ moves the wrong half of `final_layer.adaLN_modulation.1` in every program that g
 """
 
 
-def section_of(text: str) -> str:
-    """The section of this name in a document; "" if it has none."""
-    _, heading, after = text.partition(HEADING)
-    return heading + after.partition("\n## ")[0] if heading else ""
-
-
-def replaced(text: str, made: str) -> str:
-    """A document with its section of this name replaced, or with the section at its end."""
-    old = section_of(text)
-    return text.replace(old, made.rstrip() + "\n") if old else text.rstrip() + "\n\n" + made.rstrip() + "\n"
-
-
 def main() -> int:
     """Prints the section, or writes it into a document; 1 if a file is not read as its trainer means it."""
     parser = argparse.ArgumentParser(description="The guard against sd-scripts' and OneTrainer's own code.")
@@ -608,7 +598,7 @@ def main() -> int:
         page = Page(Path(folder))
         made = "\n".join(section(page, arguments.sd_scripts, arguments.onetrainer))
     if arguments.write:
-        arguments.write.write_text(replaced(arguments.write.read_text("utf-8"), made), encoding="utf-8")
+        arguments.write.write_text(replaced(arguments.write.read_text("utf-8"), HEADING, made), encoding="utf-8")
     else:
         print(made)
     return 0 if page.is_right else 1
