@@ -9,11 +9,11 @@ from contract_neo.host import REAL
 
 
 @pytest.fixture(autouse=True)
-def _compiler(monkeypatch):
-    # As the extension has it: GGUF's own classes are not compiled.
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", REAL)
+def _compiler():
     torch._dynamo.reset()
-    yield
+    # As the extension has it: GGUF's own classes are not compiled.
+    with torch._dynamo.config.patch(suppress_errors=REAL):
+        yield
     torch._dynamo.reset()
 
 
