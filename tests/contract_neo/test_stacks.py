@@ -10,6 +10,7 @@ from support.make import host_value
 from support.measure import assert_same, contribution_error, fp32_limit, same_bits
 
 from contract_neo.host import KITCHEN, LOW_BIT, REAL, STORAGES, WIDE
+from lib_lora_guard.patching.marked_class import class_of
 
 FILE = "C:\\loras\\style.safetensors"
 SOME = list(CASES) if REAL else ["lora", "other kinds"]
@@ -79,7 +80,7 @@ def test_a_layer_of_neos_fast_fp8_is_a_plain_one_while_it_has_a_lora_on_the_fly(
     layer.__class__ = fast
     patches = {"blocks.0.proj.weight": host_value("glora", shapes(dense)["blocks.0.proj.weight"], 3)}
     changed = guarded.load(guarded.with_loras(patcher, (FILE, patches, 1.0)))
-    assert type(layer) is guarded.operations.ForgeOperations.Linear
+    assert class_of(layer) is guarded.operations.ForgeOperations.Linear
     assert_same(run(changed), reference(patcher, dense, [(FILE, patches, 1.0)]), base)
     # Neo empties the list.
     guarded.place(changed, patcher.model_size() // 2)

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch.compiler import is_compiling
 
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
+from ...patching.marked_class import class_of, mark, unmark
 from ...patching.on_the_fly import WeightTerms
+from ...patching.operators import WEIGHT_PATCH, number_of, patched_weight
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...weights.kitchen import is_quantized, rows_of
 from ...weights.storage import storage_of
@@ -29,9 +32,12 @@ class WeightFunction:
     def __init__(self, terms: WeightTerms, layer: torch.nn.Module) -> None:
         self.terms = terms
         self._layer = weakref.ref(layer)
+        self._number = number_of(layer)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the patched weight. Without manual cast `weight` is the parameter itself, which stays as it is."""
+        if is_compiling() and self._number is not None:
+            return patched_weight(weight, self._number)
         parameter = getattr(self._layer(), "weight", None)
         # What a quantised weight is decoded to is never its own memory.
         return self.terms.apply(weight, None if parameter is None or is_quantized(parameter) else parameter)
@@ -88,16 +94,26 @@ class NeoAccess(ModuleAccess):
         self._api.memory.unpin_memory(site.parameter)
         super().set_parameter(site, value)
 
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
+        """Lets compiled code see that a bypass is on the layer."""
+        mark(layer, scales_input)
+
+    def hide_bypass(self, layer: torch.nn.Module) -> None:
+        """Takes that back."""
+        unmark(layer)
+
     def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight.
 
         A new list each time: the class's own one is that of every layer. What Neo or an extension has put there stays.
         """
         layer: WeightLayer = site.layer  # type: ignore[assignment]  # `site` lets no other layer come here
-        if type(site.layer) is self._api.fast_fp8:
+        if class_of(site.layer) is self._api.fast_fp8:
             # Its fp8 product would take the patched weight for fp8, fail, and write an error at each call.
-            site.layer.__dict__[OWN_CLASS] = type(site.layer)
+            site.layer.__dict__[OWN_CLASS] = self._api.fast_fp8
             site.layer.__class__ = self._api.plain_linear
+        site.layer.__dict__[WEIGHT_PATCH] = terms
+        mark(site.layer, WEIGHT_PATCH)
         layer.weight_function = [*_of_others(layer), WeightFunction(terms, site.layer)]
 
     def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
@@ -108,6 +124,8 @@ class NeoAccess(ModuleAccess):
             return
         if mine:
             layer.weight_function = _of_others(layer)
+        site.layer.__dict__.pop(WEIGHT_PATCH, None)
+        unmark(site.layer)
         own_class = site.layer.__dict__.pop(OWN_CLASS, None)
         if own_class is not None:
             site.layer.__class__ = own_class
