@@ -234,7 +234,7 @@ class Prediction:
         free, size = memory.get_free_memory(device), memory.module_size(model)
         if free - size - needs.free_bytes >= 0:
             return size, 0
-        with self.takeover.eviction.planned():
+        with self.takeover.eviction.planned(swapping_bytes=self.takeover.memory.swapping_bytes(model)):
             budget = memory.compute_model_gpu_memory_when_using_cpu_swap(free, needs.free_bytes)
         whole, extras, _ = memory.build_module_profile(model, budget)
         placed = sum(layer.total_mem for layer in whole) + sum(layer.extra_mem for layer in extras)

@@ -3,6 +3,7 @@
     python benchmarks/spellings.py [--write docs/spellings.md]
 
 Needs diffusers, peft and LyCORIS; takes some minutes on one core. Nothing is downloaded: the models are small and random.
+The section that `trainers_own.py` makes stays as it is in the page.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from support.spelled import MAKERS, OF_TRANSFORMERS, SPELLINGS, UNETS, Found, parts_of, read_back  # noqa: E402
 
+from benchmarks.pages import replaced, section_of  # noqa: E402
+
+OWN = "## The trainers' own code"
+"""The section of `trainers_own.py`."""
 _HEAD = """# Spellings of LoRA files
 
 Every trainer writes the names of a model's layers in its own way, and a model has them in its authors' layout (Forge,
@@ -38,7 +43,7 @@ Made by `python benchmarks/spellings.py --write docs/spellings.md` with {version
   tables). Qwen-Image and ERNIE-Image have one layout.
 - A name alone stands for its trainer's names: `lora_unet_` before the authors' names, `transformer.` before diffusers'.
 - The files carry the trainer's names with the trainer's keys (`lora_A`, `lora_down`, `alpha`); the trainers themselves
-  were not run. A layer that the authors have fused (query, key and value) is one module in files with the authors' names.
+  were not run for this table, but for [those below](#the-trainers-own-code). A layer that the authors have fused (query, key and value) is one module in files with the authors' names.
 - Flux.2 stands for dev and Klein, which differ in sizes alone; Anima is diffusers' Cosmos-Predict2, whose layers it has.
 
 ## On the authors' layout
@@ -60,7 +65,7 @@ of the image in all of them. `tests/adapters/test_layers_of_another_size.py` hol
 | GLoRA | get nothing; `W A` sees the first columns of W alone |
 | OFT and BOFT of PEFT, OFT of OneTrainer (input side) | are not turned: identity. A factor per row scales the whole row |
 | OFT and BOFT of LyCORIS and sd-scripts, IA3 on the output | the rows are changed whole: the width does not matter |
-| OFT with a single block, where no `adapter_config.json` says `block_share` | left out and named: the block may be for all inputs or for the first |
+| OFT with a single block, where no `adapter_config.json` says `block_share` | turned with all others, where every layer of the file has one block of about that size (OneTrainer's `oft_block_share`); else left out and named: the block may be for all inputs or for the first |
 | DoRA of any kind; OFT with `dora_scale` and no `initial_norm` | left out and named: the norms that it was trained with are those of fewer columns |
 | whole weights (`set_weight`, `modules_to_save`) | left out and named: the file has no values for the further channels |
 
@@ -119,6 +124,8 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     page = "\n".join(_page()).rstrip() + "\n"
+    if arguments.write and arguments.write.exists():
+        page = replaced(page, OWN, section_of(arguments.write.read_text(encoding="utf-8"), OWN))
     if arguments.write:
         arguments.write.write_text(page, encoding="utf-8")
     else:

@@ -1,6 +1,7 @@
 """Makes LoRA files at random and holds the product to its rules with each of them. Run by hand:
 
     python tests/fuzz_files.py [--files 1000] [--seed 0] [--start 0] [--seconds 540] [--keep DIR] [--json FILE]
+    python tests/fuzz_files.py --bombs [WORD]
 
 A file is made from the seed and its number alone: `--start 4711 --files 1` makes that one again. What does not hold is printed with
 the file's number, and the file is kept in DIR. Ends with 1 where a rule does not hold.
@@ -29,8 +30,13 @@ sys.path[:0] = [str(ROOT), str(ROOT.parent)]
 from fuzz import checks, files, models  # noqa: E402
 
 
-def run(count: int, seed: int = 0, start: int = 0, seconds: float = 1e9, keep: Path | None = None, say=print) -> dict:
-    """Checks files `start` to `start + count`; returns the counts and the findings."""
+def run(
+    count: int, seed: int = 0, start: int = 0, seconds: float = 1e9, keep: Path | None = None, say=print, maker=None
+) -> dict:
+    """Checks files `start` to `start + count`; returns the counts and the findings.
+
+    `maker(seed, folder)` returns a function that makes one file in a folder, from a random number; None takes `files.make_file`.
+    """
     torch.set_num_threads(1)
     begun, facts, outcomes, findings, most, over = time.monotonic(), Counter(), Counter(), [], 0.0, 0
     done = 0
@@ -43,13 +49,14 @@ def run(count: int, seed: int = 0, start: int = 0, seconds: float = 1e9, keep: P
             for name in sorted(set(models.MODELS))
         }
         warm_up(root, checkpoints["flux"])
+        make = files.make_file if maker is None else maker(seed, root / "sound")
         for number in range(start, start + count):
             if time.monotonic() - begun > seconds:
                 break
             rng, seen = random.Random(f"{seed} {number}"), checks.Seen()
             own = root / "file"
             own.mkdir()
-            file = files.make_file(own, rng)
+            file = make(own, rng)
             log.bad.clear()
             log.tracebacks.clear()
             torch.default_generator.manual_seed(0)
@@ -107,10 +114,28 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--bombs",
+        nargs="?",
+        const="",
+        metavar="WORD",
+        help="instead: files that would take memory, those with WORD in their name",
+    )
     options = parser.parse_args()
+    if options.bombs is not None:
+        # Forks: not on Windows.
+        from fuzz import bombs
+
+        with tempfile.TemporaryDirectory() as folder:
+            return 1 if any(one["fault"] for one in bombs.run(Path(folder), options.bombs).values()) else 0
     found = run(options.files, options.seed, options.start, options.seconds, options.keep)
-    if options.json:
-        options.json.write_text(json.dumps(found))
+    return tell(found, options.json)
+
+
+def tell(found: dict, document: Path | None) -> int:
+    """Prints the counts of a run and writes them as JSON; returns the exit code."""
+    if document:
+        document.write_text(json.dumps(found))
     print(
         f"{found['files']} files in {found['seconds']:.0f} s, next {found['next']}; at most {found['most_cpu_seconds']:.2f} s of CPU in one step, {found['over_bytes'] / 1e6:.0f} MB above tensors and 8 headers"
     )

@@ -167,6 +167,19 @@ FAULTS = [
     Fault("bake rounds twice", "            result, beyond = rounded(merged, dtype)\n", "            result, beyond = rounded(merged.bfloat16().to(merged.dtype), dtype)\n", "baking", "baking/test_bake.py"),
     Fault("bake replaces a file unasked", "    if not force:\n        raise LoraGuardError", "    if False:\n        raise LoraGuardError", "baking", "baking/test_command.py"),
     Fault("an error ends with 0", "or type(error).__name__}\", file=sys.stderr)\n        return 1\n", "or type(error).__name__}\", file=sys.stderr)\n        return 0\n", "test_cli.py demo baking", "demo/test_demo.py"),
+    # Other clients, other programs, other users.
+    Fault("an image's mode changes while it is made", "        self._images.append(latched)\n", "", "hosts runtime", "hosts/forge/test_one_mode.py"),
+    Fault("a request's own mode is not that of its image", "(own if name in own else outer)", "outer", "hosts runtime", "hosts/forge/test_one_mode.py"),
+    Fault("a pipe is opened for a file", "    if found is not None:\n        raise OSError(Message(\"private.no_file\"", "    if False:\n        raise OSError(Message(\"private.no_file\"", "runtime", "test_private_files.py"),
+    Fault("a link is written through", '(0 if mode == "rb" else _flags("O_NOFOLLOW"))', "0", "runtime", "test_private_files.py"),
+    Fault("others may read what the guard keeps", "_FILE_MODE, _FOLDER_MODE, _OTHERS = 0o600, 0o700, 0o077", "_FILE_MODE, _FOLDER_MODE, _OTHERS = 0o644, 0o755, 0", "runtime", "test_private_files.py"),
+    Fault("what is told of a death takes a foreign thing away", "        if crash is None or other_than_file(told) is not None:\n", "        if crash is None:\n", "runtime recorder", "runtime/test_data_folder.py"),
+    Fault("bake replaces what appears meanwhile", "        if replaces:\n            _replace(", "        if True:\n            _replace(", "files baking", "files/test_safetensors_writer.py"),
+    Fault("bake removes what a living bake writes", "name[3] != _system() or is_running(int(name[1]), int(name[2])):", "name[3] != _system():", "baking", "baking/test_unfinished.py"),
+    Fault("bake names the hash of other bytes", "    return read_unchanged(path, both)\n", "    return both()\n", "baking", "baking/test_command.py"),
+    Fault("a full disk is an error without a name", "    if error.errno in _FULL:\n", "    if False:\n", "files", "files/test_safetensors_writer.py"),
+    Fault("a text is taken for a strength", "if not isinstance(strength, (bool, str, bytes)):", "if True:", "hosts", "hosts/plain/test_stack_argument.py"),
+    Fault("scales of any shape are multiplied", "        if scale.numel() != 1 and scale.shape != ", "        if False and scale.shape != ", "hosts", "hosts/plain/test_stored_weights.py"),
 ]  # fmt: skip
 
 

@@ -38,8 +38,9 @@ ABOVE = {
     "hosts/recognise.py": {"files", "reporting", "hosts/probing.py"},
     "hosts/webui": {*PURE, "ui", "runtime", "hosts/probing.py"},
     "hosts/forge": {*PURE, "ui", "runtime", "hosts/webui", "hosts/probing.py"},
+    "hosts/neo": {*PURE, "ui", "runtime", "hosts/webui", "hosts/probing.py"},
     "hosts/plain": {*PURE, "runtime"},
-    "hosts/start.py": {*PURE, "ui", "runtime", "hosts/webui", "hosts/forge", "hosts/recognise.py"},
+    "hosts/start.py": {*PURE, "ui", "runtime", "hosts/webui", "hosts/forge", "hosts/neo", "hosts/recognise.py"},
     "hosts/__init__.py": set(),
 }
 """The same for what works inside a host. A host imports downwards only; `hosts/start.py` chooses the host."""

@@ -1,15 +1,18 @@
-"""The record says which files were run against a real Forge; a change to them needs a new run of run_real.py."""
+"""The records say which files were run against a real host; a change to them needs a new run of run_real.py."""
 
 import json
 
-from contract.run_real import RECORD, hashes
+import pytest
+from contract.run_real import SUITES, hashes
 
 
-def test_the_record_of_the_real_forge_is_of_these_files():
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
-    changed = [name for name, value in hashes().items() if record["hashes"][name] != value]
+@pytest.mark.parametrize("host", SUITES)
+def test_the_record_of_the_real_host_is_of_these_files(host):
+    suite = SUITES[host]
+    record = json.loads(suite.record.read_text(encoding="utf-8"))
+    changed = [name for name, value in hashes(suite).items() if record["hashes"][name] != value]
     assert not changed, (
-        f"{', '.join(changed)} changed since the run on Forge {record['host']['commit']}: python tests/contract/run_real.py"
+        f"{', '.join(changed)} changed since the run on {record['host']}: python tests/contract/run_real.py --host {host}"
     )
     assert record["tests"]["tests"] > 90
     assert record["tests"]["failures"] == record["tests"]["errors"] == record["tests"]["skipped"] == 0

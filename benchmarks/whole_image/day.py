@@ -46,6 +46,14 @@ DAYS = {
         Case("previous prompt", BOTH, same_as="two LoRAs"),
         Case("removed", same_as="no LoRA", changes=True),
     ),
+    "six": (
+        Case("no LoRA"),
+        Case("first LoRA", (A,), changes=True),
+        Case("same again", (A,), same_as="first LoRA"),
+        Case("strength", (WEAK,), changes=True),
+        Case("two LoRAs", BOTH, changes=True),
+        Case("removed", same_as="no LoRA", changes=True),
+    ),
     "long": (
         Case("no LoRA, 2 steps", steps=2),
         Case("no LoRA"),
@@ -67,7 +75,7 @@ DAYS = {
         Case("removed", same_as="no LoRA", changes=True),
     ),
 }
-"""`ten`: an ordinary day. `long`: two images whose preparation was made by short ones. `three` and `big`: one stack."""
+"""`ten`: an ordinary day. `six`: a shorter one, for a host that is warm. `long`: two images whose preparation was made by short ones. `three` and `big`: one stack."""
 
 
 class Part(NamedTuple):

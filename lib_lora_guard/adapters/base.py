@@ -220,6 +220,9 @@ class Term:
         alpha = getattr(self.adapter, "alpha", None)
         if alpha is not None and not abs(alpha) < LARGEST_NUMBER:
             raise LoraMismatchError.of("lora.no_usable_number", name=_ALPHA, number=alpha)
+        if alpha is not None and not abs(self.strength * alpha) < LARGEST_NUMBER:
+            # Each is within the limit, so the strength is above 1.
+            raise UnusableStrengthError.of("lora.no_usable_strength", name=_STRENGTH, number=self.strength)
         if self.part is not None:
             shape, may_expand = self.part.shape_in(shape), False
         self.adapter.check(shape, may_expand=may_expand)
@@ -253,9 +256,21 @@ def apply_terms(weight: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
 def add_delta(weight: torch.Tensor, delta: torch.Tensor, factor: float, function: RowFunction | None) -> torch.Tensor:
     """Adds `function(factor * delta)` to `weight` in place."""
     if function is None:
-        return weight.add_(delta.to(weight.dtype), alpha=factor)
+        return add_scaled(weight, delta.to(weight.dtype), factor)
     return weight.add_(function((delta * factor).to(weight.dtype)))
 
+
+def add_scaled(target: torch.Tensor, delta: torch.Tensor, factor: float) -> torch.Tensor:
+    """Adds `factor * delta` to `target` in place.
+
+    torch refuses a factor beyond the range of fp16, though small factors of a LoRA may make a product within it.
+    """
+    if target.dtype != torch.float16 or abs(factor) <= _LARGEST_FP16:
+        return target.add_(delta, alpha=factor)
+    return target.add_((delta.float() * factor).to(target.dtype))
+
+
+_LARGEST_FP16 = 65504.0
 
 LARGEST_RANK = 512
 """A rank up to this is never refused. A larger one than both sides of the weight adds nothing that a smaller one could

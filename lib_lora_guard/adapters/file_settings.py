@@ -32,6 +32,8 @@ _PEFT = "base_model.model."
 _FLAT = ("lora_", "lycoris_")
 _ALPHAS, _RANKS = ("lora_alpha", "alpha", "network_alpha"), ("r", "rank", "lora_rank", "network_dim")
 _OF_KOHYA = "ss_network_alpha", "ss_network_dim"
+_ONETRAINER = "ot_revision"
+"""OneTrainer writes its own version into every header (`DtypeModelSaverMixin`)."""
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -44,12 +46,14 @@ class PeftSettings:
         component: the name that stood before each entry; "" for none.
         stated: alpha by rank, from text that is no configuration of PEFT.
         alone: such text for an alpha without a rank, as its name and its value.
+        of_onetrainer: the header says that OneTrainer saved the file.
     """
 
     entries: Mapping[str, Any] = field(default_factory=dict)
     component: str = ""
     stated: Mapping[int, float] = field(default_factory=dict)
     alone: tuple[str, str] | None = None
+    of_onetrainer: bool = False
 
     def with_rank(self, rank: int) -> PeftSettings:
         """The settings of factors that all have one rank: an alpha that stands alone is for it.
@@ -319,6 +323,9 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, PeftSettings]:
             _put(by_rank, *_of_convolutions(metadata))
         if by_rank or alone:
             stated[component] = PeftSettings({}, component, by_rank, None if by_rank else alone)
+    if _ONETRAINER in metadata:
+        stated.setdefault("", _NOTHING)
+        stated = {component: replace(settings, of_onetrainer=True) for component, settings in stated.items()}
     return stated
 
 

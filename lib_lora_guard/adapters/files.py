@@ -250,6 +250,8 @@ def parse_tensors(
             put(one.module, "bias", weight)
     if not adapters:
         raise _refusal(name, Message("lora.none", {"count": len(tensors)}))
+    for settle in {kind.settle for one in groups for kind in one.kinds if kind.settle is not None}:
+        adapters = dict(settle(adapters))
     if (completed := with_ranks(settings, adapters)) is not settings:
         return parse_tensors(path, tensors, completed, as_trained)
     whole = whole_weights(name, unknown, tensors, adapters, settings)

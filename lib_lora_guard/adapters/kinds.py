@@ -105,6 +105,8 @@ class Kind:
         parameter: the parameter of the module that changes, "weight" or "bias".
         host: the layout in Forge's patches; None if Forge does not have this kind.
         size: `(outputs, inputs)` of a module from the shapes of its fields; None if they do not show it.
+        settle: takes all adapters of a file, by module and parameter, and returns them, with what a single one does not tell
+            put right; None where each tells all.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Kind:
     parameter: str = "weight"
     host: HostTuple | None = None
     size: Callable[[Mapping[str, Shape]], Size] | None = None
+    settle: Callable[[Mapping[tuple[str, str], Adapter]], Mapping[tuple[str, str], Adapter]] | None = None
 
 
 class Registry:

@@ -9,7 +9,17 @@ from typing import ClassVar
 
 from ..errors import LoraMismatchError
 from ..lazy_torch import torch
-from .base import PatchCost, RowFunction, Shape, UnsuitedLayerError, check_rank, is_narrower, mismatch, product_of
+from .base import (
+    PatchCost,
+    RowFunction,
+    Shape,
+    UnsuitedLayerError,
+    add_scaled,
+    check_rank,
+    is_narrower,
+    mismatch,
+    product_of,
+)
 from .dora import is_by_row
 from .forms import Decomposed, LowRank
 from .kinds import Found, HostTuple, Kind, Size, register
@@ -108,7 +118,7 @@ class LoraAdapter(RankedAdapter):
             return weight.add_(function((up @ down).mul_(factor).reshape(weight.shape)))
         if weight.dim() == 2:
             return weight.addmm_(up, down, alpha=factor)
-        return weight.add_((up @ down).reshape(weight.shape), alpha=factor)
+        return add_scaled(weight, (up @ down).reshape(weight.shape), factor)
 
 
 @dataclass(frozen=True, eq=False)

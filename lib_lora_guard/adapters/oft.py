@@ -9,7 +9,8 @@ the weight. peft has no strength for OFT.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+import statistics
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -194,7 +195,8 @@ class PeftOftAdapter(Adapter):
             say: then a single block is shared.
         divisor: of the blocks before use (OneTrainer's scaled OFT).
         bound: each skew block is shortened to `bound / sqrt(n)` (peft's `coft`, `eps`); None for no bound.
-        turns_kernels: a convolution is `W R`, as OneTrainer has it (`modules/module/LoRAModule.py`), not `W R^T`.
+        turns_kernels: a convolution is `W R`, as OneTrainer has it (`modules/module/LoRAModule.py`), not `W R^T`. Told by
+            its header, its marker, or its flat names.
         factor: one number per row, f.
         magnitude: one number per row; f is the magnitude over the row's norm.
         initial_norm: the norms that the magnitude was trained with; those of the weight if the file does not say.
@@ -338,7 +340,7 @@ def _make_peft(found: Found) -> PeftOftAdapter:
         terms=settings.cayley_terms,
         bound=settings.oft_bound,
         shared=settings.shares_blocks,
-        turns_kernels=_is_flat(found.module),
+        turns_kernels=found.settings.of_onetrainer or "scaled" in found.fields or _is_flat(found.module),
         magnitude=found.shared.get("magnitude"),
     )
     if marker is None:
@@ -347,6 +349,20 @@ def _make_peft(found: Found) -> PeftOftAdapter:
     if divisor is None:
         raise LoraFileError.of("lora.oft_marker", module=name, value=float(marker))
     return replace(adapter, divisor=divisor)
+
+
+def _with_shared_blocks(adapters: Mapping[tuple[str, str], Adapter]) -> Mapping[tuple[str, str], Adapter]:
+    """Settles if single blocks are for the whole input, where a file does not say: OneTrainer's never do.
+
+    They are where every layer has one, of about one size: it is the trainer's setting, moved to a divisor of the layer's
+    width. One block for each layer of a network without sharing has the width of its layer.
+    """
+    alone = {k: a for k, a in adapters.items() if isinstance(a, PeftOftAdapter) and a.shared is None}
+    if len(alone) < 2 or any(adapter.packed.shape[0] != 1 for adapter in alone.values()):
+        return adapters
+    usual = statistics.median(adapter.block_size for adapter in alone.values())
+    near = {k: a for k, a in alone.items() if usual / 2 <= a.block_size <= usual * 2}
+    return {**adapters, **{key: replace(adapter, shared=True) for key, adapter in near.items()}}
 
 
 def _is_flat(module: str) -> bool:
@@ -411,5 +427,6 @@ register(
         peft_keys={"oft_R.weight": "packed"},
         claim=_part_of_a_rotation,
         numbers=frozenset({"scaled"}),
+        settle=_with_shared_blocks,
     )
 )

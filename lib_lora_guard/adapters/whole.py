@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..lazy_torch import torch
-from .base import Adapter, PatchCost, RowFunction, Shape, Term, add_delta, apply_terms, mismatch
+from .base import Adapter, PatchCost, RowFunction, Shape, Term, add_delta, add_scaled, apply_terms, mismatch
 from .kinds import Found, HostTuple, Kind, Size, register
 
 
@@ -44,7 +44,7 @@ class DiffAdapter(Adapter):
             return weight
         diff = self.diff.to(device=weight.device, dtype=weight.dtype)
         if without_ones(diff.shape) == without_ones(weight.shape):
-            return weight.add_(diff.reshape(weight.shape), alpha=strength * self.scale)
+            return add_scaled(weight, diff.reshape(weight.shape), strength * self.scale)
         grown = weight.new_zeros([max(a, b) for a, b in zip(weight.shape, diff.shape, strict=True)])
         grown[tuple(slice(n) for n in weight.shape)] = weight
         grown[tuple(slice(n) for n in diff.shape)] += diff * (strength * self.scale)

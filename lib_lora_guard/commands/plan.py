@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,9 @@ def make_plan(request: PlanRequest) -> PlanResult:
     predictions: tuple[Prediction, ...] = ()
     lines: list[str] = []
     if stack.patches:
-        predictions = predict(model, stack.patches, request.vram_bytes, request.ram_bytes, request.rates)
+        predictions = predict(
+            model, stack.patches, request.vram_bytes, request.ram_bytes, request.rates, sys.platform == "win32"
+        )
         lines = advice(model, stack.patches, predictions) + [
             shown(line, LINE_CHARACTERS) for line in _beside(checkpoint, stack)
         ]
@@ -101,6 +104,7 @@ def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, comput
         activation_bytes=step.used_bytes,
         compute_bytes=compute_bytes,
         held_bytes=step.held_bytes,
+        is_unet=tokens.is_unet,
         not_counted=_names_of_missing(checkpoint),
     )
 

@@ -14,8 +14,12 @@ from ..messages import say
 from ..reporting import log as reporting_log
 from ..runtime.corrections import keep_calibration
 from ..runtime.data_folder import look_over
+from ..runtime.installed import installed
 from .forge import takeover as forge
+from .neo import takeover as neo
+from .neo.api import is_neo_like
 from .recognise import explain
+from .webui import of_process
 from .webui.options import GuardOptions
 
 log = logging.getLogger(__name__)
@@ -63,7 +67,9 @@ def start(arguments: Sequence[str]) -> bool:
         say(log, logging.INFO, "host.switched_off", version=version.__version__)
         return False
     try:
-        forge.install().settings.as_trained = as_trained
+        is_neo = is_neo_like()
+        takeover = neo.install() if is_neo else forge.install()
+        takeover.settings.as_trained = as_trained
     except HostError as error:
         say(log, logging.WARNING, "host.does_not_fit", version=version.__version__, why=explain(error))
         return False
@@ -73,11 +79,11 @@ def start(arguments: Sequence[str]) -> bool:
     look_over(JOURNAL_FOLDER)
     keep_calibration(JOURNAL_FOLDER)
     try:
-        forge.keep_journal(JOURNAL_FOLDER)
+        of_process.keep_journal(takeover.journal, JOURNAL_FOLDER)
     except Exception as error:
         # Everything else works without it.
         say(log, logging.WARNING, "flight.not_kept", exc_info=True, folder=str(JOURNAL_FOLDER), error=named(error))
-    say(log, logging.INFO, "host.in_place", version=version.__version__)
+    say(log, logging.INFO, "neo.in_place" if is_neo else "host.in_place", version=version.__version__)
     return True
 
 
@@ -89,7 +95,8 @@ def run_script(extension_root: Path) -> None:
         # What runs is the old version, all of it; the page that is being built anew gets its old tab.
         say(log, logging.WARNING, "host.updated", version=version.__version__)
     else:
-        for misfit in forge.install_in_webui():
+        takeover = installed()
+        for misfit in () if takeover is None else takeover.install_in_webui():
             say(log, logging.WARNING, "everyday.partly_fits", reason=misfit)
     options = _options()
     if options is not None:
@@ -106,7 +113,7 @@ def run_script(extension_root: Path) -> None:
 def script_class() -> type | None:
     """Returns the class that Forge looks for in a scripts file; None outside a WebUI."""
     # Switched off on the settings page it may be switched on again without another look at this.
-    if "modules.scripts" not in sys.modules or (forge.installed() is None and _guard_options is None):
+    if "modules.scripts" not in sys.modules or (installed() is None and _guard_options is None):
         return None
     from .webui.script import LoraGuardScript
 
@@ -117,7 +124,7 @@ def _options() -> GuardOptions | None:
     """The settings in Forge's options; None where the guard is not in Forge, switched off by its flag, or does not fit."""
     global _guard_options
     call_queue, shared = sys.modules.get("modules.call_queue"), sys.modules.get("modules.shared")
-    if _guard_options is None and forge.installed() is not None and call_queue is not None and shared is not None:
+    if _guard_options is None and installed() is not None and call_queue is not None and shared is not None:
         level = getattr(shared.cmd_opts, "lora_guard_log_level", None)
         device = sys.modules["backend.memory_management"].get_torch_device()
         _guard_options = GuardOptions(shared.opts.data, call_queue.queue_lock, device, level)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import say
-from ..private_files import make_private_folder, open_private
+from ..private_files import make_private_folder, open_private, other_than_file
 from .file_lock import locked
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class CalibrationFile:
     def _keep_other_version(self) -> None:
         """Keeps the first file of another version as `.old`: its user may want it back."""
         aside = self.path.with_name(self.path.name + ".old")
-        if not aside.exists():
+        if not os.path.lexists(aside):
             with suppress(OSError):
                 os.replace(self.path, aside)
                 say(log, logging.WARNING, "calibration.begun_anew", file=str(self.path), kept=aside.name)
@@ -123,8 +123,9 @@ class CalibrationFile:
             for name, entry in entries.items()
         ]
         temporary = self.path.with_name(self.path.name + ".tmp")
-        # Left by a killed process, or a link to another file.
-        temporary.unlink(missing_ok=True)
+        if other_than_file(temporary) is None:
+            # Left by a killed process, or a link to another file.
+            temporary.unlink(missing_ok=True)
         with open_private(temporary, "xb") as file:
             file.write(json.dumps({"version": VERSION, "entries": listed}).encode())
         _retry_while_open(lambda: os.replace(temporary, self.path))

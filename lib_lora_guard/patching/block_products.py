@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..adapters.base import add_scaled
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from . import in_ram as on_cpu
 from .layer_call import LayerCall
@@ -90,7 +91,7 @@ def _outputs_of_convolution(call: LayerCall, block: Block, scale: Scale) -> Iter
             up = out.up.unsqueeze(0).expand(target.shape[0], -1, -1)
             target.flatten(2).baddbmm_(up, ranks.flatten(2), alpha=scale.alpha)
         else:
-            target.add_(_pointwise(ranks, out.up.view(*out.up.shape, *spatial)), alpha=scale.alpha)
+            add_scaled(target, _pointwise(ranks, out.up.view(*out.up.shape, *spatial)), scale.alpha)
         yield
 
 

@@ -43,6 +43,7 @@ from .merge_room import with_room
 from .neighbours import Neighbours, Place
 from .placed import Found
 from .plan import Plan, PlannedWeight, plan_weights
+from .staging import bring, waiting
 from .transaction import Pair, Step, Transaction
 from .watching import Watch, merges_in, ram_for_backups, ram_for_merges, unwatched
 
@@ -346,6 +347,15 @@ class Engine:
         """Frees the factors' copies on devices; the next forward pass makes them again."""
         for attachment in self.attached.values():
             attachment.drop_device_copies()
+
+    def bring_factors(self, access: ModelAccess) -> int:
+        """Makes the factors' copies on the model's device before its first call; returns the bytes that went there.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: The first call makes the rest.
+        """
+        terms = waiting(self.attached.values())
+        return bring(terms, access.device(), access.compute_dtype()) if terms else 0
 
     def device_bytes(self) -> int:
         """Returns the bytes of the factors on a device while the model runs there."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from ..adapters import Slice
+from ..adapters.base import add_scaled
 from ..adapters.forms import KhatriRao, Kronecker, LowRank
 from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
@@ -274,7 +275,7 @@ class KroneckerStep(Step):
             x = flat_in.narrow(0, start, length).reshape(length, left.shape[1], -1)
             for right in rights:
                 x = torch.nn.functional.linear(x, right)
-            flat_out.narrow(0, start, length).add_(torch.matmul(left, x).flatten(1), alpha=scale)
+            add_scaled(flat_out.narrow(0, start, length), torch.matmul(left, x).flatten(1), scale)
 
         call.in_chunks(flat_in.shape[0], add)
 
@@ -286,7 +287,7 @@ class KroneckerStep(Step):
         for matrix in rest:
             inner = torch.matmul(matrix, inner.flatten(2))
         result = torch.matmul(left, inner.reshape(x.shape[0], left.shape[1], -1)).reshape(target.shape)
-        target.add_(result, alpha=self.strength * scale)
+        add_scaled(target, result, self.strength * scale)
 
 
 class ScaleStep(Step):

@@ -7,8 +7,8 @@ the last product, several are a vector over the rank. So a change of strength mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -155,6 +155,21 @@ class JoinedLowRank:
             made = self._made = (blocks, tuple(zip(blocks, self._make_scales(device, join), strict=True)))
         return made[1]
 
+    def factor_tensors(self) -> list[torch.Tensor]:
+        """Returns the tensors that the device copies are made from."""
+        return [tensor for factors in self._all_factors() for tensor in _tensors(factors)]
+
+    def make(self, device: torch.device, dtype: torch.dtype, there: Mapping[int, torch.Tensor]) -> None:
+        """Makes the copies on a device now, from factors that are there already.
+
+        Args:
+            device: The device.
+            dtype: Of the activations.
+            there: What of `factor_tensors` lies on the device, by the id of the tensor.
+        """
+        join = joins_on(device)
+        self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join, there)))
+
     def parts_in_ram(self, join: bool) -> tuple[tuple[Block, Scale], ...]:
         """Returns the blocks and their scales in RAM and in fp32. Nothing of them is kept.
 
@@ -164,13 +179,15 @@ class JoinedLowRank:
         blocks = self._blocks.get(cpu, torch.float32, lambda: tuple(self._make_blocks(cpu, torch.float32, join)))
         return tuple(zip(blocks, self._make_scales(cpu, join), strict=True))
 
-    def _make_blocks(self, device: torch.device, dtype: torch.dtype, join: bool) -> Iterator[Block]:
+    def _make_blocks(
+        self, device: torch.device, dtype: torch.dtype, join: bool, there: Mapping[int, torch.Tensor] | None = None
+    ) -> Iterator[Block]:
         for in_part, outputs in self._groups.items():
             made: list[Output] = []
             downs: list[torch.Tensor] = []
             rank = 0
             for out_part, entries in outputs.items():
-                pairs = [balanced(self._entries[number].factors, device, dtype) for number in entries]
+                pairs = [balanced(_there(self._entries[number].factors, there), device, dtype) for number in entries]
                 ups, new_downs = [up for up, _ in pairs], [down for _, down in pairs]
                 if join:
                     made.append(Output(torch.cat(ups, 1) if len(ups) > 1 else ups[0], rank, out_part))
@@ -238,6 +255,21 @@ def shift_for_fp16(matrix: torch.Tensor) -> torch.Tensor:
     """
     largest = matrix.abs().sum(1).clamp_min(torch.finfo(torch.float32).tiny) * LARGEST_ACTIVATION
     return torch.exp2((torch.finfo(torch.float16).max / largest).log2().floor()).clamp(max=1.0)
+
+
+_FACTORS = ("up", "down", "mid", "row_scale", "column_scale")
+
+
+def _tensors(factors: LowRank) -> list[torch.Tensor]:
+    found = (getattr(factors, name) for name in _FACTORS)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _there(factors: LowRank, there: Mapping[int, torch.Tensor] | None) -> LowRank:
+    """Returns the factors with the tensors that lie on a device already."""
+    if not there:
+        return factors
+    return replace(factors, **{name: there.get(id(own := getattr(factors, name)), own) for name in _FACTORS})
 
 
 def _identity(factors: LowRank) -> tuple[object, ...]:

@@ -28,6 +28,7 @@ page file, which takes minutes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -39,7 +40,7 @@ from .costs import Cost
 from .host_memory import PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, swap_budget_bytes
 from .limits import RAM_FLOOR_BYTES
 from .mode import Mode
-from .on_card import weights_on_card_bytes
+from .on_card import swapping_bytes, weights_on_card_bytes
 from .rates import CPU_MERGE_VALUES, GpuRates
 
 INFERENCE_BYTES = GB
@@ -96,6 +97,7 @@ class ModelFacts:
     compute_bytes: int
     held_bytes: int = 0
     """Held by torch for a step (`activations.step`)."""
+    is_unet: bool = False
     not_counted: Sequence[str] = ()
     """Names of the parts that an image needs and that are not in the file: their size is in no number."""
 
@@ -154,7 +156,12 @@ class Prediction:
 
 
 def predict(
-    model: ModelFacts, patches: Sequence[Patch], vram_bytes: int, ram_bytes: int, rates: GpuRates
+    model: ModelFacts,
+    patches: Sequence[Patch],
+    vram_bytes: int,
+    ram_bytes: int,
+    rates: GpuRates,
+    spills: bool = False,
 ) -> tuple[Prediction, Prediction, Prediction]:
     """Predicts the guard, Forge "Automatic" and Forge "fp16 LoRA", in this order.
 
@@ -164,8 +171,9 @@ def predict(
         vram_bytes: VRAM that Forge finds free.
         ram_bytes: Installed RAM.
         rates: The card's speeds.
+        spills: The driver goes on in RAM where VRAM ends, as on Windows.
     """
-    room = _Room(model, patches, vram_bytes, ram_bytes, rates)
+    room = _Room(model, patches, vram_bytes, ram_bytes, rates, spills)
     # Forge merges into 16-bit weights in either mode.
     on_the_fly = room.forge_merge(Way.FORGE_ON_THE_FLY) if model.wide else room.forge_on_the_fly()
     return room.guard(), room.forge_merge(Way.FORGE_MERGE), on_the_fly
@@ -203,9 +211,15 @@ class _Room:
     """One model on one machine."""
 
     def __init__(
-        self, model: ModelFacts, patches: Sequence[Patch], vram_bytes: int, ram_bytes: int, rates: GpuRates
+        self,
+        model: ModelFacts,
+        patches: Sequence[Patch],
+        vram_bytes: int,
+        ram_bytes: int,
+        rates: GpuRates,
+        spills: bool = False,
     ) -> None:
-        self.model, self.patches, self.rates = model, patches, rates
+        self.model, self.patches, self.rates, self.spills = model, patches, rates, spills
         self.vram_bytes, self.ram_bytes = vram_bytes, ram_bytes
         self.file_bytes = sum(patch.file_bytes for patch in patches)
         self.guards_inference_bytes = max(INFERENCE_BYTES, model.held_bytes + self._cast_bytes(is_swapped=False))
@@ -351,7 +365,10 @@ class _Room:
 
     def _swapped_by_guard(self, reserved_bytes: int) -> frozenset[str]:
         inference = self.guards_inference_bytes + reserved_bytes
-        return swapped_keys(self.model.weights, self.vram_bytes, inference, weights_on_card_bytes)
+        largest = max((weight.values for weight in self.model.weights), default=0) * self.model.compute_bytes
+        left = swapping_bytes(largest, self.model.is_unet, self.spills)
+        rule = functools.partial(weights_on_card_bytes, swapping=left)
+        return swapped_keys(self.model.weights, self.vram_bytes, inference, rule)
 
     def _cast_bytes(self, is_swapped: bool) -> int:
         """Returns the size of the copy of the largest layer that casting, dequantizing or swapping makes."""

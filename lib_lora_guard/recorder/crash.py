@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import say
-from ..private_files import open_private
+from ..private_files import open_private, other_than_file
 from .flight_recorder import Phase, name_only
 from .flight_ring import bodies
 from .processes import is_running, machine_name
@@ -107,10 +107,11 @@ def _claim(path: Path, damaged: list[str]) -> Crash | None:
         return None
     crash = _crash(pid, record)
     try:
-        if crash is None:
+        told = path.with_suffix(_REPORTED)
+        if crash is None or other_than_file(told) is not None:
             path.unlink()
         else:
-            path.replace(path.with_suffix(_REPORTED))
+            path.replace(told)
     except FileNotFoundError:
         # Another process was faster and reports it.
         return None
@@ -160,11 +161,9 @@ def _crash(pid: int, record: Mapping[str, Any]) -> Crash | None:
 def _delete_old(folder: Path) -> None:
     """Deletes reported files, except the newest KEPT_FILES."""
     with suppress(OSError):
-        # Links to nothing too, and folders under such a name stay without keeping the others.
-        reported = sorted(folder.glob(f"flight-*{_REPORTED}"), key=lambda path: path.lstat().st_mtime, reverse=True)
-        for path in reported[KEPT_FILES:]:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        found = [path for path in folder.glob(f"flight-*{_REPORTED}") if other_than_file(path) is None]
+        for path in sorted(found, key=lambda path: path.lstat().st_mtime, reverse=True)[KEPT_FILES:]:
+            path.unlink(missing_ok=True)
 
 
 # The file may be of another version or edited by hand: a value of the wrong type counts as missing.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import reason, say
-from ..private_files import make_private_folder, open_private
+from ..private_files import make_private_folder, open_private, other_than_file
 from ..version import __version__
 from .flight_ring import BODY_BYTES, SLOT_BYTES, packed, start_of
 from .processes import machine_name, own_start_ms
@@ -110,7 +110,11 @@ class FlightRecorder:
             if shutil.disk_usage(folder).free < SPARE_DISK_BYTES:
                 raise OSError(f"less than {SPARE_DISK_BYTES >> 20} MB free")
             path = folder / f"flight-{os.getpid()}-{own_start_ms()}.ring"
-            # Never truncate: an earlier recorder of this process ("Reload UI") may still map the file.
+            # Never truncate: an earlier recorder of this process ("Reload UI") may still map the file. It keeps what it maps.
+            if other_than_file(path) is None:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+            # Windows does not take a file away that is mapped: it is used again.
             open_private(path, "ab").close()
             with open_private(path, "r+b") as file:
                 # Write and sync so that the blocks exist: on a full disk, a hole would end the process later.

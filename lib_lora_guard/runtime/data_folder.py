@@ -14,10 +14,11 @@ from ..memory.calibration import FILE_NAME
 from ..messages import Message, say
 from ..private_files import other_than_file
 from ..reporting.report import clean_text
+from .links import FILE_NAME as LINKS_NAME
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(rf"{re.escape(FILE_NAME)}(\.\w+)?|flight-.*\.(ring|told)", re.DOTALL)
+_NAME = re.compile(rf"({re.escape(FILE_NAME)}|{re.escape(LINKS_NAME)})(\.\w+)?|flight-.*\.(ring|told)", re.DOTALL)
 
 
 def look_over(folder: Path) -> None:

@@ -5,13 +5,21 @@ A host's own objects may fit as they are. Where they do not, the host has a smal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
-from typing import Protocol, TypeVar
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
+from ..adapters import Term
+from ..adapters.patch_tuples import PatchValue
+from ..messages import Message
+
 PatcherT = TypeVar("PatcherT", contravariant=True)
 """The host's object for a model with a stack of LoRAs that the model shall have, as a caller knows it."""
+
+PatcherObject: TypeAlias = Any
+"""The same, where it is only handed on: each host has its own class."""
 
 
 class ModelSizes(Protocol):
@@ -149,6 +157,10 @@ class DeviceMemory(Protocol):
         """True if the VRAM that swapping takes was measured for the host's way of swapping, and free VRAM is known."""
         ...
 
+    def swapping_bytes(self, model: torch.nn.Module) -> int:
+        """Returns the VRAM to leave for swapped layers while a model runs in part from RAM."""
+        ...
+
 
 class ModelFormats(Protocol):
     """The host's way to say how a model is stored and computed."""
@@ -175,6 +187,52 @@ class HostStacks(Protocol[PatcherT]):
 
     def invalidate_all(self) -> None:
         """Makes every model be refreshed at its next load, because a file has changed under its name."""
+        ...
+
+
+Entries: TypeAlias = Mapping[Hashable, Sequence[Sequence[PatchValue]]]
+"""Patches by parameter: `(strength, value, strength of the model, part)`. They are compared, never applied."""
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLora:
+    """The part of a LoRA file that fits one model.
+
+    Attributes:
+        filename: as the host names the file.
+        terms: by parameter; the same object for the same file and model. Their strength is 1.
+        strength: the user's.
+        is_online: the host's wish to apply it in each forward pass.
+    """
+
+    filename: str
+    terms: Mapping[str, Sequence[Term]]
+    strength: float
+    is_online: bool = False
+
+
+class LoraPatchers(Protocol):
+    """The host's patchers, to which the LoRAs of a prompt are added one after the other."""
+
+    @property
+    def counts_once(self) -> bool:
+        """True if the same file with the same strength counts once however often a prompt names it."""
+        ...
+
+    def has_loras(self, patcher: PatcherObject) -> bool:
+        """Returns True if a patcher has LoRAs already."""
+        ...
+
+    def with_lora(self, patcher: PatcherObject, lora: FittedLora) -> PatcherObject:
+        """Returns a clone of a patcher that has one LoRA more."""
+        ...
+
+    def entries(self, patcher: PatcherObject) -> Iterable[tuple[str, Entries]]:
+        """Returns the patches that a patcher asks for, by the name of each LoRA. Equal lists mean equal weights."""
+        ...
+
+    def not_patchable(self, patcher: PatcherObject) -> Message | None:
+        """Returns why only the host itself can apply LoRAs to a model; None if the guard can."""
         ...
 
 

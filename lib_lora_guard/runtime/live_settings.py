@@ -5,13 +5,18 @@ A request over the API may bring options of its own for one image, and another c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypeAlias
 
 from ..messages.languages import language_of, system_locale
 from ..settings import PREFIX, LoraMode, read
 from ..units import MB
+
+Options: TypeAlias = Mapping[str, object]
+"""The host's options by name."""
 
 LOW_BITS_OPTION = "forge_unet_storage_dtype"
 """The host's dropdown "Diffusion in Low Bits"; several of its choices end in "(fp16 LoRA)"."""
@@ -20,7 +25,7 @@ SHAPING = (PREFIX + "mode", LOW_BITS_OPTION)
 """The options that the guard reads while an image is made, and that show in the picture."""
 
 
-def mode_of(options: Mapping[str, object]) -> LoraMode:
+def mode_of(options: Options) -> LoraMode:
     """Returns the mode that the host's options ask for.
 
     If the guard's own mode is "Automatic", a choice with "(fp16 LoRA)" in Forge's "Diffusion in Low Bits" gives FP16. This holds
@@ -41,23 +46,23 @@ class LiveSettings:
         as_trained: DoRA as its trainer means it, where the host differs.
     """
 
-    options: Mapping[str, object] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     as_trained: bool = False
-    _images: list[Mapping[str, object]] = field(default_factory=list)
+    _images: list[Options] = field(default_factory=list)
     """The shaping options of each image that is being made, the innermost last."""
 
     @contextmanager
-    def image(self, own: Collection[str] = ()) -> Iterator[None]:
+    def image(self, own: Options = MappingProxyType({})) -> Iterator[None]:
         """Wraps the making of an image: `mode` answers the same until it ends, whatever is set meanwhile.
 
         The text encoder is patched minutes before the U-Net's second pass. In two modes they make a picture of none.
 
         Args:
-            own: The options that the image's own request sets; they are in force already. An image inside another one,
-                a detailer's, takes the others from that.
+            own: The options that the image's own request sets. An image inside another one, a detailer's, takes the
+                others from that.
         """
         outer = self._images[-1] if self._images else self.options
-        latched = {name: (self.options if name in own else outer).get(name) for name in SHAPING}
+        latched = {name: (own if name in own else outer).get(name) for name in SHAPING}
         self._images.append(latched)
         try:
             yield
@@ -78,6 +83,10 @@ class LiveSettings:
     def is_host_reading(self) -> bool:
         """True in the mode "Forge's own": the host reads LoRA files itself."""
         return self.mode() is LoraMode.OWN
+
+    def plans_residency(self) -> bool:
+        """True if what lies on the card while a model runs is chosen by the seconds that the whole image takes."""
+        return read(self.options)[0].plan_residency
 
     def kept_files_bytes(self) -> int:
         """Returns how many bytes of LoRA files stay in RAM beyond the present stack."""

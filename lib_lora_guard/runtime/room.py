@@ -17,27 +17,33 @@ from ..memory import rules
 from ..memory.out_of_memory import is_out_of_memory
 from ..messages import Message, say
 from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
+from ..planning.job_cost import Choice, Neighbour, State
 from ..planning.on_card import change_bytes
 from ..weights.storage import MB
 from .host import DeviceMemory, HostModel, PlacedModel
+from .job_costs import JobCosts
 from .needs import Needs, names_of
 from .preflight import Preflight
 from .rule_log import RuleLog
 
 log = logging.getLogger(__name__)
 
+DECODE_PASSES = 1
+"""Of a VAE: its pictures are what follows the denoiser's calls."""
+
 
 class Room:
     """Evicts models from a device, and shrinks and grows those that stay."""
 
-    def __init__(self, memory: DeviceMemory, ram: Preflight, rule_log: RuleLog) -> None:
+    def __init__(self, memory: DeviceMemory, ram: Preflight, rule_log: RuleLog, costs: JobCosts | None = None) -> None:
         """
         Args:
             memory: the host's.
             ram: says how much may be moved into RAM.
             rule_log: gets what the rules find.
+            costs: chooses what lies on the card while the denoiser runs; without it the denoiser takes all room.
         """
-        self._memory, self._ram, self._rule_log = memory, ram, rule_log
+        self._memory, self._ram, self._rule_log, self._costs = memory, ram, rule_log, costs
         self._shares: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         """Bytes of each model on the device after its last load."""
 
@@ -45,6 +51,13 @@ class Room:
         """Makes room for `models`, of which some may be placed already, and brings back what had to leave before."""
         outside = sum(self._outside_bytes(one, device) for one in models)
         coming = Coming(outside, outside, self._memory.passes(models))
+        choice = self._choose(models, device, outside, needs) if coming.passes is None else None
+        if choice is not None:
+            placed = self._memory.placed(models[0])
+            if placed is not None:
+                self._fit(placed, device, needs.free_bytes, placed.is_for(models[0]), choice.grows)
+            return
+        self._note(coming, models, needs)
         plan = self.make_room(device, coming, needs.free_bytes, models)
         if plan.swapped_bytes and coming.passes is not None:
             size_mb = plan.swapped_bytes / MB
@@ -52,7 +65,18 @@ class Room:
         for one in models:
             placed = self._memory.placed(one)
             if placed is not None:
-                self._fit(placed, device, needs.free_bytes, may_leave=placed.is_for(one))
+                may_grow = not self.stays_out(models, device)
+                self._fit(placed, device, needs.free_bytes, placed.is_for(one), may_grow)
+
+    def stays_out(self, models: Sequence[HostModel], device: torch.device) -> bool:
+        """True for a model of few passes that had better run from RAM: the denoiser lacks the room that it would take, so that
+        it would come and leave again."""
+        passes = self._memory.passes(models)
+        if self._costs is None or passes is None or passes == DECODE_PASSES:
+            return False
+        others = self._memory.placed_on(device, but=models)
+        is_short = any(one.returns() and self._memory.size_bytes(one.module, outside=device) for one in others)
+        return is_short and self._costs.runs_from_ram(passes, device)
 
     def make_room(
         self, device: torch.device, coming: Coming, need_bytes: int, staying: Sequence[HostModel]
@@ -71,14 +95,54 @@ class Room:
         leaving = self._memory.placed_on(device, but=staying)
         residents = [self._resident(one, device) for one in leaving]
         plan = plan_eviction(coming, need_bytes, free, residents)
+        self._send(leaving, residents, plan.leaving_bytes)
+        return plan
+
+    def _note(self, coming: Coming, models: Sequence[HostModel], needs: Needs) -> None:
+        """Remembers what one image tells about the next."""
+        if self._costs is None or coming.passes is None:
+            return
+        if coming.passes == DECODE_PASSES:
+            self._costs.note_decode(needs.free_bytes + sum(self._memory.size_bytes(one.model) for one in models))
+        else:
+            self._costs.note_prompt()
+
+    def _choose(self, models: Sequence[HostModel], device: torch.device, outside: int, needs: Needs) -> Choice | None:
+        """Chooses by the seconds of the whole job which neighbours leave for the denoiser, and lets them leave.
+
+        Returns:
+            The choice; None where the usual way is right: several models, all on the card, or switched off.
+        """
+        if self._costs is None or len(models) != 1 or outside <= 0:
+            return None
+        model = models[0].model
+        free = self._memory.free_bytes(device)
+        if outside + needs.free_bytes > free:
+            self._memory.take_back(device)
+        neighbours = self._memory.placed_on(device, but=models)
+        residents = [self._resident(one, device) for one in neighbours]
+        state = State(
+            outside,
+            self._memory.size_bytes(model, on=device),
+            0,
+            free,
+            needs.free_bytes,
+            self._memory.swapping_bytes(model),
+            [Neighbour(one.on_device_bytes, one.swappable_bytes) for one in residents],
+        )
+        choice = self._costs.choose(type(model).__name__, device, state)
+        if choice is not None:
+            self._send(neighbours, residents, choice.leaving_bytes)
+        return choice
+
+    def _send(self, leaving: Sequence[PlacedModel], residents: Sequence[Resident], wanted_bytes: Sequence[int]) -> None:
         has_moved = False
-        for one, resident, wanted in zip(leaving, residents, plan.leaving_bytes, strict=True):
+        for one, resident, wanted in zip(leaving, residents, wanted_bytes, strict=True):
             if wanted:
                 has_moved |= self._send_away(one, resident, wanted)
         if has_moved:
             self._memory.empty_cache()
         self._memory.drop_abandoned()
-        return plan
 
     def moving(self) -> contextlib.AbstractContextManager[None]:
         """Wraps a load: after a crash in one, caches in RAM are given back first."""
@@ -115,17 +179,19 @@ class Room:
             return placed.away_bytes()
         return self._memory.size_bytes(model.model, outside=device)
 
-    def _fit(self, placed: PlacedModel, device: torch.device, need_bytes: int, may_leave: bool) -> None:
+    def _fit(
+        self, placed: PlacedModel, device: torch.device, need_bytes: int, may_leave: bool, may_grow: bool = True
+    ) -> None:
         """Changes how much of a placed model is on the device. It was placed for a smaller picture or fewer LoRAs and no other
         model can make room; or it had to shrink, and there is room again."""
         on_card = self._memory.size_bytes(placed.module, on=device)
         outside = self._memory.size_bytes(placed.module, outside=device)
         room = self._memory.free_bytes(device) - need_bytes
         away = placed.away_bytes()
-        change = change_bytes(on_card, outside, away, room) if self._memory.knows_swapping() else room
+        change = change_bytes(on_card, outside, away, room, self._memory.swapping_bytes(placed.module))
         if change < 0 and may_leave:
             self._shrink(placed, min(-change, placed.swappable_bytes()))
-        else:
+        elif may_grow:
             placed.grow(change)
 
     def _resident(self, placed: PlacedModel, device: torch.device) -> Resident:

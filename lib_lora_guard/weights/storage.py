@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..units import MB as MB
+from . import kitchen
 from .dtype_names import WIDE_DTYPE_NAMES, dtype_name
 
 FP8_DTYPES = tuple(
@@ -44,7 +45,11 @@ class Storage:
 
 
 def storage_of(parameter: torch.Tensor) -> Storage:
-    """Returns the storage of a parameter of a plain module or of Forge."""
+    """Returns the storage of a parameter of a plain module, of Forge or of Forge Neo."""
+    if kitchen.is_quantized(parameter):
+        # Its dtype is the one that it stands for.
+        size = sum(part.numel() * part.element_size() for part in kitchen.parts_of(parameter))
+        return Storage(kitchen.format_of(parameter), tuple(parameter.shape), size, wide=False)
     any_parameter: Any = parameter
     size = parameter.data.numel() * parameter.data.element_size()
     if hasattr(parameter, "gguf_cls"):

@@ -181,6 +181,34 @@ def test_a_block_for_the_whole_input_of_a_convolution(tmp_path):
     assert_as_trained(tmp_path, model, {"lora_unet_conv.oft_R.weight": packed}, wanted)
 
 
+@pytest.mark.parametrize("told_by", ["header", "marker"])
+def test_a_convolution_of_onetrainer_in_names_of_diffusers(told_by, tmp_path):
+    """Its format DIFFUSERS_LORA has dots, as PEFT's files have, and keeps OneTrainer's formula."""
+    model, marked = net(), told_by == "marker"
+    divisor = 2 * math.sqrt(SIZE - 1) if marked else 1.0
+    packed = packed_for(model, 0.1 * divisor)
+    wanted = {name: onetrainer(model[name].weight, p / divisor, SIZE) for name, p in packed.items()}
+    file = {f"unet.{name}.oft_R.weight": p for name, p in packed.items()}
+    if marked:
+        file |= {f"unet.{name}.oft_R.scaled_oft": torch.tensor(True) for name in packed}
+    assert_as_trained(tmp_path, model, file, wanted, metadata=None if marked else {"ot_revision": "0123abc"})
+
+
+@pytest.mark.parametrize(("sizes", "used"), [((4, 4, 5), 3), ((4, 8, 6), 3), ((4, 16, 16), 2)])
+def test_one_block_in_every_layer_of_about_one_size_is_shared(sizes, used, tmp_path):
+    """OneTrainer's `oft_block_share` stands nowhere in its file; one block of a layer's width is another thing."""
+    model = layers(
+        x_embedder=torch.nn.Linear(32, 8), to_q=torch.nn.Linear(16, 8), to_k=torch.nn.Linear(sizes[2] * 2, 8)
+    )
+    packed = {n: rand(1, size * (size - 1) // 2, seed=size, scale=0.1) for n, size in zip(model, sizes, strict=True)}
+    wanted = {n: onetrainer(model[n].weight, p, size) for (n, p), size in zip(packed.items(), sizes, strict=True)}
+    lost = 3 - used
+    if lost:
+        del wanted["x_embedder"]
+    file = {f"lora_unet_{name}.oft_R.weight": p for name, p in packed.items()}
+    assert_as_trained(tmp_path, model, file, wanted, lost=lost)
+
+
 @pytest.mark.parametrize("marker", [torch.tensor(False), torch.tensor(7), torch.tensor(0.5)], ids=str)
 def test_a_marker_that_is_not_known_refuses_the_file(marker, tmp_path):
     packed = rand(4, ELEMENTS, seed=1)

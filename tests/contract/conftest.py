@@ -51,8 +51,8 @@ def x():
 def saving(host):
     """Turns the guard on, with saving; what was built before it is stock's."""
     from contract.savers import engine_class
-    from lib_lora_guard.hosts.forge import saving as forge_saving
     from lib_lora_guard.hosts.forge import takeover as forge
+    from lib_lora_guard.hosts.webui import saving as forge_saving
 
     host.engine_class = engine_class()
 

@@ -187,7 +187,7 @@ def test_partly_on_the_device_it_is_handed_over_unless_all_of_it_fits_now(guarde
     monkeypatch.setattr(guarded.memory, "get_free_memory", lambda device: free)
 
     def handed_over(needed, **kwargs):
-        return not placement._could_be_whole(loaded, patcher.model, needed, **kwargs)
+        return not placement._must_be_placed(loaded, patcher, needed, **kwargs)
 
     assert not handed_over(600, staying=[]), "all of it fits now: the host may place it"
     assert handed_over(601, staying=[])
@@ -197,6 +197,10 @@ def test_partly_on_the_device_it_is_handed_over_unless_all_of_it_fits_now(guarde
     assert not handed_over(900, staying=[]), "what another model holds can be had"
     assert handed_over(901, staying=[])
     assert handed_over(900, staying=[other.model]), "not what is needed at the same time"
+    assert not handed_over(600, staying=[], grows=True), "outside it and not swapped: only the host can put it right"
+    placement._away_bytes = lambda model: outside
+    assert handed_over(600, staying=[], grows=True), "its swapped layers are brought back by the caller"
+    assert not handed_over(600, staying=[]), "unless the caller does not"
     outside = 0
     assert handed_over(0, staying=[]), "all of it is there"
 

@@ -133,12 +133,19 @@ def check_plain(file: FuzzFile, rng: random.Random, seen: Seen):
     if file.must_apply and refusals.keys() - {"merge"}:
         seen.say("sound file refused", str(refusals))
     plain = {mode for mode, error in refusals.items() if not isinstance(error, ModeError)}
-    if plain and results:
+    if plain == {"merge"} and _is_beyond(results):
+        # A product of the factors beyond fp32: merging sees the values and refuses them, the others make a picture of no numbers.
+        seen.outcomes["beyond fp32"] += 1
+    elif plain and results:
         seen.say("modes differ", f"refused in {sorted(plain)} only: {refusals[sorted(plain)[0]]}")
     seen.outcomes["applied" if results else "refused"] += 1
     if not results:
         seen.outcomes[f"refused: {type(next(iter(refusals.values()), None)).__name__}"] += 1
         seen.outcomes[f"sentence: {_sentence(next(iter(refusals.values()), None))}"] += 1
+
+
+def _is_beyond(results):
+    return any(not torch.isfinite(output).all() for outputs in results.values() for output in outputs)
 
 
 def _sentence(error):

@@ -18,7 +18,7 @@ class FuzzFile:
 
     Attributes:
         model, storage: The model it is for.
-        wanted: By parameter, the functions that give its patched weight; None where that is not known.
+        wanted: Parameters with the functions that give their patched weights, where these are known.
         must_apply: Every trainer's program would apply it.
         facts: What it is made of, for the counts of a run.
     """
@@ -168,9 +168,7 @@ def _tensors(rng, file, off):
                 tensor = tensor / 30
             tensors[names.key(written, place.name, end, is_flat)] = (tensor, one, end in made.fixed)
             numbers[end] = tensor.double() if end in made.fixed else dtypes.encoded(tensor, one, rng)[2]
-        if made.wanted is None or any(number is None for number in numbers.values()):
-            wanted = None
-        if wanted is not None:
+        if made.wanted is not None and all(number is not None for number in numbers.values()):
             wanted.append(
                 (place.key if made.parameter == "weight" else f"{place.name}.bias", place.rows, made.wanted, numbers)
             )

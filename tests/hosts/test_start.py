@@ -15,6 +15,7 @@ from support import warm
 
 from lib_lora_guard.hosts import start
 from lib_lora_guard.hosts.forge import takeover as forge
+from lib_lora_guard.hosts.webui import of_process
 from lib_lora_guard.reporting import log as reporting_log
 from lib_lora_guard.runtime.journal import Journal
 from lib_lora_guard.runtime.live_settings import LiveSettings
@@ -194,7 +195,7 @@ def test_a_foreign_thing_in_its_folder_does_not_keep_forge_from_starting(monkeyp
     journal = Journal(lambda: None)
     takeover = types.SimpleNamespace(settings=LiveSettings(), journal=journal)
     monkeypatch.setattr(forge, "install", lambda: takeover)
-    monkeypatch.setattr(forge, "close_at_the_end", lambda journal: None)
+    monkeypatch.setattr(of_process, "close_at_the_end", lambda journal: None)
     monkeypatch.setattr(start, "JOURNAL_FOLDER", tmp_path)
     monkeypatch.setattr(start, "keep_calibration", lambda folder: None)
     for handler in list(logging.getLogger("lib_lora_guard").handlers):

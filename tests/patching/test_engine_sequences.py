@@ -29,13 +29,13 @@ from support.reference import merge_reference
 
 from lib_lora_guard.errors import LoraMismatchError, ModeError, RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.hosts.plain.marked_class import class_of
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup, merging, norms, transaction
 from lib_lora_guard.patching.attachments import BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.marked_class import class_of
 from lib_lora_guard.patching.operators import NUMBER, WEIGHT_PATCH
 from lib_lora_guard.patching.spool import Spool
 from lib_lora_guard.planning.mode import Mode, Wish

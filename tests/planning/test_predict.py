@@ -11,6 +11,7 @@ from support.make import host_value
 from lib_lora_guard.adapters import LoraAdapter, Slice, Term, parse_term
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.planning import activations
+from lib_lora_guard.planning import predict as prediction
 from lib_lora_guard.planning.advice import advice
 from lib_lora_guard.planning.cheap import forms_of
 from lib_lora_guard.planning.costs import (
@@ -21,6 +22,7 @@ from lib_lora_guard.planning.costs import (
 )
 from lib_lora_guard.planning.limits import RAM_FLOOR_BYTES
 from lib_lora_guard.planning.mode import Mode
+from lib_lora_guard.planning.on_card import SWAPPING_BYTES
 from lib_lora_guard.planning.predict import (
     PROCESS_LOADING_BYTES,
     Effect,
@@ -121,7 +123,9 @@ def test_rows_measured_on_an_h100(vram, form, way, apply, change, extra, ram):
 
 
 @pytest.mark.parametrize(("vram", "form", "weights", "peaks", "extras"), H200)
-def test_rows_measured_on_an_h200(vram, form, weights, peaks, extras):
+def test_rows_measured_on_an_h200(vram, form, weights, peaks, extras, monkeypatch):
+    # As the guard placed when these were measured.
+    monkeypatch.setattr(prediction, "swapping_bytes", lambda *_: SWAPPING_BYTES)
     predicted = ways(form, vram, gpu="H200")
     for way, peak in zip((GUARD, FLY, MERGE), peaks, strict=True):
         found = predicted[way]

@@ -122,16 +122,17 @@ def picture(page, pictures, name, selector, height=1150):
     print(f"{name}: {(pictures / name).stat().st_size // 1024} kB")
 
 
-def main():
+def main(server=Server, link=link_extensions, settings=None):
+    """`settings`: what the host's config needs to start."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=Path, help="folder for the screenshots")
     pictures = parser.parse_args().pictures
-    link_extensions()
+    link()
     problems = []
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         config = Path(folder) / "config.json"
-        config.write_text(json.dumps({"sd_model_checkpoint": "rand_sd15_tiny.safetensors"}))
-        with Server(Path(folder) / "web.log", ["--ui-settings-file", str(config)], web=True) as forge:
+        config.write_text(json.dumps({"sd_model_checkpoint": "rand_sd15_tiny.safetensors", **(settings or {})}))
+        with server(Path(folder) / "web.log", ["--ui-settings-file", str(config)], web=True) as forge:
             page = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS).new_page(
                 viewport={"width": 1180, "height": 1000}
             )

@@ -26,6 +26,8 @@ class ApiError(Exception):
 class Server:
     """`with Server(log, flags, env) as forge: forge.image(prompt="...")`."""
 
+    on_the_cpu = "--always-cpu"
+
     def __init__(self, log, flags=(), env=None, web=False):
         self.log = Path(log)
         self.flags = list(flags) if web else ["--nowebui", *flags]
@@ -36,7 +38,7 @@ class Server:
         command = [PYTHON, "launch.py", "--skip-prepare-environment", "--skip-install", "--skip-torch-cuda-test"]
         command += [
             "--skip-python-version-check",
-            "--always-cpu",
+            self.on_the_cpu,
             "--api",
             "--server-name",
             "127.0.0.1",

@@ -11,6 +11,7 @@ from support.end_to_end import fill
 from support.make import gen
 from support.named_models import module_of
 from support.small_models import fused
+from support.spelled import inputs_of, outputs_of
 
 from lib_lora_guard import LoraGuard
 
@@ -119,4 +120,11 @@ def test_every_spelling(encoder, in_neo, number, tmp_path):
     for key, value in truth.items():
         wrong = (model.get_parameter(prefix + key).double() - value.double()).norm()
         assert wrong <= 1e-4 * (value.double() - base[key].double()).norm() + 1e-7 * value.norm(), key
+    for mode in ("bypass", "on_the_fly") if number == 5 else ():
+        guard.apply([(tmp_path / "style.safetensors", STRENGTH)], mode=mode)
+        wanted, before = outputs_of(model, truth, prefix), outputs_of(model, base, prefix)
+        for layer, (module, x) in inputs_of(model).items():
+            if f"{layer.removeprefix(prefix)}.weight" in truth:
+                wrong = (module(x).double() - wanted[layer]).norm()
+                assert wrong <= 1e-4 * (wanted[layer] - before[layer]).norm() + 1e-6 * before[layer].norm(), layer
     guard.remove()

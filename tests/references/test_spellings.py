@@ -21,6 +21,16 @@ def test_every_module_is_used_and_right(family, spelling, tmp_path):
         assert found.error <= 1e-4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["bypass", "on_the_fly"])
+@pytest.mark.parametrize("spelling", ["diffusers, PEFT: `transformer.`", "LyCORIS, SimpleTuner: LoKr, `lycoris_`"])
+def test_every_layer_gives_the_same_without_merging(spelling, mode, family, tmp_path):
+    """Names of diffusers on the authors' layout: modules that are rows of fused layers."""
+    found = read_back(family, spelling, tmp_path, mode=mode)
+    assert (found.used, found.refused) == (found.modules, "")
+    assert found.error <= 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES[:-1])
 def test_the_layouts_have_the_same_parameters(family):
     """The reference is whole: converters and models of diffusers name the same, pad tokens aside, which have one name."""
@@ -42,4 +52,5 @@ def test_a_wrong_row_is_seen(tmp_path, monkeypatch):
 
     right = spelled.original
     monkeypatch.setattr(spelled, "original", exchanged)
-    assert read_back("Z-Image", "diffusers, PEFT: `transformer.`", tmp_path).error > 0.1
+    for mode in ("merge", "bypass"):
+        assert read_back("Z-Image", "diffusers, PEFT: `transformer.`", tmp_path, mode=mode).error > 0.1

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lib_lora_guard.errors import LayerError, MemoryShortError
-from lib_lora_guard.hosts.forge.checkpoint_reading import CheckpointReading
+from lib_lora_guard.hosts.webui.checkpoint_reading import CheckpointReading
 from lib_lora_guard.hosts.webui.images import Images
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport

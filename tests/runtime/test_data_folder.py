@@ -10,7 +10,10 @@ import pytest
 from test_private_files import mode, plant, posix
 
 from lib_lora_guard.memory.calibration import Calibration, Key, Kind
+from lib_lora_guard.recorder.crash import last_crash
 from lib_lora_guard.recorder.flight_recorder import Phase
+from lib_lora_guard.recorder.flight_ring import SLOT_BYTES, packed
+from lib_lora_guard.recorder.processes import own_start_ms
 from lib_lora_guard.runtime.data_folder import look_over
 from lib_lora_guard.runtime.journal import Journal
 
@@ -140,6 +143,27 @@ def test_every_file_is_for_its_owner_alone(tmp_path):
     assert mode(tmp_path / "data") == 0o700
     assert len(found) == 3
     assert set(found.values()) == {0o600}
+
+
+@posix
+def test_another_programs_file_under_the_recorders_name_is_not_written(tmp_path):
+    other, folder = tmp_path / "other", tmp_path / "data"
+    folder.mkdir()
+    other.write_bytes(b"of another program")
+    (folder / f"flight-{os.getpid()}-{own_start_ms()}.ring").hardlink_to(other)
+    work_in(folder)
+    assert other.read_bytes() == b"of another program"
+
+
+@posix
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_death_is_told_once_where_its_new_name_is_taken(tmp_path, kind):
+    record = json.dumps({"time": 1.7e9, "open": [["merge", 1.7e9]]}).encode()
+    (tmp_path / "flight-999999999-1.ring").write_bytes(packed(0, record).ljust(SLOT_BYTES, b"\0"))
+    plant(tmp_path / "flight-999999999-1.told", kind, tmp_path)
+    assert last_crash(tmp_path).phase is Phase.MERGE
+    assert last_crash(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["flight-999999999-1.told"]
 
 
 def test_a_quiet_folder_says_nothing(tmp_path, caplog):

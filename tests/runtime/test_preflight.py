@@ -7,7 +7,7 @@ import types
 import pytest
 
 from lib_lora_guard.errors import MemoryShortError
-from lib_lora_guard.hosts.forge.checkpoint_reading import CheckpointReading
+from lib_lora_guard.hosts.webui.checkpoint_reading import CheckpointReading
 from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.host_memory import RAM_FLOOR_BYTES
 from lib_lora_guard.recorder.crash_report import Precaution

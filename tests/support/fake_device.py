@@ -71,7 +71,7 @@ class Memory:
         self.total, self.rest, self.models = total, rest, []
         self.forgotten = []
         self.calls = []
-        self.swapping_known, self.passes_of_models = False, None
+        self.swapping_known, self.swapping, self.passes_of_models = False, 0, None
 
     def total_bytes(self, device):
         return self.total
@@ -115,6 +115,9 @@ class Memory:
 
     def knows_swapping(self):
         return self.swapping_known
+
+    def swapping_bytes(self, model):
+        return self.swapping
 
 
 class Ram:

@@ -84,7 +84,8 @@ class MemoryManagement(types.ModuleType):
         self.free_memory(1e30, self.get_torch_device(), free_all=True)
 
     def compute_model_gpu_memory_when_using_cpu_swap(self, current_free_mem, inference_memory):
-        return int(max(0, (current_free_mem - inference_memory) / 1.3))
+        rest = current_free_mem - inference_memory
+        return int(max(0, rest / 1.3, rest - 1.25 * (1 << 30)))
 
     def load_models_gpu(self, models, memory_required=0, hard_memory_preservation=0):
         self.reserved_for_test.append(hard_memory_preservation)

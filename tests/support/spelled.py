@@ -24,7 +24,7 @@ from lib_lora_guard.errors import LoraGuardError
 
 from .end_to_end import fill, lycoris_preset
 from .layouts_of_2025 import cosmos, flux2, krea2, next_dit, wan
-from .make import gen
+from .make import gen, rand
 from .named_models import module_of
 from .original_layouts import Checkpoint, bfl, ldm_unet, mmdit
 from .small_models import MAKE, layers_of
@@ -280,6 +280,31 @@ SPELLINGS: dict[str, Callable[[str, Trained], dict[str, torch.Tensor]]] = {
 OF_TRANSFORMERS = ("OneTrainer: `lora_transformer_`",)
 
 
+def inputs_of(model):
+    """The layers of a model by name, each with an input."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    return {
+        name: (
+            m,
+            rand(3, m.in_features, seed=9) if isinstance(m, torch.nn.Linear) else rand(2, m.in_channels, 5, 5, seed=9),
+        )
+        for name, m in layers.items()
+    }
+
+
+def outputs_of(model, state, prefix):
+    """What the layers give with the weights of `state`, in float64."""
+    made = {}
+    for name, (layer, x) in inputs_of(model).items():
+        if f"{name.removeprefix(prefix)}.weight" not in state:
+            continue
+        weight, bias = (state.get(f"{name.removeprefix(prefix)}.{part}") for part in ("weight", "bias"))
+        bias = None if bias is None else bias.double()
+        call = torch.nn.functional.linear if isinstance(layer, torch.nn.Linear) else torch.nn.functional.conv2d
+        made[name] = call(x.double(), weight.double(), bias)
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """How a file was read: modules used, modules in it, and the error over all parameters of the model."""
@@ -290,8 +315,11 @@ class Found:
     refused: str = ""
 
 
-def read_back(family: str, spelling: str, folder, *, in_diffusers: bool = False) -> Found:
-    """Applies a file in one spelling to a model in one layout, by merging, and compares every parameter."""
+def read_back(family: str, spelling: str, folder, *, in_diffusers: bool = False, mode: str = "merge") -> Found:
+    """Applies a file in one spelling to a model in one layout, and compares.
+
+    Merged, every parameter; in another mode, what every layer gives for one input.
+    """
     of = trained(family)
     tensors = SPELLINGS[spelling](family, of)
     modules = len({key.rsplit(".lo", 1)[0].removesuffix(".alpha") for key in tensors})
@@ -307,12 +335,15 @@ def read_back(family: str, spelling: str, folder, *, in_diffusers: bool = False)
             model.get_parameter(prefix + name).copy_(value)
     guard = LoraGuard(model)
     try:
-        report = guard.apply([(path, STRENGTH)], mode="merge")
+        report = guard.apply([(path, STRENGTH)], mode=mode)
         got = {name: p.detach().double() for name, p in model.named_parameters()}
+        outputs = {} if mode == "merge" else {name: layer(x).double() for name, (layer, x) in inputs_of(model).items()}
     except LoraGuardError as error:
         return Found(0, modules, 1.0, str(error))
     finally:
         guard.remove()
+    if mode != "merge":
+        got, truth, base, prefix = outputs, outputs_of(model, truth, prefix), outputs_of(model, base, prefix), ""
     wrong = sum(float((got[prefix + name] - value.double()).norm() ** 2) for name, value in truth.items())
     added = sum(float((value.double() - base[name].double()).norm() ** 2) for name, value in truth.items())
     left = report.loras[0].skipped + report.loras[0].lost

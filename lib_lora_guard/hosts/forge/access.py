@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Concatenate, Protocol, TypeGuard
+from typing import Concatenate
 
 import torch
 
@@ -14,8 +14,8 @@ from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_pla
 from ...patching.on_the_fly import WeightTerms
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...runtime.hooks import P
-from ...weights.bnb4 import from_quant_state
 from ...weights.storage import storage_of
+from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
 from .api import ForgeApi
 from .facts import compute_dtype, loader_of_model
 from .lora_loader_state import state_of
@@ -95,20 +95,15 @@ class ForgeAccess(ModuleAccess):
     def decoded_rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
         """Returns `length` rows from `start` as plain numbers, without the layer's scale."""
         parameter = site.parameter
-        if _is_gguf(parameter):
-            return _gguf_rows(parameter, start, length, device)
-        if _is_bnb(parameter):
-            # Not Forge's own function: it moves the whole weight to the GPU, and needs a bitsandbytes that works there.
-            decoder, parts = from_quant_state(parameter.data, parameter.quant_state)
-            return decoder.decode_rows({n: part.to(device) for n, part in parts.items()}, start, length, torch.float32)
+        if is_gguf(parameter):
+            return gguf_rows(parameter, start, length, device)
+        if is_bnb(parameter):
+            return bnb_rows(parameter, start, length, device)
         return parameter.data.narrow(0, start, length)
 
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
-        bias = getattr(layer, "bias", None)
-        if not isinstance(bias, torch.Tensor):
-            return None
-        return _gguf_rows(bias, 0, 1, bias.device, is_vector=True) if _is_gguf(bias) else bias.data
+        return stored_bias(layer)
 
     def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight."""
@@ -145,43 +140,3 @@ class ForgeAccess(ModuleAccess):
     def compute_dtype(self) -> torch.dtype:
         """Returns the dtype of the model's activations."""
         return compute_dtype(self.model)
-
-
-class GgufTensor(Protocol):
-    """Forge's `ParameterGGUF`. It keeps the blocks of a tensor as `(blocks, bytes)`, row by row."""
-
-    data: torch.Tensor
-    device: torch.device
-    real_shape: Sequence[int]
-
-    def copy_with_data(self, data: torch.Tensor) -> GgufTensor: ...
-
-
-class BnbTensor(Protocol):
-    """A parameter that bitsandbytes has quantised to four bits."""
-
-    data: torch.Tensor
-    quant_state: Any
-
-
-def _is_gguf(tensor: torch.Tensor) -> TypeGuard[GgufTensor]:
-    return getattr(tensor, "gguf_cls", None) is not None
-
-
-def _is_bnb(tensor: torch.Tensor) -> TypeGuard[BnbTensor]:
-    return bool(getattr(tensor, "bnb_quantized", False))
-
-
-def _gguf_rows(
-    parameter: GgufTensor, start: int, length: int, device: torch.device, is_vector: bool = False
-) -> torch.Tensor:
-    """Returns rows of a GGUF parameter as Forge decodes them."""
-    from backend.operations_gguf import dequantize_tensor
-
-    shape = tuple(int(size) for size in parameter.real_shape)
-    rows = 1 if is_vector else shape[0]
-    per_row = parameter.data.shape[0] // rows
-    part = parameter.copy_with_data(parameter.data.narrow(0, start * per_row, length * per_row).to(device))
-    part.real_shape = torch.Size(shape if is_vector else (length, *shape[1:]))
-    dense: torch.Tensor = dequantize_tensor(part)
-    return dense

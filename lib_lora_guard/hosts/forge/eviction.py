@@ -34,6 +34,10 @@ class _Planned(threading.local):
     """Above 0 if room has been made already."""
     places = 0
     """The number of models that Forge has to place in it."""
+    swapping_bytes: int | None = None
+    """To leave for swapped layers; None if the layers are not known."""
+    stays_out = False
+    """True if the model runs from RAM although there is some room."""
 
 
 class ForgeEviction:
@@ -83,21 +87,24 @@ class ForgeEviction:
         if by_host != swap_budget_bytes(free, need):
             # Another extension's rule, or a fork's.
             return by_host
-        return weights_on_card_bytes(free, need)
+        return 0 if self._planned.stays_out else weights_on_card_bytes(free, need, self._planned.swapping_bytes)
 
     @contextlib.contextmanager
-    def planned(self, places: int = 1) -> Iterator[None]:
+    def planned(self, places: int = 1, swapping_bytes: int | None = None, stays_out: bool = False) -> Iterator[None]:
         """Wraps a load that room has been made for.
 
         Args:
             places: how many models Forge has to place in it.
+            swapping_bytes: to leave for swapped layers.
+            stays_out: let a model that does not fit run from RAM, whatever room there is.
         """
-        before = self._planned.depth, self._planned.places
-        self._planned.depth, self._planned.places = before[0] + 1, places
+        now = self._planned
+        before = now.depth, now.places, now.swapping_bytes, now.stays_out
+        now.depth, now.places, now.swapping_bytes, now.stays_out = before[0] + 1, places, swapping_bytes, stays_out
         try:
             yield
         finally:
-            self._planned.depth, self._planned.places = before
+            now.depth, now.places, now.swapping_bytes, now.stays_out = before
 
     def _free_all(self, original: Callable[P, R], bound: inspect.BoundArguments, device: torch.device) -> R:
         # A model that nothing refers to any more, as after another checkpoint was chosen, is freed where it lies.

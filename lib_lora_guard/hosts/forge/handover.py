@@ -34,20 +34,24 @@ class Placement:
         Args:
             memory: Forge's `backend.memory_management`.
             make_patcher: Forge's `ModelPatcher`: from a model, its device, and the device it is offloaded to.
-            away_bytes: returns the bytes of a model that have left its device for a while and come back without a new placement.
+            away_bytes: returns the bytes of a model's swapped layers.
         """
         self._memory, self._make_patcher, self._away_bytes = memory, make_patcher, away_bytes
         self._given_up: weakref.WeakKeyDictionary[torch.nn.Module, LoadedModel] = weakref.WeakKeyDictionary()
         """Forge's record of each model whose patcher it gave up, without references to either."""
         self._is_replacing = False
 
-    def hand_over(self, patcher: Patcher, needed_bytes: float, staying: Sequence[Patcher] = ()) -> bool:
+    def hand_over(
+        self, patcher: Patcher, needed_bytes: float, staying: Sequence[Patcher] = (), grows: bool = False
+    ) -> bool:
         """Gives the loaded model of another patcher to `patcher`, which is not refreshed yet.
 
         Args:
             patcher: gets the model.
             needed_bytes: has to be free on the device then.
             staying: patchers that cannot leave for it.
+            grows: True if the caller brings swapped layers back itself. Then Forge never places them again: it keeps a model
+                to the share that it had, less a layer, and that share may have been left for a decode.
 
         Returns:
             False if Forge has to place it: it is not loaded, or parts of it are outside the device and all could be on it now.
@@ -57,7 +61,7 @@ class Placement:
         found = loaded or given_up
         if found is None:
             return False
-        if self._must_be_placed(found, patcher, needed_bytes, staying):
+        if self._must_be_placed(found, patcher, needed_bytes, staying, grows):
             if given_up is not None:
                 self._forget(given_up, patcher)
             return False
@@ -132,14 +136,21 @@ class Placement:
         return clones[0] if len(clones) == 1 and loaded_module(clones[0]) is patcher.model else None
 
     def _must_be_placed(
-        self, loaded: LoadedModel, patcher: Patcher, needed_bytes: float, staying: Sequence[Patcher]
+        self,
+        loaded: LoadedModel,
+        patcher: Patcher,
+        needed_bytes: float,
+        staying: Sequence[Patcher],
+        grows: bool = False,
     ) -> bool:
         if loaded.device != patcher.load_device or self._is_optimised():
             return True
         if loaded.device.type != "cpu" and not self._memory.module_size(patcher.model, include_device=loaded.device):
             # Moved away without Forge's knowledge.
             return True
-        return self._could_be_whole(loaded, patcher.model, needed_bytes, staying)
+        outside = int(self._memory.module_size(patcher.model, exclude_device=loaded.device))
+        swapped = self._away_bytes(patcher.model) if grows else 0
+        return outside > swapped and self._could_be_whole(loaded, patcher.model, needed_bytes, staying)
 
     def _is_optimised(self) -> bool:
         """True on Intel GPUs: an extension rewrites a model each time Forge loads it, and that stays with Forge."""
@@ -153,9 +164,7 @@ class Placement:
         memory, device = self._memory, loaded.device
         if device.type == "cpu":
             return False
-        outside = memory.module_size(model, exclude_device=device) - self._away_bytes(model)
-        if outside <= 0:
-            return False
+        outside = memory.module_size(model, exclude_device=device)
         others = sum(
             memory.module_size(one.model.model, include_device=device)
             for one in memory.current_loaded_models

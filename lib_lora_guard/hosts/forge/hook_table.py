@@ -13,11 +13,12 @@ import torch
 
 from ...recorder.flight_recorder import Phase
 from ...runtime.hooks import Row
+from ..webui import saving
+from ..webui.checkpoint_reading import reading_plan, text_encoder_plan
 from ..webui.takeover import HOOKS as WEB
-from . import saving
 from .access import merge_lora_to_weight
 from .parts import ForgeParts
-from .phases import decoding_plan, encoding_plan, reading_plan, text_encoder_plan
+from .phases import decoding_plan, encoding_plan
 from .sizes import module_size
 
 _MEMORY, _LORA, _PATCHER = "backend.memory_management", "backend.patcher.lora", "backend.patcher.base"

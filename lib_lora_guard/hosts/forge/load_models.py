@@ -82,7 +82,7 @@ class Loading:
         given["hard_memory_preservation"] += factors
         plan = None if device is None else self._plan(patchers, device, bound, factors)
         needed = self._memory.inference_bytes() + given["hard_memory_preservation"]
-        handed_over = [p for p in others if self._placement.hand_over(p, needed, staying=patchers)]
+        handed_over = [p for p in others if self._placement.hand_over(p, needed, patchers, plan is not None)]
         self._loras.handed_over(handed_over)
         with self._loading(patchers, plan, places=len(others) - len(handed_over)):
             result = original(*bound.args, **bound.kwargs)
@@ -103,7 +103,6 @@ class Loading:
         """Stands in place of `LoadedModel.model_unload`."""
         if avoid_model_moving and self._placement.give_up(loaded):
             return None
-        self._memory.forget_layers(loaded)
         self._room.forget_share(loaded_module(loaded))
         if avoid_model_moving:
             return original(loaded, avoid_model_moving, *args, **kwargs)
@@ -148,7 +147,9 @@ class Loading:
         planned = moving_plan(self._memory.forges, patchers, plan.device, plan.needs.free_bytes)
         with self._journal.phase(Phase.MOVE_TO_GPU, about, planned):
             self._room.prepare(patchers, plan.device, plan.needs)
-            with self._eviction.planned(places), self._room.moving():
+            swapping = max(self._memory.swapping_bytes(patcher.model) for patcher in patchers)
+            stays_out = self._room.stays_out(patchers, plan.device)
+            with self._eviction.planned(places, swapping, stays_out), self._room.moving():
                 yield
             self._room.watch_share(patchers, plan.device)
             if places:

@@ -92,6 +92,9 @@ class LoaderControl:
         # Without a state Forge has applied this stack itself, before the guard was switched on.
         is_as_before = not lora_patches if state is None else state.mode is mode
         if AppliedStack(loader).is_current(lora_patches) and not force_refresh and is_as_before:
+            if state is not None:
+                # Copies on the card went with the model when it left.
+                _bring_factors(state, ForgeAccess(self._api, loader.model))
             return
         state = self._stacks.state(loader)
         state.mode = mode
@@ -129,6 +132,7 @@ class LoaderControl:
             if state.merges_again(state.reported, is_as_wished):
                 applied.invalidate()
             self._stacks.publish(state, change.access.name)
+            _bring_factors(state, change.access)
 
     def _take_from_host(self, change: Refresh) -> None:
         """Lets Forge's own code undo what it, or a copy of it in another extension, has done."""
@@ -200,6 +204,17 @@ class LoaderControl:
         for loader in self._stacks.take_out():
             if id(loader) in fitting:
                 HostRefresh(original, loader, live[id(loader)].offload_device).attempt(fitting[id(loader)])
+
+
+def _bring_factors(state: LoaderState, access: ForgeAccess) -> None:
+    """Brings the factors to the card now: made in the first step, they would take its time."""
+    try:
+        state.engine.bring_factors(access)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # The first call makes what is missing, and has a way for each layer that gets none.
+        log.debug("%s: factors wait for the first step", access.name, exc_info=True)
 
 
 def _at(patches: Patches, places: set[int]) -> Patches:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from ...runtime.host import HostModel
+from ...runtime.swapping import SwappingRoom
+from ...units import MB
 from .facts import is_denoiser, is_forges_text_encoder, is_forges_vae
 from .free_memory import ForgeFree
 from .handover import Placement
@@ -21,6 +23,8 @@ from .types import LoadedModel, MemoryManagement, Patcher
 TEXT_ENCODER_PASSES = 2
 """For the prompt and the negative prompt."""
 VAE_PASSES = 1
+FORGES_SWAPPING_BYTES = 1280 * MB
+"""Forge leaves so much of the room, or a quarter of it where that is less."""
 
 
 class ForgePlaced:
@@ -53,7 +57,7 @@ class ForgePlaced:
         return self._residency.swappable_bytes(self._loaded)
 
     def away_bytes(self) -> int:
-        """Returns the bytes that `shrink` has taken and `grow` has not brought back."""
+        """Returns the bytes that are swapped, and that `grow` can bring back."""
         return self._residency.away_bytes(self.module)
 
     def shrink(self, wanted_bytes: int) -> int:
@@ -73,16 +77,24 @@ class ForgePlaced:
 class ForgeMemory:
     """Forge's devices and the models on them: `runtime.host.DeviceMemory`."""
 
-    def __init__(self, forges: MemoryManagement, residency: Residency, placement: Placement, free: ForgeFree) -> None:
+    def __init__(
+        self,
+        forges: MemoryManagement,
+        residency: Residency,
+        placement: Placement,
+        free: ForgeFree,
+        swapping: SwappingRoom,
+    ) -> None:
         """
         Args:
             forges: Forge's `backend.memory_management`.
             residency: moves layers of loaded models.
             placement: knows the models that Forge has forgotten.
             free: says if free VRAM is known.
+            swapping: says what swapped layers need.
         """
         self.forges = forges
-        self._residency, self._placement, self._free = residency, placement, free
+        self._residency, self._placement, self._free, self._swapping = residency, placement, free, swapping
 
     def plans_for(self, device: torch.device | None) -> bool:
         """False if Forge moves models by a rule of its own: not CUDA, or told to keep nothing on the card."""
@@ -150,10 +162,6 @@ class ForgeMemory:
             if sys.getrefcount(loaded[place].model) <= 2:
                 loaded.pop(place).model_unload(avoid_model_moving=True)
 
-    def forget_layers(self, loaded: LoadedModel) -> None:
-        """Called when Forge moves a whole model; see `Residency.forget`."""
-        self._residency.forget(loaded)
-
     def empty_cache(self) -> None:
         """Gives back what torch holds of the card without using it."""
         self.forges.soft_empty_cache()
@@ -176,6 +184,10 @@ class ForgeMemory:
         stream = sys.modules.get("backend.stream")
         is_async = bool(getattr(stream, "should_use_stream", lambda: False)())
         return not is_async and self._free.is_believed
+
+    def swapping_bytes(self, model: torch.nn.Module) -> int:
+        """Returns the VRAM to leave for a model's swapped layers: Forge's own share where swapping was not measured."""
+        return self._swapping.bytes(model) if self.knows_swapping() else FORGES_SWAPPING_BYTES
 
     def _placed(self, loaded: LoadedModel) -> ForgePlaced:
         return ForgePlaced(loaded, self.forges, self._residency)

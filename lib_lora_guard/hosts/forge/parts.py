@@ -11,7 +11,10 @@ from ...recorder.crash_report import Precaution
 from ...runtime.advice import Advice
 from ...runtime.corrections import Corrections
 from ...runtime.image_words import ImageWords
+from ...runtime.job_costs import JobCosts
+from ...runtime.jobs import Jobs
 from ...runtime.journal import Journal
+from ...runtime.links import LinkRates
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
 from ...runtime.needs import Reservations
@@ -20,12 +23,14 @@ from ...runtime.preflight import Preflight
 from ...runtime.room import Room
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
+from ...runtime.swapping import SwappingRoom
 from ...runtime.vae_room import VaeRoom
+from ..webui.checkpoint_reading import CheckpointReading
 from ..webui.lora_files import LoraFiles
 from ..webui.takeover import WebTakeover
+from . import facts
 from .api import ForgeApi
 from .calibration import ForgeCalibration
-from .checkpoint_reading import CheckpointReading
 from .eviction import ForgeEviction
 from .facts import about_model
 from .free_memory import ForgeFree
@@ -55,6 +60,7 @@ class ForgeParts:
         """
         self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
         self.rule_log = RuleLog()
+        self.jobs = Jobs()
         self.precautions = Precautions(self._planned)
         self.words = ImageWords(settings.language)
         self.stacks = ForgeStacks(PatchReader(api.lora), settings, self._planned, journal.work, self.words)
@@ -70,6 +76,7 @@ class ForgeParts:
             self.rule_log,
             self.advice,
             self._memory_settings,
+            self.jobs,
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
@@ -78,8 +85,10 @@ class ForgeParts:
         self.steps = StepTimer(api.memory, journal, self.stacks.names_on)
         self.calibration = ForgeCalibration(api.memory, corrections)
         self.free = ForgeFree(api.memory, self.rule_log)
-        self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free)
-        self.room = Room(self.memory, self.preflight, self.rule_log)
+        self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free, SwappingRoom(facts))
+        self.links = LinkRates(lambda: corrections.folder)
+        costs = JobCosts(self.jobs, self.links.of, settings.plans_residency)
+        self.room = Room(self.memory, self.preflight, self.rule_log, costs)
         self.eviction = ForgeEviction(self.memory, self.room, self.rule_log)
         self.reservations = Reservations(self.memory, self.rule_log, self.calibration)
         self.loras = LoraLoading(self.stacks, self.files, self.calibration)

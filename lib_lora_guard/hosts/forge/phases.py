@@ -1,45 +1,17 @@
 """Bytes that Forge's functions are about to take, known before they run: for the journal's phases.
 
-Sources: Forge's `backend/loader.py`, `backend/patcher/vae.py`, `modules/sd_models.py`.
+Source: Forge's `backend/patcher/vae.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ...recorder.flight_recorder import RAM_NEED, VRAM_NEED
 from ...runtime.journal import Plan
 from .types import LoadedModel, MemoryManagement, Patcher, Vae
-
-
-def reading_plan(state: object, additional_state_dicts: Sequence[object] | None = None) -> Plan:
-    """Plans for `forge_loader`, which gets file names: it reads whole files."""
-    files = [Path(one) for one in (state, *(additional_state_dicts or ())) if isinstance(one, (str, Path))]
-    return {RAM_NEED: sum(file.stat().st_size for file in files if file.is_file())}
-
-
-def text_encoder_plan(
-    guess: object,
-    component_name: str,
-    lib_name: str,
-    cls_name: str,
-    repo_path: str,
-    state_dict: Mapping[str, object] | None,
-) -> Plan | None:
-    """Plans for `load_huggingface_component`, which makes all parts of a model.
-
-    A text encoder gets memory of its own, beside what was read.
-
-    Returns:
-        None for the other parts.
-    """
-    if not component_name.startswith("text_encoder"):
-        return None
-    tensors = [one for one in (state_dict or {}).values() if isinstance(one, torch.Tensor)]
-    return {RAM_NEED: sum(tensor.nbytes for tensor in tensors)}
 
 
 def moving_plan(

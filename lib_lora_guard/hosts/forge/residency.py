@@ -1,13 +1,14 @@
 """Moves layers of a loaded model off the device for a while and back, where the whole model would be several times too much.
 
 A layer that has left runs as Forge's own swapped layers do: its weight is copied to the device in each call, so the model
-can go on working. Source of that form: Forge's `LoadedModel.model_load` and `model_unload`.
+can go on working. What Forge placed in RAM itself is the same thing and can return too: a model placed beside a text encoder
+or with another stack is not bound to that share for ever. So the layers carry the state, in Forge's own attributes, and
+nothing beside them has to be kept right. Source of that form: Forge's `LoadedModel.model_load` and `model_unload`.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -25,7 +26,7 @@ CAST, CAST_BEFORE = "parameters_manual_cast", "prev_parameters_manual_cast"
 
 
 class Residency:
-    """Knows which layers have left, and brings them back."""
+    """Knows which layers lie outside the device, and brings them back."""
 
     def __init__(self, merged_layers: Callable[[torch.nn.Module], Collection[torch.nn.Module]]) -> None:
         """
@@ -34,18 +35,14 @@ class Residency:
                 RAM already, and the patched weights would be a second copy.
         """
         self._merged_layers = merged_layers
-        self._away: weakref.WeakKeyDictionary[torch.nn.Module, weakref.WeakSet[torch.nn.Module]] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._was_accelerated: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
     def swappable_bytes(self, loaded: LoadedModel) -> int:
         """Returns the bytes that `shrink` can take of a loaded model at most."""
         return sum(size for size, _ in self._candidates(loaded))
 
     def away_bytes(self, model: torch.nn.Module) -> int:
-        """Returns the bytes that `shrink` has taken of a model and `grow` has not brought back."""
-        return sum(_bytes_of(layer) for layer in self._away.get(model, ()))
+        """Returns the bytes of a model that are copied to the device in each call and that `grow` can bring back."""
+        return sum(size for size, _ in self._away(model))
 
     def shrink(self, loaded: LoadedModel, wanted_bytes: int) -> int:
         """Moves layers off the device until `wanted_bytes` have left it, or none is left that may go.
@@ -61,21 +58,17 @@ class Residency:
             return 0
         moved = 0
         for size, layer in _fewest(self._candidates(loaded), wanted_bytes):
-            self._move_away(loaded, model, layer)
+            self._move_away(loaded, layer)
             moved += size
         return moved
 
     def grow(self, loaded: LoadedModel, room_bytes: int) -> int:
-        """Brings back what `shrink` took, as far as `room_bytes` and the device itself go; returns the bytes moved."""
+        """Brings swapped layers back, as far as `room_bytes` and the device itself go; returns the bytes moved."""
         model = loaded_module(loaded)
-        away = None if model is None else self._away.get(model)
-        if model is None or not away:
+        if model is None:
             return 0
         moved = 0
-        for layer in sorted(away, key=_bytes_of):
-            size = _bytes_of(layer)
-            if moved + size > room_bytes:
-                break
+        for size, layer in _most(self._away(model), room_bytes):
             try:
                 layer.to(loaded.device)
             except BaseException as error:
@@ -85,21 +78,16 @@ class Residency:
                 # Less is free than the driver said: the rest stays swapped.
                 break
             _restore_cast(layer)
-            away.discard(layer)
             moved += size
-        if not away:
-            loaded.model_accelerated = self._was_accelerated.pop(model, False)
-            self._away.pop(model, None)
         if moved:
+            loaded.model_accelerated = next(_swapped(model), None) is not None
             say(log, logging.INFO, "memory.grown", model=type(model).__name__, size_mb=moved / MB)
         return moved
 
-    def forget(self, loaded: LoadedModel) -> None:
-        """Called when Forge moves the whole model: nothing of it is away any more."""
-        model = loaded_module(loaded)
-        if model is not None:
-            self._away.pop(model, None)
-            self._was_accelerated.pop(model, None)
+    def _away(self, model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
+        """Returns the swapped layers; a merged one moves with the whole model alone, which lifts the merges before."""
+        merged = self._merged_layers(model)
+        return [(size, layer) for layer in _swapped(model) if (size := _bytes_in_ram(layer)) and layer not in merged]
 
     def _candidates(self, loaded: LoadedModel) -> list[tuple[int, torch.nn.Module]]:
         model = loaded_module(loaded)
@@ -112,7 +100,7 @@ class Residency:
             if (size := _bytes_on(layer, loaded.device)) and layer not in merged
         ]
 
-    def _move_away(self, loaded: LoadedModel, model: torch.nn.Module, layer: torch.nn.Module) -> None:
+    def _move_away(self, loaded: LoadedModel, layer: torch.nn.Module) -> None:
         # Everything of a layer or nothing: `Module.to` goes parameter by parameter.
         try:
             layer.to(loaded.model.offload_device)
@@ -122,11 +110,6 @@ class Residency:
         if not hasattr(layer, CAST_BEFORE):
             setattr(layer, CAST_BEFORE, getattr(layer, CAST))
         setattr(layer, CAST, True)
-        away = self._away.get(model)
-        if away is None:
-            away = self._away[model] = weakref.WeakSet()
-            self._was_accelerated[model] = bool(loaded.model_accelerated)
-        away.add(layer)
         # If this is set, Forge gives the layers their own way of casting back when it unloads the model.
         loaded.model_accelerated = True
 
@@ -143,14 +126,34 @@ def _fewest(candidates: list[tuple[int, torch.nn.Module]], wanted_bytes: int) ->
         yield chosen
 
 
+def _most(candidates: list[tuple[int, torch.nn.Module]], room_bytes: int) -> Iterator[tuple[int, torch.nn.Module]]:
+    """Chooses the largest layers that fit, one after the other: few copies, and the room is used to the smallest layer."""
+    for size, layer in sorted(candidates, key=lambda candidate: -candidate[0]):
+        if size <= room_bytes:
+            room_bytes -= size
+            yield size, layer
+
+
+def _swapped(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Returns the layers that Forge or `shrink` let run swapped."""
+    return (layer for layer in model.modules() if hasattr(layer, CAST_BEFORE))
+
+
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Returns the layers that Forge can run swapped."""
     return (layer for layer in model.modules() if hasattr(layer, CAST) and next(layer.children(), None) is None)
 
 
 def _bytes_of(layer: torch.nn.Module) -> int:
-    own = layer.parameters(recurse=False)
-    return sum(p.data.numel() * p.data.element_size() + scales_bytes(p) for p in own)
+    return sum(map(_size, layer.parameters(recurse=False)))
+
+
+def _bytes_in_ram(layer: torch.nn.Module) -> int:
+    return sum(_size(p) for p in layer.parameters(recurse=False) if p.device.type == "cpu")
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    return parameter.data.numel() * parameter.data.element_size() + scales_bytes(parameter)
 
 
 def _bytes_on(layer: torch.nn.Module, device: torch.device) -> int:

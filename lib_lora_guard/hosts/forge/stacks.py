@@ -91,7 +91,9 @@ class ForgeStacks(ModelStacks):
 
     def is_current(self, patcher: Patcher) -> bool:
         """True if the stack of `patcher` is applied: not after a change that failed, nor while merges are suspended."""
-        return AppliedStack(patcher.lora_loader).is_current(patcher.lora_patches)
+        loader = loader_of(patcher)
+        # Another extension's patcher has no LoRAs that could be missing.
+        return loader is None or AppliedStack(loader).is_current(patcher.lora_patches)
 
     def is_reported(self, patcher: Patcher) -> bool:
         """True if the last report of this model describes the stack of `patcher`."""

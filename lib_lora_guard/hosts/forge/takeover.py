@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,7 @@ import torch
 from ...adapters.patch_tuples import OWN_KIND, calculate_own_kind
 from ...errors import HostError
 from ...memory import MemorySnapshot, Nvml
-from ...messages import say
 from ...planning.last_plan import LastPlan
-from ...recorder.crash_report import crash_report
 from ...reporting.report import ApplyReport
 from ...runtime import installed as at_work
 from ...runtime.corrections import OF_PROCESS, Corrections
@@ -23,14 +20,11 @@ from ...runtime.hooks import HookSet, lay
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
-from ..webui.process_end import close_at_the_end
-from . import saving
+from ..webui import of_process, saving
 from .api import ForgeApi, probe
 from .hook_table import LATER, START
 from .parts import ForgeParts
 from .types import Patcher
-
-log = logging.getLogger(__name__)
 
 
 class ForgeTakeover(ForgeParts):
@@ -121,15 +115,14 @@ class ForgeTakeover(ForgeParts):
         return self.loading.plans.last
 
 
-_settings, _journal = LiveSettings(), None
-"""They belong to the process, not to one takeover: switching the guard off and on is no clean end, and changes no
-setting."""
+def make() -> ForgeTakeover:
+    """Makes the takeover of this process.
 
-
-def _make() -> ForgeTakeover:
-    global _journal
-    takeover = ForgeTakeover(probe(), _settings, _journal, OF_PROCESS)
-    _journal = takeover.journal
+    Raises:
+        HostError: the host does not fit.
+    """
+    takeover = ForgeTakeover(probe(), of_process.settings, of_process.journal, OF_PROCESS)
+    of_process.journal = takeover.journal
     return takeover
 
 
@@ -139,7 +132,7 @@ def install() -> ForgeTakeover:
     Raises:
         HostError: the host does not fit; nothing is replaced.
     """
-    takeover = at_work.install(_make)
+    takeover = at_work.install(make)
     assert isinstance(takeover, ForgeTakeover)
     return takeover
 
@@ -163,11 +156,4 @@ def installed() -> ForgeTakeover | None:
 
 def keep_journal(folder: Path) -> None:
     """Begins to write down what happens, in a file below `folder`; says how the last process died, if it did."""
-    journal = install().journal
-    if journal.is_open:
-        return
-    crash = journal.open(folder)
-    close_at_the_end(journal)
-    if crash is not None:
-        for line in crash_report(crash):
-            say(log, logging.WARNING, "flight.line", line=line)
+    of_process.keep_journal(install().journal, folder)

@@ -11,6 +11,7 @@ from ...adapters.base import Shape
 from ...errors import Message, ModeError, about
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, is_linear, is_plain_convolution, plain_bias
+from ...patching.marked_class import class_of, mark, takes_marks, unmark
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH
 from ...planning.limits import RAM_FLOOR_BYTES
@@ -20,7 +21,6 @@ from ...weights.storage import WIDE_DTYPES, Storage, storage_of
 from ...weights.stored_linear import StoredLinear
 from .hidden_weights import HiddenWeight, has_no_marks, hidden_weight, is_plain
 from .layer_code import Code, code_of, runs_torchs_code
-from .marked_class import class_of, mark, takes_marks, unmark
 from .weight_forward import patch_weight, unpatch_weight
 
 VRAM_RESERVE_BYTES = 2048 * MB

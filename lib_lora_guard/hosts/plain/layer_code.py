@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from .marked_class import Forward, class_of
+from ...patching.marked_class import Forward, class_of
 
 
 class Code(Enum):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
+from ...patching.marked_class import class_of, mark, unmark
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH, WeightPatch, number_of, patched_weight
 from .layer_code import Code, code_of
-from .marked_class import class_of, mark, unmark
 
 _WEIGHT = "weight"
 

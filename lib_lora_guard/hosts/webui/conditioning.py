@@ -7,6 +7,7 @@ away again. Here the key holds what lies on the text encoder instead, and more t
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...adapters.base import Adapter
 from ...runtime.hooks import Row
+from ...runtime.host import LoraPatchers
 from ...runtime.prompt_cache import PromptCache
+from .patchers import TuplePatchers
 from .types import CondCache, Patched, PromptProcessing, Tags, TextEncoder
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,7 @@ class Conditioning:
         has_applied: Callable[[Patched], bool] = lambda patcher: True,
         encoding: Callable[[], AbstractContextManager[None]] = nullcontext,
         cache: PromptCache | None = None,
+        patchers: LoraPatchers | None = None,
     ) -> None:
         """
         Args:
@@ -53,7 +57,9 @@ class Conditioning:
             has_applied: says of a patcher whether its LoRAs lie on the model.
             encoding: is entered while a prompt is encoded.
             cache: of encoded prompts.
+            patchers: tells what lies on the text encoder; None for those of Forge.
         """
+        self._patchers = patchers or TuplePatchers()
         self._shared, self._meaning, self._has_applied = shared, meaning, has_applied
         self._encoding, self._cache = encoding, cache or PromptCache()
         self._numbers = _Numbers()
@@ -110,8 +116,10 @@ class Conditioning:
             memory.clear()
             key = None
         else:
-            old = self._shared.opts.use_old_scheduling
-            params = processing.cached_params(required_prompts, steps, extra_network_data, hires_steps, old)
+            # Forge Neo has no old scheduling any more.
+            knows_old = "use_old_scheduling" in inspect.signature(processing.cached_params).parameters
+            more = (self._shared.opts.use_old_scheduling,) if knows_old else ()
+            params = processing.cached_params(required_prompts, steps, extra_network_data, hires_steps, *more)
             if any(cache[0] is not None and cache[0] == params for cache in caches):
                 return original(processing, *everything, *args, **kwargs)
             key = (_name_of(function), getattr(required_prompts, "is_negative_prompt", None), params)
@@ -144,11 +152,8 @@ class Conditioning:
         """
         encoder: TextEncoder = self._shared.sd_model.forge_objects.clip
         return [
-            (
-                str(identifier),
-                tuple((key, [self._entry(entry) for entry in entries]) for key, entries in on_keys.items()),
-            )
-            for identifier, on_keys in encoder.patcher.lora_patches.items()
+            (name, tuple((key, [self._entry(entry) for entry in entries]) for key, entries in on_keys.items()))
+            for name, on_keys in self._patchers.entries(encoder.patcher)
         ]
 
     def _is_extension_at_work(self) -> bool:
@@ -174,7 +179,7 @@ class Conditioning:
     def _is_encoded_as_asked(self) -> bool:
         """False if the LoRAs could not be put on the text encoder just now."""
         patcher = getattr(self._text_encoder(), "patcher", None)
-        return patcher is None or not hasattr(patcher, "lora_loader") or self._has_applied(patcher)
+        return patcher is None or self._has_applied(patcher)
 
     def _entry(self, entry: Sequence[Any]) -> Key:
         strength, value, strength_model, offset = entry[:4]

@@ -6,6 +6,7 @@ Sources: `modules/processing.py` (`process_images_inner`, called once for each r
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Concatenate
@@ -16,6 +17,7 @@ from ...messages import Joined, say
 from ...runtime.advice import Advice
 from ...runtime.hooks import P, R, Row
 from ...runtime.image_words import ImageWords
+from ...runtime.jobs import Jobs
 from ...runtime.live_settings import LiveSettings
 from .types import Processing, comments_of, own_options
 
@@ -26,21 +28,33 @@ PASSES = 2
 
 
 class Images:
-    def __init__(self, advice: Advice, words: ImageWords | None = None, settings: LiveSettings | None = None) -> None:
+    def __init__(
+        self,
+        advice: Advice,
+        words: ImageWords | None = None,
+        settings: LiveSettings | None = None,
+        jobs: Jobs | None = None,
+    ) -> None:
         """
         Args:
             advice: For images that end for lack of memory.
             words: What is said of an image's LoRAs while it is made.
             settings: The user's.
+            jobs: Are told how many steps a request has.
         """
         self._advice, self._words, self._settings = advice, words or ImageWords(), settings or LiveSettings()
+        self._jobs = jobs or Jobs()
 
     def process_images_inner(
         self, original: Callable[Concatenate[Processing, P], R], p: Processing, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Stands in place of `process_images_inner`. The error goes on as it is."""
         try:
-            with self._settings.image(own_options(p)), self._words.image(id(p), *comments_of(p)):
+            with (
+                self._settings.image(own_options(p)),
+                self._words.image(id(p), *comments_of(p)),
+                self._jobs.job(functools.partial(steps_of, p)),
+            ):
                 return original(p, *args, **kwargs)
         except Exception as error:
             if isinstance(error, LayerError) or is_out_of_memory(error):
@@ -64,6 +78,20 @@ class Images:
             return
         if said:
             say(log, logging.WARNING, "preflight.helps", advice=Joined(said, "list.semicolon"))
+
+
+def steps_of(p: Processing) -> int:
+    """Returns the steps of the pass that a request begins next: of an image from noise all of its steps, of one that is changed
+    its share of them. Rows that do not fit into one call, and samplers that call twice a step, make more of it.
+    """
+    steps = int(p.steps)
+    is_second = getattr(p, "is_hr_pass", False)
+    if is_second:
+        steps = int(getattr(p, "hr_second_pass_steps", 0) or steps)
+    strength: float | None = getattr(p, "denoising_strength", None)
+    if strength is None or not (is_second or getattr(p, "init_images", None)):
+        return steps
+    return max(1, round(steps * strength))
 
 
 ROWS: tuple[Row[Images], ...] = (

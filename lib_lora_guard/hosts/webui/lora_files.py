@@ -7,6 +7,7 @@ and what stands in the metadata (alpha and rsLoRA of PEFT). A mismatch is a gues
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import weakref
@@ -17,10 +18,9 @@ from typing import Any
 
 import torch
 
-from ...adapters.base import Adapter, Shape, Term
+from ...adapters.base import Adapter, Shape
 from ...adapters.file_settings import FileSettings
 from ...adapters.files import LoraFile, parse_tensors, read_lora_file
-from ...adapters.patch_tuples import value_of
 from ...errors import LoraFileError, LoraMismatchError, Message, about, reason
 from ...files import FileState, is_file, shown, state_of
 from ...messages import Joined, say, without
@@ -28,10 +28,12 @@ from ...models.fit import Fit, Target, fit_file
 from ...patching.room_to_read import room_now_bytes
 from ...reporting.report import clean_text
 from ...runtime.factor_copies import own
+from ...runtime.host import FittedLora, LoraPatchers
 from ...runtime.image_words import ImageWords
 from ...runtime.left_out import Remainder, applied_in_part, nothing_applied, remainder_of
 from ...runtime.live_settings import LiveSettings
 from ...weights.storage import storage_of
+from .patchers import TuplePatchers
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,10 @@ class LazyState(Mapping[str, torch.Tensor]):
     def copy(self) -> dict[str, torch.Tensor]:
         return dict(self.state)
 
+    def for_host(self) -> Mapping[str, torch.Tensor]:
+        """Returns what the host's own reader of patches can take."""
+        return self
+
 
 class LoraFiles:
     """Reads LoRA files for Forge's models; files just used are kept while they are unchanged on disk.
@@ -75,13 +81,19 @@ class LoraFiles:
         settings: LiveSettings | None = None,
         unpatched_shapes: Callable[[torch.nn.Module], Mapping[str, Shape]] = lambda model: {},
         words: ImageWords | None = None,
+        patchers: LoraPatchers | None = None,
+        state_class: type[LazyState] = LazyState,
     ) -> None:
         """
         Args:
             settings: how much is kept, and whether the host reads LoRA files itself.
             unpatched_shapes: returns the shapes that merged parameters of a model have without their LoRAs.
             words: says what is left out.
+            patchers: adds LoRAs to the host's patchers; None for those of Forge.
+            state_class: of what stands for the tensors of a file that the host has not read.
         """
+        self._state_class = state_class
+        self.patchers = patchers or TuplePatchers()
         self._settings, self._unpatched_shapes = settings or LiveSettings(), unpatched_shapes
         self.words = words or ImageWords()
         self._lock = threading.Lock()
@@ -113,7 +125,7 @@ class LoraFiles:
             or not is_file(Path(filename))
         ):
             return original(filename)
-        return LazyState(str(filename), lambda: original(filename))
+        return self._state_class(str(filename), lambda: original(filename))
 
     def load_for_models(
         self,
@@ -131,11 +143,15 @@ class LoraFiles:
         name = shown(Path(str(filename)).name)
         # Forge builds every stack anew, from a patcher without patches; most of the last one comes again. Who brings a
         # `load_networks` of their own announces nothing, and then the patcher is all there is to go by.
-        if self._stack == "announced" or (not self._stack and not getattr(model, "lora_patches", None)):
+        if self._stack == "announced" or (not self._stack and not self.patchers.has_loras(model)):
             self._stack = self._stack and "open"
             self._last_stack, self._in_stack = self._in_stack, set()
             self.left_out, self._in_part = {}, {}
         if self.is_host_reading():
+            return original(model, clip, _for_host(lora), strength_model, strength_clip, filename, online_mode)
+        if (why := self.patchers.not_patchable(model)) is not None:
+            self.words.tell(why)
+            # By its name alone.
             return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
         try:
             file = self._read(filename, lora)
@@ -151,7 +167,7 @@ class LoraFiles:
             return model, clip
         except Exception:
             say(log, logging.ERROR, "host.guard_could_not_read", exc_info=True, name=name)
-            return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
+            return original(model, clip, _for_host(lora), strength_model, strength_clip, filename, online_mode)
         fits = [match for match in found if match is not None]
         left = self._remainder(file, fits)
         why = nothing_applied(file, fits, left)
@@ -164,11 +180,7 @@ class LoraFiles:
             if match is None or not match.terms:
                 patched.append(patcher)
                 continue
-            clone = patcher.clone()
-            clone.add_patches(
-                filename=filename, patches=_patches(match.terms), strength_patch=strength, online_mode=online_mode
-            )
-            patched.append(clone)
+            patched.append(self.patchers.with_lora(patcher, FittedLora(filename, match.terms, strength, online_mode)))
             count = sum(len(terms) for terms in match.terms.values())
             say(log, logging.INFO, "host.keys_for", name=name, count=count, side=side)
         lacking = applied_in_part(name, file, left)
@@ -296,8 +308,18 @@ def _is_hosts_own(reader: Any) -> bool:
     """False where another extension came first: what it makes of the file counts then. Its wrapper may carry the host's
     name and attributes, but not the host's code."""
     inner = reader.__wrapped__ if hasattr(reader, "cache_info") else reader
+    if isinstance(inner, functools.partial):
+        inner = inner.func
     code = getattr(inner, "__code__", None)
-    return code is not None and code.co_name == "load_lora_state_dict"
+    return code is not None and code.co_name in _READERS
+
+
+def _for_host(lora: Any) -> Any:
+    return lora.for_host() if isinstance(lora, LazyState) else lora
+
+
+_READERS = ("load_lora_state_dict", "load_torch_file")
+"""Forge's function, and the one that Forge Neo's is made from."""
 
 
 FileKey = tuple[str, FileState]
@@ -316,13 +338,3 @@ def _match(file: LoraFile, target: Target) -> Fit:
     if fit.refused is not None:
         raise LoraMismatchError(fit.refused)
     return fit
-
-
-def _patches(terms: Mapping[str, list[Term]]) -> dict[Any, Any]:
-    patches: dict[Any, Any] = {}
-    for key, on_key in terms.items():
-        for term in on_key:
-            part = term.part
-            address = key if part is None else (key, (part.dim, part.start, part.length))
-            patches[address] = value_of(term.adapter)
-    return patches

@@ -66,10 +66,12 @@ class LoraStack:
         self._notice_changes([file for file in found.values() if file is not None])
         text, unet = _at(te_multipliers, used), _at(unet_multipliers, used)
         with self.files.announced_stack(missing, is_empty=not used):
-            result = original([names[i] for i in used], text, unet, _at(dyn_dims, used), *args, **kwargs)
+            # Forge Neo knows no ranks of DyLoRAs.
+            ranks = () if dyn_dims is None else (_at(dyn_dims, used),)
+            result = original([names[i] for i in used], text, unet, *ranks, *args, **kwargs)
         if self._words.is_open:
             self.files.tell_again()
-        sides = (("host.unet", unet), ("host.text_encoder", text))
+        sides = (("host.unet", unet), ("host.text_encoder", text)) if self.files.patchers.counts_once else ()
         for message in same_twice([(names[i], found[names[i]]) for i in used], sides):
             self._words.tell(message)
         return result

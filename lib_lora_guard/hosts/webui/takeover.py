@@ -15,6 +15,7 @@ from ...recorder.flight_recorder import Phase
 from ...runtime.advice import Advice
 from ...runtime.hooks import HookSet, lay
 from ...runtime.host import HostStacks, StepStrengths
+from ...runtime.jobs import Jobs
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.prompt_cache import PromptCache
@@ -42,6 +43,7 @@ class WebTakeover:
         rule_log: RuleLog,
         advice: Advice,
         memory_settings: Callable[[Mapping[str, ModuleType]], Hashable],
+        jobs: Jobs | None = None,
     ) -> None:
         """
         Args:
@@ -53,11 +55,12 @@ class WebTakeover:
             rule_log: of the takeover.
             advice: for images that end.
             memory_settings: returns everything that decides how models are loaded and placed, as one value to compare.
+            jobs: is told of each request.
         """
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = (
             rule_log,
-            images.Images(advice, files.words, settings),
+            images.Images(advice, files.words, settings, jobs),
             memory_settings,
         )
         self.prompts = PromptCache()
@@ -115,5 +118,6 @@ class WebTakeover:
             self._stacks.is_current,
             lambda: self._journal.phase(Phase.ENCODE_PROMPT),
             self.prompts,
+            self._files.patchers,
         )
         lay(conditioning.ROWS, conditions, modules, hooks)

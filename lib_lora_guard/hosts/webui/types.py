@@ -5,12 +5,13 @@ Sources: `modules/processing.py` and `modules/sd_models.py` of the A1111 family;
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from ...runtime.image_words import Comment
+from ...runtime.live_settings import Options
 
 
 class DenoiserPatcher(Protocol):
@@ -38,6 +39,7 @@ class Processing(Protocol):
     """One request for images. Sizes in pixels."""
 
     sd_model: SdModel
+    steps: int
     width: int
     height: int
     batch_size: int
@@ -75,10 +77,13 @@ def comments_of(request: Processing | Commented) -> tuple[Comment | None, Commen
     return comment, take_back if isinstance(lines(), dict) else None
 
 
-def own_options(request: object) -> Collection[str]:
-    """Returns the names of the WebUI's options that a request sets for its own images; the WebUI has set them before."""
+def own_options(request: Processing) -> Options:
+    """Returns the WebUI's options that a request sets for its own images.
+
+    The WebUI has set them before it makes the images; another client may have set others since.
+    """
     options = getattr(request, "override_settings", None)
-    return options.keys() if isinstance(options, Mapping) else ()
+    return options if isinstance(options, Mapping) else {}
 
 
 class TextEncoder(Protocol):

@@ -137,7 +137,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "lora.oft_one_block": (
         "its OFT has one block of {size} and the weight is {shape}: the file does not say whether the block is for all "
         "inputs (block_share) or for the first {size}; use the model that it was trained on, or keep its "
-        "adapter_config.json beside the file",
+        "adapter_config.json beside it",
         "其 OFT 只有一个大小为 {size} 的块，而权重为 {shape}：文件没有说明该块用于全部输入（block_share）还是仅用于前 {size} 个；"
         "请使用其训练时所用的模型，或将其 adapter_config.json 放在文件旁边",
     ),

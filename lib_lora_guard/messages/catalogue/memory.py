@@ -13,6 +13,13 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{model} 的 {size_mb:.0f} MB 为后续模型让出显存，其余部分保留",
     ),
     "memory.grown": ("{size_mb:.0f} MB of {model} are back on the card", "{model} 的 {size_mb:.0f} MB 已回到显卡"),
+    "memory.chosen": (
+        "{model}, {calls} calls: {comes_mb:.0f} MB of it come to the card, {left_mb:.0f} MB of others leave, {swapped_mb:.0f} MB are "
+        "copied in each call; {seconds:.1f} s of copying until the next image, another way {other_seconds:.1f} s "
+        "({to_card:.1f} GB/s to the card, {to_ram:.1f} to RAM)",
+        "{model}，{calls} 次运行：{comes_mb:.0f} MB 移到显卡，其他模型让出 {left_mb:.0f} MB，每次运行复制 {swapped_mb:.0f} MB；"
+        "到下一张图像为止复制共需 {seconds:.1f} 秒，另一种方式需 {other_seconds:.1f} 秒（到显卡 {to_card:.1f} GB/s，到内存 {to_ram:.1f} GB/s）",
+    ),
     "memory.left": ("{model} leaves the card, {size_mb:.0f} MB", "{model} 离开显卡，{size_mb:.0f} MB"),
     "memory.swapped": (
         "{model} comes for {passes} calls: {size_mb:.0f} MB of it stay in RAM and are copied in each, which moves less than making "

@@ -15,9 +15,10 @@ def parts():
 
 @pytest.fixture(scope="module")
 def swapping_in_bytes():
-    """On a card of a few kilobytes: of the real 768 MB a quarter of the room would always be less."""
+    """On a card of a few kilobytes: of real megabytes a quarter of the room would always be less."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(on_card, "SWAPPING_BYTES", 768)
+        patch.setattr(on_card, "swapping_bytes", lambda *_: on_card.SWAPPING_BYTES)
         yield
 
 

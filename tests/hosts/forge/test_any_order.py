@@ -4,6 +4,7 @@ import contextlib
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -12,7 +13,6 @@ from support.card_scene import REST, TOTAL, assert_as_built, assert_sound, scene
 from support.fake_card import (
     CARD,
     NO_RAM,
-    RAM,
     Denoiser,
     IntegratedAutoencoderKL,
     JointTextEncoder,
@@ -28,6 +28,11 @@ from lib_lora_guard.planning import activations, on_card
 pytestmark = pytest.mark.usefixtures("swapping_in_bytes")
 
 KINDS = (Denoiser, JointTextEncoder, IntegratedAutoencoderKL, Upscaler)
+
+
+def parts_of(layer):
+    return SimpleNamespace(parts=[layer])
+
 
 sizes = st.lists(st.integers(8, 4_000), min_size=2, max_size=8)
 
@@ -85,9 +90,8 @@ class Run:
             assert size_of(model) == self.sizes[place]
             is_loaded = any(model is one for one in listed)
             assert_sound(model, is_loaded)
-            away = scene.residency._away.get(model, ())
-            assert not {id(layer) for layer in away} & self.merged[id(model)]
-            assert all(sides_of(layer) == {RAM} and is_swapped(layer) for layer in away)
+            away = [layer for layer in model.layers() if is_swapped(layer) and id(layer) not in self.merged[id(model)]]
+            assert scene.away(patcher) == sum(size_of(layer) - bytes_on_card(parts_of(layer)) for layer in away)
             if not is_loaded and model not in scene.guard.placement._given_up:
                 assert_as_built(model)
                 assert not away

@@ -9,6 +9,7 @@ from lib_lora_guard.hosts.forge.lora_loader import LoaderControl
 from lib_lora_guard.hosts.forge.lora_loader_state import RETRY, state_of
 from lib_lora_guard.hosts.forge.patches import PatchReader
 from lib_lora_guard.hosts.forge.stacks import ForgeStacks
+from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.patching.watching import unwatched
 from lib_lora_guard.runtime.live_settings import LiveSettings
 from lib_lora_guard.settings import LoraMode
@@ -89,3 +90,41 @@ def test_when_the_guard_goes_forge_applies_what_is_asked_of_loaded_models(scene)
     scene.control.release_all(scene.original, {id(scene.loader): patcher})
     assert state_of(scene.loader) is None
     assert scene.calls == [((STACK, CPU), {})]
+
+
+class Engine:
+    """Stands for a model's engine; `error` is raised when factors are brought to the card."""
+
+    def __init__(self, error=None):
+        self.error, self.brought = error, 0
+
+    def bring_factors(self, access):
+        self.brought += 1
+        if self.error is not None:
+            raise self.error
+
+
+def applied(scene, error=None):
+    """A loader whose stack is the wished one."""
+    scene.refresh(STACK)
+    state = state_of(scene.loader)
+    state.engine = Engine(error)
+    return state.engine
+
+
+def test_factors_that_left_with_the_model_are_there_before_the_first_step(scene):
+    engine = applied(scene)
+    scene.refresh(STACK)
+    assert engine.brought == 1
+
+
+def test_a_card_without_room_for_factors_leaves_them_to_the_first_step(scene):
+    engine = applied(scene, OutOfMemory[0]("CUDA out of memory."))
+    scene.refresh(STACK)
+    assert engine.brought == 1
+
+
+def test_another_error_of_the_card_is_raised(scene):
+    applied(scene, RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        scene.refresh(STACK)

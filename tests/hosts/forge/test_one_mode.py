@@ -103,8 +103,8 @@ def test_a_detailers_image_has_the_mode_of_the_image_around_it_or_its_own():
         settings.options = {MODE: FP16.value}
         with settings.image():
             assert settings.mode() is MERGE, "changed by another client"
-        with settings.image([MODE]):
-            assert settings.mode() is FP16, "changed by the detailer's own request"
+        with settings.image({MODE: OWN.value, "other": 1}):
+            assert settings.mode() is OWN, "wanted by the detailer's own request"
         assert settings.mode() is MERGE
     assert settings.mode() is FP16
 
@@ -129,9 +129,7 @@ def test_the_options_of_a_request_are_its_own(scene):
     def outer():
         if not modes:
             modes.append(scene.guard.settings.mode())
-            kept, scene.options[MODE] = scene.options[MODE], FP16.value
             scene.image(lambda: modes.append(scene.guard.settings.mode()), request)
-            scene.options[MODE] = kept
             modes.append(scene.guard.settings.mode())
 
     scene.image(outer)

@@ -16,10 +16,9 @@ from lib_lora_guard.hosts.forge.api import probe
 from lib_lora_guard.hosts.forge.phases import (
     decoding_plan,
     encoding_plan,
-    reading_plan,
-    text_encoder_plan,
 )
 from lib_lora_guard.hosts.forge.takeover import ForgeTakeover
+from lib_lora_guard.hosts.webui.checkpoint_reading import reading_plan, text_encoder_plan
 from lib_lora_guard.recorder.crash import last_crash
 from lib_lora_guard.recorder.crash_report import crash_report
 from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase

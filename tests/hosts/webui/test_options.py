@@ -71,8 +71,9 @@ def test_every_option_is_read_in_its_type():
         "lora_guard_expandable_segments": True,
         "lora_guard_max_split_size_mb": 128,
         "lora_guard_garbage_collection_threshold": 0.8,
+        "lora_guard_plan_residency": False,
     }
-    wanted = Settings(False, LoraMode.FP16, 512, "debug", Language.CHINESE, True, 128, 0.8)
+    wanted = Settings(False, LoraMode.FP16, 512, "debug", Language.CHINESE, True, 128, 0.8, False)
     read, wrong = settings.read(options)
     assert (read, wrong) == (wanted, [])
     assert isinstance(read.kept_files_mb, int)

@@ -4,6 +4,7 @@ import types
 
 import pytest
 
+from lib_lora_guard.hosts.webui.images import steps_of
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
 from lib_lora_guard.hosts.webui.takeover import WebTakeover
 from lib_lora_guard.runtime.hooks import HookSet
@@ -133,3 +134,18 @@ def test_a_webui_that_has_loaded_nothing_yet_is_left_alone(web):
     hooks = HookSet()
     assert web.install(hooks, {}) == []
     assert hooks.hooks == []
+
+
+@pytest.mark.parametrize(
+    ("request_of", "steps"),
+    [
+        ({"steps": 20}, 20),
+        ({"steps": 20, "denoising_strength": 0.7}, 20),
+        ({"steps": 20, "init_images": ["one"], "denoising_strength": 0.4}, 8),
+        ({"steps": 20, "init_images": ["one"], "denoising_strength": None}, 20),
+        ({"steps": 20, "is_hr_pass": True, "denoising_strength": 0.5, "hr_second_pass_steps": 0}, 10),
+        ({"steps": 20, "is_hr_pass": True, "denoising_strength": 0.5, "hr_second_pass_steps": 30}, 15),
+    ],
+)
+def test_the_steps_of_a_pass(request_of, steps):
+    assert steps_of(types.SimpleNamespace(**request_of)) == steps

@@ -15,7 +15,7 @@ if os.environ.get("LORA_GUARD_SAVING"):
 
     forge = sys.modules.get("lib_lora_guard.hosts.forge.takeover")
     if forge is not None and forge.installed() is not None:
-        from lib_lora_guard.hosts.forge import saving as forge_saving
+        from lib_lora_guard.hosts.webui import saving as forge_saving
 
         forge_saving.install(forge.installed().hooks, forge.installed().stacks.engines)
 

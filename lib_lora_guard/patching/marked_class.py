@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ...errors import LoraGuardError
-from ...patching.operators import NUMBER, give_number
+from ..errors import LoraGuardError
+from .operators import NUMBER, give_number
 
 Forward: TypeAlias = Callable[..., Any]
 

@@ -34,25 +34,28 @@ from ..probing import attribute, module
 log = logging.getLogger(__name__)
 
 
-def install(hooks: HookSet, engines: Callable[[], Iterable[Engine]]) -> None:
-    """Lets what reads the weights of a model get them with their LoRAs, as far as this Forge has these readers.
+def install(
+    hooks: HookSet, engines: Callable[[], Iterable[Engine]], save_rows: Sequence[Row[Saving]] | None = None
+) -> None:
+    """Lets what reads the weights of a model get them with their LoRAs, as far as this host has these readers.
 
-    Called when Forge's own modules are loaded. A second call does nothing. What is missing is logged.
+    Called when the host's own modules are loaded. A second call does nothing. What is missing is logged.
 
     Args:
         hooks: gets the hooks that were laid.
         engines: returns the engines of all models at that moment.
+        save_rows: the first one is the function that writes files; None for Forge's.
     """
     saving = Saving(engines)
     if _attempt(STATE_DICT_ROWS, saving, hooks, "saving.unpatched"):
-        _attempt(SAVE_ROWS, saving, hooks, "saving.in_memory")
+        _attempt(save_rows or SAVE_ROWS, saving, hooks, "saving.in_memory")
     _attempt(CONTROL_ROWS, saving, hooks, "saving.control_unpatched")
 
 
 def _attempt(rows: Sequence[Row[Saving]], saving: Saving, hooks: HookSet, key: str) -> bool:
     try:
         modules = {row.module: module(row.module) for row in rows}
-        engines = _engines(modules) if rows is SAVE_ROWS else []
+        engines = _engines(modules, rows[0]) if any(row.module == _ENGINES for row in rows) else []
         lay(rows, saving, modules, hooks, [(cls, name, saving.save) for cls, name in engines])
     except HostError as error:
         say(log, logging.WARNING, key, reason=error)
@@ -60,20 +63,21 @@ def _attempt(rows: Sequence[Row[Saving]], saving: Saving, hooks: HookSet, key: s
     return True
 
 
-def _engines(modules: Mapping[str, ModuleType]) -> list[tuple[type, str]]:
+def _engines(modules: Mapping[str, ModuleType], writer: Row[Saving]) -> list[tuple[type, str]]:
     """Returns each engine class with the name of each function by which it saves in its own way.
 
     Raises:
         HostError: one does not save through `safetensors.torch.save_file`: other writers cannot read a deferred tensor.
     """
-    safetensors, utils, base = (modules[name] for name in (_SAFETENSORS, _UTILS, _ENGINES))
+    safetensors, utils, base = (modules[name] for name in (writer.module, _UTILS, _ENGINES))
+    by_name = getattr(safetensors, writer.path, None)
     found = []
     for cls in _family(attribute(base, "ForgeDiffusionEngine")):
         for name in ("save_unet", "save_checkpoint"):
             if name not in vars(cls):
                 continue
             used = list(getattr(inspect.unwrap(vars(cls)[name]), "__globals__", {}).values())
-            writes = any(value is safetensors or value is sys.modules["safetensors"] for value in used)
+            writes = any(value is one for value in used for one in (safetensors, by_name, sys.modules["safetensors"]))
             if not writes or not any(value is utils for value in used):
                 raise HostError(f"{cls.__name__}.{name} does not call safetensors.torch.save_file and backend.utils")
             found.append((cls, name))
@@ -232,12 +236,20 @@ _SAFETENSORS, _UTILS, _ENGINES = "safetensors.torch", "backend.utils", "backend.
 STATE_DICT_ROWS: tuple[Row[Saving], ...] = (
     Row(_UTILS, "get_state_dict_after_quant", lambda saving: (saving.state_dict_after_quant,)),
 )
-SAVE_ROWS: tuple[Row[Saving], ...] = (
-    Row(_SAFETENSORS, "save_file", lambda saving: (saving.save_file,)),
+_ENGINE_ROWS: tuple[Row[Saving], ...] = (
     Row(_UTILS, "get_state_dict_after_quant", lambda saving: (saving.state_dict_after_quant,)),
     Row(_ENGINES, "ForgeDiffusionEngine.save_unet", lambda saving: (saving.save,), is_needed=False),
     Row(_ENGINES, "ForgeDiffusionEngine.save_checkpoint", lambda saving: (saving.save,), is_needed=False),
 )
+SAVE_ROWS: tuple[Row[Saving], ...] = (
+    Row(_SAFETENSORS, "save_file", lambda saving: (saving.save_file,)),
+    *_ENGINE_ROWS,
+)
+NEOS_SAVE_ROWS: tuple[Row[Saving], ...] = (
+    Row(_ENGINES, "save_file", lambda saving: (saving.save_file,)),
+    *_ENGINE_ROWS,
+)
+"""Neo's engines have the function under a name of their own."""
 """The engines that derive from this one have rows of their own where they save in their own way."""
 CONTROL_ROWS: tuple[Row[Saving], ...] = (
     Row("backend.patcher.controlnet", "ControlLora.pre_run", lambda saving: (saving.pre_run,)),

@@ -1,6 +1,6 @@
-"""Looks at RAM before Forge reads a checkpoint.
+"""Looks at RAM before Forge or Forge Neo reads a checkpoint, and plans what it takes, for the journal.
 
-Sources: Forge's `backend/loader.py` (`forge_loader`, which gets file names), `backend/args.py` (`dynamic_args`).
+Sources: `backend/loader.py` (`forge_loader`, which gets file names), `backend/args.py` (`dynamic_args`), `modules/sd_models.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from ...errors import MemoryShortError
 from ...files import shown
 from ...messages import Joined, Message
+from ...recorder.flight_recorder import RAM_NEED
 from ...runtime.hooks import P, R
+from ...runtime.journal import Plan
 from ...runtime.preflight import Preflight
 
 _FP8_NAMES = ("float8",)
@@ -71,3 +75,30 @@ def _wished_dtype() -> str:
     """Returns what "Diffusion in Low Bits" asks for."""
     arguments = sys.modules.get("backend.args")
     return str(getattr(arguments, "dynamic_args", {}).get("forge_unet_storage_dtype"))
+
+
+def reading_plan(state: object, additional_state_dicts: Sequence[object] | None = None) -> Plan:
+    """Plans for `forge_loader`, which gets file names: it reads whole files."""
+    files = [Path(one) for one in (state, *(additional_state_dicts or ())) if isinstance(one, (str, Path))]
+    return {RAM_NEED: sum(file.stat().st_size for file in files if file.is_file())}
+
+
+def text_encoder_plan(
+    guess: object,
+    component_name: str,
+    lib_name: str,
+    cls_name: str,
+    repo_path: str,
+    state_dict: Mapping[str, object] | None,
+) -> Plan | None:
+    """Plans for `load_huggingface_component`, which makes all parts of a model.
+
+    A text encoder gets memory of its own, beside what was read.
+
+    Returns:
+        None for the other parts.
+    """
+    if not component_name.startswith("text_encoder"):
+        return None
+    tensors = [one for one in (state_dict or {}).values() if isinstance(one, torch.Tensor)]
+    return {RAM_NEED: sum(tensor.nbytes for tensor in tensors)}

@@ -1,0 +1,164 @@
+"""A model of Neo's as the engine sees it: its layer classes, its dequantisers, its place for on-the-fly patches."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch.compiler import is_compiling
+
+from ...memory.probe import BackupBudget, measure_budget
+from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
+from ...patching.marked_class import class_of, mark, unmark
+from ...patching.on_the_fly import WeightTerms
+from ...patching.operators import WEIGHT_PATCH, number_of, patched_weight
+from ...planning.limits import RAM_FLOOR_BYTES
+from ...weights.kitchen import is_quantized, rows_of
+from ...weights.storage import storage_of
+from ..webui.models import compute_dtype
+from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
+from .api import NeoApi
+from .types import WeightLayer
+
+OWN_CLASS = "lora_guard_own_class"
+"""The attribute of a layer that holds its class while it has another one."""
+
+
+class WeightFunction:
+    """The guard's entry in `layer.weight_function`. Neo calls it with the weight of a forward pass."""
+
+    def __init__(self, terms: WeightTerms, layer: torch.nn.Module) -> None:
+        self.terms = terms
+        self._layer = weakref.ref(layer)
+        self._number = number_of(layer)
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the patched weight. Without manual cast `weight` is the parameter itself, which stays as it is."""
+        if is_compiling() and self._number is not None:
+            return patched_weight(weight, self._number)
+        parameter = getattr(self._layer(), "weight", None)
+        # What a quantised weight is decoded to is never its own memory.
+        return self.terms.apply(weight, None if parameter is None or is_quantized(parameter) else parameter)
+
+
+class NeoAccess(ModuleAccess):
+    """One of Neo's models. It is held weakly: Neo frees models by counting references."""
+
+    def __init__(self, api: NeoApi, model: torch.nn.Module) -> None:
+        """
+        Args:
+            api: Neo's layer classes.
+            model: the model.
+        """
+        super().__init__(model)
+        self._api = api
+
+    def site(self, key: str) -> Site | None:
+        """Returns the parameter called `key`, or None if the model has none of that name."""
+        owner = find_owner(self.model, key)
+        if owner is None:
+            return None
+        layer, name = owner
+        is_weight, is_neos = name == "weight", isinstance(layer, self._api.layer_class)
+        linear = is_linear(layer) or (is_neos and _is_a(layer, "Linear"))
+        convolution = isinstance(layer, torch.nn.modules.conv._ConvNd)
+        return Site(
+            key=key,
+            layer=layer,
+            name=name,
+            storage=storage_of(getattr(layer, name)),
+            can_bypass=is_weight and (linear or is_plain_convolution(layer)),
+            # Norms and embeddings ask their functions only under manual cast.
+            can_on_the_fly=is_weight and is_neos and (linear or convolution),
+        )
+
+    def decoded_rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
+        """Returns `length` rows from `start` as plain numbers."""
+        parameter = site.parameter
+        if is_quantized(parameter):
+            return rows_of(parameter, start, length, device)
+        if is_gguf(parameter):
+            return gguf_rows(parameter, start, length, device)
+        if is_bnb(parameter):
+            return bnb_rows(parameter, start, length, device)
+        return parameter.data.narrow(0, start, length)
+
+    def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
+        return stored_bias(layer)
+
+    def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
+        """Replaces the parameter by `value`. Neo finds the pinned ones by their address, so this one is unpinned first."""
+        self._api.memory.unpin_memory(site.parameter)
+        super().set_parameter(site, value)
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
+        """Lets compiled code see that a bypass is on the layer."""
+        mark(layer, scales_input)
+
+    def hide_bypass(self, layer: torch.nn.Module) -> None:
+        """Takes that back."""
+        unmark(layer)
+
+    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Makes the layer's forward pass add `terms` to its temporary weight.
+
+        A new list each time: the class's own one is that of every layer. What Neo or an extension has put there stays.
+        """
+        layer: WeightLayer = site.layer  # type: ignore[assignment]  # `site` lets no other layer come here
+        if class_of(site.layer) is self._api.fast_fp8:
+            # Its fp8 product would take the patched weight for fp8, fail, and write an error at each call.
+            site.layer.__dict__[OWN_CLASS] = self._api.fast_fp8
+            site.layer.__class__ = self._api.plain_linear
+        site.layer.__dict__[WEIGHT_PATCH] = terms
+        mark(site.layer, WEIGHT_PATCH)
+        layer.weight_function = [*_of_others(layer), WeightFunction(terms, site.layer)]
+
+    def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+        """Takes that back, unless others have taken the place of `terms`."""
+        layer: WeightLayer = site.layer  # type: ignore[assignment]  # as above
+        mine = [one for one in layer.weight_function if isinstance(one, WeightFunction)]
+        if any(one.terms is not terms for one in mine):
+            return
+        if mine:
+            layer.weight_function = _of_others(layer)
+        site.layer.__dict__.pop(WEIGHT_PATCH, None)
+        unmark(site.layer)
+        own_class = site.layer.__dict__.pop(OWN_CLASS, None)
+        if own_class is not None:
+            site.layer.__class__ = own_class
+
+    def device(self) -> torch.device:
+        """Returns the GPU that parts of the model are on, or the CPU."""
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return next((d for d in sorted(devices, key=str) if d.type not in ("cpu", "meta")), torch.device("cpu"))
+
+    def backup_budget(self) -> BackupBudget:
+        """Measures how much memory backups of merged weights may take now."""
+        # Neo plans with all VRAM that is free: none of it is spare.
+        return replace(measure_budget(self.device(), RAM_FLOOR_BYTES), vram_spare_bytes=0)
+
+    def is_in_force(self) -> bool:
+        """Returns True: what other extensions add is Neo's to apply, beside the guard's."""
+        return True
+
+    def compute_dtype(self) -> torch.dtype:
+        """Returns the dtype of the model's activations."""
+        return compute_dtype(self.model)
+
+
+def _is_a(layer: torch.nn.Module, name: str) -> bool:
+    """Returns True if a class of this name is among those of a layer: Neo makes some classes anew for each model."""
+    return any(kind.__name__ == name for kind in type(layer).__mro__)
+
+
+def _of_others(layer: WeightLayer) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    return [one for one in layer.weight_function if not isinstance(one, WeightFunction)]
+
+
+def uses_product(layer: torch.nn.Module) -> bool:
+    """Returns True if a layer computes with the product of its quantised format as long as its weight is left alone."""
+    has_format = getattr(layer, "layout_type", None) is not None and not getattr(layer, "_full_precision_mm", True)
+    return has_format or OWN_CLASS in layer.__dict__

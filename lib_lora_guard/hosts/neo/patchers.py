@@ -1,0 +1,123 @@
+"""The LoRAs of a prompt on Neo's patchers.
+
+They lie in an attribute of the patcher, not in its `patches`: what is there is Neo's to merge, and a new id of the patches makes
+Neo move the whole model out and in again. `ModelPatcher.clone` carries them to the clone.
+
+Source: Neo's `backend/patcher/base.py`, `backend/patcher/clip.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import PureWindowsPath
+from typing import Concatenate, TypeVar
+
+from ...adapters import Term
+from ...adapters.base import Slice
+from ...messages import Message
+from ...patching.engine import LoraRequest
+from ...runtime.hooks import P
+from ...runtime.host import Entries, FittedLora, PatcherObject
+from .types import Loras, Patcher
+
+LORAS = "lora_guard_loras"
+"""The attribute of a patcher that holds its LoRAs."""
+
+PatcherT = TypeVar("PatcherT", bound=Patcher)
+
+
+def loras_of(patcher: Patcher) -> Loras:
+    """Returns the LoRAs that the guard is to apply to a patcher's model."""
+    found: Loras = getattr(patcher, LORAS, ())
+    return found
+
+
+def label_of(lora: FittedLora) -> str:
+    """Returns the name that users know a LoRA by: its file without the folder."""
+    # PureWindowsPath splits at both kinds of slashes.
+    return PureWindowsPath(lora.filename).name or lora.filename
+
+
+def requests_of(loras: Loras, as_trained: bool = False) -> list[LoraRequest]:
+    """Makes one request for each LoRA, in order.
+
+    Args:
+        loras: the stack.
+        as_trained: DoRA in the meaning of its trainer.
+    """
+    return [
+        LoraRequest(
+            label_of(lora),
+            lora.strength,
+            {
+                key: [_term(term, lora.strength, place, as_trained) for term in terms]
+                for key, terms in lora.terms.items()
+            },
+        )
+        for place, lora in enumerate(loras)
+    ]
+
+
+def _term(term: Term, strength: float, place: int, as_trained: bool) -> Term:
+    adapter = term.adapter.with_dora_as_trained() if as_trained else term.adapter
+    return Term(adapter, strength, term.strength_model, term.part, term.function, place)
+
+
+class NeoPatchers:
+    """Adds LoRAs to Neo's patchers, and to what holds one (`CLIP`)."""
+
+    counts_once = False
+
+    def clone(
+        self,
+        original: Callable[Concatenate[PatcherT, P], PatcherT],
+        patcher: PatcherT,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> PatcherT:
+        """Stands in place of `ModelPatcher.clone`."""
+        made = original(patcher, *args, **kwargs)
+        loras = loras_of(patcher)
+        if loras:
+            setattr(made, LORAS, loras)
+        return made
+
+    def has_loras(self, patcher: PatcherObject) -> bool:
+        """Returns True if a patcher has LoRAs already."""
+        return bool(loras_of(_inner(patcher)))
+
+    def with_lora(self, patcher: PatcherObject, lora: FittedLora) -> PatcherObject:
+        """Returns a clone of a patcher that has one LoRA more."""
+        clone = patcher.clone()
+        inner = _inner(clone)
+        setattr(inner, LORAS, (*loras_of(inner), lora))
+        return clone
+
+    def entries(self, patcher: Patcher) -> Iterable[tuple[str, Entries]]:
+        """Returns the patches that a patcher asks for, by the name of each LoRA, and an id of what others have added."""
+        for lora in loras_of(patcher):
+            yield (
+                lora.filename,
+                {
+                    key: [(lora.strength, one.adapter, one.strength_model, _part(one.part)) for one in terms]
+                    for key, terms in lora.terms.items()
+                },
+            )
+        if patcher.patches:
+            yield str(patcher.patches_uuid), {}
+
+    def not_patchable(self, patcher: PatcherObject) -> Message | None:
+        """Returns why only Neo can apply LoRAs to a model: nunchaku's layers are fused kernels that no hook sees."""
+        if any(kind.__name__ == "NunchakuPatcher" for kind in type(patcher).__mro__):
+            return Message("neo.nunchaku")
+        return None
+
+
+def _inner(patcher: PatcherObject) -> Patcher:
+    """Returns the patcher itself; a `CLIP` holds one."""
+    inner: Patcher | None = getattr(patcher, "patcher", None)
+    return patcher if inner is None else inner
+
+
+def _part(part: Slice | None) -> tuple[int, int, int] | None:
+    return None if part is None else (part.dim, part.start, part.length)

@@ -1,0 +1,178 @@
+"""Decides what lies on the card while a model runs, by the seconds that it costs until the next image. Pure.
+
+    seconds = bytes that leave / link to RAM + bytes that come / link to the card + calls x swapped bytes / link while swapping
+
+Swapped are the weights that lie in RAM and are copied in each call of the model. What follows counts too: the decode after
+the calls, for which others leave before the model does, and the neighbours' return for the next prompt. Leaving is slow
+where RAM has to be allocated for it (measured: 1.6 GB/s, against 7 GB/s to the card), and free where a copy is still there.
+So with few calls it can be right to leave a text encoder where it is, and with many it never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .rates import PAGEABLE_TO_GPU, PAGEABLE_TO_RAM
+
+NEW_PROMPTS = 0.5
+"""Share of images with a new prompt, which needs the text encoder again, as long as it is not known."""
+PASSES = 2
+"""Of a text encoder: for the prompt and the negative prompt."""
+USUAL_IMAGES = 3
+"""What comes for one image is there for the next one, too."""
+USUAL_CALLS = 20
+"""Of a job that does not say how many steps it has."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bytes per second between RAM and the card."""
+
+    to_card: float = PAGEABLE_TO_GPU
+    to_ram: float = PAGEABLE_TO_RAM
+    """Into RAM that is allocated for it."""
+    swapping: float = PAGEABLE_TO_GPU
+    """Weights that are copied for one call."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known of the work that is about to begin."""
+
+    calls: int = USUAL_CALLS
+    """Calls of the model until others need its room."""
+    decode_bytes: int = 0
+    """VRAM that the decode after them takes, its weights included; 0 if none follows."""
+    new_prompts: float = NEW_PROMPTS
+    """Share of images with a new prompt."""
+    images: int = USUAL_IMAGES
+    """Images like this one, this one included."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another model on the card."""
+
+    on_card_bytes: int
+    swappable_bytes: int
+    """The part that can leave while the rest stays."""
+    copied_bytes: int = 0
+    """The part that has a copy in RAM, so that it leaves for nothing."""
+
+
+@dataclass(frozen=True)
+class State:
+    """The card before the calls."""
+
+    outside_bytes: int
+    """Of the model: what lies in RAM and can come."""
+    on_card_bytes: int
+    copied_bytes: int
+    """Of the model on the card: the part that has a copy in RAM."""
+    free_bytes: int
+    need_bytes: int
+    """To keep free beside the weights while the model runs."""
+    swapping_bytes: int
+    """To keep free beyond that if a part of the model is swapped."""
+    neighbours: Sequence[Neighbour]
+    """In eviction order."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way, and what it costs."""
+
+    leaving_bytes: tuple[int, ...]
+    """Of each neighbour."""
+    comes_bytes: int
+    """Of the model; negative for bytes that have to leave."""
+    swapped_bytes: int
+    """Of the model, in each call."""
+    seconds: float
+
+    @property
+    def grows(self) -> bool:
+        """True if the model takes the room that it finds."""
+        return self.comes_bytes > 0
+
+
+def runs_from_ram(passes: int, links: Links) -> bool:
+    """True if a model of few passes had better stay in RAM than come to the card and leave it again."""
+    return passes / links.swapping < 1 / links.to_card + 1 / links.to_ram
+
+
+def choose(state: State, job: Job, links: Links) -> Choice:
+    """Returns the fastest way; of equal ones the one that moves least."""
+    return min(ways(state, job, links), key=lambda way: (way.seconds, sum(way.leaving_bytes) + abs(way.comes_bytes)))
+
+
+def ways(state: State, job: Job, links: Links) -> Iterator[Choice]:
+    """Yields every way that can be the fastest. The cost is linear between them: a neighbour stays, leaves as far as the model
+    gains by it, or leaves whole; the model takes the room, or stays as it is.
+    """
+    for wanted in _amounts(state):
+        leaving = _leaving(wanted, state.neighbours)
+        # What lies in RAM as a whole is about to be placed by the host.
+        grow = (True, False) if state.on_card_bytes else (True,)
+        for comes in sorted({_comes(state, sum(leaving), grows) for grows in grow}):
+            swapped = state.outside_bytes - comes
+            yield Choice(leaving, comes, swapped, _seconds(state, job, links, leaving, comes))
+
+
+def _amounts(state: State) -> Iterator[int]:
+    """Yields how much the neighbours may be asked for: what the calls need, what makes the model whole, each as a whole."""
+    total = sum(one.on_card_bytes for one in state.neighbours)
+    whole = state.outside_bytes + state.need_bytes - state.free_bytes
+    # More is short than all of them have: then what is swapped needs its own room.
+    some = state.need_bytes + state.swapping_bytes - state.free_bytes
+    least = min(max(0, min(some, whole)), total)
+    most = min(max(0, whole if whole <= total else whole + state.swapping_bytes), total)
+    yield least
+    before = 0
+    for one in state.neighbours:
+        before += one.on_card_bytes
+        if least < before < most:
+            yield before
+    yield most
+
+
+def _leaving(wanted: int, neighbours: Sequence[Neighbour]) -> tuple[int, ...]:
+    leaving = []
+    for one in neighbours:
+        part = max(0, min(wanted, one.on_card_bytes))
+        if part > one.swappable_bytes:
+            # The rest could not run without it.
+            part = one.on_card_bytes
+        leaving.append(part)
+        wanted -= part
+    return tuple(leaving)
+
+
+def _comes(state: State, left: int, grows: bool) -> int:
+    """Returns the bytes of the model that come; negative if some have to leave."""
+    room = state.free_bytes + left - state.need_bytes
+    if room >= state.outside_bytes:
+        return state.outside_bytes if grows else 0
+    room -= state.swapping_bytes
+    if room < 0:
+        return -min(state.on_card_bytes, -room)
+    return min(room, state.outside_bytes) if grows else 0
+
+
+def _seconds(state: State, job: Job, links: Links, leaving: Sequence[int], comes: int) -> float:
+    left, away = sum(leaving), max(0, -comes)
+    copied = sum(min(part, one.copied_bytes) for part, one in zip(leaving, state.neighbours, strict=True))
+    out = left - copied + max(0, away - state.copied_bytes)
+    now = out / links.to_ram + max(0, comes) / links.to_card
+    there_and_back = 1 / links.to_ram + 1 / links.to_card
+    short = max(0, job.decode_bytes - (state.free_bytes + left - comes))
+    others = sum(one.on_card_bytes for one in state.neighbours) - left
+    from_others = min(short, others)
+    from_model = min(short - from_others, state.on_card_bytes + comes)
+    now += (from_others + from_model) / links.to_ram
+    calls = job.images * job.calls * (state.outside_bytes - comes) / links.swapping
+    # For later images what left for the decode comes back, or stays away if that is faster.
+    later = (job.images - 1) * from_model * min(there_and_back, job.calls / links.swapping)
+    prompts = job.images * job.new_prompts * (left + from_others) * min(there_and_back, PASSES / links.swapping)
+    return now + calls + later + prompts

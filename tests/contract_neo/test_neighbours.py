@@ -1,0 +1,101 @@
+"""What other extensions put on Neo's patchers and layers stays Neo's to apply, beside the guard's LoRAs."""
+
+import pytest
+import torch
+from contract.stacks import dora, lora_on_everything, other_kinds, reference, run
+from support.make import rand
+from support.measure import assert_same, same_bits
+
+from contract_neo.host import CPU
+
+FILE = "style.safetensors"
+
+
+def theirs(dense, seed=70):
+    """A difference on each linear layer, in Neo's own form."""
+    linear = [k for k in dense if k.endswith(("qkv.weight", "proj.weight"))]
+    return {key: (rand(*dense[key].shape, seed=seed + n, scale=0.05),) for n, key in enumerate(linear)}
+
+
+@pytest.mark.parametrize(("storage", "online"), [("fp32", False), ("fp32", True), ("kitchen fp8", True)])
+def test_patches_of_others_lie_beside_the_guards_loras(guarded, storage, online):
+    patcher, dense = guarded.build(storage)
+    base, mine = run(patcher), [(FILE, lora_on_everything(dense), 0.7)]
+    limit = 0.02
+    both = guarded.with_loras(patcher, *mine)
+    both.add_patches(theirs(dense), 0.5, filename="theirs", online_mode=online)
+    wanted = reference(patcher, dense, [("theirs", theirs(dense), 0.5), *mine])
+    assert_same(run(guarded.load(both)), wanted, base, limit)
+    # The guard's change while theirs stay, and the other way round; a part of the model in RAM too.
+    other = guarded.load(guarded.with_loras(both, ("b", other_kinds(dense), 0.5)))
+    wanted = reference(patcher, dense, [("theirs", theirs(dense), 0.5), *mine, ("b", other_kinds(dense), 0.5)])
+    assert_same(run(other), wanted, base, limit)
+    assert_same(run(guarded.load(guarded.with_loras(patcher, *mine))), reference(patcher, dense, mine), base)
+    assert same_bits(run(guarded.load(patcher)), base)
+
+
+def test_a_dora_takes_the_norms_of_what_neo_has_merged(guarded):
+    patcher, dense = guarded.build("fp32")
+    mine = [(FILE, dora(dense), 1.0)]
+    alone = guarded.load(guarded.with_loras(patcher, *mine))
+    run(alone)
+    both = alone.clone()
+    both.add_patches(theirs(dense), 1.0, filename="theirs")
+    wanted = reference(patcher, dense, [("theirs", theirs(dense), 1.0), *mine])
+    assert_same(run(guarded.load(both)), wanted, reference(patcher, dense, []))
+
+
+def test_a_function_of_another_extension_stays_in_the_list(guarded):
+    patcher, dense = guarded.build("bf16")
+    base, layer = run(patcher), patcher.model.blocks[0].proj
+    mine = [(FILE, {"blocks.0.proj.weight": other_kinds(dense)["blocks.0.proj.weight"]}, 0.5)]
+    layer.weight_function = [lambda weight: weight * 1.5]
+    with_theirs = run(patcher)
+    changed = guarded.load(guarded.with_loras(patcher, *mine))
+    assert not same_bits(run(changed), with_theirs)
+    guarded.load(patcher)
+    assert len(layer.weight_function) == 1
+    assert same_bits(run(patcher), with_theirs)
+    layer.weight_function = []
+    assert same_bits(run(patcher), base)
+
+
+def test_the_lists_of_other_layers_are_not_touched(guarded):
+    patcher, dense = guarded.build("bf16")
+    mine = [(FILE, {"blocks.0.proj.weight": other_kinds(dense)["blocks.0.proj.weight"]}, 0.5)]
+    changed = guarded.load(guarded.with_loras(patcher, *mine))
+    guarded.place(changed, patcher.model_size() // 2)
+    layers = [layer for layer in patcher.model.modules() if isinstance(layer, guarded.operations.ForgeWeights)]
+    assert [layer for layer in layers if layer.weight_function] == [patcher.model.blocks[0].proj]
+    assert guarded.operations.ForgeWeights.weight_function == []
+
+
+def test_an_object_patch_that_replaces_a_layer_gets_the_lora(guarded):
+    patcher, dense = guarded.build("fp32")
+    mine = [(FILE, lora_on_everything(dense), 0.7)]
+    changed = guarded.load(guarded.with_loras(patcher, *mine))
+    run(changed)
+    own, values = patcher.model.blocks[0].proj, rand(32, 32, seed=9)
+    layer = torch.nn.Linear(32, 32)
+    layer.weight = torch.nn.Parameter(values, requires_grad=False)
+    layer.bias = torch.nn.Parameter(dense["blocks.0.proj.bias"].clone(), requires_grad=False)
+    patched = changed.clone()
+    patched.add_object_patch("blocks.0.proj", layer)
+    dense_then = dense | {"blocks.0.proj.weight": values}
+    guarded.load(patched)
+    assert patcher.model.blocks[0].proj is layer
+    assert_same(run(patched), reference(patcher, dense_then, mine), reference(patcher, dense_then, []))
+    guarded.load(changed)
+    assert patcher.model.blocks[0].proj is own
+    assert_same(run(changed), reference(patcher, dense, mine), reference(patcher, dense, []))
+
+
+def test_a_patcher_of_another_model_class_is_left_alone(guarded):
+    class Foreign(guarded.base.ModelPatcher):
+        def partially_load(self, device_to, *args, **kwargs):
+            return 0
+
+    model = torch.nn.Linear(2, 2)
+    foreign = Foreign(model, load_device=CPU, offload_device=CPU, current_device=CPU)
+    assert guarded.load(foreign.clone()).patches == {}
+    assert guarded.guard.stacks.known(model) is None

@@ -1,0 +1,106 @@
+"""LoRAs on models of which a part lies in RAM: loaded again, shrunk, moved out, and used in between."""
+
+import pytest
+import torch
+from contract.stacks import dora, lora_on_everything, other_kinds, reference, run
+from support.make import rand
+from support.measure import assert_same, same_bits
+
+from contract_neo.host import CPU, REAL
+
+FILE = "style.safetensors"
+STORAGES = ["fp32", "bf16", "fp8", "kitchen fp8", "Q8_0"] if REAL else ["bf16", "kitchen fp8"]
+
+
+def rooms(patcher):
+    """The whole, less each time, and more again; two of them come twice."""
+    size = patcher.model_size()
+    return [size * 2, size * 6 // 10, size * 6 // 10, size * 58 // 100, size * 3 // 10, size * 7 // 10, size * 2]
+
+
+def kinds(dense):
+    """Low-rank and of other kinds, with differences on norms and biases, which are merged."""
+    return {**other_kinds(dense), **{k: v for k, v in lora_on_everything(dense).items() if "qkv" in k or "norm" in k}}
+
+
+@pytest.mark.parametrize("mode", ["Automatic", "Merge"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_stack_is_whole_whatever_room_there_is(guarded, storage, mode):
+    patcher, dense = guarded.build(storage)
+    base = run(patcher)
+    guarded.guard.settings.options = {"lora_guard_mode": mode}
+    stacks = {"a": [(FILE, kinds(dense), 0.7)], "b": [("b", dora(dense), 1.0), (FILE, lora_on_everything(dense), 0.4)]}
+    limit = 0.02 if mode == "Merge" or storage in ("kitchen fp8", "bf16") else None
+    for name, loras in stacks.items():
+        changed = guarded.with_loras(patcher, *loras)
+        wanted = reference(patcher, dense, loras)
+        for room in rooms(patcher):
+            assert_same(run(guarded.place(changed, room)), wanted, base, limit)
+        assert name in stacks
+    small = patcher.model_size() * 4 // 10
+    assert same_bits(run(guarded.place(patcher, small)), base), "the LoRA is still on"
+    assert same_bits(run(guarded.place(patcher, patcher.model_size() * 2)), base)
+
+
+@pytest.mark.parametrize("storage", STORAGES[-2:])
+def test_a_partial_unload_in_the_middle_of_an_image_keeps_the_stack(guarded, storage):
+    patcher, dense = guarded.build(storage)
+    base, loras = run(patcher), [(FILE, kinds(dense), 0.7)]
+    changed = guarded.load(guarded.with_loras(patcher, *loras))
+    wanted = reference(patcher, dense, loras)
+    for part in (5, 3, 2):
+        changed.partially_unload(CPU, patcher.model_size() // part)
+        assert_same(run(changed), wanted, base, 0.02)
+    # Neo lets the parent stand for a clone that is gone.
+    patcher.partially_unload(CPU, patcher.model_size() // 3)
+    assert_same(run(changed), wanted, base, 0.02)
+    assert_same(run(guarded.load(changed)), wanted, base, 0.02)
+
+
+def test_what_lies_merged_is_moved_out_as_it_was(guarded):
+    patcher, dense = guarded.build("bf16")
+    base = run(patcher)
+    before = {k: p.data.clone() for k, p in patcher.model.named_parameters()}
+    guarded.guard.settings.options = {"lora_guard_mode": "Merge"}
+    changed = guarded.load(guarded.with_loras(patcher, (FILE, kinds(dense), 1.0)))
+    assert any(not same_bits(p.data, before[k]) for k, p in patcher.model.named_parameters()), "nothing is merged"
+    changed.detach()
+    assert all(same_bits(p.data, before[k]) for k, p in patcher.model.named_parameters())
+    assert not guarded.guard.stacks.is_current(changed)
+    assert_same(run(guarded.load(changed)), reference(patcher, dense, [(FILE, kinds(dense), 1.0)]), base, 0.02)
+    assert same_bits(run(guarded.load(patcher)), base)
+
+
+def test_a_load_that_ends_in_an_error_is_healed_by_the_next(guarded, monkeypatch):
+    patcher, dense = guarded.build("bf16")
+    base, loras = run(patcher), [(FILE, kinds(dense), 0.7)]
+    changed = guarded.place(guarded.with_loras(patcher, *loras), patcher.model_size() // 2)
+    sync = guarded.base.ModelPatcher._layers if not REAL else guarded.base.ModelPatcher._load_list
+    name = sync.__name__
+
+    def fails(self):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(guarded.base.ModelPatcher, name, fails)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        guarded.place(changed, patcher.model_size() // 3)
+    monkeypatch.setattr(guarded.base.ModelPatcher, name, sync)
+    assert_same(run(guarded.load(changed)), reference(patcher, dense, loras), base, 0.02)
+    assert same_bits(run(guarded.load(patcher)), base)
+
+
+def test_other_weights_in_the_same_module_make_norms_anew(guarded):
+    patcher, dense = guarded.build("fp32")
+    loras = [(FILE, dora(dense), 1.0), ("n", {"blocks.0.norm.weight": (rand(32, seed=4, scale=0.3),)}, 1.0)]
+    changed = guarded.load(guarded.with_loras(patcher, *loras))
+    run(changed)
+    # The fast way of the refiner: out of memory, other values, in again with the same LoRAs.
+    changed.detach()
+    other = {k: v + 0.3 * rand(*v.shape, seed=n) for n, (k, v) in enumerate(dense.items())}
+    with torch.no_grad():
+        guarded.state_dict.load_state_dict(patcher.model, dict(other))
+    guarded.guard.install_loaded({"backend.state_dict": guarded.state_dict})
+    with torch.no_grad():
+        guarded.state_dict.load_state_dict(patcher.model, dict(other))
+    again = guarded.load(guarded.with_loras(patcher, *loras))
+    assert_same(run(again), reference(patcher, other, loras), reference(patcher, other, []))

@@ -1,0 +1,96 @@
+"""Factors go to the card before the first call, many in one copy, with every bit as it was."""
+
+import pytest
+import torch
+
+from lib_lora_guard.adapters import LowRank
+from lib_lora_guard.patching import staging
+from lib_lora_guard.patching.low_rank import Entry, JoinedLowRank
+from lib_lora_guard.patching.staging import Ring, bring
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def factors(out, rank, inner, dtype=torch.float16, **more):
+    return LowRank(torch.randn(out, rank).to(dtype), torch.randn(rank, inner).to(dtype), 0.5, **more)
+
+
+def joined(*terms):
+    return JoinedLowRank([Entry(term, 0.8) for term in terms], (terms[0].up.shape[0], terms[0].down.shape[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("pinned", [False])
+def test_every_tensor_arrives_with_its_bits(dtype, pinned):
+    tensors = [torch.randn(shape).to(dtype) for shape in [(3,), (7, 5), (0, 4), (64, 16, 3, 3), ()]]
+    tensors.append(torch.randn(6, 8).to(dtype).t())
+    found = Ring(CPU, pinned).send(tensors)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tensors, found, strict=True))
+    assert len({one.untyped_storage().data_ptr() for one in found}) == 1, "one copy for all of them"
+    assert not any(
+        one.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+        for one, own in zip(found, tensors, strict=True)
+    )
+
+
+def test_a_second_piece_does_not_change_the_first():
+    ring, (one, two) = Ring(CPU, pinned=False), torch.randn(2, 500)
+    first = ring.send([one])[0]
+    second = ring.send([two])[0]
+    assert torch.equal(first, one)
+    assert torch.equal(second, two)
+
+
+def test_a_tensor_larger_than_a_buffer_goes_alone(monkeypatch):
+    monkeypatch.setattr(staging, "PIECE_BYTES", 1024)
+    large = torch.randn(5_000)
+    assert torch.equal(Ring(CPU, pinned=False).send([large])[0], large)
+
+
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [factors(24, 4, 16)],
+        [factors(24, 4, 16), factors(24, 8, 16, torch.bfloat16), factors(24, 2, 16, torch.float32)],
+        [factors(24, 4, 16, row_scale=torch.rand(24), column_scale=torch.rand(16))],
+        [factors(24, 4, 16, mid=torch.randn(4, 4).half())],
+    ],
+    ids=["one", "three dtypes", "DoRA", "Tucker"],
+)
+def test_copies_made_from_staged_factors_are_those_of_the_first_call(terms, compute):
+    stack = joined(*terms)
+    tensors = stack.factor_tensors()
+    there = dict(zip(map(id, tensors), Ring(CPU, pinned=False).send(tensors), strict=True))
+    staged = list(stack._make_blocks(CPU, compute, True, there))
+    usual = list(stack._make_blocks(CPU, compute, True))
+    for mine, other in zip(staged, usual, strict=True):
+        assert torch.equal(mine.down, other.down)
+        assert mine.down.dtype == compute
+        assert all(torch.equal(a.up, b.up) for a, b in zip(mine.outputs, other.outputs, strict=True))
+
+
+def test_what_fits_into_a_piece_goes_at_once(monkeypatch):
+    sent = []
+    real = Ring.send
+    monkeypatch.setattr(Ring, "send", lambda ring, tensors: (sent.append(len(tensors)), real(ring, tensors))[1])
+    stacks = [joined(factors(32, 4, 32), factors(32, 4, 32)) for _ in range(10)]
+    # Four tensors of 256 bytes each.
+    monkeypatch.setattr(staging, "PIECE_BYTES", 4 * 1024)
+    assert bring(stacks, META, torch.bfloat16) == 10 * 4 * 256
+    assert sent == [16, 16, 8]
+    assert all(stack.is_resident for stack in stacks)
+    assert staging.waiting([]) == []
+
+
+def test_nothing_is_copied_for_the_cpu():
+    stack = joined(factors(8, 2, 8))
+    assert bring([stack], CPU, torch.float32) == 0
+    assert not stack.is_resident
+
+
+@pytest.mark.parametrize(("gigabytes", "pinned"), [(16, False), (31, True), (32, True), (64, True), (24, False)])
+def test_below_32_gb_of_ram_none_is_pinned(monkeypatch, gigabytes, pinned):
+    monkeypatch.setattr(staging.psutil, "virtual_memory", lambda: type("Ram", (), {"total": gigabytes << 30}))
+    assert staging.has_ram_for_pinned() is pinned
+    assert staging.PIECE_BYTES * staging.PINNED_PIECES <= 64 << 20

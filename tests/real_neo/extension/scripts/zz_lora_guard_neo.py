@@ -1,0 +1,121 @@
+"""Test-only extension for Forge Neo. Linked into extensions/ by the scripts in tests/real_neo.
+
+With LORA_GUARD_REFERENCE=1 LoRAs are merged in fp64 into fp32 weights on every storage, and every quantised weight is held
+dequantised: the reference picture comes from Neo's own pipeline.
+
+`/lora-guard-test/room` makes the CPU play a card with room for so many MB of the denoiser: for the time of a load the device
+counts as a card and free memory is what was asked for. Everything else is Neo's own decision.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+from backend import memory_management as memory
+from backend.patcher.base import ModelPatcher
+from modules import script_callbacks
+
+ROOM = {"megabytes": None}
+
+
+def merged_in_fp64():
+    """Puts the reference in place of Neo's loading: the patches are Neo's own reading of the files."""
+    from backend.operations_gguf import dequantize_tensor
+    from backend.quant_ops import QuantizedTensor
+
+    sys.path.append(os.environ["LORA_GUARD_TESTS"])
+    from support.reference import merge_reference
+
+    stock = ModelPatcher.partially_load
+    fields = {"lora": 5, "loha": 8, "lokr": 9, "glora": 6}
+
+    def value(patch):
+        name = getattr(patch, "name", None)
+        if name is None:
+            return patch
+        return name, (*patch.weights, *[None] * 9)[: fields[name]]
+
+    def dense(parameter):
+        if isinstance(parameter, QuantizedTensor):
+            return parameter.dequantize().double()
+        return dequantize_tensor(parameter).data.double()
+
+    def put(model, key, parameter):
+        path, _, name = key.rpartition(".")
+        layer = model.get_submodule(path)
+        # A quantised weight is held as plain numbers: then its layer knows no format either.
+        vars(layer).pop("layout_type", None)
+        setattr(layer, name, parameter)
+
+    def partially_load(self, device_to, *args, **kwargs):
+        model = self.model
+        if not hasattr(model, "reference"):
+            stock(self, device_to, *args, **kwargs)
+            memory.bake_gguf_model(model)
+            model.reference = {"originals": {}, "patches": {}}
+            with torch.inference_mode(False), torch.no_grad():
+                for key, parameter in list(model.named_parameters()):
+                    if isinstance(parameter, QuantizedTensor):
+                        put(model, key, torch.nn.Parameter(dense(parameter).float(), requires_grad=False))
+        reference = model.reference
+        wanted = {key: [(id(p[1]), p[0]) for p in entries] for key, entries in self.patches.items()}
+        if wanted != reference["patches"]:
+            with torch.inference_mode(False), torch.no_grad():
+                for key, parameter in reference["originals"].items():
+                    put(model, key, parameter)
+                reference["originals"] = {}
+                for key, entries in self.patches.items():
+                    parameter = dict(model.named_parameters())[key]
+                    stack = [[e[0], value(e[1]), e[2], e[3], e[4]] for e in entries]
+                    merged = merge_reference(stack, dense(parameter)).float()
+                    reference["originals"][key] = parameter
+                    put(model, key, torch.nn.Parameter(merged, requires_grad=False))
+            reference["patches"] = wanted
+        return 0
+
+    ModelPatcher.partially_load = partially_load
+    # The list of a layer's functions stays empty, so nothing is merged twice.
+    print("[reference] LoRAs are merged in fp64 into fp32 weights")
+
+
+@contextlib.contextmanager
+def a_card_with(megabytes, model, minimum):
+    """Makes the device count as a card with room for so many MB of one model's weights."""
+    is_cpu, state, free = memory.is_device_cpu, memory.vram_state, memory.get_free_memory
+    memory.is_device_cpu = lambda device: False
+    memory.vram_state = memory.VRAMState.NORMAL_VRAM
+    memory.get_free_memory = lambda *_, **__: megabytes * 2**20 + minimum - model.model_loaded_weight_memory
+    try:
+        yield
+    finally:
+        memory.is_device_cpu, memory.vram_state, memory.get_free_memory = is_cpu, state, free
+
+
+def shimmed(load_models_gpu):
+    def load(models, memory_required=0, force_patch_weights=False, minimum_memory_required=None, force_full_load=False):
+        denoisers = [one.model for one in models if hasattr(one.model, "diffusion_model")]
+        rest = (models, memory_required, force_patch_weights, minimum_memory_required, force_full_load)
+        if ROOM["megabytes"] is None or not denoisers:
+            return load_models_gpu(*rest)
+        required = memory_required if minimum_memory_required is None else minimum_memory_required
+        minimum = max(memory.minimum_inference_memory(), required + memory.extra_reserved_memory())
+        with a_card_with(ROOM["megabytes"], denoisers[0], minimum):
+            return load_models_gpu(*rest)
+
+    return load
+
+
+def add_address(_, app):
+    @app.post("/lora-guard-test/room")
+    def room(body: dict):
+        ROOM["megabytes"] = body["megabytes"]
+        return {}
+
+
+if not getattr(memory, "lora_guard_test", False):
+    memory.lora_guard_test = True
+    memory.load_models_gpu = shimmed(memory.load_models_gpu)
+    if os.environ.get("LORA_GUARD_REFERENCE"):
+        merged_in_fp64()
+script_callbacks.on_app_started(add_address)

@@ -1,0 +1,20 @@
+"""The face in a browser, on a running Forge Neo: what tests/real_forge/face.py does, in Neo's pages.
+
+    FORGE_ROOT=... FORGE_PYTHON=... python tests/real_neo/face.py [--pictures FOLDER]
+
+The Python that runs it needs playwright; FORGE_PYTHON is Neo's.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from real_forge import face
+
+from real_neo.neo import Neo, link_extensions, unlink_extensions
+
+if __name__ == "__main__":
+    try:
+        face.main(Neo, link_extensions, {"VERSION_UID": "PY313", "sd_checkpoint_hash": ""})
+    finally:
+        unlink_extensions()
