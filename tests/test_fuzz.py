@@ -20,8 +20,8 @@ def test_files_made_at_random_are_applied_or_refused_in_a_line():
 
 
 def test_damaged_files_are_refused_in_a_line_or_applied():
-    found = run(20, seed=1, start=200, say=lambda text: None, maker=Maker)
-    assert found["files"] == 20
+    found = run(12, seed=1, start=200, say=lambda text: None, maker=Maker)
+    assert found["files"] == 12
     assert [one for one in found["findings"] if one["rule"] not in ("slow", "memory")] == []
 
 
@@ -29,6 +29,6 @@ def test_damaged_files_are_refused_in_a_line_or_applied():
 def test_damaged_folders_keep_nothing_from_starting():
     import fuzz_data
 
-    found = fuzz_data.run(40, first=1000, say=lambda text: None)
-    assert found["folders"] == 40
+    found = fuzz_data.run(25, first=1000, say=lambda text: None)
+    assert found["folders"] == 25
     assert [one for one in found["findings"] if one["rule"] != "memory"] == []

@@ -195,6 +195,13 @@ def digests():
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def left_behind(pid):
+    """What the killed processes have left, beside the records that are kept, once the last one has started."""
+    left = [file.name for file in default_spool_dir().glob("*")]
+    left += [file.name for file in DATA.glob("*.ring") if not file.name.startswith(f"flight-{pid}-")]
+    return [f"left behind: {left}"] if left else []
+
+
 def busy(forge, seed, until):
     """Makes images until Forge is gone."""
     chance = random.Random(seed)
@@ -222,6 +229,7 @@ def kills(options, folder):
             if not np.array_equal(image, first):
                 wrong.append(f"start {n}: another first picture")
             if n == options.kills:
+                wrong += left_behind(forge.process.pid)
                 break
             over = threading.Event()
             clients = [threading.Thread(target=busy, args=(forge, 100 * n + k, over)) for k in range(2)]
@@ -238,10 +246,6 @@ def kills(options, folder):
             print(f"kill {n}: {died_in}", flush=True)
     if digests() != before:
         wrong.append("a LoRA file is not what it was")
-    left = [file.name for file in default_spool_dir().glob("*")] if default_spool_dir().is_dir() else []
-    left += [file.name for file in DATA.glob("*.ring")]
-    if left:
-        wrong.append(f"left behind: {left}")
     rows = [
         ["SIGKILLs, each with a new start", options.kills],
         ["died in", ", ".join(f"{name} {count}" for name, count in phases.most_common())],
