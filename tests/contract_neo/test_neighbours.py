@@ -34,9 +34,11 @@ def test_patches_of_others_lie_beside_the_guards_loras(guarded, storage, online)
     assert same_bits(run(guarded.load(patcher)), base)
 
 
-def test_a_dora_takes_the_norms_of_what_neo_has_merged(guarded):
+@pytest.mark.parametrize("is_merged_too", [False, True])
+def test_a_dora_takes_the_norms_of_what_neo_has_merged(guarded, is_merged_too):
     patcher, dense = guarded.build("fp32")
-    mine = [(FILE, dora(dense), 1.0)]
+    norms = {k: v for k, v in lora_on_everything(dense).items() if "norm" in k}
+    mine = [(FILE, dora(dense) | (norms if is_merged_too else {}), 1.0)]
     alone = guarded.load(guarded.with_loras(patcher, *mine))
     run(alone)
     both = alone.clone()

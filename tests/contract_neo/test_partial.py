@@ -57,6 +57,19 @@ def test_a_partial_unload_in_the_middle_of_an_image_keeps_the_stack(guarded, sto
     assert_same(run(guarded.load(changed)), wanted, base, 0.02)
 
 
+def test_merges_that_are_lifted_for_a_load_and_put_back_are_not_told_of_again(guarded, lines):
+    patcher, dense = guarded.build("bf16")
+    changed = guarded.with_loras(patcher, (FILE, kinds(dense), 0.7))
+    room = patcher.model_size() // 2
+    guarded.place(changed, room)
+    assert lines.text.count("strength 0.7") == 1
+    first = run(changed)
+    guarded.place(changed, room)
+    assert lines.text.count("strength 0.7") == 1
+    assert same_bits(run(changed), first)
+    assert guarded.guard.reports()[0].loras[0].strength == 0.7
+
+
 def test_what_lies_merged_is_moved_out_as_it_was(guarded):
     patcher, dense = guarded.build("bf16")
     base = run(patcher)

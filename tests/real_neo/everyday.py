@@ -10,6 +10,7 @@ grey levels. Pictures are of tiny random models: what is compared is arithmetic,
 import argparse
 import functools
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from real_forge.server import png_base64
 from real_neo.neo import FORGE, GGUF_PARTS, attempt, link_extensions, parts, running, unlink_extensions
 
 LORA = FORGE / "models" / "Lora"
-SD = "rand_sd15_tiny"
+SD, SECOND = "rand_sd15_tiny", "zz_second_sd15"
 A, C = "<lora:lg_sd15_a:1>", "<lora:lg_sd15_b:1>"
 STORAGES = {
     "SD1.5 fp16": (SD, [], "lg_sd15_a", {}),
@@ -166,11 +167,43 @@ def files(neo, side):
 
     def trained_again():
         target = LORA / f"{again}.safetensors"
-        save_file(load_file(str(LORA / "lg_sd15_b.safetensors")), str(target))
+        # Put in its place: a mapped file that is written over would end stock's process.
+        save_file(load_file(str(LORA / "lg_sd15_b.safetensors")), str(target.with_suffix(".part")))
+        target.with_suffix(".part").replace(target)
         return image(prompt="a cat <lora:lg_sd15_b:1>" if side == "reference" else f"a cat <lora:{again}:1>")
 
     yield ("trained again under its name", "after"), trained_again
     yield ("-", "removed"), functools.partial(image, prompt="a cat")
+
+
+def everyday(detail, stop="", step=0):
+    """What the test extension of tests/real_forge does in an image."""
+    return {"alwayson_scripts": {"lora guard everyday": {"args": [detail, stop, step]}}}
+
+
+def refiner(neo, fast):
+    return {
+        "refiner_checkpoint": neo.checkpoint(SECOND),
+        "refiner_switch_at": 0.5,
+        "override_settings": {"refiner_fast_sd": fast},
+    }
+
+
+def make_second():
+    """A checkpoint like the first one, of other values."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, generator = FORGE / "models" / "Stable-diffusion", torch.Generator().manual_seed(11)
+    target = folder / f"{SECOND}.safetensors"
+    if target.exists():
+        return
+    tensors = load_file(str(folder / f"{SD}.safetensors"))
+    for key, value in tensors.items():
+        if key.startswith("model.diffusion_model.") and value.is_floating_point() and value.dim() > 1:
+            noise = torch.randn(value.shape, generator=generator) * value.float().std() * 0.3
+            tensors[key] = (value.float() + noise).to(value.dtype)
+    save_file(tensors, str(target))
 
 
 def paths(neo, side):
@@ -197,12 +230,26 @@ def paths(neo, side):
         "inpaint": dict(prompt=one, mask=png_base64(half), **start),
         "prompt editing": {"prompt": f"a [cat:dog:0.5] {A}", "steps": 4},
         "AND": {"prompt": f"a cat AND a dog :0.7 {A}"},
+        "another LoRA inside a detailer": {"prompt": one, **everyday(f"a face {C}")},
+        "the same inside": {"prompt": one, **everyday(f"a face {A}")},
+        "outside only": {"prompt": one, **everyday("a face")},
+        "interrupted": {"prompt": one, "steps": 8, **everyday("", "interrupt", 2)},
+        "after that": {"prompt": f"a cat {C}"},
+        "a schedule that stays at 0.5": {
+            "prompt": f"a cat <lora:lg_sd15_a:{'0.5@0,0.5@1' if side == 'guard' else 0.5}>"
+        },
+        "refiner": {"prompt": one, "steps": 4, **refiner(neo, fast=False)},
+        "refiner, read into the same model": {"prompt": one, "steps": 4, **refiner(neo, fast=side != "reference")},
+        "after that, again": {"prompt": one, "override_settings": {"refiner_fast_sd": False}},
+        "patches of another extension": {"prompt": one, "alwayson_scripts": {"lora guard neo": {"args": ["merged"]}}},
+        "the same on the fly": {"prompt": one, "alwayson_scripts": {"lora guard neo": {"args": ["on the fly"]}}},
         "after another checkpoint": {"prompt": one, "model": "nf_bf16", "cfg_scale": 1},
         "and back": {"prompt": one, "model": SD},
     }
     for name, settings in shots.items():
         settings = {"model": SD, **settings}
-        yield (name, ""), functools.partial(neo.image, settings.pop("model"), **settings)
+        options = {"refiner_fast_sd": False, **settings.pop("override_settings", {})}
+        yield (name, ""), functools.partial(neo.image, settings.pop("model"), override_settings=options, **settings)
     yield ("and none", "removed"), functools.partial(image, prompt="a cat")
 
 
@@ -228,6 +275,24 @@ def images_of(label, tables):
     return images, console
 
 
+def kept(folder, label, tables):
+    """The pictures of one side, from the folder if they are there: table by table."""
+    if label.startswith("stock,"):
+        tables = [table for table in tables if table == "storages"]
+    if folder is None:
+        return images_of(label, tables)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {table: folder / f"{label}-{table}.pickle" for table in tables}
+    missing = [table for table in tables if not files[table].exists()]
+    if missing:
+        images, console = images_of(label, missing)
+        for table in missing:
+            part = {key: image for key, image in images.items() if key[0] == table}
+            files[table].write_bytes(pickle.dumps((part, console)))
+    found = [pickle.loads(files[table].read_bytes()) for table in tables]
+    return {k: v for images, _ in found for k, v in images.items()}, "".join(console for _, console in found)
+
+
 def compare(results):
     rows, wrong = [], []
     guard, reference = results["guard"][0], results["reference"][0]
@@ -240,8 +305,12 @@ def compare(results):
         base = bases.get(table)
         effect = None if base is None or base.shape != getattr(truth, "shape", None) else difference(truth, base)
         ours = difference(image, truth)
-        others = [difference(images[key], truth) for name, (images, _) in results.items() if name.startswith("stock")]
-        rows.append([table, row, case, show(effect) if effect else "", show(ours), *map(show, others)])
+        others = [
+            show(difference(images[key], truth)) if key in images else ""
+            for name, (images, _) in results.items()
+            if name.startswith("stock")
+        ]
+        rows.append([table, row, case, show(effect) if effect else "", show(ours), *others])
         limit = INT8_LEVELS if "int8" in str(row) else 1
         if ours is None or ours[0] > limit:
             wrong.append(f"{table}, {row}, {case}: {show(ours)} off: {image if isinstance(image, str) else ''}"[:300])
@@ -260,8 +329,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=SIDES)
     parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--keep", type=Path, help="folder in which each side's pictures stay, for another run")
     options = parser.parse_args()
     tables = options.tables.split(",")
+    make_second()
     link_extensions()
     try:
         if options.only:
@@ -270,7 +341,7 @@ def main():
             shown = {str(k): i if isinstance(i, str) else round(float(i.mean()), 3) for k, i in images.items()}
             print(json.dumps(shown, indent=1))
             return 0
-        results = {label: images_of(label, tables) for label in SIDES}
+        results = {label: kept(options.keep, label, tables) for label in SIDES}
     finally:
         unlink_extensions()
         for path in LORA.glob("lgn_*"):

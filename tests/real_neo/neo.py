@@ -16,6 +16,11 @@ from real_forge.server import FORGE, ROOT, ApiError, Server
 
 GGUF_PARTS = ["nf_vae", "nf_clip_l", "nf_t5"]
 SIDES = ("stock", "guard", "reference")
+EXTENSIONS = {
+    "lora-guard": ROOT,
+    "zz_lora_guard_neo": ROOT / "tests" / "real_neo" / "extension",
+    "zz_lora_guard_everyday": ROOT / "tests" / "real_forge" / "everyday_extension",
+}
 
 
 class Neo(Server):
@@ -29,14 +34,14 @@ class Neo(Server):
 
 
 def link_extensions():
-    for name, target in (("lora-guard", ROOT), ("zz_lora_guard_neo", ROOT / "tests" / "real_neo" / "extension")):
+    for name, target in EXTENSIONS.items():
         link = FORGE / "extensions" / name
         if not link.exists():
             link.symlink_to(target, target_is_directory=True)
 
 
 def unlink_extensions():
-    for name in ("lora-guard", "zz_lora_guard_neo"):
+    for name in EXTENSIONS:
         (FORGE / "extensions" / name).unlink(missing_ok=True)
 
 
@@ -49,7 +54,7 @@ def parts(names):
 def attempt(make):
     try:
         return make()
-    except ApiError as error:
+    except (ApiError, OSError) as error:
         return str(error)
 
 
@@ -62,7 +67,8 @@ def running(side, low_bits="Automatic", folder=None, flags=(), web=False):
         settings = {"VERSION_UID": "PY313", "forge_unet_storage_dtype": low_bits, "sd_checkpoint_hash": ""}
         config.write_text(json.dumps(settings))
         every = ["--ui-settings-file", str(config), *flags] + ([] if side == "guard" else ["--lora-guard-off"])
-        env = {"LORA_GUARD_TESTS": str(ROOT / "tests"), "LORA_GUARD_REFERENCE": "1" if side == "reference" else ""}
+        env = {"LORA_GUARD_TESTS": str(ROOT / "tests"), "LORA_GUARD_EVERYDAY": "1"}
+        env["LORA_GUARD_REFERENCE"] = "1" if side == "reference" else ""
         neo = stack.enter_context(Neo(folder / f"{side}.log", every, env, web))
         wanted = {
             "guard": "in place of Forge Neo's LoRA patcher",

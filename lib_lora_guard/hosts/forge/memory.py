@@ -14,8 +14,8 @@ import torch
 from ...runtime.host import HostModel
 from ...runtime.swapping import SwappingRoom
 from ...units import MB
+from ..webui.free_memory import FreeMemory
 from .facts import is_denoiser, is_forges_text_encoder, is_forges_vae
-from .free_memory import ForgeFree
 from .handover import Placement
 from .residency import Residency
 from .types import LoadedModel, MemoryManagement, Patcher
@@ -82,7 +82,7 @@ class ForgeMemory:
         forges: MemoryManagement,
         residency: Residency,
         placement: Placement,
-        free: ForgeFree,
+        free: FreeMemory,
         swapping: SwappingRoom,
     ) -> None:
         """

@@ -26,6 +26,7 @@ from ...runtime.step_timer import StepTimer
 from ...runtime.swapping import SwappingRoom
 from ...runtime.vae_room import VaeRoom
 from ..webui.checkpoint_reading import CheckpointReading
+from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
 from ..webui.takeover import WebTakeover
 from . import facts
@@ -33,7 +34,6 @@ from .api import ForgeApi
 from .calibration import ForgeCalibration
 from .eviction import ForgeEviction
 from .facts import about_model
-from .free_memory import ForgeFree
 from .handover import Placement
 from .load_models import Loading
 from .lora_loader import LoaderControl
@@ -84,7 +84,7 @@ class ForgeParts:
         self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
         self.steps = StepTimer(api.memory, journal, self.stacks.names_on)
         self.calibration = ForgeCalibration(api.memory, corrections)
-        self.free = ForgeFree(api.memory, self.rule_log)
+        self.free = FreeMemory(api.memory, self.rule_log)
         self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free, SwappingRoom(facts))
         self.links = LinkRates(lambda: corrections.folder)
         costs = JobCosts(self.jobs, self.links.of, settings.plans_residency)

@@ -125,8 +125,7 @@ class LoraControl:
             self._change(patcher, stack, asked, load_again)
 
     def _change(self, patcher: Patcher, stack: NeoStack, asked: Asked, load_again: Callable[[], None]) -> None:
-        loras = loras_of(patcher)
-        before, stack.applied = stack.applied, None
+        loras, before, stack.applied = loras_of(patcher), stack.last, None
         # As Neo does right after: norms are read from the weights now.
         self._api.memory.bake_gguf_model(patcher.model)
         access = NeoAccess(self._api, patcher.model)
@@ -151,9 +150,14 @@ class LoraControl:
                 say(log, logging.ERROR, "host.apply_failed", exc_info=True, model=access.name)
                 self._fall_back(patcher, stack, access, requests, error, load_again)
                 return
-        stack.loras = loras
+        stack.loras, stack.last = loras, asked
         if not stack.merges_again(name, is_as_wished):
             stack.applied = asked
+        if before == asked:
+            # Merges that were lifted for a move are in place again: nothing to tell of.
+            self._stacks.publish_reports()
+            self._remind(stack)
+            return
         self._stacks.publish(stack, access.name)
         _tell_of_products(stack, access.name)
 
@@ -189,7 +193,7 @@ class LoraControl:
     ) -> Message | None:
         """Lets Neo apply a stack by its own ways; returns the way, None if there is none."""
         access = NeoAccess(self._api, patcher.model)
-        stack.report, stack.loras = None, loras_of(patcher)
+        stack.report, stack.loras, stack.last = None, loras_of(patcher), None
         self._stacks.publish_reports()
         way = self._host.give(patcher, access, requests)
         if way is not None:

@@ -21,6 +21,7 @@ START: tuple[Row[NeoParts], ...] = (
     Row(_PATCHER, "ModelPatcher.load", lambda g: (g.control.load,)),
     Row(_PATCHER, "ModelPatcher.unpatch_model", lambda g: (g.control.unpatch_model,)),
     Row("backend.memory_management", "load_models_gpu", lambda g: (g.memory.load_models_gpu,)),
+    Row("backend.memory_management", "get_free_memory", lambda g: (g.free.get_free_memory,)),
 )
 """The functions that exist when preload.py runs: all of them are replaced, or none."""
 

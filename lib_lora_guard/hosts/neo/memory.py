@@ -6,14 +6,17 @@ Sources: Neo's `backend/memory_management.py` (`load_models_gpu`), `backend/samp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Concatenate
 
 import torch
 
+from ...memory import rules
 from ...recorder.flight_recorder import RAM_NEED, VRAM_NEED, Phase
 from ...runtime.hooks import P, R
 from ...runtime.journal import Journal, ModelFacts, Plan
+from ...runtime.rule_log import RuleLog
 from ...weights.storage import storage_of
 from ..webui.models import compute_dtype, storage_name
 from .patchers import label_of, loras_of
@@ -41,14 +44,16 @@ class NeoSizes:
 class NeoMemory:
     """Adds what factors will take to what Neo keeps free, and writes down what is moved."""
 
-    def __init__(self, memory: MemoryManagement, stacks: NeoStacks, journal: Journal) -> None:
+    def __init__(self, memory: MemoryManagement, stacks: NeoStacks, journal: Journal, rule_log: RuleLog) -> None:
         """
         Args:
             memory: Neo's.
             stacks: of all models.
             journal: of the process.
+            rule_log: gets what the rules change.
         """
-        self._memory, self._stacks, self._journal, self._sizes = memory, stacks, journal, NeoSizes()
+        self._memory, self._stacks, self._journal, self._rule_log = memory, stacks, journal, rule_log
+        self._sizes = NeoSizes()
 
     def load_models_gpu(
         self,
@@ -61,13 +66,24 @@ class NeoMemory:
         **kwargs: P.kwargs,
     ) -> R:
         """Stands in place of `load_models_gpu`. Neo frees room for the first number, and places weights beside the second."""
+        memory_required = self._checked(models, memory_required)
         factors = sum(map(self.factor_bytes, models))
+        self._rule_log.tell(rules.with_factors(0, factors)[1])
         least = None if minimum_memory_required is None else minimum_memory_required + factors
         loras = tuple(label_of(lora) for patcher in models for lora in loras_of(patcher))
         first = models[0].model if len(models) == 1 else None
         about = ModelFacts("" if first is None else type(first).__name__, storage_name(first), loras)
         with self._journal.phase(Phase.MOVE_TO_GPU, about, self._moving(models, int(memory_required) + factors)):
             return original(models, memory_required + factors, force_patch_weights, least, *args, **kwargs)
+
+    def _checked(self, models: Sequence[Patcher], asked: float) -> float:
+        """Applies the rules for requests: none is larger than the card, negative, or no number."""
+        device = next((one.load_device for one in models if one.load_device.type != "cpu"), None)
+        if device is None:
+            return asked
+        usable, finding = rules.request_bytes(asked, self._memory.get_total_memory(device))
+        self._rule_log.tell(finding)
+        return asked if math.isinf(usable) else usable
 
     def factor_bytes(self, patcher: Patcher) -> int:
         """Returns the VRAM that a patcher's LoRAs will need beyond what is on the device already. Merged weights need none."""

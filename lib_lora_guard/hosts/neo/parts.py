@@ -19,6 +19,7 @@ from ...runtime.preflight import Preflight
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
 from ..webui.checkpoint_reading import CheckpointReading
+from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
 from ..webui.models import about_model
 from ..webui.takeover import WebTakeover
@@ -64,7 +65,8 @@ class NeoParts:
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
-        self.memory = NeoMemory(api.memory, self.stacks, journal)
+        self.memory = NeoMemory(api.memory, self.stacks, journal, self.rule_log)
+        self.free = FreeMemory(api.memory, self.rule_log)
         self.steps = StepTimer(NeoSizes(), journal, self.stacks.names_on)
 
     def drop_caches(self) -> int:

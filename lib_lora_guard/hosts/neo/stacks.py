@@ -51,8 +51,10 @@ class NeoStack(ModelStack):
 
     applied: Asked | None = None
     """None: unknown, so that the next load applies its stack."""
+    last: Asked | None = None
+    """The last stack that was applied. Its merges may have been lifted since; norms are of the weights that it found."""
     loras: Loras = ()
-    """Those of `applied`. They keep the terms alive whose ids it holds."""
+    """Those of `last`. They keep the terms alive whose ids it holds."""
     depth: int = 0
     """How many of Neo's methods that move layers of the model are at work."""
     offloaded: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -28,10 +28,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "LoRAs work as always here; LoRA Guard works in Forge and in reForge's branch newmain_newforge",
         "此处的 LoRA 照常可用；LoRA Guard 可用于 Forge 以及 reForge 的 newmain_newforge 分支",
     ),
-    "other_hosts.neo": ("Forge Neo with ComfyUI's LoRA patcher", "使用 ComfyUI LoRA 补丁功能的 Forge Neo"),
+    "other_hosts.neo": ("Forge Neo", "Forge Neo"),
     "other_hosts.neo.do": (
-        "LoRAs work as always here; LoRA Guard needs a Forge, or a Forge Neo that still has Forge's LoRA patcher",
-        "此处的 LoRA 照常可用；LoRA Guard 需要 Forge，或仍保留 Forge LoRA 补丁功能的 Forge Neo",
+        "LoRAs work as always here; update Forge Neo (git pull): LoRA Guard works in one of August 2026, and in a Forge Neo that still has Forge's LoRA patcher",
+        "此处的 LoRA 照常可用；请更新 Forge Neo（git pull）：LoRA Guard 可用于 2026 年 8 月的版本，以及仍保留 Forge LoRA 补丁功能的 Forge Neo",
     ),
     "other_hosts.forge": ("Forge or a relative of it", "Forge 或其衍生版本"),
     "other_hosts.forge.do": (

@@ -12,6 +12,7 @@ from lib_lora_guard.hosts.neo.memory import NeoMemory, NeoSizes
 from lib_lora_guard.hosts.neo.patchers import LORAS
 from lib_lora_guard.runtime.host import FittedLora
 from lib_lora_guard.runtime.journal import Journal
+from lib_lora_guard.runtime.rule_log import RuleLog
 
 CUDA = torch.device("cuda")
 
@@ -49,7 +50,9 @@ def memory():
     def unknown():
         raise OSError("no look at the memory")
 
-    return NeoMemory(types.SimpleNamespace(), Stacks(), Journal(unknown))
+    return NeoMemory(
+        types.SimpleNamespace(get_total_memory=lambda device: 1 << 20), Stacks(), Journal(unknown), RuleLog()
+    )
 
 
 def test_low_rank_factors_count_in_the_dtype_that_they_are_used_in(memory):
@@ -77,6 +80,14 @@ def test_both_of_neos_numbers_grow_by_the_factors(memory):
     assert memory.load_models_gpu(original, models, 1000, minimum_memory_required=500) == "loaded"
     assert memory.load_models_gpu(original, models[:1], memory_required=10) == "loaded"
     assert asked == [(1064, False, 564), (74, False, None)]
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(-5.0, 0), (float("nan"), 0), (1e9, 1 << 20), (1e30, 1e30)])
+def test_no_request_is_larger_than_the_card_negative_or_no_number(memory, lines, wanted, given):
+    asked = []
+    memory.load_models_gpu(lambda models, required, *rest: asked.append(required), [patcher()], wanted)
+    assert asked == [given]
+    assert lines.about("LG-R0") != []
 
 
 def test_sizes_by_device_count_what_is_stored():

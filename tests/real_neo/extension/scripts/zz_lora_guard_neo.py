@@ -14,7 +14,7 @@ import sys
 import torch
 from backend import memory_management as memory
 from backend.patcher.base import ModelPatcher
-from modules import script_callbacks
+from modules import script_callbacks, scripts
 
 ROOM = {"megabytes": None}
 
@@ -104,6 +104,32 @@ def shimmed(load_models_gpu):
             return load_models_gpu(*rest)
 
     return load
+
+
+class OtherPatches(scripts.Script):
+    """API argument: "merged" or "on the fly": patches of another extension on the denoiser, through Neo's own way."""
+
+    def title(self):
+        return "lora guard neo"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img):
+        import gradio
+
+        return [gradio.Textbox("", visible=False)]
+
+    def process_before_every_sampling(self, p, way="", **kwargs):
+        if not way:
+            return
+        unet = p.sd_model.forge_objects.unet.clone()
+        generator, patches = torch.Generator().manual_seed(3), {}
+        for key, parameter in unet.model.named_parameters():
+            if key.endswith("proj_out.weight"):
+                patches[key] = (torch.randn(parameter.shape, generator=generator) * 0.02,)
+        unet.add_patches(patches, 1.0, filename="lora guard neo", online_mode=way == "on the fly")
+        p.sd_model.forge_objects.unet = unet
 
 
 def add_address(_, app):

@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from lib_lora_guard.hosts.forge import free_memory as forge_free
-from lib_lora_guard.hosts.forge.free_memory import ForgeFree
+from lib_lora_guard.hosts.webui import free_memory as forge_free
+from lib_lora_guard.hosts.webui.free_memory import FreeMemory
 
 CARD, MB = torch.device("cuda", 0), 1 << 20
 
@@ -38,7 +38,7 @@ def asked(monkeypatch):
     def made(driver):
         memory = types.SimpleNamespace(get_torch_device=lambda: CARD)
         rule_log = types.SimpleNamespace(tell=lambda finding: finding and told.append(finding.rule))
-        free = ForgeFree(memory, rule_log)
+        free = FreeMemory(memory, rule_log)
         free.nvml = driver
         return free
 

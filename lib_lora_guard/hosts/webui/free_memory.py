@@ -1,6 +1,6 @@
 """Corrects how much of the card is free: without what other programs hold and Windows still calls free.
 
-Source: Forge's `backend/memory_management.py` (`get_free_memory`).
+Source: `backend/memory_management.py` (`get_free_memory`) of Forge and of Forge Neo.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Concatenate, TypeAlias
+from typing import Concatenate, Protocol, TypeAlias
 
 import torch
 
@@ -16,7 +16,6 @@ from ...memory import Nvml, rules
 from ...memory.step_times import driver_spills
 from ...runtime.hooks import P
 from ...runtime.rule_log import RuleLog
-from .types import MemoryManagement
 
 BETWEEN_DRIVER_SECONDS = 1.0
 
@@ -24,13 +23,19 @@ Free: TypeAlias = int | tuple[int, int]
 """Bytes; or all of them, and those that torch holds without using them."""
 
 
-class ForgeFree:
+class Devices(Protocol):
+    """The module `backend.memory_management`."""
+
+    def get_torch_device(self) -> torch.device: ...
+
+
+class FreeMemory:
     """Asks the driver's library where torch's number may be wrong."""
 
-    def __init__(self, memory: MemoryManagement, rule_log: RuleLog) -> None:
+    def __init__(self, memory: Devices, rule_log: RuleLog) -> None:
         """
         Args:
-            memory: Forge's `backend.memory_management`.
+            memory: the host's `backend.memory_management`.
             rule_log: gets what the rules change.
         """
         self._memory, self._rule_log = memory, rule_log
