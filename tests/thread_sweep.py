@@ -95,7 +95,8 @@ class Threads:
         if len(self.examples) < 3:
             self.examples.append(what)
 
-    def __call__(self, seconds):
+    def __call__(self, seconds, at_least=0):
+        """Runs for `seconds`, or longer on a busy machine until there were `at_least` changes and passes."""
         # More switches between threads than the 5 ms that are usual.
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-5)
@@ -105,6 +106,9 @@ class Threads:
         for thread in threads:
             thread.start()
         time.sleep(seconds)
+        end = time.monotonic() + 60
+        while min(self.found["changes"], self.found["passes"]) < at_least and time.monotonic() < end:
+            time.sleep(0.05)
         self.over.set()
         for thread in threads:
             thread.join(30)

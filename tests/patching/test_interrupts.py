@@ -67,7 +67,7 @@ def test_real_signals_at_random_times(files, twice):
 @pytest.mark.parametrize("mode", MODES)
 def test_two_threads_apply_while_four_run_the_layers(files, mode):
     threads = Threads(files, (mode,), removes=False)
-    found = threads(0.4)
+    found = threads(0.4, at_least=2)
     assert found["changes"] > 1
     assert found["passes"] > 1
     assert not found["wrong"], threads.examples
@@ -134,8 +134,7 @@ def test_two_writers_at_once_are_seen(files, monkeypatch):
         self._lock = NoLock()
 
     monkeypatch.setattr(Engine, "__init__", unlocked)
-    threads = Threads(files, ("merge",), removes=True)
-    assert threads(0.6)["wrong"]
+    assert any(Threads(files, ("merge",), removes=True, seed=n)(0.3)["wrong"] for n in range(20))
 
 
 def test_a_grad_mode_that_stays_off_is_seen(files):
