@@ -57,6 +57,26 @@ def test_a_partial_unload_in_the_middle_of_an_image_keeps_the_stack(guarded, sto
     assert_same(run(guarded.load(changed)), wanted, base, 0.02)
 
 
+def test_an_original_goes_back_to_the_device_that_its_layer_has_stayed_on(guarded):
+    from lib_lora_guard.hosts.neo.access import NeoAccess, back_home
+
+    patcher, dense = guarded.build("bf16")
+    guarded.guard.settings.options = {"lora_guard_mode": "Merge"}
+    guarded.load(guarded.with_loras(patcher, (FILE, lora_on_everything(dense), 0.7)))
+    homes = guarded.guard.stacks.before_move(patcher.model)
+    access, meta = NeoAccess(guarded.guard.api, patcher.model), torch.device("meta")
+    assert {site.key for site, _ in homes} == set(dense)
+    stays, leaves = patcher.model.blocks[0].proj, patcher.model.blocks[0].qkv
+    leaves.forge_patched_weights = False
+    before = leaves.weight.data
+    # No second device here: the one that holds no values stands for it.
+    back_home(access, [(site, meta) for site, _ in homes if site.layer in (stays, leaves)])
+    assert stays.weight.is_meta
+    assert same_bits(leaves.weight.data, before)
+    back_home(access, [(site, device) for site, device in homes if site.layer is leaves])
+    assert same_bits(leaves.weight.data, before)
+
+
 def test_merges_that_are_lifted_for_a_load_and_put_back_are_not_told_of_again(guarded, lines):
     patcher, dense = guarded.build("bf16")
     changed = guarded.with_loras(patcher, (FILE, kinds(dense), 0.7))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
+from ...patching.backup import moved
 from ...patching.marked_class import class_of, mark, unmark
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH, number_of, patched_weight
@@ -156,6 +157,17 @@ def _is_a(layer: torch.nn.Module, name: str) -> bool:
 
 def _of_others(layer: WeightLayer) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     return [one for one in layer.weight_function if not isinstance(one, WeightFunction)]
+
+
+def back_home(access: ModuleAccess, homes: Iterable[tuple[Site, torch.device]]) -> None:
+    """Moves parameters back to the devices that they belong on, as far as Neo has left their layers there.
+
+    Lifting a merge puts the original where its backup lies. Neo moves what leaves, and nothing else.
+    """
+    for site, device in homes:
+        parameter = site.parameter
+        if parameter.device != device and getattr(site.layer, "forge_patched_weights", False) is True:
+            access.set_parameter(site, moved(parameter, device))
 
 
 def uses_product(layer: torch.nn.Module) -> bool:

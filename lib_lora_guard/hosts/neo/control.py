@@ -23,7 +23,7 @@ from ...runtime.journal import Journal, ModelFacts
 from ...runtime.live_settings import LiveSettings
 from ...settings import LoraMode
 from ..webui.models import storage_name
-from .access import NeoAccess, uses_product
+from .access import NeoAccess, back_home, uses_product
 from .api import NeoApi
 from .fallback import HostPatches
 from .patchers import label_of, loras_of, requests_of
@@ -77,9 +77,11 @@ class LoraControl:
     ) -> R:
         """Stands in place of `partially_unload`, which moves layers into RAM; the model may go on with the others."""
         with self._stacks.placing(patcher, self._restore):
-            self._stacks.before_move(patcher.model)
+            homes = self._stacks.before_move(patcher.model)
             result = original(patcher, *args, **kwargs)
             self._stacks.after_leaving(patcher.model)
+            with torch.inference_mode(False), torch.no_grad():
+                back_home(NeoAccess(self._api, patcher.model), homes)
             return result
 
     def unpatch_model(

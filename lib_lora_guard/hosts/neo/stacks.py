@@ -8,18 +8,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 from uuid import UUID
 
 import torch
 
 from ...adapters.base import Shape
 from ...messages import say
-from ...patching.access import find_owner
+from ...patching.access import Site, find_owner
 from ...patching.attachments import OnTheFlyAttachment
-from ...patching.watching import Watch
+from ...patching.watching import Watch, merges_in
 from ...recorder.crash_report import Precaution
 from ...reporting.report import ApplyReport
 from ...runtime.image_words import ImageWords
@@ -30,6 +30,10 @@ from .patchers import label_of, loras_of
 from .types import Loras, Patcher
 
 log = logging.getLogger(__name__)
+
+
+Homes: TypeAlias = Sequence[tuple[Site, torch.device]]
+"""Parameters and the devices that they belong on."""
 
 
 class Asked(NamedTuple):
@@ -180,11 +184,16 @@ class NeoStacks(ModelStacks):
             if not stack.depth:
                 stack.offloaded = {}
 
-    def before_move(self, model: torch.nn.Module) -> None:
-        """Lifts the merges of a model: Neo is about to move its weights, or to put its own backups in their place."""
+    def before_move(self, model: torch.nn.Module) -> Homes:
+        """Lifts the merges of a model: Neo is about to move its weights, or to put its own backups in their place.
+
+        Returns:
+            Where the merged parameters were. The originals lie where their backups are, mostly in RAM.
+        """
         stack = self.known(model)
         if stack is None:
-            return
+            return ()
+        homes = tuple((one.site, one.site.parameter.device) for one in merges_in(stack.engine.attached.values()))
         try:
             with torch.inference_mode(False), torch.no_grad():
                 suspended = stack.engine.suspend_merges()
@@ -194,6 +203,7 @@ class NeoStacks(ModelStacks):
             suspended = True
         if suspended:
             stack.applied = None
+        return homes
 
     def remember_offloaded(self, patcher: Patcher) -> None:
         """Remembers the parameters in RAM that a stack will patch: they are the backups of the merges made on the device."""

@@ -63,8 +63,11 @@ class NeoStepStrengths:
 
     def restore(self) -> None:
         """Gives every LoRA the strength that its patcher asks for."""
-        for get in list(self._changed.values()):
-            patcher = get()
+        for model, get in list(self._changed.items()):
+            patcher, stack = get(), self._stacks.known(model)
             if patcher is not None:
                 self.set(patcher, {})
+            elif stack is not None:
+                # The next load applies the whole stack.
+                stack.applied = None
         self._changed.clear()
