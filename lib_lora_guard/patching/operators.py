@@ -1,8 +1,8 @@
 """The operators that torch.compile sees in the place of a LoRA: one for each patched layer and mode.
 
 A compiled graph holds the operator and the number of the layer. The stack and its strengths are looked up at each call, so a
-change of strengths compiles nothing anew, and no value of them is frozen in a graph. torch before 2.4 has no such operators:
-there the code of the stack itself is compiled.
+change of strengths compiles nothing anew, and no value of them is frozen in a graph. Where there are none, the code of the
+stack itself is compiled. torch before 2.4 can do neither.
 
 `LORA_GUARD_OPERATORS=0` in the environment takes them away, for bug reports.
 """
@@ -45,6 +45,11 @@ class WeightPatch:
 
 WEIGHT_PATCH = "_lora_guard_weight"
 """The attribute of a patched layer that holds its WeightPatch."""
+
+
+def is_compilable() -> bool:
+    """Returns True if torch.compile of this torch takes a LoRA that goes through a layer's call. 2.3 fails in the call."""
+    return hasattr(torch.library, "register_autograd")
 
 
 def number_of(layer: torch.nn.Module) -> int | None:

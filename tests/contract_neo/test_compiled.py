@@ -6,6 +6,9 @@ from contract.stacks import lora_on_everything, other_kinds, reference, tokens
 from support.measure import assert_same, same_bits
 
 from contract_neo.host import REAL
+from lib_lora_guard.patching.operators import is_compilable
+
+pytestmark = pytest.mark.skipif(not is_compilable(), reason="Neo's torch is newer: this one fails on layers with LoRAs")
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,7 @@ def test_a_parameter_that_neo_reaches_on_the_fly_nowhere_leaves_the_image_withou
 def test_after_memory_has_ended_the_next_load_tries_again(guarded, monkeypatch):
     patcher, dense = guarded.build("fp32")
     base, loras = run(patcher), [(FILE, linear_only(dense), 1.0)]
-    failing(monkeypatch, torch.OutOfMemoryError("planted"))
+    failing(monkeypatch, torch.cuda.OutOfMemoryError("planted"))
     changed = guarded.load(guarded.with_loras(patcher, *loras))
     assert_same(run(changed), reference(patcher, dense, loras), base)
     assert guarded.stack(changed).left_to_host

@@ -11,12 +11,13 @@ from typing import TypeAlias
 import torch
 
 from ...adapters.files import LoraFile, read_lora_file
-from ...errors import LoraMismatchError, about
+from ...errors import LoraMismatchError, ModeError, about
 from ...files import FileState, shown, state_of
 from ...inference_mode import outside_inference
 from ...models.fit import Target, fit_file
 from ...patching.engine import Engine, LoraRequest
 from ...patching.neighbours import Neighbours
+from ...patching.operators import is_compilable
 from ...patching.room_to_read import room_now_bytes
 from ...planning.mode import Wish, requested
 from ...reporting.report import ApplyReport
@@ -56,10 +57,11 @@ class LoraGuard:
         """
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"LoraGuard needs a torch.nn.Module, this is a {type(model).__name__}")
-        model = _unwrapped(model)
+        given, model = model, _unwrapped(model)
         # On the model, so that both are freed together, whatever of the model its layers hold.
         self._engine: Engine = _engine_of(model)
         self._access = PlainAccess(model)
+        self._is_wrapped_by_compiler = _is_compiled(given)
         self._files: dict[FileKey, LoraFile] = {}
         self._target = Target({})
 
@@ -87,11 +89,18 @@ class LoraGuard:
         Raises:
             LoraFileError: A file cannot be read.
             LoraMismatchError: A file does not fit the model.
-            ModeError: `mode` has another value, or asks to merge into low-bit weights.
+            ModeError: `mode` has another value, asks to merge into low-bit weights, or the model is compiled by a torch
+                whose compiler fails on LoRAs (before 2.4) and `mode` is not "merge".
             BusyError: This thread is in the middle of a change, or another guard's LoRA is on one of the weights.
             TypeError: `stack` is no list of pairs, or a strength is no number.
         """
-        return self._apply(read_stack(stack), requested(mode), as_trained)
+        pairs, wish = read_stack(stack), requested(mode)
+        if pairs and wish is not Wish.MERGE and not is_compilable() and self._is_compiled():
+            raise ModeError.of("mode.compiled", version=torch.__version__)
+        return self._apply(pairs, wish, as_trained)
+
+    def _is_compiled(self) -> bool:
+        return self._is_wrapped_by_compiler or any(map(_is_compiled, self._access.model.modules()))
 
     @outside_inference
     def _apply(self, stack: Sequence[tuple[Path, float]], wish: Wish, as_trained: bool) -> ApplyReport:
@@ -169,6 +178,10 @@ _WRAPPERS = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 _neighbours = Neighbours()
 """The engines of all models: two of them may have layers in common."""
 _making_an_engine = threading.RLock()
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:

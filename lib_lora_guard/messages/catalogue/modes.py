@@ -7,6 +7,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "mode.bypass": ("bypass", "旁路"),
     "mode.on_the_fly": ("on_the_fly", "即时计算"),
     "mode.merge": ("merge", "合并"),
+    "mode.compiled": (
+        'torch.compile of torch {version} fails on layers with LoRAs; use mode="merge", or torch 2.4 or newer',
+        'torch {version} 的 torch.compile 无法处理带 LoRA 的层；请使用 mode="merge"，或升级到 torch 2.4 及以上版本',
+    ),
     # Reasons for a choice.
     "reason.small": ("small parameter", "小参数"),
     "reason.no_call": ("no layer call reaches it", "没有层调用会用到它"),

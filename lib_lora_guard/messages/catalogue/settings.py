@@ -36,9 +36,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "settings.plan_residency": ("Plan VRAM for the whole image", "按整张图像规划显存"),
     "settings.plan_residency.info": (
-        "what stays on the card is chosen by the steps of the image and the measured speed of copying; off: the model takes all room "
+        "in Forge, what stays on the card is chosen by the steps of the image and the measured speed of copying; off: the model takes all room "
         "before its steps",
-        "根据图像的步数和实测的复制速度决定哪些内容留在显卡上；关闭后模型在采样前占用全部可用空间",
+        "在 Forge 中，根据图像的步数和实测的复制速度决定哪些内容留在显卡上；关闭后模型在采样前占用全部可用空间",
     ),
     "settings.kept_files_mb": ("LoRA files kept in RAM, in MB", "内存中保留的 LoRA 文件（MB）"),
     "settings.kept_files_mb.info": (
