@@ -30,7 +30,7 @@ class Placed:
 
     def __init__(self, value: torch.nn.Parameter) -> None:
         self._value = weakref.ref(value)
-        self._version, self._dtype, self._device = value._version, value.dtype, value.device
+        self._version, self._dtype, self._device = _version_of(value), value.dtype, value.device
         self._address = value.data_ptr()
 
     def is_surely(self, parameter: object) -> bool:
@@ -41,7 +41,7 @@ class Placed:
         """
         if parameter is None or parameter is not self._value() or not isinstance(parameter, torch.Tensor):
             return False
-        if parameter._version != self._version:
+        if _version_of(parameter) != self._version:
             return False
         if parameter.data_ptr() == self._address:
             return True
@@ -64,6 +64,11 @@ def compare(parameter: object, merged: torch.Tensor, original: torch.Tensor) -> 
     if now.shape != merged.shape or not _is_close(now, merged.detach().cpu().to(now.dtype)):
         return Found.FOREIGN
     return Found.MERGED if now.dtype == merged.dtype else Found.CONVERTED
+
+
+def _version_of(tensor: torch.Tensor) -> int | None:
+    """Returns how often a tensor was written to; None for one that was made in inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _is_close(now: torch.Tensor, wanted: torch.Tensor) -> bool:

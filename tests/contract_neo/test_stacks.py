@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from contract.stacks import CASES, dora, faults, lora_on_everything, other_kinds, reference, run, shapes
-from support.make import host_value
+from contract.stacks import CASES, dora, faults, lora_on_everything, other_kinds, reference, run, shapes, tokens
+from support.make import host_value, rand
 from support.measure import assert_same, contribution_error, fp32_limit, same_bits
 
 from contract_neo.host import KITCHEN, LOW_BIT, REAL, STORAGES, WIDE
@@ -88,6 +88,31 @@ def test_a_layer_of_neos_fast_fp8_is_a_plain_one_while_it_has_a_lora_on_the_fly(
     guarded.load(patcher)
     assert type(layer) is fast
     assert "lora_guard_own_class" not in vars(layer)
+
+
+@pytest.mark.parametrize("says_its_dtype", [True, False])
+def test_biases_of_a_gguf_model_that_become_parameters_in_a_forward_pass(guarded, says_its_dtype, lines):
+    patcher, dense = guarded.build("Q8_0")
+    if says_its_dtype:
+        patcher.model.computation_dtype = torch.bfloat16
+    x, name = tokens(patcher).bfloat16(), "blocks.0.proj.bias"
+
+    def outcome(strength):
+        patches = {name: (rand(*shapes(dense)[name], seed=1),)}
+        guarded.load(guarded.with_loras(patcher, ("a", patches, strength)) if strength else patcher)
+        with torch.inference_mode():
+            return patcher.model(x).float()
+
+    first, half, one, none = outcome(0.5), outcome(0.25), outcome(0.5), outcome(0)
+    # Neo rounds what it converts, the first time with the LoRA in it.
+    assert same_bits(first, one) is says_its_dtype
+    assert not same_bits(half, none)
+    assert same_bits(outcome(0), none)
+    assert dict(patcher.model.named_parameters())[name].dtype == torch.bfloat16
+    assert ("were converted" in lines.text) is not says_its_dtype
+    other, _ = guarded.build("Q8_0")
+    with torch.inference_mode():
+        assert same_bits(other.model(x).float(), none), "the values are not those of a model that never had a LoRA"
 
 
 @pytest.mark.parametrize("storage", [*KITCHEN, "Q8_0"])

@@ -19,6 +19,7 @@ from ...patching.engine import LoraRequest
 from ...reporting.report import clean_text
 from ...runtime.live_settings import LiveSettings
 from ...settings import LoraMode
+from ..webui.stored_rows import settle
 from .access import ForgeAccess
 from .api import ForgeApi
 from .fallback import HostRefresh, apply_whole
@@ -123,6 +124,7 @@ class LoaderControl:
                 if state.left_to_host or state.is_patched_by_other(loader):
                     self._take_from_host(change)
                 requests = self._stacks.reader.requests(change.patches, self._settings.as_trained)
+                settle(loader.model, {key for request in requests for key in request.terms})
                 is_as_wished = self._stacks.change(state, change.access, loader.model, requests, mode)
             except Exception as error:
                 say(log, logging.ERROR, "host.apply_failed", exc_info=True, model=change.access.name)

@@ -23,6 +23,7 @@ from ...runtime.journal import Journal, ModelFacts
 from ...runtime.live_settings import LiveSettings
 from ...settings import LoraMode
 from ..webui.models import storage_name
+from ..webui.stored_rows import settle
 from .access import NeoAccess, back_home, uses_product
 from .api import NeoApi
 from .fallback import HostPatches
@@ -143,6 +144,7 @@ class LoraControl:
                 return
             requests = requests_of(loras, asked.as_trained)
             name = str(asked.loras)
+            settle(patcher.model, {key for request in requests for key in request.terms})
             try:
                 with stack.engine.offloaded(stack.offloaded):
                     is_as_wished = self._stacks.change(stack, access, patcher.model, requests, asked.mode)

@@ -40,8 +40,13 @@ def storage_name(model: torch.nn.Module | None) -> str:
 
 def compute_dtype(model: torch.nn.Module) -> torch.dtype:
     """Returns the dtype that a model computes in; fp16 if Forge does not say."""
+    return known_compute_dtype(model) or torch.float16
+
+
+def known_compute_dtype(model: torch.nn.Module) -> torch.dtype | None:
+    """Returns the dtype that a model computes in; None if Forge does not say."""
     dtype = getattr(model, "computation_dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float16
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def about_model(model: torch.nn.Module | None) -> ModelFacts:

@@ -5,12 +5,14 @@ Sources: `backend/operations_gguf.py` (`ParameterGGUF`), `backend/operations_bnb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeGuard
 
 import torch
 
+from ...patching.access import find_owner
 from ...weights.bnb4 import from_quant_state
+from .models import known_compute_dtype
 
 
 class GgufTensor(Protocol):
@@ -70,6 +72,26 @@ def bnb_rows(parameter: BnbTensor, start: int, length: int, device: torch.device
     """
     decoder, parts = from_quant_state(parameter.data, parameter.quant_state)
     return decoder.decode_rows({n: part.to(device) for n, part in parts.items()}, start, length, torch.float32)
+
+
+def settle(model: torch.nn.Module, keys: Iterable[str]) -> None:
+    """Does at once what layers of a GGUF model do in their first forward pass: their plain numbers become parameters in the
+    dtype of the activations. Done later, that would take the place of what was merged into them.
+
+    Args:
+        model: the model. One that does not say in which dtype it computes is left alone.
+        keys: the parameters that are about to be patched.
+    """
+    dtype = known_compute_dtype(model)
+    for key in keys if dtype is not None else ():
+        owner = find_owner(model, key)
+        if owner is None:
+            continue
+        layer, name = owner
+        parameter: torch.nn.Parameter = getattr(layer, name)
+        is_linear = any(kind.__name__ in ("Linear", "Conv2d") for kind in type(layer).__mro__)
+        if is_linear and hasattr(parameter, "gguf_cls") and not is_gguf(parameter) and parameter.dtype != dtype:
+            setattr(layer, name, torch.nn.Parameter(parameter.data.to(dtype), requires_grad=False))
 
 
 def stored_bias(layer: torch.nn.Module) -> torch.Tensor | None:
