@@ -39,9 +39,12 @@ def random_weight(key, shape, gain, generator):
         return torch.zeros(shape)
     if len(shape) <= 1:
         return torch.ones(shape)
-    spread = (
-        1.0 if "embed" in key and "weight" in key and max(shape) > 10000 else gain / math.sqrt(math.prod(shape[1:]))
-    )
+    if key == "llm_adapter.embed.weight":
+        spread = 0.05  # Anima's own embedding of the prompt must not drown its language model's.
+    elif "embed" in key and max(shape) > 10000:
+        spread = 1.0
+    else:
+        spread = gain / math.sqrt(math.prod(shape[1:]))
     return torch.randn(shape, generator=generator) * spread
 
 
