@@ -34,8 +34,6 @@ SPELLINGS = {
     "ai-toolkit": "ComfyUI, ai-toolkit: `diffusion_model.`",
     "ai-toolkit, Z-Image": "ai-toolkit: `diffusion_model.`, query, key and value apart",
 }
-NAMES_ONLY = {}
-"""Why a model's row has no picture; its names are held to the tables of docs/spellings.md all the same."""
 BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 
 
@@ -80,7 +78,7 @@ def rows_of(folder, names):
         base = stock.get("without")
         if not isinstance(base, np.ndarray) or not isinstance(stock.get("reference"), np.ndarray):
             wrong.append(f"{model.title}: no picture: {base if isinstance(base, str) else ''}")
-            rows.append([*row, f"names only: {NAMES_ONLY.get(name, 'not made')}", *[""] * 5])
+            rows.append([*row, "names only", *[""] * 5])
             continue
         for case, reference in (("LoRA", "reference"), ("text", "text reference")):
             if reference not in stock:
