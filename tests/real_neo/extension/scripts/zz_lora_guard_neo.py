@@ -3,6 +3,8 @@
 With LORA_GUARD_REFERENCE=1 LoRAs are merged in fp64 into fp32 weights on every storage, and every quantised weight is held
 dequantised: the reference picture comes from Neo's own pipeline.
 
+With LORA_GUARD_TINY=1 Neo takes the tiny models of `make_models.py` (`real_neo/tiny.py`).
+
 `/lora-guard-test/room` makes the CPU play a card with room for so many MB of the denoiser: for the time of a load the device
 counts as a card and free memory is what was asked for. Everything else is Neo's own decision.
 """
@@ -144,4 +146,9 @@ if not getattr(memory, "lora_guard_test", False):
     memory.load_models_gpu = shimmed(memory.load_models_gpu)
     if os.environ.get("LORA_GUARD_REFERENCE"):
         merged_in_fp64()
+    if os.environ.get("LORA_GUARD_TINY"):
+        sys.path.append(os.environ["LORA_GUARD_TESTS"])
+        from real_neo import tiny
+
+        tiny.shrink()
 script_callbacks.on_app_started(add_address)
