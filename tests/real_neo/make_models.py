@@ -26,8 +26,8 @@ from safetensors.torch import save_file  # noqa: E402
 from real_neo import tiny  # noqa: E402
 
 RANK = 4
-SHARE, TEXT_SHARE = 0.4, 0.8
-"""What a LoRA adds, as a share of the weight: random nets show less of it than trained ones."""
+TEXT_SHARE = 0.8
+"""What a LoRA adds to a text encoder, as a share of each weight."""
 PREFIX = "model.diffusion_model."
 BLOCKS = re.compile(r"^(\w*blocks|layers|\w*refiner|txtfusion\.\w+_blocks)\.\d+\..*weight$")
 
@@ -226,7 +226,7 @@ def make(name):
         for key, weight in state.items()
         if is_target(model, key, weight)
     }
-    tensors, changed = lora_for(layers, *NAMED[model.spelling], SHARE, generator)
+    tensors, changed = lora_for(layers, *NAMED[model.spelling], model.share, generator)
     save_file(tensors, loras / f"lgm_{name}.safetensors")
     save_file(every | changed, target / f"lgm_{name}_reference.safetensors")
     print(f"  LoRA: {len(layers)} layers")

@@ -39,17 +39,17 @@ BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 
 def shots(name, side):
     """`(case, checkpoint, prompt)` of one model on one side."""
-    tag = f"lgm_{name}"
+    tag, words = f"lgm_{name}", MODELS[name].prompt
     has_text = bool(MODELS[name].text_spelling)
-    yield "without", tag, "a cat"
-    yield "LoRA", tag, f"a cat <lora:{tag}:1>"
+    yield "without", tag, words
+    yield "LoRA", tag, f"{words} <lora:{tag}:1>"
     if has_text:
-        yield "text", tag, f"a cat <lora:{tag}_text:1>"
-    yield "removed", tag, "a cat"
+        yield "text", tag, f"{words} <lora:{tag}_text:1>"
+    yield "removed", tag, words
     if side == "stock":
-        yield "reference", f"{tag}_reference", "a cat"
+        yield "reference", f"{tag}_reference", words
         if has_text:
-            yield "text reference", f"{tag}_text_reference", "a cat"
+            yield "text reference", f"{tag}_text_reference", words
 
 
 def pictures(side, names, folder):

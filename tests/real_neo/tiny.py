@@ -56,6 +56,8 @@ class Tiny:
         spelling: how its LoRAs are named (`make_models.NAMED`).
         text_spelling: prefixes of LoRA modules by folder, where LoRAs for its text encoder are published.
         settings: of the image.
+        prompt: Anima pads it with zeros to 512 tokens, among which a short one is lost.
+        share: what the LoRA adds, as a share of each weight. Random nets show less of it than trained ones.
     """
 
     title: str
@@ -67,6 +69,8 @@ class Tiny:
     spelling: str
     text_spelling: dict = dataclasses.field(default_factory=dict)
     settings: dict = dataclasses.field(default_factory=lambda: {"cfg_scale": 1})
+    prompt: str = "a cat"
+    share: float = 0.4
 
 
 def _unet(context, **sizes):
@@ -303,6 +307,7 @@ MODELS = {
         WAN_VAE,
         "kohya",
         {"text_encoder": "lora_te_"},
+        prompt="a cat and a dog, " * 60,
     ),
     "ernie": Tiny(
         "ERNIE-Image",
@@ -337,6 +342,7 @@ MODELS = {
         {"text_encoder": ("T5", "text_encoders.umt5xxl.")},
         WAN_VAE,
         "ai-toolkit",
+        share=1.0,
     ),
 }
 
