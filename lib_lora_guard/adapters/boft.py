@@ -14,7 +14,17 @@ from ..errors import LoraMismatchError
 from ..lazy_torch import torch
 from .base import Adapter, RowFunction, Shape, channels_of, filled, mismatch
 from .kinds import Found, Kind, register
-from .rotations import bounded, cayley_less_one, check_rows, finish, scale_rows, skew_of, turn_columns, widened
+from .rotations import (
+    bounded,
+    cayley_less_one,
+    check_rows,
+    check_turns,
+    finish,
+    scale_rows,
+    skew_of,
+    turn_columns,
+    widened,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +121,7 @@ def _check_blocks(blocks: torch.Tensor, shape: Shape) -> tuple[int, int]:
     # The last stage pairs channels across groups of 2**(m - 1) blocks.
     if count % 2 ** (stages - 1):
         raise mismatch("BOFT", (count * size,), shape)
+    check_turns(blocks)
     return size, count * size
 
 

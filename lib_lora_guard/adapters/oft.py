@@ -36,6 +36,7 @@ from .rotations import (
     bounded_each,
     cayley_less_one,
     check_rows,
+    check_turns,
     finish,
     scale_rows,
     series_less_one,
@@ -233,6 +234,7 @@ class PeftOftAdapter(Adapter):
             raise mismatch("peft OFT", (turned,), shape)
         if self.shared is None and self.packed.shape[0] == 1 and may_expand and is_narrower(size, shape):
             raise UnsuitedLayerError.of("lora.oft_one_block", size=size, shape=list(shape))
+        check_turns(self.packed)
         check_rows("dora_multiplier", self.factor, shape)
         check_rows("dora_scale", self.magnitude, shape)
         check_rows("initial_norm", self.initial_norm, shape)
@@ -288,6 +290,7 @@ def _check_row_blocks(blocks: torch.Tensor, shape: Shape) -> None:
         raise LoraMismatchError.of("lora.wrong_form", what="OFT blocks", wanted="(n, b, b)", found=list(count))
     if len(shape) < 2 or count[0] * count[1] != shape[0]:
         raise mismatch("OFT", (count[0] * count[1],), shape)
+    check_turns(blocks)
 
 
 def _rows_of(part: OftAdapter) -> int:

@@ -6,8 +6,25 @@ gives a skew matrix `S`, which Cayley's transform `(I + S)(I - S)^-1` makes a ro
 
 from __future__ import annotations
 
+from ..errors import LoraMismatchError
 from ..lazy_torch import torch
 from .base import RowFunction, Shape, mismatch
+
+LARGEST_TURN = 1e6
+"""Of a block's values: the tangent of half an angle. Beyond it every rotation is half a turn in fp32, and the solver may fail."""
+
+
+def check_turns(blocks: torch.Tensor) -> None:
+    """Checks that the values of a file's blocks can be those of rotations.
+
+    Raises:
+        LoraMismatchError: A value is beyond LARGEST_TURN.
+    """
+    if blocks.is_meta or not blocks.numel():
+        return
+    largest = float(at_least_fp32(blocks).abs().max())
+    if largest > LARGEST_TURN:
+        raise LoraMismatchError.of("lora.no_usable_number", name="rotation", number=largest)
 
 
 def skew_of(blocks: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,9 @@ ZERO = "a single number where a factor belongs"
 NO_NUMBER = "not a usable number"
 EMPTY = "must be matrices"
 LEFT_OUT = {
+    "OFT by more than half a turn": (module("lin", oft_blocks=t(6, 4, 4) * 1e9), "its rotation is"),
+    "BOFT by more than half a turn": (module("lin", oft_blocks=t(1, 6, 4, 4) * 1e9), "its rotation is"),
+    "peft's OFT by more than half a turn": (module("lin", **{"oft_R.weight": t(4, 6) * 1e9}), "its rotation is"),
     "rank 0": (lora(rank=0), "factors [24, 0] and [0, 16] are no pair of matrices"),
     "rank 0 with a bias": ({**lora(rank=0), "lin.alpha": number(1.0), "lin.lora_B.bias": t(24)}, "cannot be those of a lora"),
     "LoHa of rank 0": (loha("lin", t(24, 0), t(0, 16), t(24, 0), t(0, 16), alpha=number(1.0)), EMPTY),
