@@ -94,10 +94,7 @@ class LoraGuard:
             BusyError: This thread is in the middle of a change, or another guard's LoRA is on one of the weights.
             TypeError: `stack` is no list of pairs, or a strength is no number.
         """
-        pairs, wish = read_stack(stack), requested(mode)
-        if pairs and wish is not Wish.MERGE and not is_compilable() and self._is_compiled():
-            raise ModeError.of("mode.compiled", version=torch.__version__)
-        return self._apply(pairs, wish, as_trained)
+        return self._apply(read_stack(stack), requested(mode), as_trained)
 
     def _is_compiled(self) -> bool:
         return self._is_wrapped_by_compiler or any(map(_is_compiled, self._access.model.modules()))
@@ -107,6 +104,8 @@ class LoraGuard:
         found = [self._read(path, as_trained) for path, _ in stack]
 
         def requests() -> list[LoraRequest]:
+            if stack and wish is not Wish.MERGE and not is_compilable() and self._is_compiled():
+                raise ModeError.of("mode.compiled", version=torch.__version__)
             shapes = self._access.shapes() | self._engine.unpatched_shapes()
             if self._target.shapes != shapes:
                 self._target = Target(shapes)
