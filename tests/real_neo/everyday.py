@@ -46,6 +46,7 @@ HIRES = {
     "hr_scale": 2,
     "hr_second_pass_steps": 2,
     "denoising_strength": 0.6,
+    "hr_upscaler": "None",
     "hr_additional_modules": ["Use same choices"],
 }
 INT8_LEVELS = 3

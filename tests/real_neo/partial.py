@@ -21,6 +21,7 @@ HIRES = {
     "hr_scale": 2,
     "hr_second_pass_steps": 2,
     "denoising_strength": 0.6,
+    "hr_upscaler": "None",
     "hr_additional_modules": ["Use same choices"],
 }
 A, C = "a cat <lora:lg_sd15_a:1>", "a cat <lora:lg_sd15_b:1>"

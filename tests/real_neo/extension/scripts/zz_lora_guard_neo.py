@@ -63,6 +63,8 @@ def merged_in_fp64():
         reference = model.reference
         wanted = {key: [(id(p[1]), p[0]) for p in entries] for key, entries in self.patches.items()}
         if wanted != reference["patches"]:
+            # As long as they live their ids are theirs.
+            reference["held"] = [p[1] for entries in self.patches.values() for p in entries]
             with torch.inference_mode(False), torch.no_grad():
                 for key, parameter in reference["originals"].items():
                     put(model, key, parameter)
