@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lib_lora_guard import LoraGuard, cli
 from lib_lora_guard.errors import LayerError, LoraGuardError, ModeError
@@ -136,6 +138,9 @@ def check_plain(file: FuzzFile, rng: random.Random, seen: Seen):
     if plain == {"merge"} and _is_beyond(results):
         # A product of the factors beyond fp32: merging sees the values and refuses them, the others make a picture of no numbers.
         seen.outcomes["beyond fp32"] += 1
+    elif plain and plain <= {"auto", "merge"} and all(_weight_is_beyond(refusals[mode], file) for mode in plain):
+        # Only a merge makes every value of the patched weight; bypass makes those that the inputs meet, as numbers of a picture.
+        seen.outcomes["patched weight beyond its type"] += 1
     elif plain and results:
         seen.say("modes differ", f"refused in {sorted(plain)} only: {refusals[sorted(plain)[0]]}")
     seen.outcomes["applied" if results else "refused"] += 1
@@ -146,6 +151,24 @@ def check_plain(file: FuzzFile, rng: random.Random, seen: Seen):
 
 def _is_beyond(results):
     return any(not torch.isfinite(output).all() for outputs in results.values() for output in outputs)
+
+
+def _weight_is_beyond(error, file):
+    """True where a refusal for the patched values' size has a reason in the file: a value large enough to be one factor of such a product."""
+    message = str(error)
+    if "the patched values do not fit into" not in message:
+        return False
+    most = torch.finfo(torch.float16 if "fit into fp16" in message else torch.float32).max
+    values = [tensor.double().nan_to_num().abs().max() for tensor in _tensors(file.path) if tensor.numel()]
+    # Two factors, an alpha and a strength share the size of the product between them.
+    return max(values, default=0.0) > most**0.25
+
+
+def _tensors(path):
+    try:
+        return [one for one in load_file(path).values() if one.is_floating_point()]
+    except (SafetensorError, ValueError):
+        return []
 
 
 def _sentence(error):
