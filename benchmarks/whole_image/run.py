@@ -205,6 +205,10 @@ def play_way(options, way, results, card, clock):
     environment = {"WHOLE_IMAGE_STEPS": str(options.work / "steps.jsonl")}
     if options.slow_link_gb_s:
         environment["WHOLE_IMAGE_LINK_GB_S"] = str(options.slow_link_gb_s)
+    if options.profile:
+        environment["WHOLE_IMAGE_PROFILE"] = str(
+            options.out / f"{options.host}_{options.storage}_{way.name}.profile.txt"
+        )
     log = options.out / f"{options.host}_{options.storage}_{options.free_gb:g}_{way.name}.log"
     vram_before = card.used_bytes() or 0
     host = Host(
@@ -282,6 +286,7 @@ def parse(arguments=None):
     parser.add_argument("--ways", nargs="+", default=["stock", "fp16", "guard"], metavar="WAY")
     parser.add_argument("--builds", type=Path, help="a folder of builds of the guard, for their names in --ways")
     parser.add_argument("--slow-link-gb-s", type=float, help="slow copies between RAM and card down to this rate")
+    parser.add_argument("--profile", action="store_true", help="torch's profile of each image's third step, in --out")
     parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS", help="for all of it")
     parser.add_argument("--checkpoint", help="an existing one instead of a made Flux")
     parser.add_argument("--loras", nargs="+", default=[], metavar="LETTER=NAME", help="with --checkpoint")

@@ -1,7 +1,7 @@
 """Extension for the whole-image benchmark: notes when each step begins and ends, and slows copies down if asked to.
 
 WHOLE_IMAGE_STEPS names the file for the notes, a JSON line each. WHOLE_IMAGE_LINK_GB_S is the rate that copies between RAM
-and the card shall have at most.
+and the card shall have at most. WHOLE_IMAGE_PROFILE names a file that gets torch's profile of each image's third step.
 """
 
 import importlib.util
@@ -15,6 +15,8 @@ from modules import script_callbacks
 
 NOTES = os.environ.get("WHOLE_IMAGE_STEPS")
 RATE = os.environ.get("WHOLE_IMAGE_LINK_GB_S")
+PROFILE = os.environ.get("WHOLE_IMAGE_PROFILE")
+PROFILED_STEP = 3
 
 
 def note(event):
@@ -25,9 +27,48 @@ def note(event):
         file.write(json.dumps({"event": event, "at": time.time()}) + "\n")
 
 
+class Profiler:
+    """torch's profile of one step an image."""
+
+    def __init__(self, path):
+        self.path, self.running = path, None
+
+    def begins(self):
+        """Begins with the step that is to be looked at."""
+        steps = Path(NOTES).read_text(encoding="utf-8").count("step begins")
+        if steps == PROFILED_STEP:
+            kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            self.running = torch.profiler.profile(activities=kinds)
+            self.running.__enter__()
+
+    def ends(self):
+        """Writes what took longest, on the card and on the processor."""
+        if self.running is None:
+            return
+        running, self.running = self.running, None
+        running.__exit__(None, None, None)
+        averages = running.key_averages()
+        with open(self.path, "a", encoding="utf-8") as file:
+            for order in ("self_cuda_time_total", "self_cpu_time_total"):
+                file.write(averages.table(sort_by=order, row_limit=22, max_name_column_width=70) + "\n")
+
+
+def step_begins(_):
+    note("step begins")
+    if PROFILE:
+        profiler.begins()
+
+
+def step_ended(_):
+    note("step ended")
+    if PROFILE:
+        profiler.ends()
+
+
+profiler = Profiler(PROFILE)
 if NOTES:
-    script_callbacks.on_cfg_denoiser(lambda _: note("step begins"))
-    script_callbacks.on_cfg_after_cfg(lambda _: note("step ended"))
+    script_callbacks.on_cfg_denoiser(step_begins)
+    script_callbacks.on_cfg_after_cfg(step_ended)
 
 if RATE:
     path = Path(__file__).resolve().parent.parent / "slow_link.py"
