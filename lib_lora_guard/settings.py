@@ -44,6 +44,7 @@ class Settings:
     max_split_size_mb: int = 0
     garbage_collection_threshold: float = 0.0
     plan_residency: bool = True
+    pin_swapped: bool = True
 
 
 def read(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -76,7 +77,7 @@ def _valid(name: str, value: Any) -> Any:
         TypeError: It has the wrong type.
         ValueError: It is out of range or unknown.
     """
-    if name in ("enable", "plan_residency", "expandable_segments"):
+    if name in ("enable", "plan_residency", "pin_swapped", "expandable_segments"):
         if not isinstance(value, bool):
             raise TypeError(name)
         return value

@@ -34,6 +34,8 @@ class Links:
     """Into RAM that is allocated for it."""
     swapping: float = PAGEABLE_TO_GPU
     """Weights that are copied for one call."""
+    keeps_copies: bool = False
+    """True if what has left for a decode keeps its copy in RAM when it is back, so that it leaves again for nothing."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +168,14 @@ def _seconds(state: State, job: Job, links: Links, leaving: Sequence[int], comes
     out = left - copied + max(0, away - state.copied_bytes)
     now = out / links.to_ram + max(0, comes) / links.to_card
     there_and_back = 1 / links.to_ram + 1 / links.to_card
+    back_again = 1 / links.to_card if links.keeps_copies else there_and_back
     short = max(0, job.decode_bytes - (state.free_bytes + left - comes))
     others = sum(one.on_card_bytes for one in state.neighbours) - left
     from_others = min(short, others)
     from_model = min(short - from_others, state.on_card_bytes + comes)
-    now += (from_others + from_model) / links.to_ram
+    now += (from_others + max(0, from_model - state.copied_bytes)) / links.to_ram
     calls = job.images * job.calls * (state.outside_bytes - comes) / links.swapping
     # For later images what left for the decode comes back, or stays away if that is faster.
-    later = (job.images - 1) * from_model * min(there_and_back, job.calls / links.swapping)
+    later = (job.images - 1) * from_model * min(back_again, job.calls / links.swapping)
     prompts = job.images * job.new_prompts * (left + from_others) * min(there_and_back, PASSES / links.swapping)
     return now + calls + later + prompts

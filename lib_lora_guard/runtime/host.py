@@ -84,6 +84,10 @@ class PlacedModel(Protocol):
         """Returns the bytes that `shrink` has taken and `grow` has not brought back."""
         ...
 
+    def copied_bytes(self) -> int:
+        """Returns the bytes on the device that have their copy in RAM, so that they leave for nothing."""
+        ...
+
     def shrink(self, wanted_bytes: int) -> int:
         """Moves layers into RAM until `wanted_bytes` have left the device, or none is left that may go.
 

@@ -88,6 +88,10 @@ class LiveSettings:
         """True if what lies on the card while a model runs is chosen by the seconds that the whole image takes."""
         return read(self.options)[0].plan_residency
 
+    def pins_swapped(self) -> bool:
+        """True if weights that are copied to the card in each step may lie in pinned RAM."""
+        return read(self.options)[0].pin_swapped
+
     def kept_files_bytes(self) -> int:
         """Returns how many bytes of LoRA files stay in RAM beyond the present stack."""
         return read(self.options)[0].kept_files_mb * MB

@@ -121,14 +121,18 @@ class Room:
             self._memory.take_back(device)
         neighbours = self._memory.placed_on(device, but=models)
         residents = [self._resident(one, device) for one in neighbours]
+        placed = self._memory.placed(models[0])
         state = State(
             outside,
             self._memory.size_bytes(model, on=device),
-            0,
+            0 if placed is None else placed.copied_bytes(),
             free,
             needs.free_bytes,
             self._memory.swapping_bytes(model),
-            [Neighbour(one.on_device_bytes, one.swappable_bytes) for one in residents],
+            [
+                Neighbour(one.on_device_bytes, one.swappable_bytes, neighbour.copied_bytes())
+                for one, neighbour in zip(residents, neighbours, strict=True)
+            ],
         )
         choice = self._costs.choose(type(model).__name__, device, state)
         if choice is not None:

@@ -45,6 +45,9 @@ class Placed:
     def away_bytes(self):
         return self.away
 
+    def copied_bytes(self):
+        return 0
+
     def shrink(self, wanted_bytes):
         if self.error is not None:
             raise self.error

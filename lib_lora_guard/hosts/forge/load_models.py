@@ -27,6 +27,7 @@ from .handover import Placement
 from .lora_loading import LoraLoading
 from .memory import ForgeMemory
 from .phases import leaving_plan, moving_plan
+from .residency import Residency
 from .types import LoadedModel, Patcher
 
 
@@ -48,6 +49,7 @@ class Loading:
         room: Room,
         eviction: ForgeEviction,
         placement: Placement,
+        residency: Residency,
         loras: LoraLoading,
         journal: Journal,
     ) -> None:
@@ -58,11 +60,12 @@ class Loading:
             room: makes room.
             eviction: is told that room has been made.
             placement: hands models over.
+            residency: keeps copies in RAM of layers.
             loras: of the models.
             journal: of the process.
         """
         self._memory, self._reservations, self._room, self._eviction = memory, reservations, room, eviction
-        self._placement, self._loras, self._journal = placement, loras, journal
+        self._placement, self._residency, self._loras, self._journal = placement, residency, loras, journal
         self.plans = LastPlans(memory)
         self._signature = signature_of(memory.forges.load_models_gpu, _forges_load)
 
@@ -84,10 +87,14 @@ class Loading:
         needed = self._memory.inference_bytes() + given["hard_memory_preservation"]
         handed_over = [p for p in others if self._placement.hand_over(p, needed, patchers, plan is not None)]
         self._loras.handed_over(handed_over)
-        with self._loading(patchers, plan, places=len(others) - len(handed_over)):
+        denoisers = [p for p in patchers if is_denoiser(p.model)]
+        keeping = self._residency.placing([p.model for p in denoisers if plan is not None])
+        with self._loading(patchers, plan, places=len(others) - len(handed_over)), keeping:
             result = original(*bound.args, **bound.kwargs)
         self._loras.after_load(handed_over, already_loaded)
-        denoisers = [p for p in patchers if is_denoiser(p.model)]
+        if plan is not None:
+            for patcher in denoisers:
+                self._residency.pin(patcher.model)
         if plan is not None and denoisers:
             self.plans.note(denoisers[0].model, plan.device, plan.needs, self._loras.resident_bytes(denoisers[0]))
         return result
@@ -106,7 +113,10 @@ class Loading:
         self._room.forget_share(loaded_module(loaded))
         if avoid_model_moving:
             return original(loaded, avoid_model_moving, *args, **kwargs)
+        model = loaded_module(loaded)
         with self._loras.moving_away(loaded.model):
+            if model is not None:
+                self._residency.leave_kept(model)
             planned = leaving_plan(self._memory.forges, loaded)
             with self._journal.phase(Phase.UNLOAD, about_patcher(loaded.model), planned):
                 return original(loaded, avoid_model_moving, *args, **kwargs)

@@ -18,6 +18,7 @@ from ...runtime.links import LinkRates
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
 from ...runtime.needs import Reservations
+from ...runtime.pinned_layers import PinnedLayers
 from ...runtime.precautions import Precautions
 from ...runtime.preflight import Preflight
 from ...runtime.room import Room
@@ -78,28 +79,36 @@ class ForgeParts:
             self._memory_settings,
             self.jobs,
         )
+        self.pinned = PinnedLayers(settings.pins_swapped)
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
-        self.residency = Residency(self.stacks.merged_layers)
+        self.residency = Residency(self.stacks.merged_layers, self.pinned)
         self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
         self.steps = StepTimer(api.memory, journal, self.stacks.names_on)
         self.calibration = ForgeCalibration(api.memory, corrections)
         self.free = FreeMemory(api.memory, self.rule_log)
         self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free, SwappingRoom(facts))
-        self.links = LinkRates(lambda: corrections.folder)
+        self.links = LinkRates(lambda: corrections.folder, lambda: self.pinned.works)
         costs = JobCosts(self.jobs, self.links.of, settings.plans_residency)
         self.room = Room(self.memory, self.preflight, self.rule_log, costs)
         self.eviction = ForgeEviction(self.memory, self.room, self.rule_log)
         self.reservations = Reservations(self.memory, self.rule_log, self.calibration)
         self.loras = LoraLoading(self.stacks, self.files, self.calibration)
         self.loading = Loading(
-            self.memory, self.reservations, self.room, self.eviction, self.placement, self.loras, journal
+            self.memory,
+            self.reservations,
+            self.room,
+            self.eviction,
+            self.placement,
+            self.residency,
+            self.loras,
+            journal,
         )
         self.vae = ForgeVae(api.memory, VaeRoom(self.preflight), self.precautions)
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""
-        return self.web.prompts.forget() + self.files.drop_unused()
+        return self.web.prompts.forget() + self.files.drop_unused() + self.pinned.drop_unused()
 
     def _planned(self, model: torch.nn.Module | None) -> frozenset[Precaution]:
         return self.journal.precautions(about_model(model))

@@ -8,15 +8,17 @@ nothing beside them has to be kept right. Source of that form: Forge's `LoadedMo
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import say
+from ...runtime.pinned_layers import PinnedLayers
 from ...weights.storage import MB, scales_bytes
-from .facts import loaded_module
+from .facts import is_denoiser, loaded_module
 from .types import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -28,13 +30,16 @@ CAST, CAST_BEFORE = "parameters_manual_cast", "prev_parameters_manual_cast"
 class Residency:
     """Knows which layers lie outside the device, and brings them back."""
 
-    def __init__(self, merged_layers: Callable[[torch.nn.Module], Collection[torch.nn.Module]]) -> None:
+    def __init__(
+        self, merged_layers: Callable[[torch.nn.Module], Collection[torch.nn.Module]], pinned: PinnedLayers
+    ) -> None:
         """
         Args:
             merged_layers: returns the layers of a model that have a LoRA merged into them. These stay: their originals lie in
                 RAM already, and the patched weights would be a second copy.
+            pinned: keeps copies of layers in RAM.
         """
-        self._merged_layers = merged_layers
+        self._merged_layers, self._pinned = merged_layers, pinned
 
     def swappable_bytes(self, loaded: LoadedModel) -> int:
         """Returns the bytes that `shrink` can take of a loaded model at most."""
@@ -57,10 +62,43 @@ class Residency:
         if model is None:
             return 0
         moved = 0
-        for size, layer in _fewest(self._candidates(loaded), wanted_bytes):
-            self._move_away(loaded, layer)
-            moved += size
+        candidates = self._candidates(loaded)
+        # Those with a copy in RAM leave for nothing.
+        kept = [one for one in candidates if self._pinned.kept_bytes([one[1]])]
+        for group in (kept, [one for one in candidates if one not in kept]):
+            for size, layer in _fewest(group, wanted_bytes - moved):
+                self._move_away(loaded, layer)
+                moved += size
+        self.pin(model)
         return moved
+
+    def pin(self, model: torch.nn.Module) -> None:
+        """Brings the swapped layers of a denoiser to pinned RAM, as far as there is room."""
+        if not is_denoiser(model):
+            return
+        pinned = self._pinned.pin(layer for _, layer in self._away(model))
+        if pinned:
+            total_mb = self._pinned.bytes / MB
+            say(log, logging.INFO, "memory.pinned", model=type(model).__name__, size_mb=pinned / MB, total_mb=total_mb)
+
+    def copied_bytes(self, model: torch.nn.Module) -> int:
+        """Returns the bytes of a model on the card that have their copy in RAM."""
+        return self._pinned.kept_bytes(_layers(model))
+
+    def placing(self, models: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
+        """Wraps Forge's own moves to the card: copies in RAM are kept."""
+        return self._pinned.moving(layer for model in models for layer in _layers(model))
+
+    def leave_kept(self, model: torch.nn.Module) -> None:
+        """Takes the layers off the card that have a copy in RAM, before Forge moves all of the model."""
+        merged = self._merged_layers(model)
+        for layer in _layers(model):
+            if layer not in merged:
+                self._pinned.leave(layer)
+
+    def drop_unused(self) -> int:
+        """Gives back copies of layers that are on the card; returns the bytes."""
+        return self._pinned.drop_unused()
 
     def grow(self, loaded: LoadedModel, room_bytes: int) -> int:
         """Brings swapped layers back, as far as `room_bytes` and the device itself go; returns the bytes moved."""
@@ -69,6 +107,7 @@ class Residency:
             return 0
         moved = 0
         for size, layer in _most(self._away(model), room_bytes):
+            before = self._pinned.before_card(layer)
             try:
                 layer.to(loaded.device)
             except BaseException as error:
@@ -77,6 +116,7 @@ class Residency:
                     raise
                 # Less is free than the driver said: the rest stays swapped.
                 break
+            self._pinned.on_card(layer, before)
             _restore_cast(layer)
             moved += size
         if moved:
@@ -102,11 +142,12 @@ class Residency:
 
     def _move_away(self, loaded: LoadedModel, layer: torch.nn.Module) -> None:
         # Everything of a layer or nothing: `Module.to` goes parameter by parameter.
-        try:
-            layer.to(loaded.model.offload_device)
-        except BaseException:
-            layer.to(loaded.device)
-            raise
+        if not self._pinned.leave(layer):
+            try:
+                layer.to(loaded.model.offload_device)
+            except BaseException:
+                layer.to(loaded.device)
+                raise
         if not hasattr(layer, CAST_BEFORE):
             setattr(layer, CAST_BEFORE, getattr(layer, CAST))
         setattr(layer, CAST, True)

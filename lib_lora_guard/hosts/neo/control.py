@@ -29,6 +29,7 @@ from .api import NeoApi
 from .fallback import HostPatches
 from .patchers import label_of, loras_of, requests_of
 from .stacks import Asked, NeoStack, NeoStacks
+from .swapped import Swapped
 from .types import Patcher
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,19 @@ log = logging.getLogger(__name__)
 class LoraControl:
     """Its methods stand in place of those of `ModelPatcher` that place a model, and call one another."""
 
-    def __init__(self, api: NeoApi, stacks: NeoStacks, settings: LiveSettings, journal: Journal) -> None:
+    def __init__(
+        self, api: NeoApi, stacks: NeoStacks, settings: LiveSettings, journal: Journal, swapped: Swapped
+    ) -> None:
         """
         Args:
             api: Neo's modules.
             stacks: of all models.
             settings: the user's, read at every load.
             journal: of the process.
+            swapped: keeps copies in RAM of what Neo moves.
         """
         self._api, self._stacks, self._settings, self._journal = api, stacks, settings, journal
+        self._swapped = swapped
         self._host = HostPatches(api)
 
     # In place of Neo's methods.
@@ -71,7 +76,8 @@ class LoraControl:
         with self._stacks.placing(patcher, self._restore):
             self._stacks.before_move(patcher.model)
             self._stacks.remember_offloaded(patcher)
-            return original(patcher, *args, **kwargs)
+            with self._swapped.moving(patcher):
+                return original(patcher, *args, **kwargs)
 
     def partially_unload(
         self, original: Callable[Concatenate[Patcher, P], R], patcher: Patcher, *args: P.args, **kwargs: P.kwargs
@@ -79,7 +85,8 @@ class LoraControl:
         """Stands in place of `partially_unload`, which moves layers into RAM; the model may go on with the others."""
         with self._stacks.placing(patcher, self._restore):
             homes = self._stacks.before_move(patcher.model)
-            result = original(patcher, *args, **kwargs)
+            with self._swapped.moving(patcher):
+                result = original(patcher, *args, **kwargs)
             self._stacks.after_leaving(patcher.model)
             with torch.inference_mode(False), torch.no_grad():
                 back_home(NeoAccess(self._api, patcher.model), homes)
@@ -98,6 +105,8 @@ class LoraControl:
         if not unpatch_weights:
             return original(patcher, device_to, unpatch_weights, *args, **kwargs)
         self._stacks.before_move(patcher.model)
+        if device_to is not None and device_to.type == "cpu":
+            self._swapped.leave_kept(patcher)
         result = original(patcher, device_to, unpatch_weights, *args, **kwargs)
         self._stacks.after_leaving(patcher.model)
         return result
@@ -112,6 +121,7 @@ class LoraControl:
         """Stands in place of `backend.state_dict.load_state_dict`: the fast way of the refiner reads other weights into a
         model that stays."""
         self._stacks.weights_changed(model)
+        self._swapped.forget(model)
         return original(model, *args, **kwargs)
 
     # What they end with.

@@ -20,6 +20,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{model}，{calls} 次运行：{comes_mb:.0f} MB 移到显卡，其他模型让出 {left_mb:.0f} MB，每次运行复制 {swapped_mb:.0f} MB；"
         "到下一张图像为止复制共需 {seconds:.1f} 秒，另一种方式需 {other_seconds:.1f} 秒（到显卡 {to_card:.1f} GB/s，到内存 {to_ram:.1f} GB/s）",
     ),
+    "memory.pinned": (
+        "{size_mb:.0f} MB of {model} now lie in pinned RAM, for faster steps; {total_mb:.0f} MB in all",
+        "{model} 的 {size_mb:.0f} MB 已放入锁页内存以加快每步速度，共 {total_mb:.0f} MB",
+    ),
     "memory.left": ("{model} leaves the card, {size_mb:.0f} MB", "{model} 离开显卡，{size_mb:.0f} MB"),
     "memory.swapped": (
         "{model} comes for {passes} calls: {size_mb:.0f} MB of it stay in RAM and are copied in each, which moves less than making "

@@ -1,0 +1,59 @@
+"""Keeps copies in pinned RAM of what Neo copies in each step, and of what leaves the card for a decode and returns.
+
+Where a layer lies stays Neo's own choice; the copies make its moves short. Neo's own `--pin-shared-memory` comes first: what
+it has pinned is left alone. Source: Neo's `backend/patcher/base.py` (`load`, `partially_unload`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from ...messages import say
+from ...runtime.pinned_layers import PinnedLayers
+from ...units import MB
+from ..webui.models import is_denoiser
+from .types import Patcher
+
+log = logging.getLogger(__name__)
+
+CAST = "parameters_manual_cast"
+"""Neo's mark of a layer whose weight can be copied to the card in each call."""
+
+
+class Swapped:
+    def __init__(self, pinned: PinnedLayers) -> None:
+        """
+        Args:
+            pinned: keeps the copies.
+        """
+        self._pinned = pinned
+
+    @contextlib.contextmanager
+    def moving(self, patcher: Patcher) -> Iterator[None]:
+        """Wraps Neo's moves of a model's layers. What lies in RAM afterwards is pinned, if the model is called many times."""
+        layers = list(_layers(patcher.model))
+        with self._pinned.moving(layers):
+            yield
+        if patcher.load_device.type != "cuda" or not is_denoiser(patcher.model):
+            return
+        size = self._pinned.pin(layers)
+        if size:
+            name, total_mb = type(patcher.model).__name__, self._pinned.bytes / MB
+            say(log, logging.INFO, "memory.pinned", model=name, size_mb=size / MB, total_mb=total_mb)
+
+    def leave_kept(self, patcher: Patcher) -> None:
+        """Takes the layers off the card that have a copy in RAM, before Neo moves all of the model."""
+        for layer in _layers(patcher.model):
+            self._pinned.leave(layer)
+
+    def forget(self, model: torch.nn.Module) -> None:
+        """Called before other weights are read into a model."""
+        self._pinned.forget(_layers(model))
+
+
+def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    return (layer for layer in model.modules() if hasattr(layer, CAST) and next(layer.children(), None) is None)

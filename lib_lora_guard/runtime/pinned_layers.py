@@ -1,0 +1,285 @@
+"""Keeps the weights of layers that run swapped, or that leave the card and return, in pinned RAM.
+
+From ordinary RAM a weight goes to the card through a small pinned buffer of the driver (measured: 6 to 9 GB/s, docs/gpu.md);
+from pinned RAM the card reads it itself, several times as fast. And a layer whose copy is still there leaves for nothing.
+Such RAM cannot be paged out, so there is none on machines with less than 32 GB, and at most an eighth of it elsewhere.
+Every layer is copied and registered by itself: torch's own pinned memory comes in powers of two, and is not given back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from ..patching.staging import has_ram_for_pinned
+from ..units import GB, MB
+
+log = logging.getLogger(__name__)
+
+SMALLEST_BYTES = 1 * MB
+"""Smaller weights, such as biases, stay where they are: for them a copy's latency is all."""
+SHARE_OF_RAM = 1 / 8
+LEAST_LEFT_BYTES = 4 * GB
+"""Of RAM that is available: the system and other programs go on."""
+REGISTER = 0
+"""The usual kind of page-locked memory, in CUDA's words."""
+
+
+class Driver:
+    """The part of CUDA's runtime that locks pages of RAM."""
+
+    def register(self, tensor: torch.Tensor) -> bool:
+        """Locks the pages of a tensor in RAM; returns False if the driver refuses."""
+        try:
+            refused = int(_cuda().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, REGISTER))
+        except RuntimeError:
+            refused = 1
+        if refused:
+            # CUDA reports an error again at the next call of anybody: this one takes it.
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda").add_(1)
+        return not refused
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Unlocks the pages, when no copy reads them any more."""
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+            _cuda().cudaHostUnregister(tensor.data_ptr())
+
+
+class Kept(NamedTuple):
+    """A parameter as it lay in RAM before its layer went to the card.
+
+    Attributes:
+        parameter: The object. Moving may replace it (bitsandbytes), or its data alone.
+        data: Its values in RAM.
+        checksum: Of the values on the card, which are the same; None for a small one, whose values are compared.
+    """
+
+    parameter: torch.nn.Parameter
+    data: torch.Tensor
+    checksum: torch.Tensor | None
+
+
+class _Pinned:
+    """The pinned memory of one layer. It is given back with the layer."""
+
+    def __init__(self, layer: torch.nn.Module, driver: Driver) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.bytes = 0
+        self._driver = driver
+        weakref.finalize(layer, self.release).atexit = False
+
+    def add(self, memory: torch.Tensor) -> None:
+        self.tensors.append(memory)
+        self.bytes += memory.nbytes
+
+    def holds(self, data: torch.Tensor) -> bool:
+        return data.untyped_storage().data_ptr() in [memory.data_ptr() for memory in self.tensors]
+
+    def retain(self, places: Collection[int]) -> None:
+        """Gives back all but the memory that begins at one of `places`."""
+        for memory in [one for one in self.tensors if one.data_ptr() not in places]:
+            self.tensors = [one for one in self.tensors if one is not memory]
+            self.bytes -= memory.nbytes
+            self._driver.release(memory)
+
+    def release(self) -> None:
+        self.retain(())
+
+
+class PinnedLayers:
+    """Belongs to one takeover. Not for several threads at once: hosts place models in one."""
+
+    def __init__(self, is_on: Callable[[], bool], driver: Driver | None = None) -> None:
+        """
+        Args:
+            is_on: False if the user has switched it off.
+            driver: locks pages; None: CUDA's.
+        """
+        self._is_on, self._driver = is_on, driver or Driver()
+        self._pinned: weakref.WeakKeyDictionary[torch.nn.Module, _Pinned] = weakref.WeakKeyDictionary()
+        self._kept: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Kept]] = weakref.WeakKeyDictionary()
+        self._refused = False
+
+    @property
+    def works(self) -> bool:
+        """True where layers are pinned: there is RAM for it, the driver takes part, and the user has not switched it off."""
+        return not self._refused and self._is_on() and has_ram_for_pinned()
+
+    @property
+    def bytes(self) -> int:
+        """The RAM that is pinned now."""
+        return sum(one.bytes for one in self._pinned.values())
+
+    def pin(self, layers: Iterable[torch.nn.Module]) -> int:
+        """Copies the large weights of layers that lie in RAM to pinned memory, which takes their place.
+
+        Returns:
+            The bytes that were pinned. It ends where RAM or the driver has no more room; the rest stays as it is.
+        """
+        if not self.works:
+            return 0
+        self._prune()
+        room, done = self._room_bytes(), 0
+        for layer in layers:
+            for parameter in list(layer.parameters(recurse=False)):
+                size = parameter.data.nbytes
+                if not self._is_pinnable(layer, parameter):
+                    continue
+                if size > room:
+                    return done
+                if not self._pin(layer, parameter):
+                    return done
+                room, done = room - size, done + size
+        return done
+
+    def before_card(self, layer: torch.nn.Module) -> dict[str, Kept]:
+        """Returns what `on_card` needs of a layer that is about to go to the card; empty if none of it is pinned."""
+        if not self.works or layer not in self._pinned or next(layer.buffers(recurse=False), None) is not None:
+            return {}
+        found = dict(layer.named_parameters(recurse=False))
+        if any(p.device.type != "cpu" for p in found.values()):
+            return {}
+        return {name: Kept(p, p.data, None) for name, p in found.items()}
+
+    def on_card(self, layer: torch.nn.Module, before: dict[str, Kept]) -> None:
+        """Keeps the copies in RAM of a layer that is on the card now."""
+        if before:
+            now = dict(layer.named_parameters(recurse=False))
+            self._kept[layer] = {name: one._replace(checksum=checksum(now[name].data)) for name, one in before.items()}
+
+    def kept_bytes(self, layers: Iterable[torch.nn.Module]) -> int:
+        """Returns the bytes of layers on the card that have their copy in RAM."""
+        return sum(one.data.nbytes for layer in layers for one in self._kept.get(layer, {}).values())
+
+    def leave(self, layer: torch.nn.Module) -> bool:
+        """Puts a layer's copies in RAM in the place of its weights on the card, which are freed.
+
+        Returns:
+            False if it has none, or if its weights have become others since; it has to be copied then.
+        """
+        kept = self._kept.pop(layer, None)
+        if not kept:
+            return False
+        now = dict(layer.named_parameters(recurse=False))
+        if now.keys() != kept.keys() or not all(_is_same(now[name], one) for name, one in kept.items()):
+            return False
+        for name, one in kept.items():
+            if now[name] is one.parameter:
+                one.parameter.data = one.data
+            else:
+                layer._parameters[name] = one.parameter
+        return True
+
+    @contextlib.contextmanager
+    def moving(self, layers: Iterable[torch.nn.Module]) -> Iterator[None]:
+        """Wraps moves of single layers by the host's own `layer.to(device)`: copies in RAM are kept and used."""
+        changed = []
+        try:
+            for layer in layers:
+                if layer in self._pinned and "to" not in layer.__dict__:
+                    changed.append(layer)
+                    layer.__dict__["to"] = functools.partial(self._to, layer)
+            yield
+        finally:
+            for layer in changed:
+                layer.__dict__.pop("to", None)
+
+    def _to(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """Stands in place of a layer's `to` for a while."""
+        device = torch._C._nn._parse_to(*args, **kwargs)[0]
+        if device is None or device.type == "cpu":
+            return layer if device is not None and self.leave(layer) else torch.nn.Module.to(layer, *args, **kwargs)
+        before = self.before_card(layer)
+        torch.nn.Module.to(layer, *args, **kwargs)
+        self.on_card(layer, before)
+        return layer
+
+    def forget(self, layers: Iterable[torch.nn.Module]) -> None:
+        """Drops the copies of layers whose weights are about to become others."""
+        for layer in layers:
+            self._kept.pop(layer, None)
+
+    def drop_unused(self) -> int:
+        """Gives back the pinned RAM of layers that are on the card; returns the bytes."""
+        before = self.bytes
+        for layer in list(self._kept):
+            self._kept.pop(layer, None)
+            pinned = self._pinned.pop(layer, None)
+            if pinned is not None:
+                pinned.release()
+        return before - self.bytes
+
+    def _prune(self) -> None:
+        """Gives back what no layer refers to any more, after the host has moved it by its own way."""
+        for layer, pinned in list(self._pinned.items()):
+            datas = [p.data for p in layer.parameters(recurse=False)]
+            datas += [one.data for one in self._kept.get(layer, {}).values()]
+            pinned.retain({data.untyped_storage().data_ptr() for data in datas if data.device.type == "cpu"})
+
+    def _room_bytes(self) -> int:
+        memory = psutil.virtual_memory()
+        return int(min(memory.total * SHARE_OF_RAM - self.bytes, memory.available - LEAST_LEFT_BYTES))
+
+    def _is_pinnable(self, layer: torch.nn.Module, parameter: torch.nn.Parameter) -> bool:
+        data = parameter.data
+        if data.device.type != "cpu" or data.nbytes < SMALLEST_BYTES or not data.is_contiguous():
+            return False
+        if type(data) is not torch.Tensor:
+            # A library's own kind, whose parts lie elsewhere.
+            return False
+        pinned = self._pinned.get(layer)
+        return (pinned is None or not pinned.holds(data)) and not data.is_pinned()
+
+    def _pin(self, layer: torch.nn.Module, parameter: torch.nn.Parameter) -> bool:
+        """Returns False if the driver has refused, once and for all."""
+        data = parameter.data
+        # Parameters that were made in inference mode stay such, as when torch moves them.
+        with torch.inference_mode(data.is_inference()), torch.no_grad():
+            memory = torch.empty(data.nbytes, dtype=torch.uint8)
+            if not self._driver.register(memory):
+                self._refused = True
+                log.info("the driver locks no more RAM: swapped weights stay in ordinary RAM")
+                return False
+            # Released from here on, whatever happens.
+            self._pinned.setdefault(layer, _Pinned(layer, self._driver)).add(memory)
+            there = memory.view(data.dtype).view(data.shape)
+            there.copy_(data)
+            parameter.data = there
+        return True
+
+
+def _cuda() -> Any:
+    """Returns CUDA's runtime as torch has it.
+
+    Raises:
+        RuntimeError: torch is not built for CUDA.
+    """
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
+
+
+def checksum(values: torch.Tensor) -> torch.Tensor | None:
+    """Returns a sum over all bytes of a tensor, where it lies; None for a small one."""
+    if values.nbytes < SMALLEST_BYTES or not values.is_contiguous():
+        return None
+    raw = values.view(-1).view(torch.uint8)
+    whole = raw.numel() // 8 * 8
+    return raw[:whole].view(torch.int64).sum() + raw[whole:].sum(dtype=torch.int64)
+
+
+def _is_same(now: torch.nn.Parameter, kept: Kept) -> bool:
+    """True if a parameter on the card has the values that it came with."""
+    if type(now) is not type(kept.parameter) or now.data.shape != kept.data.shape or now.data.dtype != kept.data.dtype:
+        return False
+    if kept.checksum is None:
+        return torch.equal(now.data.cpu().view(-1).view(torch.uint8), kept.data.reshape(-1).view(torch.uint8))
+    found = checksum(now.data)
+    return found is not None and bool(found == kept.checksum)

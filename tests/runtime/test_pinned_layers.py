@@ -1,0 +1,198 @@
+"""Weights of swapped layers in pinned RAM. The card is played by ordinary memory: what counts is which tensor lies where."""
+
+import gc
+
+import pytest
+import torch
+
+from lib_lora_guard.runtime import pinned_layers
+from lib_lora_guard.runtime.pinned_layers import SMALLEST_BYTES, PinnedLayers
+from lib_lora_guard.units import GB
+
+
+class Driver:
+    """Locks `most` tensors."""
+
+    def __init__(self, most=99):
+        self.most, self.locked, self.released = most, {}, 0
+
+    def register(self, tensor):
+        if len(self.locked) >= self.most:
+            return False
+        self.locked[tensor.data_ptr()] = tensor.nbytes
+        return True
+
+    def release(self, tensor):
+        del self.locked[tensor.data_ptr()]
+        self.released += 1
+
+
+class Ram:
+    total, available = 64 * GB, 32 * GB
+
+
+@pytest.fixture
+def ram(monkeypatch):
+    memory = Ram()
+    monkeypatch.setattr(pinned_layers, "has_ram_for_pinned", lambda: memory.total >= 32 * GB)
+    monkeypatch.setattr(pinned_layers.psutil, "virtual_memory", lambda: memory)
+    return memory
+
+
+def linear(width=1024, dtype=torch.float16):
+    made = torch.nn.Linear(width, 1024).requires_grad_(False).to(dtype)
+    assert made.weight.nbytes >= SMALLEST_BYTES > made.bias.nbytes
+    return made
+
+
+def is_locked(layer, driver):
+    return layer.weight.data_ptr() in driver.locked
+
+
+def to_card(pinned, layer):
+    before = pinned.before_card(layer)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.clone()
+    pinned.on_card(layer, before)
+
+
+def test_a_large_weight_goes_to_pinned_ram_and_a_bias_stays(ram):
+    layer, driver = linear(), Driver()
+    pinned = PinnedLayers(lambda: True, driver)
+    bits, weight, bias = layer.weight.clone(), layer.weight, layer.bias.data_ptr()
+    assert pinned.pin([layer]) == weight.nbytes == pinned.bytes
+    assert layer.weight is weight
+    assert is_locked(layer, driver)
+    assert torch.equal(layer.weight, bits)
+    assert layer.bias.data_ptr() == bias
+    assert pinned.pin([layer]) == 0
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_weights_made_in_inference_mode_are_pinned_too(ram, inference):
+    with torch.inference_mode(inference):
+        layer = linear()
+    driver = Driver()
+    bits = layer.weight.clone()
+    assert PinnedLayers(lambda: True, driver).pin([layer])
+    assert layer.weight.is_inference() == inference
+    assert is_locked(layer, driver)
+    assert torch.equal(layer.weight, bits)
+
+
+@pytest.mark.parametrize(
+    ("total", "available", "is_on", "pins"),
+    [
+        (64 * GB, 32 * GB, True, 3),
+        (64 * GB, 32 * GB, False, 0),
+        (16 * GB, 12 * GB, True, 0),
+        (64 * GB, 4 * GB + 5_000_000, True, 2),
+        (64 * GB, 3 * GB, True, 0),
+    ],
+)
+def test_no_more_is_pinned_than_ram_has_room_for(ram, total, available, is_on, pins):
+    ram.total, ram.available = total, available
+    layers, driver = [linear() for _ in range(3)], Driver()
+    assert PinnedLayers(lambda: is_on, driver).pin(layers) == pins * layers[0].weight.nbytes
+    assert [is_locked(layer, driver) for layer in layers] == [place < pins for place in range(3)]
+
+
+def test_at_most_an_eighth_of_ram_is_pinned(ram, monkeypatch):
+    monkeypatch.setattr(pinned_layers, "SHARE_OF_RAM", 5_000_000 / ram.total)
+    layers = [linear() for _ in range(3)]
+    pinned = PinnedLayers(lambda: True, Driver())
+    assert pinned.pin(layers) == 2 * layers[0].weight.nbytes
+    assert pinned.pin(layers) == 0
+
+
+def test_a_driver_that_refuses_is_asked_no_more(ram, caplog):
+    layers, driver = [linear() for _ in range(3)], Driver(most=1)
+    pinned = PinnedLayers(lambda: True, driver)
+    bits = [layer.weight.clone() for layer in layers]
+    assert pinned.pin(layers) == layers[0].weight.nbytes
+    driver.most = 99
+    assert pinned.pin(layers) == 0
+    assert not pinned.works
+    assert all(torch.equal(layer.weight, one) for layer, one in zip(layers, bits, strict=True))
+
+
+def test_a_layer_that_was_pinned_leaves_the_card_without_a_copy(ram):
+    layer, driver = linear(), Driver()
+    pinned = PinnedLayers(lambda: True, driver)
+    pinned.pin([layer])
+    in_ram, bits = layer.weight.data_ptr(), layer.weight.clone()
+    to_card(pinned, layer)
+    assert layer.weight.data_ptr() != in_ram
+    assert pinned.kept_bytes([layer]) == layer.weight.nbytes + layer.bias.nbytes
+    assert pinned.leave(layer)
+    assert layer.weight.data_ptr() == in_ram
+    assert torch.equal(layer.weight, bits)
+    assert pinned.kept_bytes([layer]) == 0
+    assert not pinned.leave(layer)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_that_was_changed_on_the_card_is_copied(ram, name):
+    layer = linear()
+    pinned = PinnedLayers(lambda: True, Driver())
+    pinned.pin([layer])
+    to_card(pinned, layer)
+    getattr(layer, name).view(-1)[17] += 1
+    bits = layer.weight.clone()
+    assert not pinned.leave(layer)
+    assert torch.equal(layer.weight, bits)
+    assert pinned.kept_bytes([layer]) == 0
+
+
+def test_a_parameter_that_moving_has_replaced_is_put_back_as_it_was(ram):
+    """bitsandbytes makes another object for the card, whose scales lie there."""
+    layer = linear()
+    pinned = PinnedLayers(lambda: True, Driver())
+    pinned.pin([layer])
+    parameter, before = layer.weight, pinned.before_card(layer)
+    layer.weight = torch.nn.Parameter(layer.weight.data.clone(), requires_grad=False)
+    pinned.on_card(layer, before)
+    assert pinned.leave(layer)
+    assert layer.weight is parameter
+
+
+def test_another_kind_of_parameter_is_not_taken_for_the_copy(ram):
+    class Other(torch.nn.Parameter):
+        pass
+
+    layer = linear()
+    pinned = PinnedLayers(lambda: True, Driver())
+    pinned.pin([layer])
+    before = pinned.before_card(layer)
+    layer.weight = Other(layer.weight.data.clone(), requires_grad=False)
+    pinned.on_card(layer, before)
+    assert not pinned.leave(layer)
+
+
+def test_pinned_ram_is_given_back_with_its_layer_and_with_what_the_host_moved_itself(ram):
+    gone, moved, driver = linear(), linear(), Driver()
+    pinned = PinnedLayers(lambda: True, driver)
+    pinned.pin([gone, moved])
+    del gone
+    gc.collect()
+    assert len(driver.locked) == 1
+    moved.weight.data = moved.weight.data.clone()
+    assert pinned.pin([]) == 0
+    assert (driver.locked, pinned.bytes) == ({}, 0)
+
+
+def test_copies_of_layers_on_the_card_are_given_back_where_ram_is_short(ram):
+    there, swapped, driver = linear(), linear(), Driver()
+    pinned = PinnedLayers(lambda: True, driver)
+    pinned.pin([there, swapped])
+    to_card(pinned, there)
+    assert pinned.drop_unused() == there.weight.nbytes
+    assert is_locked(swapped, driver)
+    assert not pinned.leave(there)
+    assert pinned.drop_unused() == 0
+
+
+def test_what_is_not_contiguous_or_another_librarys_own_stays(ram):
+    layer = linear()
+    layer.weight.data = layer.weight.data.t()
+    assert PinnedLayers(lambda: True, Driver()).pin([layer]) == 0
