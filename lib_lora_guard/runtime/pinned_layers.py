@@ -28,6 +28,8 @@ SMALLEST_BYTES = 1 * MB
 SHARE_OF_RAM = 1 / 8
 LEAST_LEFT_BYTES = 4 * GB
 """Of RAM that is available: the system and other programs go on."""
+WORTH_A_LINE_BYTES = 512 * MB
+"""Of the log: less is a usual change from one image to the next."""
 REGISTER = 0
 """The usual kind of page-locked memory, in CUDA's words."""
 

@@ -16,7 +16,7 @@ import torch
 
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import say
-from ...runtime.pinned_layers import PinnedLayers
+from ...runtime.pinned_layers import WORTH_A_LINE_BYTES, PinnedLayers
 from ...weights.storage import MB, scales_bytes
 from .facts import is_denoiser, loaded_module
 from .types import LoadedModel
@@ -79,7 +79,8 @@ class Residency:
         pinned = self._pinned.pin(layer for _, layer in self._away(model))
         if pinned:
             total_mb = self._pinned.bytes / MB
-            say(log, logging.INFO, "memory.pinned", model=type(model).__name__, size_mb=pinned / MB, total_mb=total_mb)
+            level = logging.INFO if pinned >= WORTH_A_LINE_BYTES else logging.DEBUG
+            say(log, level, "memory.pinned", model=type(model).__name__, size_mb=pinned / MB, total_mb=total_mb)
 
     def copied_bytes(self, model: torch.nn.Module) -> int:
         """Returns the bytes of a model on the card that have their copy in RAM."""

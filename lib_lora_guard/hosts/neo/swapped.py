@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from ...messages import say
-from ...runtime.pinned_layers import PinnedLayers
+from ...runtime.pinned_layers import WORTH_A_LINE_BYTES, PinnedLayers
 from ...units import MB
 from ..webui.models import is_denoiser
 from .types import Patcher
@@ -43,7 +43,8 @@ class Swapped:
         size = self._pinned.pin(layers)
         if size:
             name, total_mb = type(patcher.model).__name__, self._pinned.bytes / MB
-            say(log, logging.INFO, "memory.pinned", model=name, size_mb=size / MB, total_mb=total_mb)
+            level = logging.INFO if size >= WORTH_A_LINE_BYTES else logging.DEBUG
+            say(log, level, "memory.pinned", model=name, size_mb=size / MB, total_mb=total_mb)
 
     def leave_kept(self, patcher: Patcher) -> None:
         """Takes the layers off the card that have a copy in RAM, before Neo moves all of the model."""

@@ -1,0 +1,94 @@
+"""Copies in RAM of layers that leave and return, on a card that is not there. `support.fake_card` has weights without values, so the
+copies are played; `tests/runtime/test_pinned_layers.py` has the real ones."""
+
+import pytest
+import torch
+from support.card_scene import flux, vae
+from support.fake_card import CARD, RAM, Weight, sides_of, size_of
+
+pytestmark = pytest.mark.usefixtures("swapping_in_bytes")
+
+
+class Pinned:
+    """Keeps a copy of each layer that it was given."""
+
+    works, bytes = True, 0
+
+    def __init__(self):
+        self.in_ram, self.kept, self.left = set(), set(), []
+
+    def pin(self, layers):
+        new = set(layers) - self.in_ram
+        self.in_ram |= new
+        return sum(map(size_of, new))
+
+    def before_card(self, layer):
+        return {"weight": layer} if layer in self.in_ram and sides_of(layer) == {RAM} else {}
+
+    def on_card(self, layer, before):
+        self.kept |= {layer} if before else set()
+
+    def kept_bytes(self, layers):
+        return sum(size_of(layer) for layer in layers if layer in self.kept)
+
+    def leave(self, layer):
+        if layer not in self.kept:
+            return False
+        self.kept.discard(layer)
+        self.left.append(layer)
+        for parameter in layer.parameters():
+            data = parameter.data
+            parameter.data = Weight(data.machine, data.shape, data.dtype, RAM)
+        return True
+
+    def moving(self, layers):
+        return torch.no_grad()
+
+
+@pytest.fixture
+def pinned(scene):
+    played = Pinned()
+    scene.residency._pinned = played
+    return played
+
+
+def test_what_left_for_a_decode_leaves_the_second_time_without_a_move(scene, pinned):
+    denoiser = flux(scene, 20)
+    scene.load(denoiser, required=1_500)
+    decoder = vae(scene)
+    scene.load(decoder, required=6_000)
+    gone = {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
+    assert gone
+    assert gone <= pinned.in_ram
+    scene.load(denoiser, required=1_500)
+    assert {sides_of(layer) == {CARD} for layer in gone} == {True}
+    assert scene.guard.memory.placed(denoiser).copied_bytes() == sum(map(size_of, gone))
+    moves = scene.machine.moves_to_ram
+    scene.load(decoder, required=6_000)
+    assert set(pinned.left) == gone == {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
+    # The VAE may move its own layers; the denoiser's came from their copies.
+    assert scene.machine.moves_to_ram - moves <= len(decoder.model.layers())
+
+
+def test_forge_moves_no_layer_that_has_its_copy(scene, pinned):
+    denoiser = flux(scene, 20)
+    scene.load(denoiser, required=1_500)
+    scene.load(vae(scene), required=6_000)
+    scene.load(denoiser, required=1_500)
+    kept, moved = set(pinned.kept), scene.machine.moved
+    assert kept
+    scene.free_all()
+    assert set(pinned.left) == kept
+    assert scene.machine.moved - moved <= size_of(denoiser.model) - sum(map(size_of, kept)) + 1_000
+
+
+def test_a_merged_layer_is_not_taken_from_its_copy(scene, pinned):
+    denoiser = flux(scene, 20)
+    scene.load(denoiser, required=1_500)
+    scene.load(vae(scene), required=6_000)
+    scene.load(denoiser, required=1_500)
+    merged = set(pinned.kept)
+    scene.residency._merged_layers = lambda model: merged
+    scene.residency.leave_kept(denoiser.model)
+    assert merged
+    assert pinned.left == []
