@@ -79,7 +79,7 @@ def test_a_card_is_measured_once_by_all_processes(tmp_path, monkeypatch):
     assert card.measured == 1
 
 
-def test_pinned_layers_come_at_the_rate_of_pinned_ram_and_leave_again_for_nothing(tmp_path, monkeypatch):
+def test_ram_copies_come_at_the_rate_of_pinned_ram_and_leave_again_for_nothing(tmp_path, monkeypatch):
     Card(monkeypatch)
     pins = True
     rates = LinkRates(lambda: tmp_path, lambda: pins)

@@ -88,7 +88,7 @@ class Loading:
         handed_over = [p for p in others if self._placement.hand_over(p, needed, patchers, plan is not None)]
         self._loras.handed_over(handed_over)
         denoisers = [p for p in patchers if is_denoiser(p.model)]
-        keeping = self._residency.placing([p.model for p in denoisers if plan is not None])
+        keeping = self._residency.placing([p.model for p in others if plan is not None])
         with self._loading(patchers, plan, places=len(others) - len(handed_over)), keeping:
             result = original(*bound.args, **bound.kwargs)
         self._loras.after_load(handed_over, already_loaded)

@@ -18,9 +18,9 @@ from ...runtime.links import LinkRates
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
 from ...runtime.needs import Reservations
-from ...runtime.pinned_layers import PinnedLayers
 from ...runtime.precautions import Precautions
 from ...runtime.preflight import Preflight
+from ...runtime.ram_copies import RamCopies
 from ...runtime.room import Room
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
@@ -79,16 +79,16 @@ class ForgeParts:
             self._memory_settings,
             self.jobs,
         )
-        self.pinned = PinnedLayers(settings.pins_swapped)
+        self.copies = RamCopies(settings.pins_swapped)
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
-        self.residency = Residency(self.stacks.merged_layers, self.pinned)
+        self.residency = Residency(self.stacks.merged_layers, self.copies)
         self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
         self.steps = StepTimer(api.memory, journal, self.stacks.names_on)
         self.calibration = ForgeCalibration(api.memory, corrections)
         self.free = FreeMemory(api.memory, self.rule_log)
         self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free, SwappingRoom(facts))
-        self.links = LinkRates(lambda: corrections.folder, lambda: self.pinned.works)
+        self.links = LinkRates(lambda: corrections.folder, lambda: self.copies.works)
         costs = JobCosts(self.jobs, self.links.of, settings.plans_residency)
         self.room = Room(self.memory, self.preflight, self.rule_log, costs)
         self.eviction = ForgeEviction(self.memory, self.room, self.rule_log)
@@ -108,7 +108,7 @@ class ForgeParts:
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""
-        return self.web.prompts.forget() + self.files.drop_unused() + self.pinned.drop_unused()
+        return self.web.prompts.forget() + self.files.drop_unused() + self.copies.drop_unused()
 
     def _planned(self, model: torch.nn.Module | None) -> frozenset[Precaution]:
         return self.journal.precautions(about_model(model))

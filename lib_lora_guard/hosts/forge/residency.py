@@ -16,9 +16,9 @@ import torch
 
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import say
-from ...runtime.pinned_layers import WORTH_A_LINE_BYTES, PinnedLayers
+from ...runtime.ram_copies import WORTH_A_LINE_BYTES, RamCopies
 from ...weights.storage import MB, scales_bytes
-from .facts import is_denoiser, loaded_module
+from .facts import is_denoiser, is_forges_text_encoder, loaded_module
 from .types import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -31,15 +31,15 @@ class Residency:
     """Knows which layers lie outside the device, and brings them back."""
 
     def __init__(
-        self, merged_layers: Callable[[torch.nn.Module], Collection[torch.nn.Module]], pinned: PinnedLayers
+        self, merged_layers: Callable[[torch.nn.Module], Collection[torch.nn.Module]], copies: RamCopies
     ) -> None:
         """
         Args:
             merged_layers: returns the layers of a model that have a LoRA merged into them. These stay: their originals lie in
                 RAM already, and the patched weights would be a second copy.
-            pinned: keeps copies of layers in RAM.
+            copies: keeps copies of layers in RAM.
         """
-        self._merged_layers, self._pinned = merged_layers, pinned
+        self._merged_layers, self._copies = merged_layers, copies
 
     def swappable_bytes(self, loaded: LoadedModel) -> int:
         """Returns the bytes that `shrink` can take of a loaded model at most."""
@@ -64,7 +64,7 @@ class Residency:
         moved = 0
         candidates = self._candidates(loaded)
         # Those with a copy in RAM leave for nothing.
-        kept = [one for one in candidates if self._pinned.kept_bytes([one[1]])]
+        kept = [one for one in candidates if self._copies.kept_bytes([one[1]])]
         for group in (kept, [one for one in candidates if one not in kept]):
             for size, layer in _fewest(group, wanted_bytes - moved):
                 self._move_away(loaded, layer)
@@ -76,30 +76,34 @@ class Residency:
         """Brings the swapped layers of a denoiser to pinned RAM, as far as there is room."""
         if not is_denoiser(model):
             return
-        pinned = self._pinned.pin(layer for _, layer in self._away(model))
+        pinned = self._copies.pin(layer for _, layer in self._away(model))
         if pinned:
-            total_mb = self._pinned.bytes / MB
+            total_mb = self._copies.bytes / MB
             level = logging.INFO if pinned >= WORTH_A_LINE_BYTES else logging.DEBUG
             say(log, level, "memory.pinned", model=type(model).__name__, size_mb=pinned / MB, total_mb=total_mb)
 
     def copied_bytes(self, model: torch.nn.Module) -> int:
         """Returns the bytes of a model on the card that have their copy in RAM."""
-        return self._pinned.kept_bytes(_layers(model))
+        return self._copies.kept_bytes(_layers(model))
 
-    def placing(self, models: Sequence[torch.nn.Module]) -> contextlib.AbstractContextManager[None]:
-        """Wraps Forge's own moves to the card: copies in RAM are kept."""
-        return self._pinned.moving(layer for model in models for layer in _layers(model))
+    @contextlib.contextmanager
+    def placing(self, models: Sequence[torch.nn.Module]) -> Iterator[None]:
+        """Wraps Forge's own moves to the card: copies in RAM are kept, of a text encoder all."""
+        with contextlib.ExitStack() as moves:
+            for model in models:
+                moves.enter_context(self._copies.moving(_layers(model), is_forges_text_encoder(model)))
+            yield
 
     def leave_kept(self, model: torch.nn.Module) -> None:
         """Takes the layers off the card that have a copy in RAM, before Forge moves all of the model."""
         merged = self._merged_layers(model)
         for layer in _layers(model):
             if layer not in merged:
-                self._pinned.leave(layer)
+                self._copies.leave(layer)
 
     def drop_unused(self) -> int:
         """Gives back copies of layers that are on the card; returns the bytes."""
-        return self._pinned.drop_unused()
+        return self._copies.drop_unused()
 
     def grow(self, loaded: LoadedModel, room_bytes: int) -> int:
         """Brings swapped layers back, as far as `room_bytes` and the device itself go; returns the bytes moved."""
@@ -108,7 +112,7 @@ class Residency:
             return 0
         moved = 0
         for size, layer in _most(self._away(model), room_bytes):
-            before = self._pinned.before_card(layer)
+            before = self._copies.before_card(layer)
             try:
                 layer.to(loaded.device)
             except BaseException as error:
@@ -117,7 +121,7 @@ class Residency:
                     raise
                 # Less is free than the driver said: the rest stays swapped.
                 break
-            self._pinned.on_card(layer, before)
+            self._copies.on_card(layer, before)
             _restore_cast(layer)
             moved += size
         if moved:
@@ -143,7 +147,7 @@ class Residency:
 
     def _move_away(self, loaded: LoadedModel, layer: torch.nn.Module) -> None:
         # Everything of a layer or nothing: `Module.to` goes parameter by parameter.
-        if not self._pinned.leave(layer):
+        if not self._copies.leave(layer):
             try:
                 layer.to(loaded.model.offload_device)
             except BaseException:

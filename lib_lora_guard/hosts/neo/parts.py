@@ -14,9 +14,9 @@ from ...runtime.image_words import ImageWords
 from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.machine import Machine
-from ...runtime.pinned_layers import PinnedLayers
 from ...runtime.precautions import Precautions
 from ...runtime.preflight import Preflight
+from ...runtime.ram_copies import RamCopies
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
 from ..webui.checkpoint_reading import CheckpointReading
@@ -51,8 +51,8 @@ class NeoParts:
         self.precautions = Precautions(self._planned)
         self.words = ImageWords(settings.language)
         self.stacks = NeoStacks(settings, self._planned, journal.work, self.words)
-        self.pinned = PinnedLayers(settings.pins_swapped)
-        self.control = LoraControl(api, self.stacks, settings, journal, Swapped(self.pinned))
+        self.copies = RamCopies(settings.pins_swapped)
+        self.control = LoraControl(api, self.stacks, settings, journal, Swapped(self.copies))
         self.patchers = NeoPatchers()
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words, self.patchers, UnreadFile)
         self.advice = Advice(api.memory, self.stacks.reports)
@@ -74,7 +74,7 @@ class NeoParts:
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""
-        return self.web.prompts.forget() + self.files.drop_unused() + self.pinned.drop_unused()
+        return self.web.prompts.forget() + self.files.drop_unused() + self.copies.drop_unused()
 
     def _planned(self, model: torch.nn.Module | None) -> frozenset[Precaution]:
         return self.journal.precautions(about_model(model))

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 
 from ...messages import say
-from ...runtime.pinned_layers import WORTH_A_LINE_BYTES, PinnedLayers
+from ...runtime.ram_copies import WORTH_A_LINE_BYTES, RamCopies
 from ...units import MB
-from ..webui.models import is_denoiser
+from ..webui.models import is_a, is_denoiser
 from .types import Patcher
 
 log = logging.getLogger(__name__)
@@ -24,36 +24,41 @@ CAST = "parameters_manual_cast"
 """Neo's mark of a layer whose weight can be copied to the card in each call."""
 
 
+TEXT_ENCODER = ("backend.patcher.clip", "JointTextEncoder")
+"""Neo loads the text encoders of a checkpoint as one model. It leaves the card as a whole for the denoiser."""
+
+
 class Swapped:
-    def __init__(self, pinned: PinnedLayers) -> None:
+    def __init__(self, copies: RamCopies) -> None:
         """
         Args:
-            pinned: keeps the copies.
+            copies: keeps them.
         """
-        self._pinned = pinned
+        self._copies = copies
 
     @contextlib.contextmanager
     def moving(self, patcher: Patcher) -> Iterator[None]:
         """Wraps Neo's moves of a model's layers. What lies in RAM afterwards is pinned, if the model is called many times."""
         layers = list(_layers(patcher.model))
-        with self._pinned.moving(layers):
+        is_text_encoder = is_a(patcher.model, *TEXT_ENCODER)
+        with self._copies.moving(layers, is_text_encoder):
             yield
         if patcher.load_device.type != "cuda" or not is_denoiser(patcher.model):
             return
-        size = self._pinned.pin(layers)
+        size = self._copies.pin(layers)
         if size:
-            name, total_mb = type(patcher.model).__name__, self._pinned.bytes / MB
+            name, total_mb = type(patcher.model).__name__, self._copies.bytes / MB
             level = logging.INFO if size >= WORTH_A_LINE_BYTES else logging.DEBUG
             say(log, level, "memory.pinned", model=name, size_mb=size / MB, total_mb=total_mb)
 
     def leave_kept(self, patcher: Patcher) -> None:
         """Takes the layers off the card that have a copy in RAM, before Neo moves all of the model."""
         for layer in _layers(patcher.model):
-            self._pinned.leave(layer)
+            self._copies.leave(layer)
 
     def forget(self, model: torch.nn.Module) -> None:
         """Called before other weights are read into a model."""
-        self._pinned.forget(_layers(model))
+        self._copies.forget(_layers(model))
 
 
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -1,5 +1,5 @@
 """Copies in RAM of layers that leave and return, on a card that is not there. `support.fake_card` has weights without values, so the
-copies are played; `tests/runtime/test_pinned_layers.py` has the real ones."""
+copies are played; `tests/runtime/test_ram_copies.py` has the real ones."""
 
 import pytest
 import torch
@@ -41,14 +41,14 @@ class Pinned:
             parameter.data = Weight(data.machine, data.shape, data.dtype, RAM)
         return True
 
-    def moving(self, layers):
+    def moving(self, layers, return_all=False):
         return torch.no_grad()
 
 
 @pytest.fixture
 def pinned(scene):
     played = Pinned()
-    scene.residency._pinned = played
+    scene.residency._copies = played
     return played
 
 

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from lib_lora_guard.runtime import pinned_layers
-from lib_lora_guard.runtime.pinned_layers import SMALLEST_BYTES, PinnedLayers
+from lib_lora_guard.runtime import ram_copies
+from lib_lora_guard.runtime.ram_copies import SMALLEST_BYTES, RamCopies
 from lib_lora_guard.units import GB
 
 
@@ -34,8 +34,8 @@ class Ram:
 @pytest.fixture
 def ram(monkeypatch):
     memory = Ram()
-    monkeypatch.setattr(pinned_layers, "has_ram_for_pinned", lambda: memory.total >= 32 * GB)
-    monkeypatch.setattr(pinned_layers.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(ram_copies, "has_ram_for_pinned", lambda: memory.total >= 32 * GB)
+    monkeypatch.setattr(ram_copies.psutil, "virtual_memory", lambda: memory)
     return memory
 
 
@@ -58,7 +58,7 @@ def to_card(pinned, layer):
 
 def test_a_large_weight_goes_to_pinned_ram_and_a_bias_stays(ram):
     layer, driver = linear(), Driver()
-    pinned = PinnedLayers(lambda: True, driver)
+    pinned = RamCopies(lambda: True, driver)
     bits, weight, bias = layer.weight.clone(), layer.weight, layer.bias.data_ptr()
     assert pinned.pin([layer]) == weight.nbytes == pinned.bytes
     assert layer.weight is weight
@@ -74,7 +74,7 @@ def test_weights_made_in_inference_mode_are_pinned_too(ram, inference):
         layer = linear()
     driver = Driver()
     bits = layer.weight.clone()
-    assert PinnedLayers(lambda: True, driver).pin([layer])
+    assert RamCopies(lambda: True, driver).pin([layer])
     assert layer.weight.is_inference() == inference
     assert is_locked(layer, driver)
     assert torch.equal(layer.weight, bits)
@@ -93,21 +93,21 @@ def test_weights_made_in_inference_mode_are_pinned_too(ram, inference):
 def test_no_more_is_pinned_than_ram_has_room_for(ram, total, available, is_on, pins):
     ram.total, ram.available = total, available
     layers, driver = [linear() for _ in range(3)], Driver()
-    assert PinnedLayers(lambda: is_on, driver).pin(layers) == pins * layers[0].weight.nbytes
+    assert RamCopies(lambda: is_on, driver).pin(layers) == pins * layers[0].weight.nbytes
     assert [is_locked(layer, driver) for layer in layers] == [place < pins for place in range(3)]
 
 
 def test_at_most_an_eighth_of_ram_is_pinned(ram, monkeypatch):
-    monkeypatch.setattr(pinned_layers, "SHARE_OF_RAM", 5_000_000 / ram.total)
+    monkeypatch.setattr(ram_copies, "SHARE_OF_RAM", 5_000_000 / ram.total)
     layers = [linear() for _ in range(3)]
-    pinned = PinnedLayers(lambda: True, Driver())
+    pinned = RamCopies(lambda: True, Driver())
     assert pinned.pin(layers) == 2 * layers[0].weight.nbytes
     assert pinned.pin(layers) == 0
 
 
 def test_a_driver_that_refuses_is_asked_no_more(ram, caplog):
     layers, driver = [linear() for _ in range(3)], Driver(most=1)
-    pinned = PinnedLayers(lambda: True, driver)
+    pinned = RamCopies(lambda: True, driver)
     bits = [layer.weight.clone() for layer in layers]
     assert pinned.pin(layers) == layers[0].weight.nbytes
     driver.most = 99
@@ -118,7 +118,7 @@ def test_a_driver_that_refuses_is_asked_no_more(ram, caplog):
 
 def test_a_layer_that_was_pinned_leaves_the_card_without_a_copy(ram):
     layer, driver = linear(), Driver()
-    pinned = PinnedLayers(lambda: True, driver)
+    pinned = RamCopies(lambda: True, driver)
     pinned.pin([layer])
     in_ram, bits = layer.weight.data_ptr(), layer.weight.clone()
     to_card(pinned, layer)
@@ -134,7 +134,7 @@ def test_a_layer_that_was_pinned_leaves_the_card_without_a_copy(ram):
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_weight_that_was_changed_on_the_card_is_copied(ram, name):
     layer = linear()
-    pinned = PinnedLayers(lambda: True, Driver())
+    pinned = RamCopies(lambda: True, Driver())
     pinned.pin([layer])
     to_card(pinned, layer)
     getattr(layer, name).view(-1)[17] += 1
@@ -147,7 +147,7 @@ def test_a_weight_that_was_changed_on_the_card_is_copied(ram, name):
 def test_a_parameter_that_moving_has_replaced_is_put_back_as_it_was(ram):
     """bitsandbytes makes another object for the card, whose scales lie there."""
     layer = linear()
-    pinned = PinnedLayers(lambda: True, Driver())
+    pinned = RamCopies(lambda: True, Driver())
     pinned.pin([layer])
     parameter, before = layer.weight, pinned.before_card(layer)
     layer.weight = torch.nn.Parameter(layer.weight.data.clone(), requires_grad=False)
@@ -161,7 +161,7 @@ def test_another_kind_of_parameter_is_not_taken_for_the_copy(ram):
         pass
 
     layer = linear()
-    pinned = PinnedLayers(lambda: True, Driver())
+    pinned = RamCopies(lambda: True, Driver())
     pinned.pin([layer])
     before = pinned.before_card(layer)
     layer.weight = Other(layer.weight.data.clone(), requires_grad=False)
@@ -171,7 +171,7 @@ def test_another_kind_of_parameter_is_not_taken_for_the_copy(ram):
 
 def test_pinned_ram_is_given_back_with_its_layer_and_with_what_the_host_moved_itself(ram):
     gone, moved, driver = linear(), linear(), Driver()
-    pinned = PinnedLayers(lambda: True, driver)
+    pinned = RamCopies(lambda: True, driver)
     pinned.pin([gone, moved])
     del gone
     gc.collect()
@@ -183,16 +183,60 @@ def test_pinned_ram_is_given_back_with_its_layer_and_with_what_the_host_moved_it
 
 def test_copies_of_layers_on_the_card_are_given_back_where_ram_is_short(ram):
     there, swapped, driver = linear(), linear(), Driver()
-    pinned = PinnedLayers(lambda: True, driver)
+    pinned = RamCopies(lambda: True, driver)
     pinned.pin([there, swapped])
     to_card(pinned, there)
-    assert pinned.drop_unused() == there.weight.nbytes
+    assert pinned.drop_unused() == there.weight.nbytes + there.bias.nbytes
     assert is_locked(swapped, driver)
     assert not pinned.leave(there)
     assert pinned.drop_unused() == 0
 
 
+def all_to_card(layers):
+    for parameter in layers.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def test_what_a_host_moves_itself_keeps_its_copies_and_leaves_by_them(ram, monkeypatch):
+    """A text encoder, which goes and comes whole: its copies lie in ordinary RAM."""
+    layers = [linear(), linear()]
+    copies = RamCopies(lambda: True, Driver())
+    in_ram = [layer.weight.data_ptr() for layer in layers]
+    monkeypatch.setattr(RamCopies, "_is_on_card", staticmethod(lambda layer: layer is not layers[1]))
+    with copies.moving(layers, return_all=True):
+        for layer in layers:
+            all_to_card(layer)
+    # The second one was left in RAM.
+    assert [bool(copies.kept_bytes([layer])) for layer in layers] == [True, False]
+    with copies.moving(layers):
+        assert layers[0].to("cpu") is layers[0]
+        layers[1].to("cpu")
+    assert layers[0].weight.data_ptr() == in_ram[0]
+    assert layers[1].weight.data_ptr() != in_ram[1]
+    assert all("to" not in layer.__dict__ for layer in layers)
+
+
+def test_nothing_beside_the_card_is_kept_where_ram_is_short(ram):
+    layer = linear()
+    copies = RamCopies(lambda: True, Driver())
+    ram.available = 3 * GB
+    with copies.moving([layer], return_all=True):
+        all_to_card(layer)
+    assert copies.kept_bytes([layer]) == 0
+
+
+def test_a_move_that_fails_leaves_no_trace_on_the_layers(ram):
+    layer = linear()
+    copies = RamCopies(lambda: True, Driver())
+    copies.pin([layer])
+    to_card(copies, layer)
+    with pytest.raises(MemoryError), copies.moving([layer]):
+        raise MemoryError
+    assert "to" not in layer.__dict__
+    assert copies.leave(layer)
+
+
 def test_what_is_not_contiguous_or_another_librarys_own_stays(ram):
     layer = linear()
     layer.weight.data = layer.weight.data.t()
-    assert PinnedLayers(lambda: True, Driver()).pin([layer]) == 0
+    assert RamCopies(lambda: True, Driver()).pin([layer]) == 0

@@ -1,8 +1,9 @@
-"""Keeps the weights of layers that run swapped, or that leave the card and return, in pinned RAM.
+"""Keeps copies in RAM of layers that run swapped, or that leave the card and return.
 
 From ordinary RAM a weight goes to the card through a small pinned buffer of the driver (measured: 6 to 9 GB/s, docs/gpu.md);
-from pinned RAM the card reads it itself, several times as fast. And a layer whose copy is still there leaves for nothing.
-Such RAM cannot be paged out, so there is none on machines with less than 32 GB, and at most an eighth of it elsewhere.
+from pinned RAM the card reads it itself, several times as fast. And a layer whose copy is still there leaves for nothing, where
+RAM would have to be allocated for it (1.3 to 1.6 GB/s). Pinned RAM cannot be paged out, and a copy beside the card is RAM that
+others lack: there are none on machines with less than 32 GB, and at most an eighth of RAM is pinned.
 Every layer is copied and registered by itself: torch's own pinned memory comes in powers of two, and is not given back.
 """
 
@@ -97,7 +98,7 @@ class _Pinned:
         self.retain(())
 
 
-class PinnedLayers:
+class RamCopies:
     """Belongs to one takeover. Not for several threads at once: hosts place models in one."""
 
     def __init__(self, is_on: Callable[[], bool], driver: Driver | None = None) -> None:
@@ -143,9 +144,16 @@ class PinnedLayers:
                 room, done = room - size, done + size
         return done
 
-    def before_card(self, layer: torch.nn.Module) -> dict[str, Kept]:
-        """Returns what `on_card` needs of a layer that is about to go to the card; empty if none of it is pinned."""
-        if not self.works or layer not in self._pinned or next(layer.buffers(recurse=False), None) is not None:
+    def before_card(self, layer: torch.nn.Module, returns: bool = False) -> dict[str, Kept]:
+        """Returns what `on_card` needs of a layer that is about to go to the card; empty if no copy of it is to be kept.
+
+        Args:
+            layer: In RAM.
+            returns: Keep its copy in ordinary RAM too: it leaves the card as a whole for others, again and again.
+        """
+        if not self.works or not (returns or layer in self._pinned):
+            return {}
+        if next(layer.buffers(recurse=False), None) is not None:
             return {}
         found = dict(layer.named_parameters(recurse=False))
         if any(p.device.type != "cpu" for p in found.values()):
@@ -182,28 +190,36 @@ class PinnedLayers:
         return True
 
     @contextlib.contextmanager
-    def moving(self, layers: Iterable[torch.nn.Module]) -> Iterator[None]:
-        """Wraps moves of single layers by the host's own `layer.to(device)`: copies in RAM are kept and used."""
-        changed = []
+    def moving(self, layers: Iterable[torch.nn.Module], return_all: bool = False) -> Iterator[None]:
+        """Wraps the host's own moves of a model: copies in RAM are kept and used.
+
+        Args:
+            layers: Of the model.
+            return_all: Keep ordinary copies too; see `before_card`.
+        """
+        changed, before = [], {}
+        returns = return_all and self.works and psutil.virtual_memory().available > LEAST_LEFT_BYTES
         try:
             for layer in layers:
-                if layer in self._pinned and "to" not in layer.__dict__:
+                if layer in self._kept and "to" not in layer.__dict__:
                     changed.append(layer)
                     layer.__dict__["to"] = functools.partial(self._to, layer)
+                elif found := self.before_card(layer, returns):
+                    before[layer] = found
             yield
         finally:
             for layer in changed:
                 layer.__dict__.pop("to", None)
+        for layer, found in before.items():
+            if self._is_on_card(layer):
+                self.on_card(layer, found)
 
     def _to(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """Stands in place of a layer's `to` for a while."""
+        """Stands in place of the `to` of a layer that has a copy, for a while."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if device is None or device.type == "cpu":
-            return layer if device is not None and self.leave(layer) else torch.nn.Module.to(layer, *args, **kwargs)
-        before = self.before_card(layer)
-        torch.nn.Module.to(layer, *args, **kwargs)
-        self.on_card(layer, before)
-        return layer
+        if device is not None and device.type == "cpu" and self.leave(layer):
+            return layer
+        return torch.nn.Module.to(layer, *args, **kwargs)
 
     def forget(self, layers: Iterable[torch.nn.Module]) -> None:
         """Drops the copies of layers whose weights are about to become others."""
@@ -211,14 +227,15 @@ class PinnedLayers:
             self._kept.pop(layer, None)
 
     def drop_unused(self) -> int:
-        """Gives back the pinned RAM of layers that are on the card; returns the bytes."""
-        before = self.bytes
-        for layer in list(self._kept):
+        """Gives back the copies of layers that are on the card; returns the bytes."""
+        dropped = 0
+        for layer, kept in list(self._kept.items()):
+            dropped += sum(one.data.nbytes for one in kept.values())
             self._kept.pop(layer, None)
             pinned = self._pinned.pop(layer, None)
             if pinned is not None:
                 pinned.release()
-        return before - self.bytes
+        return dropped
 
     def _prune(self) -> None:
         """Gives back what no layer refers to any more, after the host has moved it by its own way."""
@@ -226,6 +243,10 @@ class PinnedLayers:
             datas = [p.data for p in layer.parameters(recurse=False)]
             datas += [one.data for one in self._kept.get(layer, {}).values()]
             pinned.retain({data.untyped_storage().data_ptr() for data in datas if data.device.type == "cpu"})
+
+    @staticmethod
+    def _is_on_card(layer: torch.nn.Module) -> bool:
+        return all(parameter.device.type != "cpu" for parameter in layer.parameters(recurse=False))
 
     def _room_bytes(self) -> int:
         memory = psutil.virtual_memory()
