@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 log = logging.getLogger(__name__)
@@ -18,22 +18,40 @@ _ENGINE_ATTRIBUTE = "text_processing_engine"
 _READERS_OF_TEXT = ("__call__", "process_texts", "tokenize_line", "tokenize")
 """The methods of an engine that see a text before it is tokens."""
 
-Tokens: TypeAlias = list[Any]
-"""Everything that an engine hands to its text encoder, in containers that can be compared."""
+
+class Chunk(Protocol):
+    """What an engine encodes at once: tokens, their weights, the places of embeddings."""
+
+    tokens: list[int]
+    multipliers: list[float]
+
+
+class Emphasis(Protocol):
+    """How weights of words act; it also decides how they are read."""
+
+    name: str
 
 
 class Engine(Protocol):
     """A text encoder with its tokenizer: `backend/text_processing/*_engine.py` of Forge."""
 
-    emphasis: Any
+    emphasis: Emphasis
 
-    def tokenize_line(self, line: str) -> Any: ...
+    def tokenize_line(self, line: str) -> Sequence[Chunk] | tuple[Sequence[Chunk], int]: ...
+
+
+Tokens: TypeAlias = tuple[bool, list[list[dict[str, list[float]]]]]
+"""Everything of a text that decides its conditioning: by engine, by chunk, by field of the chunk."""
+Code: TypeAlias = Callable[..., Any]
+"""A function of the host, or one that another extension has put in its place."""
+Schedules: TypeAlias = tuple[Sequence[Sequence[tuple[int, float]]] | None, list[list[tuple[int, Tokens]]]]
+"""Which prompts are composed with which weights, and the tokens of each prompt with their last steps."""
 
 
 class Encoding(NamedTuple):
     """How prompts are encoded."""
 
-    function: Callable[..., Any]
+    function: Code
     """The function of the WebUI's `modules.prompt_parser` that encodes them."""
     steps: int
     hires_steps: int | None
@@ -58,47 +76,50 @@ class PromptTokens:
         False also where the engines cannot be asked: another engine, or another extension reads texts.
         """
         try:
-            engines = self._engines(how.function)
-            return bool(engines) and self._schedules(engines, some, how) == self._schedules(engines, others, how)
+            engines = self._engines()
+            if not engines or not all(_is_of(code, place) for code, place in self._readers(engines, how.function)):
+                return False
+            return self._schedules(engines, some, how) == self._schedules(engines, others, how)
         except Exception:
             log.debug("the tokenizers could not be asked", exc_info=True)
             return False
 
-    def _engines(self, function: Callable[..., Any]) -> list[Engine]:
-        model, parser = self._shared.sd_model, self._parser
-        engines = [value for name, value in vars(model).items() if name.startswith(_ENGINE_ATTRIBUTE)]
-        readers = [(function, parser.__name__), (model.get_learned_conditioning, "backend.diffusion_engine.")]
-        for engine in engines:
-            if type(engine).__name__ not in _ENGINES or engine.emphasis.name != self._shared.opts.emphasis:
-                return []
-            found = [getattr(engine, name) for name in _READERS_OF_TEXT if hasattr(engine, name)]
-            readers += [(reader, "backend.text_processing.") for reader in found]
-        return engines if all(_is_of(reader, place) for reader, place in readers) else []
+    def _engines(self) -> list[Engine]:
+        """Lists the engines of the model; none if there is one that cannot be asked, or that would read weights otherwise."""
+        found = [value for name, value in vars(self._shared.sd_model).items() if name.startswith(_ENGINE_ATTRIBUTE)]
+        emphasis = self._shared.opts.emphasis
+        can_be_asked = all(type(one).__name__ in _ENGINES and one.emphasis.name == emphasis for one in found)
+        return found if can_be_asked else []
 
-    def _schedules(self, engines: Sequence[Engine], texts: Sequence[str], how: Encoding) -> list[Any]:
-        """Lists which prompts are composed with which weights, and the tokens of each prompt with their last step."""
+    def _readers(self, engines: Sequence[Engine], function: Code) -> Iterator[tuple[Code, str]]:
+        """Gives each function that a text goes through, and the beginning of the name of the module it should be of."""
+        yield function, self._parser.__name__
+        yield self._shared.sd_model.get_learned_conditioning, "backend.diffusion_engine."
+        for engine in engines:
+            for name in _READERS_OF_TEXT:
+                if hasattr(engine, name):
+                    yield getattr(engine, name), "backend.text_processing."
+
+    def _schedules(self, engines: Sequence[Engine], texts: Sequence[str], how: Encoding) -> Schedules:
         composed = None
-        if how.function.__name__ == "get_multicond_learned_conditioning":
+        if how.function == self._parser.get_multicond_learned_conditioning:
             composed, texts, _ = self._parser.get_multicond_prompt_list(texts)
         read = self._parser.get_learned_conditioning_prompt_schedules
         schedules = read(texts, how.steps, how.hires_steps, *how.old_scheduling)
-        return [composed, [[(end, _tokens(engines, text)) for end, text in schedule] for schedule in schedules]]
+        return composed, [[(end, _tokens(engines, text)) for end, text in schedule] for schedule in schedules]
 
 
 def _tokens(engines: Sequence[Engine], text: str) -> Tokens:
-    tokens: Tokens = []
-    for engine in engines:
-        line = engine.tokenize_line(text)
-        # Some return the number of tokens beside the chunks.
-        chunks = line[0] if isinstance(line, tuple) else line
-        tokens.append([vars(chunk) for chunk in chunks])
+    lines = [engine.tokenize_line(text) for engine in engines]
+    # Some return the number of tokens beside the chunks.
+    chunks = [line[0] if isinstance(line, tuple) else line for line in lines]
     # SDXL and SD3 put zeros in place of an empty negative prompt, and of no other without tokens.
-    return [text == "", tokens]
+    return text == "", [[vars(chunk) for chunk in of_engine] for of_engine in chunks]
 
 
-def _is_of(function: Callable[..., Any], place: str) -> bool:
-    """True if the code of a function is from a module whose name begins with `place`: no other program stands around it."""
-    code: Any = getattr(function, "__func__", function)
-    while (module := code.__globals__["__name__"]).startswith("torch."):
-        code = code.__wrapped__  # torch.inference_mode and such
-    return bool(module.startswith(place))
+def _is_of(code: Code, place: str) -> bool:
+    """True if the code of a function is of a module whose name begins with `place`: no other program stands around it."""
+    function = code.__func__ if isinstance(code, MethodType) else code
+    while function.__globals__["__name__"].startswith("torch."):
+        function = vars(function)["__wrapped__"]  # torch.inference_mode and such
+    return bool(function.__globals__["__name__"].startswith(place))
