@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -23,6 +23,23 @@ Key: TypeAlias = tuple[Any, ...]
 Infotext: TypeAlias = Mapping[str, str] | None
 Conds: TypeAlias = Any
 """Tensors in the host's own containers."""
+
+
+def without_blanks(texts: Sequence[str]) -> list[str]:
+    """Returns the texts without spaces and line ends. Texts for which this is the same differ in blanks alone.
+
+    A prompt whose `<lora:...>` was taken out has a blank more than the prompt that never had one.
+    """
+    return ["".join(text.split()) for text in texts]
+
+
+class Spelling(NamedTuple):
+    """How the prompts of a conditioning were written."""
+
+    blankless: Key
+    """The conditioning's key, made of the prompts `without_blanks`."""
+    texts: Sequence[str]
+    """The prompts."""
 
 
 class Model(Protocol):
@@ -63,10 +80,32 @@ class PromptMemory:
                 return kept.restored(), copy.copy(kept.infotext)
         return None
 
-    def keep(self, key: Key, conds: Conds, infotext: Infotext) -> None:
-        """Keeps a conditioning, and forgets what no longer fits. One that is not built of known parts is not kept."""
+    def find_respelled(
+        self, spelling: Spelling, is_same: Callable[[Sequence[str]], bool]
+    ) -> tuple[Conds, Infotext] | None:
+        """Returns the conditioning of the same prompts with other blanks, as `find` does.
+
+        Args:
+            spelling: of the prompts that are asked for.
+            is_same: returns True of earlier prompts that give the encoder the same tokens. Asked of those alone that differ
+                in blanks and in nothing else.
+        """
+        for key, kept in reversed(self._known):
+            if kept.spelling and kept.spelling.blankless == spelling.blankless and is_same(kept.spelling.texts):
+                return self.find(key)
+        return None
+
+    def keep(self, key: Key, conds: Conds, infotext: Infotext, spelling: Spelling | None = None) -> None:
+        """Keeps a conditioning, and forgets what no longer fits. One that is not built of known parts is not kept.
+
+        Args:
+            key: everything that decides the conditioning.
+            conds: the conditioning.
+            infotext: its entries.
+            spelling: of its prompts; None: it is found by `key` alone.
+        """
         try:
-            kept = _Kept(conds, infotext)
+            kept = _Kept(conds, infotext, spelling)
         except _UnknownPartError as error:
             log.debug("conditioning is not remembered: %s", error)
             return
@@ -95,8 +134,8 @@ class _UnknownPartError(TypeError):
 
 
 class _Kept:
-    def __init__(self, conds: Conds, infotext: Infotext) -> None:
-        self.bytes = 0
+    def __init__(self, conds: Conds, infotext: Infotext, spelling: Spelling | None) -> None:
+        self.bytes, self.spelling = 0, spelling
         self._devices: dict[int, torch.device] = {}
         self._conds = _mapped(conds, self._to_ram, {})
         self.infotext = copy.copy(infotext)

@@ -2,13 +2,17 @@
 
 Forge keeps the conditioning of the last prompt, and its key holds every LoRA of the prompt: another strength of a LoRA
 without text-encoder keys brings the text encoder onto the GPU, encodes the same prompt to the same numbers, and sends it
-away again. Here the key holds what lies on the text encoder instead, and more than one prompt is remembered.
+away again. Here the key holds what lies on the text encoder instead, and more than one prompt is remembered. A prompt
+that differs from one of them in blanks alone, as where a `<lora:...>` was taken out, is that one if the tokenizers say so.
+`LORA_GUARD_BLANKS=0` in the environment takes that away, for bug reports.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import os
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -20,8 +24,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...adapters.base import Adapter
 from ...runtime.hooks import Row
 from ...runtime.host import LoraPatchers
-from ...runtime.prompt_cache import PromptCache
+from ...runtime.prompt_cache import PromptCache, Spelling, without_blanks
 from .patchers import TuplePatchers
+from .prompt_tokens import Encoding, PromptTokens
 from .types import CondCache, Patched, PromptProcessing, Tags, TextEncoder
 
 log = logging.getLogger(__name__)
@@ -49,6 +54,7 @@ class Conditioning:
         encoding: Callable[[], AbstractContextManager[None]] = nullcontext,
         cache: PromptCache | None = None,
         patchers: LoraPatchers | None = None,
+        tokens: PromptTokens | None = None,
     ) -> None:
         """
         Args:
@@ -58,7 +64,9 @@ class Conditioning:
             encoding: is entered while a prompt is encoded.
             cache: of encoded prompts.
             patchers: tells what lies on the text encoder; None for those of Forge.
+            tokens: compares two ways to write a prompt; None: another text is another prompt.
         """
+        self._tokens = None if os.environ.get("LORA_GUARD_BLANKS") == "0" else tokens
         self._patchers = patchers or TuplePatchers()
         self._shared, self._meaning, self._has_applied = shared, meaning, has_applied
         self._encoding, self._cache = encoding, cache or PromptCache()
@@ -109,26 +117,36 @@ class Conditioning:
         everything = (function, required_prompts, steps, caches, extra_network_data, hires_steps)
         if self._is_extension_at_work():
             return original(processing, *everything, *args, **kwargs)
-        model = self._shared.sd_model
-        memory = self._cache.of(model)
+        # Forge Neo has no old scheduling any more.
+        knows_old = "use_old_scheduling" in inspect.signature(processing.cached_params).parameters
+        how = Encoding(function, steps, hires_steps, (self._shared.opts.use_old_scheduling,) if knows_old else ())
+
+        def params_of(prompts: Sequence[str]) -> Key:
+            return processing.cached_params(prompts, steps, extra_network_data, hires_steps, *how.old_scheduling)
+
+        def key_of(params: Key) -> Key:
+            return _name_of(function), getattr(required_prompts, "is_negative_prompt", None), params
+
+        memory = self._cache.of(self._shared.sd_model)
+        params = None
         if all(cache[0] is None for cache in caches):
             # Emptied: the prompt is to be encoded anew, or the host's option says that nothing is kept.
             memory.clear()
-            key = None
         else:
-            # Forge Neo has no old scheduling any more.
-            knows_old = "use_old_scheduling" in inspect.signature(processing.cached_params).parameters
-            more = (self._shared.opts.use_old_scheduling,) if knows_old else ()
-            params = processing.cached_params(required_prompts, steps, extra_network_data, hires_steps, *more)
+            params = params_of(required_prompts)
             if any(cache[0] is not None and cache[0] == params for cache in caches):
                 return original(processing, *everything, *args, **kwargs)
-            key = (_name_of(function), getattr(required_prompts, "is_negative_prompt", None), params)
-            known = memory.find(key)
-            if known is not None:
-                caches[0][:2] = [params, known[0]]
-                if len(caches[0]) > 2:
-                    caches[0][2] = known[1] or {}
-                return original(processing, *everything, *args, **kwargs)
+        known, spelling = None if params is None else memory.find(key_of(params)), None
+        if known is None and (tokens := self._tokens) is not None:
+            blankless = _blankless(required_prompts)
+            if blankless is not None:
+                spelling = Spelling(key_of(params_of(blankless)), list(required_prompts))
+                known = memory.find_respelled(spelling, lambda texts: tokens.are_same(texts, required_prompts, how))
+        if known is not None:
+            caches[0][:2] = [params, known[0]]
+            if len(caches[0]) > 2:
+                caches[0][2] = known[1] or {}
+            return original(processing, *everything, *args, **kwargs)
         with self._encoding():
             conds = original(processing, *everything, *args, **kwargs)
         made = caches[0]
@@ -136,8 +154,7 @@ class Conditioning:
             # The next image tries again, and must not find this one's.
             made[0] = None
         elif made[0] is not None and getattr(self._shared.opts, "persistent_cond_cache", True):
-            key = (_name_of(function), getattr(required_prompts, "is_negative_prompt", None), made[0])
-            memory.keep(key, conds, made[2] if len(made) > 2 else None)
+            memory.keep(key_of(made[0]), conds, made[2] if len(made) > 2 else None, spelling)
         return conds
 
     def _text_encoder(self) -> TextEncoder | None:
@@ -199,6 +216,18 @@ class Conditioning:
                 if foreign or named:
                     others.append((network, use.items))
         return others
+
+
+def _blankless(prompts: Sequence[str]) -> Sequence[str] | None:
+    """Returns the prompts without blanks, with the sizes and so on that the WebUI's own list of prompts carries.
+
+    None if another extension hands over something else than such a list.
+    """
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        return None
+    other = copy.copy(prompts)
+    other[:] = without_blanks(prompts)
+    return other
 
 
 def _name_of(function: Callable[..., Conds]) -> str:

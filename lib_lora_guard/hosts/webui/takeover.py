@@ -23,6 +23,7 @@ from ...runtime.rule_log import RuleLog
 from . import conditioning, images, networks, schedules, unload
 from .lora_files import LoraFiles
 from .probe import check_networks, check_processing
+from .prompt_tokens import PromptTokens
 
 log = logging.getLogger(__name__)
 
@@ -112,12 +113,14 @@ class WebTakeover:
         if "modules.processing" not in modules:
             return
         check_processing(modules["modules.processing"])
+        shared, parser = modules["modules.shared"], modules.get("modules.prompt_parser")
         conditions = conditioning.Conditioning(
-            modules["modules.shared"],
+            shared,
             lambda: (self._settings.mode(), self._settings.as_trained),
             self._stacks.is_current,
             lambda: self._journal.phase(Phase.ENCODE_PROMPT),
             self.prompts,
             self._files.patchers,
+            None if parser is None else PromptTokens(parser, shared),
         )
         lay(conditioning.ROWS, conditions, modules, hooks)

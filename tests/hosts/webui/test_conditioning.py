@@ -64,7 +64,7 @@ class Processing:
 class World:
     """A model, its text encoder's patches, and the two hooks."""
 
-    def __init__(self):
+    def __init__(self, tokens=None):
         clip = types.SimpleNamespace(patcher=types.SimpleNamespace(lora_patches={}))
         self.model = type("Model", (), {})()
         self.model.forge_objects = types.SimpleNamespace(clip=clip)
@@ -72,7 +72,7 @@ class World:
         self.shared = types.SimpleNamespace(sd_model=self.model, opts=opts, infotext={})
         self.mode, self.encoded = "Automatic", []
         self.hooks = HookSet()
-        self.conditioning = Conditioning(self.shared, lambda: self.mode)
+        self.conditioning = Conditioning(self.shared, lambda: self.mode, tokens=tokens)
         self.hooks.add(Processing, "cached_params", self.conditioning.cached_params)
         self.hooks.add(Processing, "get_conds_with_caching", self.conditioning.get_conds_with_caching)
         Processing.cached_c[:] = [None, None, None]
@@ -320,5 +320,101 @@ def test_a_prompt_whose_loras_could_not_be_applied_is_not_remembered():
         world.image("a cat")
         world.image("a cat")
         assert world.encoded == ["first", "a cat", "a cat"]
+    finally:
+        world.hooks.restore()
+
+
+class Words:
+    """Tokenizers that take no notice of blanks between words."""
+
+    def __init__(self):
+        self.asked = []
+
+    def are_same(self, some, others, how):
+        self.asked.append((some, list(others), how.steps, how.hires_steps, how.old_scheduling))
+        return [text.split() for text in some] == [text.split() for text in others]
+
+
+@pytest.fixture
+def words():
+    world = World(Words())
+    yield world
+    world.hooks.restore()
+
+
+def test_a_prompt_that_differs_in_blanks_alone_is_not_encoded_where_its_tokens_are_the_same(words):
+    first = words.image("a cat").clone()
+    assert torch.equal(words.image("a cat ", lora("style", "1")), first)
+    assert words.shared.infotext["TI"] == "embedding in a cat"
+    words.image("a dog").zero_()
+    assert torch.equal(words.image("a  cat  "), first)
+    assert not torch.equal(words.image("ac at"), first)
+    assert words.encoded == ["a cat", "a dog", "ac at"]
+    asked = [(some, others) for some, others, *_ in words.conditioning._tokens.asked]
+    assert asked == [(["a cat"], ["a cat "]), (["a cat"], ["a  cat  "]), (["a cat"], ["ac at"])], "and of no dog"
+    assert words.conditioning._tokens.asked[0][2:] == (20, None, (False,))
+    assert len(words.memory) == 3, "one for each that was encoded"
+
+
+def test_the_newest_of_several_is_looked_at_first_and_others_too(words):
+    ours = {text: words.image(text).clone() for text in ("a cat", "ac at", "aca t")}
+    for text, conds in ours.items():
+        words.image("a dog")
+        assert torch.equal(words.image(f" {text}"), conds)
+    assert words.encoded == ["a cat", "ac at", "aca t", "a dog"]
+
+
+def test_blanks_hide_nothing_else_of_the_key(words):
+    """Another text encoder's LoRA, other sizes, steps, a negative prompt, other arguments, another model."""
+    processing, cache = Processing(words.shared), [["other", None, None]]
+
+    def image(prompts, data=None, hires_steps=None):
+        cache[0][0] = "other"
+        processing.get_conds_with_caching(words.encode, prompts, 20, cache, data or {}, hires_steps)
+
+    negative = Prompts(["a cat "])
+    negative.is_negative_prompt = True
+    image(Sized("a cat", 1024))
+    for prompts, data, hires_steps in (
+        (Sized("a cat ", 1536), None, None),
+        (Sized(" a cat", 1024), lora("style", "1", "lbw=MIDD"), None),
+        (Sized("a cat  ", 1024), None, 40),
+        (negative, None, None),
+    ):
+        image(prompts, data, hires_steps)
+    words.patch(on_text_encoder(host_value("lora", (16, 16), 1)))
+    image(Sized(" a  cat", 1024))
+    words.patch({})
+    words.mode = "Merge"
+    image(Sized(" a cat ", 1024))
+    words.mode = "Automatic"
+    words.shared.sd_model = type("Model", (), {"forge_objects": words.model.forge_objects})()
+    image(Sized("  a cat", 1024))
+    assert len(words.encoded) == 8
+    assert words.conditioning._tokens.asked == []
+
+
+def test_an_emptied_cache_forgets_other_ways_to_write_a_prompt_too(words):
+    words.image("a cat")
+    Processing.cached_c[:] = [None, None, None]
+    words.image("a cat ")
+    words.image("a cat")
+    assert words.encoded == ["a cat", "a cat "]
+
+
+def test_prompts_that_are_no_list_of_texts_are_encoded_as_by_the_host(words):
+    for prompts in (("a cat",), ["a cat", 1]):
+        for caches in ([["x", None, None]], [["y", None, None]]):
+            Processing(words.shared).get_conds_with_caching(words.encode, prompts, 20, caches, {})
+    assert words.encoded == ["a cat", "a cat"]
+
+
+def test_the_switch_for_bug_reports(monkeypatch):
+    monkeypatch.setenv("LORA_GUARD_BLANKS", "0")
+    world = World(Words())
+    try:
+        for prompt in ("a cat", "a cat ", "a cat"):
+            world.image(prompt)
+        assert world.encoded == ["a cat", "a cat "]
     finally:
         world.hooks.restore()
