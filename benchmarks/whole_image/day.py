@@ -54,6 +54,12 @@ DAYS = {
         Case("two LoRAs", BOTH, changes=True),
         Case("removed", same_as="no LoRA", changes=True),
     ),
+    "bare": (
+        Case("cold, no LoRA"),
+        Case("no LoRA", same_as="cold, no LoRA"),
+        Case("new prompt", prompt=OTHER_PROMPT),
+        Case("previous prompt", same_as="no LoRA"),
+    ),
     "long": (
         Case("no LoRA, 2 steps", steps=2),
         Case("no LoRA"),
@@ -75,7 +81,8 @@ DAYS = {
         Case("removed", same_as="no LoRA", changes=True),
     ),
 }
-"""`ten`: an ordinary day. `six`: a shorter one, for a host that is warm. `long`: two images whose preparation was made by short ones. `three` and `big`: one stack."""
+"""`ten`: an ordinary day. `six`: a shorter one, for a host that is warm. `long`: two images whose preparation was made by short ones. `three` and `big`: one stack.
+`bare`: what a host does without LoRAs, which the others are measured by."""
 
 
 class Part(NamedTuple):

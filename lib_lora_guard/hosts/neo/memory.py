@@ -21,6 +21,7 @@ from ...weights.storage import storage_of
 from ..webui.models import compute_dtype, storage_name
 from .patchers import label_of, loras_of
 from .stacks import NeoStacks
+from .swapped import Swapped
 from .types import MemoryManagement, Patcher, Vae
 
 
@@ -44,15 +45,19 @@ class NeoSizes:
 class NeoMemory:
     """Adds what factors will take to what Neo keeps free, and writes down what is moved."""
 
-    def __init__(self, memory: MemoryManagement, stacks: NeoStacks, journal: Journal, rule_log: RuleLog) -> None:
+    def __init__(
+        self, memory: MemoryManagement, stacks: NeoStacks, journal: Journal, rule_log: RuleLog, swapped: Swapped
+    ) -> None:
         """
         Args:
             memory: Neo's.
             stacks: of all models.
             journal: of the process.
             rule_log: gets what the rules change.
+            swapped: is told what comes.
         """
         self._memory, self._stacks, self._journal, self._rule_log = memory, stacks, journal, rule_log
+        self._swapped = swapped
         self._sizes = NeoSizes()
 
     def load_models_gpu(
@@ -73,7 +78,8 @@ class NeoMemory:
         loras = tuple(label_of(lora) for patcher in models for lora in loras_of(patcher))
         first = models[0].model if len(models) == 1 else None
         about = ModelFacts("" if first is None else type(first).__name__, storage_name(first), loras)
-        with self._journal.phase(Phase.MOVE_TO_GPU, about, self._moving(models, int(memory_required) + factors)):
+        moving = self._moving(models, int(memory_required) + factors)
+        with self._journal.phase(Phase.MOVE_TO_GPU, about, moving), self._swapped.coming(models):
             return original(models, memory_required + factors, force_patch_weights, least, *args, **kwargs)
 
     def _checked(self, models: Sequence[Patcher], asked: float) -> float:

@@ -52,7 +52,8 @@ class NeoParts:
         self.words = ImageWords(settings.language)
         self.stacks = NeoStacks(settings, self._planned, journal.work, self.words)
         self.copies = RamCopies(settings.pins_swapped)
-        self.control = LoraControl(api, self.stacks, settings, journal, Swapped(self.copies))
+        self.swapped = Swapped(self.copies)
+        self.control = LoraControl(api, self.stacks, settings, journal, self.swapped)
         self.patchers = NeoPatchers()
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words, self.patchers, UnreadFile)
         self.advice = Advice(api.memory, self.stacks.reports)
@@ -68,7 +69,7 @@ class NeoParts:
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
-        self.memory = NeoMemory(api.memory, self.stacks, journal, self.rule_log)
+        self.memory = NeoMemory(api.memory, self.stacks, journal, self.rule_log, self.swapped)
         self.free = FreeMemory(api.memory, self.rule_log)
         self.steps = StepTimer(NeoSizes(), journal, self.stacks.names_on)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -35,15 +35,26 @@ class Swapped:
             copies: keeps them.
         """
         self._copies = copies
+        self._comes_text_encoder = False
+
+    @contextlib.contextmanager
+    def coming(self, patchers: Sequence[Patcher]) -> Iterator[None]:
+        """Wraps a load. What leaves for a text encoder keeps no copy when it is back: the text encoder lies in RAM by then,
+        and more would be in RAM at once than without the guard."""
+        before = self._comes_text_encoder
+        self._comes_text_encoder = any(is_a(one.model, *TEXT_ENCODER) for one in patchers)
+        try:
+            yield
+        finally:
+            self._comes_text_encoder = before
 
     @contextlib.contextmanager
     def moving(self, patcher: Patcher) -> Iterator[None]:
         """Wraps Neo's moves of a model's layers. What lies in RAM afterwards is pinned, if the model is called many times."""
         layers = list(_layers(patcher.model))
-        is_text_encoder = is_a(patcher.model, *TEXT_ENCODER)
-        with self._copies.moving(layers, is_text_encoder):
+        with self._copies.moving(layers):
             yield
-        if patcher.load_device.type != "cuda" or not is_denoiser(patcher.model):
+        if self._comes_text_encoder or patcher.load_device.type != "cuda" or not is_denoiser(patcher.model):
             return
         size = self._copies.pin(layers)
         if size:

@@ -10,8 +10,10 @@ from lib_lora_guard.adapters import LoraAdapter, Term
 from lib_lora_guard.adapters.whole import DiffAdapter
 from lib_lora_guard.hosts.neo.memory import NeoMemory, NeoSizes
 from lib_lora_guard.hosts.neo.patchers import LORAS
+from lib_lora_guard.hosts.neo.swapped import Swapped
 from lib_lora_guard.runtime.host import FittedLora
 from lib_lora_guard.runtime.journal import Journal
+from lib_lora_guard.runtime.ram_copies import RamCopies
 from lib_lora_guard.runtime.rule_log import RuleLog
 
 CUDA = torch.device("cuda")
@@ -51,7 +53,11 @@ def memory():
         raise OSError("no look at the memory")
 
     return NeoMemory(
-        types.SimpleNamespace(get_total_memory=lambda device: 1 << 20), Stacks(), Journal(unknown), RuleLog()
+        types.SimpleNamespace(get_total_memory=lambda device: 1 << 20),
+        Stacks(),
+        Journal(unknown),
+        RuleLog(),
+        Swapped(RamCopies(lambda: False)),
     )
 
 
