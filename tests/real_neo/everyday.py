@@ -25,18 +25,19 @@ from real_neo.neo import FORGE, GGUF_PARTS, attempt, link_extensions, parts, run
 LORA = FORGE / "models" / "Lora"
 SD, SECOND = "rand_sd15_tiny", "zz_second_sd15"
 A, C = "<lora:lg_sd15_a:1>", "<lora:lg_sd15_b:1>"
+# A change of "Diffusion in Low Bits" counts at the next load of a checkpoint, so no two rows of one checkpoint are neighbours.
 STORAGES = {
-    "SD1.5 fp16": (SD, [], "lg_sd15_a", {}),
-    "SD1.5 float8-e4m3fn": (SD, [], "lg_sd15_a", {"forge_unet_storage_dtype": "float8-e4m3fn"}),
-    "Flux bf16": ("nf_bf16", [], "nf_lora", {}),
-    "Flux plain fp8": ("nf_fp8", [], "nf_lora", {}),
-    "Flux scaled fp8": ("nf_scaledfp8", [], "nf_lora", {}),
-    "Flux nvfp4": ("nf_nvfp4", [], "nf_lora", {}),
-    "Flux mxfp8": ("nf_mxfp8", [], "nf_lora", {}),
-    "Flux int8": ("nf_int8_tensorwise", [], "nf_lora", {}),
-    "Flux GGUF Q8_0": ("nf_q8_0", GGUF_PARTS, "nf_lora", {}),
-    "Flux GGUF Q4_0": ("nf_q4_0", GGUF_PARTS, "nf_lora", {}),
-    "Flux GGUF Q4_K": ("nf_q4_k", GGUF_PARTS, "nf_lora", {}),
+    "SD1.5 fp16": (SD, [], "lg_sd15_a", "Automatic"),
+    "Flux bf16": ("nf_bf16", [], "nf_lora", "Automatic"),
+    "SD1.5 float8-e4m3fn": (SD, [], "lg_sd15_a", "float8-e4m3fn"),
+    "Flux plain fp8": ("nf_fp8", [], "nf_lora", "Automatic"),
+    "Flux scaled fp8": ("nf_scaledfp8", [], "nf_lora", "Automatic"),
+    "Flux nvfp4": ("nf_nvfp4", [], "nf_lora", "Automatic"),
+    "Flux mxfp8": ("nf_mxfp8", [], "nf_lora", "Automatic"),
+    "Flux int8": ("nf_int8_tensorwise", [], "nf_lora", "Automatic"),
+    "Flux GGUF Q8_0": ("nf_q8_0", GGUF_PARTS, "nf_lora", "Automatic"),
+    "Flux GGUF Q4_0": ("nf_q4_0", GGUF_PARTS, "nf_lora", "Automatic"),
+    "Flux GGUF Q4_K": ("nf_q4_k", GGUF_PARTS, "nf_lora", "Automatic"),
 }
 STRONG, WEAK = 4, 0.2
 KINDS = ["locon", "tucker", "loha", "loha r16", "loha tucker", "lokr", "lokr factored", "glora", "full", "dora out", "dora in", "dora loha", "dora lokr"]  # fmt: skip
@@ -54,7 +55,8 @@ INT8_LEVELS = 3
 
 
 def storages(neo, side):
-    for name, (checkpoint, modules, lora, options) in STORAGES.items():
+    for name, (checkpoint, modules, lora, low_bits) in STORAGES.items():
+        options = {"forge_unet_storage_dtype": neo.low_bits.replace("Automatic", low_bits)}
         settings = {"modules": parts(modules), "cfg_scale": 7 if checkpoint == SD else 1, "override_settings": options}
         strong, weak = (1, 0.1) if checkpoint == SD else (STRONG, WEAK)
         prompts = {
@@ -254,7 +256,31 @@ def paths(neo, side):
     yield ("and none", "removed"), functools.partial(image, prompt="a cat")
 
 
-TABLES = {"storages": storages, "kinds": kinds, "files": files, "paths": paths}
+def saved(neo, side):
+    """A checkpoint saved while it carries a LoRA has it in its weights."""
+    folder = FORGE / "models" / "Stable-diffusion"
+    for name, (checkpoint, lora, cfg) in {
+        "SD1.5 fp16": (SD, "lg_sd15_a:1", 7),
+        "Flux bf16": ("nf_bf16", f"nf_lora:{STRONG}", 1),
+        "Flux plain fp8": ("nf_fp8", f"nf_lora:{STRONG}", 1),
+    }.items():
+        image = functools.partial(neo.image, prompt="a cat", cfg_scale=cfg)
+        stem = f"lgn_saved_{side}_{checkpoint}"
+
+        def read(image=image, checkpoint=checkpoint, stem=stem, lora=lora):
+            try:
+                image(checkpoint, prompt=f"a cat <lora:{lora}>")
+                neo.call("/lora-guard-test/save", {"name": stem, "function": "save_checkpoint"})
+                return image(stem)
+            finally:
+                (folder / f"{stem}.safetensors").unlink(missing_ok=True)
+
+        yield (name, "without"), functools.partial(image, checkpoint)
+        yield (name, "saved with it and read"), read
+        yield (name, "removed"), functools.partial(image, checkpoint)
+
+
+TABLES = {"storages": storages, "kinds": kinds, "files": files, "paths": paths, "saved": saved}
 SIDES = {
     "reference": ("reference", "Automatic"),
     "guard": ("guard", "Automatic"),

@@ -16,7 +16,7 @@ import sys
 import torch
 from backend import memory_management as memory
 from backend.patcher.base import ModelPatcher
-from modules import script_callbacks, scripts
+from modules import script_callbacks, scripts, sd_models
 
 ROOM = {"megabytes": None}
 
@@ -53,7 +53,9 @@ def merged_in_fp64():
     def partially_load(self, device_to, *args, **kwargs):
         model = self.model
         if not hasattr(model, "reference"):
+            patches, self.patches = self.patches, {}
             stock(self, device_to, *args, **kwargs)
+            self.patches = patches
             memory.bake_gguf_model(model)
             model.reference = {"originals": {}, "patches": {}}
             with torch.inference_mode(False), torch.no_grad():
@@ -140,6 +142,16 @@ def add_address(_, app):
     @app.post("/lora-guard-test/room")
     def room(body: dict):
         ROOM["megabytes"] = body["megabytes"]
+        return {}
+
+    @app.post("/lora-guard-test/save")
+    def save(body: dict):
+        """What the buttons in Neo's tab of checkpoints do."""
+        from modules import shared
+
+        path = os.path.join(sd_models.model_path, f"{body['name']}.safetensors")
+        getattr(shared.sd_model, body["function"])(path)
+        sd_models.list_models()
         return {}
 
 
