@@ -1,7 +1,8 @@
 """Test-only extension for Forge Neo. Linked into extensions/ by the scripts in tests/real_neo.
 
 With LORA_GUARD_REFERENCE=1 LoRAs are merged in fp64 into fp32 weights on every storage, and every quantised weight is held
-dequantised: the reference picture comes from Neo's own pipeline.
+dequantised: the reference picture comes from Neo's own pipeline. int8 weights stay, because Neo's product of them rounds the
+activations, with LoRAs or without; the LoRA's difference is multiplied beside it.
 
 With LORA_GUARD_TINY=1 Neo takes the tiny models of `make_models.py` (`real_neo/tiny.py`).
 
@@ -43,9 +44,22 @@ def merged_in_fp64():
             return parameter.dequantize().double()
         return dequantize_tensor(parameter).data.double()
 
+    def layer_of(model, key):
+        return model.get_submodule(key.rpartition(".")[0])
+
+    def has_product(model, key):
+        return getattr(layer_of(model, key), "quant_format", None) == "int8_tensorwise" and key.endswith(".weight")
+
+    def beside(model, key, change):
+        """Adds the product of a weight's change to that of the int8 weight."""
+
+        def hook(layer, inputs, output):
+            return output + torch.nn.functional.linear(inputs[0], change.to(inputs[0].dtype))
+
+        return layer_of(model, key).register_forward_hook(hook)
+
     def put(model, key, parameter):
-        path, _, name = key.rpartition(".")
-        layer = model.get_submodule(path)
+        layer, name = layer_of(model, key), key.rpartition(".")[2]
         # A quantised weight is held as plain numbers: then its layer knows no format either.
         vars(layer).pop("layout_type", None)
         setattr(layer, name, parameter)
@@ -57,10 +71,10 @@ def merged_in_fp64():
             stock(self, device_to, *args, **kwargs)
             self.patches = patches
             memory.bake_gguf_model(model)
-            model.reference = {"originals": {}, "patches": {}}
+            model.reference = {"originals": {}, "patches": {}, "products": []}
             with torch.inference_mode(False), torch.no_grad():
                 for key, parameter in list(model.named_parameters()):
-                    if isinstance(parameter, QuantizedTensor):
+                    if isinstance(parameter, QuantizedTensor) and not has_product(model, key):
                         put(model, key, torch.nn.Parameter(dense(parameter).float(), requires_grad=False))
         reference = model.reference
         wanted = {key: [(id(p[1]), p[0]) for p in entries] for key, entries in self.patches.items()}
@@ -70,11 +84,17 @@ def merged_in_fp64():
             with torch.inference_mode(False), torch.no_grad():
                 for key, parameter in reference["originals"].items():
                     put(model, key, parameter)
-                reference["originals"] = {}
+                for handle in reference["products"]:
+                    handle.remove()
+                reference["originals"], reference["products"] = {}, []
                 for key, entries in self.patches.items():
                     parameter = dict(model.named_parameters())[key]
                     stack = [[e[0], value(e[1]), e[2], e[3], e[4]] for e in entries]
-                    merged = merge_reference(stack, dense(parameter)).float()
+                    base = dense(parameter)
+                    if has_product(model, key):
+                        reference["products"].append(beside(model, key, merge_reference(stack, base) - base))
+                        continue
+                    merged = merge_reference(stack, base).float()
                     reference["originals"][key] = parameter
                     put(model, key, torch.nn.Parameter(merged, requires_grad=False))
             reference["patches"] = wanted
