@@ -56,7 +56,7 @@ def write_docs(name, table):
     """Puts a table between its two marks in docs/neo.md."""
     path, begin, end = ROOT / "docs" / "neo.md", f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = path.read_text(encoding="utf-8")
-    assert begin in text and end in text, f"docs/neo.md has no place for {name}"
+    assert all(mark in text for mark in (begin, end)), f"docs/neo.md has no place for {name}"
     path.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.S), encoding="utf-8")
 
 

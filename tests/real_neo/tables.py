@@ -21,7 +21,7 @@ SIDES = {
     "reference": ("reference", AUTOMATIC),
     "guard": ("guard", AUTOMATIC),
     "stock": ("stock", AUTOMATIC),
-    "stock, (fp16 LoRA)": ("stock", FP16_LORA),
+    "stock (fp16 LoRA)": ("stock", FP16_LORA),
 }
 LIMIT_LEVELS = 1
 """The rounding of a pixel."""
@@ -50,6 +50,8 @@ def images_of(label, name, table, folder):
     """`{(row, case): image or error}` of one server, and its console."""
     side, low_bits = SIDES[label]
     images = {}
+    # Another script may have ended and taken them away.
+    link_extensions()
     with running(side, low_bits, folder, table.flags, env=dict(table.env)) as neo:
         neo.low_bits = low_bits
         for key, make in table.make(neo, side):
@@ -95,7 +97,11 @@ def rows_of(name, table, results):
         base = _base(truths, row)
         comparable = not isinstance(truth, str) and not isinstance(base, str) and base.shape == truth.shape
         effect = show(difference(truth, base)) if comparable else ""
-        cells = [effect, *(show(difference(results[label][0].get((row, case), ""), truth)) for label in stocks), show(off)]
+        cells = [
+            effect,
+            *(show(difference(results[label][0].get((row, case), ""), truth)) for label in stocks),
+            show(off),
+        ]
         rows.setdefault(row, {})[case] = cells
     faults = results["guard"][1].count("Traceback")
     # Neo's start writes one when its folder has no remote.
@@ -106,7 +112,8 @@ def rows_of(name, table, results):
     for case in cases:
         words = f"{case}: " if case else ""
         head += [f"{words}effect", *(("Neo", "Neo, (fp16 LoRA)")[: len(stocks)]), "guard"]
-    return head, [[row, *sum((cells.get(case, empty) for case in cases), [])] for row, cells in rows.items()], wrong
+    lines = [[row, *(cell for case in cases for cell in cells.get(case, empty))] for row, cells in rows.items()]
+    return head, lines, wrong
 
 
 def main(tables, description, before=lambda: None, after=lambda: None):
@@ -118,13 +125,12 @@ def main(tables, description, before=lambda: None, after=lambda: None):
     parser.add_argument("--write-docs", action="store_true")
     options = parser.parse_args()
     options.keep.mkdir(parents=True, exist_ok=True)
-    link_extensions()
     wrong = []
     try:
         before()
         for name in options.tables.split(","):
             table = tables[name]
-            wanted = [label for label in SIDES if table.fp16_lora or label != "stock, (fp16 LoRA)"]
+            wanted = [label for label in SIDES if table.fp16_lora or label != "stock (fp16 LoRA)"]
             chosen = [label for label in wanted if label in options.sides.split(",")]
             results = {label: kept(label, name, table, options.keep) for label in chosen}
             if chosen != wanted:

@@ -53,7 +53,7 @@ class NeoParts:
         self.stacks = NeoStacks(settings, self._planned, journal.work, self.words)
         self.copies = RamCopies(settings.pins_swapped)
         self.control = LoraControl(api, self.stacks, settings, journal, Swapped(self.copies))
-        self.patchers = NeoPatchers()
+        self.patchers = NeoPatchers(api.base)
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words, self.patchers, UnreadFile)
         self.advice = Advice(api.memory, self.stacks.reports)
         self.web = WebTakeover(
