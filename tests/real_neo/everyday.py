@@ -175,12 +175,12 @@ def paths(neo, side):
     """What people do around a LoRA."""
     image = functools.partial(neo.image, SD)
     plain = image(prompt="a cat")
+    yield ("-", "without"), lambda: plain
     start = {"init_images": [png_base64(plain[0])], "denoising_strength": 0.7, "endpoint": "img2img"}
     half = np.zeros((64, 64, 3), np.uint8)
     half[:, 32:] = 255
     one = f"a cat {A}"
     shots = {
-        "without": {"prompt": "a cat"},
         "strength 0.5": {"prompt": "a cat <lora:lg_sd15_a:0.5>"},
         "two": {"prompt": "a cat <lora:lg_sd15_a:0.7> <lora:lg_sd15_b:-0.6>"},
         "other strength for the text encoder": {"prompt": "a cat <lora:lg_sd15_a:0.4:1>"},
@@ -215,7 +215,7 @@ def paths(neo, side):
         settings = {"model": SD, **settings}
         options = {"refiner_fast_sd": False, **settings.pop("override_settings", {})}
         yield (name, ""), functools.partial(neo.image, settings.pop("model"), override_settings=options, **settings)
-    yield ("and none", "removed"), functools.partial(image, prompt="a cat")
+    yield ("-", "removed"), functools.partial(image, prompt="a cat")
 
 
 def saved(neo, side):
@@ -227,7 +227,7 @@ def saved(neo, side):
         "Flux plain fp8": ("nf_fp8.safetensors", f"nf_lora:{FLUX_STRENGTH}", 1),
     }.items():
         image = functools.partial(neo.image, prompt="a cat", cfg_scale=cfg)
-        stem = f"lgn_saved_{side}_{Path(checkpoint).stem}"
+        stem = f"lgn_saved_{side}_{name.split()[-1]}"
 
         def read(image=image, checkpoint=checkpoint, stem=stem, lora=lora):
             try:

@@ -20,6 +20,7 @@ SIDES = ("stock", "guard", "reference")
 EXTENSIONS = {
     "lora-guard": ROOT,
     "zz_lora_guard_neo": ROOT / "tests" / "real_neo" / "extension",
+    "zz_lora_guard_neighbours": ROOT / "tests" / "real_neo" / "neighbours",
     "zz_lora_guard_everyday": ROOT / "tests" / "real_forge" / "everyday_extension",
 }
 
@@ -29,9 +30,10 @@ class Neo(Server):
 
     on_the_cpu = "--cpu"
 
-    def room(self, megabytes):
-        """The room that the next loads of a denoiser find on the device; None for all there is."""
-        self.call("/lora-guard-test/room", {"megabytes": megabytes})
+    def room(self, megabytes, taken_megabytes=None):
+        """The room that the next loads of a denoiser find on the device, None for all there is; and what of a loaded one has to
+        leave when a text encoder comes."""
+        self.call("/lora-guard-test/room", {"megabytes": megabytes, "taken_megabytes": taken_megabytes})
 
 
 def link_extensions():

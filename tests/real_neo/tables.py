@@ -25,6 +25,7 @@ SIDES = {
 }
 LIMIT_LEVELS = 1
 """The rounding of a pixel."""
+SEEN_LEVELS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Table:
         flags: of the command line of all its servers.
         fp16_lora: it is of interest what Neo's setting "(fp16 LoRA)" does.
         env: environment of all its servers.
+        differ: two cases whose reference pictures are different ones, or what was tried did nothing.
     """
 
     make: object
@@ -44,6 +46,7 @@ class Table:
     flags: tuple = ()
     fp16_lora: bool = False
     env: tuple = ()
+    differ: tuple = ()
 
 
 def images_of(label, name, table, folder):
@@ -103,6 +106,10 @@ def rows_of(name, table, results):
             show(off),
         ]
         rows.setdefault(row, {})[case] = cells
+    for row in rows if table.differ else ():
+        gap = difference(*(truths[row, case] for case in table.differ))
+        if gap is None or gap[0] < SEEN_LEVELS:
+            wrong.append(f"{name}, {row}: {' and '.join(table.differ)} are the same picture: {show(gap)}")
     faults = results["guard"][1].count("Traceback")
     # Neo's start writes one when its folder has no remote.
     if faults > results["stock"][1].count("Traceback"):

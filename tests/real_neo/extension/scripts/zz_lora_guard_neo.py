@@ -19,7 +19,7 @@ from backend import memory_management as memory
 from backend.patcher.base import ModelPatcher
 from modules import script_callbacks, scripts, sd_models
 
-ROOM = {"megabytes": None}
+ROOM = {"megabytes": None, "taken_megabytes": None}
 
 
 def merged_in_fp64():
@@ -71,13 +71,14 @@ def merged_in_fp64():
             stock(self, device_to, *args, **kwargs)
             self.patches = patches
             memory.bake_gguf_model(model)
-            model.reference = {"originals": {}, "patches": {}, "products": []}
+            model.reference = {"originals": {}, "patches": ({}, {}), "products": []}
             with torch.inference_mode(False), torch.no_grad():
                 for key, parameter in list(model.named_parameters()):
                     if isinstance(parameter, QuantizedTensor) and not has_product(model, key):
                         put(model, key, torch.nn.Parameter(dense(parameter).float(), requires_grad=False))
         reference = model.reference
-        wanted = {key: [(id(p[1]), p[0]) for p in entries] for key, entries in self.patches.items()}
+        objects = {name: id(value) for name, value in self.object_patches.items()}
+        wanted = {key: [(id(p[1]), p[0]) for p in entries] for key, entries in self.patches.items()}, objects
         if wanted != reference["patches"]:
             # As long as they live their ids are theirs.
             reference["held"] = [p[1] for entries in self.patches.values() for p in entries]
@@ -87,6 +88,9 @@ def merged_in_fp64():
                 for handle in reference["products"]:
                     handle.remove()
                 reference["originals"], reference["products"] = {}, []
+                # Neo's own methods exchange the objects, and leave the weights alone.
+                self.unpatch_model(unpatch_weights=False)
+                self.patch_model(load_weights=False)
                 for key, entries in self.patches.items():
                     parameter = dict(model.named_parameters())[key]
                     stack = [[e[0], value(e[1]), e[2], e[3], e[4]] for e in entries]
@@ -118,10 +122,19 @@ def a_card_with(megabytes, model, minimum):
         memory.is_device_cpu, memory.vram_state, memory.get_free_memory = is_cpu, state, free
 
 
+def take_away(megabytes):
+    """Lets the loaded denoiser make room, as Neo asks it to when another model needs some."""
+    for loaded in list(memory.current_loaded_models):
+        if loaded.model is not None and hasattr(loaded.model.model, "diffusion_model"):
+            loaded.model.partially_unload(loaded.model.offload_device, megabytes * 2**20)
+
+
 def shimmed(load_models_gpu):
     def load(models, memory_required=0, force_patch_weights=False, minimum_memory_required=None, force_full_load=False):
         denoisers = [one.model for one in models if hasattr(one.model, "diffusion_model")]
         rest = (models, memory_required, force_patch_weights, minimum_memory_required, force_full_load)
+        if not denoisers and ROOM["taken_megabytes"]:
+            take_away(ROOM["taken_megabytes"])
         if ROOM["megabytes"] is None or not denoisers:
             return load_models_gpu(*rest)
         required = memory_required if minimum_memory_required is None else minimum_memory_required
@@ -161,7 +174,7 @@ class OtherPatches(scripts.Script):
 def add_address(_, app):
     @app.post("/lora-guard-test/room")
     def room(body: dict):
-        ROOM["megabytes"] = body["megabytes"]
+        ROOM.update(body)
         return {}
 
     @app.post("/lora-guard-test/save")
