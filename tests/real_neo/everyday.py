@@ -39,7 +39,7 @@ def kinds(neo, side):
         name = f"lgk_sd15_{kind}".replace(" ", "_")
         if kind in OTHER_KINDS and side == "reference":
             name += f"_as_diff_{SD}"
-        for strength in (1, 0.5) if kind not in OTHER_KINDS else (1,):
+        for strength in (1,) if kind == "boft" else (1, 0.5):
             yield (kind, strength), functools.partial(neo.image, SD, prompt=f"a cat <lora:{name}:{strength}>")
 
 

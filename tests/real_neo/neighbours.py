@@ -21,6 +21,8 @@ from real_neo.neo import FORGE
 from real_neo.tables import Table, image_with, main
 
 A = "a cat <lora:lg_sd15_a:1>"
+# Neo remembers an encoded prompt by its tags: without a mark in them the text encoder's weights would be those of the image before.
+WEIGHED = "a cat <lora:lg_sd15_a:1:lbw=1>"
 DORA = "a cat <lora:lgk_sd15_dora_out:1>"
 HINT = [(3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 96, 2), (96, 96, 1), (96, 256, 2), (256, 320, 1)]
 """Channels in, out, and stride of a ControlNet's picture encoder; every second module is an activation."""
@@ -80,16 +82,20 @@ def control(model):
     picture = np.zeros((64, 64, 3), np.uint8)
     picture[16:48, 16:48] = 255
     unit = {"enabled": True, "image": png_base64(picture), "module": "None", "model": model, "weight": 1.0}
-    return {"alwayson_scripts": {"ControlNet": {"args": [unit]}}}
+    options = {"control_net_no_detectmap": True}
+    return {"alwayson_scripts": {"ControlNet": {"args": [unit]}}, "override_settings": options}
 
 
 BLOCKS = {"input_blocks": 0.3, "middle": 2.0, "layers.1.": 0.0}
 STEPS = {"file": str(LORA / "lg_sd15_b.safetensors"), "strengths": [0.0, 0.3, 1.5, 0.5]}
 LAYER = {"layer": "diffusion_model.input_blocks.1.1.proj_in"}
 NEIGHBOURS = {
-    "weights of blocks (LoRA Mixer)": (A, asking("block weight", BLOCKS)),
-    "weights of blocks, two LoRAs": (f"{A} <lora:lg_sd15_b:0.6>", asking("block weight", {"attn1": -0.5, "ff": 0.0})),
-    "weights of blocks, hires fix": (A, {**asking("block weight", BLOCKS), **HIRES}),
+    "weights of blocks (LoRA Mixer)": (WEIGHED, asking("block weight", BLOCKS)),
+    "weights of blocks, two LoRAs": (
+        f"{WEIGHED} <lora:lg_sd15_b:0.6>",
+        asking("block weight", {"attn1": -0.5, "ff": 0.0}),
+    ),
+    "weights of blocks, hires fix": (WEIGHED, {**asking("block weight", BLOCKS), **HIRES}),
     "strengths by step (loractl)": (A, {**asking("strength per step", STEPS), "steps": 4}),
     "frozen patcher (LayerDiffuse)": (A, asking("frozen patcher", {"strength": 0.8})),
     "frozen patcher, DoRA": (DORA, asking("frozen patcher", {"strength": 0.8})),
@@ -109,7 +115,7 @@ def neighbours(neo, side):
     for name, (prompt, more) in NEIGHBOURS.items():
         plain = {key: value for key, value in more.items() if key != "alwayson_scripts"}
         yield (name, "at work"), image_with(neo, SD, prompt=prompt, **more)
-        yield (name, "at rest"), image_with(neo, SD, prompt=prompt, **plain)
+        yield (name, "at rest"), image_with(neo, SD, prompt=prompt.replace(":lbw=1", ""), **plain)
     yield ("-", "removed"), image_with(neo, SD, prompt="a cat")
 
 

@@ -11,6 +11,7 @@ from backend import memory_management
 from backend.patcher.base import ModelPatcher
 from backend.sampling.sampling_function import sampling_prepare
 from modules import script_callbacks, scripts, shared
+from modules_forge.packages.comfy.weight_adapter.lora import LoRAAdapter
 
 
 class Neighbour(scripts.Script):
@@ -43,7 +44,7 @@ def differences(model, seed, share, count=None):
 
 
 class BlockWeight(Neighbour):
-    """As LoRA Mixer: `load_lora_for_models` and `add_patches` wrapped, which stay so; each block's keys are added at a strength
+    """As LoRA Mixer, which reads its weights in the prompt's tags: `load_lora_for_models` and `add_patches` wrapped, which stay so; each block's keys are added at a strength
     of their own. Setting: `{part of a key: factor}`."""
 
     called = "block weight"
@@ -117,9 +118,9 @@ class StrengthPerStep(Neighbour):
 
 
 class Frozen(Neighbour):
-    """As LayerDiffuse: patches for one pass through `load_frozen_patcher`, whose values are lists of 16, mostly None.
+    """As LayerDiffuse: a clone for each pass with patches of its own, low-rank ones and full differences.
 
-    Neo takes full differences of them alone. Setting: `{"strength": number}`."""
+    They go through `add_patches`: what `load_frozen_patcher` makes of a file, Neo's merge refuses. Setting: `{"strength": number}`."""
 
     called = "frozen patcher"
 
@@ -128,8 +129,11 @@ class Frozen(Neighbour):
         if not setting:
             return
         unet = p.sd_model.forge_objects.unet.clone()
-        state = {f"{key}::diff::0": value for key, value in differences(unet.model, 21, 0.3, 20).items()}
-        unet.load_frozen_patcher("layers.safetensors", state, setting["strength"])
+        patches, generator = {}, torch.Generator().manual_seed(21)
+        for place, (key, value) in enumerate(differences(unet.model, 21, 0.3).items()):
+            up, down = torch.randn(value.shape[0], 4, generator=generator) * 0.15, value[:4].clone()
+            patches[key] = LoRAAdapter(set(), (up, down, None, None, None, None)) if place % 2 else (value,)
+        unet.add_patches(patches, setting["strength"], filename="layers.safetensors", online_mode=False)
         p.sd_model.forge_objects.unet = unet
 
 
@@ -165,7 +169,7 @@ class Clones(Neighbour):
         for _ in range(setting.get("clones", 0)):
             unet = p.sd_model.forge_objects.unet.clone()
             unet.add_extra_torch_module_during_sampling(torch.nn.Linear(8, 8), cast_to_unet_dtype=False)
-            unet.set_model_unet_function_wrapper(lambda apply, params: apply(params["input"] * 1.05, params["timestep"], **params["c"]))  # fmt: skip
+            unet.set_model_unet_function_wrapper(lambda apply, params: apply(params["input"] * 1.2, params["timestep"], **params["c"]))  # fmt: skip
             p.sd_model.forge_objects.unet = unet
         if setting.get("turns"):
             p.sd_model.forge_objects.unet = turning(p.sd_model.forge_objects.unet)
