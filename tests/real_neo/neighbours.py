@@ -98,15 +98,17 @@ NEIGHBOURS = {
     "weights of blocks, hires fix": (WEIGHED, {**asking("block weight", BLOCKS), **HIRES}),
     "strengths by step (loractl)": (A, {**asking("strength per step", STEPS), "steps": 4}),
     "frozen patcher (LayerDiffuse)": (A, asking("frozen patcher", {"strength": 0.8})),
-    "frozen patcher, DoRA": (DORA, asking("frozen patcher", {"strength": 0.8})),
-    "object patch": (A, asking("object patch", LAYER)),
-    "object patch, hires fix": (A, {**asking("object patch", LAYER), **HIRES}),
+    # The guard's come on top of what others add, which a DoRA's norms are of; Neo goes by the order of adding.
+    "frozen patcher, a DoRA on top of it": (DORA, asking("frozen patcher", {"strength": 0.8, "first": True})),
     "a clone for every pass (FreeU)": (A, asking("clones", {"clones": 2})),
     "two clones in turns (Fooocus inpaint)": (A, {**asking("clones", {"turns": True}), "steps": 4}),
     "ControlNet": (A, control("lgn_control")),
     "ControlNet, hires fix": (A, {**control("lgn_control"), **HIRES}),
     "Control-LoRA": (A, control("lgn_control_lora")),
     "Control-LoRA, a difference": ("a cat <lora:lgk_sd15_full:1>", control("lgn_control_lora")),
+    # Neo's merges do not outlive it: what stands after it is of no use for Neo's own column.
+    "object patch": (A, asking("object patch", LAYER)),
+    "object patch, hires fix": (A, {**asking("object patch", LAYER), **HIRES}),
 }
 
 

@@ -70,6 +70,16 @@ def attempt(make):
 
 
 @contextlib.contextmanager
+def linked():
+    """The extensions are Neo's for so long."""
+    link_extensions()
+    try:
+        yield
+    finally:
+        unlink_extensions()
+
+
+@contextlib.contextmanager
 def running(side, low_bits="Automatic", folder=None, flags=(), web=False, env=None):
     """A Neo of one side. `low_bits`: the setting "Diffusion in Low Bits" at the start."""
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from real_forge.run import difference, markdown, show
 
 from real_neo.everyday import HIRES
-from real_neo.neo import GGUF_PARTS, attempt, link_extensions, parts, running, unlink_extensions, write_docs
+from real_neo.neo import GGUF_PARTS, attempt, linked, parts, running, write_docs
 from real_neo.tables import AUTOMATIC, FP16_LORA
 
 A, C = "a cat <lora:lg_sd15_a:1>", "a cat <lora:lg_sd15_b:1>"
@@ -47,8 +47,7 @@ SEQUENCES = {
 def images_of(side, setting, folder):
     """`{sequence: [image or error]}` of one server; each ends with the picture without LoRAs."""
     images = {}
-    link_extensions()
-    with running(side, setting, folder) as neo:
+    with linked(), running(side, setting, folder) as neo:
         for name, ((checkpoint, modules), shots) in SEQUENCES.items():
             settings = {"modules": parts(modules), "cfg_scale": 7 if checkpoint == SD[0] else 1}
 
@@ -113,15 +112,12 @@ def main():
     parser.add_argument("--write-docs", action="store_true")
     options = parser.parse_args()
     options.keep.mkdir(parents=True, exist_ok=True)
-    try:
-        truths = kept("reference", AUTOMATIC, options.keep)
-        results = {
-            (side, setting): kept(side, setting, options.keep)
-            for side in ("guard", "stock")
-            for setting in (AUTOMATIC, FP16_LORA)
-        }
-    finally:
-        unlink_extensions()
+    truths = kept("reference", AUTOMATIC, options.keep)
+    results = {
+        (side, setting): kept(side, setting, options.keep)
+        for side in ("guard", "stock")
+        for setting in (AUTOMATIC, FP16_LORA)
+    }
     rows, wrong = compare(truths, results)
     head = ["sequence", "room, MB", "prompt", "effect", "Neo", "guard", "Neo, (fp16 LoRA)", "guard, (fp16 LoRA)"]
     print(markdown(head, rows))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from real_forge.run import difference, markdown, show
 
-from real_neo.neo import attempt, link_extensions, running, unlink_extensions, write_docs
+from real_neo.neo import attempt, linked, running, write_docs
 
 AUTOMATIC, FP16_LORA = "Automatic", "Automatic (fp16 LoRA)"
 SIDES = {
@@ -53,9 +53,7 @@ def images_of(label, name, table, folder):
     """`{(row, case): image or error}` of one server, and its console."""
     side, low_bits = SIDES[label]
     images = {}
-    # Another script may have ended and taken them away.
-    link_extensions()
-    with running(side, low_bits, folder, table.flags, env=dict(table.env)) as neo:
+    with linked(), running(side, low_bits, folder, table.flags, env=dict(table.env)) as neo:
         neo.low_bits = low_bits
         for key, make in table.make(neo, side):
             images[key] = attempt(make)
@@ -148,7 +146,6 @@ def main(tables, description, before=lambda: None, after=lambda: None):
             if options.write_docs:
                 write_docs(name, markdown(head, rows))
     finally:
-        unlink_extensions()
         after()
     print("\n".join(wrong) or "all as it should be")
     return bool(wrong)

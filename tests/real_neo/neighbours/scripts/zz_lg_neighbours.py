@@ -120,7 +120,7 @@ class StrengthPerStep(Neighbour):
 class Frozen(Neighbour):
     """As LayerDiffuse: a clone for each pass with patches of its own, low-rank ones and full differences.
 
-    They go through `add_patches`: what `load_frozen_patcher` makes of a file, Neo's merge refuses. Setting: `{"strength": number}`."""
+    They go through `add_patches`: what `load_frozen_patcher` makes of a file, Neo's merge refuses. Setting: `{"strength": number, "first": before LoRAs of the prompt}`."""
 
     called = "frozen patcher"
 
@@ -134,6 +134,9 @@ class Frozen(Neighbour):
             up, down = torch.randn(value.shape[0], 4, generator=generator) * 0.15, value[:4].clone()
             patches[key] = LoRAAdapter(set(), (up, down, None, None, None, None)) if place % 2 else (value,)
         unet.add_patches(patches, setting["strength"], filename="layers.safetensors", online_mode=False)
+        if setting.get("first"):
+            for key in patches:
+                unet.patches[key].insert(0, unet.patches[key].pop())
         p.sd_model.forge_objects.unet = unet
 
 
