@@ -121,6 +121,25 @@ def test_weights_of_blocks_that_another_extension_sets_in_add_patches_count(guar
     assert same_bits(run(guarded.load(patcher)), base)
 
 
+def test_an_add_patches_of_another_extension_that_fails_costs_its_part_alone(guarded, lines, monkeypatch):
+    patcher, dense = guarded.build("bf16")
+    base, lora = run(patcher), lora_on_everything(dense)
+
+    def failing(self, patches, *args, **kwargs):
+        self.patches["blocks.0.proj.weight"] = [next(iter(patches.values()))]
+        raise KeyError("theirs")
+
+    monkeypatch.setattr(guarded.base.ModelPatcher, "add_patches", failing)
+    [made] = loras_of(guarded.with_loras(patcher, (FILE, lora, 0.8)))
+    changed = guarded.load(guarded.guard.patchers.with_lora(patcher, made))
+    assert_same(run(changed), reference(patcher, dense, [(FILE, lora, 0.8)]), base, 0.02)
+    assert changed.patches == {}
+    assert changed.patches_uuid == patcher.patches_uuid
+    [said] = [line for line in lines.messages if "add_patches failed" in line]
+    assert FILE in said
+    assert "0.8" in said
+
+
 def weighing(add_patches):
     """Another extension's: half of the strength on one kind of layers, the other sign on another, and nothing else."""
 

@@ -37,6 +37,7 @@ SEQUENCES = {
     "20 MB taken for the text encoder": (SD, [(90, A), (90, (DOG, TAKEN)), (90, (BIRD, TAKEN)), (None, A)]),
     "the same, a difference": (SD, [(90, FULL), (90, (FULL.replace("cat", "cow"), TAKEN)), (None, FULL)]),
     "GGUF Q4_0": (("nf_q4_0.gguf", GGUF_PARTS), IN_TURNS),
+    "GGUF Q4_0, all of it first": (("nf_q4_0.gguf", GGUF_PARTS), [(None, FLUX), (2.0, "a cat"), (2.0, FLUX)]),
     "GGUF Q4_K": (("nf_q4_k.gguf", GGUF_PARTS), IN_TURNS),
     "nvfp4": (("nf_nvfp4.safetensors", []), [(3.0, FLUX), (3.0, FLUX), (2.9, FLUX), *IN_TURNS[3:]]),
     "scaled fp8": (("nf_scaledfp8.safetensors", []), IN_TURNS),
@@ -44,11 +45,12 @@ SEQUENCES = {
 }
 
 
-def images_of(side, setting, folder):
+def images_of(side, setting, folder, names):
     """`{sequence: [image or error]}` of one server; each ends with the picture without LoRAs."""
     images = {}
     with linked(), running(side, setting, folder) as neo:
-        for name, ((checkpoint, modules), shots) in SEQUENCES.items():
+        for name in names:
+            (checkpoint, modules), shots = SEQUENCES[name]
             settings = {"modules": parts(modules), "cfg_scale": 7 if checkpoint == SD[0] else 1}
 
             def shot(room, prompt, checkpoint=checkpoint, settings=settings):
@@ -64,13 +66,16 @@ def images_of(side, setting, folder):
 
 
 def kept(side, setting, folder):
-    """The pictures of one server, made unless they are in the folder."""
+    """The pictures of one server; the sequences that are not in the folder are made."""
     path = folder / f"{side}-partial-{setting}.pickle"
-    if not path.exists():
+    found = pickle.loads(path.read_bytes()) if path.exists() else {}
+    missing = [name for name in SEQUENCES if name not in found]
+    if missing:
         (folder / "partial").mkdir(exist_ok=True)
-        path.write_bytes(pickle.dumps(images_of(side, setting, folder / "partial")))
+        found |= images_of(side, setting, folder / "partial", missing)
+        path.write_bytes(pickle.dumps(found))
         print(f"made: {side}, {setting}", flush=True)
-    return pickle.loads(path.read_bytes())
+    return found
 
 
 def compare(truths, results):

@@ -17,7 +17,7 @@ from real_neo.tables import Table, image_with, main
 
 SD = "rand_sd15_tiny"
 STRONG, WEAK = 4, 0.2
-"""A LoRA that adds a tenth of a weight, and one that adds half a hundredth."""
+"""Strengths with which the Flux LoRA adds 40 % and 2 % of a weight's standard deviation."""
 GGUF = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "bf16"]
 # A change of "Diffusion in Low Bits" counts at the next load of a checkpoint, so no two rows of one checkpoint are neighbours.
 STORAGES = {

@@ -8,6 +8,7 @@ Source: Neo's `backend/patcher/base.py`, `backend/patcher/clip.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import PureWindowsPath
@@ -16,11 +17,13 @@ from typing import Concatenate, TypeVar
 
 from ...adapters import Term
 from ...adapters.base import Slice
-from ...messages import Message
+from ...messages import Message, say
 from ...patching.engine import LoraRequest
 from ...runtime.hooks import P
 from ...runtime.host import Entries, FittedLora, PatcherObject
 from .types import Loras, Patcher
+
+log = logging.getLogger(__name__)
 
 LORAS = "lora_guard_loras"
 """The attribute of a patcher that holds its LoRAs."""
@@ -139,8 +142,14 @@ def _through(clone: PatcherObject, inner: Patcher, lora: FittedLora) -> Loras:
         clone.add_patches(
             filename=lora.filename, patches=values, strength_patch=lora.strength, online_mode=lora.is_online
         )
+        added = inner.patches
+    except Exception:
+        facts = {"name": label_of(lora), "strength": lora.strength}
+        say(log, logging.WARNING, "neo.add_patches_failed", exc_info=True, **facts)
+        inner.patches_uuid = identifier
+        return (lora,)
     finally:
-        added, inner.patches = inner.patches, of_others
+        inner.patches = of_others
     groups: dict[float, list[str]] = {}
     for key, on_key in added.items():
         for patch in on_key:
