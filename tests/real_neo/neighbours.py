@@ -16,8 +16,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from real_forge.server import png_base64
 
-from real_neo.everyday import HIRES, LORA, SD
-from real_neo.neo import FORGE
+from real_neo.everyday import HIRES, LORA, SD, everyday
+from real_neo.neo import FORGE, GGUF_PARTS, parts
 from real_neo.tables import Table, image_with, main
 
 A = "a cat <lora:lg_sd15_a:1>"
@@ -121,7 +121,48 @@ def neighbours(neo, side):
     yield ("-", "removed"), image_with(neo, SD, prompt="a cat")
 
 
-TABLES = {"neighbours": Table(neighbours, "neighbour", differ=("at work", "at rest"))}
+LOW_BITS = {
+    "GGUF Q4_0": ("nf_q4_0.gguf", GGUF_PARTS),
+    "nvfp4": ("nf_nvfp4.safetensors", []),
+    "int8, rotated": ("nf_int8_rotated.safetensors", []),
+}
+FLUX = "a cat <lora:nf_lora:4>"
+ON_LOW_BITS = {
+    "weights of blocks": (
+        FLUX.replace(":4", ":4:lbw=1"),
+        asking("block weight", {"qkv": -0.5, "single": 1.5, "mod": 0.0}),
+    ),
+    "strengths by step": (
+        FLUX,
+        {
+            **asking("strength per step", {"file": str(LORA / "nf_lora.safetensors"), "strengths": [0.0, 2, 6, -4]}),
+            "steps": 4,
+        },
+    ),
+    "patches for one pass, on the fly": (FLUX, asking("frozen patcher", {"strength": 0.8, "online": True})),
+    "another LoRA inside a detailer": (FLUX, everyday("a face <lora:nf_lora:-3>")),
+    "interrupted": (FLUX, {**everyday("", "interrupt", 2), "steps": 6}),
+}
+
+
+def on_low_bits(neo, side):
+    for storage, (model, modules) in LOW_BITS.items():
+        settings = {"modules": parts(modules), "cfg_scale": 1}
+        for name, (prompt, more) in ON_LOW_BITS.items():
+            row = f"{storage}: {name}"
+            plain = {key: value for key, value in more.items() if key != "alwayson_scripts"}
+            yield (row, "without"), image_with(neo, model, prompt="a cat", **settings)
+            yield (row, "at work"), image_with(neo, model, prompt=prompt, **settings, **more)
+            rest = prompt.replace(":lbw=1", "")
+            yield (row, "at rest"), image_with(neo, model, prompt=rest, **settings, **plain)
+            yield (row, "removed"), image_with(neo, model, prompt="a cat", **settings)
+
+
+DIFFER = ("at work", "at rest")
+TABLES = {
+    "neighbours": Table(neighbours, "neighbour", differ=DIFFER),
+    "neighbours on low bits": Table(on_low_bits, "storage: neighbour", differ=DIFFER, fp16_lora=True),
+}
 
 if __name__ == "__main__":
     sys.exit(main(TABLES, __doc__, make_control, remove_control))

@@ -120,7 +120,8 @@ class StrengthPerStep(Neighbour):
 class Frozen(Neighbour):
     """As LayerDiffuse: a clone for each pass with patches of its own, low-rank ones and full differences.
 
-    They go through `add_patches`: what `load_frozen_patcher` makes of a file, Neo's merge refuses. Setting: `{"strength": number, "first": before LoRAs of the prompt}`."""
+    They go through `add_patches`: what `load_frozen_patcher` makes of a file, Neo's merge refuses. Setting: `{"strength": number, "first": before LoRAs of the prompt,
+    "online": in each forward pass}`."""
 
     called = "frozen patcher"
 
@@ -133,7 +134,8 @@ class Frozen(Neighbour):
         for place, (key, value) in enumerate(differences(unet.model, 21, 0.3).items()):
             up, down = torch.randn(value.shape[0], 4, generator=generator) * 0.15, value[:4].clone()
             patches[key] = LoRAAdapter(set(), (up, down, None, None, None, None)) if place % 2 else (value,)
-        unet.add_patches(patches, setting["strength"], filename="layers.safetensors", online_mode=False)
+        online = setting.get("online", False)
+        unet.add_patches(patches, setting["strength"], filename="layers.safetensors", online_mode=online)
         if setting.get("first"):
             for key in patches:
                 unet.patches[key].insert(0, unet.patches[key].pop())
