@@ -207,12 +207,24 @@ class FittedLora:
         terms: by parameter; the same object for the same file and model. Their strength is 1.
         strength: the user's.
         is_online: the host's wish to apply it in each forward pass.
+        weight: a factor of the strength that another extension has set.
+        keys: the parameters that it has set it for; None for all of `terms`.
     """
 
     filename: str
     terms: Mapping[str, Sequence[Term]]
     strength: float
     is_online: bool = False
+    weight: float = 1.0
+    keys: tuple[str, ...] | None = None
+
+    def asked_terms(self) -> Mapping[str, Sequence[Term]]:
+        """Returns the terms of the parameters that are asked for."""
+        return self.terms if self.keys is None else {key: self.terms[key] for key in self.keys}
+
+    def asked_strength(self, strength: float | None = None) -> float:
+        """Returns the strength that the terms are to have, where the user's is `strength` instead of its own."""
+        return self.weight * (self.strength if strength is None else strength)
 
 
 class LoraPatchers(Protocol):

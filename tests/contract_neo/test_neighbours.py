@@ -7,6 +7,8 @@ from support.make import rand
 from support.measure import assert_same, same_bits
 
 from contract_neo.host import CPU
+from lib_lora_guard.hosts.neo.patchers import loras_of
+from lib_lora_guard.hosts.neo.step_strengths import NeoStepStrengths
 
 FILE = "style.safetensors"
 
@@ -90,6 +92,65 @@ def test_an_object_patch_that_replaces_a_layer_gets_the_lora(guarded):
     guarded.load(changed)
     assert patcher.model.blocks[0].proj is own
     assert_same(run(changed), reference(patcher, dense, mine), reference(patcher, dense, []))
+
+
+def test_weights_of_blocks_that_another_extension_sets_in_add_patches_count(guarded, monkeypatch):
+    patcher, dense = guarded.build("bf16")
+    base, lora = run(patcher), lora_on_everything(dense)
+    monkeypatch.setattr(guarded.base.ModelPatcher, "add_patches", weighing(guarded.base.ModelPatcher.add_patches))
+    [made] = loras_of(guarded.with_loras(patcher, (FILE, lora, 0.8)))
+    weighed = guarded.load(guarded.guard.patchers.with_lora(patcher, made))
+    names = {
+        "qkv": {k: v for k, v in lora.items() if "qkv" in k},
+        "proj": {k: v for k, v in lora.items() if "proj" in k},
+    }
+    wanted = [("qkv", names["qkv"], 0.4), ("proj", names["proj"], -0.8)]
+    assert_same(run(weighed), reference(patcher, dense, wanted), base, 0.02)
+    # The same stack again is the same; a step's strength is weighed too.
+    again = guarded.guard.patchers.with_lora(patcher, made)
+    assert guarded.guard.stacks.is_current(again)
+    strengths = NeoStepStrengths(guarded.guard.stacks)
+    assert strengths.loras(weighed) == [(FILE, 0.8), (FILE, 0.8)]
+    strengths.set(weighed, {0: 0.4, 1: 0.4})
+    halved = [(name, patches, strength / 2) for name, patches, strength in wanted]
+    assert_same(run(weighed), reference(patcher, dense, halved), base, 0.02)
+    strengths.restore()
+    # Nothing of it is Neo's to merge, and its own patches are as they were.
+    assert weighed.patches == {}
+    assert weighed.patches_uuid == patcher.patches_uuid
+    assert same_bits(run(guarded.load(patcher)), base)
+
+
+def test_an_add_patches_of_another_extension_that_fails_costs_its_part_alone(guarded, lines, monkeypatch):
+    patcher, dense = guarded.build("bf16")
+    base, lora = run(patcher), lora_on_everything(dense)
+
+    def failing(self, patches, *args, **kwargs):
+        self.patches["blocks.0.proj.weight"] = [next(iter(patches.values()))]
+        raise KeyError("theirs")
+
+    monkeypatch.setattr(guarded.base.ModelPatcher, "add_patches", failing)
+    [made] = loras_of(guarded.with_loras(patcher, (FILE, lora, 0.8)))
+    changed = guarded.load(guarded.guard.patchers.with_lora(patcher, made))
+    assert_same(run(changed), reference(patcher, dense, [(FILE, lora, 0.8)]), base, 0.02)
+    assert changed.patches == {}
+    assert changed.patches_uuid == patcher.patches_uuid
+    [said] = [line for line in lines.messages if "add_patches failed" in line]
+    assert FILE in said
+    assert "0.8" in said
+
+
+def weighing(add_patches):
+    """Another extension's: half of the strength on one kind of layers, the other sign on another, and nothing else."""
+
+    def weighed(self, patches, strength_patch=1.0, *args, **kwargs):
+        used = []
+        for word, weight in {"qkv": 0.5, "proj": -1.0}.items():
+            part = {key: value for key, value in patches.items() if word in key}
+            used += add_patches(self, part, strength_patch * weight, *args, **kwargs)
+        return used
+
+    return weighed
 
 
 def test_a_patcher_of_another_model_class_is_left_alone(guarded):

@@ -1,44 +1,26 @@
-"""Pictures of a running Forge Neo with LoRAs: storages, kinds, broken files, and what people do around a LoRA.
+"""Pictures of a running Forge Neo with LoRAs: kinds, broken files, and what people do around a LoRA; tables in docs/neo.md.
 
-    FORGE_ROOT=... FORGE_PYTHON=... $FORGE_PYTHON tests/real_neo/everyday.py [--only SIDE] [--tables storages,kinds,...]
+    FORGE_ROOT=... FORGE_PYTHON=... $FORGE_PYTHON tests/real_neo/everyday.py --keep FOLDER [--tables NAME,...] [--write-docs]
 
-Four servers one after the other: Neo with the guard off, in its setting "Automatic" and in "(fp16 LoRA)", with the guard, and a
-test-only one that merges in fp64 into fp32 weights (extension/). Each cell is the largest and the mean difference from the last in
-grey levels. Pictures are of tiny random models: what is compared is arithmetic, not beauty.
+Pictures are of tiny random models: what is compared is arithmetic, not beauty.
 """
 
-import argparse
 import functools
-import json
-import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from real_forge.run import difference, markdown, show
 from real_forge.server import png_base64
 
-from real_neo.neo import FORGE, GGUF_PARTS, attempt, link_extensions, parts, running, unlink_extensions
+from real_neo.neo import FORGE
+from real_neo.tables import Table, main
 
 LORA = FORGE / "models" / "Lora"
 SD, SECOND = "rand_sd15_tiny", "zz_second_sd15"
 A, C = "<lora:lg_sd15_a:1>", "<lora:lg_sd15_b:1>"
-STORAGES = {
-    "SD1.5 fp16": (SD, [], "lg_sd15_a", {}),
-    "SD1.5 float8-e4m3fn": (SD, [], "lg_sd15_a", {"forge_unet_storage_dtype": "float8-e4m3fn"}),
-    "Flux bf16": ("nf_bf16", [], "nf_lora", {}),
-    "Flux plain fp8": ("nf_fp8", [], "nf_lora", {}),
-    "Flux scaled fp8": ("nf_scaledfp8", [], "nf_lora", {}),
-    "Flux nvfp4": ("nf_nvfp4", [], "nf_lora", {}),
-    "Flux mxfp8": ("nf_mxfp8", [], "nf_lora", {}),
-    "Flux int8": ("nf_int8_tensorwise", [], "nf_lora", {}),
-    "Flux GGUF Q8_0": ("nf_q8_0", GGUF_PARTS, "nf_lora", {}),
-    "Flux GGUF Q4_0": ("nf_q4_0", GGUF_PARTS, "nf_lora", {}),
-    "Flux GGUF Q4_K": ("nf_q4_k", GGUF_PARTS, "nf_lora", {}),
-}
-STRONG, WEAK = 4, 0.2
+FLUX_STRENGTH = 4
 KINDS = ["locon", "tucker", "loha", "loha r16", "loha tucker", "lokr", "lokr factored", "glora", "full", "dora out", "dora in", "dora loha", "dora lokr"]  # fmt: skip
 OTHER_KINDS = ["oft", "oft bounded", "boft", "ia3 out", "ia3 in", "rslora"]
 HIRES = {
@@ -49,24 +31,6 @@ HIRES = {
     "hr_upscaler": "None",
     "hr_additional_modules": ["Use same choices"],
 }
-INT8_LEVELS = 3
-"""Neo's own int8 product is that far from one of decoded weights, with LoRAs or without."""
-
-
-def storages(neo, side):
-    for name, (checkpoint, modules, lora, options) in STORAGES.items():
-        settings = {"modules": parts(modules), "cfg_scale": 7 if checkpoint == SD else 1, "override_settings": options}
-        strong, weak = (1, 0.1) if checkpoint == SD else (STRONG, WEAK)
-        prompts = {
-            "without": "a cat",
-            "strong": f"a cat <lora:{lora}:{strong}>",
-            "weak": f"a cat <lora:{lora}:{weak}>",
-            "removed": "a cat",
-        }
-        for case, prompt in prompts.items():
-            yield (name, case), functools.partial(neo.image, checkpoint, prompt=prompt, **settings)
-    plain = {"override_settings": {"forge_unet_storage_dtype": neo.low_bits}}
-    yield ("back to SD1.5", "without"), functools.partial(neo.image, SD, prompt="a cat", **plain)
 
 
 def kinds(neo, side):
@@ -75,7 +39,7 @@ def kinds(neo, side):
         name = f"lgk_sd15_{kind}".replace(" ", "_")
         if kind in OTHER_KINDS and side == "reference":
             name += f"_as_diff_{SD}"
-        for strength in (1, 0.5) if kind not in OTHER_KINDS else (1,):
+        for strength in (1,) if kind == "boft" else (1, 0.5):
             yield (kind, strength), functools.partial(neo.image, SD, prompt=f"a cat <lora:{name}:{strength}>")
 
 
@@ -211,12 +175,12 @@ def paths(neo, side):
     """What people do around a LoRA."""
     image = functools.partial(neo.image, SD)
     plain = image(prompt="a cat")
+    yield ("-", "without"), lambda: plain
     start = {"init_images": [png_base64(plain[0])], "denoising_strength": 0.7, "endpoint": "img2img"}
     half = np.zeros((64, 64, 3), np.uint8)
     half[:, 32:] = 255
     one = f"a cat {A}"
     shots = {
-        "without": {"prompt": "a cat"},
         "strength 0.5": {"prompt": "a cat <lora:lg_sd15_a:0.5>"},
         "two": {"prompt": "a cat <lora:lg_sd15_a:0.7> <lora:lg_sd15_b:-0.6>"},
         "other strength for the text encoder": {"prompt": "a cat <lora:lg_sd15_a:0.4:1>"},
@@ -244,114 +208,52 @@ def paths(neo, side):
         "after that, again": {"prompt": one, "override_settings": {"refiner_fast_sd": False}},
         "patches of another extension": {"prompt": one, "alwayson_scripts": {"lora guard neo": {"args": ["merged"]}}},
         "the same on the fly": {"prompt": one, "alwayson_scripts": {"lora guard neo": {"args": ["on the fly"]}}},
-        "after another checkpoint": {"prompt": one, "model": "nf_bf16", "cfg_scale": 1},
+        "after another checkpoint": {"prompt": one, "model": "nf_bf16.safetensors", "cfg_scale": 1},
         "and back": {"prompt": one, "model": SD},
     }
     for name, settings in shots.items():
         settings = {"model": SD, **settings}
         options = {"refiner_fast_sd": False, **settings.pop("override_settings", {})}
         yield (name, ""), functools.partial(neo.image, settings.pop("model"), override_settings=options, **settings)
-    yield ("and none", "removed"), functools.partial(image, prompt="a cat")
+    yield ("-", "removed"), functools.partial(image, prompt="a cat")
 
 
-TABLES = {"storages": storages, "kinds": kinds, "files": files, "paths": paths}
-SIDES = {
-    "reference": ("reference", "Automatic"),
-    "guard": ("guard", "Automatic"),
-    "stock": ("stock", "Automatic"),
-    "stock, (fp16 LoRA)": ("stock", "Automatic (fp16 LoRA)"),
+def saved(neo, side):
+    """A checkpoint saved while it carries a LoRA has it in its weights."""
+    folder = FORGE / "models" / "Stable-diffusion"
+    for name, (checkpoint, lora, cfg) in {
+        "SD1.5 fp16": (SD, "lg_sd15_a:1", 7),
+        "Flux bf16": ("nf_bf16.safetensors", f"nf_lora:{FLUX_STRENGTH}", 1),
+        "Flux plain fp8": ("nf_fp8.safetensors", f"nf_lora:{FLUX_STRENGTH}", 1),
+    }.items():
+        image = functools.partial(neo.image, prompt="a cat", cfg_scale=cfg)
+        stem = f"lgn_saved_{side}_{name.split()[-1]}"
+
+        def read(image=image, checkpoint=checkpoint, stem=stem, lora=lora):
+            try:
+                image(checkpoint, prompt=f"a cat <lora:{lora}>")
+                neo.call("/lora-guard-test/save", {"name": stem, "function": "save_checkpoint"})
+                return image(stem)
+            finally:
+                (folder / f"{stem}.safetensors").unlink(missing_ok=True)
+
+        yield (name, "without"), functools.partial(image, checkpoint)
+        yield (name, "saved with it and read"), read
+        yield (name, "removed"), functools.partial(image, checkpoint)
+
+
+TABLES = {
+    "kinds": Table(kinds, "kind"),
+    "files": Table(files, "file"),
+    "paths": Table(paths, "what is done"),
+    "saved": Table(saved, "checkpoint"),
 }
 
 
-def images_of(label, tables):
-    """`{(table, row, case): image or error}` of one server."""
-    side, low_bits = SIDES[label]
-    images = {}
-    with running(side, low_bits) as neo:
-        neo.low_bits = low_bits
-        for table in tables:
-            for key, make in TABLES[table](neo, side):
-                images[(table, *key)] = attempt(make)
-        console = neo.console()
-    return images, console
-
-
-def kept(folder, label, tables):
-    """The pictures of one side, from the folder if they are there: table by table."""
-    if label.startswith("stock,"):
-        tables = [table for table in tables if table == "storages"]
-    if folder is None:
-        return images_of(label, tables)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {table: folder / f"{label}-{table}.pickle" for table in tables}
-    missing = [table for table in tables if not files[table].exists()]
-    if missing:
-        images, console = images_of(label, missing)
-        for table in missing:
-            part = {key: image for key, image in images.items() if key[0] == table}
-            files[table].write_bytes(pickle.dumps((part, console)))
-    found = [pickle.loads(files[table].read_bytes()) for table in tables]
-    return {k: v for images, _ in found for k, v in images.items()}, "".join(console for _, console in found)
-
-
-def compare(results):
-    rows, wrong = [], []
-    guard, reference = results["guard"][0], results["reference"][0]
-    bases = {}
-    for key, image in guard.items():
-        table, row, case = key
-        truth = reference[key]
-        if case in ("without", "removed") or row == "without":
-            bases[table] = truth
-        base = bases.get(table)
-        effect = None if base is None or base.shape != getattr(truth, "shape", None) else difference(truth, base)
-        ours = difference(image, truth)
-        others = [
-            show(difference(images[key], truth)) if key in images else ""
-            for name, (images, _) in results.items()
-            if name.startswith("stock")
-        ]
-        rows.append([table, row, case, show(effect) if effect else "", show(ours), *others])
-        limit = INT8_LEVELS if "int8" in str(row) else 1
-        if ours is None or ours[0] > limit:
-            wrong.append(f"{table}, {row}, {case}: {show(ours)} off: {image if isinstance(image, str) else ''}"[:300])
-        if case == "removed" and (table, row, "without") in guard:
-            first = guard[table, row, "without"]
-            if difference(image, first) != (0, 0.0):
-                wrong.append(f"{table}, {row}: removed, the picture is not the first one")
-    faults = [line for line in results["guard"][1].splitlines() if "Traceback" in line]
-    # Neo's start writes one when its folder has no remote.
-    if len(faults) > sum("Traceback" in line for line in results["stock"][1].splitlines()):
-        wrong.append(f"{len(faults)} tracebacks in the console")
-    return rows, wrong
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SIDES)
-    parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--keep", type=Path, help="folder in which each side's pictures stay, for another run")
-    options = parser.parse_args()
-    tables = options.tables.split(",")
-    make_second()
-    link_extensions()
-    try:
-        if options.only:
-            images, console = images_of(options.only, tables)
-            print("\n".join(line for line in console.splitlines() if "LoRA Guard" in line))
-            shown = {str(k): i if isinstance(i, str) else round(float(i.mean()), 3) for k, i in images.items()}
-            print(json.dumps(shown, indent=1))
-            return 0
-        results = {label: kept(options.keep, label, tables) for label in SIDES}
-    finally:
-        unlink_extensions()
-        for path in LORA.glob("lgn_*"):
-            path.unlink()
-    rows, wrong = compare(results)
-    print(markdown(["table", "what", "case", "effect", "guard", "stock", "stock (fp16 LoRA)"], rows))
-    print("\n".join(wrong) or "all as it should be")
-    return bool(wrong)
+def remove_made():
+    for path in LORA.glob("lgn_*"):
+        path.unlink()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(TABLES, __doc__, make_second, remove_made))

@@ -11,7 +11,6 @@ import argparse
 import functools
 import os
 import pickle
-import re
 import sys
 from pathlib import Path
 
@@ -20,9 +19,8 @@ import numpy as np
 os.environ["LORA_GUARD_TINY"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from real_forge.run import difference, markdown, show
-from real_forge.server import ROOT
 
-from real_neo.neo import attempt, link_extensions, running
+from real_neo.neo import attempt, link_extensions, running, write_docs
 from real_neo.tiny import MODELS
 
 ENOUGH_LEVELS = 4
@@ -34,7 +32,6 @@ SPELLINGS = {
     "ai-toolkit": "ComfyUI, ai-toolkit: `diffusion_model.`",
     "ai-toolkit, Z-Image": "ai-toolkit: `diffusion_model.`, query, key and value apart",
 }
-BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
 
 
 def shots(name, side):
@@ -109,12 +106,6 @@ HEAD = [
 ]
 
 
-def write_docs(table):
-    path = ROOT / "docs" / "neo.md"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.S), encoding="utf-8")
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument(
@@ -134,7 +125,7 @@ def main():
     table = markdown(HEAD, rows)
     print(table, *wrong, sep="\n")
     if args.write_docs:
-        write_docs(table)
+        write_docs("models", table)
     return bool(wrong)
 
 

@@ -7,6 +7,7 @@ extension (`extension/`) merges in fp64 where it is the reference, and can make 
 import contextlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ SIDES = ("stock", "guard", "reference")
 EXTENSIONS = {
     "lora-guard": ROOT,
     "zz_lora_guard_neo": ROOT / "tests" / "real_neo" / "extension",
+    "zz_lora_guard_neighbours": ROOT / "tests" / "real_neo" / "neighbours",
     "zz_lora_guard_everyday": ROOT / "tests" / "real_forge" / "everyday_extension",
 }
 
@@ -28,9 +30,10 @@ class Neo(Server):
 
     on_the_cpu = "--cpu"
 
-    def room(self, megabytes):
-        """The room that the next loads of a denoiser find on the device; None for all there is."""
-        self.call("/lora-guard-test/room", {"megabytes": megabytes})
+    def room(self, megabytes, taken_megabytes=None):
+        """The room that the next loads of a denoiser find on the device, None for all there is; and what of a loaded one has to
+        leave when a text encoder comes."""
+        self.call("/lora-guard-test/room", {"megabytes": megabytes, "taken_megabytes": taken_megabytes})
 
 
 def link_extensions():
@@ -51,6 +54,14 @@ def parts(names):
     return [str(next(f for folder in folders for f in folder.glob(f"{name}.*"))) for name in names]
 
 
+def write_docs(name, table):
+    """Puts a table between its two marks in docs/neo.md."""
+    path, begin, end = ROOT / "docs" / "neo.md", f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = path.read_text(encoding="utf-8")
+    assert all(mark in text for mark in (begin, end)), f"docs/neo.md has no place for {name}"
+    path.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.S), encoding="utf-8")
+
+
 def attempt(make):
     try:
         return make()
@@ -59,7 +70,17 @@ def attempt(make):
 
 
 @contextlib.contextmanager
-def running(side, low_bits="Automatic", folder=None, flags=(), web=False):
+def linked():
+    """The extensions are Neo's for so long."""
+    link_extensions()
+    try:
+        yield
+    finally:
+        unlink_extensions()
+
+
+@contextlib.contextmanager
+def running(side, low_bits="Automatic", folder=None, flags=(), web=False, env=None):
     """A Neo of one side. `low_bits`: the setting "Diffusion in Low Bits" at the start."""
     with contextlib.ExitStack() as stack:
         folder = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -67,7 +88,7 @@ def running(side, low_bits="Automatic", folder=None, flags=(), web=False):
         settings = {"VERSION_UID": "PY313", "forge_unet_storage_dtype": low_bits, "sd_checkpoint_hash": ""}
         config.write_text(json.dumps(settings))
         every = ["--ui-settings-file", str(config), *flags] + ([] if side == "guard" else ["--lora-guard-off"])
-        env = {"LORA_GUARD_TESTS": str(ROOT / "tests"), "LORA_GUARD_EVERYDAY": "1"}
+        env = {"LORA_GUARD_TESTS": str(ROOT / "tests"), "LORA_GUARD_EVERYDAY": "1", **(env or {})}
         env["LORA_GUARD_REFERENCE"] = "1" if side == "reference" else ""
         neo = stack.enter_context(Neo(folder / f"{side}.log", every, env, web))
         wanted = {

@@ -99,7 +99,8 @@ class NeoMemory:
         stack = self._stacks.known(patcher.model)
         if stack is not None and self._stacks.is_current(patcher):
             return max(0, stack.engine.device_bytes() - stack.engine.resident_bytes())
-        adapters = {id(term.adapter): term.adapter for lora in loras for terms in lora.terms.values() for term in terms}
+        terms = [term for lora in loras for on_key in lora.asked_terms().values() for term in on_key]
+        adapters = {id(term.adapter): term.adapter for term in terms}
         element_bytes = torch.empty(0, dtype=compute_dtype(patcher.model)).element_size()
         numbers = sum(
             tensor.numel() for one in adapters.values() if not one.is_whole_tensor for tensor in one.tensors()

@@ -54,7 +54,7 @@ class NeoParts:
         self.copies = RamCopies(settings.pins_swapped)
         self.swapped = Swapped(self.copies)
         self.control = LoraControl(api, self.stacks, settings, journal, self.swapped)
-        self.patchers = NeoPatchers()
+        self.patchers = NeoPatchers(api.base)
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words, self.patchers, UnreadFile)
         self.advice = Advice(api.memory, self.stacks.reports)
         self.web = WebTakeover(

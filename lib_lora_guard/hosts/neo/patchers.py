@@ -8,17 +8,22 @@ Source: Neo's `backend/patcher/base.py`, `backend/patcher/clip.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import PureWindowsPath
+from types import ModuleType
 from typing import Concatenate, TypeVar
 
 from ...adapters import Term
 from ...adapters.base import Slice
-from ...messages import Message
+from ...messages import Message, say
 from ...patching.engine import LoraRequest
 from ...runtime.hooks import P
 from ...runtime.host import Entries, FittedLora, PatcherObject
 from .types import Loras, Patcher
+
+log = logging.getLogger(__name__)
 
 LORAS = "lora_guard_loras"
 """The attribute of a patcher that holds its LoRAs."""
@@ -48,10 +53,10 @@ def requests_of(loras: Loras, as_trained: bool = False) -> list[LoraRequest]:
     return [
         LoraRequest(
             label_of(lora),
-            lora.strength,
+            lora.asked_strength(),
             {
-                key: [_term(term, lora.strength, place, as_trained) for term in terms]
-                for key, terms in lora.terms.items()
+                key: [_term(term, lora.asked_strength(), place, as_trained) for term in terms]
+                for key, terms in lora.asked_terms().items()
             },
         )
         for place, lora in enumerate(loras)
@@ -67,6 +72,13 @@ class NeoPatchers:
     """Adds LoRAs to Neo's patchers, and to what holds one (`CLIP`)."""
 
     counts_once = False
+
+    def __init__(self, base: ModuleType | None = None) -> None:
+        """
+        Args:
+            base: Neo's module of patchers. None: what others put in place of its `add_patches` is not asked.
+        """
+        self._base = base
 
     def clone(
         self,
@@ -90,8 +102,14 @@ class NeoPatchers:
         """Returns a clone of a patcher that has one LoRA more."""
         clone = patcher.clone()
         inner = _inner(clone)
-        setattr(inner, LORAS, (*loras_of(inner), lora))
+        added = (lora,) if self._adds_as_neo(inner) else _through(clone, inner, lora)
+        setattr(inner, LORAS, (*loras_of(inner), *added))
         return clone
+
+    def _adds_as_neo(self, inner: Patcher) -> bool:
+        """Returns True if `add_patches` of a patcher is Neo's own, whenever another extension may have replaced it."""
+        add_patches = getattr(type(inner), "add_patches", None)
+        return self._base is None or getattr(add_patches, "__globals__", None) is vars(self._base)
 
     def entries(self, patcher: Patcher) -> Iterable[tuple[str, Entries]]:
         """Returns the patches that a patcher asks for, by the name of each LoRA, and an id of what others have added."""
@@ -99,8 +117,8 @@ class NeoPatchers:
             yield (
                 lora.filename,
                 {
-                    key: [(lora.strength, one.adapter, one.strength_model, _part(one.part)) for one in terms]
-                    for key, terms in lora.terms.items()
+                    key: [(lora.asked_strength(), one.adapter, one.strength_model, _part(one.part)) for one in terms]
+                    for key, terms in lora.asked_terms().items()
                 },
             )
         if patcher.patches:
@@ -111,6 +129,45 @@ class NeoPatchers:
         if any(kind.__name__ == "NunchakuPatcher" for kind in type(patcher).__mro__):
             return Message("neo.nunchaku")
         return None
+
+
+def _through(clone: PatcherObject, inner: Patcher, lora: FittedLora) -> Loras:
+    """Hands a LoRA to an `add_patches` that another extension has put in place of Neo's, and returns what it makes of it.
+
+    Extensions that weigh the blocks of a LoRA do it there: they pass the keys on in groups, each with a strength of its own.
+    """
+    of_others, identifier, inner.patches = inner.patches, inner.patches_uuid, {}
+    try:
+        values = dict.fromkeys(lora.terms, lora)
+        clone.add_patches(
+            filename=lora.filename, patches=values, strength_patch=lora.strength, online_mode=lora.is_online
+        )
+        added = inner.patches
+    except Exception:
+        facts = {"name": label_of(lora), "strength": lora.strength}
+        say(log, logging.WARNING, "neo.add_patches_failed", exc_info=True, **facts)
+        inner.patches_uuid = identifier
+        return (lora,)
+    finally:
+        inner.patches = of_others
+    groups: dict[float, list[str]] = {}
+    for key, on_key in added.items():
+        for patch in on_key:
+            if patch[1] is lora:
+                groups.setdefault(patch[0], []).append(key)
+            else:
+                inner.patches[key] = [*inner.patches.get(key, []), patch]
+    if all(patch[1] is lora for on_key in added.values() for patch in on_key):
+        inner.patches_uuid = identifier
+    return tuple(_weighed(lora, strength, tuple(keys)) for strength, keys in groups.items())
+
+
+def _weighed(lora: FittedLora, strength: float, keys: tuple[str, ...]) -> FittedLora:
+    """Returns the part of a LoRA that has another strength, or other parameters, than all of it."""
+    named = None if len(keys) == len(lora.terms) else keys
+    if lora.strength == 0:
+        return replace(lora, strength=strength, keys=named)
+    return replace(lora, weight=strength / lora.strength, keys=named)
 
 
 def _inner(patcher: PatcherObject) -> Patcher:

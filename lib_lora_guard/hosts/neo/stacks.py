@@ -39,8 +39,8 @@ Homes: TypeAlias = Sequence[tuple[Site, torch.device]]
 class Asked(NamedTuple):
     """All that decides how a model is patched; equal where nothing has to be done."""
 
-    loras: tuple[tuple[str, int, float], ...]
-    """File, id of its terms for the model, and strength, in order."""
+    loras: tuple[tuple[str, int, float, tuple[str, ...] | None], ...]
+    """File, id of its terms for the model, strength, and the parameters if not all are meant, in order."""
     mode: LoraMode
     as_trained: bool
     patches_uuid: UUID
@@ -116,7 +116,7 @@ class NeoStacks(ModelStacks):
     def asked(self, patcher: Patcher) -> Asked:
         """Returns how a patcher's model shall be patched."""
         return Asked(
-            tuple((lora.filename, id(lora.terms), lora.strength) for lora in loras_of(patcher)),
+            tuple((lora.filename, id(lora.terms), lora.asked_strength(), lora.keys) for lora in loras_of(patcher)),
             self._settings.mode(),
             self._settings.as_trained,
             patcher.patches_uuid,
@@ -210,7 +210,7 @@ class NeoStacks(ModelStacks):
         stack = self.known(patcher.model)
         if stack is None or self._settings.mode() is LoraMode.OWN:
             return
-        keys = {key for lora in loras_of(patcher) for key in lora.terms}
+        keys = {key for lora in loras_of(patcher) for key in lora.asked_terms()}
         owners = {key: owner for key in keys if (owner := find_owner(patcher.model, key)) is not None}
         values = {key: getattr(*owner).data for key, owner in owners.items()}
         stack.offloaded = {key: value for key, value in values.items() if value.device.type == "cpu"}

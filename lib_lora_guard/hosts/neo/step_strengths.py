@@ -49,7 +49,7 @@ class NeoStepStrengths:
         stack = self._stacks.known(patcher.model)
         if stack is None or stack.left_to_host or not self._stacks.is_current(patcher):
             return
-        wanted = {place: strengths.get(place, lora.strength) for place, lora in enumerate(loras_of(patcher))}
+        wanted = {place: lora.asked_strength(strengths.get(place)) for place, lora in enumerate(loras_of(patcher))}
         if not strengths and patcher.model not in self._changed:
             return
         self._changed[patcher.model] = weakref.ref(patcher)
