@@ -156,15 +156,22 @@ class RamCopies:
         if next(layer.buffers(recurse=False), None) is not None:
             return {}
         found = dict(layer.named_parameters(recurse=False))
-        if any(p.device.type != "cpu" for p in found.values()):
+        if any(p.device.type != "cpu" or type(p.data) is not torch.Tensor for p in found.values()):
             return {}
         return {name: Kept(p, p.data, None) for name, p in found.items()}
 
     def on_card(self, layer: torch.nn.Module, before: dict[str, Kept]) -> None:
         """Keeps the copies in RAM of a layer that is on the card now."""
-        if before:
-            now = dict(layer.named_parameters(recurse=False))
-            self._kept[layer] = {name: one._replace(checksum=checksum(now[name].data)) for name, one in before.items()}
+        now = dict(layer.named_parameters(recurse=False))
+        if not before or now.keys() != before.keys():
+            return
+        try:
+            kept = {name: one._replace(checksum=checksum(now[name].data)) for name, one in before.items()}
+        except RuntimeError as error:
+            # The card may be full to the last byte. A copy that cannot be compared is of no use.
+            log.debug("no copy of a layer is kept: %s", error)
+            return
+        self._kept[layer] = kept
 
     def kept_bytes(self, layers: Iterable[torch.nn.Module]) -> int:
         """Returns the bytes of layers on the card that have their copy in RAM."""
@@ -180,7 +187,12 @@ class RamCopies:
         if not kept:
             return False
         now = dict(layer.named_parameters(recurse=False))
-        if now.keys() != kept.keys() or not all(_is_same(now[name], one) for name, one in kept.items()):
+        try:
+            is_same = now.keys() == kept.keys() and all(_is_same(now[name], one) for name, one in kept.items())
+        except RuntimeError as error:
+            log.debug("a layer could not be compared with its copy: %s", error)
+            return False
+        if not is_same:
             return False
         for name, one in kept.items():
             if now[name] is one.parameter:

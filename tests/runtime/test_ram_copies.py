@@ -156,6 +156,25 @@ def test_a_parameter_that_moving_has_replaced_is_put_back_as_it_was(ram):
     assert layer.weight is parameter
 
 
+def test_a_card_without_room_for_a_sum_keeps_no_copy_and_ends_nothing(ram, monkeypatch):
+    layer = linear()
+    copies = RamCopies(lambda: True, Driver())
+    copies.pin([layer])
+
+    def full(values):
+        raise torch.cuda.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ram_copies, "checksum", full)
+        to_card(copies, layer)
+    assert copies.kept_bytes([layer]) == 0
+    layer.weight.data = layer.weight.data.clone()
+    copies.pin([layer])
+    to_card(copies, layer)
+    monkeypatch.setattr(ram_copies, "checksum", full)
+    assert not copies.leave(layer)
+
+
 def test_another_kind_of_parameter_is_not_taken_for_the_copy(ram):
     class Other(torch.nn.Parameter):
         pass
