@@ -182,6 +182,11 @@ FAULTS = [
     Fault("a full disk is an error without a name", "    if error.errno in _FULL:\n", "    if False:\n", "files", "files/test_safetensors_writer.py"),
     Fault("a text is taken for a strength", "if not isinstance(strength, (bool, str, bytes)):", "if True:", "hosts", "hosts/plain/test_stack_argument.py"),
     Fault("scales of any shape are multiplied", "        if scale.numel() != 1 and scale.shape != ", "        if False and scale.shape != ", "hosts", "hosts/plain/test_stored_weights.py"),
+    # Copies in RAM.
+    Fault("a layer that was changed on the card leaves by its old copy", "return found is not None and bool(found == kept.checksum)", "return found is not None", "runtime", "runtime/test_ram_copies.py"),
+    Fault("all of RAM is pinned", "min(memory.total * SHARE_OF_RAM - self.bytes, memory.available - LEAST_LEFT_BYTES)", "memory.available", "runtime", "runtime/test_ram_copies.py"),
+    Fault("pinned RAM outlives its layer", "weakref.finalize(layer, self.release).atexit = False", "pass", "runtime", "runtime/test_ram_copies.py"),
+    Fault("what leaves for a text encoder is pinned in Neo", "if self._comes_text_encoder or patcher.load_device", "if patcher.load_device", "hosts/neo", "hosts/neo/test_swapped.py"),
 ]  # fmt: skip
 
 
