@@ -1,0 +1,31 @@
+"""A running Forge Neo under load: what tests/real_forge/clients.py does, in Neo.
+
+    FORGE_ROOT=... FORGE_PYTHON=... $FORGE_PYTHON tests/real_neo/clients.py [--only pictures,kills,memory] [--write-docs]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from real_forge import clients
+from real_forge.run import measured_on, write_table
+
+from real_neo.neo import HOST, NEO_SETTINGS, PAGE, Neo, link_extensions, unlink_extensions
+
+
+class OneModel(clients.OneModel, Neo):
+    families = {"nf_bf16": ("nf", 1), "rand_sd15_tiny": ("sd15", 7)}
+    settings = NEO_SETTINGS
+    upscaler = "None"
+    link = staticmethod(link_extensions)
+
+    @staticmethod
+    def write_docs(text):
+        write_table("clients", f"{measured_on(HOST)} {text}", PAGE)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(clients.main(OneModel))
+    finally:
+        unlink_extensions()
