@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
@@ -66,9 +67,9 @@ ALLOWED_MB = 0.02
 class OneModel(Server):
     """A host with one checkpoint, and settings of its own, so that the user's file stays as it is."""
 
-    families = {}
+    families: ClassVar = {}
     """Checkpoints with the family that their LoRAs are named after, and the CFG scale. The first is the fastest."""
-    settings = {}
+    settings: ClassVar = {}
     """What the host's config needs to start."""
     upscaler = "Latent"
 
@@ -102,7 +103,7 @@ class OneModel(Server):
 
 
 class Forge(OneModel):
-    families = {"tiny_flux_bf16": ("flux", 1), "rand_sd15_tiny": ("sd15", 7)}
+    families: ClassVar = {"tiny_flux_bf16": ("flux", 1), "rand_sd15_tiny": ("sd15", 7)}
 
 
 # Pictures.

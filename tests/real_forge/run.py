@@ -225,7 +225,9 @@ def markdown(header, rows):
 
 
 def commit_of(folder):
-    done = subprocess.run(["git", "rev-parse", "--short=8", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short=8", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 

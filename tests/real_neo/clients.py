@@ -1,10 +1,11 @@
 """A running Forge Neo under load: what tests/real_forge/clients.py does, in Neo.
 
-    FORGE_ROOT=... FORGE_PYTHON=... $FORGE_PYTHON tests/real_neo/clients.py [--only pictures,kills,memory] [--write-docs]
+FORGE_ROOT=... FORGE_PYTHON=... $FORGE_PYTHON tests/real_neo/clients.py [--only pictures,kills,memory] [--write-docs]
 """
 
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from real_forge import clients
@@ -14,7 +15,7 @@ from real_neo.neo import HOST, NEO_SETTINGS, PAGE, Neo, link_extensions, unlink_
 
 
 class OneModel(clients.OneModel, Neo):
-    families = {"nf_bf16": ("nf", 1), "rand_sd15_tiny": ("sd15", 7)}
+    families: ClassVar = {"nf_bf16": ("nf", 1), "rand_sd15_tiny": ("sd15", 7)}
     settings = NEO_SETTINGS
     upscaler = "None"
     link = staticmethod(link_extensions)

@@ -1,6 +1,6 @@
 """LoRA files for Neo's tiny Flux, as tests/real_forge/make_loras.py makes them for the models of the test Forge.
 
-    FORGE_ROOT=... FORGE_PYTHON=... $FORGE_PYTHON tests/real_neo/make_loras.py
+FORGE_ROOT=... FORGE_PYTHON=... $FORGE_PYTHON tests/real_neo/make_loras.py
 """
 
 import sys
