@@ -34,7 +34,7 @@ def newer(host):
     """The host with LoRAs on the fly as a Neo of September 2026 has them."""
     if REAL:
         pytest.skip("the real Neo has one of the two ways")
-    host.base.ONLINE_AS_FUNCTIONS = True
+    host.base.ONLINE_AS_FUNCTIONS = host.operations.FUNCTIONS_GET_COPIES = True
     return host
 
 

@@ -36,6 +36,10 @@ def test_patches_of_others_lie_beside_the_guards_loras(guarded, storage, online)
     assert same_bits(run(guarded.load(patcher)), base)
 
 
+def test_functions_that_others_keep_on_the_patcher_lie_beside_the_guards_loras(newer, guarded):
+    test_patches_of_others_lie_beside_the_guards_loras(guarded, "fp32", True)
+
+
 @pytest.mark.parametrize("is_merged_too", [False, True])
 def test_a_dora_takes_the_norms_of_what_neo_has_merged(guarded, is_merged_too):
     patcher, dense = guarded.build("fp32")
