@@ -9,9 +9,9 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from real_forge import clients
-from real_forge.run import measured_on, write_table
+from real_forge.run import measured_on
 
-from real_neo.neo import HOST, NEO_SETTINGS, PAGE, Neo, link_extensions, unlink_extensions
+from real_neo.neo import HOST, NEO_SETTINGS, Neo, link_extensions, linked, write_docs
 
 
 class OneModel(clients.OneModel, Neo):
@@ -22,11 +22,9 @@ class OneModel(clients.OneModel, Neo):
 
     @staticmethod
     def write_docs(text):
-        write_table("clients", f"{measured_on(HOST)} {text}", PAGE)
+        write_docs("clients", f"{measured_on(HOST)} {text}")
 
 
 if __name__ == "__main__":
-    try:
+    with linked():
         sys.exit(clients.main(OneModel))
-    finally:
-        unlink_extensions()

@@ -27,7 +27,7 @@ def modules(prefix, start):
 
 def norm(key):
     is_norm = key.startswith(UNET) and "_norm." in key
-    return key.removeprefix("model.") + ".diff" if is_norm else None
+    return key.removeprefix("model.").removesuffix(".weight") + ".diff" if is_norm else None
 
 
 def main():

@@ -17,7 +17,6 @@ from real_forge.server import FORGE, ROOT, ApiError, Server
 
 GGUF_PARTS = ["nf_vae", "nf_clip_l", "nf_t5"]
 HOST = "Forge Neo 5692d2d2"
-PAGE = ROOT / "docs" / "neo.md"
 NEO_SETTINGS = {"VERSION_UID": "PY313", "sd_checkpoint_hash": ""}
 """What Neo's config needs to start."""
 SIDES = ("stock", "guard", "reference")
