@@ -102,7 +102,7 @@ def test_weights_of_blocks_that_another_extension_sets_in_add_patches_count(guar
     patcher, dense = guarded.build("bf16")
     base, lora = run(patcher), lora_on_everything(dense)
     monkeypatch.setattr(guarded.base.ModelPatcher, "add_patches", weighing(guarded.base.ModelPatcher.add_patches))
-    [made] = loras_of(guarded.with_loras(patcher, (FILE, lora, 0.8)))
+    [made] = loras_of(guarded.with_loras(patcher, (FILE, lora, 0.8), online=True))
     weighed = guarded.load(guarded.guard.patchers.with_lora(patcher, made))
     names = {
         "qkv": {k: v for k, v in lora.items() if "qkv" in k},
@@ -123,6 +123,10 @@ def test_weights_of_blocks_that_another_extension_sets_in_add_patches_count(guar
     assert weighed.patches == {}
     assert weighed.patches_uuid == patcher.patches_uuid
     assert same_bits(run(guarded.load(patcher)), base)
+
+
+def test_weights_of_blocks_count_where_patches_on_the_fly_are_functions(newer, guarded, monkeypatch):
+    test_weights_of_blocks_that_another_extension_sets_in_add_patches_count(guarded, monkeypatch)
 
 
 def test_an_add_patches_of_another_extension_that_fails_costs_its_part_alone(guarded, lines, monkeypatch):

@@ -30,6 +30,14 @@ class LowVramPatch:
         return merge_lora_to_weight(self.patches[self.key], weight, self.key, computation_dtype=weight.dtype)
 
 
+class OnlineLoRAPatch:
+    def __init__(self, key, patch):
+        self.key, self.patch = key, [patch]
+
+    def __call__(self, weight):
+        return merge_lora_to_weight(self.patch, weight, self.key, computation_dtype=weight.dtype)
+
+
 class ModelPatcher:
     def __init__(self, model, load_device, offload_device, size=0, *, current_device=None, weight_inplace_update=False):
         self.model, self.load_device, self.offload_device, self.size = model, load_device, offload_device, size
@@ -82,7 +90,7 @@ class ModelPatcher:
                 used.append(address)
                 entry = (strength_patch, value, strength_model, offset, function)
                 if online_mode and ONLINE_AS_FUNCTIONS:
-                    self.add_weight_wrapper(key, LowVramPatch(key, {key: [entry]}))
+                    self.add_weight_wrapper(key, OnlineLoRAPatch(key, entry))
                     continue
                 entry = entry if ONLINE_AS_FUNCTIONS else (*entry, online_mode)
                 self.patches[key] = [*self.patches.get(key, []), entry]
