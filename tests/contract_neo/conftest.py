@@ -30,6 +30,15 @@ def host():
 
 
 @pytest.fixture
+def newer(host):
+    """The host with LoRAs on the fly as a Neo of September 2026 has them."""
+    if REAL:
+        pytest.skip("the real Neo has one of the two ways")
+    host.base.ONLINE_AS_FUNCTIONS = host.operations.FUNCTIONS_GET_COPIES = True
+    return host
+
+
+@pytest.fixture
 def guarded(host):
     """The host with the guard in place; taken out again at the end, whatever happened."""
     from lib_lora_guard.hosts.neo import takeover as neo

@@ -56,6 +56,26 @@ def test_an_unexpected_error_hands_the_stack_to_neo(guarded, storage, way, monke
     assert list(dict(patcher.model.named_parameters())) == list(before)
 
 
+def test_a_neo_that_keeps_functions_on_the_patcher_gets_one_for_each_low_bit_weight(newer, guarded, monkeypatch):
+    patcher, dense = guarded.build("fp8")
+    base, patches = run(patcher), linear_only(dense, other_kinds)
+    loras = [(FILE, patches, 0.7), ("b", linear_only(dense), 0.5)]
+    failing(monkeypatch, ZeroDivisionError("planted"))
+    changed = guarded.load(guarded.with_loras(patcher, *loras))
+    assert_same(run(changed), reference(patcher, dense, loras), base, 0.02)
+    assert changed.patches == patcher.weight_wrapper_patches == {}
+    assert {key: len(on_key) for key, on_key in changed.weight_wrapper_patches.items()} == dict.fromkeys(patches, 2)
+    # Neo's own load puts them on again after it has wiped the layers; a clone has them too.
+    guarded.place(changed, changed.model_size() // 2)
+    assert_same(run(changed), reference(patcher, dense, loras), base, 0.02)
+    monkeypatch.undo()
+    again = guarded.load(guarded.with_loras(changed, ("c", linear_only(dense), 0.25)))
+    assert again.weight_wrapper_patches == {}
+    third = [*loras, ("c", linear_only(dense), 0.25)]
+    assert_same(run(again), reference(patcher, dense, third), base, 0.02)
+    assert same_bits(run(guarded.load(patcher)), base)
+
+
 def test_a_parameter_that_neo_reaches_on_the_fly_nowhere_leaves_the_image_without(guarded, monkeypatch, lines):
     patcher, dense = guarded.build("fp8")
     base = run(patcher)

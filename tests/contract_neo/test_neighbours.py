@@ -36,6 +36,10 @@ def test_patches_of_others_lie_beside_the_guards_loras(guarded, storage, online)
     assert same_bits(run(guarded.load(patcher)), base)
 
 
+def test_functions_that_others_keep_on_the_patcher_lie_beside_the_guards_loras(newer, guarded):
+    test_patches_of_others_lie_beside_the_guards_loras(guarded, "fp32", True)
+
+
 @pytest.mark.parametrize("is_merged_too", [False, True])
 def test_a_dora_takes_the_norms_of_what_neo_has_merged(guarded, is_merged_too):
     patcher, dense = guarded.build("fp32")
@@ -98,7 +102,7 @@ def test_weights_of_blocks_that_another_extension_sets_in_add_patches_count(guar
     patcher, dense = guarded.build("bf16")
     base, lora = run(patcher), lora_on_everything(dense)
     monkeypatch.setattr(guarded.base.ModelPatcher, "add_patches", weighing(guarded.base.ModelPatcher.add_patches))
-    [made] = loras_of(guarded.with_loras(patcher, (FILE, lora, 0.8)))
+    [made] = loras_of(guarded.with_loras(patcher, (FILE, lora, 0.8), online=True))
     weighed = guarded.load(guarded.guard.patchers.with_lora(patcher, made))
     names = {
         "qkv": {k: v for k, v in lora.items() if "qkv" in k},
@@ -119,6 +123,10 @@ def test_weights_of_blocks_that_another_extension_sets_in_add_patches_count(guar
     assert weighed.patches == {}
     assert weighed.patches_uuid == patcher.patches_uuid
     assert same_bits(run(guarded.load(patcher)), base)
+
+
+def test_weights_of_blocks_count_where_patches_on_the_fly_are_functions(newer, guarded, monkeypatch):
+    test_weights_of_blocks_that_another_extension_sets_in_add_patches_count(guarded, monkeypatch)
 
 
 def test_an_add_patches_of_another_extension_that_fails_costs_its_part_alone(guarded, lines, monkeypatch):

@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
@@ -35,8 +36,6 @@ from real_forge.killed import DATA, open_phases, tells_of_death  # noqa: E402
 from real_forge.run import link_extensions, markdown, measured_on, write_table  # noqa: E402
 from real_forge.server import FORGE, ApiError, Server  # noqa: E402
 
-FAMILIES = {"tiny_flux_bf16": ("flux", 1), "rand_sd15_tiny": ("sd15", 7)}
-"""Checkpoints with the family that their LoRAs are named after, and the CFG scale. The first takes a fifth of the time."""
 MODES = tuple(mode.value for mode in LoraMode)
 STACKS = {
     "without": "",
@@ -54,7 +53,6 @@ SHAPES = {
         "hr_scale": 2,
         "hr_second_pass_steps": 2,
         "denoising_strength": 0.6,
-        "hr_upscaler": "Latent",
         "hr_additional_modules": ["Use same choices"],
     },
     "two batches": {"n_iter": 2},
@@ -66,14 +64,30 @@ ALLOWED_MB = 0.02
 """A change, above stock's."""
 
 
-class Forge(Server):
-    """A Forge with one checkpoint, and settings of its own, so that the user's file stays as it is."""
+class OneModel(Server):
+    """A host with one checkpoint, and settings of its own, so that the user's file stays as it is."""
+
+    families: ClassVar = {}
+    """Checkpoints with the family that their LoRAs are named after, and the CFG scale. The first is the fastest."""
+    settings: ClassVar = {}
+    """What the host's config needs to start."""
+    upscaler = "Latent"
 
     def __init__(self, folder, name, model, flags=()):
         config = Path(folder) / f"{name}.json"
-        config.write_text(json.dumps({"lora_guard_mode": MODES[0]}), encoding="utf-8")
+        config.write_text(json.dumps({**self.settings, "lora_guard_mode": MODES[0]}), encoding="utf-8")
         super().__init__(Path(folder) / f"{name}.log", ["--ui-settings-file", str(config), *flags])
-        self.model, (self.family, self.cfg_scale) = model, FAMILIES[model]
+        self.model, (self.family, self.cfg_scale) = model, self.families[model]
+
+    @staticmethod
+    def link():
+        """Links the extension into the host."""
+        link_extensions()
+
+    @staticmethod
+    def write_docs(text):
+        """Writes the table into the host's page."""
+        write_table("clients", f"{measured_on()} {text}")
 
     def set_mode(self, mode):
         """As another client does that is no client of the queue: it waits for no image."""
@@ -84,7 +98,12 @@ class Forge(Server):
 
     def picture(self, stack, shape="one pass", **settings):
         prompt = f"a cat {STACKS[stack]}".format(self.family)
-        return self.image(prompt=prompt, steps=STEPS, cfg_scale=self.cfg_scale, **SHAPES[shape], **settings)
+        settings |= {"steps": STEPS, "cfg_scale": self.cfg_scale, "hr_upscaler": self.upscaler, **SHAPES[shape]}
+        return self.image(prompt=prompt, **settings)
+
+
+class Forge(OneModel):
+    families: ClassVar = {"tiny_flux_bf16": ("flux", 1), "rand_sd15_tiny": ("sd15", 7)}
 
 
 # Pictures.
@@ -149,8 +168,10 @@ class Client(threading.Thread):
 
 def pictures(options, folder):
     """Rows of the table, and what is wrong."""
-    with Forge(folder, "pictures", options.model) as forge:
+    with options.host(folder, "pictures", options.model) as forge:
         forge.load()
+        # A start may have some: of a host without a git remote, for one.
+        at_start = forge.console().count("Traceback")
         started = time.perf_counter()
         wanted = references(forge)
         one_client = time.perf_counter() - started
@@ -162,7 +183,7 @@ def pictures(options, folder):
             client.join()
         seconds = time.perf_counter() - started - one_client
         again = references(forge)
-        tracebacks = forge.console().count("Traceback")
+        tracebacks = forge.console().count("Traceback") - at_start
     wrong = [line for client in clients for line in client.wrong]
     differs = [
         f"{key}, {mode}: another picture after all that"
@@ -216,7 +237,7 @@ def kills(options, folder):
     chance, wrong, phases = random.Random(options.seed), [], Counter()
     before, died_in, first, told = digests(), None, None, 0
     for n in range(options.kills + 1):
-        with Forge(folder, f"kill_{n}", options.model) as forge:
+        with options.host(folder, f"kill_{n}", options.model) as forge:
             said = [line for line in forge.console().splitlines() if "LoRA Guard" in line]
             if died_in is not None:
                 tells = tells_of_death(said)
@@ -267,7 +288,7 @@ def slope(values):
 def resident(side, flags, options, folder):
     """The resident memory after each change of the LoRAs, in MB."""
     found, stacks = [], [*STACKS]
-    with Forge(folder, f"memory_{side}", options.model, flags) as forge:
+    with options.host(folder, f"memory_{side}", options.model, flags) as forge:
         forge.load()
         process = psutil.Process(forge.process.pid)
         for n in range(options.changes):
@@ -295,10 +316,11 @@ SIDES = {"stock": ["--lora-guard-off"], "guard": []}
 PARTS = {"pictures": pictures, "kills": kills, "memory": memory}
 
 
-def main():
+def main(host=Forge):
+    """`host`: the `OneModel` that is started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS))
-    parser.add_argument("--model", choices=FAMILIES, default=next(iter(FAMILIES)))
+    parser.add_argument("--model", choices=host.families, default=next(iter(host.families)))
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--images", type=int, default=200, help="of each client")
     parser.add_argument("--kills", type=int, default=30)
@@ -306,8 +328,9 @@ def main():
     parser.add_argument("--changes", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--write-docs", action="store_true")
+    parser.set_defaults(host=host)
     options = parser.parse_args()
-    link_extensions()
+    host.link()
     folder, rows, wrong = tempfile.mkdtemp(prefix="lora_guard_clients_"), [], []
     for name in options.only.split(","):
         started = time.perf_counter()
@@ -319,7 +342,7 @@ def main():
     print(f"logs in {folder}")
     print("\n".join(wrong) or "all as it should be")
     if options.write_docs and not wrong:
-        write_table("clients", f"{measured_on()} {options.model}, {STEPS} steps, 64x64.\n\n{table}")
+        host.write_docs(f"{options.model}, {STEPS} steps, 64x64.\n\n{table}")
     return bool(wrong)
 
 

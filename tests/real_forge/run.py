@@ -224,17 +224,19 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
-def measured_on():
-    """Forge, LoRA Guard and torch that pictures were made with, as the pages say it."""
-    forge, guard = (
-        subprocess.run(
-            ["git", "rev-parse", "--short=8", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for folder in (FORGE, ROOT)
+def commit_of(folder):
+    done = subprocess.run(
+        ["git", "rev-parse", "--short=8", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
     )
+    return done.stdout.strip()
+
+
+def measured_on(host=None):
+    """The host (Forge's commit, where it is not given), LoRA Guard and torch that pictures were made with, as the pages say it."""
     import torch
 
-    return f"Measured {datetime.date.today().isoformat()} on Forge {forge}, LoRA Guard {guard}, torch {torch.__version__}, CPU."
+    host = host or f"Forge {commit_of(FORGE)}"
+    return f"Measured {datetime.date.today().isoformat()} on {host}, LoRA Guard {commit_of(ROOT)}, torch {torch.__version__}, CPU."
 
 
 def write_table(name, text, page=ROOT / "docs" / "hosts.md"):

@@ -11,10 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from real_forge import face
 
-from real_neo.neo import Neo, link_extensions, unlink_extensions
+from real_neo.neo import NEO_SETTINGS, Neo, link_extensions, unlink_extensions
 
 if __name__ == "__main__":
     try:
-        face.main(Neo, link_extensions, {"VERSION_UID": "PY313", "sd_checkpoint_hash": ""})
+        face.main(Neo, link_extensions, NEO_SETTINGS)
     finally:
         unlink_extensions()

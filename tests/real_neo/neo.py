@@ -16,6 +16,9 @@ os.environ.setdefault("PYTHONUNBUFFERED", "1")
 from real_forge.server import FORGE, ROOT, ApiError, Server
 
 GGUF_PARTS = ["nf_vae", "nf_clip_l", "nf_t5"]
+HOST = "Forge Neo 5692d2d2"
+NEO_SETTINGS = {"VERSION_UID": "PY313", "sd_checkpoint_hash": ""}
+"""What Neo's config needs to start."""
 SIDES = ("stock", "guard", "reference")
 EXTENSIONS = {
     "lora-guard": ROOT,
@@ -85,7 +88,7 @@ def running(side, low_bits="Automatic", folder=None, flags=(), web=False, env=No
     with contextlib.ExitStack() as stack:
         folder = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         config = folder / f"{side}.json"
-        settings = {"VERSION_UID": "PY313", "forge_unet_storage_dtype": low_bits, "sd_checkpoint_hash": ""}
+        settings = {**NEO_SETTINGS, "forge_unet_storage_dtype": low_bits}
         config.write_text(json.dumps(settings))
         every = ["--ui-settings-file", str(config), *flags] + ([] if side == "guard" else ["--lora-guard-off"])
         env = {"LORA_GUARD_TESTS": str(ROOT / "tests"), "LORA_GUARD_EVERYDAY": "1", **(env or {})}

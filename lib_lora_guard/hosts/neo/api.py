@@ -33,6 +33,8 @@ class NeoApi:
     plain_linear: type
     fast_fp8: type | None
     """The linear layer of `--fast-fp8`; None where Neo has none."""
+    online_as_functions: bool
+    """True where patchers keep LoRAs on the fly as functions, which each load puts on the layers; else marked in `patches`."""
 
 
 def is_neo_like() -> bool:
@@ -92,6 +94,7 @@ def probe() -> NeoApi:
         adapter_class,
         plain_linear=operations.ForgeOperations.Linear,
         fast_fp8=None if fast is None else fast.Linear,
+        online_as_functions=_keeps_functions(base),
     )
 
 
@@ -105,6 +108,17 @@ def _check_weight_functions(operations: ModuleType) -> None:
             layer.parameters_manual_cast = manual_cast
             if layer(torch.ones(1, 1)).item() != 3.0:
                 raise HostError(f"{operations.__name__}.ForgeOperations.Linear does not use weight_function")
+
+
+def _keeps_functions(base: ModuleType) -> bool:
+    """Tries where a patcher puts a patch that is to be on the fly."""
+    cpu = torch.device("cpu")
+    try:
+        patcher = base.ModelPatcher(torch.nn.Linear(1, 1), load_device=cpu, offload_device=cpu, current_device=cpu)
+        patcher.add_patches({"weight": (torch.zeros(1, 1),)}, 1.0, online_mode=True)
+    except Exception as error:
+        raise HostError(f"{base.__name__}.ModelPatcher.add_patches does not work: {error}") from error
+    return not patcher.patches
 
 
 def _check_patchers(base: ModuleType) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -18,10 +19,29 @@ from ...patching.access import ModelAccess, Site
 from ...patching.engine import LoraRequest
 from ...planning.limits import RAM_FLOOR_BYTES
 from .api import NeoApi
-from .types import HostPatch, Patcher
+from .types import HostPatch, Patcher, WeightChange
+
+EntryT = TypeVar("EntryT")
 
 GIVEN = "lora_guard_term"
 """The attribute of a patch value that the guard has given to Neo."""
+
+
+class OnTheFly:
+    """A patch as a function of the weight, for patchers that keep LoRAs on the fly as functions."""
+
+    def __init__(self, merge: Callable[..., torch.Tensor], key: str, patch: HostPatch) -> None:
+        """
+        Args:
+            merge: Neo's `merge_lora_to_weight`.
+            key: of the weight.
+            patch: what the function adds.
+        """
+        self.patch, self._merge, self._key = patch, merge, key
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the weight with the patch in it, as Neo's own functions do."""
+        return self._merge([self.patch], weight, self._key, computation_dtype=weight.dtype)
 
 
 class HostPatches:
@@ -32,7 +52,8 @@ class HostPatches:
         Args:
             api: Neo.
         """
-        self._value_class = _value_class(api.adapter_class)
+        self._value_class, self._merge = _value_class(api.adapter_class), api.lora.merge_lora_to_weight
+        self._online_as_functions = api.online_as_functions
 
     def give(self, patcher: Patcher, access: ModelAccess, requests: Iterable[LoraRequest]) -> Message | None:
         """Adds a stack to a patcher's patches, so that the next load applies it: low-bit weights in each forward pass,
@@ -54,23 +75,24 @@ class HostPatches:
             return None
         for key, term in terms:
             if key in sites:
-                patches = patcher.patches.get(key, [])
-                # A list of its own: clones share none, but a clone's list may be in the middle of a merge.
-                patcher.patches[key] = [*patches, self._patch(term, online=not sites[key].storage.wide)]
+                self._add(patcher, key, self._patch(term, online=not sites[key].storage.wide))
         patcher.patches_uuid = uuid.uuid4()
         return Message("neo.both_ways" if online and merged else "neo.on_the_fly" if online else "host.merge_path")
 
     def take_back(self, patcher: Patcher) -> bool:
         """Takes what the guard has given off a patcher; the next load then undoes it on the model. False if there was none."""
-        patches = patcher.patches
-        given = {key for key, on_key in patches.items() if any(_is_given(one) for one in on_key)}
-        for key in given:
-            patches[key] = [one for one in patches[key] if not _is_given(one)]
-            if not patches[key]:
-                del patches[key]
-        if given:
+        given = [_take_out(patcher.patches, _is_given), _take_out(patcher.weight_wrapper_patches, _is_given_function)]
+        if any(given):
             patcher.patches_uuid = uuid.uuid4()
-        return bool(given)
+        return any(given)
+
+    def _add(self, patcher: Patcher, key: str, patch: HostPatch) -> None:
+        # Lists of their own: clones share those of functions, and another list may be in the middle of a merge.
+        if patch[-1] and self._online_as_functions:
+            functions = patcher.weight_wrapper_patches.get(key, [])
+            patcher.weight_wrapper_patches[key] = [*functions, OnTheFly(self._merge, key, patch)]
+        else:
+            patcher.patches[key] = [*patcher.patches.get(key, []), patch]
 
     def _patch(self, term: Term, online: bool) -> HostPatch:
         part = term.part
@@ -80,6 +102,20 @@ class HostPatches:
 
 def _is_given(patch: HostPatch) -> bool:
     return hasattr(patch[1], GIVEN)
+
+
+def _is_given_function(function: WeightChange) -> bool:
+    return isinstance(function, OnTheFly)
+
+
+def _take_out(entries: dict[str, list[EntryT]], is_given: Callable[[EntryT], bool]) -> bool:
+    """Leaves in each list what is not given, and no empty list; returns True if there was something."""
+    found = {key: on_key for key, on_key in entries.items() if any(map(is_given, on_key))}
+    for key, on_key in found.items():
+        entries[key] = [one for one in on_key if not is_given(one)]
+        if not entries[key]:
+            del entries[key]
+    return bool(found)
 
 
 def _has_room(merged: Sequence[Site]) -> bool:

@@ -9,7 +9,7 @@ Source: Neo's `backend/patcher/base.py`, `backend/patcher/clip.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PureWindowsPath
 from types import ModuleType
@@ -21,7 +21,7 @@ from ...messages import Message, say
 from ...patching.engine import LoraRequest
 from ...runtime.hooks import P
 from ...runtime.host import Entries, FittedLora, PatcherObject
-from .types import Loras, Patcher
+from .types import HostPatch, Loras, Patcher, WeightChange
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ LORAS = "lora_guard_loras"
 """The attribute of a patcher that holds its LoRAs."""
 
 PatcherT = TypeVar("PatcherT", bound=Patcher)
+EntryT = TypeVar("EntryT")
 
 
 def loras_of(patcher: Patcher) -> Loras:
@@ -121,7 +122,7 @@ class NeoPatchers:
                     for key, terms in lora.asked_terms().items()
                 },
             )
-        if patcher.patches:
+        if patcher.patches or patcher.weight_wrapper_patches:
             yield str(patcher.patches_uuid), {}
 
     def not_patchable(self, patcher: PatcherObject) -> Message | None:
@@ -136,30 +137,54 @@ def _through(clone: PatcherObject, inner: Patcher, lora: FittedLora) -> Loras:
 
     Extensions that weigh the blocks of a LoRA do it there: they pass the keys on in groups, each with a strength of its own.
     """
-    of_others, identifier, inner.patches = inner.patches, inner.patches_uuid, {}
+    of_others, identifier = (inner.patches, inner.weight_wrapper_patches), inner.patches_uuid
+    inner.patches, inner.weight_wrapper_patches = {}, {}
     try:
         values = dict.fromkeys(lora.terms, lora)
         clone.add_patches(
             filename=lora.filename, patches=values, strength_patch=lora.strength, online_mode=lora.is_online
         )
-        added = inner.patches
+        added, functions = inner.patches, inner.weight_wrapper_patches
     except Exception:
         facts = {"name": label_of(lora), "strength": lora.strength}
         say(log, logging.WARNING, "neo.add_patches_failed", exc_info=True, **facts)
         inner.patches_uuid = identifier
         return (lora,)
     finally:
-        inner.patches = of_others
+        inner.patches, inner.weight_wrapper_patches = of_others
     groups: dict[float, list[str]] = {}
-    for key, on_key in added.items():
-        for patch in on_key:
-            if patch[1] is lora:
-                groups.setdefault(patch[0], []).append(key)
-            else:
-                inner.patches[key] = [*inner.patches.get(key, []), patch]
-    if all(patch[1] is lora for on_key in added.values() for patch in on_key):
+    is_ours_alone = _sorted_out(added, lambda one: one, inner.patches, lora, groups)
+    # A later Neo keeps patches on the fly as functions.
+    is_ours_alone &= _sorted_out(functions, _patch_of, inner.weight_wrapper_patches, lora, groups)
+    if is_ours_alone:
         inner.patches_uuid = identifier
     return tuple(_weighed(lora, strength, tuple(keys)) for strength, keys in groups.items())
+
+
+def _sorted_out(
+    added: Mapping[str, list[EntryT]],
+    patch_of: Callable[[EntryT], HostPatch | None],
+    of_others: dict[str, list[EntryT]],
+    lora: FittedLora,
+    groups: dict[float, list[str]],
+) -> bool:
+    """Puts the keys of a LoRA into groups by strength, and what others have added beside it to theirs. False if there is any."""
+    is_ours_alone = True
+    for key, on_key in added.items():
+        for entry in on_key:
+            patch = patch_of(entry)
+            if patch is not None and patch[1] is lora:
+                groups.setdefault(patch[0], []).append(key)
+            else:
+                of_others[key] = [*of_others.get(key, []), entry]
+                is_ours_alone = False
+    return is_ours_alone
+
+
+def _patch_of(function: WeightChange) -> HostPatch | None:
+    """Returns the patch that Neo has made a function of; None for a function of another program."""
+    patches: Sequence[HostPatch] = getattr(function, "patch", ())
+    return patches[0] if len(patches) == 1 else None
 
 
 def _weighed(lora: FittedLora, strength: float, keys: tuple[str, ...]) -> FittedLora:

@@ -18,6 +18,9 @@ from ...runtime.host import FittedLora
 HostPatch: TypeAlias = tuple[float, PatchValue, float, tuple[int, int, int] | None, RowFunction | None, bool | None]
 """`(strength, value, strength of the model, offset, function, on the fly)`."""
 
+WeightChange: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""An entry of a layer's `weight_function`: takes the weight of a forward pass, returns what is to be used."""
+
 Loras: TypeAlias = tuple[FittedLora, ...]
 """The LoRAs of a patcher, in the prompt's order."""
 
@@ -31,6 +34,8 @@ class Patcher(Protocol):
     patches: dict[str, list[HostPatch]]
     patches_uuid: uuid.UUID
     object_patches: Mapping[str, PatchValue]
+    weight_wrapper_patches: dict[str, list[WeightChange]]
+    """Functions for weights, which each load puts on the layers."""
 
     def clone(self) -> Patcher: ...
     def memory_required(self, input_shape: Sequence[int]) -> float: ...
@@ -72,4 +77,4 @@ class MemoryManagement(Protocol):
 class WeightLayer(Protocol):
     """A layer of Neo's: each forward pass hands its temporary weight to these functions."""
 
-    weight_function: list[Callable[[torch.Tensor], torch.Tensor]]
+    weight_function: list[WeightChange]

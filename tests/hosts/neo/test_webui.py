@@ -30,7 +30,7 @@ class Patcher:
     """A patcher of Neo's, cloned as its hook clones it."""
 
     def __init__(self, model):
-        self.model, self.patches, self.patches_uuid = model, {}, "an id"
+        self.model, self.patches, self.patches_uuid, self.weight_wrapper_patches = model, {}, "an id", {}
 
     def clone(self):
         return NeoPatchers().clone(lambda patcher: type(self)(patcher.model), self)

@@ -10,8 +10,16 @@ from backend.quant_ops import QuantizedTensor
 current_device, current_dtype, current_manual_cast_enabled = None, None, False
 
 
+FUNCTIONS_GET_COPIES = False
+"""As in Neo since September 2026: without manual cast too, functions get a copy of the parameter."""
+
+
 def get_weight_and_bias(layer):
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if FUNCTIONS_GET_COPIES and layer.weight_function:
+        weight = weight.clone()
+    if FUNCTIONS_GET_COPIES and layer.bias_function:
+        bias = None if bias is None else bias.clone()
     for function in layer.weight_function:
         weight = function(weight)
     for function in layer.bias_function:

@@ -7,6 +7,8 @@ import torch
 from backend import memory_management, utils
 from backend.patcher.lora import merge_lora_to_weight
 
+ONLINE_AS_FUNCTIONS = False
+"""As in Neo since September 2026: LoRAs on the fly are functions of the patcher, which each load puts on the layers."""
 Backup = collections.namedtuple("Backup", ["weight"])
 
 
@@ -28,6 +30,14 @@ class LowVramPatch:
         return merge_lora_to_weight(self.patches[self.key], weight, self.key, computation_dtype=weight.dtype)
 
 
+class OnlineLoRAPatch:
+    def __init__(self, key, patch):
+        self.key, self.patch = key, [patch]
+
+    def __call__(self, weight):
+        return merge_lora_to_weight(self.patch, weight, self.key, computation_dtype=weight.dtype)
+
+
 class ModelPatcher:
     def __init__(self, model, load_device, offload_device, size=0, *, current_device=None, weight_inplace_update=False):
         self.model, self.load_device, self.offload_device, self.size = model, load_device, offload_device, size
@@ -35,6 +45,7 @@ class ModelPatcher:
         self.patches, self.backup, self.object_patches, self.object_patches_backup = {}, {}, {}, {}
         self.model_options = {"transformer_options": {}}
         self.patches_uuid, self.parent, self.pinned = uuid.uuid4(), None, set()
+        self.weight_wrapper_patches = {}
         for name, value in (
             ("model_loaded_weight_memory", 0),
             ("model_lowvram", False),
@@ -57,6 +68,7 @@ class ModelPatcher:
         )
         made.patches = {key: list(value) for key, value in self.patches.items()}
         made.patches_uuid, made.parent = self.patches_uuid, self
+        made.weight_wrapper_patches = self.weight_wrapper_patches.copy()
         made.object_patches, made.model_options = dict(self.object_patches), copy.deepcopy(self.model_options)
         made.backup, made.object_patches_backup, made.pinned = self.backup, self.object_patches_backup, self.pinned
         return made
@@ -76,16 +88,25 @@ class ModelPatcher:
             key, offset, function = (address, None, None) if isinstance(address, str) else (*address, None)[:3]
             if key in known:
                 used.append(address)
-                entry = (strength_patch, value, strength_model, offset, function, online_mode)
+                entry = (strength_patch, value, strength_model, offset, function)
+                if online_mode and ONLINE_AS_FUNCTIONS:
+                    self.add_weight_wrapper(key, OnlineLoRAPatch(key, entry))
+                    continue
+                entry = entry if ONLINE_AS_FUNCTIONS else (*entry, online_mode)
                 self.patches[key] = [*self.patches.get(key, []), entry]
         self.patches_uuid = uuid.uuid4()
         return used
 
+    def add_weight_wrapper(self, name, function):
+        self.weight_wrapper_patches[name] = [*self.weight_wrapper_patches.get(name, []), function]
+
     def has_online_lora(self):
-        return any(patch[-1] for patches in self.patches.values() for patch in patches)
+        return bool(self.weight_wrapper_patches) or any(
+            patch[-1] for patches in self.patches.values() for patch in patches
+        )
 
     def _is_online(self, key):
-        return any(patch[-1] for patch in self.patches.get(key, ()))
+        return not ONLINE_AS_FUNCTIONS and any(patch[-1] for patch in self.patches.get(key, ()))
 
     def unpin_weight(self, key):
         self.pinned.discard(key)
@@ -110,6 +131,10 @@ class ModelPatcher:
     def _function(self, layer, key, parameter):
         setattr(layer, f"{parameter}_function", [LowVramPatch(key, self.patches)])
 
+    def _wrap(self, layer, keys):
+        for parameter, key in keys.items():
+            getattr(layer, f"{parameter}_function", []).extend(self.weight_wrapper_patches.get(key, ()))
+
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         placed, lowvram = 0, False
         coming = []
@@ -125,9 +150,11 @@ class ModelPatcher:
                     if key in self.patches:
                         self._function(layer, key, parameter)
                 layer.prev_parameters_manual_cast, layer.parameters_manual_cast = layer.parameters_manual_cast, True
+                self._wrap(layer, keys)
                 continue
             if is_neos:
                 wipe_lowvram_weight(layer)
+                self._wrap(layer, keys)
             placed += size
             coming.append((layer, keys, is_neos))
         for layer, keys, is_neos in coming:
@@ -159,7 +186,7 @@ class ModelPatcher:
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
-            if self.model.model_lowvram:
+            if self.model.model_lowvram or ONLINE_AS_FUNCTIONS:
                 for layer in self.model.modules():
                     wipe_lowvram_weight(layer)
                 self.model.model_lowvram = False
