@@ -24,6 +24,7 @@ from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
 from ..webui.models import about_model
 from ..webui.takeover import WebTakeover
+from . import reference_images
 from .api import NeoApi
 from .control import LoraControl
 from .memory import NeoMemory, NeoSizes
@@ -66,6 +67,7 @@ class NeoParts:
             self.rule_log,
             self.advice,
             self._memory_settings,
+            is_left_to_host=reference_images.are_there,
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)

@@ -55,6 +55,7 @@ class Conditioning:
         cache: PromptCache | None = None,
         patchers: LoraPatchers | None = None,
         tokens: PromptTokens | None = None,
+        is_left_to_host: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -65,7 +66,9 @@ class Conditioning:
             cache: of encoded prompts.
             patchers: tells what lies on the text encoder; None for those of Forge.
             tokens: compares two ways to write a prompt; None: another text is another prompt.
+            is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
         """
+        self._is_more_than_encoding = is_left_to_host
         self._tokens = None if os.environ.get("LORA_GUARD_BLANKS") == "0" else tokens
         self._patchers = patchers or TuplePatchers()
         self._shared, self._meaning, self._has_applied = shared, meaning, has_applied
@@ -83,7 +86,7 @@ class Conditioning:
         **kwargs: Any,
     ) -> Key:
         """Stands in place of `cached_params`: the host's key, with what lies on the text encoder instead of the prompt's LoRAs."""
-        if self._is_extension_at_work():
+        if self._is_left_to_host():
             return original(processing, required_prompts, steps, extra_network_data, *args, **kwargs)
         try:
             data: Key | Tags = (
@@ -115,7 +118,7 @@ class Conditioning:
     ) -> Conds:
         """Stands in place of `get_conds_with_caching`, which finds in its cache what the guard remembers."""
         everything = (function, required_prompts, steps, caches, extra_network_data, hires_steps)
-        if self._is_extension_at_work():
+        if self._is_left_to_host():
             return original(processing, *everything, *args, **kwargs)
         # Forge Neo has no old scheduling any more.
         knows_old = "use_old_scheduling" in inspect.signature(processing.cached_params).parameters
@@ -172,6 +175,9 @@ class Conditioning:
             (name, tuple((key, [self._entry(entry) for entry in entries]) for key, entries in on_keys.items()))
             for name, on_keys in self._patchers.entries(encoder.patcher)
         ]
+
+    def _is_left_to_host(self) -> bool:
+        return self._is_more_than_encoding() or self._is_extension_at_work()
 
     def _is_extension_at_work(self) -> bool:
         """True if another extension has replaced the forward pass of a layer in the text encoder.

@@ -45,6 +45,7 @@ class WebTakeover:
         advice: Advice,
         memory_settings: Callable[[Mapping[str, ModuleType]], Hashable],
         jobs: Jobs | None = None,
+        is_left_to_host: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -57,7 +58,9 @@ class WebTakeover:
             advice: for images that end.
             memory_settings: returns everything that decides how models are loaded and placed, as one value to compare.
             jobs: is told of each request.
+            is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
         """
+        self._is_left_to_host = is_left_to_host
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = (
             rule_log,
@@ -122,5 +125,6 @@ class WebTakeover:
             self.prompts,
             self._files.patchers,
             None if parser is None else PromptTokens(parser, shared),
+            self._is_left_to_host,
         )
         lay(conditioning.ROWS, conditions, modules, hooks)
