@@ -53,6 +53,18 @@ class Params:
         self.named = {part[0]: part[1] for part in parts if len(part) == 2}
 
 
+class Entry:
+    """A file in the list of LoRAs: `network.NetworkOnDisk`. It is hashed when it is first in a prompt."""
+
+    def __init__(self, web, path):
+        self.web, self.filename, self.hash = web, str(path), None
+
+    def read_hash(self):
+        if not self.hash:
+            self.web.when_hashing(self)
+            self.hash = "8 hexadecimal digits"
+
+
 @dataclass(repr=False)
 class Request:
     """`StableDiffusionProcessing`: without a hash, as a dataclass is that can be compared."""
@@ -86,10 +98,11 @@ def page(request):
 
 
 class Web:
-    """The WebUI. `after(request)` is called in each pass, once the LoRAs are chosen."""
+    """The WebUI. `after(request)` is called in each pass, once the LoRAs are chosen, `when_hashing(entry)` for a new file."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.stack, self.after, self.tracebacks = folder, None, lambda request: None, []
+        self.when_hashing = lambda entry: None
         self.sd_model = types.SimpleNamespace(current_lora_hash="")
         self.unet, self.clip = Patcher(torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([Block()])})), None
         self.networks = self._networks()
@@ -136,6 +149,8 @@ class Web:
 
         def load_networks(names, te_multipliers=None, unet_multipliers=None, dyn_dims=None):
             found = [module.available_network_aliases.get(name) for name in names]
+            for entry in found:
+                entry.read_hash()
             module.loaded_networks[:] = [
                 types.SimpleNamespace(mentioned_name=name, network_on_disk=entry)
                 for name, entry in zip(names, found, strict=True)
@@ -152,7 +167,7 @@ class Web:
 
         def list_available_networks():
             for path in web.folder.glob("*.safetensors"):
-                module.available_network_aliases[path.stem] = types.SimpleNamespace(filename=str(path))
+                module.available_network_aliases[path.stem] = Entry(web, path)
 
         module.load_lora_for_models, module.load_lora_state_dict = load_lora_for_models, load_lora_state_dict
         module.load_networks, module.list_available_networks = load_networks, list_available_networks

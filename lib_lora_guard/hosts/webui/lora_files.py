@@ -22,7 +22,7 @@ from ...adapters.base import Adapter, Shape
 from ...adapters.file_settings import FileSettings
 from ...adapters.files import LoraFile, parse_tensors, read_lora_file
 from ...errors import LoraFileError, LoraMismatchError, Message, about, reason
-from ...files import FileState, is_file, shown, state_of
+from ...files import is_file, shown, state_of
 from ...messages import Joined, say, without
 from ...models.fit import Fit, Target, fit_file
 from ...patching.room_to_read import room_now_bytes
@@ -34,6 +34,7 @@ from ...runtime.left_out import Remainder, applied_in_part, nothing_applied, rem
 from ...runtime.live_settings import LiveSettings
 from ...weights.storage import storage_of
 from .patchers import TuplePatchers
+from .read_ahead import FileKey, ReadAhead
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class LoraFiles:
         self._left: weakref.WeakKeyDictionary[LoraFile, tuple[Sequence[weakref.ref[Fit]], Remainder]] = (
             weakref.WeakKeyDictionary()
         )
+        self._ahead = ReadAhead()
         self._targets: weakref.WeakKeyDictionary[torch.nn.Module, Target] = weakref.WeakKeyDictionary()
         """The names of each model, worked out once for all files."""
 
@@ -201,6 +203,15 @@ class LoraFiles:
         finally:
             self._stack = ""
 
+    def read_ahead(self, paths: Iterable[Path]) -> contextlib.AbstractContextManager[None]:
+        """Reads files of the coming stack in a thread while the host does something else with them first."""
+        if self.is_host_reading():
+            return contextlib.nullcontext()
+        states = [(str(path), state_of(path)) for path in paths]
+        with self._lock:
+            kept = set(self._kept)
+        return self._ahead.of((path, state) for path, state in states if state and (path, state) not in kept)
+
     def tell_again(self) -> None:
         """Says of the present stack what was said when its files were read, for an image that reads none."""
         for name in self.left_out:
@@ -245,7 +256,7 @@ class LoraFiles:
         with self._lock:
             file = self._kept.get(key)
         if file is None:
-            file = read_lora_file(path, room=self._room)
+            file = self._ahead.take(key) or read_lora_file(path, room=self._room)
             _own(adapter for adapter in file.adapters.values())
         with self._lock:
             self._kept[key] = file
@@ -322,8 +333,6 @@ _READERS = ("load_lora_state_dict", "load_torch_file")
 """Forge's function, and the one that Forge Neo's is made from."""
 
 
-FileKey = tuple[str, FileState]
-"""The path and the state on disk."""
 Matches = weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Shape], Fit]]
 
 

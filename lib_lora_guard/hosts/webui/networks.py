@@ -27,6 +27,8 @@ class NetworkOnDisk(Protocol):
     """A file in the WebUI's list of LoRAs."""
 
     filename: str
+    hash: str | None
+    """Empty until the file was read for it: by the host, when it is first in a stack."""
 
 
 class LoraStack:
@@ -65,7 +67,11 @@ class LoraStack:
         used = [i for i, name in enumerate(names) if found[name] is not None]
         self._notice_changes([file for file in found.values() if file is not None])
         text, unet = _at(te_multipliers, used), _at(unet_multipliers, used)
-        with self.files.announced_stack(missing, is_empty=not used):
+        unhashed = [found[names[i]] for i in used if not self._has_hash(names[i])]
+        with (
+            self.files.announced_stack(missing, is_empty=not used),
+            self.files.read_ahead(file for file in unhashed if file is not None),
+        ):
             # Forge Neo knows no ranks of DyLoRAs.
             ranks = () if dyn_dims is None else (_at(dyn_dims, used),)
             result = original([names[i] for i in used], text, unet, *ranks, *args, **kwargs)
@@ -82,6 +88,9 @@ class LoraStack:
         if entry is None or not Path(entry.filename).is_file():
             return None
         return Path(entry.filename)
+
+    def _has_hash(self, name: str) -> bool:
+        return bool(getattr(self._entry(name), "hash", True))
 
     def _look_for(self, names: Iterable[str]) -> None:
         """Lets the host look for files that are new, or that have moved; the whole list once, however many are missing."""
