@@ -8,6 +8,7 @@ import sys
 
 import torch
 from backend import memory_management
+from backend.args import dynamic_args
 from backend.patcher.base import ModelPatcher
 from backend.sampling.sampling_function import sampling_prepare
 from modules import script_callbacks, scripts, shared
@@ -109,7 +110,9 @@ class StrengthPerStep(Neighbour):
         strength = self.setting["strengths"][params.denoiser.step]
         unet, path = model.forge_objects_original.unet, self.setting["file"]
         state = networks.load_lora_state_dict(path)
-        unet, _ = networks.load_lora_for_models(unet, None, state, strength, 0.0, filename=path, online_mode=False)
+        # As Neo's own loading does: it never merges into GGUF.
+        online = dynamic_args.online_lora
+        unet, _ = networks.load_lora_for_models(unet, None, state, strength, 0.0, filename=path, online_mode=online)
         model.forge_objects.unet = unet
         sampling_prepare(unet, params.x)
 
