@@ -9,10 +9,10 @@ Source: Neo's `backend/patcher/base.py`, `backend/patcher/clip.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import PureWindowsPath
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Concatenate, TypeVar
 
 from ...adapters import Term
@@ -21,7 +21,7 @@ from ...messages import Message, say
 from ...patching.engine import LoraRequest
 from ...runtime.hooks import P
 from ...runtime.host import Entries, FittedLora, PatcherObject
-from .types import HostPatch, Loras, Patcher, WeightChange
+from .types import HostPatch, Loras, Patcher, PatchFunction, WeightChange
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,10 @@ class NeoPatchers:
 
     def _adds_as_neo(self, inner: Patcher) -> bool:
         """Returns True if `add_patches` of a patcher is Neo's own, whenever another extension may have replaced it."""
-        add_patches = getattr(type(inner), "add_patches", None)
-        return self._base is None or getattr(add_patches, "__globals__", None) is vars(self._base)
+        if self._base is None:
+            return True
+        add_patches = type(inner).add_patches
+        return isinstance(add_patches, FunctionType) and add_patches.__globals__ is vars(self._base)
 
     def entries(self, patcher: Patcher) -> Iterable[tuple[str, Entries]]:
         """Returns the patches that a patcher asks for, by the name of each LoRA, and an id of what others have added."""
@@ -181,10 +183,11 @@ def _sorted_out(
     return is_ours_alone
 
 
-def _patch_of(function: WeightChange) -> HostPatch | None:
+def _patch_of(function: WeightChange | PatchFunction) -> HostPatch | None:
     """Returns the patch that Neo has made a function of; None for a function of another program."""
-    patches: Sequence[HostPatch] = getattr(function, "patch", ())
-    return patches[0] if len(patches) == 1 else None
+    if not isinstance(function, PatchFunction) or len(function.patch) != 1:
+        return None
+    return function.patch[0]
 
 
 def _weighed(lora: FittedLora, strength: float, keys: tuple[str, ...]) -> FittedLora:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -39,9 +39,25 @@ class Patcher(Protocol):
 
     def clone(self) -> Patcher: ...
     def memory_required(self, input_shape: Sequence[int]) -> float: ...
+    def add_patches(
+        self,
+        patches: Mapping[str, PatchValue],
+        strength_patch: float = ...,
+        strength_model: float = ...,
+        *,
+        filename: str | None = ...,
+        online_mode: bool | None = ...,
+    ) -> Sequence[str]: ...
     def partially_load(
         self, device_to: torch.device, extra_memory: float = ..., force_patch_weights: bool = ...
     ) -> float: ...
+
+
+@runtime_checkable
+class PatchFunction(Protocol):
+    """A function of a weight that a later Neo has made of patches that are given in each forward pass."""
+
+    patch: Sequence[HostPatch]
 
 
 class LoadedModel(Protocol):
