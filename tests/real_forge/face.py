@@ -178,6 +178,7 @@ def look(page, forge, config, pictures):
     said = page.inner_text("#html_log_txt2img")
     print(said)
     assert said.count("lg_flux_a") == 1, "the LoRA for another model is named once under the image"
+    assert 'LoRA Guard: "Merge' in page.inner_text("#txt2img_results"), "the infotext says what was done"
     picture(page, pictures, "face-image.png", "#txt2img_results", height=1500)
 
     open_settings(page)
