@@ -221,10 +221,12 @@ def test_what_a_host_moves_itself_keeps_its_copies_and_leaves_by_them(ram, monke
     layers = [linear(), linear()]
     copies = RamCopies(lambda: True, Driver())
     in_ram = [layer.weight.data_ptr() for layer in layers]
-    monkeypatch.setattr(RamCopies, "_is_on_card", staticmethod(lambda layer: layer is not layers[1]))
+    there = set()
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: values.data_ptr() in there)
     with copies.moving(layers, return_all=True):
         for layer in layers:
             all_to_card(layer)
+        there |= {parameter.data_ptr() for parameter in layers[0].parameters()}
     # The second one was left in RAM.
     assert [bool(copies.kept_bytes([layer])) for layer in layers] == [True, False]
     with copies.moving(layers):
@@ -233,6 +235,40 @@ def test_what_a_host_moves_itself_keeps_its_copies_and_leaves_by_them(ram, monke
     assert layers[0].weight.data_ptr() == in_ram[0]
     assert layers[1].weight.data_ptr() != in_ram[1]
     assert all("to" not in layer.__dict__ for layer in layers)
+
+
+def test_a_layer_without_a_copy_is_copied_into_ram_and_the_rest_of_it_is_left_to_its_own_move(ram, monkeypatch):
+    layer = linear()
+    on_card = {layer.weight.data_ptr(), layer.bias.data_ptr()}
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: values.data_ptr() in on_card)
+    bits, weight = layer.weight.clone(), layer.weight
+    copies = RamCopies(lambda: True, Driver())
+    # The bias is too small for this way.
+    assert not copies.to_ram(layer)
+    assert layer.weight is weight
+    assert layer.weight.data_ptr() not in on_card
+    assert torch.equal(layer.weight, bits)
+    on_card.discard(layer.bias.data_ptr())
+    assert copies.to_ram(layer)
+
+
+def test_a_library_s_own_parameter_is_moved_by_its_own_way_alone(ram, monkeypatch):
+    layer = linear()
+    layer.weight.quant_state = object()
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)
+    before = layer.weight.data_ptr()
+    assert not RamCopies(lambda: True, Driver()).to_ram(layer)
+    assert layer.weight.data_ptr() == before
+
+
+def test_switched_off_nothing_leaves_by_the_short_way(ram, monkeypatch):
+    layer = linear()
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)
+    before, copies = layer.weight.data_ptr(), RamCopies(lambda: False, Driver())
+    assert not copies.to_ram(layer)
+    with copies.moving([layer]):
+        assert "to" not in layer.__dict__
+    assert layer.weight.data_ptr() == before
 
 
 def test_nothing_beside_the_card_is_kept_where_ram_is_short(ram):

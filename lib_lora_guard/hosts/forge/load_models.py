@@ -116,7 +116,7 @@ class Loading:
         model = loaded_module(loaded)
         with self._loras.moving_away(loaded.model):
             if model is not None:
-                self._residency.leave_kept(model)
+                self._residency.to_ram(model)
             planned = leaving_plan(self._memory.forges, loaded)
             with self._journal.phase(Phase.UNLOAD, about_patcher(loaded.model), planned):
                 return original(loaded, avoid_model_moving, *args, **kwargs)

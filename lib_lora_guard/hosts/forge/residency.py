@@ -94,12 +94,12 @@ class Residency:
                 moves.enter_context(self._copies.moving(_layers(model), is_forges_text_encoder(model)))
             yield
 
-    def leave_kept(self, model: torch.nn.Module) -> None:
-        """Takes the layers off the card that have a copy in RAM, before Forge moves all of the model."""
+    def to_ram(self, model: torch.nn.Module) -> None:
+        """Takes layers off the card by the short way, before Forge moves all of the model."""
         merged = self._merged_layers(model)
         for layer in _layers(model):
             if layer not in merged:
-                self._copies.leave(layer)
+                self._copies.to_ram(layer)
 
     def drop_unused(self) -> int:
         """Gives back copies of layers that are on the card; returns the bytes."""
@@ -147,12 +147,12 @@ class Residency:
 
     def _move_away(self, loaded: LoadedModel, layer: torch.nn.Module) -> None:
         # Everything of a layer or nothing: `Module.to` goes parameter by parameter.
-        if not self._copies.leave(layer):
-            try:
+        try:
+            if not self._copies.to_ram(layer):
                 layer.to(loaded.model.offload_device)
-            except BaseException:
-                layer.to(loaded.device)
-                raise
+        except BaseException:
+            layer.to(loaded.device)
+            raise
         if not hasattr(layer, CAST_BEFORE):
             setattr(layer, CAST_BEFORE, getattr(layer, CAST))
         setattr(layer, CAST, True)

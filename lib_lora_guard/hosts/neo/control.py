@@ -106,7 +106,7 @@ class LoraControl:
             return original(patcher, device_to, unpatch_weights, *args, **kwargs)
         self._stacks.before_move(patcher.model)
         if device_to is not None and device_to.type == "cpu":
-            self._swapped.leave_kept(patcher)
+            self._swapped.to_ram(patcher)
         result = original(patcher, device_to, unpatch_weights, *args, **kwargs)
         self._stacks.after_leaving(patcher.model)
         return result
@@ -132,10 +132,22 @@ class LoraControl:
         if stack.applied == asked:
             stack.reattach()
             self._remind(stack)
+        else:
+            about = ModelFacts(type(patcher.model).__name__, storage_name(patcher.model), tuple(map(label_of, loras)))
+            with self._journal.phase(Phase.APPLY_LORA, about):
+                self._change(patcher, stack, asked, load_again)
+        self._bring_factors(patcher, stack)
+
+    def _bring_factors(self, patcher: Patcher, stack: NeoStack) -> None:
+        """Copies the factors to the device now, many at once; what fails here the first call does layer by layer."""
+        if stack.left_to_host:
             return
-        about = ModelFacts(type(patcher.model).__name__, storage_name(patcher.model), tuple(map(label_of, loras)))
-        with self._journal.phase(Phase.APPLY_LORA, about):
-            self._change(patcher, stack, asked, load_again)
+        try:
+            stack.engine.bring_factors(NeoAccess(self._api, patcher.model))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.debug("%s: factors wait for the first step", type(patcher.model).__name__, exc_info=True)
 
     def _change(self, patcher: Patcher, stack: NeoStack, asked: Asked, load_again: Callable[[], None]) -> None:
         loras, before, stack.applied = loras_of(patcher), stack.last, None

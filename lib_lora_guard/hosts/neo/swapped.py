@@ -62,10 +62,10 @@ class Swapped:
             level = logging.INFO if size >= WORTH_A_LINE_BYTES else logging.DEBUG
             say(log, level, "memory.pinned", model=name, size_mb=size / MB, total_mb=total_mb)
 
-    def leave_kept(self, patcher: Patcher) -> None:
-        """Takes the layers off the card that have a copy in RAM, before Neo moves all of the model."""
+    def to_ram(self, patcher: Patcher) -> None:
+        """Takes the layers off the card by the short way, before Neo moves all of the model."""
         for layer in _layers(patcher.model):
-            self._copies.leave(layer)
+            self._copies.to_ram(layer)
 
     def forget(self, model: torch.nn.Module) -> None:
         """Called before other weights are read into a model."""

@@ -31,7 +31,7 @@ class Pinned:
     def kept_bytes(self, layers):
         return sum(size_of(layer) for layer in layers if layer in self.kept)
 
-    def leave(self, layer):
+    def to_ram(self, layer):
         if layer not in self.kept:
             return False
         self.kept.discard(layer)
@@ -89,6 +89,6 @@ def test_a_merged_layer_is_not_taken_from_its_copy(scene, pinned):
     scene.load(denoiser, required=1_500)
     merged = set(pinned.kept)
     scene.residency._merged_layers = lambda model: merged
-    scene.residency.leave_kept(denoiser.model)
+    scene.residency.to_ram(denoiser.model)
     assert merged
     assert pinned.left == []

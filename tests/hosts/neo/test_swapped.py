@@ -22,7 +22,7 @@ class Copies:
         self.pinned += layers
         return len(layers)
 
-    def leave(self, layer):
+    def to_ram(self, layer):
         self.left.append(layer)
 
     def forget(self, layers):
@@ -83,6 +83,6 @@ def test_what_leaves_for_a_text_encoder_is_not_pinned_and_what_leaves_for_a_deco
 def test_a_model_that_leaves_whole_goes_by_its_copies_and_other_weights_have_none(copies):
     model, layers = denoiser()
     swapped = Swapped(copies)
-    swapped.leave_kept(patcher(model))
+    swapped.to_ram(patcher(model))
     swapped.forget(model)
     assert (copies.left, copies.forgotten) == (layers, layers)
