@@ -34,6 +34,12 @@ class DeviceCache(Generic[T]):
             value = self._values[key] = _outside_inference(make)
         return value
 
+    def known(self, device: torch.device, dtype: torch.dtype) -> T | None:
+        """Returns the value if it is kept. Makes nothing."""
+        if not self._values or device.type == "cpu":
+            return None
+        return self._values.get((device, dtype, _stream_id(device)))
+
     def drop(self) -> None:
         """Frees all values."""
         self._values.clear()

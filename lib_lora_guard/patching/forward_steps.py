@@ -123,6 +123,35 @@ class LowRankStep(ProductStep):
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.joined = JoinedLowRank(entries, shape)
 
+    def on_linear(self, call: LayerCall) -> None:
+        if not self._add_at_once(call):
+            super().on_linear(call)
+
+    def _add_at_once(self, call: LayerCall) -> bool:
+        """Adds the product of one block for all tokens, in as little of the processor's time as there is: of hundreds of layers
+        a step may wait for the processor and not for the card.
+
+        Returns:
+            False, with nothing changed, where something has to be made first or is out of the usual; then the long way goes.
+        """
+        output, x = call.output, call.x
+        parts = self.joined.known_parts(output.device, output.dtype)
+        if parts is None or len(parts) != 1 or not output.is_contiguous():
+            return False
+        block, scale = parts[0]
+        if block.part is not None or len(block.outputs) != 1 or block.outputs[0].part is not None:
+            return False
+        try:
+            # Neither writes before it has allocated, so that the long way can begin anew.
+            activation = torch.nn.functional.linear(x.view(-1, x.shape[-1]), block.down)
+            if scale.per_rank is not None:
+                activation.mul_(scale.per_rank)
+            output.view(-1, output.shape[-1]).addmm_(activation, block.outputs[0].up.t(), alpha=scale.alpha)
+        except RuntimeError:
+            # No memory, or an input that is no such view as a whole. Any other error comes again.
+            return False
+        return True
+
     def share_factors_with(self, older: Step) -> None:
         if isinstance(older, LowRankStep):
             self.joined.share_factors_with(older.joined)

@@ -155,6 +155,11 @@ class JoinedLowRank:
             made = self._made = (blocks, tuple(zip(blocks, self._make_scales(device, join), strict=True)))
         return made[1]
 
+    def known_parts(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Block, Scale], ...] | None:
+        """Returns what `parts` would, if nothing has to be made for it; else None."""
+        made = self._made
+        return made[1] if made is not None and made[0] is self._blocks.known(device, dtype) else None
+
     def factor_tensors(self) -> list[torch.Tensor]:
         """Returns the tensors that the device copies are made from."""
         return [tensor for factors in self._all_factors() for tensor in _tensors(factors)]
