@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from ..messages import say
 from ..patching.staging import has_ram_for_pinned
 from ..units import GB, MB
 
@@ -103,6 +104,10 @@ class _Pinned:
         self.bytes = sum(one.nbytes for one in self.tensors)
 
 
+class _ShortWay(functools.partial[torch.nn.Module]):
+    """Stands in place of a layer's `to`. A class of its own, so that it is known wherever an interrupt has left it."""
+
+
 class RamCopies:
     """Belongs to one takeover. Not for several threads at once: hosts place models in one."""
 
@@ -115,6 +120,8 @@ class RamCopies:
         self._is_on, self._driver = is_on, driver or Driver()
         self._pinned: weakref.WeakKeyDictionary[torch.nn.Module, _Pinned] = weakref.WeakKeyDictionary()
         self._kept: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Kept]] = weakref.WeakKeyDictionary()
+        self._short: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        """The layers that may have the short way in place of their `to`."""
         self._refused = False
 
     @property
@@ -126,6 +133,11 @@ class RamCopies:
     def bytes(self) -> int:
         """The RAM that is pinned now."""
         return sum(one.bytes for one in self._pinned.values())
+
+    @property
+    def are_unwanted(self) -> bool:
+        """True if there are copies that the user has switched off meanwhile."""
+        return not self._is_on() and bool(self.bytes or self._kept)
 
     def pin(self, layers: Iterable[torch.nn.Module]) -> int:
         """Copies the large weights of layers that lie in RAM to pinned memory, which takes their place.
@@ -242,15 +254,18 @@ class RamCopies:
         returns = return_all and self.works and psutil.virtual_memory().available > LEAST_LEFT_BYTES
         try:
             for layer in layers:
+                # Left by a move that was interrupted while it ended, or that of a move around this one, which is slower then.
+                self._own_way(layer)
                 if is_on and "to" not in layer.__dict__ and self._is_on_card(layer):
                     changed.append(layer)
-                    layer.__dict__["to"] = functools.partial(self._to, layer)
+                    self._short.add(layer)
+                    layer.__dict__["to"] = _ShortWay(self._to, layer)
                 elif found := self.before_card(layer, returns):
                     before[layer] = found
             yield
         finally:
             for layer in changed:
-                layer.__dict__.pop("to", None)
+                self._own_way(layer)
         for layer, found in before.items():
             if self._is_on_card(layer):
                 self.on_card(layer, found)
@@ -262,6 +277,12 @@ class RamCopies:
         if device is not None and device.type == "cpu" and dtype is None and self.to_ram(layer):
             return layer
         return torch.nn.Module.to(layer, *args, **kwargs)
+
+    def _own_way(self, layer: torch.nn.Module) -> None:
+        """Gives a layer its own `to` back. Another extension's stays."""
+        if isinstance(layer.__dict__.get("to"), _ShortWay):
+            del layer.__dict__["to"]
+        self._short.discard(layer)
 
     def forget(self, layers: Iterable[torch.nn.Module]) -> None:
         """Drops the copies of layers whose weights are about to become others."""
@@ -279,6 +300,22 @@ class RamCopies:
                 pinned.release()
                 del self._pinned[layer]
         return dropped
+
+    def give_back(self) -> None:
+        """Gives everything back: copies beside the card, and the lock of pinned RAM, in which swapped weights stay.
+
+        Not while an image is made: the card may read that RAM.
+        """
+        size = self.bytes
+        for layer in list(self._short):
+            self._own_way(layer)
+        self._kept.clear()
+        for layer, pinned in list(self._pinned.items()):
+            pinned.release()
+            del self._pinned[layer]
+        if size:
+            level = logging.INFO if size >= WORTH_A_LINE_BYTES else logging.DEBUG
+            say(log, level, "memory.unpinned", size_mb=size / MB)
 
     def _prune(self) -> None:
         """Gives back what no layer refers to any more, after the host has moved it by its own way."""

@@ -4,27 +4,11 @@ import gc
 
 import pytest
 import torch
+from support.page_locks import Driver
 
 from lib_lora_guard.runtime import ram_copies
 from lib_lora_guard.runtime.ram_copies import SMALLEST_BYTES, RamCopies
 from lib_lora_guard.units import GB
-
-
-class Driver:
-    """Locks `most` tensors."""
-
-    def __init__(self, most=99):
-        self.most, self.locked, self.released = most, {}, 0
-
-    def register(self, tensor):
-        if len(self.locked) >= self.most:
-            return False
-        self.locked[tensor.data_ptr()] = tensor.nbytes
-        return True
-
-    def release(self, tensor):
-        del self.locked[tensor.data_ptr()]
-        self.released += 1
 
 
 class Ram:
@@ -374,6 +358,62 @@ def test_a_move_that_fails_leaves_no_trace_on_the_layers(ram):
         raise MemoryError
     assert "to" not in layer.__dict__
     assert copies.leave(layer)
+
+
+@pytest.mark.parametrize("ends_with", ["the next move", "the guard"])
+def test_a_short_way_that_an_interrupt_left_goes_later(ram, monkeypatch, ends_with):
+    layers, is_on = [linear(), linear(), linear()], True
+    copies = RamCopies(lambda: is_on, Driver())
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)
+    layers[2].to = theirs = lambda *arguments: None
+    own_way = RamCopies._own_way
+
+    def interrupted(copies, layer):
+        if "to" in layer.__dict__:
+            raise KeyboardInterrupt
+        own_way(copies, layer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), copies.moving(layers[:2]):
+        patch.setattr(RamCopies, "_own_way", interrupted)
+    assert ["to" in layer.__dict__ for layer in layers] == [True, True, True]
+    if ends_with == "the next move":
+        is_on = False
+        with copies.moving(layers):
+            assert ["to" in layer.__dict__ for layer in layers] == [False, False, True]
+    else:
+        copies.give_back()
+    assert ["to" in layer.__dict__ for layer in layers] == [False, False, True]
+    assert layers[2].to is theirs
+
+
+def test_a_move_inside_a_move_ends_with_each_layers_own_way(ram, monkeypatch):
+    layer, copies = linear(), RamCopies(lambda: True, Driver())
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)
+    with copies.moving([layer]):
+        with copies.moving([layer]):
+            assert "to" in layer.__dict__
+        layer.to("cpu")
+    assert "to" not in layer.__dict__
+
+
+def test_switched_off_everything_is_given_back_and_swapped_weights_stay_in_place(ram, caplog):
+    there, swapped, driver, is_on = linear(), linear(), Driver(), True
+    copies = RamCopies(lambda: is_on, driver)
+    copies.pin([there, swapped])
+    place, bits = swapped.weight.data_ptr(), swapped.weight.clone()
+    to_card(copies, there)
+    assert not copies.are_unwanted
+    is_on = False
+    assert copies.are_unwanted
+    with caplog.at_level("DEBUG"):
+        copies.give_back()
+    assert "4 MB of pinned RAM" in caplog.text
+    assert (driver.locked, driver.released, copies.bytes, copies.are_unwanted) == ({}, 2, 0, False)
+    assert not copies.leave(there)
+    assert swapped.weight.data_ptr() == place
+    assert torch.equal(swapped.weight, bits)
+    is_on = True
+    assert copies.pin([swapped]) == swapped.weight.nbytes
 
 
 def test_what_is_not_contiguous_or_another_librarys_own_stays(ram):
