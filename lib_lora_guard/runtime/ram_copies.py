@@ -14,7 +14,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
@@ -38,6 +38,16 @@ ERRORS_OF_CUDA = (RuntimeError, AssertionError)
 """An AssertionError: torch is not built for CUDA."""
 NO_MEMORY = (RuntimeError, MemoryError)
 """Raised where memory ends, by torch on either side and by Python."""
+
+
+class QuantState(Protocol):
+    """What bitsandbytes' 4-bit weights have beside their values."""
+
+    absmax: torch.Tensor
+    code: torch.Tensor
+    offset: torch.Tensor | None
+    nested: bool
+    state2: QuantState
 
 
 class Driver:
@@ -168,7 +178,10 @@ class RamCopies:
             layer: In RAM.
             returns: Keep its copy in ordinary RAM too: it leaves the card as a whole for others, again and again.
         """
-        if not self.works or not (returns or layer in self._pinned):
+        return self._before_card(layer, returns) if self.works else {}
+
+    def _before_card(self, layer: torch.nn.Module, returns: bool) -> dict[str, Kept]:
+        if not (returns or layer in self._pinned):
             return {}
         if next(layer.buffers(recurse=False), None) is not None:
             return {}
@@ -250,8 +263,9 @@ class RamCopies:
             return_all: Keep ordinary copies too; see `before_card`.
         """
         changed, before = [], {}
-        is_on = self._is_on()
-        returns = return_all and self.works and psutil.virtual_memory().available > LEAST_LEFT_BYTES
+        # Asked once: it reads the system's numbers, and a model has hundreds of layers.
+        is_on, works = self._is_on(), self.works
+        returns = return_all and works and psutil.virtual_memory().available > LEAST_LEFT_BYTES
         try:
             for layer in layers:
                 # Left by a move that was interrupted while it ended, or that of a move around this one, which is slower then.
@@ -260,7 +274,7 @@ class RamCopies:
                     changed.append(layer)
                     self._short.add(layer)
                     layer.__dict__["to"] = _ShortWay(self._to, layer)
-                elif found := self.before_card(layer, returns):
+                elif works and (found := self._before_card(layer, returns)):
                     before[layer] = found
             yield
         finally:
@@ -343,12 +357,14 @@ class RamCopies:
 
     def _pin(self, layer: torch.nn.Module, parameter: torch.nn.Parameter) -> bool:
         """Returns False if RAM has no room, or if the driver has refused, once and for all."""
-        data = parameter.data
+        data, scales = parameter.data, _scales_in_ram(parameter)
         # Parameters that were made in inference mode stay such, as when torch moves them.
         with torch.inference_mode(data.is_inference()), torch.no_grad():
-            memory = _zeroed(data.nbytes)
+            # One piece for all: the system locks whole pages, and none of them twice.
+            size = sum(_aligned(one.nbytes) for one in (data, *(scale for _, _, scale in scales)))
+            memory = _zeroed(size)
             if memory is None:
-                log.info("RAM has no room to pin %.0f MB more: swapped weights stay in ordinary RAM", data.nbytes / MB)
+                log.info("RAM has no room to pin %.0f MB more: swapped weights stay in ordinary RAM", size / MB)
                 return False
             pinned = self._pinned.get(layer)
             if pinned is None:
@@ -357,10 +373,34 @@ class RamCopies:
                 self._refused = True
                 log.info("the driver locks no more RAM: swapped weights stay in ordinary RAM")
                 return False
-            there = memory.view(data.dtype).view(data.shape)
-            there.copy_(data)
-            parameter.data = there
+            start = _aligned(data.nbytes)
+            for state, name, scale in scales:
+                setattr(state, name, _copied(scale, memory[start : start + scale.nbytes]))
+                start += _aligned(scale.nbytes)
+            parameter.data = _copied(data, memory[: data.nbytes])
         return True
+
+
+def _scales_in_ram(parameter: torch.nn.Parameter) -> list[tuple[QuantState, str, torch.Tensor]]:
+    """Returns the scales of a 4-bit weight, each with the object that has it and its name there; of any other weight, nothing.
+
+    They are an eighth of the weight's bytes, and go to the card with it in each call.
+    """
+    state: QuantState | None = getattr(parameter, "quant_state", None)
+    states = [] if state is None else [state, *([state.state2] if state.nested else [])]
+    found = [(one, name, getattr(one, name, None)) for one in states for name in ("absmax", "offset")]
+    return [(one, name, scale) for one, name, scale in found if scale is not None and scale.device.type == "cpu"]
+
+
+def _copied(values: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    there = memory.view(values.dtype).view(values.shape)
+    there.copy_(values)
+    return there
+
+
+def _aligned(size_bytes: int) -> int:
+    """Returns the bytes from one tensor's start to the next one's: a multiple of 64, as torch lays them."""
+    return -(-size_bytes // 64) * 64
 
 
 def _succeeds(call: Callable[[Any], int]) -> bool:

@@ -1,6 +1,7 @@
 """Weights of swapped layers in pinned RAM. The card is played by ordinary memory: what counts is which tensor lies where."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -420,3 +421,22 @@ def test_what_is_not_contiguous_or_another_librarys_own_stays(ram):
     layer = linear()
     layer.weight.data = layer.weight.data.t()
     assert RamCopies(lambda: True, Driver()).pin([layer]) == 0
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_scales_of_a_4_bit_weight_are_pinned_with_it_in_one_piece(ram, nested):
+    layer, driver = linear(), Driver()
+    inner = SimpleNamespace(absmax=torch.rand(33), offset=None, nested=False) if nested else None
+    state = SimpleNamespace(
+        absmax=torch.rand(1001), offset=torch.tensor(0.25) if nested else None, nested=nested, state2=inner
+    )
+    layer.weight.quant_state = state
+    before = [layer.weight.clone(), state.absmax.clone()]
+    pinned = RamCopies(lambda: True, driver)
+    pinned.pin([layer])
+    scales = [state.absmax] + ([state.offset, inner.absmax] if nested else [])
+    assert {one.untyped_storage().data_ptr() for one in scales} == set(driver.locked) == {layer.weight.data_ptr()}
+    assert torch.equal(layer.weight, before[0])
+    assert torch.equal(state.absmax, before[1])
+    assert not nested or float(state.offset) == 0.25
+    assert pinned.pin([layer]) == 0
