@@ -386,7 +386,7 @@ def _scales_in_ram(parameter: torch.nn.Parameter) -> list[tuple[QuantState, str,
 
     They are an eighth of the weight's bytes, and go to the card with it in each call.
     """
-    state: QuantState | None = getattr(parameter, "quant_state", None)
+    state: QuantState | None = vars(parameter).get("quant_state")
     states = [] if state is None else [state, *([state.state2] if state.nested else [])]
     found = [(one, name, getattr(one, name, None)) for one in states for name in ("absmax", "offset")]
     return [(one, name, scale) for one, name, scale in found if scale is not None and scale.device.type == "cpu"]
