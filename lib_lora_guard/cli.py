@@ -182,7 +182,7 @@ def _add_doctor(commands: Any) -> None:
     about = (
         "Says what this machine looks like to the guard: versions, memory with the source of each number, what the CUDA "
         "allocator can be told, which memory estimates were corrected by measured peaks, and how the last process died, if "
-        "it did. With --reset it forgets the corrections and does nothing else."
+        "it did. With --reset it forgets what was measured and does nothing else."
     )
     doctor = commands.add_parser("doctor", help="what the guard knows of this machine", description=about)
     doctor.add_argument("--reset", action="store_true", help="forget what was measured on this machine")
@@ -294,11 +294,11 @@ def _doctor(options: Any) -> None:
     data = options.data or doctor.DATA
     language = language_of(AUTO, system=system_locale())
     if options.reset:
-        count = doctor.forget(data)
+        forgotten = doctor.forget(data)
         if options.json:
-            _print_json(doctor.forgotten_document(data, count))
+            _print_json(doctor.forgotten_document(data, forgotten))
         else:
-            doctor.print_forgotten(_console(), data, count, language)
+            doctor.print_forgotten(_console(), data, forgotten, language)
         return
     found = doctor.examine(data)
     if options.json:

@@ -14,7 +14,7 @@ import torch
 
 from lib_lora_guard import cli
 from lib_lora_guard.commands import doctor
-from lib_lora_guard.memory import calibration_report, snapshot
+from lib_lora_guard.memory import calibration_report, links_file, snapshot
 from lib_lora_guard.memory.calibration import FILE_NAME, Calibration, Key, Kind, stack_signature
 from lib_lora_guard.memory.calibration_file import VERSION
 from lib_lora_guard.memory.file_lock import locked
@@ -184,10 +184,24 @@ def test_reset_forgets_and_says_how_many(tmp_path, capsys):
         "version": __version__,
         "data": str(tmp_path),
         "corrections_forgotten": 0,
+        "links_forgotten": 0,
     }
     # A Forge that runs meanwhile begins anew with its next picture.
     kept.record(Key(Kind.STEP, "Flux", "nf4", 1), 1000, 1100)
     assert kept.measurements(Key(Kind.LOAD, "JointTextEncoder 4900M", "fp8_e4m3fn")) == 0
+
+
+@pytest.mark.parametrize("as_document", [False, True])
+def test_reset_forgets_the_links_too(as_document, tmp_path, capsys):
+    for card in ("one", "two"):
+        links_file.keep(tmp_path, card, links_file.Measured(7e9, 2e9, 12e9, time.time()))
+    file = tmp_path / links_file.FILE_NAME
+    if as_document:
+        assert document(capsys, "--reset", "--data", tmp_path)["links_forgotten"] == 2
+    else:
+        line = run(capsys, "--reset", "--data", tmp_path).splitlines()[1]
+        assert line.startswith(f"speeds between RAM and the card forgotten for 2 cards ({file})")
+    assert not file.exists()
 
 
 def test_reset_where_there_is_nothing(tmp_path, capsys):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import shown
 from ..lazy_torch import is_loaded, torch
-from ..memory import MemorySnapshot, Nvml, take_snapshot
+from ..memory import MemorySnapshot, Nvml, links_file, take_snapshot
 from ..memory.allocator_machine import availability, look
 from ..memory.allocator_text import CUDA_VARIABLE, variable_in_force
 from ..memory.calibration import FILE_NAME
@@ -99,16 +99,26 @@ def examine(data: Path) -> Examination:
     )
 
 
-def forget(data: Path) -> int:
-    """Forgets every correction.
+@dataclass(frozen=True)
+class Forgotten:
+    """What was measured on this machine and is forgotten now.
 
-    Returns:
-        How many there were.
+    Attributes:
+        corrections: The number of corrected memory estimates.
+        links: The number of cards whose links to RAM were measured.
+    """
+
+    corrections: int
+    links: int
+
+
+def forget(data: Path) -> Forgotten:
+    """Forgets every correction, and how fast the links between RAM and the cards are.
 
     Raises:
-        OSError: The file cannot be deleted.
+        OSError: A file cannot be deleted.
     """
-    return CalibrationFile(data / FILE_NAME).delete()
+    return Forgotten(CalibrationFile(data / FILE_NAME).delete(), links_file.delete(data))
 
 
 def known_crash(data: Path) -> Crash | None:
@@ -165,10 +175,13 @@ def _print_corrections(console: Console, found: Examination, language: str) -> N
         say(console, "  " + one.line.text(language))
 
 
-def print_forgotten(console: Console, data: Path, count: int, language: str) -> None:
-    """Prints how many corrections were forgotten."""
-    facts = {"count": count, "file": shown(str(data / FILE_NAME), 300)}
+def print_forgotten(console: Console, data: Path, forgotten: Forgotten, language: str) -> None:
+    """Prints how much was forgotten."""
+    facts = {"count": forgotten.corrections, "file": shown(str(data / FILE_NAME), 300)}
     say(console, Message("doctor.forgotten", facts).text(language))
+    if forgotten.links:
+        facts = {"count": forgotten.links, "file": shown(str(data / links_file.FILE_NAME), 300)}
+        say(console, Message("doctor.links_forgotten", facts).text(language))
 
 
 def examination_document(found: Examination) -> dict[str, Any]:
@@ -202,9 +215,15 @@ def examination_document(found: Examination) -> dict[str, Any]:
     }
 
 
-def forgotten_document(data: Path, count: int) -> dict[str, Any]:
-    """Returns the number of forgotten corrections as one JSON document."""
-    return {"schema": SCHEMA, "version": __version__, "data": str(data), "corrections_forgotten": count}
+def forgotten_document(data: Path, forgotten: Forgotten) -> dict[str, Any]:
+    """Returns how much was forgotten as one JSON document."""
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "data": str(data),
+        "corrections_forgotten": forgotten.corrections,
+        "links_forgotten": forgotten.links,
+    }
 
 
 def _card() -> tuple[torch.device | None, str, Message]:

@@ -85,7 +85,7 @@ class CalibrationFile:
             return 0
         with locked(self._lock_path, WAIT_SECONDS):
             count = len(self.read())
-            _retry_while_open(lambda: self.path.unlink(missing_ok=True))
+            retry_while_open(lambda: self.path.unlink(missing_ok=True))
         return count
 
     def _read_entries(self) -> Entries | None:
@@ -128,7 +128,7 @@ class CalibrationFile:
             temporary.unlink(missing_ok=True)
         with open_private(temporary, "xb") as file:
             file.write(json.dumps({"version": VERSION, "entries": listed}).encode())
-        _retry_while_open(lambda: os.replace(temporary, self.path))
+        retry_while_open(lambda: os.replace(temporary, self.path))
 
 
 def _entry(entry: Any) -> tuple[tuple[str, ...], Entry] | None:
@@ -145,7 +145,7 @@ def _entry(entry: Any) -> tuple[tuple[str, ...], Entry] | None:
     return (tuple(name), Entry(count, predicted, tuple(kept))) if count > 0 and predicted > 0 else None
 
 
-def _retry_while_open(act: Callable[[], None]) -> None:
+def retry_while_open(act: Callable[[], None]) -> None:
     """Repeats `act`: Windows refuses to replace or delete a file while another program (a virus scanner, say) has it
     open.
     """

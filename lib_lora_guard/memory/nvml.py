@@ -40,6 +40,8 @@ _REASONS = {
     18: "readings.nvml_driver_changed",
 }
 _NOT_AVAILABLE = 2**64 - 1
+_VERSION_BYTES = 80
+"""nvml.h: NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE."""
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """Linux, include/linux/proc_ns.h: PROC_PID_INIT_INO."""
 
@@ -167,6 +169,30 @@ class Nvml:
         others = [GpuProcess(pid, _name_of(pid), size) for pid, size in used.items() if pid != os.getpid()]
         return GpuProcesses(tuple(sorted(others, key=lambda p: (-(p.bytes or 0), p.name.lower(), p.pid))))
 
+    def driver(self) -> str:
+        """Returns the version of the driver, as "driver 555.42.02"; "" if it does not tell."""
+        version = ctypes.create_string_buffer(_VERSION_BYTES)
+        try:
+            self._ask("nvmlSystemGetDriverVersion", version, _VERSION_BYTES)
+        except LoraGuardError:
+            return ""
+        return "driver " + version.value.decode("ascii", "replace")
+
+    def slot(self, device: torch.device) -> str:
+        """Returns the fastest link that the card and its slot have together, as "PCIe 4 x16"; "" if it is not known.
+
+        The link at present may be slower, to save power.
+        """
+        numbers = []
+        try:
+            for name in ("nvmlDeviceGetMaxPcieLinkGeneration", "nvmlDeviceGetMaxPcieLinkWidth"):
+                number = ctypes.c_uint()
+                self._call(name, self._handle(device), ctypes.byref(number))
+                numbers.append(number.value)
+        except LoraGuardError:
+            return ""
+        return "PCIe {} x{}".format(*numbers)
+
     def _ours(self, handle: ctypes.c_void_p, total: int) -> Reading:
         try:
             used = self._used_by_pid(handle, total)
@@ -176,6 +202,11 @@ class Nvml:
             return Reading(None, SOURCE, Message("readings.nvml_not_listed"))
         size = used[os.getpid()]
         return Reading(size, SOURCE, Message("readings.nvml_hidden") if size is None else None)
+
+    def _ask(self, name: str, *arguments: Any) -> None:
+        if self.missing is not None:
+            raise LoraGuardError(self.missing)
+        self._call(name, *arguments)
 
     def _handle(self, device: torch.device) -> ctypes.c_void_p:
         if self.missing is not None:

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 
 from ..memory.calibration import FILE_NAME
+from ..memory.links_file import FILE_NAME as LINKS_NAME
 from ..messages import Message, say
 from ..private_files import other_than_file
 from ..reporting.report import clean_text
-from .links import FILE_NAME as LINKS_NAME
 
 log = logging.getLogger(__name__)
 

@@ -68,6 +68,22 @@ def test_the_card_is_found_by_what_torch_knows_of_it(card, name):
     assert nvml_session.memory(CUDA).free.bytes == 2 * MB
 
 
+def test_the_driver_and_the_slot_are_named():
+    found = session(Card())
+    assert (found.driver(), found.slot(CUDA)) == ("driver 555.42.02", "PCIe 4 x16")
+
+
+@pytest.mark.parametrize("name", ["nvmlSystemGetDriverVersion", "nvmlDeviceGetMaxPcieLinkWidth"])
+@pytest.mark.parametrize("how", ["lacks", "fails"])
+def test_a_version_or_a_slot_that_the_driver_does_not_tell_is_left_out(name, how):
+    found = session(Card(), **{how: {name: NOT_SUPPORTED}})
+    told = {"nvmlSystemGetDriverVersion": found.driver(), "nvmlDeviceGetMaxPcieLinkWidth": found.slot(CUDA)}
+    assert told.pop(name) == ""
+    assert all(told.values())
+    found.close()
+    assert (found.driver(), found.slot(CUDA)) == ("", "")
+
+
 def test_a_card_is_looked_up_once():
     calls = []
     nvml_session = session(Card(), calls=calls)

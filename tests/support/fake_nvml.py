@@ -13,6 +13,9 @@ _PROTOTYPES = {
     "nvmlShutdown": (),
     "nvmlDeviceGetHandleByUUID": (_Text, _Pointer),
     "nvmlDeviceGetHandleByPciBusId_v2": (_Text, _Pointer),
+    "nvmlSystemGetDriverVersion": (_Pointer, ctypes.c_uint),
+    "nvmlDeviceGetMaxPcieLinkGeneration": (_Pointer, _Pointer),
+    "nvmlDeviceGetMaxPcieLinkWidth": (_Pointer, _Pointer),
     "nvmlDeviceGetMemoryInfo": (_Pointer, _Pointer),
     "nvmlDeviceGetMemoryInfo_v2": (_Pointer, _Pointer),
     "nvmlDeviceGetComputeRunningProcesses_v2": (_Pointer, _Pointer, _Pointer),
@@ -24,6 +27,8 @@ _PROTOTYPES = {
 
 class Card:
     """A card of 12 GB as NVML sees it. Numbers in MB; processes as `(number, MB or HIDDEN)`."""
+
+    driver, slot = b"555.42.02", (4, 16)
 
     def __init__(self, names=("GPU-one",), total=12288, reserved=300, free=4000, compute=(), graphics=()):
         self.names, self.total, self.reserved, self.free = names, total * MB, reserved * MB, free * MB
@@ -76,7 +81,22 @@ def library(*cards, lacks=(), fails=None, calls=None):
 
         return listed
 
+    def driver_version(address, size):
+        text = cards[0].driver[: size - 1] + b"\0"
+        ctypes.memmove(address, text, len(text))
+        return SUCCESS
+
+    def slot(place):
+        def largest(handle, address):
+            ctypes.c_uint32.from_address(address).value = card_of(handle).slot[place]
+            return SUCCESS
+
+        return largest
+
     functions = {
+        "nvmlSystemGetDriverVersion": driver_version,
+        "nvmlDeviceGetMaxPcieLinkGeneration": slot(0),
+        "nvmlDeviceGetMaxPcieLinkWidth": slot(1),
         "nvmlInit_v2": lambda: SUCCESS,
         "nvmlShutdown": lambda: SUCCESS,
         "nvmlDeviceGetHandleByUUID": find,

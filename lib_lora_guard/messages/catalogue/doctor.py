@@ -77,4 +77,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{count} corrections of memory estimates forgotten ({file})",
         "已清除 {count} 项内存估算修正（{file}）",
     ),
+    "doctor.links_forgotten": (
+        "speeds between RAM and the card forgotten for {count} cards ({file}); a WebUI that runs measures them again after its restart",
+        "已清除 {count} 张显卡与内存之间的速度（{file}）；正在运行的 WebUI 将在重启后重新测量",
+    ),
 }
