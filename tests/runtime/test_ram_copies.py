@@ -204,7 +204,7 @@ def test_ram_that_ends_while_weights_are_pinned_ends_nothing_else(ram, monkeypat
     layers, driver = [linear(), linear()], Driver()
     copies, before = RamCopies(lambda: True, driver), layers[1].weight.data_ptr()
     assert copies.pin(layers[:1]) == copies.bytes == layers[0].weight.nbytes
-    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+    with monkeypatch.context() as patch, caplog.at_level("INFO", "lib_lora_guard"):
         patch.setattr(torch, "empty", fails)
         assert copies.pin(layers) == 0
     assert "no room to pin 2 MB" in caplog.text
@@ -406,7 +406,7 @@ def test_switched_off_everything_is_given_back_and_swapped_weights_stay_in_place
     assert not copies.are_unwanted
     is_on = False
     assert copies.are_unwanted
-    with caplog.at_level("DEBUG"):
+    with caplog.at_level("DEBUG", "lib_lora_guard"):
         copies.give_back()
     assert "4 MB of pinned RAM" in caplog.text
     assert (driver.locked, driver.released, copies.bytes, copies.are_unwanted) == ({}, 2, 0, False)
