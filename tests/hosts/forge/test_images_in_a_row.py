@@ -8,6 +8,7 @@ from support.card_scene import assert_sound, scene_of
 from support.fake_card import Denoiser, IntegratedAutoencoderKL, JointTextEncoder, bytes_on_card, size_of
 
 from lib_lora_guard.planning import activations
+from lib_lora_guard.runtime.jobs import Pass
 
 MB = 1 << 20
 STEP, DECODE = 1375 * MB, 3300 * MB
@@ -101,7 +102,7 @@ def test_a_text_encoder_comes_to_a_card_with_room_for_all(parts):
 def test_with_few_steps_what_left_for_the_decode_may_stay_away(parts, steps, comes):
     with images_on(parts, 12) as images:
         first = images.image(is_new_prompt=True)
-        with images.scene.guard.jobs.job(lambda: steps):
+        with images.scene.guard.jobs.job(lambda: Pass(steps)):
             assert (images.image(is_new_stack=True) >= first - 35 * MB) is comes
 
 
@@ -109,7 +110,7 @@ def test_switched_off_the_denoiser_takes_all_room_before_its_steps(parts):
     with images_on(parts, 12) as images:
         images.scene.guard.settings.options = {"lora_guard_plan_residency": False}
         first = images.image(is_new_prompt=True)
-        with images.scene.guard.jobs.job(lambda: 1):
+        with images.scene.guard.jobs.job(lambda: Pass(1)):
             assert images.image(is_new_stack=True) >= first - 35 * MB
             # The text encoder gets what room there is, and gives it back.
             images.scene.load(images.text)
