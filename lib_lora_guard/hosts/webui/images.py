@@ -20,7 +20,7 @@ from ...runtime.hooks import P, R, Row
 from ...runtime.image_words import ImageWords
 from ...runtime.jobs import Jobs, Pass
 from ...runtime.live_settings import LiveSettings
-from .types import Processing, comments_of, own_options
+from .types import Processing, Refined, TwoPasses, comments_of, own_options
 
 log = logging.getLogger(__name__)
 
@@ -87,15 +87,15 @@ def pass_of(p: Processing) -> Pass:
     A refiner takes over at its share of the steps, in the second pass if there is one: the WebUI's default. A checkpoint
     of the second pass, or of the request alone, is given back after it.
     """
-    steps, is_second = steps_of(p), getattr(p, "is_hr_pass", False)
-    has_second = bool(getattr(p, "enable_hr", False))
-    of_second = getattr(p, "hr_checkpoint_info", None)
-    is_last = "sd_model_checkpoint" in own_options(p) or (has_second and of_second is not None)
-    refiner = getattr(p, "refiner_checkpoint_info", None)
-    if refiner is None or has_second is not is_second:
+    steps, is_last = steps_of(p), "sd_model_checkpoint" in own_options(p)
+    is_refined_pass = True
+    if isinstance(p, TwoPasses) and p.enable_hr:
+        is_last |= p.hr_checkpoint_info is not None
+        is_refined_pass = p.is_hr_pass
+    if not isinstance(p, Refined) or p.refiner_checkpoint_info is None or not is_refined_pass:
         return Pass(steps, is_last)
-    before = math.ceil(steps * float(getattr(p, "refiner_switch_at", None) or 0))
-    is_refining = getattr(p.sd_model, "sd_checkpoint_info", None) == refiner
+    before = math.ceil(steps * (p.refiner_switch_at or 0))
+    is_refining = p.sd_model.sd_checkpoint_info == p.refiner_checkpoint_info
     return Pass(steps - before if is_refining else before, is_last=True)
 
 

@@ -154,7 +154,13 @@ def test_the_steps_of_a_pass(request_of, steps):
 
 BASE, REFINER = types.SimpleNamespace(sd_checkpoint_info="base"), types.SimpleNamespace(sd_checkpoint_info="refiner")
 REFINED = {"steps": 20, "refiner_checkpoint_info": "refiner", "refiner_switch_at": 0.8}
-HIRES = {"enable_hr": True, "denoising_strength": 0.5, "hr_second_pass_steps": 0}
+HIRES = {
+    "enable_hr": True,
+    "is_hr_pass": False,
+    "hr_checkpoint_info": None,
+    "denoising_strength": 0.5,
+    "hr_second_pass_steps": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +169,9 @@ HIRES = {"enable_hr": True, "denoising_strength": 0.5, "hr_second_pass_steps": 0
         (REFINED | {"sd_model": BASE}, 16, True),
         (REFINED | {"sd_model": REFINER}, 4, True),
         (REFINED | {"sd_model": BASE, "refiner_switch_at": None}, 0, True),
+        # Without a second pass its checkpoint says nothing.
+        (HIRES | {"steps": 20, "enable_hr": False, "hr_checkpoint_info": "other"}, 20, False),
+        ({"steps": 20, "refiner_checkpoint_info": None, "refiner_switch_at": 0.8}, 20, False),
         # The refiner takes over in the second pass.
         (REFINED | HIRES | {"sd_model": BASE}, 20, False),
         (REFINED | HIRES | {"sd_model": BASE, "is_hr_pass": True}, 8, True),
