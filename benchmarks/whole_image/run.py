@@ -321,7 +321,9 @@ def parse(arguments=None):
     parser.add_argument("--plan", nargs="+", default=["4"], metavar="STEPS[:DAY]")
     parser.add_argument("--ways", nargs="+", default=["stock", "fp16", "guard"], metavar="WAY")
     parser.add_argument("--builds", type=Path, help="a folder of builds of the guard, for their names in --ways")
-    parser.add_argument("--slow-link-gb-s", type=float, help="slow copies between RAM and card down to this rate")
+    parser.add_argument(
+        "--slow-link-gb-s", "--link-gb-s", type=float, help="slow copies between RAM and card down to this rate"
+    )
     parser.add_argument("--profile", action="store_true", help="torch's profile of each image's third step, in --out")
     parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS", help="for all of it")
     parser.add_argument("--checkpoint", help="an existing one instead of a made Flux")
