@@ -8,6 +8,7 @@ more than once in a call, the last one counts.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -232,13 +233,19 @@ def change_beside_fp16(guard, _, fp16):
     return most(divided(row["seconds"], fp16.get(row["case"])) for row in guard.changed())
 
 
-def first_step_beyond(guard, *_):
-    """Returns the seconds until the first step has ended, beyond those of an unchanged image with a usual step."""
+def first_step_beyond(guard, *_, names=None):
+    """Returns the seconds until the first step has ended, beyond those of an unchanged image with a usual step.
+
+    Args:
+        guard: The way.
+        names: Of the images to look at; None takes all that a LoRA or a strength was changed for.
+    """
     again = guard.by_case.get("same again", {})
     if "usual_step_s" not in again:
         return None
     usual = again["to_first_step_s"] + again["usual_step_s"]
-    ends = (row["to_first_step_s"] + row["first_step_s"] for row in applied(guard) if "first_step_s" in row)
+    rows = [row for row in applied(guard) if "first_step_s" in row and (names is None or row["case"] in names)]
+    ends = (row["to_first_step_s"] + row["first_step_s"] for row in rows)
     return most(end - usual for end in ends)
 
 
@@ -273,6 +280,10 @@ def always(goal):
     return lambda _: goal
 
 
+def of_three_on_nf4(part):
+    return 0.15 if (part.storage, part.day) == ("nf4", "three") else None
+
+
 def most_of_a_change(part):
     if part.host == "neo":
         return 1.2
@@ -298,7 +309,12 @@ RATIOS = (
     Ratio(
         "moves, applying and first step beyond a usual one, s",
         first_step_beyond,
-        lambda part: 0.15 if (part.storage, part.day) == ("nf4", "three") else None,
+        of_three_on_nf4,
+    ),
+    Ratio(
+        "the same, files that were used before, s",
+        functools.partial(first_step_beyond, names=("strength", "other strengths")),
+        of_three_on_nf4,
     ),
     Ratio("first step beyond a usual one, s", step_beyond),
     Ratio(

@@ -53,12 +53,17 @@ def test_the_ratios_that_are_promised():
         "no LoRA / stock's": 4.2 / 4.0,
         "moves, applying and first step beyond a usual one, s": 2.5 + 0.725 - (1.0 + 0.5),
         "RAM beyond stock's without LoRA + the LoRA's, MB": 21_300 - 21_000 - 150,
+        "the same, files that were used before, s": None,
         "first step beyond a usual one, s": 0.1,
         "RAM peak / stock fp16's": 21_300 / 36_000,
         "same prompt again: levels apart": 0,
         "with a LoRA: mean levels from stock fp16's picture": 0.2,
     }
     assert found == pytest.approx(expected)
+    other = image("guard", "other strengths", 5.2, 0.5, first=1.2, loras=1, changes=True)
+    found = table.ratios([*ROWS, other])["guard"]
+    assert found["the same, files that were used before, s"] == pytest.approx(1.2 + 0.6 - (1.0 + 0.5))
+    assert found["moves, applying and first step beyond a usual one, s"] == pytest.approx(1.725)
 
 
 def test_a_ratio_whose_part_is_missing_is_none_and_the_table_leaves_it_out():
@@ -71,6 +76,7 @@ def test_a_ratio_whose_part_is_missing_is_none_and_the_table_leaves_it_out():
         "image after a change / stock fp16's",
         "same again / stock fp16's",
         "no LoRA / stock's",
+        "the same, files that were used before, s",
         "RAM beyond stock's without LoRA + the LoRA's, MB",
         "RAM peak / stock fp16's",
     ]
