@@ -1,8 +1,8 @@
 """The guard's prediction of an image's VRAM against the measured VRAM: one factor varied at a time.
 
-    FORGE_ROOT=... python benchmarks/memory_matrix.py --out matrix.jsonl [--done earlier.jsonl] [--seconds 560]
+    FORGE_ROOT=... python benchmarks/memory_matrix.py --out matrix.jsonl [--done earlier.jsonl] [--seconds 410]
 
-About 30 cases (`--list`): Flux, SDXL and SD 1.5 in Forge's own classes with random weights, with the guard installed. A
+About 40 cases, in one call of seven minutes; each row is on the disk before the next case begins (`--list`): Flux, SDXL and SD 1.5 in Forge's own classes with random weights, with the guard installed. A
 ballast process leaves the stated VRAM. Torch's statistics give the peak of one load, apply and a few steps.
 
 Predicted before the load, in MB:
@@ -170,24 +170,29 @@ def stored_parameters(denoiser):
     return found
 
 
+def facts_of(stored, case, compute_bytes):
+    """Returns `(tokens, facts of the model)` as `lora-guard plan` has them for a file with these parameters."""
+    from lib_lora_guard.checkpoints.model_header import Checkpoint
+    from lib_lora_guard.commands.plan import model_facts
+    from lib_lora_guard.models.architecture import detect_model
+    from lib_lora_guard.planning.tokens import Picture, tokens_for
+
+    architecture = detect_model({name: parameter.shape for name, parameter in stored.items()})
+    assert architecture is not None, "the guard does not know this model"
+    assert architecture.value == case.model, f"the guard takes this model for {architecture.value}"
+    picture = Picture(case.size_px, case.size_px)
+    tokens = tokens_for(architecture, picture)
+    checkpoint = Checkpoint(None, stored, architecture, scales={})
+    return tokens, model_facts(checkpoint, tokens, picture, compute_bytes)
+
+
 class Prediction:
     """The predictions before the model is loaded."""
 
     def __init__(self, denoiser, takeover, patcher, case, stored):
-        from lib_lora_guard.checkpoints.model_header import Checkpoint
-        from lib_lora_guard.commands.plan import model_facts
-        from lib_lora_guard.models.architecture import detect_model
-        from lib_lora_guard.planning.tokens import Picture, tokens_for
-
         self.denoiser, self.takeover, self.patcher, self.case = denoiser, takeover, patcher, case
         self.stored, self.compute_bytes = stored, denoiser.compute.itemsize
-        architecture = detect_model({name: parameter.shape for name, parameter in stored.items()})
-        assert architecture is not None, "the guard does not know this model"
-        assert architecture.value == case.model, f"the guard takes this model for {architecture.value}"
-        picture = Picture(case.size_px, case.size_px)
-        self.tokens = tokens_for(architecture, picture)
-        checkpoint = Checkpoint(None, stored, architecture, is_scaled_fp8=False)
-        self.facts = model_facts(checkpoint, self.tokens, picture, self.compute_bytes)
+        self.tokens, self.facts = facts_of(stored, case, self.compute_bytes)
 
     def numbers(self, free_bytes):
         from lib_lora_guard.planning.predict import predict

@@ -28,9 +28,10 @@ class Case(NamedTuple):
     steps: int | None = None
 
 
-A, WEAK, B = ("A", 0.8), ("A", 0.5), ("B", 0.7)
+A, WEAK, B, WEAK_B = ("A", 0.8), ("A", 0.5), ("B", 0.7), ("B", 0.3)
 BOTH = (("A", 0.8), ("B", 0.4))
 THREE = (("B", 0.5), ("C", 0.5), ("D", 0.5))
+WEAK_THREE = (("B", 0.2), ("C", 0.4), ("D", 0.6))
 BIG = (("X", 0.4), ("Y", 0.4), ("Z", 0.4))
 
 DAYS = {
@@ -40,11 +41,11 @@ DAYS = {
         Case("first LoRA", (A,), changes=True),
         Case("same again", (A,), same_as="first LoRA"),
         Case("strength", (WEAK,), changes=True),
-        Case("another LoRA", (B,), changes=True),
         Case("two LoRAs", BOTH, changes=True),
-        Case("new prompt", BOTH, OTHER_PROMPT),
-        Case("previous prompt", BOTH, same_as="two LoRAs"),
         Case("removed", same_as="no LoRA", changes=True),
+        Case("another LoRA", (B,), changes=True),
+        Case("new prompt", (B,), OTHER_PROMPT),
+        Case("previous prompt", (B,), same_as="another LoRA"),
     ),
     "six": (
         Case("no LoRA"),
@@ -54,6 +55,13 @@ DAYS = {
         Case("two LoRAs", BOTH, changes=True),
         Case("removed", same_as="no LoRA", changes=True),
     ),
+    "changes": (
+        Case("another LoRA", (B,), changes=True),
+        Case("strength", (WEAK_B,), changes=True),
+        Case("two LoRAs", BOTH, changes=True),
+        Case("removed", changes=True),
+    ),
+    "cold": (Case("cold, no LoRA"),),
     "bare": (
         Case("cold, no LoRA"),
         Case("no LoRA", same_as="cold, no LoRA"),
@@ -71,6 +79,7 @@ DAYS = {
         Case("no LoRA", same_as="cold, no LoRA"),
         Case("three LoRAs", THREE, changes=True),
         Case("same again", THREE, same_as="three LoRAs"),
+        Case("other strengths", WEAK_THREE, changes=True),
         Case("removed", same_as="no LoRA", changes=True),
     ),
     "big": (
@@ -82,27 +91,41 @@ DAYS = {
     ),
 }
 """`ten`: an ordinary day. `six`: a shorter one, for a host that is warm. `long`: two images whose preparation was made by short ones. `three` and `big`: one stack.
-`bare`: what a host does without LoRAs, which the others are measured by."""
+`changes`: what differs from the image before, for a host that is warm. `cold`: the first image of a host, which loads all. `bare`: what a host does
+without LoRAs, which the others are measured by. Where the time may end, the images that most depends on come first.
+"""
 
 
 class Part(NamedTuple):
-    """A part of a plan: a day at a number of steps."""
+    """A part of a plan: a day at a number of steps.
+
+    Attributes:
+        steps: Of its images.
+        day: One of `DAYS`.
+        ways: Names of the ways that play it; empty for all.
+    """
 
     steps: int
     day: str
+    ways: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text):
-        """Reads "4" (an ordinary day) or "50:long".
+        """Reads "4" (an ordinary day), "50:long", or "4:three@guard" (for one way).
 
         Raises:
             ValueError: The steps are no number from 1, or there is no such day.
         """
-        steps, _, day = text.partition(":")
+        what, _, ways = text.partition("@")
+        steps, _, day = what.partition(":")
         day = day or "ten"
         if not steps.isdigit() or int(steps) < 1 or day not in DAYS:
-            raise ValueError(f"{text}: expected STEPS or STEPS:DAY, with a day of {', '.join(DAYS)}")
-        return cls(int(steps), day)
+            raise ValueError(f"{text}: expected STEPS, STEPS:DAY or STEPS:DAY@WAY, with a day of {', '.join(DAYS)}")
+        return cls(int(steps), day, tuple(ways.split(",")) if ways else ())
+
+    def is_for(self, way):
+        """Returns whether a way of this name plays the part."""
+        return not self.ways or way in self.ways
 
 
 def loras_of(plan):

@@ -6,10 +6,11 @@ Each way gets a fresh host (API, no pages) and makes the images of the plan, one
 first LoRA, the same again, another strength, another LoRA, two, a new prompt, the previous one, removed. A second process takes
 the VRAM beyond `--free-gb`. `OUT/results.jsonl` gets one JSON line for each image: seconds; seconds to the first step, of the
 first step and of a usual one; peaks of VRAM and of RAM that no file backs; the picture's hash, and its distance from an earlier
-picture that should be the same. `OUT/table.md` is made from them (`table.py`), also when the time is up (`--time-limit`).
+picture that should be the same. `OUT/table.md` is made from them (`table.py`), also when the time is up (`--time-limit`): each way
+gets an equal share of what is left, so put the fast one first, and the part of the plan that matters most.
 
     --ways: stock (Automatic), fp16 ("(fp16 LoRA)"), guard (this checkout), NAME=FOLDER or the name of a folder in --builds
-    --plan: STEPS or STEPS:DAY, several in one process, e.g. 4 20 50:long
+    --plan: STEPS, STEPS:DAY or STEPS:DAY@WAY (for one way), several in one process, e.g. 50:long 4:three@guard 4
     --checkpoint NAME --loras A=NAME B=NAME: existing files instead of made ones; with --cpu a trial without a GPU
 
 Made files and pictures lie in --models and --work, and are kept for the next run.
@@ -49,13 +50,18 @@ def say(text):
 
 
 class Clock:
-    """The time limit of a whole run."""
+    """A time limit."""
 
     def __init__(self, limit_seconds):
         self.end = time.monotonic() + limit_seconds
 
     def left(self):
+        """Returns the seconds until the end must begin."""
         return self.end - time.monotonic() - LEAST_SECONDS
+
+    def share(self, among):
+        """Returns the clock of the first of so many that divide what is left; what it leaves over is the others'."""
+        return Clock(self.left() / among + LEAST_SECONDS)
 
 
 class Results:
@@ -126,6 +132,25 @@ def levels_apart(picture, other):
     return {"max_levels": int(apart.max()), "mean_levels": round(float(apart.mean()), 3)}
 
 
+class Pace:
+    """What the images of a way have taken, to tell whether there is time for another."""
+
+    def __init__(self):
+        self.images = 0
+        self.beside_s = self.step_s = 0.0
+
+    def note(self, steps, seconds, step_seconds):
+        """Counts an image. The first one of a host loads everything, and counts only until there is another."""
+        beside = max(0.0, seconds - steps * step_seconds)
+        self.beside_s = beside if self.images < 2 else max(self.beside_s, beside)
+        self.step_s = max(self.step_s, step_seconds)
+        self.images += 1
+
+    def expected(self, steps):
+        """Returns the seconds of an image at most, as far as is known."""
+        return self.beside_s + steps * self.step_s
+
+
 class WayRun:
     """One way: its host, and the pictures of the current part of the plan."""
 
@@ -133,13 +158,14 @@ class WayRun:
         self.options, self.way, self.host, self.results = options, way, host, results
         self.card, self.clock, self.vram_before = card, clock, vram_before
         self.notes = options.work / "steps.jsonl"
-        self.longest = 0.0
+        self.pace = Pace()
+        self.slowed = (0, 0.0)
 
     def play(self, part):
         """Makes the images of a part; returns whether there was time for all."""
         pictures = {}
         for case in days.DAYS[part.day]:
-            if self.clock.left() < 1.2 * self.longest:
+            if self.clock.left() < 1.1 * self.pace.expected(case.steps or part.steps):
                 return False
             row, picture = self.image(part, case)
             if picture is not None:
@@ -148,7 +174,7 @@ class WayRun:
                     row |= {"same_as": case.same_as, **levels_apart(picture, pictures[case.same_as])}
                 row |= self.beside_other_ways(part, case, picture)
             say(table.line(self.results.add(row)))
-            if not self.longest:
+            if not self.pace.images:
                 raise HostError(f"the first image failed: {row['error']}")
             if self.host.process.poll() is not None:
                 raise HostError(f"the host ended with {self.host.process.returncode}: {self.host.last_words()}")
@@ -173,14 +199,23 @@ class WayRun:
             try:
                 picture, seconds = self.host.image(prompt, steps, self.options.size, max(1, self.clock.left()))
                 row["seconds"] = round(seconds, 3)
-                self.longest = max(self.longest, seconds)
             except HostError as failure:
                 error = str(failure)
         row |= peaks.as_row(self.vram_before)
-        row |= step_times([json.loads(line) for line in self.notes.read_text().splitlines()], began)
+        notes = [json.loads(line) for line in self.notes.read_text().splitlines()]
+        row |= step_times(notes, began) | self.waits(notes)
         if picture is None:
             return {**row, "error": error}, None
+        self.pace.note(steps, row["seconds"], row.get("usual_step_s", 0.0))
         return {**row, "hash": hashlib.sha1(picture.tobytes()).hexdigest()[:12]}, picture
+
+    def waits(self, notes):
+        """Returns the copies that were slowed until the image's last step, those of the decode before it included."""
+        found = [(note["copies"], note["waited_s"]) for note in notes if "copies" in note]
+        if not found:
+            return {}
+        before, self.slowed = self.slowed, found[-1]
+        return {"slowed_copies": found[-1][0] - before[0], "waited_s": round(found[-1][1] - before[1], 2)}
 
     def beside_other_ways(self, part, case, picture):
         """Keeps the picture, and returns its distance from those of the ways before it."""
@@ -222,7 +257,7 @@ def play_way(options, way, results, card, clock):
             say(f"{way.name}: the host answers after {time.monotonic() - began:.0f} s")
             host.choose(options.checkpoint)
             run = WayRun(options, way, host, results, card, clock, vram_before)
-            if not all(run.play(part) for part in options.plan):
+            if not all(run.play(part) for part in options.plan if part.is_for(way.name)):
                 say(f"{way.name}: the time is up")
         except HostError as failure:
             say(f"{way.name}: {failure}")
@@ -251,15 +286,16 @@ def play(options):
         if not options.cpu:
             seen = leave_free(ballast, int(options.free_gb * GB))
             say(f"a new process sees {(seen or 0) / GB:.2f} GB free of {facts['gpu']}")
-        for way in options.ways:
+        started = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        for number, way in enumerate(options.ways):
             if clock.left() < 30:
                 say(f"{way.name}: no time left")
                 continue
-            common = {"host": options.host, "storage": options.storage, "free_gb": options.free_gb}
+            common = {"run": started, "host": options.host, "storage": options.storage, "free_gb": options.free_gb}
             common |= {"size": options.size, "slow_link_gb_s": options.slow_link_gb_s, "way": way.name}
             results = Results(options.out / "results.jsonl", {**common, "commit": way.commit, **facts})
             say(f"{way.name} {way.commit}: {way.setting}")
-            play_way(options, way, results, card, clock)
+            play_way(options, way, results, card, clock.share(len(options.ways) - number))
     text = table.page(table.read([options.out / "results.jsonl"]))
     (options.out / "table.md").write_text(text, encoding="utf-8")
     print("\n" + text, flush=True)
@@ -285,7 +321,9 @@ def parse(arguments=None):
     parser.add_argument("--plan", nargs="+", default=["4"], metavar="STEPS[:DAY]")
     parser.add_argument("--ways", nargs="+", default=["stock", "fp16", "guard"], metavar="WAY")
     parser.add_argument("--builds", type=Path, help="a folder of builds of the guard, for their names in --ways")
-    parser.add_argument("--slow-link-gb-s", type=float, help="slow copies between RAM and card down to this rate")
+    parser.add_argument(
+        "--slow-link-gb-s", "--link-gb-s", type=float, help="slow copies between RAM and card down to this rate"
+    )
     parser.add_argument("--profile", action="store_true", help="torch's profile of each image's third step, in --out")
     parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS", help="for all of it")
     parser.add_argument("--checkpoint", help="an existing one instead of a made Flux")

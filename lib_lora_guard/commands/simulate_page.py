@@ -102,7 +102,7 @@ def _with_guard(replays: tuple[Replay, ...]) -> list[str]:
         "## With the guard: predicted, not measured",
         f'As if each configuration ran on Forge `{FORGE_COMMIT}` with the guard in its mode "Automatic": computed by '
         "`lib_lora_guard/replay/guard_case.py` from the functions that the guard plans with (`planning/activations.py`, "
-        "`planning/eviction.py`) and from sizes of published models. An outcome stands only where the same arithmetic gives what "
+        "`planning/eviction.py`, `planning/on_card.py`) and from sizes of published models. An outcome stands only where the same arithmetic gives what "
         "the user saw without the guard, or where the log itself names the merge; elsewhere the column says why there is none. "
         f'"Slow" is more than {SLOW_COPY_BYTES / MB:.0f} MB of weights copied in a step: a second, as measured with ordinary RAM. '
         f'"{Outcome.REFUSED.value}" is rule LG-R08, with no page file counted, because no report has its size: where the process had '
@@ -110,7 +110,8 @@ def _with_guard(replays: tuple[Replay, ...]) -> list[str]:
         f"Assumed where a report is silent: {OTHERS_MB} MB of the card taken by the desktop and CUDA; a LoRA of rank {LORA_RANK} on "
         f"every linear layer of Flux, in 16 bit, or of {SDXL_LORA_MB} MB for SDXL, its text encoder's part in it; 896x1152 for Flux, "
         f"1024x1024 for SDXL; T5 in fp8 beside NF4 and fp8 and in fp16 beside Q8_0 and bf16; {RAM_FLOOR_BYTES / MB:.0f} MB of RAM left "
-        "to the system. What a step holds was measured on one GPU in a fresh process. Seconds are not predicted. MB:",
+        "to the system; Windows, where the guard leaves 256 MB more for swapping than elsewhere: 512 MB for Flux in 16 bit, 704 MB for "
+        "SDXL. What a step holds was measured on one GPU in a fresh process. Seconds are not predicted. MB:",
         _section("replay guard", _table(["of", *names], rows)),
         *_about_rows(computed),
     ]

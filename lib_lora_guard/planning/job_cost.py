@@ -3,7 +3,10 @@
     seconds = bytes that leave / link to RAM + bytes that come / link to the card + calls x swapped bytes / link while swapping
 
 Swapped are the weights that lie in RAM and are copied in each call of the model. What follows counts too: the decode after
-the calls, for which others leave before the model does, and the neighbours' return for the next prompt. Leaving is slow
+the calls, for which others leave before the model does, and the neighbours' return for the next prompt. Models that run in
+the same calls (ControlNets) count as parts of the model: each byte of theirs comes or is swapped, too. Where another
+checkpoint follows (a refiner, a detailer's own), all that is on the card leaves after the calls, and nothing of it returns:
+what comes then serves these calls alone. The other one's own bytes are the same in every way. Leaving is slow
 where RAM has to be allocated for it (measured: 1.6 GB/s, against 7 GB/s to the card), and free where a copy is still there.
 So with few calls it can be right to leave a text encoder where it is, and with many it never is.
 """
@@ -48,8 +51,10 @@ class Job:
     """VRAM that the decode after them takes, its weights included; 0 if none follows."""
     new_prompts: float = NEW_PROMPTS
     """Share of images with a new prompt."""
-    images: int = USUAL_IMAGES
+    images: float = USUAL_IMAGES
     """Images like this one, this one included."""
+    is_last: bool = False
+    """True if another checkpoint follows: the host then unloads all models."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class State:
     """To keep free beyond that if a part of the model is swapped."""
     neighbours: Sequence[Neighbour]
     """In eviction order."""
+    placed_by_host_bytes: int = 0
+    """Of what lies in RAM: models that the host is about to place, which come as far as there is room, whatever is chosen."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,8 @@ class Choice:
     swapped_bytes: int
     """Of the model, in each call."""
     seconds: float
-
-    @property
-    def grows(self) -> bool:
-        """True if the model takes the room that it finds."""
-        return self.comes_bytes > 0
+    grows: bool
+    """True if the model takes room beyond what the host is about to fill."""
 
 
 def runs_from_ram(passes: int, links: Links) -> bool:
@@ -115,11 +119,9 @@ def ways(state: State, job: Job, links: Links) -> Iterator[Choice]:
     """
     for wanted in _amounts(state):
         leaving = _leaving(wanted, state.neighbours)
-        # What lies in RAM as a whole is about to be placed by the host.
-        grow = (True, False) if state.on_card_bytes else (True,)
-        for comes in sorted({_comes(state, sum(leaving), grows) for grows in grow}):
-            swapped = state.outside_bytes - comes
-            yield Choice(leaving, comes, swapped, _seconds(state, job, links, leaving, comes))
+        for comes in sorted({_comes(state, sum(leaving), grows) for grows in (True, False)}):
+            swapped, grows = state.outside_bytes - comes, comes > state.placed_by_host_bytes
+            yield Choice(leaving, comes, swapped, _seconds(state, job, links, leaving, comes), grows)
 
 
 def _amounts(state: State) -> Iterator[int]:
@@ -154,12 +156,13 @@ def _leaving(wanted: int, neighbours: Sequence[Neighbour]) -> tuple[int, ...]:
 def _comes(state: State, left: int, grows: bool) -> int:
     """Returns the bytes of the model that come; negative if some have to leave."""
     room = state.free_bytes + left - state.need_bytes
+    wanted = state.outside_bytes if grows else state.placed_by_host_bytes
     if room >= state.outside_bytes:
-        return state.outside_bytes if grows else 0
+        return wanted
     room -= state.swapping_bytes
     if room < 0:
         return -min(state.on_card_bytes, -room)
-    return min(room, state.outside_bytes) if grows else 0
+    return min(room, wanted)
 
 
 def _seconds(state: State, job: Job, links: Links, leaving: Sequence[int], comes: int) -> float:
@@ -167,6 +170,12 @@ def _seconds(state: State, job: Job, links: Links, leaving: Sequence[int], comes
     copied = sum(min(part, one.copied_bytes) for part, one in zip(leaving, state.neighbours, strict=True))
     out = left - copied + max(0, away - state.copied_bytes)
     now = out / links.to_ram + max(0, comes) / links.to_card
+    calls = job.calls * (state.outside_bytes - comes) / links.swapping
+    if job.is_last:
+        # What has a copy leaves for nothing, now or then.
+        copies = state.copied_bytes + sum(one.copied_bytes for one in state.neighbours) - copied
+        there = state.on_card_bytes + comes + sum(one.on_card_bytes for one in state.neighbours) - left
+        return now + calls + max(0, there - copies) / links.to_ram
     there_and_back = 1 / links.to_ram + 1 / links.to_card
     back_again = 1 / links.to_card if links.keeps_copies else there_and_back
     short = max(0, job.decode_bytes - (state.free_bytes + left - comes))
@@ -174,8 +183,7 @@ def _seconds(state: State, job: Job, links: Links, leaving: Sequence[int], comes
     from_others = min(short, others)
     from_model = min(short - from_others, state.on_card_bytes + comes)
     now += (from_others + max(0, from_model - state.copied_bytes)) / links.to_ram
-    calls = job.images * job.calls * (state.outside_bytes - comes) / links.swapping
     # For later images what left for the decode comes back, or stays away if that is faster.
-    later = (job.images - 1) * from_model * min(back_again, job.calls / links.swapping)
+    later = max(0, job.images - 1) * from_model * min(back_again, job.calls / links.swapping)
     prompts = job.images * job.new_prompts * (left + from_others) * min(there_and_back, PASSES / links.swapping)
-    return now + calls + later + prompts
+    return now + job.images * calls + later + prompts

@@ -12,6 +12,7 @@ Not included: single layers, so that sizes on the card are up to one layer off; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from ..planning.activations import Activations
 from ..planning.eviction import Coming, Resident, plan_eviction
 from ..planning.host_memory import PROCESS_LOADING_BYTES, PROCESS_RUNNING_BYTES, Latent, swap_budget_bytes
 from ..planning.limits import RAM_FLOOR_BYTES
-from ..planning.on_card import weights_on_card_bytes
+from ..planning.on_card import swapping_bytes, weights_on_card_bytes
 from ..planning.rates import PAGEABLE_TO_GPU
 from ..planning.tokens import tokens_for
 from ..units import FP32_BYTES, GB, MB
@@ -152,7 +153,8 @@ def guard(reading: Reading) -> Placed:
     there = text - text_away
     plan = plan_eviction(Coming(reading.denoiser_bytes, 0, None), need, free - there, [Resident(there, there, False)])
     there -= plan.leaving_bytes[0]
-    on_card = _on_card(reading.denoiser_bytes, free - there, need, weights_on_card_bytes)
+    budget = functools.partial(weights_on_card_bytes, swapping=_swapping_bytes(reading))
+    on_card = _on_card(reading.denoiser_bytes, free - there, need, budget)
     outside = [text - there + reading.denoiser_bytes - on_card + vae]
     denoiser = Resident(on_card, on_card, returns=True)
     # The decoder, and the next prompt.
@@ -219,6 +221,12 @@ def _step(reading: Reading) -> Activations:
     return activations.step(
         tokens_for(reading.architecture, reading.picture), reading.picture, {}, reading.compute_bytes
     )
+
+
+def _swapping_bytes(reading: Reading) -> int:
+    """Returns what the guard leaves for swapping, on Windows: most reports name no system, and there it is the most."""
+    is_unet = tokens_for(reading.architecture, reading.picture).is_unet
+    return swapping_bytes(reading.largest_values * reading.compute_bytes, is_unet, spills=True)
 
 
 def _cast_bytes(reading: Reading, is_swapped: bool = False) -> int:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch
 
 from ..messages import say
-from ..planning.job_cost import NEW_PROMPTS, Choice, Job, Links, State, choose, runs_from_ram, ways
+from ..planning.job_cost import NEW_PROMPTS, USUAL_IMAGES, Choice, Job, Links, State, choose, runs_from_ram, ways
 from ..units import GB, MB
 from .jobs import Jobs
 
 log = logging.getLogger(__name__)
 
 WEIGHT_OF_LAST = 0.2
-"""Of one image in the share of new prompts."""
+"""Of one image in a share of images."""
 
 
 class JobCosts:
@@ -24,13 +24,14 @@ class JobCosts:
     def __init__(self, jobs: Jobs, links: Callable[[torch.device], Links], is_on: Callable[[], bool]) -> None:
         """
         Args:
-            jobs: says how many calls begin.
+            jobs: says which pass begins.
             links: returns a card's rates.
             is_on: False if the user has switched the choice off; then the model takes all room before its calls.
         """
         self._jobs, self._links, self._is_on = jobs, links, is_on
         self._decode_bytes = 0
         self._new_prompts, self._has_new_prompt = NEW_PROMPTS, False
+        self._unloads, self._has_unloaded = 0.0, False
         self._said = ""
 
     def note_decode(self, size_bytes: int) -> None:
@@ -41,6 +42,10 @@ class JobCosts:
         """Called when a text encoder is loaded: the image that begins has a new prompt."""
         self._has_new_prompt = True
 
+    def note_unloaded(self) -> None:
+        """Called when the host unloads all models: for a detailer's own checkpoint it does in each image."""
+        self._has_unloaded = True
+
     def runs_from_ram(self, passes: int, device: torch.device) -> bool:
         """True if a model that would have to leave the card again had better not come."""
         return self._is_on() and runs_from_ram(passes, self._links(device))
@@ -50,8 +55,11 @@ class JobCosts:
         if state.outside_bytes <= 0 or not self._is_on():
             return None
         self._new_prompts += (self._has_new_prompt - self._new_prompts) * WEIGHT_OF_LAST
-        self._has_new_prompt = False
-        job, links = Job(self._jobs.calls(), self._decode_bytes, self._new_prompts), self._links(device)
+        self._unloads += (self._has_unloaded - self._unloads) * WEIGHT_OF_LAST
+        self._has_new_prompt = self._has_unloaded = False
+        begins, links = self._jobs.next_pass(), self._links(device)
+        images = min(USUAL_IMAGES, 1 / self._unloads) if self._unloads else USUAL_IMAGES
+        job = Job(begins.calls, self._decode_bytes, self._new_prompts, images, begins.is_last)
         choice = choose(state, job, links)
         self._say(model, state, job, links, choice)
         return choice

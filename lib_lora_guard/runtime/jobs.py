@@ -6,36 +6,46 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from ..planning.job_cost import USUAL_CALLS
 
 log = logging.getLogger(__name__)
 
 
+class Pass(NamedTuple):
+    """Calls of one model in a row."""
+
+    calls: int = USUAL_CALLS
+    is_last: bool = False
+    """True if another checkpoint follows, for which the host unloads all models."""
+
+
 class Jobs(threading.local):
     """The requests that a thread works on, the innermost last: a detailer makes images of its own inside another's."""
 
     def __init__(self) -> None:
-        self._calls: list[Callable[[], int]] = []
+        self._passes: list[Callable[[], Pass]] = []
 
     @contextlib.contextmanager
-    def job(self, calls: Callable[[], int]) -> Iterator[None]:
+    def job(self, next_pass: Callable[[], Pass]) -> Iterator[None]:
         """Wraps a request.
 
         Args:
-            calls: Returns the calls of the pass that begins next. Asked each time: a second pass has steps of its own.
+            next_pass: Returns the pass that begins next. Asked each time: a second pass has steps of its own.
         """
-        self._calls.append(calls)
+        self._passes.append(next_pass)
         try:
             yield
         finally:
-            self._calls.pop()
+            self._passes.pop()
 
-    def calls(self) -> int:
-        """Returns the calls of the pass that begins next; the usual number if no request says it."""
+    def next_pass(self) -> Pass:
+        """Returns the pass that begins next; the usual one if no request says it."""
         try:
-            return max(1, self._calls[-1]()) if self._calls else USUAL_CALLS
+            found = self._passes[-1]() if self._passes else Pass()
+            return found._replace(calls=max(1, found.calls))
         except Exception:
             # Another extension's request.
             log.debug("the steps of a request are not known", exc_info=True)
-            return USUAL_CALLS
+            return Pass()

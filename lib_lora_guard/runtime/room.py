@@ -53,9 +53,12 @@ class Room:
         coming = Coming(outside, outside, self._memory.passes(models))
         choice = self._choose(models, device, outside, needs) if coming.passes is None else None
         if choice is not None:
-            placed = self._memory.placed(models[0])
-            if placed is not None:
-                self._fit(placed, device, needs.free_bytes, placed.is_for(models[0]), choice.grows)
+            by_host = self._by_host_bytes(models, device)
+            for one in models:
+                placed = self._memory.placed(one)
+                if placed is not None:
+                    is_for = placed.is_for(one)
+                    self._fit(placed, device, needs.free_bytes, is_for, choice.grows, coming_bytes=by_host)
             return
         self._note(coming, models, needs)
         plan = self.make_room(device, coming, needs.free_bytes, models)
@@ -108,12 +111,13 @@ class Room:
             self._costs.note_prompt()
 
     def _choose(self, models: Sequence[HostModel], device: torch.device, outside: int, needs: Needs) -> Choice | None:
-        """Chooses by the seconds of the whole job which neighbours leave for the denoiser, and lets them leave.
+        """Chooses by the seconds of the whole job which neighbours leave for the denoiser, and lets them leave. Models that run
+        in its calls come with it.
 
         Returns:
-            The choice; None where the usual way is right: several models, all on the card, or switched off.
+            The choice; None where the usual way is right: no denoiser, all on the card, or switched off.
         """
-        if self._costs is None or len(models) != 1 or outside <= 0:
+        if self._costs is None or outside <= 0 or self._memory.passes(models[:1]) is not None:
             return None
         model = models[0].model
         free = self._memory.free_bytes(device)
@@ -133,8 +137,9 @@ class Room:
                 Neighbour(one.on_device_bytes, one.swappable_bytes, neighbour.copied_bytes())
                 for one, neighbour in zip(residents, neighbours, strict=True)
             ],
+            self._by_host_bytes(models, device),
         )
-        choice = self._costs.choose(type(model).__name__, device, state)
+        choice = self._costs.choose(names_of(models), device, state)
         if choice is not None:
             self._send(neighbours, residents, choice.leaving_bytes)
         return choice
@@ -147,6 +152,11 @@ class Room:
         if has_moved:
             self._memory.empty_cache()
         self._memory.drop_abandoned()
+
+    def note_unloaded(self) -> None:
+        """Called when the host unloads all models."""
+        if self._costs is not None:
+            self._costs.note_unloaded()
 
     def moving(self) -> contextlib.AbstractContextManager[None]:
         """Wraps a load: after a crash in one, caches in RAM are given back first."""
@@ -183,20 +193,32 @@ class Room:
             return placed.away_bytes()
         return self._memory.size_bytes(model.model, outside=device)
 
+    def _by_host_bytes(self, models: Sequence[HostModel], device: torch.device) -> int:
+        """Returns the bytes of models that the host is about to place."""
+        coming = (one for one in models if self._memory.placed(one) is None)
+        return sum(self._memory.size_bytes(one.model, outside=device) for one in coming)
+
     def _fit(
-        self, placed: PlacedModel, device: torch.device, need_bytes: int, may_leave: bool, may_grow: bool = True
+        self,
+        placed: PlacedModel,
+        device: torch.device,
+        need_bytes: int,
+        may_leave: bool,
+        may_grow: bool = True,
+        coming_bytes: int = 0,
     ) -> None:
         """Changes how much of a placed model is on the device. It was placed for a smaller picture or fewer LoRAs and no other
-        model can make room; or it had to shrink, and there is room again."""
+        model can make room; or it had to shrink, and there is room again that no other model is coming for."""
         on_card = self._memory.size_bytes(placed.module, on=device)
         outside = self._memory.size_bytes(placed.module, outside=device)
         room = self._memory.free_bytes(device) - need_bytes
         away = placed.away_bytes()
-        change = change_bytes(on_card, outside, away, room, self._memory.swapping_bytes(placed.module))
+        swapping = self._memory.swapping_bytes(placed.module)
+        change = change_bytes(on_card, outside, away, room, swapping)
         if change < 0 and may_leave:
             self._shrink(placed, min(-change, placed.swappable_bytes()))
         elif may_grow:
-            placed.grow(change)
+            placed.grow(change_bytes(on_card, outside, away, max(0, room - coming_bytes), swapping))
 
     def _resident(self, placed: PlacedModel, device: torch.device) -> Resident:
         on_device = self._memory.size_bytes(placed.module, on=device)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import gpu_rig
 import memory_table
 import pytest
 from memory_cases import CASES, FACTORS, FLUX, SMALL_CASES, as_row, fits_in, idle_mb, score, scored, still_to_do
+
+from lib_lora_guard.checkpoints.model_header import DENOISER, Parameter
 
 HEADER = {
     "gpu": "NVIDIA H200",
@@ -162,6 +165,26 @@ def test_the_real_page_has_a_place_for_every_table():
     for name in memory_table.SECTIONS:
         text = memory_table.put(page, name, "THE TABLE")
         assert f"<!-- {name} table -->\nTHE TABLE\n<!-- end of {name} table -->" in text
+
+
+def test_the_facts_of_a_model_are_those_of_the_plan():
+    """A Flux of 11.9 G values, in fp8 but for what lies outside the blocks; `plan` reads the same from a file."""
+    import memory_matrix
+    from reading import flux_shapes
+
+    stored = {}
+    for name, shape in flux_shapes().items():
+        is_low = len(shape) == 2 and "blocks." in name
+        size = math.prod(shape) * (1 if is_low else 2)
+        kind = "F8_E4M3" if is_low else "BF16"
+        full = f"diffusion_model.{name}"
+        stored[full] = Parameter(full, shape, kind, size, not is_low, DENOISER)
+    tokens, facts = memory_matrix.facts_of(stored, FLUX, 2)
+    assert facts.denoiser_bytes == sum(parameter.bytes for parameter in stored.values())
+    assert (facts.is_unet, facts.wide, tokens.rows) == (False, False, 1)
+    assert max(weight.values for weight in facts.weights) == 21504 * 3072
+    with pytest.raises(AssertionError, match="takes this model for Flux"):
+        memory_matrix.facts_of(stored, dataclasses.replace(FLUX, model="SDXL"), 2)
 
 
 FORGE_PYTHON, FORGE_ROOT = os.environ.get("FORGE_PYTHON"), os.environ.get("FORGE_ROOT")

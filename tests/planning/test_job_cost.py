@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.image_days import PROMPTS, STORAGES, TEXT_ENCODERS, compared
+from support.image_days import OTHERS, PROMPTS, STACKS, STORAGES, TEXT_ENCODERS, compared
 
 from lib_lora_guard.planning.job_cost import Job, Links, Neighbour, State, choose, runs_from_ram, ways
 from lib_lora_guard.units import GB, MB
@@ -20,24 +20,45 @@ CARDS = st.sampled_from([6, 8, 10, 12, 16, 24])
     st.floats(0.2, 1),
     st.integers(1, 60),
     st.sampled_from(sorted(PROMPTS)),
+    st.sampled_from(sorted(OTHERS)),
+    st.sampled_from(sorted(STACKS)),
 )
-def test_it_is_never_more_than_3_percent_worse_than_the_best_policy(storage, text, free, link, out, steps, prompts):
-    """Every link and card, counted independently: `support.image_days`."""
+def test_it_is_never_more_than_3_percent_worse_than_the_best_policy(
+    storage, text, free, link, out, steps, prompts, others, stack
+):
+    """Every link and card, with ControlNets and refiners and with large stacks, counted independently: `support.image_days`."""
     links = Links(link * 1e9, link * out * 1e9, link * 1e9)
     facts = {"denoiser": int(STORAGES[storage] * GB), "text": int(text * GB), "free": free * GB, "steps": steps}
-    guard, others = compared(PROMPTS[prompts], links=links, **facts)
-    assert guard <= 1.03 * min(others.values())
+    control, refiner = (int(size * GB) for size in OTHERS[others])
+    facts |= {"control": control, "refiner": refiner, "factors": STACKS[stack]}
+    guard, found = compared(PROMPTS[prompts], links=links, **facts)
+    assert guard <= 1.03 * min(found.values())
 
 
-def test_it_is_not_stocks_policy():
+@pytest.mark.parametrize(
+    ("others", "stack", "of_stocks"),
+    [
+        ("none", "none", 0.7),
+        ("none", "three of 1 GB", 0.7),
+        ("ControlNet of 3.3 GB", "none", 0.7),
+        # Both models come and go whole; what is left is the text encoder.
+        ("refiner of 6.5 GB", "none", 0.95),
+    ],
+)
+def test_it_is_not_stocks_policy(others, stack, of_stocks):
     """Twenty steps of an fp8 Flux on 12 GB, every prompt new: Forge moves both models for each."""
     facts = {"denoiser": int(11.9 * GB), "text": int(4.9 * GB), "free": 12 * GB, "steps": 20}
-    guard, others = compared(PROMPTS["each"], links=Links(), **facts)
-    assert guard < 0.7 * others["stock"]
+    control, refiner = (int(size * GB) for size in OTHERS[others])
+    facts |= {"control": control, "refiner": refiner, "factors": STACKS[stack]}
+    guard, found = compared(PROMPTS["each"], links=Links(), **facts)
+    assert guard < of_stocks * found["stock"]
 
 
 TEXT = Neighbour(1608 * MB, 1608 * MB)
 """A text encoder in the room that it found beside the denoiser."""
+
+
+WHOLE = 11_907 * MB
 
 
 def fp8_on_12_gb(**changed):
@@ -86,7 +107,7 @@ def test_what_has_a_copy_in_ram_leaves_for_nothing():
 
 
 def test_a_model_that_the_host_is_about_to_place_gets_its_room():
-    state = fp8_on_12_gb(outside_bytes=11_907 * MB, on_card_bytes=0, free_bytes=10_527 * MB)
+    state = fp8_on_12_gb(outside_bytes=WHOLE, on_card_bytes=0, free_bytes=10_527 * MB, placed_by_host_bytes=WHOLE)
     for calls in (1, 20):
         assert choose(state, Job(calls), Links()).comes_bytes > 8_000 * MB
 
@@ -97,3 +118,79 @@ def test_a_model_of_few_passes_stays_in_ram_where_leaving_costs_more():
     assert not runs_from_ram(8, Links())
     # Where RAM is as fast as the card's link, two copies cost as much as coming and leaving.
     assert not runs_from_ram(2, Links(7e9, 7e9, 7e9))
+
+
+NF4, CARD = 6861 * MB, 8192 * MB
+STEP = 1372 * MB
+STACKS_ON_8_GB = [(0, 6564), (20 * 30, 5964), (3 * 1024, 3492)]
+"""MB of the stack's factors (none, many small ones, three large ones), and of an NF4 Flux on a card of 8 GB beside them."""
+
+
+@pytest.mark.parametrize(("factors", "on_card"), STACKS_ON_8_GB)
+def test_a_model_gets_the_room_that_a_stack_leaves(factors, on_card):
+    """8192 - 1372 for a step - the factors - 256 for swapping; a text encoder is not worth 20 calls of the difference."""
+    need = STEP + factors * MB
+    state = State(NF4, 0, 0, CARD - TEXT.on_card_bytes, need, 256 * MB, [TEXT], placed_by_host_bytes=NF4)
+    choice = choose(state, Job(calls=20, images=1, new_prompts=0), Links(to_card=7e9, to_ram=1.6e9, swapping=7e9))
+    assert (choice.leaving_bytes[0], choice.comes_bytes) == (TEXT.on_card_bytes, on_card * MB)
+    assert choice.swapped_bytes == NF4 - on_card * MB
+    seconds = 1608 / 1600 + on_card / 7000 + 20 * (6861 - on_card) / 7000
+    assert choice.seconds == pytest.approx(seconds * MB / 1e6)
+
+
+@pytest.mark.parametrize(("factors", "on_card"), STACKS_ON_8_GB[1:])
+def test_a_stack_that_is_changed_takes_its_room_and_gives_it_back(factors, on_card):
+    alone, links = 6564, Links(to_card=7e9, to_ram=1.6e9, swapping=7e9)
+    before = State(NF4 - alone * MB, alone * MB, 0, CARD - alone * MB, STEP + factors * MB, 256 * MB, [])
+    choice = choose(before, Job(calls=4), links)
+    assert (choice.comes_bytes, choice.grows) == (-factors * MB, False)
+    # It leaves once, and is copied in each of 4 calls of 3 images; a decode needs none of the card here.
+    seconds = factors / 1600 + 12 * (6861 - on_card) / 7000
+    assert choice.seconds == pytest.approx(seconds * MB / 1e6)
+    after = State(NF4 - on_card * MB, on_card * MB, 0, CARD - on_card * MB, STEP, 256 * MB, [])
+    choice = choose(after, Job(calls=4), links)
+    assert (choice.comes_bytes, choice.grows) == (factors * MB, True)
+    assert choice.seconds == pytest.approx((factors / 7000 + 12 * (6861 - alone) / 7000) * MB / 1e6)
+
+
+CONTROL = 3379 * MB
+
+
+def with_control(**changed):
+    """The fp8 Flux as far as it came without a ControlNet, which is about to come: of both, 6133 MB lie in RAM."""
+    facts = {"outside_bytes": 2754 * MB + CONTROL, "placed_by_host_bytes": CONTROL}
+    return fp8_on_12_gb(**facts | changed)
+
+
+def test_a_controlnet_counts_as_part_of_the_model():
+    """With the text encoder away 1607 MB beside a step are free, 256 of them for swapping: 1351 MB of the ControlNet come, and
+    the rest of both is copied in each call, which is worth it from a few calls on.
+    """
+    links = Links(to_card=7e9, to_ram=1.6e9, swapping=7e9)
+    choice = choose(with_control(), Job(calls=20, images=1, new_prompts=0), links)
+    assert (choice.leaving_bytes, choice.comes_bytes, choice.swapped_bytes) == ((1608 * MB,), 1351 * MB, 4782 * MB)
+    assert not choice.grows, "the host fills the room with the ControlNet"
+    assert choice.seconds == pytest.approx((1608 / 1600 + 1351 / 7000 + 20 * 4782 / 7000) * MB / 1e6)
+    few = choose(with_control(), Job(calls=1, images=1, new_prompts=1), links)
+    assert few.leaving_bytes[0] < TEXT.on_card_bytes
+    room = with_control(free_bytes=1374 * MB + 8000 * MB)
+    choice = choose(room, Job(calls=20), links)
+    assert (choice.leaving_bytes, choice.swapped_bytes, choice.grows) == ((0,), 0, True)
+    assert {way.comes_bytes for way in ways(room, Job(), links)} == {CONTROL, room.outside_bytes}
+
+
+def test_nothing_that_a_refiner_drives_out_is_kept_for_the_next_image():
+    """The text encoder leaves after the calls in any case, so it makes room before them; else it stays for the next prompt. Where
+    calls are too few for what comes and has to leave again, neither moves.
+    """
+    state, links = fp8_on_12_gb(), Links(to_card=7e9, to_ram=1.6e9, swapping=7e9)
+    assert not choose(state, Job(calls=7, images=1, new_prompts=1), links).grows
+    assert not choose(state, Job(calls=2, images=1, new_prompts=1, is_last=True), links).grows
+    choice = choose(state, Job(calls=7, images=1, new_prompts=1, is_last=True), links)
+    assert (choice.leaving_bytes[0], choice.comes_bytes) == (TEXT.on_card_bytes, 1351 * MB)
+    # All of the card goes to RAM once: 1608 MB now, 9153 + 1351 after the calls.
+    seconds = (1608 + 9153 + 1351) / 1600 + 1351 / 7000 + 7 * 1403 / 7000
+    assert choice.seconds == pytest.approx(seconds * MB / 1e6)
+    copied = fp8_on_12_gb(copied_bytes=9153 * MB, neighbours=[Neighbour(1608 * MB, 1608 * MB, 1608 * MB)])
+    choice = choose(copied, Job(calls=7, is_last=True), links)
+    assert choice.seconds == pytest.approx((1351 / 1600 + 1351 / 7000 + 7 * 1403 / 7000) * MB / 1e6)

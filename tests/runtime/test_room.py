@@ -8,6 +8,10 @@ from support.fake_device import CARD, Memory, Model, Module, Placed, Ram
 
 from lib_lora_guard.memory import rules
 from lib_lora_guard.planning.eviction import Coming
+from lib_lora_guard.planning.job_cost import Links, State
+from lib_lora_guard.runtime import job_costs
+from lib_lora_guard.runtime.job_costs import JobCosts
+from lib_lora_guard.runtime.jobs import Jobs, Pass
 from lib_lora_guard.runtime.needs import Needs
 from lib_lora_guard.runtime.room import Room
 from lib_lora_guard.runtime.rule_log import RuleLog
@@ -160,6 +164,61 @@ def test_a_model_of_few_passes_runs_swapped_beside_one_that_returns(lines):
     room.prepare([coming], CARD, needs(500))
     assert denoiser.module.on == 8_000
     assert any("Module comes for 2 calls" in line for line in lines())
+
+
+def room_by_cost(*found, **memory):
+    """Returns a room that chooses by the job, its costs and its jobs."""
+    jobs = Jobs()
+    costs = JobCosts(jobs, lambda device: Links(), lambda: True)
+    there = Memory(**memory)
+    there.models = list(found)
+    return Room(there, Ram(), RuleLog(), costs), costs, jobs
+
+
+def test_a_controlnet_that_is_coming_gets_the_room_of_a_text_encoder():
+    """Of 10,000: the denoiser has 5,000 and 1,000 away, the ControlNet needs 3,000, a step 500. The denoiser leaves it its room."""
+    there, text = placed(5_000, away=1_000, swappable=5_000, returns=True), placed(4_000, swappable=4_000)
+    there.module.outside = 1_000
+    control = Model(Module(on=0, outside=3_000))
+    room, _, _ = room_by_cost(there, text)
+    room.prepare([there.model, control], CARD, needs(500))
+    assert (there.module.on, text.module.on) == (6_000, 10_000 - 6_000 - 3_000 - 500)
+
+
+def test_a_denoiser_does_not_take_the_room_that_a_controlnet_needs():
+    there = placed(5_000, away=4_000, swappable=5_000, returns=True)
+    there.module.outside = 4_000
+    control = Model(Module(on=0, outside=3_000))
+    room, _, _ = room_by_cost(there)
+    room.prepare([there.model, control], CARD, needs(500))
+    assert there.module.on == 10_000 - 3_000 - 500
+    # It lies on the card now, with a part away: that comes back beside the denoiser.
+    there.module.on, there.module.outside, there.away = 5_000, 4_000, 4_000
+    other = placed(2_000, away=1_000)
+    other.model, other.module.outside = control, 1_000
+    control.model = other.module
+    room, _, _ = room_by_cost(there, other)
+    room.prepare([there.model, control], CARD, needs(500))
+    assert there.module.on + other.module.on == 10_000 - 500
+
+
+def test_a_job_says_its_last_pass_and_a_host_that_unloads_all_shortens_the_next(monkeypatch):
+    """Twice in a row for a detailer's checkpoint: what comes is expected to be there for 2.8 images instead of 3, then less."""
+    room, costs, jobs = room_by_cost(placed(3_000))
+    state = State(2_000, 4_000, 0, 2_500, 500, 100, [])
+    made, choose = [], job_costs.choose
+    monkeypatch.setattr(job_costs, "choose", lambda state, job, links: made.append(job) or choose(state, job, links))
+    with jobs.job(lambda: Pass(8, is_last=True)):
+        costs.choose("Flux", CARD, state)
+    for _ in range(3):
+        room.note_unloaded()
+        costs.choose("Flux", CARD, state)
+    assert [(job.calls, job.is_last) for job in made] == [(8, True)] + [(20, False)] * 3
+    assert [job.images for job in made] == pytest.approx([3, 3, 1 / 0.36, 1 / 0.488])
+    for _ in range(20):
+        costs.choose("Flux", CARD, state)
+    assert made[-1].images == 3
+    Room(Memory(), Ram(), RuleLog()).note_unloaded()
 
 
 def test_caches_in_ram_are_given_back_before_a_load_after_a_crash_in_one():

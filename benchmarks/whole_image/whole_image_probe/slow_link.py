@@ -20,7 +20,7 @@ class SlowLink:
 
     def __init__(self, torch, rate_bytes_s):
         self.torch, self.rate = torch, rate_bytes_s
-        self.owed, self.copies = 0.0, 0
+        self.owed, self.copies, self.waited = 0.0, 0, 0.0
         self.fast_rate = self.cycles_per_second = None
 
     def measure(self):
@@ -50,10 +50,12 @@ class SlowLink:
         if in_background:
             seconds = size / self.rate - size / self.fast_rate
             if seconds > 0:
+                self.waited += seconds
                 self.torch.cuda._sleep(int(seconds * self.cycles_per_second))
             return
         self.owed = max(0.0, self.owed + size / self.rate - (time.perf_counter() - began))
         if self.owed > LEAST_SLEEP_SECONDS:
+            self.waited += self.owed
             time.sleep(self.owed)
             self.owed = 0.0
 

@@ -109,6 +109,7 @@ class ForgeEviction:
     def _free_all(self, original: Callable[P, R], bound: inspect.BoundArguments, device: torch.device) -> R:
         # A model that nothing refers to any more, as after another checkpoint was chosen, is freed where it lies.
         gc.collect()
+        self._room.note_unloaded()
         # Held meanwhile, or Forge would forget them again.
         held = self._memory.take_back(device)
         try:

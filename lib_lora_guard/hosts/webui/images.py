@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Concatenate
 
@@ -17,9 +18,9 @@ from ...messages import Joined, say
 from ...runtime.advice import Advice
 from ...runtime.hooks import P, R, Row
 from ...runtime.image_words import ImageWords
-from ...runtime.jobs import Jobs
+from ...runtime.jobs import Jobs, Pass
 from ...runtime.live_settings import LiveSettings
-from .types import Processing, comments_of, own_options
+from .types import Processing, Refined, TwoPasses, comments_of, own_options
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Images:
             advice: For images that end for lack of memory.
             words: What is said of an image's LoRAs while it is made.
             settings: The user's.
-            jobs: Are told how many steps a request has.
+            jobs: Are told what a request's passes are.
         """
         self._advice, self._words, self._settings = advice, words or ImageWords(), settings or LiveSettings()
         self._jobs = jobs or Jobs()
@@ -53,7 +54,7 @@ class Images:
             with (
                 self._settings.image(own_options(p)),
                 self._words.image(id(p), *comments_of(p)),
-                self._jobs.job(functools.partial(steps_of, p)),
+                self._jobs.job(functools.partial(pass_of, p)),
             ):
                 return original(p, *args, **kwargs)
         except Exception as error:
@@ -78,6 +79,24 @@ class Images:
             return
         if said:
             say(log, logging.WARNING, "preflight.helps", advice=Joined(said, "list.semicolon"))
+
+
+def pass_of(p: Processing) -> Pass:
+    """Returns the pass that a request begins next: its calls, and if another checkpoint follows it.
+
+    A refiner takes over at its share of the steps, in the second pass if there is one: the WebUI's default. A checkpoint
+    of the second pass, or of the request alone, is given back after it.
+    """
+    steps, is_last = steps_of(p), "sd_model_checkpoint" in own_options(p)
+    is_refined_pass = True
+    if isinstance(p, TwoPasses) and p.enable_hr:
+        is_last |= p.hr_checkpoint_info is not None
+        is_refined_pass = p.is_hr_pass
+    if not isinstance(p, Refined) or p.refiner_checkpoint_info is None or not is_refined_pass:
+        return Pass(steps, is_last)
+    before = math.ceil(steps * (p.refiner_switch_at or 0))
+    is_refining = p.sd_model.sd_checkpoint_info == p.refiner_checkpoint_info
+    return Pass(steps - before if is_refining else before, is_last=True)
 
 
 def steps_of(p: Processing) -> int:

@@ -6,7 +6,7 @@ Sources: `modules/processing.py` and `modules/sd_models.py` of the A1111 family;
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
@@ -33,6 +33,8 @@ class SdModel(Protocol):
     """The loaded checkpoint."""
 
     forge_objects: ForgeObjects
+    sd_checkpoint_info: Hashable
+    """Which one it is."""
 
 
 class Processing(Protocol):
@@ -46,6 +48,25 @@ class Processing(Protocol):
     hr_upscale_to_x: int
     hr_upscale_to_y: int
     is_hr_pass: bool
+
+
+@runtime_checkable
+class Refined(Protocol):
+    """A request that another checkpoint may take over."""
+
+    refiner_checkpoint_info: Hashable | None
+    refiner_switch_at: float | None
+    """Share of the steps before it does; None takes it from the first one."""
+
+
+@runtime_checkable
+class TwoPasses(Protocol):
+    """A request that may draw its images again, larger."""
+
+    enable_hr: bool
+    is_hr_pass: bool
+    hr_checkpoint_info: Hashable | None
+    """The second pass's own checkpoint."""
 
 
 class Commented(Protocol):

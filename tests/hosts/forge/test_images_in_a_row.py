@@ -8,6 +8,7 @@ from support.card_scene import assert_sound, scene_of
 from support.fake_card import Denoiser, IntegratedAutoencoderKL, JointTextEncoder, bytes_on_card, size_of
 
 from lib_lora_guard.planning import activations
+from lib_lora_guard.runtime.jobs import Pass
 
 MB = 1 << 20
 STEP, DECODE = 1375 * MB, 3300 * MB
@@ -101,7 +102,7 @@ def test_a_text_encoder_comes_to_a_card_with_room_for_all(parts):
 def test_with_few_steps_what_left_for_the_decode_may_stay_away(parts, steps, comes):
     with images_on(parts, 12) as images:
         first = images.image(is_new_prompt=True)
-        with images.scene.guard.jobs.job(lambda: steps):
+        with images.scene.guard.jobs.job(lambda: Pass(steps)):
             assert (images.image(is_new_stack=True) >= first - 35 * MB) is comes
 
 
@@ -109,7 +110,7 @@ def test_switched_off_the_denoiser_takes_all_room_before_its_steps(parts):
     with images_on(parts, 12) as images:
         images.scene.guard.settings.options = {"lora_guard_plan_residency": False}
         first = images.image(is_new_prompt=True)
-        with images.scene.guard.jobs.job(lambda: 1):
+        with images.scene.guard.jobs.job(lambda: Pass(1)):
             assert images.image(is_new_stack=True) >= first - 35 * MB
             # The text encoder gets what room there is, and gives it back.
             images.scene.load(images.text)
@@ -141,3 +142,25 @@ def test_a_stack_of_3_gb_takes_its_room_and_gives_it_back(parts):
         assert images.scene.machine.free() >= STEP + 3072 * MB
         assert 0 < bytes_on_card(images.denoiser.model) <= first - 3072 * MB + 512 * MB
         assert images.image(is_new_stack=True, factors=MB) >= first - 35 * MB
+
+
+class ControlNet(Denoiser):
+    """Runs in the denoiser's calls."""
+
+
+@pytest.mark.parametrize("is_new_prompt", [False, True])
+def test_a_controlnet_gets_its_room_before_the_denoiser_grows_into_it(parts, is_new_prompt):
+    """1200 MB, which the decode before has left free. Both together have what the denoiser had alone."""
+    with images_on(parts, 12) as images:
+        first = images.image(is_new_prompt=True)
+        control = images.scene.patcher(ControlNet, [30 * MB] * 40)
+        for _ in range(2):
+            if is_new_prompt:
+                images.scene.load(images.text)
+            images.scene.load(images.stack, control, required=STEP)
+            on_card = bytes_on_card(images.denoiser.model)
+            assert bytes_on_card(control.model) == 1200 * MB
+            assert first - 105 * MB <= on_card + 1200 * MB <= first + 35 * MB
+            assert images.scene.machine.free() >= STEP + 256 * MB
+            assert_sound(images.denoiser.model, True)
+            images.scene.load(images.decoder, required=DECODE / activations.VAE_HOLDS_WHERE_FORGE_HAS)

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from lib_lora_guard.hosts.webui.images import steps_of
+from lib_lora_guard.hosts.webui.images import pass_of, steps_of
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
 from lib_lora_guard.hosts.webui.takeover import WebTakeover
 from lib_lora_guard.runtime.hooks import HookSet
@@ -149,3 +149,38 @@ def test_a_webui_that_has_loaded_nothing_yet_is_left_alone(web):
 )
 def test_the_steps_of_a_pass(request_of, steps):
     assert steps_of(types.SimpleNamespace(**request_of)) == steps
+    assert pass_of(types.SimpleNamespace(**request_of)) == (steps, False)
+
+
+BASE, REFINER = types.SimpleNamespace(sd_checkpoint_info="base"), types.SimpleNamespace(sd_checkpoint_info="refiner")
+REFINED = {"steps": 20, "refiner_checkpoint_info": "refiner", "refiner_switch_at": 0.8}
+HIRES = {
+    "enable_hr": True,
+    "is_hr_pass": False,
+    "hr_checkpoint_info": None,
+    "denoising_strength": 0.5,
+    "hr_second_pass_steps": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("request_of", "calls", "is_last"),
+    [
+        (REFINED | {"sd_model": BASE}, 16, True),
+        (REFINED | {"sd_model": REFINER}, 4, True),
+        (REFINED | {"sd_model": BASE, "refiner_switch_at": None}, 0, True),
+        # Without a second pass its checkpoint says nothing.
+        (HIRES | {"steps": 20, "enable_hr": False, "hr_checkpoint_info": "other"}, 20, False),
+        ({"steps": 20, "refiner_checkpoint_info": None, "refiner_switch_at": 0.8}, 20, False),
+        # The refiner takes over in the second pass.
+        (REFINED | HIRES | {"sd_model": BASE}, 20, False),
+        (REFINED | HIRES | {"sd_model": BASE, "is_hr_pass": True}, 8, True),
+        (HIRES | {"steps": 20, "hr_checkpoint_info": "other"}, 20, True),
+        (HIRES | {"steps": 20, "is_hr_pass": True, "hr_checkpoint_info": "other"}, 10, True),
+        # A detailer's own checkpoint.
+        ({"steps": 20, "override_settings": {"sd_model_checkpoint": "other"}}, 20, True),
+        ({"steps": 20, "override_settings": {"CLIP_stop_at_last_layers": 2}}, 20, False),
+    ],
+)
+def test_a_pass_ends_where_another_checkpoint_takes_over(request_of, calls, is_last):
+    assert pass_of(types.SimpleNamespace(**request_of)) == (calls, is_last)

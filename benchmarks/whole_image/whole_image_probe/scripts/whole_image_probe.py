@@ -28,8 +28,11 @@ def note(event):
     # The steps of one image are calculated one after the other: what is still running belongs to the one before.
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    noted = {"event": event, "at": time.time()}
+    if link is not None:
+        noted |= {"copies": link.copies, "waited_s": link.waited}
     with open(NOTES, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"event": event, "at": time.time()}) + "\n")
+        file.write(json.dumps(noted) + "\n")
 
 
 class Profiler:
@@ -94,9 +97,10 @@ if NOTES:
     script_callbacks.on_cfg_denoiser(step_begins)
     script_callbacks.on_cfg_after_cfg(step_ended)
 
+link = None
 if RATE:
     path = Path(__file__).resolve().parent.parent / "slow_link.py"
     spec = importlib.util.spec_from_file_location("whole_image_slow_link", path)
     slow_link = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(slow_link)
-    slow_link.install(torch, float(RATE) * 1e9)
+    link = slow_link.install(torch, float(RATE) * 1e9)
