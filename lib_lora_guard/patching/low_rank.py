@@ -99,6 +99,17 @@ class JoinedLowRank:
         self._made: tuple[tuple[Block, ...], tuple[tuple[Block, Scale], ...]] | None = None
 
     @property
+    def rank(self) -> int:
+        """The rank of all terms together."""
+        return sum(entry.factors.rank for entry in self._entries)
+
+    @property
+    def is_one_product(self) -> bool:
+        """True for matrices on the whole of a weight: `up @ down` of all terms together is what they add to it."""
+        is_whole = list(self._groups) == [None] and list(self._groups[None]) == [None]
+        return is_whole and len(self.shape) == 2
+
+    @property
     def scales(self) -> tuple[float, ...]:
         """The present factor of each entry."""
         return self._scales

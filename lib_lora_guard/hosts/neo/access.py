@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
 from ...patching.backup import moved
-from ...patching.marked_class import class_of, mark, unmark
+from ...patching.marked_class import Forward, class_of, mark, unmark
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH, number_of, patched_weight
 from ...planning.limits import RAM_FLOOR_BYTES
@@ -95,9 +95,9 @@ class NeoAccess(ModuleAccess):
         self._api.memory.unpin_memory(site.parameter)
         super().set_parameter(site, value)
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
         """Lets compiled code see that a bypass is on the layer."""
-        mark(layer, scales_input)
+        mark(layer, (scales_input, call), call=call)
 
     def hide_bypass(self, layer: torch.nn.Module) -> None:
         """Takes that back."""

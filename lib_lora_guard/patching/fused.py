@@ -1,0 +1,159 @@
+"""The short way of a layer with low-rank LoRAs on quantised storage: one pass makes its weight with the LoRAs in it, then one
+product makes the output.
+
+It stands in place of the host's work for the layer (a dequantised weight, the product) and of the bypass (two products with the
+whole input). It allocates what the host's own temporary weight takes. Whatever is out of the usual goes the long way: the host's
+code, and the bypass after it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+
+from ..kernels.fused import Factors, fused_weight
+from ..kernels.stored import Bnb4, Stored, stored_weight
+from ..memory.out_of_memory import is_out_of_memory
+from .fused_choice import CHOICE, FusedChoice, Key
+from .low_rank import Block, JoinedLowRank, Scale
+
+
+class Held(NamedTuple):
+    """The tensors of a layer in one call.
+
+    Attributes:
+        weight: The parameter, as it is stored.
+        bias: As it is added to the product.
+        scale: The host multiplies the weight by it, in the dtype of the activations.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None = None
+
+
+class RawWeight(ABC):
+    """How a host's layers of one class hold their weights. It keeps nothing of a layer."""
+
+    @abstractmethod
+    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+        """Returns what a layer computes with, for a call with the input `x`. Asked at every call.
+
+        None: the layer's own code has to go this time.
+        """
+
+
+class Fused:
+    """The short way of one layer.
+
+    Nothing here keeps the memory of a weight: hosts move weights at any time, and count on the memory that they leave.
+    """
+
+    def __init__(self, raw: RawWeight, joined: JoinedLowRank, choice: FusedChoice | None = None) -> None:
+        """
+        Args:
+            raw: How the host holds the layer's weight.
+            joined: The LoRAs on it: one product for the whole weight.
+            choice: None for that of the process.
+        """
+        self._raw, self._joined, self._choice = raw, joined, choice or CHOICE
+        self._held: dict[Key, bool] | None = None
+        self._key: Key | None = None
+        self._is_taken = False
+        self._facts = _Facts()
+        self._made: tuple[tuple[tuple[Block, Scale], ...], Factors] | None = None
+
+    def key(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Key | None:
+        """Returns the kernel for calls with activations of `dtype` on `device`; None where there is none for the weight."""
+        stored = stored_weight(weight)
+        return None if stored is None else Key(stored.kind, device, dtype, self._joined.rank)
+
+    def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go."""
+        device, dtype, choice, key = x.device, x.dtype, self._choice, self._key
+        is_known = self._held is choice.held and key is not None and dtype is key.dtype and device == key.device
+        if is_known and not self._is_taken:
+            return None
+        held = self._raw.of(layer, x)
+        stored = None if held is None else self._facts.stored(held, dtype)
+        if held is None or stored is None:
+            return None
+        if not is_known or key is None or stored.kind != key.kind:
+            key = self._key = Key(stored.kind, device, dtype, self._joined.rank)
+            self._is_taken, self._held = choice.takes(key), choice.held
+            if not self._is_taken:
+                return None
+        try:
+            weight = fused_weight(stored, self._factors(device, dtype), dtype)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                choice.failed(key, error)
+            return None
+        try:
+            return torch.nn.functional.linear(x, weight, held.bias)
+        except RuntimeError:
+            # No memory, or an input that does not fit: the layer's own code says so.
+            return None
+
+    def drop_device_copies(self) -> None:
+        """Frees what refers to factors on a device."""
+        self._made = None
+
+    def _factors(self, device: torch.device, dtype: torch.dtype) -> Factors:
+        parts = self._joined.known_parts(device, dtype) or self._joined.parts(device, dtype)
+        made = self._made
+        if made is not None and made[0] is parts:
+            return made[1]
+        ((block, scale),) = parts
+        factors = Factors(block.outputs[0].up, block.down, scale.alpha, scale.per_rank)
+        if device.type != "cpu":
+            # In RAM the factors are made anew for each call.
+            self._made = parts, factors
+        return factors
+
+
+class _Facts:
+    """What is the same in all calls of a layer, without its tensors: to find it out takes longer than the rest of a call."""
+
+    def __init__(self) -> None:
+        self._seen: weakref.ref[torch.Tensor] | None = None
+        self._dtypes: tuple[torch.dtype, torch.dtype] | None = None
+        self._type: type[Stored] = Stored
+        self._fields: dict[str, Any] = {}
+        self._scale: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def stored(self, held: Held, dtype: torch.dtype) -> Stored | None:
+        """Returns the weight for the kernels; None if it is stored in a way that they do not read."""
+        weight: Any = held.weight
+        seen, dtypes = self._seen, self._dtypes
+        if seen is None or seen() is not weight or dtypes is None or dtypes[0] is not dtype:
+            if not self._look(held, dtype):
+                return None
+        elif dtypes[1] is not weight.dtype:
+            # Converted in its place.
+            self._seen = None
+            return self.stored(held, dtype)
+        stored: Any = object.__new__(self._type)
+        fields = stored.__dict__
+        fields.update(self._fields)
+        fields["data"] = getattr(weight, "_qdata", weight).data
+        if self._type is Bnb4:
+            fields["absmax"] = weight.quant_state.absmax
+        made: Stored = stored
+        return made
+
+    def _look(self, held: Held, dtype: torch.dtype) -> bool:
+        scale = None if held.scale is None else held.scale.to(device=held.weight.device, dtype=dtype)
+        stored: Any = stored_weight(held.weight, scale)
+        if stored is None:
+            return False
+        stored.kind  # noqa: B018  # worked out once
+        fields = dict(stored.__dict__, data=None)
+        if isinstance(stored, Bnb4):
+            fields["absmax"] = None
+        self._type, self._fields = type(stored), fields
+        self._seen, self._dtypes = weakref.ref(held.weight), (dtype, held.weight.dtype)
+        return True

@@ -1,0 +1,99 @@
+"""Which kernels are taken: the answer for an image is that of its first step, and holds to its end.
+
+Kernels are compiled while images are made. An image that begins on the long way ends on it: no picture is made of both, and two
+pictures of one seed in a session differ, by roundings, only where the kernels came between them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..kernels.choice import KERNELS
+from ..messages import say
+
+log = logging.getLogger(__name__)
+
+
+class Key(NamedTuple):
+    """The kernel that a layer needs: `kind` is that of the stored weight, `rank` that of all LoRAs on it together."""
+
+    kind: str
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+
+
+class Compiler(Protocol):
+    """The kernels of a process (`kernels.choice.Kernels`)."""
+
+    def ready(self, kind: str, device: torch.device, dtype: torch.dtype, rank: int) -> bool:
+        """Returns True if there is a kernel. Never waits."""
+
+    def prepare(self, kinds: Iterable[str], device: torch.device, dtype: torch.dtype, ranks: Iterable[int]) -> None:
+        """Begins to compile in the background."""
+
+
+class FusedChoice:
+    """The answers of the present image."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        """
+        Args:
+            compiler: Has the kernels.
+        """
+        self.compiler = compiler
+        self.is_on: Callable[[], bool] = lambda: True
+        """False if the user has switched the kernels off. Asked for each kernel once an image."""
+        self.held: dict[Key, bool] = {}
+        """The present answers. Another dictionary each time that they may change."""
+        self._failed: set[Key] = set()
+        self._images = 0
+
+    @contextmanager
+    def image(self) -> Iterator[None]:
+        """Wraps the making of an image. One inside another, a detailer's, has the answers of that."""
+        if self._images == 0:
+            self.held = {}
+        self._images += 1
+        try:
+            yield
+        finally:
+            self._images -= 1
+
+    def takes(self, key: Key) -> bool:
+        """Returns True if the present image is made with this kernel."""
+        held = self.held
+        found = held.get(key)
+        if found is None:
+            found = held[key] = key not in self._failed and self.is_on() and self.compiler.ready(*key)
+        return found
+
+    def failed(self, key: Key, error: Exception) -> None:
+        """Notes that a kernel has failed, and says so once: it is not taken again."""
+        if key in self._failed:
+            return
+        self._failed.add(key)
+        self.held = {**self.held, key: False}
+        say(log, logging.WARNING, "kernels.failed", kind=key.kind, error=f"{type(error).__name__}: {error}")
+
+    def prepare(self, keys: Iterable[Key]) -> None:
+        """Has what a stack needs compiled in the background. Between images the next call of a layer asks anew."""
+        if self._images == 0:
+            self.held = {}
+        if not self.is_on():
+            return
+        groups: dict[tuple[torch.device, torch.dtype], list[Key]] = {}
+        for key in keys:
+            groups.setdefault((key.device, key.dtype), []).append(key)
+        for (device, dtype), mine in groups.items():
+            kinds, ranks = sorted({key.kind for key in mine}), sorted({key.rank for key in mine})
+            self.compiler.prepare(kinds, device, dtype, ranks)
+
+
+CHOICE = FusedChoice(KERNELS)
+"""Of the process, as the kernels are."""
