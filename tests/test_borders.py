@@ -9,18 +9,19 @@ PACKAGE = Path(__file__).parent.parent / "lib_lora_guard"
 HOSTS = {"backend", "modules", "modules_forge", "networks", "packages_3rdparty"}
 GROUND = {"messages", "errors", "version", "units", "settings", "lazy_torch", "private_files", "inference_mode"}
 """Free to all."""
-PURE = {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting", "patching"}
+PURE = {"files", "memory", "weights", "kernels", "recorder", "adapters", "models", "planning", "reporting", "patching"}
 BELOW = {
     "messages": set(),
     "files": set(),
     "memory": set(),
     "weights": set(),
+    "kernels": {"weights"},
     "recorder": set(),
     "adapters": {"files"},
     "models": {"adapters", "files"},
     "planning": {"adapters", "weights"},
     "reporting": {"planning", "weights", "adapters", "files"},
-    "patching": {"files", "memory", "weights", "recorder", "adapters", "models", "planning", "reporting"},
+    "patching": {"files", "memory", "weights", "kernels", "recorder", "adapters", "models", "planning", "reporting"},
     "checkpoints": {"files", "weights", "adapters", "models", "planning"},
     "baking": {"files", "weights", "recorder", "adapters", "models", "checkpoints", "patching"},
     "replay": {"weights", "planning"},

@@ -1,0 +1,24 @@
+"""What is added to a stored weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank LoRAs joined along the rank, on the weight's device and in the compute dtype.
+
+    Attributes:
+        up: `(out, rank)`.
+        down: `(rank, in)`.
+        alpha: The factor on their product.
+        per_rank: `(rank,)` in fp32, where strengths differ; else None.
+    """
+
+    up: torch.Tensor
+    down: torch.Tensor
+    alpha: float
+    per_rank: torch.Tensor | None = None

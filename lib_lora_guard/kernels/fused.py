@@ -1,0 +1,26 @@
+"""The temporary weight of a layer in one pass: dequantised, with the joined low-rank LoRAs in it."""
+
+from __future__ import annotations
+
+import torch
+
+from .choice import KERNELS, Kernels
+from .factors import Factors
+from .stored import Stored
+from .twin import dequantised, with_factors
+
+__all__ = ["KERNELS", "Factors", "Kernels", "fused_weight"]
+
+
+def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a new weight `(out, in)` in `dtype`: `dequantised + (up * per_rank) @ down * alpha`, rounded once more.
+
+    Without factors it is bit for bit the host's dequantisation; so it is where alpha is 0.
+
+    Args:
+        stored: The weight as it is stored.
+        factors: The LoRAs; None for none.
+        dtype: The layer's compute dtype, and the factors'.
+    """
+    weight = dequantised(stored, dtype)
+    return weight if factors is None else with_factors(weight, factors)
