@@ -23,6 +23,7 @@ from .access import ModelAccess, Site
 from .backup import Backup, HeldBackup, Place, Where, lies_in_ram, moved, parameter_bytes
 from .bypass import Bypass, call_of_layer
 from .fused import Fused
+from .fused_choice import Key
 from .merging import CPU, SLICE_BYTES, is_finite, merge
 from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
@@ -169,6 +170,11 @@ class BypassAttachment(Attachment):
     def _show(self) -> None:
         call = None if self.hook.fused is None else call_of_layer
         self.access.show_bypass(self.planned.site.layer, self.hook.scales_input, call)
+
+    def kernel(self, device: torch.device) -> Key | None:
+        """Returns the kernel of the layer's short way on `device`; None where there is none."""
+        fused = self.hook.fused
+        return None if fused is None else fused.key(self.site.parameter, device, self.access.compute_dtype())
 
     def drop_device_copies(self) -> None:
         self.hook.drop_device_copies()

@@ -39,6 +39,7 @@ from .attachments import (
     UnusableTermsError,
 )
 from .backup import BackupStore, Budget, Originals
+from .fused_choice import CHOICE
 from .merge_room import with_room
 from .neighbours import Neighbours, Place
 from .placed import Found
@@ -267,6 +268,7 @@ class Engine:
                     accepted.pop(origin, None)
                     reports[origin].refused = reason(error)
                     reports[origin].forget_counts()
+        _prepare_kernels(prepared.values(), device)
         whole.milliseconds = (time.perf_counter() - started) * 1000
         return whole
 
@@ -560,6 +562,16 @@ class Engine:
         rest, error = unfinished.undo()
         self._state = self._state._replace(unfinished=rest)
         return error
+
+
+def _prepare_kernels(attachments: Iterable[Attachment], device: torch.device) -> None:
+    """Has the kernels of a stack compiled in the background, once it is on the model."""
+    try:
+        found = {one.kernel(device) for one in attachments if isinstance(one, BypassAttachment)}
+        CHOICE.prepare([key for key in found if key is not None])
+    except Exception:
+        # The stack is on the model, and works without kernels.
+        log.debug("the kernels were not prepared", exc_info=True)
 
 
 def _difference(

@@ -87,7 +87,10 @@ class Fused:
             if not self._is_taken:
                 return None
         try:
-            weight = fused_weight(stored, self._factors(device, dtype), dtype)
+            factors = self._factors(device, dtype)
+            if factors is None:
+                return None
+            weight = fused_weight(stored, factors, dtype)
         except Exception as error:
             if not is_out_of_memory(error):
                 choice.failed(key, error)
@@ -102,11 +105,14 @@ class Fused:
         """Frees what refers to factors on a device."""
         self._made = None
 
-    def _factors(self, device: torch.device, dtype: torch.dtype) -> Factors:
+    def _factors(self, device: torch.device, dtype: torch.dtype) -> Factors | None:
+        """Returns the factors for the kernels; None in RAM, where several LoRAs are not joined."""
         parts = self._joined.known_parts(device, dtype) or self._joined.parts(device, dtype)
         made = self._made
         if made is not None and made[0] is parts:
             return made[1]
+        if len(parts) != 1:
+            return None
         ((block, scale),) = parts
         factors = Factors(block.outputs[0].up, block.down, scale.alpha, scale.per_rank)
         if device.type != "cpu":
@@ -119,23 +125,20 @@ class _Facts:
     """What is the same in all calls of a layer, without its tensors: to find it out takes longer than the rest of a call."""
 
     def __init__(self) -> None:
-        self._seen: weakref.ref[torch.Tensor] | None = None
-        self._dtypes: tuple[torch.dtype, torch.dtype] | None = None
+        self._weight: weakref.ref[torch.Tensor] | None = None
+        self._of: tuple[torch.dtype, torch.device, torch.dtype] | None = None
+        """The dtype of the weight, its device and the dtype of the activations that the facts hold for."""
         self._type: type[Stored] = Stored
         self._fields: dict[str, Any] = {}
-        self._scale: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def stored(self, held: Held, dtype: torch.dtype) -> Stored | None:
         """Returns the weight for the kernels; None if it is stored in a way that they do not read."""
         weight: Any = held.weight
-        seen, dtypes = self._seen, self._dtypes
-        if seen is None or seen() is not weight or dtypes is None or dtypes[0] is not dtype:
+        of = weight.dtype, weight.device, dtype
+        if self._weight is None or self._weight() is not weight or self._of != of:
             if not self._look(held, dtype):
                 return None
-        elif dtypes[1] is not weight.dtype:
-            # Converted in its place.
-            self._seen = None
-            return self.stored(held, dtype)
+            self._weight, self._of = weakref.ref(weight), of
         stored: Any = object.__new__(self._type)
         fields = stored.__dict__
         fields.update(self._fields)
@@ -147,13 +150,12 @@ class _Facts:
 
     def _look(self, held: Held, dtype: torch.dtype) -> bool:
         scale = None if held.scale is None else held.scale.to(device=held.weight.device, dtype=dtype)
-        stored: Any = stored_weight(held.weight, scale)
+        stored = stored_weight(held.weight, scale)
         if stored is None:
             return False
-        stored.kind  # noqa: B018  # worked out once
-        fields = dict(stored.__dict__, data=None)
+        # Worked out once: it becomes a field.
+        assert stored.kind
+        self._type, self._fields = type(stored), {**stored.__dict__, "data": None}
         if isinstance(stored, Bnb4):
-            fields["absmax"] = None
-        self._type, self._fields = type(stored), fields
-        self._seen, self._dtypes = weakref.ref(held.weight), (dtype, held.weight.dtype)
+            self._fields["absmax"] = None
         return True

@@ -7,13 +7,14 @@ pictures of one seed in a session differ, by roundings, only where the kernels c
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 
-from ..kernels.choice import KERNELS
+from ..kernels.choice import KERNELS, SWITCH
 from ..messages import say
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ class Compiler(Protocol):
         """Begins to compile in the background."""
 
 
+def always() -> bool:
+    """Returns True."""
+    return True
+
+
 class FusedChoice:
     """The answers of the present image."""
 
@@ -47,7 +53,7 @@ class FusedChoice:
             compiler: Has the kernels.
         """
         self.compiler = compiler
-        self.is_on: Callable[[], bool] = lambda: True
+        self.is_on: Callable[[], bool] = always
         """False if the user has switched the kernels off. Asked for each kernel once an image."""
         self.held: dict[Key, bool] = {}
         """The present answers. Another dictionary each time that they may change."""
@@ -79,7 +85,7 @@ class FusedChoice:
             return
         self._failed.add(key)
         self.held = {**self.held, key: False}
-        say(log, logging.WARNING, "kernels.failed", kind=key.kind, error=f"{type(error).__name__}: {error}")
+        say(log, logging.WARNING, "mode.kernel_failed", kind=key.kind, error=f"{type(error).__name__}: {error}")
 
     def prepare(self, keys: Iterable[Key]) -> None:
         """Has what a stack needs compiled in the background. Between images the next call of a layer asks anew."""
@@ -95,5 +101,15 @@ class FusedChoice:
             self.compiler.prepare(kinds, device, dtype, ranks)
 
 
-CHOICE = FusedChoice(KERNELS)
-"""Of the process, as the kernels are."""
+class Twin:
+    """Plain torch in the place of the kernels: slow, and there at once. For tests."""
+
+    def ready(self, kind: str, device: torch.device, dtype: torch.dtype, rank: int) -> bool:
+        return True
+
+    def prepare(self, kinds: Iterable[str], device: torch.device, dtype: torch.dtype, ranks: Iterable[int]) -> None:
+        pass
+
+
+CHOICE = FusedChoice(Twin() if os.environ.get(SWITCH) == "twin" else KERNELS)
+"""Of the process, as the kernels are. `LORA_GUARD_KERNELS=twin` in the environment has plain torch do the kernels' work."""

@@ -40,9 +40,7 @@ def takes_marks(layer: torch.nn.Module) -> bool:
     return True
 
 
-def mark(
-    layer: torch.nn.Module, way: Hashable, forward: Forward | None = None, call: Forward | None = None
-) -> None:
+def mark(layer: torch.nn.Module, way: Hashable, forward: Forward | None = None, call: Forward | None = None) -> None:
     """Gives `layer` a number and the subclass for a way of patching. Idempotent.
 
     Args:

@@ -11,15 +11,21 @@ import torch
 
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
+from ...patching.fused import RawWeight
+from ...patching.marked_class import class_of
 from ...patching.on_the_fly import WeightTerms
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...runtime.hooks import P
 from ...weights.storage import storage_of
+from ..webui.raw_weights import is_hosts_own, is_low_bit
 from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
 from .api import ForgeApi
 from .facts import compute_dtype, loader_of_model
 from .lora_loader_state import state_of
+from .raw_weights import ForgeWeight
 from .types import PatchEntry
+
+RAW_WEIGHT = ForgeWeight()
 
 
 class GuardPatches(list[PatchEntry]):
@@ -104,6 +110,12 @@ class ForgeAccess(ModuleAccess):
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
         return stored_bias(layer)
+
+    def raw_weight(self, site: Site) -> RawWeight | None:
+        """Returns how the weight is held, if it is of low bits and the layer computes by Forge's own code."""
+        kind = class_of(site.layer)
+        is_one = site.name == "weight" and kind in self._api.linear_classes and is_hosts_own(kind)
+        return RAW_WEIGHT if is_one and is_low_bit(site.parameter) else None
 
     def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight."""

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
 from ...patching.backup import moved
+from ...patching.fused import RawWeight
 from ...patching.marked_class import Forward, class_of, mark, unmark
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH, number_of, patched_weight
@@ -19,10 +20,13 @@ from ...planning.limits import RAM_FLOOR_BYTES
 from ...weights.kitchen import is_quantized, rows_of
 from ...weights.storage import storage_of
 from ..webui.models import compute_dtype
+from ..webui.raw_weights import is_hosts_own, is_low_bit
 from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
-from .api import NeoApi
+from .api import FAMILIES, NeoApi
+from .raw_weights import NeoQuantized, NeoWeight
 from .types import WeightLayer
 
+RAW_WEIGHT, RAW_QUANTIZED = NeoWeight(), NeoQuantized()
 OWN_CLASS = "lora_guard_own_class"
 """The attribute of a layer that holds its class while it has another one."""
 
@@ -94,6 +98,17 @@ class NeoAccess(ModuleAccess):
         """Replaces the parameter by `value`. Neo finds the pinned ones by their address, so this one is unpinned first."""
         self._api.memory.unpin_memory(site.parameter)
         super().set_parameter(site, value)
+
+    def raw_weight(self, site: Site) -> RawWeight | None:
+        """Returns how the weight is held, if it is of low bits and the layer computes by Neo's own code, with a temporary weight."""
+        kind, operations = class_of(site.layer), self._api.operations
+        families = (getattr(operations, family, None) for family in FAMILIES)
+        if site.name != "weight" or not is_hosts_own(kind):
+            return None
+        if kind in [family.Linear for family in families if family is not None]:
+            return RAW_WEIGHT if is_low_bit(site.parameter) else None
+        is_mixed = issubclass(kind, self._api.layer_class) and kind.__qualname__.startswith("mixed_precision_ops.")
+        return RAW_QUANTIZED if is_mixed and kind.__name__ == "Linear" and is_quantized(site.parameter) else None
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
         """Lets compiled code see that a bypass is on the layer."""

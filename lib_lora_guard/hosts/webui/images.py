@@ -14,6 +14,7 @@ from typing import Concatenate
 from ...errors import LayerError
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import Joined, say
+from ...patching.fused_choice import CHOICE
 from ...runtime.advice import Advice
 from ...runtime.hooks import P, R, Row
 from ...runtime.image_words import ImageWords
@@ -54,6 +55,7 @@ class Images:
                 self._settings.image(own_options(p)),
                 self._words.image(id(p), *comments_of(p)),
                 self._jobs.job(functools.partial(steps_of, p)),
+                CHOICE.image(),
             ):
                 return original(p, *args, **kwargs)
         except Exception as error:

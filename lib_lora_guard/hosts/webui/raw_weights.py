@@ -1,0 +1,38 @@
+"""What the layers of Forge and Forge Neo have in common when they are called with their weight as it is stored."""
+
+from __future__ import annotations
+
+import torch
+
+from ...weights.storage import FP8_DTYPES
+from .stored_rows import is_bnb, is_gguf, stored_bias
+
+
+def is_hosts_own(kind: type) -> bool:
+    """Returns True if a class of layers computes by its host's code, and no other program has replaced its `forward`."""
+    forward = kind.__dict__.get("forward")
+    return getattr(forward, "__module__", None) == kind.__module__
+
+
+def is_low_bit(weight: torch.Tensor) -> bool:
+    """Returns True for plain fp8, GGUF blocks and the 4-bit formats of bitsandbytes."""
+    return is_gguf(weight) or hasattr(weight, "bnb_quantized") or weight.dtype in FP8_DTYPES
+
+
+def lies_beside(weight: torch.Tensor | None, x: torch.Tensor) -> bool:
+    """Returns True for a weight that lies where the input does."""
+    return weight is not None and weight.device == x.device
+
+
+def goes_by_vector(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Returns True for a single token on a 4-bit weight: bitsandbytes multiplies with the stored numbers then."""
+    return is_bnb(weight) and x.numel() == x.shape[-1]
+
+
+def bias_for(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Returns the bias as a layer of theirs adds it to a product with `x`; None if it has none."""
+    bias = layer._parameters.get("bias")
+    if bias is None or (bias.dtype is x.dtype and not hasattr(bias, "gguf_cls")):
+        return bias
+    stored = stored_bias(layer)
+    return None if stored is None else stored.to(x.dtype)
