@@ -77,6 +77,14 @@ class FusedChoice:
         found = held.get(key)
         if found is None:
             found = held[key] = key not in self._failed and self.is_on() and self.compiler.ready(*key)
+            log.debug(
+                "%s, rank %d, %s on %s: %s",
+                key.kind,
+                key.rank,
+                key.dtype,
+                key.device,
+                "fused" if found else "not fused",
+            )
         return found
 
     def failed(self, key: Key, error: Exception) -> None:
