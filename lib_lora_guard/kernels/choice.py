@@ -2,31 +2,95 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Iterable
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
+from ..messages import Message, reason, say
+from .launch import Kernel, interprets
+from .probe import probe
+from .recipes import bucket_of, recipe_of
+
+log = logging.getLogger(__name__)
+
 SWITCH = "LORA_GUARD_KERNELS"
 """The environment variable: "0" keeps plain torch, for bug reports."""
-LARGEST_RANK = 256
-"""Joined ranks above it have no kernel."""
+UNTRIED, COMPILING, WORKS, REFUSED = "untried", "compiling", "works", "refused"
+
+
+class Slot(NamedTuple):
+    """What one kernel is compiled for, and with it the one for factors with a strength for each rank."""
+
+    kind: str
+    device: torch.device
+    dtype: torch.dtype
+    bucket: int
+    even: bool
 
 
 class Kernels:
-    """The process-wide choice. A state by kind of kernel: "untried", "compiling", "works" or "refused: WHY"."""
+    """The choice of a process. A state by kind of weight: "untried", "compiling", "works" or "refused: WHY"."""
 
     def __init__(self) -> None:
-        self.enabled = os.environ.get(SWITCH, "1") != "0"
-        """False: plain torch everywhere. The settings may write it."""
+        self._enabled = os.environ.get(SWITCH, "1") != "0"
+        self._kernels: dict[Slot, tuple[Kernel, Kernel]] = {}
+        self._refused: dict[str, str] = {}
+        self._asked: set[Slot] = set()
+        self._jobs: deque[Slot] = deque()
+        self._worker: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def enabled(self) -> bool:
+        """False where kernels are switched off: plain torch everywhere."""
+        return self._enabled
+
+    def switch(self, on: bool) -> None:
+        """Switches kernels on or off, for the settings. The environment's "0" is stronger."""
+        self._enabled = on and os.environ.get(SWITCH, "1") != "0"
 
     def state(self, kind: str) -> str:
         """Returns the state of a kind."""
-        return "untried" if self.enabled else "refused: switched off"
+        if kind in self._refused:
+            return f"{REFUSED}: {self._refused[kind]}"
+        with self._lock:
+            if any(slot.kind == kind for slot in self._jobs):
+                return COMPILING
+            return WORKS if any(slot.kind == kind for slot in self._kernels) else UNTRIED
+
+    def states(self) -> dict[str, str]:
+        """Returns the states of all kinds that were asked for."""
+        with self._lock:
+            kinds = dict.fromkeys([*self._refused, *(slot.kind for slot in self._asked)])
+        return {kind: self.state(kind) for kind in kinds}
 
     def ready(self, kind: str, device: torch.device, dtype: torch.dtype, rank: int) -> bool:
         """Returns True where a probed kernel is there for a weight of this kind. Never waits."""
-        return False
+        return self._enabled and self.kernel(kind, device, dtype, rank, False) is not None
+
+    def kernel(self, kind: str, device: torch.device, dtype: torch.dtype, rank: int, per_rank: bool) -> Kernel | None:
+        """Returns the probed kernel; None while there is none, and where kernels are switched off.
+
+        Args:
+            kind: `Stored.kind`.
+            device: The weight's.
+            dtype: The layer's.
+            rank: The joined rank, 0 for none.
+            per_rank: Whether each rank has a strength of its own.
+        """
+        bucket = bucket_of(rank)
+        if bucket is None or not self._enabled:
+            return None
+        pair = self._kernels.get(Slot(kind, _with_index(device), dtype, bucket, rank % 16 == 0))
+        return None if pair is None or kind in self._refused else pair[per_rank]
 
     def prepare(self, kinds: Iterable[str], device: torch.device, dtype: torch.dtype, ranks: Iterable[int]) -> None:
         """Begins to compile and probe in a background thread, each kernel once; returns at once.
@@ -37,7 +101,127 @@ class Kernels:
             dtype: The layers' compute dtype.
             ranks: Their joined ranks; 0 for the dequantisation alone.
         """
+        if not self._enabled or dtype not in (torch.float16, torch.bfloat16):
+            return
+        if device.type != "cuda" and not interprets():
+            return
+        device = _with_index(device)
+        buckets = {(bucket, rank % 16 == 0) for rank in ranks if (bucket := bucket_of(rank)) is not None}
+        slots = [Slot(kind, device, dtype, *one) for kind in dict.fromkeys(kinds) for one in sorted(buckets)]
+        with self._lock:
+            new = [slot for slot in slots if slot not in self._asked and slot.kind not in self._refused]
+            self._asked.update(new)
+            self._jobs.extend(new)
+            if new and (self._worker is None or not self._worker.is_alive()):
+                self._worker = threading.Thread(target=self._work, name="lora-guard-kernels", daemon=True)
+                self._worker.start()
+
+    def refuse(self, kind: str, why: str | BaseException) -> None:
+        """Gives the kernels of a kind up for this process, and says it once."""
+        with self._lock:
+            if kind in self._refused:
+                return
+            why = reason(why) if isinstance(why, BaseException) else why
+            self._refused[kind] = why
+        say(log, logging.WARNING, "kernels.refused", kind=kind, why=_short(why), switch=SWITCH)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until nothing is being compiled. For tests and benchmarks; returns False when time is up."""
+        worker = self._worker
+        if worker is not None:
+            worker.join(seconds)
+        return worker is None or not worker.is_alive()
+
+    def _work(self) -> None:
+        begin, done = time.monotonic(), 0
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._worker = None
+                    break
+                slot = self._jobs[0]
+            if slot.kind not in self._refused:
+                done += self._make(slot)
+            with self._lock:
+                self._jobs.popleft()
+        if done:
+            say(log, logging.INFO, "kernels.ready", count=done, seconds=time.monotonic() - begin)
+
+    def _make(self, slot: Slot) -> bool:
+        try:
+            why = _unsuitable(slot)
+            if why is not None:
+                self.refuse(slot.kind, why)
+                return False
+            # A rank that is no multiple of 16 leaves part of its bucket empty.
+            rank = slot.bucket if slot.even else slot.bucket - 3
+            with _aside(slot.device):
+                pair = tuple(
+                    Kernel(slot.kind, slot.dtype, slot.bucket, slot.even, per_rank) for per_rank in (False, True)
+                )
+                for kernel in pair[: 2 if rank else 1]:
+                    probe(kernel, rank, slot.device)
+            self._kernels[slot] = pair[0], pair[1]
+            return True
+        except torch.cuda.OutOfMemoryError:
+            with self._lock:
+                self._asked.discard(slot)  # the next call of prepare tries again
+        except ImportError as error:
+            self._no_triton(error)
+        except Exception as error:
+            self.refuse(slot.kind, f"{type(error).__name__}: {error}")
+        return False
+
+    def _no_triton(self, error: ImportError) -> None:
+        """Gives all kernels up, with one sentence."""
+        with self._lock:
+            first = not any(
+                isinstance(why, Message) and why.key == "kernels.no_triton" for why in self._refused.values()
+            )
+            why = Message("kernels.no_triton", {"error": str(error)})
+            self._refused.update((slot.kind, why) for slot in self._asked)
+        if first:
+            say(
+                log,
+                logging.INFO,
+                "kernels.install" if sys.platform == "win32" else "kernels.no_triton",
+                error=str(error),
+            )
 
 
 KERNELS = Kernels()
 """The choice of this process."""
+
+
+def _unsuitable(slot: Slot) -> str | None:
+    if recipe_of(slot.kind) is None:
+        return Message("kernels.no_kernel")
+    if slot.device.type == "cuda":
+        if getattr(torch.version, "hip", None) is not None:
+            return Message("kernels.only_nvidia")
+        if slot.dtype == torch.bfloat16 and torch.cuda.get_device_capability(slot.device) < (8, 0):
+            return Message("kernels.no_bf16")
+    return None
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Works on a stream of its own, so that no layer's work waits for a probe."""
+    with torch.no_grad():
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]  # torch's
+            yield
+
+
+def _short(why: str) -> str:
+    """The compiler's errors quote whole programs: keeps the first line."""
+    line = next((line for line in why.splitlines() if line.strip()), "")
+    return why if line == why and len(line) <= 200 else f"{line[:200]}…"

@@ -15,12 +15,24 @@ __all__ = ["KERNELS", "Factors", "Kernels", "fused_weight"]
 def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
     """Returns a new weight `(out, in)` in `dtype`: `dequantised + (up * per_rank) @ down * alpha`, rounded once more.
 
-    Without factors it is bit for bit the host's dequantisation; so it is where alpha is 0.
+    Without factors it is bit for bit the host's dequantisation. A kernel makes it where one has been chosen, else plain torch.
 
     Args:
         stored: The weight as it is stored.
         factors: The LoRAs; None for none.
         dtype: The layer's compute dtype, and the factors'.
     """
+    rank, per_rank = (0, False) if factors is None else (factors.down.shape[0], factors.per_rank is not None)
+    kernel = KERNELS.kernel(stored.kind, stored.data.device, dtype, rank, per_rank)
+    if kernel is not None:
+        try:
+            made = kernel(stored, factors)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            KERNELS.refuse(stored.kind, error)
+        else:
+            if made is not None:
+                return made
     weight = dequantised(stored, dtype)
     return weight if factors is None else with_factors(weight, factors)

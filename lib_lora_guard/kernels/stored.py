@@ -79,7 +79,11 @@ class _Scaled(Stored):
         raise NotImplementedError
 
     def _words(self) -> list[str]:
-        return [self._form(), *([] if self.scale is None else ["scaled"])]
+        return [
+            self._form(),
+            *([] if self.scale is None else ["scaled"]),
+            *(["odd"] if self.data.shape[1] % 16 else []),
+        ]
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ class Bnb4(Stored):
 
     def _words(self) -> list[str]:
         nested = [] if self.nested is None else [f"nested{self.nested.block}"]
-        return [self.form, str(self.block), *nested]
+        crossing = ["crossing"] if self.out_in[1] % self.block or self.out_in[1] % 32 else []
+        return [self.form, str(self.block), *nested, *crossing]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Compiles the kernels for cards that are not here: needs Triton, no GPU.
+
+    python benchmarks/compile_kernels.py [--targets 75,80,86,89,90,120] [--kinds "nf4 64,Q4_K baked by bf16"] [--ranks 0,16,64] [--dtypes bf16]
+
+Prints a line per kernel: seconds, bytes of the cubin, registers spilled by no means (the cubin tells), shared memory.
+Writes nothing but Triton's own cache; `TRITON_CACHE_DIR` moves it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from lib_lora_guard.kernels.launch import Kernel
+from lib_lora_guard.kernels.recipes import bucket_of
+
+KINDS = (
+    "fp8 e4m3", "fp8 e4m3 scaled", "fp8 e5m2", "fp8 e4m3 odd", "int8 scaled", "nf4 64 by {}", "nf4 64 nested256 by {}", "fp4 64 by {}",
+    "nf4 64 crossing by {}", "nf4 4096 by {}", "Q8_0 baked by {}", "Q4_0 baked by {}", "Q4_K baked by {}", "Q5_0 by {}", "Q5_K by {}",
+    "Q6_K by {}", "Q8_0", "Q4_0", "Q4_K",
+)  # fmt: skip
+"""Every form of every kernel; {} is the layer's dtype."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+_POINTERS = {
+    "DATA": "*u8", "WORDS2": "*i16", "WORDS4": "*i32", "SCALE": "*fp32", "LEVELS": "*fp32", "ABSMAX": "*fp32", "CODE": "*fp32",
+    "NESTED_SCALE": "*fp32", "OFFSET": "*fp32", "PER_RANK": "*fp32",
+}  # fmt: skip
+
+
+def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, per_rank: bool = False) -> object:
+    """Returns Triton's compiled kernel, with its PTX and cubin in `asm`.
+
+    Args:
+        kind: `Stored.kind`.
+        dtype: fp16 or bf16.
+        rank: The joined rank, 0 for none.
+        compute_capability: 75 for sm_75.
+        per_rank: With a strength for each rank.
+
+    Raises:
+        Exception: Triton's own, where it cannot compile the kernel.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    bucket = bucket_of(rank)
+    assert bucket is not None
+    kernel = Kernel(kind, dtype, bucket, rank % 16 == 0, per_rank)
+    function, constants = kernel.function, kernel.constants
+    layer = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    pointers = {**_POINTERS, **({"ABSMAX": "*u8"} if constants.get("NESTED") else {})}
+    if constants.get("FORM") == "int8":
+        pointers["DATA"] = "*i8"
+    signature, attributes = {}, {}
+    for number, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.isupper() or name in pointers:
+            signature[name] = pointers.get(name, layer)
+            attributes[(number,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "alpha" else "i32"
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=kernel.options)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default="75,80,86,89,90,120")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--ranks", default="0,16,64,128,256")
+    parser.add_argument("--dtypes", default="bf16,fp16")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows, failed = [], 0
+    for target in map(int, options.targets.split(",")):
+        for kind in options.kinds.split(","):
+            for name in options.dtypes.split(","):
+                for rank in map(int, options.ranks.split(",")):
+                    row = {"target": target, "kind": kind.format(name), "dtype": name, "rank": rank}
+                    begin = time.perf_counter()
+                    try:
+                        made = compiled(row["kind"], DTYPES[name], rank, target)
+                        row |= {"cubin_bytes": len(made.asm["cubin"]), "shared_bytes": made.metadata.shared}
+                    except Exception as error:
+                        failed += 1
+                        row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+                    row["seconds"] = round(time.perf_counter() - begin, 2)
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+    print(f"{len(rows)} kernels, {failed} failed, {sum(row['seconds'] for row in rows):.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

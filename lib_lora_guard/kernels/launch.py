@@ -1,0 +1,172 @@
+"""Launches a compiled kernel on the tensors of one weight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..weights.bnb4 import LEVELS
+from .factors import Factors
+from .recipes import LARGEST_CHUNK, Tile, recipe_of, tile_of
+from .stored import Bnb4, Fp8, Gguf, Int8, Stored
+
+ALIGNED_BYTES = 16
+"""Kernels are compiled for tensors that begin at a multiple of this: they read 16 bytes at once."""
+_FIRST_WITH_CONSTANTS = (3, 3)
+"""From this Triton on a compiled kernel takes all arguments of its function, the compile-time constants among them."""
+
+
+def interprets() -> bool:
+    """Returns True where Triton calculates on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Kernel:
+    """One kernel: a kind of weight, a dtype, a bucket of ranks.
+
+    Args:
+        kind: `Stored.kind`.
+        dtype: The dtype of the weights it makes.
+        bucket: The ranks it counts with, 0 for none.
+        even_rank: True for ranks that are multiples of 16.
+        per_rank: True for factors with a strength for each rank.
+        tile: Another tile than `tile_of` gives, to measure.
+
+    Raises:
+        ImportError: There is no Triton, or it fails to load.
+        ValueError: The kind has no kernel.
+    """
+
+    def __init__(
+        self, kind: str, dtype: torch.dtype, bucket: int, even_rank: bool, per_rank: bool, tile: Tile | None = None
+    ) -> None:
+        from . import triton_kernels  # imports Triton
+
+        recipe = recipe_of(kind)
+        if recipe is None:
+            raise ValueError(f"no kernel for {kind}")
+        module: Any = triton_kernels
+        tl, self._triton = module.tl, module.triton
+        names = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
+        layer = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+        self.kind, self.dtype, self.has_per_rank = kind, dtype, per_rank
+        self._bucket = bucket
+        self.function: Any = getattr(triton_kernels, recipe.function)
+        self.tile = tile or tile_of(recipe, bucket)
+        self.constants: dict[str, Any] = {
+            **recipe.constants,
+            "VALUES": names[recipe.values or layer],
+            "RANKS": bucket,
+            "CHUNK": min(bucket, LARGEST_CHUNK),
+            "HAS_PER_RANK": per_rank,
+            "EVEN_RANK": even_rank,
+            "BO": self.tile.rows,
+            "BI": self.tile.columns,
+        }
+        if recipe.function == "bnb4":
+            self.constants["LOOKUP"] = "gather"
+        self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": False}
+        self._handle: Callable[[tuple[int, int, int], tuple[Any, ...]], None] | None = None
+
+    def __call__(self, stored: Stored, factors: Factors | None) -> torch.Tensor | None:
+        """Returns the weight `(out, in)`, or None where a tensor begins at an address the kernel cannot take."""
+        rows, columns = stored.shape
+        data = stored.data
+        out = torch.empty(rows, columns, dtype=self.dtype, device=data.device)
+        tensors, step = _tensors(stored, out)
+        if factors is None:
+            if self._bucket:
+                raise ValueError(f"{self.kind}: a kernel for {self._bucket} ranks got no factors")
+            tensors += (out, out, out, out)
+            numbers: tuple[Any, ...] = (rows, columns, 0, 0.0)
+        else:
+            up, down = factors.up, factors.down
+            if (
+                up.shape != (rows, down.shape[0])
+                or down.shape[1] != columns
+                or up.dtype != down.dtype
+                or up.dtype != out.dtype
+            ):
+                raise ValueError(
+                    f"{self.kind}: expected factors of {rows} x rank and rank x {columns} in {self.dtype}, found {list(up.shape)} "
+                    f"{up.dtype} and {list(down.shape)} {down.dtype}"
+                )
+            if not (up.is_contiguous() and down.is_contiguous()):
+                up, down = up.contiguous(), down.contiguous()
+            per_rank = out if factors.per_rank is None else factors.per_rank.float()
+            tensors += (out, up, down, per_rank)
+            numbers = (rows, columns, down.shape[0], float(factors.alpha))
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        joined = 0
+        for address in addresses:
+            joined |= address
+        if joined % ALIGNED_BYTES:
+            return None
+        grid = (-(-columns // self.tile.columns), -(-rows // self.tile.rows), 1)
+        if self._handle is None:
+            self._launch_first(grid, _typed(stored, tensors), step, numbers)
+        else:
+            self._handle(grid, (*addresses[:2], *step, *addresses[2:], *numbers))
+        return out
+
+    def _launch_first(
+        self,
+        grid: tuple[int, int, int],
+        tensors: tuple[torch.Tensor, ...],
+        step: tuple[int, ...],
+        numbers: tuple[Any, ...],
+    ) -> None:
+        """Compiles the kernel if Triton has not, launches it as Triton's documentation does, and keeps what it compiled."""
+        compiled = self.function[grid](*tensors[:2], *step, *tensors[2:], *numbers, **self.constants, **self.options)
+        version = tuple(int(part) for part in self._triton.__version__.split(".")[:2])
+        if not interprets() and version >= _FIRST_WITH_CONSTANTS:
+            constants = tuple(self.constants[name] for name in self.function.arg_names if name in self.constants)
+            # What Triton does beside this in each launch is to find the compiled kernel again: most of a launch's time.
+            self._handle = lambda grid, arguments: compiled[grid](*arguments, *constants)
+
+
+def _tensors(stored: Stored, unused: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """Returns a weight's tensors in the order of its kernel's pointers, and the scale's step where it has one."""
+    if isinstance(stored, (Fp8, Int8)):
+        scale = stored.scale
+        if scale is None:
+            return (stored.data, unused), (0,)
+        if scale.dtype != torch.float32:
+            scale = scale.float()
+        return (stored.data, scale), (0 if scale.numel() == 1 else 1,)
+    if isinstance(stored, Bnb4):
+        levels = _levels(stored.form, stored.data.device)
+        nested = stored.nested
+        kinds = [
+            stored.absmax.dtype,
+            *([] if nested is None else [nested.code.dtype, nested.scales.dtype, nested.offset.dtype]),
+        ]
+        if kinds != [torch.float32 if nested is None else torch.uint8, *[torch.float32] * (len(kinds) - 1)]:
+            raise ValueError(f"{stored.form}: expected scales in fp32, or in uint8 with scales in fp32, found {kinds}")
+        if nested is None:
+            return (stored.data, levels, stored.absmax, unused, unused, unused), ()
+        return (stored.data, levels, stored.absmax, nested.code, nested.scales, nested.offset), ()
+    assert isinstance(stored, Gguf)
+    return (stored.data, stored.data), ()
+
+
+def _typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Gives the stored bytes the dtype by which the kernel reads them."""
+    data, second, *rest = tensors
+    if isinstance(stored, Gguf):
+        flat = data.reshape(-1).view(torch.uint8)
+        wide = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat.view(torch.int16)
+        return (flat.view(torch.int16), wide, *rest)
+    if isinstance(stored, (Fp8, Bnb4)):
+        data = data.reshape(-1).view(torch.uint8)
+    return (data, second, *rest)
+
+
+@cache
+def _levels(form: str, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(LEVELS[form], dtype=torch.float32, device=device)

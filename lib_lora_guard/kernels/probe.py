@@ -1,0 +1,194 @@
+"""Probes a kernel: small weights of odd shapes and odd values, compared with the twin and with fp64."""
+
+from __future__ import annotations
+
+import torch
+
+from . import twin
+from .factors import Factors
+from .launch import Kernel
+from .recipes import Recipe, recipe_of
+from .stored import Bnb4, Fp8, Gguf, Int8, Nested, Stored
+
+SLACK = 1.1
+"""A kernel's error against fp64 may be this many times the twin's: both round once, sums differ in their order."""
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class ProbeError(Exception):
+    """A kernel gives other values than its twin."""
+
+
+def probe(kernel: Kernel, rank: int, device: torch.device) -> None:
+    """Runs a kernel on two small weights and compares.
+
+    Args:
+        kernel: The kernel.
+        rank: The rank of the factors, 0 for none.
+        device: The device to probe on.
+
+    Raises:
+        ProbeError: A value is not the twin's, or the error is larger than the twin's.
+    """
+    generator = torch.Generator().manual_seed(rank)
+    step = _column_step(kernel.kind)
+    # One tile and a bit of a second one in both directions; then less than one tile.
+    for rows, columns in ((kernel.tile.rows + 3, -(-kernel.tile.columns // step) * step + step), (5, step)):
+        stored = sample(kernel.kind, rows, columns, kernel.dtype, generator, device)
+        factors = (
+            sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, device) if rank else None
+        )
+        compare(kernel(stored, factors), stored, factors, kernel.dtype)
+
+
+def compare(made: torch.Tensor | None, stored: Stored, factors: Factors | None, dtype: torch.dtype) -> None:
+    """Compares a weight with the twin's: bit for bit without factors, else by its error against fp64.
+
+    Raises:
+        ProbeError: They differ.
+    """
+    if made is None:
+        raise ProbeError("the kernel did not run")
+    base = twin.dequantised(stored, dtype)
+    expected = base if factors is None else twin.with_factors(base.clone(), factors)
+    if not torch.equal(made.isnan(), expected.isnan()):
+        raise ProbeError("NaN in other places than the twin has it")
+    if factors is None:
+        wrong = (made != expected) & ~expected.isnan()
+        if bool(wrong.any()):
+            row, column = (int(number) for number in wrong.nonzero()[0])
+            raise ProbeError(
+                f"{int(wrong.sum())} of {wrong.numel()} values are wrong, the first at row {row}, column {column}: "
+                f"{float(made[row, column])!r} instead of {float(expected[row, column])!r}"
+            )
+        return
+    exact = factors.up.double()
+    if factors.per_rank is not None:
+        exact = exact * factors.per_rank.double()
+    exact = base.double() + exact @ factors.down.double() * factors.alpha
+    finite = exact.isfinite() & expected.isfinite()
+    if not torch.equal(made[~finite].nan_to_num(), expected[~finite].nan_to_num()):
+        raise ProbeError("infinities in other places than the twin has them")
+    error, twins = ((x.double() - exact)[finite].square().mean().sqrt().item() for x in (made, expected))
+    largest, twins_largest = ((x.double() - exact)[finite].abs().max().item() for x in (made, expected))
+    if error > SLACK * twins or largest > 2 * twins_largest:
+        raise ProbeError(f"error {error:.3g} (largest {largest:.3g}), the twin's {twins:.3g} ({twins_largest:.3g})")
+
+
+def sample(
+    kind: str, rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> Stored:
+    """Makes a weight of a kind, with every pattern of bits that its numbers can have.
+
+    Args:
+        kind: `Stored.kind`.
+        rows: Its rows.
+        columns: Its columns; a kind says what they must be multiples of.
+        dtype: The layer's dtype.
+        generator: The source of its values.
+        device: Where it lies.
+    """
+    recipe = recipe_of(kind)
+    assert recipe is not None
+    make = {"scaled": _scaled_sample, "bnb4": _bnb4_sample, "gguf": _gguf_sample}[recipe.function]
+    values = _DTYPES.get(kind.partition(" by ")[2])
+    return make(recipe, rows, columns, values, generator, device)
+
+
+def _scaled_sample(
+    recipe: Recipe,
+    rows: int,
+    columns: int,
+    values: torch.dtype | None,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Stored:
+    scale = None
+    if recipe.constants["SCALED"]:
+        scale = _numbers(generator, rows if rows % 2 else 1).to(device)
+    # Each byte occurs: with them the infinities and NaN of fp8.
+    data = torch.arange(rows * columns).to(torch.uint8).view(rows, columns).to(device)
+    if recipe.constants["FORM"] == "int8":
+        return Int8(data.view(torch.int8), values, scale)
+    return Fp8(
+        data.view(torch.float8_e4m3fn if recipe.constants["FORM"] == "e4m3" else torch.float8_e5m2), values, scale
+    )
+
+
+def _bnb4_sample(
+    recipe: Recipe,
+    rows: int,
+    columns: int,
+    values: torch.dtype | None,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Stored:
+    block, nested_block = int(recipe.constants["BLOCK"]), int(recipe.constants["NESTED"])
+    blocks = -(-rows * columns // block)
+    data = _bytes(generator, (rows * columns + 1) // 2, 1).to(device)
+    form = str(recipe.constants["FORM"])
+    if not nested_block:
+        return Bnb4(data, values, _numbers(generator, blocks).to(device), (rows, columns), form, block)
+    nested = Nested(
+        _numbers(generator, 256).sub_(0.01).to(device),
+        _numbers(generator, -(-blocks // nested_block)).to(device),
+        _numbers(generator, 1)[0].to(device),
+        nested_block,
+    )
+    return Bnb4(data, values, _bytes(generator, blocks).to(device), (rows, columns), form, block, nested)
+
+
+def _gguf_sample(
+    recipe: Recipe,
+    rows: int,
+    columns: int,
+    values: torch.dtype | None,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Stored:
+    form, baked = str(recipe.constants["FORM"]), bool(recipe.constants["BAKED"])
+    blocks = _bytes(generator, rows * columns // int(recipe.constants["BLOCK"]), int(recipe.constants["BLOCK_BYTES"]))
+    # The scales in a block's bytes must be numbers of a usual size: the first two, or where the format has them.
+    first, count = {"Q6_K": (208, 1), "Q5_K": (0, 2), "Q4_K": (0, 16 if baked else 2)}.get(form, (0, 1))
+    dtype = values if baked and values is not None else torch.float16
+    scales = _numbers(generator, len(blocks), count).to(dtype)
+    blocks[:, first : first + 2 * count] = scales.view(torch.uint8)
+    return Gguf(blocks.to(device), values, form, (rows, columns), baked)
+
+
+def _bytes(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def _numbers(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=generator) * 0.02 + 0.001
+
+
+def sample_factors(
+    rows: int,
+    columns: int,
+    rank: int,
+    per_rank: bool,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Factors:
+    """Makes factors whose product is as large as the values of `sample`."""
+    up, down = (
+        (torch.randn(shape, generator=generator) * rank**-0.25 * 0.3).to(device, dtype)
+        for shape in ((rows, rank), (rank, columns))
+    )
+    strengths = (torch.rand(rank, generator=generator) + 0.5).to(device) if per_rank else None
+    return Factors(up, down, 0.7, strengths)
+
+
+def _column_step(kind: str) -> int:
+    """Returns what a weight's columns are multiples of, for this kind and no other."""
+    recipe = recipe_of(kind)
+    assert recipe is not None
+    constants = recipe.constants
+    if recipe.function == "scaled":
+        return 16 if constants["EVEN"] else 13
+    if recipe.function == "bnb4":
+        return 12 if constants["CROSSING"] else max(32, int(constants["BLOCK"]))
+    return int(constants["BLOCK"])

@@ -1,0 +1,28 @@
+"""The kernels that make a layer's temporary weight in one pass."""
+
+from __future__ import annotations
+
+# English, Simplified Chinese.
+TEXTS: dict[str, tuple[str, str]] = {
+    "kernels.refused": (
+        "The fused kernel for {kind} is not used ({why}); these layers keep the ordinary way, which is right and takes longer. "
+        "Set {switch}=0 to try no kernels.",
+        "未使用 {kind} 的融合内核（{why}）；这些层沿用普通方式，结果正确但较慢。设置 {switch}=0 可不再尝试内核。",
+    ),
+    "kernels.ready": (
+        "{count} fused kernels compiled and checked in {seconds:.0f} s; layers with LoRAs now take them.",
+        "已用 {seconds:.0f} 秒编译并检查 {count} 个融合内核；带 LoRA 的层现在使用它们。",
+    ),
+    "kernels.no_triton": (
+        "Triton is not installed ({error}), so layers with LoRAs keep the ordinary way, which takes longer.",
+        "未安装 Triton（{error}），因此带 LoRA 的层沿用较慢的普通方式。",
+    ),
+    "kernels.install": (
+        "LoRAs on fp8, NF4 and GGUF models would cost less time a step with Triton, which Windows lacks ({error}): see docs/kernels.md "
+        "for the version that fits your torch.",
+        "安装 Triton 后，fp8、NF4 和 GGUF 模型上的 LoRA 每步耗时更少，而 Windows 默认没有 Triton（{error}）：与您的 torch 匹配的版本见 docs/kernels.md。",
+    ),
+    "kernels.no_kernel": ("there is none for this storage", "此存储格式没有内核"),
+    "kernels.only_nvidia": ("kernels are for NVIDIA's cards", "内核仅适用于 NVIDIA 显卡"),
+    "kernels.no_bf16": ("this card has no bf16", "此显卡不支持 bf16"),
+}
