@@ -39,7 +39,7 @@ from .attachments import (
     UnusableTermsError,
 )
 from .backup import BackupStore, Budget, Originals
-from .fused_choice import CHOICE
+from .fused_choice import CHOICE, Key
 from .merge_room import with_room
 from .neighbours import Neighbours, Place
 from .placed import Found
@@ -250,9 +250,10 @@ class Engine:
                 )
                 for report in reports:
                     report.forget_counts()
-                for planned in plan.values():
+                kernels = _kernels(prepared, device)
+                for key, planned in plan.items():
                     for origin in planned.origins:
-                        reports[origin].count(planned.choice)
+                        reports[origin].count(planned.choice, key in kernels)
                 # An attachment that stays may have terms that came from other places in the stack.
                 moved = [
                     (kept, kept.planned, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]
@@ -268,7 +269,7 @@ class Engine:
                     accepted.pop(origin, None)
                     reports[origin].refused = reason(error)
                     reports[origin].forget_counts()
-        _prepare_kernels(prepared.values(), device)
+        CHOICE.prepare(set(kernels.values()))
         whole.milliseconds = (time.perf_counter() - started) * 1000
         return whole
 
@@ -564,14 +565,10 @@ class Engine:
         return error
 
 
-def _prepare_kernels(attachments: Iterable[Attachment], device: torch.device) -> None:
-    """Has the kernels of a stack compiled in the background, once it is on the model."""
-    try:
-        found = {one.kernel(device) for one in attachments if isinstance(one, BypassAttachment)}
-        CHOICE.prepare([key for key in found if key is not None])
-    except Exception:
-        # The stack is on the model, and works without kernels.
-        log.debug("the kernels were not prepared", exc_info=True)
+def _kernels(attachments: Mapping[str, Attachment], device: torch.device) -> dict[str, Key]:
+    """Returns the kernels that a stack may use, by the name of the weight."""
+    found = {key: one.kernel(device) for key, one in attachments.items() if isinstance(one, BypassAttachment)}
+    return {key: kernel for key, kernel in found.items() if kernel is not None and CHOICE.may_take(kernel)}
 
 
 def _difference(

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..kernels.choice import KERNELS, SWITCH
+from ..kernels.choice import KERNELS, REFUSED, SWITCH, WORKS
+from ..kernels.recipes import bucket_of, recipe_of
 from ..messages import say
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ class Compiler(Protocol):
 
     def prepare(self, kinds: Iterable[str], device: torch.device, dtype: torch.dtype, ranks: Iterable[int]) -> None:
         """Begins to compile in the background."""
+
+    def state(self, kind: str) -> str:
+        """Returns whether kernels for a kind are there, coming, or refused."""
 
 
 def always() -> bool:
@@ -87,6 +91,13 @@ class FusedChoice:
             )
         return found
 
+    def may_take(self, key: Key) -> bool:
+        """Returns True if an image may be made with this kernel, now or once it is compiled."""
+        if key in self._failed or not self.is_on() or recipe_of(key.kind) is None or bucket_of(key.rank) is None:
+            return False
+        state = self.compiler.state(key.kind)
+        return state == WORKS or (key.device.type == "cuda" and not state.startswith(REFUSED))
+
     def failed(self, key: Key, error: Exception) -> None:
         """Notes that a kernel has failed, and says so once: it is not taken again."""
         if key in self._failed:
@@ -96,11 +107,9 @@ class FusedChoice:
         say(log, logging.WARNING, "mode.kernel_failed", kind=key.kind, error=f"{type(error).__name__}: {error}")
 
     def prepare(self, keys: Iterable[Key]) -> None:
-        """Has what a stack needs compiled in the background. Between images the next call of a layer asks anew."""
+        """Has kernels compiled in the background. Between images the next call of a layer asks anew."""
         if self._images == 0:
             self.held = {}
-        if not self.is_on():
-            return
         groups: dict[tuple[torch.device, torch.dtype], list[Key]] = {}
         for key in keys:
             groups.setdefault((key.device, key.dtype), []).append(key)
@@ -117,6 +126,9 @@ class Twin:
 
     def prepare(self, kinds: Iterable[str], device: torch.device, dtype: torch.dtype, ranks: Iterable[int]) -> None:
         pass
+
+    def state(self, kind: str) -> str:
+        return WORKS
 
 
 CHOICE = FusedChoice(Twin() if os.environ.get(SWITCH) == "twin" else KERNELS)

@@ -40,6 +40,7 @@ def test_loras_give_what_the_fp32_reference_gives(guarded, storage, passes):
     changed = guarded.load(guarded.with_loras(patcher, *loras))
     assert_same(run(changed), wanted, base, limit)
     assert len(passes) == len(layers) > 0
+    assert f"bypass, {len(layers)} of them fused (low rank)" in str(guarded.report(changed).loras[0])
     stronger = [(FILE, loras[0][1], 0.84)]
     assert_same(
         run(guarded.load(guarded.with_loras(patcher, *stronger))), reference(patcher, dense, stronger), base, limit

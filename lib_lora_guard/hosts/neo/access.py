@@ -102,7 +102,7 @@ class NeoAccess(ModuleAccess):
     def raw_weight(self, site: Site) -> RawWeight | None:
         """Returns how the weight is held, if it is of low bits and the layer computes by Neo's own code, with a temporary weight."""
         kind, operations = class_of(site.layer), self._api.operations
-        families = (getattr(operations, family, None) for family in FAMILIES)
+        families = (vars(operations).get(family) for family in FAMILIES)
         if site.name != "weight" or not is_hosts_own(kind):
             return None
         if kind in [family.Linear for family in families if family is not None]:

@@ -11,7 +11,7 @@ from .stored_rows import is_bnb, is_gguf, stored_bias
 def is_hosts_own(kind: type) -> bool:
     """Returns True if a class of layers computes by its host's code, and no other program has replaced its `forward`."""
     forward = kind.__dict__.get("forward")
-    return getattr(forward, "__module__", None) == kind.__module__
+    return forward is not None and forward.__module__ == kind.__module__
 
 
 def is_low_bit(weight: torch.Tensor) -> bool:
