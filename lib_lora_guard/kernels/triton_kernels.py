@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 NUMBERS = ("rows", "cols", "rank", "scale_step")
-"""Arguments whose values make no variants of a kernel: what the compiler may know of them is a constant of its own."""
+"""Arguments whose values make no variants of a kernel. `x // 16 * 16` tells the compiler what a constant of the kernel promises."""
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _store(
     w = w.to(VALUES).to(OUT.dtype.element_ty)
     if RANKS > 0:
         if EVEN_RANK:
-            rank = tl.multiple_of(rank, 16)
+            rank = rank // 16 * 16
         up = UP + row.to(tl.int64) * rank
         down = DOWN + col
         product = tl.zeros((BO, BI), dtype=tl.float32)
@@ -70,7 +70,7 @@ def scaled(
 ):  # fmt: skip
     """fp8 as its bytes, and int8; SCALE fp32, `scale_step` 0 for one, 1 for one a row. EVEN: cols is a multiple of 16."""
     if EVEN:
-        cols = tl.multiple_of(cols, 16)
+        cols = cols // 16 * 16
     row, col = tl.program_id(1) * BO, tl.program_id(0) * BI
     ro, ri = tl.arange(0, BO), tl.arange(0, BI)
     inside = (row + ro < rows)[:, None] & (col + ri < cols)[None, :]
@@ -136,11 +136,12 @@ def bnb4(
         HALF: tl.constexpr = BI // 2
         SPAN: tl.constexpr = min(BLOCK, BI)
         G: tl.constexpr = BI // SPAN
-        cols = tl.multiple_of(cols, 32)
-        row_bytes = cols // 2
+        cols = cols // 32 * 32
+        row_bytes = cols // 32 * 16
+        first = tl.program_id(0) * HALF
         rb = tl.arange(0, HALF)
-        tile = DATA + row.to(tl.int64) * row_bytes + col // 2
-        inside = row_in[:, None] & (col + 2 * rb < cols)[None, :]
+        tile = DATA + row.to(tl.int64) * row_bytes + first
+        inside = row_in[:, None] & (first + rb < row_bytes)[None, :]
         b = tl.load(tile + ro[:, None] * row_bytes + rb[None, :], mask=inside, other=0).to(tl.int32)
         high, low = _levels(b >> 4, LEVELS, LOOKUP, BO, HALF), _levels(b & 15, LEVELS, LOOKUP, BO, HALF)
         g = tl.arange(0, G)
@@ -302,7 +303,7 @@ def gguf(
     BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """GGUF. WORDS2 and WORDS4: the same bytes as words of two and of four. BLOCK, BLOCK_BYTES: of a block."""
-    cols = tl.multiple_of(cols, BLOCK)
+    cols = cols // BLOCK * BLOCK
     row, col = tl.program_id(1) * BO, tl.program_id(0) * BI
     ro = tl.arange(0, BO)
     row_in = row + ro < rows
