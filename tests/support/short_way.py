@@ -2,6 +2,9 @@
 
 import torch
 
+from lib_lora_guard.hosts.plain.access import PlainAccess
+from lib_lora_guard.kernels.stored import Fp8
+from lib_lora_guard.kernels.twin import with_factors
 from lib_lora_guard.patching import fused
 from lib_lora_guard.patching.fused_choice import CHOICE, Twin
 
@@ -17,6 +20,31 @@ def take_short_way(monkeypatch):
     monkeypatch.setattr(fused, "fused_weight", counted)
     monkeypatch.setattr(CHOICE, "compiler", Twin())
     monkeypatch.setattr(CHOICE, "held", {})
+    return passes
+
+
+class PlainWeight(fused.RawWeight):
+    """A layer of torch's own, as if its plain numbers were of low bits."""
+
+    def of(self, layer, x):
+        return fused.Held(layer.weight, layer.bias) if layer.weight.dtype == x.dtype else None
+
+
+def take_short_way_of_plain_layers(monkeypatch):
+    """Gives plain fp32 layers a short way. Returns the list that gets an entry for each fused pass."""
+    passes, raw = take_short_way(monkeypatch), PlainWeight()
+
+    def made(stored, factors, dtype):
+        passes.append((stored, factors))
+        return with_factors(stored.data.clone(), factors)
+
+    monkeypatch.setattr(fused, "fused_weight", made)
+    monkeypatch.setattr(fused, "stored_weight", lambda weight, scale=None: Fp8(weight.data))
+    monkeypatch.setattr(
+        PlainAccess,
+        "raw_weight",
+        lambda self, site: raw if type(site.layer).__name__ == "Linear" and len(site.shape) == 2 else None,
+    )
     return passes
 
 
