@@ -83,7 +83,8 @@ class Fused:
             return None
         if not is_known or key is None or stored.kind != key.kind:
             key = self._key = Key(stored.kind, device, dtype, self._joined.rank)
-            self._is_taken, self._held = choice.takes(key), choice.held
+            self._is_taken = choice.takes(key)
+            self._held = choice.held if key in choice.held else None
             if not self._is_taken:
                 return None
         try:

@@ -76,19 +76,15 @@ class FusedChoice:
             self._images -= 1
 
     def takes(self, key: Key) -> bool:
-        """Returns True if the present image is made with this kernel."""
+        """Returns True if the present image is made with this kernel. Outside an image only a yes is held."""
         held = self.held
         found = held.get(key)
         if found is None:
-            found = held[key] = key not in self._failed and self.is_on() and self.compiler.ready(*key)
-            log.debug(
-                "%s, rank %d, %s on %s: %s",
-                key.kind,
-                key.rank,
-                key.dtype,
-                key.device,
-                "fused" if found else "not fused",
-            )
+            found = key not in self._failed and self.is_on() and self.compiler.ready(*key)
+            if found or self._images:
+                held[key] = found
+                way = "fused" if found else "not fused"
+                log.debug("%s, rank %d, %s on %s: %s", key.kind, key.rank, key.dtype, key.device, way)
         return found
 
     def may_take(self, key: Key) -> bool:

@@ -88,6 +88,7 @@ def test_an_image_ends_as_it_began(guarded, passes, monkeypatch):
     changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8))
     there = []
     monkeypatch.setattr(CHOICE.compiler, "ready", lambda *key: bool(there), raising=False)
+    run(changed)
     with CHOICE.image():
         first = run(changed)
         there.append(True)
@@ -102,6 +103,18 @@ def test_an_image_ends_as_it_began(guarded, passes, monkeypatch):
         count = len(passes)
         run(changed)
         assert len(passes) == 2 * count
+    passes.clear()
+    with CHOICE.image():
+        run(changed)
+    there.append(True)
+    # Without images a kernel is taken as soon as it is there.
+    CHOICE.held = {}
+    there.clear()
+    run(changed)
+    assert not passes
+    there.append(True)
+    run(changed)
+    assert passes
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("a wrong kernel")])
