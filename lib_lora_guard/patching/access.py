@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -85,6 +86,9 @@ class ModelAccess(Protocol):
 
     def raw_weight(self, site: Site) -> RawWeight | None:
         """Returns how the weight is held, if there is a fused pass for such weights; else None."""
+
+    def raw_weights(self) -> Iterable[tuple[torch.nn.Module, RawWeight]]:
+        """Yields the layers of the model that `raw_weight` would return something for, with that."""
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
         """Lets compiled code see that a bypass is on the layer, and whether it scales the layer's input too. Idempotent.
@@ -173,6 +177,10 @@ class ModuleAccess(ABC):
     def raw_weight(self, site: Site) -> RawWeight | None:
         """Returns None: there is no fused pass for the host's weights."""
         return None
+
+    def raw_weights(self) -> Iterable[tuple[torch.nn.Module, RawWeight]]:
+        """Yields the layers that have a fused pass, with how they hold their weight."""
+        return ()
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
         """Gives the layer its `call`, and else does nothing: the host compiles none of its layers."""

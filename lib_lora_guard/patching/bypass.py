@@ -30,6 +30,9 @@ CHANGE, SCALE, FORGET = -1, -2, -3
 """The numbers of a bypass's hooks on its layer: always the same, because compiled code looks hooks up by number. torch's
 own numbers begin at 0."""
 
+CAST = "_lora_guard_cast"
+"""The attribute of a layer without a LoRA that holds its short way (`host_casts.py`)."""
+
 
 class Bypass(CallPatch):
     """Forward hooks for one linear or convolution layer.
@@ -300,7 +303,7 @@ class Bypass(CallPatch):
 
 
 def call_of_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands in place of a layer's `__call__` while a bypass with a short way is on it: tries that, then torch's own call.
+    """Stands in place of a layer's `__call__` while it has a short way: tries that, then torch's own call.
 
     The bypass's hook is in torch's own call alone, so that no call can get the LoRAs twice, or a half of them. It is also what says
     that the LoRAs are on the layer: a class without it, in the middle of a change, is the layer as it was.
@@ -308,19 +311,20 @@ def call_of_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     if len(args) == 1 and not kwargs and not is_compiling():
         hooks, x = layer._forward_hooks, args[0]
         hook: Any = hooks.get(CHANGE)
+        if hook is None:
+            fused = None if hooks else layer.__dict__.get(CAST)
+        else:
+            fused = hook.fused if type(hook) is Bypass and len(hooks) == 1 and hook._in_force() else None
         if (
-            len(hooks) == 1
-            and type(hook) is Bypass
-            and hook.fused is not None
+            fused is not None
             and type(x) is torch.Tensor
             and not layer._forward_pre_hooks
             and "forward" not in layer.__dict__
             and not (_global_forward_hooks or _global_forward_pre_hooks)
             and not torch.is_grad_enabled()
             and torch._C._get_tracing_state() is None
-            and hook._in_force()
         ):
-            output = hook.fused.run(layer, x)
+            output = fused.run(layer, x)
             if output is not None:
                 return output
     return torch.nn.Module.__call__(layer, *args, **kwargs)

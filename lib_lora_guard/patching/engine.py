@@ -40,6 +40,7 @@ from .attachments import (
 )
 from .backup import BackupStore, Budget, Originals
 from .fused_choice import CHOICE, Key
+from .host_casts import HostCasts
 from .merge_room import with_room
 from .neighbours import Neighbours, Place
 from .placed import Found
@@ -124,6 +125,7 @@ class Engine:
         self._backups = BackupStore(self._budget)
         self._offloaded: Mapping[str, torch.Tensor] = {}
         self._neighbours = neighbours
+        self._casts = HostCasts()
         if neighbours is not None:
             neighbours.add(self)
 
@@ -270,6 +272,7 @@ class Engine:
                     reports[origin].refused = reason(error)
                     reports[origin].forget_counts()
         CHOICE.prepare(set(kernels.values()))
+        self._casts.settle(access, {one.site.layer for one in self.attached.values()}, device)
         whole.milliseconds = (time.perf_counter() - started) * 1000
         return whole
 
@@ -380,6 +383,7 @@ class Engine:
         self._forget_replaced()
         # Attachments that an undo was still to put back go as well: put back later, no stack would hold them.
         leaving = dict.fromkeys((*self.attached.values(), *_attachments_of(self._state.unfinished)))
+        self._casts.take_all({one.site.layer for one in leaving})
         self._state = State({}, {}, unfinished=Transaction(_strays(leaving)) if leaving else None)
         with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
             self._undo()

@@ -52,14 +52,15 @@ class Fused:
     Nothing here keeps the memory of a weight: hosts move weights at any time, and count on the memory that they leave.
     """
 
-    def __init__(self, raw: RawWeight, joined: JoinedLowRank, choice: FusedChoice | None = None) -> None:
+    def __init__(self, raw: RawWeight, joined: JoinedLowRank | None, choice: FusedChoice | None = None) -> None:
         """
         Args:
             raw: How the host holds the layer's weight.
-            joined: The LoRAs on it: one product for the whole weight.
+            joined: The LoRAs on it: one product for the whole weight. None for a layer without any.
             choice: None for that of the process.
         """
         self._raw, self._joined, self._choice = raw, joined, choice or CHOICE
+        self._rank = 0 if joined is None else joined.rank
         self._held: dict[Key, bool] | None = None
         self._key: Key | None = None
         self._is_taken = False
@@ -69,7 +70,7 @@ class Fused:
     def key(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Key | None:
         """Returns the kernel for calls with activations of `dtype` on `device`; None where there is none for the weight."""
         stored = stored_weight(weight)
-        return None if stored is None else Key(stored.kind, device, dtype, self._joined.rank)
+        return None if stored is None else Key(stored.kind, device, dtype, self._rank)
 
     def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go."""
@@ -82,14 +83,14 @@ class Fused:
         if held is None or stored is None:
             return None
         if not is_known or key is None or stored.kind != key.kind:
-            key = self._key = Key(stored.kind, device, dtype, self._joined.rank)
+            key = self._key = Key(stored.kind, device, dtype, self._rank)
             self._is_taken = choice.takes(key)
             self._held = choice.held if key in choice.held else None
             if not self._is_taken:
                 return None
         try:
-            factors = self._factors(device, dtype)
-            if factors is None:
+            factors = None if self._joined is None else self._factors(self._joined, device, dtype)
+            if factors is None and self._rank:
                 return None
             weight = fused_weight(stored, factors, dtype)
         except Exception as error:
@@ -106,9 +107,9 @@ class Fused:
         """Frees what refers to factors on a device."""
         self._made = None
 
-    def _factors(self, device: torch.device, dtype: torch.dtype) -> Factors | None:
+    def _factors(self, joined: JoinedLowRank, device: torch.device, dtype: torch.dtype) -> Factors | None:
         """Returns the factors for the kernels; None in RAM, where several LoRAs are not joined."""
-        parts = self._joined.known_parts(device, dtype) or self._joined.parts(device, dtype)
+        parts = joined.known_parts(device, dtype) or joined.parts(device, dtype)
         made = self._made
         if made is not None and made[0] is parts:
             return made[1]

@@ -48,6 +48,11 @@ def always() -> bool:
     return True
 
 
+def never() -> bool:
+    """Returns False."""
+    return False
+
+
 class FusedChoice:
     """The answers of the present image."""
 
@@ -59,6 +64,8 @@ class FusedChoice:
         self.compiler = compiler
         self.is_on: Callable[[], bool] = always
         """False if the user has switched the kernels off. Asked for each kernel once an image."""
+        self.casts_too: Callable[[], bool] = never
+        """True if layers without LoRAs get the short way too. Asked at each change of a stack."""
         self.held: dict[Key, bool] = {}
         """The present answers. Another dictionary each time that they may change."""
         self._failed: set[Key] = set()

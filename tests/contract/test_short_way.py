@@ -156,3 +156,25 @@ def test_with_gradients_the_long_way_goes(guarded, passes):
     with torch.enable_grad(), torch.inference_mode(False):
         linears(changed)[0](torch.zeros(1, 4, linears(changed)[0].in_features))
     assert not passes
+
+
+def test_layers_without_a_lora_get_the_hosts_own_numbers_if_that_is_wished(guarded, passes, monkeypatch):
+    patcher, dense = guarded.build("fp8")
+    key = "blocks.0.qkv.weight"
+    one = {key: lora_on_everything(dense, 1)[key]}
+    wanted = run(with_loras(guarded, patcher, (FILE, one, 0.8)))
+    passes.clear()
+    monkeypatch.setattr(CHOICE, "casts_too", lambda: True)
+    changed = with_loras(guarded, patcher, ("again", one, 0.8))
+    assert same_bits(run(changed), wanted)
+    count = len(linears(patcher))
+    assert sorted(factors is None for _, factors in passes) == [False, *[True] * (count - 1)]
+    # With a LoRA on all of them, and with none.
+    passes.clear()
+    run(with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8)))
+    assert [factors is None for _, factors in passes] == [False] * count
+    run(with_loras(guarded, patcher, (FILE, one, 0.8)))
+    passes.clear()
+    run(guarded.load(patcher))
+    assert not passes
+    assert all(type(layer) is class_of(layer) for layer in linears(patcher))

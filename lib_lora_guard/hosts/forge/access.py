@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Concatenate
 
@@ -113,9 +113,20 @@ class ForgeAccess(ModuleAccess):
 
     def raw_weight(self, site: Site) -> RawWeight | None:
         """Returns how the weight is held, if it is of low bits and the layer computes by Forge's own code."""
-        kind = class_of(site.layer)
-        is_one = site.name == "weight" and kind in self._api.linear_classes and is_hosts_own(kind)
-        return RAW_WEIGHT if is_one and is_low_bit(site.parameter) else None
+        return self._raw_weight(site.layer) if site.name == "weight" else None
+
+    def raw_weights(self) -> Iterator[tuple[torch.nn.Module, RawWeight]]:
+        """Yields the layers with weights of low bits that compute by Forge's own code."""
+        for layer in self.model.modules():
+            raw = self._raw_weight(layer)
+            if raw is not None:
+                yield layer, raw
+
+    def _raw_weight(self, layer: torch.nn.Module) -> RawWeight | None:
+        kind, weight = class_of(layer), layer._parameters.get("weight")
+        if weight is None or kind not in self._api.linear_classes or not is_hosts_own(kind):
+            return None
+        return RAW_WEIGHT if is_low_bit(weight) else None
 
     def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -100,15 +100,24 @@ class NeoAccess(ModuleAccess):
         super().set_parameter(site, value)
 
     def raw_weight(self, site: Site) -> RawWeight | None:
-        """Returns how the weight is held, if it is of low bits and the layer computes by Neo's own code, with a temporary weight."""
-        kind, operations = class_of(site.layer), self._api.operations
-        families = (vars(operations).get(family) for family in FAMILIES)
-        if site.name != "weight" or not is_hosts_own(kind):
+        """Returns how the weight is held, if it is of low bits and the layer makes a temporary weight by Neo's own code."""
+        return self._raw_weight(site.layer) if site.name == "weight" else None
+
+    def raw_weights(self) -> Iterator[tuple[torch.nn.Module, RawWeight]]:
+        """Yields the layers with weights of low bits that make a temporary weight by Neo's own code."""
+        for layer in self.model.modules():
+            raw = self._raw_weight(layer)
+            if raw is not None:
+                yield layer, raw
+
+    def _raw_weight(self, layer: torch.nn.Module) -> RawWeight | None:
+        kind, weight, families = class_of(layer), layer._parameters.get("weight"), vars(self._api.operations)
+        if weight is None or not is_hosts_own(kind):
             return None
-        if kind in [family.Linear for family in families if family is not None]:
-            return RAW_WEIGHT if is_low_bit(site.parameter) else None
+        if kind in [families[family].Linear for family in FAMILIES if family in families]:
+            return RAW_WEIGHT if is_low_bit(weight) else None
         is_mixed = issubclass(kind, self._api.layer_class) and kind.__qualname__.startswith("mixed_precision_ops.")
-        return RAW_QUANTIZED if is_mixed and kind.__name__ == "Linear" and is_quantized(site.parameter) else None
+        return RAW_QUANTIZED if is_mixed and kind.__name__ == "Linear" and is_quantized(weight) else None
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
         """Lets compiled code see that a bypass is on the layer."""

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import HostError
-from ...patching.fused_choice import CHOICE, always
+from ...patching.fused_choice import CHOICE, always, never
 from ...recorder.flight_recorder import Phase
 from ...runtime.advice import Advice
 from ...runtime.hooks import HookSet, lay
@@ -81,7 +81,7 @@ class WebTakeover:
         Returns:
             What does not fit.
         """
-        CHOICE.is_on = self._settings.uses_kernels
+        CHOICE.is_on, CHOICE.casts_too = self._settings.uses_kernels, self._settings.uses_kernels_without_loras
         misfits = []
         for install in (self._install_files, self._install_schedules, self._install_conditioning):
             try:
@@ -97,7 +97,7 @@ class WebTakeover:
 
     def uninstall(self) -> None:
         """Gives running strengths back."""
-        CHOICE.is_on = always
+        CHOICE.is_on, CHOICE.casts_too = always, never
         self.schedules.forget()
 
     def _install_files(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
