@@ -31,7 +31,7 @@ REORDERED = frozenset({"Q8_0", "Q4_0", "Q4_K"})
 _FP8_FORMS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored:
     """A weight `(out, in)` as it lies on one device.
 
@@ -57,7 +57,7 @@ class Stored:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Scaled(Stored):
     """A matrix of small numbers; weight = data * scale, multiplied in fp32 and rounded once.
 
@@ -86,7 +86,7 @@ class _Scaled(Stored):
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fp8(_Scaled):
     """float8_e4m3fn or float8_e5m2."""
 
@@ -94,7 +94,7 @@ class Fp8(_Scaled):
         return f"fp8 {_FP8_FORMS.get(self.data.dtype, dtype_name(self.data.dtype))}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int8(_Scaled):
     """int8 with one scale for all, or one a row. Not for weights that are stored rotated."""
 
@@ -102,7 +102,7 @@ class Int8(_Scaled):
         return "int8"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Nested:
     """The scales of bitsandbytes' scales: absmax = code[absmax] * scales[its block] + offset.
 
@@ -119,7 +119,7 @@ class Nested:
     block: int = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bnb4(Stored):
     """bitsandbytes' four bits, the earlier value in the high nibble. A block may cross rows.
 
@@ -150,7 +150,7 @@ class Bnb4(Stored):
         return [self.form, str(self.block), *nested, *crossing]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gguf(Stored):
     """Blocks of GGUF, as the file has them or as Forge and Neo lay them out when they load a model.
 

@@ -1,0 +1,150 @@
+"""Which kernels are used: prepared in the background, refused once, said once, and never waited for."""
+
+import ast
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib_lora_guard.kernels import choice, fused
+from lib_lora_guard.kernels.choice import Kernels
+from lib_lora_guard.kernels.probe import ProbeError, sample
+
+CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
+PACKAGE = Path(choice.__file__).parent
+
+
+class FakeKernel:
+    """Stands for a compiled kernel; `error` is raised where it is made, called or probed."""
+
+    made, errors = [], {}
+
+    def __init__(self, kind, dtype, bucket, even_rank, per_rank):
+        self.kind, self.place = kind, (kind, bucket, even_rank, per_rank)
+        self.raise_of("make")
+        FakeKernel.made.append(self.place)
+
+    def raise_of(self, what):
+        if error := FakeKernel.errors.get((self.kind, what)):
+            raise error
+
+    def __call__(self, stored, factors):
+        self.raise_of("call")
+        return torch.full(stored.shape, 7.0, dtype=FP16)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(FakeKernel, "made", [])
+    monkeypatch.setattr(FakeKernel, "errors", {})
+    monkeypatch.setattr(choice, "Kernel", FakeKernel)
+    monkeypatch.setattr(choice, "probe", lambda kernel, rank, device: kernel.raise_of("probe"))
+    monkeypatch.setattr(choice, "interprets", lambda: True)
+    monkeypatch.delenv(choice.SWITCH, raising=False)
+    made = Kernels()
+    monkeypatch.setattr(fused, "KERNELS", made)
+    return made
+
+
+def prepared(kernels, *kinds, ranks=(16,)):
+    kernels.prepare(kinds, CPU, FP16, ranks)
+    assert kernels.wait(10)
+
+
+def test_a_kernel_is_ready_once_it_is_prepared_for_its_bucket(kernels):
+    assert (kernels.state("int8"), kernels.ready("int8", CPU, FP16, 16)) == ("untried", False)
+    prepared(kernels, "int8", ranks=(0, 5, 12, 16, 300))
+    assert kernels.state("int8") == "works"
+    assert [kernels.ready("int8", CPU, FP16, rank) for rank in (0, 3, 16, 17, 32, 257)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert not kernels.ready("int8", CPU, BF16, 16)
+    made = list(FakeKernel.made)
+    assert len(made) == len(set(made)) == 6
+    prepared(kernels, "int8", ranks=(0, 7))
+    assert made == FakeKernel.made
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "words"),
+    [
+        ("make", RuntimeError("ptxas failed\n.version 8.8\nmany lines"), "RuntimeError: ptxas failed…"),
+        ("probe", ProbeError("3 of 9 values are wrong"), "ProbeError: 3 of 9 values are wrong"),
+    ],
+)
+def test_an_error_or_a_wrong_value_refuses_a_kind_and_is_said_once(kernels, caplog, what, error, words):
+    FakeKernel.errors["int8", what] = error
+    with caplog.at_level(logging.INFO):
+        prepared(kernels, "int8", "nf4 64", ranks=(16, 32))
+        prepared(kernels, "int8", ranks=(64,))
+    assert kernels.state("int8").startswith("refused: ")
+    assert kernels.state("nf4 64") == "works"
+    assert not kernels.ready("int8", CPU, FP16, 16)
+    said = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
+    assert len(said) == 1
+    assert f"The fused kernel for int8 is not used ({words})" in said[0]
+
+
+def test_without_triton_all_are_refused_with_one_sentence(kernels, caplog):
+    for kind in ("int8", "nf4 64"):
+        FakeKernel.errors[kind, "make"] = ImportError("No module named 'triton'")
+    with caplog.at_level(logging.INFO):
+        prepared(kernels, "int8", "nf4 64")
+    assert len(caplog.records) == 1
+    assert "No module named 'triton'" in caplog.text
+    assert all(state.startswith("refused: ") for state in kernels.states().values())
+
+
+def test_out_of_memory_in_a_probe_is_no_refusal(kernels):
+    FakeKernel.errors["int8", "probe"] = torch.cuda.OutOfMemoryError()
+    prepared(kernels, "int8")
+    assert kernels.state("int8") == "untried"
+    FakeKernel.errors.clear()
+    prepared(kernels, "int8")
+    assert kernels.state("int8") == "works"
+
+
+def test_the_twin_takes_over_where_a_kernel_fails_and_where_kernels_are_off(kernels, monkeypatch):
+    stored = sample("int8", 3, 16, FP16, torch.Generator(), CPU)
+    twin = fused.dequantised(stored, FP16)
+    assert torch.equal(fused.fused_weight(stored, None, FP16), twin)
+    prepared(kernels, "int8", ranks=(0,))
+    assert fused.fused_weight(stored, None, FP16).unique().tolist() == [7.0]
+    kernels.switch(False)
+    assert torch.equal(fused.fused_weight(stored, None, FP16), twin)
+    monkeypatch.setenv(choice.SWITCH, "0")
+    kernels.switch(True)
+    assert (kernels.enabled, kernels.ready("int8", CPU, FP16, 0)) == (False, False)
+    monkeypatch.delenv(choice.SWITCH)
+    kernels.switch(True)
+    FakeKernel.errors["int8", "call"] = torch.cuda.OutOfMemoryError()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fused.fused_weight(stored, None, FP16)
+    assert kernels.state("int8") == "works"
+    FakeKernel.errors["int8", "call"] = RuntimeError("launch failed")
+    assert torch.equal(fused.fused_weight(stored, None, FP16), twin)
+    assert kernels.state("int8") == "refused: launch failed"
+
+
+def test_a_processor_and_fp32_have_no_kernels(kernels, monkeypatch):
+    kernels.prepare(["int8"], CPU, torch.float32, [16])
+    monkeypatch.setattr(choice, "interprets", lambda: False)
+    kernels.prepare(["int8"], CPU, FP16, [16])
+    assert (kernels.states(), FakeKernel.made) == ({}, [])
+
+
+def test_triton_is_imported_by_one_module_which_is_imported_on_use():
+    for file in sorted(PACKAGE.glob("*.py")):
+        top = [
+            node
+            for node in ast.parse(file.read_text(encoding="utf-8")).body
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        names = {alias.name for node in top for alias in node.names}
+        assert not {"triton", "triton_kernels"} & names or file.name == "triton_kernels.py", file.name

@@ -1,0 +1,126 @@
+"""Runs in a process of its own: kernels on the CPU by Triton's interpreter, or compiled for cards that are not here.
+
+TRITON_INTERPRET, which Triton reads when it is imported, says which. Writes one JSON object: for every name of a check "" or how it
+failed. The interpreter has fp16 alone: it rounds bf16 wrongly (Triton 3.9).
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+warnings.simplefilter("ignore")  # numpy's, about NaN and infinities
+
+import torch  # noqa: E402
+from compile_kernels import compiled  # noqa: E402
+
+from lib_lora_guard.kernels import triton_kernels  # noqa: E402
+from lib_lora_guard.kernels.launch import Kernel  # noqa: E402
+from lib_lora_guard.kernels.probe import ProbeError, compare, probe, sample, sample_factors  # noqa: E402
+from lib_lora_guard.kernels.recipes import Tile, bucket_of  # noqa: E402
+
+CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
+CARDS = (
+    (75, "fp8 e4m3", FP16, 16), (86, "nf4 64 nested256 by fp16", FP16, 16),
+    (90, "Q4_K baked by bf16", BF16, 64), (120, "nf4 64 by bf16", BF16, 0),
+)  # fmt: skip
+SMALLEST_SHARED_BYTES = 48 * 1024
+"""What every card gives a program."""
+KINDS = {
+    "fp8 e4m3": Tile(16, 32, 1), "fp8 e4m3 scaled odd": Tile(16, 32, 1), "fp8 e5m2 scaled": Tile(16, 32, 1),
+    "int8 scaled": Tile(16, 32, 1), "nf4 64 by fp16": Tile(16, 128, 1), "fp4 32 nested256 by fp16": Tile(16, 64, 1),
+    "nf4 64 crossing by fp16": Tile(16, 64, 1), "nf4 128 by fp16": Tile(16, 64, 1), "Q8_0 baked by fp16": Tile(16, 64, 1),
+    "Q4_0 baked by fp16": Tile(16, 64, 1), "Q4_K baked by fp16": Tile(16, 256, 1), "Q8_0": Tile(16, 64, 1), "Q4_0": Tile(16, 64, 1),
+    "Q4_K": Tile(16, 128, 1), "Q5_0 by fp16": Tile(16, 64, 1), "Q5_K by fp16": Tile(16, 64, 1), "Q6_K by fp16": Tile(16, 256, 1),
+}  # fmt: skip
+WITH_LORA = ("int8 scaled", "nf4 64 by fp16", "Q8_0 baked by fp16", "Q4_K baked by fp16")
+"""One of each shape of tile: what adds the factors is the same for all."""
+RANKS = (1, 16, 100, 256)
+FAULTS = {
+    "a block skipped": ("Q8_0 baked by fp16", 0, "(first + g < groups)[None, :]", "(first + g < groups - 1)[None, :]"),
+    "a scale left out": ("fp8 e4m3 scaled odd", 0, "w = w * s[:, None]", "w = w"),
+    "nibbles swapped": ("nf4 64 by fp16", 0, "tl.join(high, low), (BO, G, SPAN)", "tl.join(low, high), (BO, G, SPAN)"),
+    "the minimum left out": ("Q4_K", 0, "VALUES) - m[:, :, None]", "VALUES)"),
+    "NaN lost": ("fp8 e4m3", 0, '(b & 0x7F) == 0x7F, float("nan")', '(b & 0x7F) == 0x7F, 480.0'),
+    "a rounding left out": ("Q5_K by fp16", 0, "d = _rounded(_scale(WORDS2, block, inside, tl.float16, VALUES) * small, VALUES)",
+                            "d = _scale(WORDS2, block, inside, tl.float16, VALUES) * small"),
+    "ranks left out": ("fp8 e4m3", 100, "tl.static_range(0, RANKS, CHUNK)", "tl.static_range(0, CHUNK, CHUNK)"),
+    "ranks of the next row read": ("fp8 e4m3", 5, "mask=row_in[:, None] & (rr < rank)[None, :]", "mask=row_in[:, None]"),
+    "alpha left out": ("fp8 e4m3", 5, "product * alpha", "product"),
+}  # fmt: skip
+
+
+def kernel_of(kind, rank, per_rank):
+    return Kernel(kind, FP16, bucket_of(rank), rank % 16 == 0, per_rank, KINDS[kind])
+
+
+def failure(call):
+    try:
+        call()
+    except ProbeError as error:
+        return str(error)
+    return ""
+
+
+def with_fault(old, new, folder):
+    """Returns the kernels' module with one of its lines changed."""
+    text = Path(triton_kernels.__file__).read_text(encoding="utf-8")
+    assert old in text, old
+    file = Path(folder, "faulty.py")
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("faulty", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_for(card, kind, dtype, rank):
+    """Says where a kernel does not compile, needs too much memory, or writes less than 16 bytes at once."""
+    made = compiled(kind, dtype, rank, card)
+    ptx = made.asm["ptx"]
+    if f".target sm_{card}" not in ptx or made.metadata.shared > SMALLEST_SHARED_BYTES or "st.global.v4.b32" not in ptx:
+        return f"{made.metadata.shared} bytes of shared memory, {ptx.count('st.global')} stores: {ptx[:200]}"
+    return ""
+
+
+def infinite():
+    """Infinities and NaN in the factors come out where the twin has them."""
+    generator = torch.Generator().manual_seed(3)
+    stored = sample("fp8 e5m2 scaled", 19, 48, FP16, generator, CPU)
+    factors = sample_factors(19, 48, 5, True, FP16, generator, CPU)
+    factors.up[2, 1], factors.down[3, 7], factors.up[5, 0] = float("inf"), float("nan"), 60000.0
+    compare(kernel_of("fp8 e5m2 scaled", 5, True)(stored, factors), stored, factors, FP16)
+
+
+def interpret():
+    found = {}
+    for kind in KINDS:
+        found[f"{kind}, no LoRA"] = failure(lambda kind=kind: probe(kernel_of(kind, 0, False), 0, CPU))
+    for kind in WITH_LORA:
+        found[f"{kind}, rank 5"] = failure(lambda kind=kind: probe(kernel_of(kind, 5, True), 5, CPU))
+    for rank in RANKS:
+        found[f"rank {rank}"] = failure(lambda rank=rank: probe(kernel_of("fp8 e4m3", rank, False), rank, CPU))
+    found["infinities"] = failure(infinite)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (kind, rank, old, new) in FAULTS.items():
+            kernel = kernel_of(kind, rank, False)
+            kernel.function = getattr(with_fault(old, new, folder), kernel.function.__name__)
+            found[f"fault: {name}"] = failure(lambda kernel=kernel, rank=rank: probe(kernel, rank, CPU))
+    return found
+
+
+def main():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        found = interpret()
+    else:
+        found = {f"sm_{card}, {kind}": compile_for(card, kind, *rest) for card, kind, *rest in CARDS}
+    Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
