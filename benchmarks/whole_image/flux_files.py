@@ -8,6 +8,7 @@ pictures between ways, not for pictures to look at. On an H200 the 16 GB of fp8 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import struct
@@ -301,8 +302,18 @@ def make(models, storage, loras, maker, shapes):
     for letter, rank in loras.items():
         path = models / "Lora" / f"{lora_name(letter)}.safetensors"
         if not path.exists():
-            facts = {"ss_network_dim": str(rank), "ss_network_module": "networks.lora_flux"}
-            save_file(maker.lora(letter, rank, shapes), path, metadata={**facts, "ss_base_model_version": "flux1"})
+            write_lora(path, maker.lora(letter, rank, shapes), rank)
+
+
+def write_lora(path, tensors, rank):
+    """Writes a LoRA with the metadata of sd-scripts, its hash of the values included: hosts need not calculate one."""
+    from safetensors.torch import save
+
+    facts = {"ss_network_dim": str(rank), "ss_network_module": "networks.lora_flux", "ss_base_model_version": "flux1"}
+    plain = save(tensors)
+    (header_bytes,) = struct.unpack("<Q", plain[:8])
+    values = hashlib.sha256(memoryview(plain)[8 + header_bytes :]).hexdigest()
+    path.write_bytes(save(tensors, metadata={**facts, "sshs_model_hash": values}))
 
 
 def main():

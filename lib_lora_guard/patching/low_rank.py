@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -78,6 +79,18 @@ class ScaleVectors:
         self._vectors.clear()
 
 
+class Scaling(NamedTuple):
+    """The strengths of the terms at one time. Replaced as a whole: a forward of another thread sees one or the other.
+
+    Attributes:
+        scales: The factor of each entry.
+        vectors: Shared by all layers whose strengths change together.
+    """
+
+    scales: tuple[float, ...]
+    vectors: ScaleVectors
+
+
 class JoinedLowRank:
     """Low-rank terms on one weight, joined.
 
@@ -88,15 +101,14 @@ class JoinedLowRank:
 
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self.vectors = ScaleVectors()
         self._entries = tuple(entries)
-        self._scales = self.scales_at(entry.strength for entry in entries)
+        self.scaling = Scaling(self.scales_at(entry.strength for entry in entries), ScaleVectors())
         groups: dict[Slice | None, dict[Slice | None, list[int]]] = {}
         for number, entry in enumerate(entries):
             groups.setdefault(_side(entry.part, 1), {}).setdefault(_side(entry.part, 0), []).append(number)
         self._groups = groups
         self._blocks: DeviceCache[tuple[Block, ...]] = DeviceCache()
-        self._made: tuple[tuple[Block, ...], tuple[tuple[Block, Scale], ...]] | None = None
+        self._made: tuple[tuple[Block, ...], Scaling, tuple[tuple[Block, Scale], ...]] | None = None
 
     @property
     def rank(self) -> int:
@@ -109,25 +121,17 @@ class JoinedLowRank:
         is_whole = list(self._groups) == [None] and list(self._groups[None]) == [None]
         return is_whole and len(self.shape) == 2
 
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """The present factor of each entry."""
-        return self._scales
-
     def scales_at(self, strengths: Iterable[float]) -> tuple[float, ...]:
         """Returns the factor of each entry at these strengths."""
         return tuple([s * entry.factors.scale for s, entry in zip(strengths, self._entries, strict=True)])
 
-    def exchange(self, scales: tuple[float, ...], vectors: ScaleVectors) -> tuple[float, ...]:
-        """Replaces the scales and returns the earlier ones.
+    def exchange(self, scaling: Scaling) -> None:
+        """Replaces the strengths.
 
         Args:
-            scales: The new ones, from `scales_at`.
-            vectors: Shared by all layers whose strengths change together.
+            scaling: Its scales are from `scales_at`, or it is an earlier `scaling`.
         """
-        before, self._scales, self.vectors = self._scales, scales, vectors
-        self._made = None
-        return before
+        self.scaling = scaling
 
     def share_factors_with(self, older: JoinedLowRank) -> None:
         """Takes the device copies over from a stack that differs in strengths alone."""
@@ -138,7 +142,7 @@ class JoinedLowRank:
         """Frees the copies on devices; the next call makes them again."""
         self._blocks.drop()
         self._made = None
-        self.vectors.drop()
+        self.scaling.vectors.drop()
 
     @property
     def is_resident(self) -> bool:
@@ -156,20 +160,24 @@ class JoinedLowRank:
 
     def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Block, Scale], ...]:
         """Returns the blocks and their scales on `device`."""
-        join = joins_on(device)
+        # Another thread may exchange the strengths meanwhile: all of these parts have the ones of now.
+        join, scaling = joins_on(device), self.scaling
         blocks = self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join)))
         if not join:
             # Not kept on the CPU: these may be copies of the factors in another dtype.
-            return tuple(zip(blocks, self._make_scales(device, join), strict=True))
+            return tuple(zip(blocks, self._make_scales(scaling, device, join), strict=True))
         made = self._made
-        if made is None or made[0] is not blocks:
-            made = self._made = (blocks, tuple(zip(blocks, self._make_scales(device, join), strict=True)))
-        return made[1]
+        if made is None or made[0] is not blocks or made[1] is not scaling:
+            parts = tuple(zip(blocks, self._make_scales(scaling, device, join), strict=True))
+            made = self._made = (blocks, scaling, parts)
+        return made[2]
 
     def known_parts(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Block, Scale], ...] | None:
         """Returns what `parts` would, if nothing has to be made for it; else None."""
         made = self._made
-        return made[1] if made is not None and made[0] is self._blocks.known(device, dtype) else None
+        if made is None or made[1] is not self.scaling or made[0] is not self._blocks.known(device, dtype):
+            return None
+        return made[2]
 
     def factor_tensors(self) -> list[torch.Tensor]:
         """Returns the tensors that the device copies are made from."""
@@ -193,7 +201,7 @@ class JoinedLowRank:
         """
         cpu = torch.device("cpu")
         blocks = self._blocks.get(cpu, torch.float32, lambda: tuple(self._make_blocks(cpu, torch.float32, join)))
-        return tuple(zip(blocks, self._make_scales(cpu, join), strict=True))
+        return tuple(zip(blocks, self._make_scales(self.scaling, cpu, join), strict=True))
 
     def _make_blocks(
         self, device: torch.device, dtype: torch.dtype, join: bool, there: Mapping[int, torch.Tensor] | None = None
@@ -215,17 +223,17 @@ class JoinedLowRank:
             if join:
                 yield Block(torch.cat(downs) if len(downs) > 1 else downs[0], in_part, tuple(made))
 
-    def _make_scales(self, device: torch.device, join: bool) -> Iterator[Scale]:
+    def _make_scales(self, scaling: Scaling, device: torch.device, join: bool) -> Iterator[Scale]:
         for outputs in self._groups.values():
             entries = [entry for group in outputs.values() for entry in group]
-            scales = tuple(self._scales[number] for number in entries)
+            scales = tuple(scaling.scales[number] for number in entries)
             if not join:
                 yield from (Scale(scale, None) for scale in scales)
             elif len(set(scales)) == 1:
                 yield Scale(scales[0], None)
             else:
                 ranks = tuple(self._entries[number].factors.rank for number in entries)
-                yield Scale(1.0, self.vectors.get(ranks, scales, device))
+                yield Scale(1.0, scaling.vectors.get(ranks, scales, device))
 
     def _all_factors(self) -> Iterator[LowRank]:
         yield from (entry.factors for entry in self._entries)

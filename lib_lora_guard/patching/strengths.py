@@ -15,7 +15,7 @@ from ..adapters import Term
 from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from .engine import Engine
 from .forward_program import Program
-from .low_rank import JoinedLowRank, ScaleVectors
+from .low_rank import JoinedLowRank, ScaleVectors, Scaling
 from .plan import PlannedWeight
 from .transaction import Step
 
@@ -44,7 +44,7 @@ def _set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
             exchanges.on_the_fly.append((attachment, old, new))
         elif isinstance(attachment, BypassAttachment) and (joined := attachment.hook.low_rank) is not None:
             scales = joined.scales_at([term.strength for term in terms])
-            exchanges.low_rank.append((attachment, old, new, joined, (joined.scales, joined.vectors), scales))
+            exchanges.low_rank.append((attachment, old, new, joined, joined.scaling, scales))
         elif isinstance(attachment, BypassAttachment) and attachment.has_ratios_of(new):
             hook = attachment.hook
             exchanges.programs.append((attachment, old, new, hook.program, hook.at_strengths(terms)))
@@ -61,14 +61,7 @@ class _Exchanges:
 
     def __init__(self) -> None:
         self.low_rank: list[
-            tuple[
-                BypassAttachment,
-                PlannedWeight,
-                PlannedWeight,
-                JoinedLowRank,
-                tuple[tuple[float, ...], ScaleVectors],
-                tuple[float, ...],
-            ]
+            tuple[BypassAttachment, PlannedWeight, PlannedWeight, JoinedLowRank, Scaling, tuple[float, ...]]
         ] = []
         self.programs: list[tuple[BypassAttachment, PlannedWeight, PlannedWeight, Program, Program]] = []
         self.on_the_fly: list[tuple[OnTheFlyAttachment, PlannedWeight, PlannedWeight]] = []
@@ -76,7 +69,7 @@ class _Exchanges:
     def make(self) -> None:
         vectors = ScaleVectors()
         for bypass, _, new, joined, _, scales in self.low_rank:
-            joined.exchange(scales, vectors)
+            joined.exchange(Scaling(scales, vectors))
             bypass.planned = new
         for bypass, _, new, _, program in self.programs:
             bypass.hook.exchange(program)
@@ -86,8 +79,8 @@ class _Exchanges:
             on_the_fly.planned = new
 
     def undo(self) -> None:
-        for bypass, old, _, joined, (scales, vectors), _ in self.low_rank:
-            joined.exchange(scales, vectors)
+        for bypass, old, _, joined, scaling, _ in self.low_rank:
+            joined.exchange(scaling)
             bypass.planned = old
         for bypass, old, _, program, _ in self.programs:
             bypass.hook.exchange(program)

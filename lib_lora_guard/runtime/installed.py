@@ -13,6 +13,7 @@ from ..planning.last_plan import LastPlan
 from ..reporting.report import ApplyReport
 from .image_words import ImageWords
 from .live_settings import LiveSettings
+from .ram_copies import RamCopies
 
 
 class Takeover(Protocol):
@@ -21,6 +22,8 @@ class Takeover(Protocol):
     settings: LiveSettings
     words: ImageWords
     """What is said of the LoRAs of the image that is being made."""
+    copies: RamCopies
+    """Of layers of the loaded models."""
 
     def install(self) -> None:
         """Replaces the host's functions: all, or none where one fails."""
@@ -39,7 +42,7 @@ class Takeover(Protocol):
         ...
 
     def settings_changed(self) -> None:
-        """Carries out what does not wait for the next image."""
+        """Carries out what waits for no image, not even for the end of the present one."""
         ...
 
     def snapshot(self, nvml: Nvml | None = None) -> MemorySnapshot:

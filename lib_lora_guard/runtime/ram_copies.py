@@ -14,11 +14,12 @@ import functools
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
 
+from ..messages import say
 from ..patching.staging import has_ram_for_pinned
 from ..units import GB, MB
 
@@ -33,6 +34,20 @@ WORTH_A_LINE_BYTES = 512 * MB
 """Of the log: less is a usual change from one image to the next."""
 REGISTER = 0
 """The usual kind of page-locked memory, in CUDA's words."""
+ERRORS_OF_CUDA = (RuntimeError, AssertionError)
+"""An AssertionError: torch is not built for CUDA."""
+NO_MEMORY = (RuntimeError, MemoryError)
+"""Raised where memory ends, by torch on either side and by Python."""
+
+
+class QuantState(Protocol):
+    """What bitsandbytes' 4-bit weights have beside their values."""
+
+    absmax: torch.Tensor
+    code: torch.Tensor
+    offset: torch.Tensor | None
+    nested: bool
+    state2: QuantState
 
 
 class Driver:
@@ -40,21 +55,13 @@ class Driver:
 
     def register(self, tensor: torch.Tensor) -> bool:
         """Locks the pages of a tensor in RAM; returns False if the driver refuses."""
-        try:
-            refused = int(_cuda().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, REGISTER))
-        except RuntimeError:
-            refused = 1
-        if refused:
-            # CUDA reports an error again at the next call of anybody: this one takes it.
-            with contextlib.suppress(RuntimeError):
-                torch.zeros(1, device="cuda").add_(1)
-        return not refused
+        return _succeeds(lambda cuda: cuda.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, REGISTER))
 
     def release(self, tensor: torch.Tensor) -> None:
-        """Unlocks the pages, when no copy reads them any more."""
-        with contextlib.suppress(RuntimeError):
+        """Unlocks the pages, when no copy reads them any more. Pages that were never locked stay as they are."""
+        with contextlib.suppress(*ERRORS_OF_CUDA):
             torch.cuda.synchronize()
-            _cuda().cudaHostUnregister(tensor.data_ptr())
+        _succeeds(lambda cuda: cuda.cudaHostUnregister(tensor.data_ptr()))
 
 
 class Kept(NamedTuple):
@@ -80,9 +87,15 @@ class _Pinned:
         self._driver = driver
         weakref.finalize(layer, self.release).atexit = False
 
-    def add(self, memory: torch.Tensor) -> None:
+    def add(self, memory: torch.Tensor) -> bool:
+        """Locks memory; returns False if the driver refuses."""
+        # Held before it is locked: after an interrupt in between, it is found and given back all the same.
         self.tensors.append(memory)
         self.bytes += memory.nbytes
+        if self._driver.register(memory):
+            return True
+        self._drop(memory)
+        return False
 
     def holds(self, data: torch.Tensor) -> bool:
         return data.untyped_storage().data_ptr() in [memory.data_ptr() for memory in self.tensors]
@@ -90,12 +103,19 @@ class _Pinned:
     def retain(self, places: Collection[int]) -> None:
         """Gives back all but the memory that begins at one of `places`."""
         for memory in [one for one in self.tensors if one.data_ptr() not in places]:
-            self.tensors = [one for one in self.tensors if one is not memory]
-            self.bytes -= memory.nbytes
             self._driver.release(memory)
+            self._drop(memory)
 
     def release(self) -> None:
         self.retain(())
+
+    def _drop(self, memory: torch.Tensor) -> None:
+        self.tensors = [one for one in self.tensors if one is not memory]
+        self.bytes = sum(one.nbytes for one in self.tensors)
+
+
+class _ShortWay(functools.partial[torch.nn.Module]):
+    """Stands in place of a layer's `to`. A class of its own, so that it is known wherever an interrupt has left it."""
 
 
 class RamCopies:
@@ -110,6 +130,8 @@ class RamCopies:
         self._is_on, self._driver = is_on, driver or Driver()
         self._pinned: weakref.WeakKeyDictionary[torch.nn.Module, _Pinned] = weakref.WeakKeyDictionary()
         self._kept: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Kept]] = weakref.WeakKeyDictionary()
+        self._short: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        """The layers that may have the short way in place of their `to`."""
         self._refused = False
 
     @property
@@ -121,6 +143,11 @@ class RamCopies:
     def bytes(self) -> int:
         """The RAM that is pinned now."""
         return sum(one.bytes for one in self._pinned.values())
+
+    @property
+    def are_unwanted(self) -> bool:
+        """True if there are copies that the user has switched off meanwhile."""
+        return not self._is_on() and bool(self.bytes or self._kept)
 
     def pin(self, layers: Iterable[torch.nn.Module]) -> int:
         """Copies the large weights of layers that lie in RAM to pinned memory, which takes their place.
@@ -151,7 +178,10 @@ class RamCopies:
             layer: In RAM.
             returns: Keep its copy in ordinary RAM too: it leaves the card as a whole for others, again and again.
         """
-        if not self.works or not (returns or layer in self._pinned):
+        return self._before_card(layer, returns) if self.works else {}
+
+    def _before_card(self, layer: torch.nn.Module, returns: bool) -> dict[str, Kept]:
+        if not (returns or layer in self._pinned):
             return {}
         if next(layer.buffers(recurse=False), None) is not None:
             return {}
@@ -167,7 +197,7 @@ class RamCopies:
             return
         try:
             kept = {name: one._replace(checksum=checksum(now[name].data)) for name, one in before.items()}
-        except RuntimeError as error:
+        except NO_MEMORY as error:
             # The card may be full to the last byte. A copy that cannot be compared is of no use.
             log.debug("no copy of a layer is kept: %s", error)
             return
@@ -189,7 +219,7 @@ class RamCopies:
         now = dict(layer.named_parameters(recurse=False))
         try:
             is_same = now.keys() == kept.keys() and all(_is_same(now[name], one) for name, one in kept.items())
-        except RuntimeError as error:
+        except NO_MEMORY as error:
             log.debug("a layer could not be compared with its copy: %s", error)
             return False
         if not is_same:
@@ -204,11 +234,9 @@ class RamCopies:
     def to_ram(self, layer: torch.nn.Module) -> bool:
         """Takes a layer off the card: by its copy in RAM, else its large weights are copied into RAM that is zeroed before.
 
-        Zeroing takes all cores, and is what makes RAM exist; a copy into RAM that does not exist yet does that with one core
-        (measured on 16 cores: 6.5 GB/s against 1.4, docs/gpu.md).
-
         Returns:
-            False if something of the layer is still on the card, and has to be moved by its own `to`.
+            False if something of the layer is still on the card, and has to be moved by its own `to`: small weights, or all that
+            RAM had no room for in this way.
         """
         if self.leave(layer):
             return True
@@ -218,8 +246,10 @@ class RamCopies:
             data = parameter.data
             if _lies_on_card(data) and data.nbytes >= SMALLEST_BYTES and _is_plain(parameter):
                 with torch.inference_mode(data.is_inference()), torch.no_grad():
-                    there = torch.empty(data.shape, dtype=data.dtype)
-                    _bytes_of(there).zero_()
+                    memory = _zeroed(data.nbytes)
+                    if memory is None:
+                        return False
+                    there = memory.view(data.dtype).view(data.shape)
                     there.copy_(data)
                     parameter.data = there
         return not layer._buffers and not any(_lies_on_card(p.data) for p in layer.parameters(recurse=False))
@@ -233,19 +263,23 @@ class RamCopies:
             return_all: Keep ordinary copies too; see `before_card`.
         """
         changed, before = [], {}
-        is_on = self._is_on()
-        returns = return_all and self.works and psutil.virtual_memory().available > LEAST_LEFT_BYTES
+        # Asked once: it reads the system's numbers, and a model has hundreds of layers.
+        is_on, works = self._is_on(), self.works
+        returns = return_all and works and psutil.virtual_memory().available > LEAST_LEFT_BYTES
         try:
             for layer in layers:
+                # Left by a move that was interrupted while it ended, or that of a move around this one, which is slower then.
+                self._own_way(layer)
                 if is_on and "to" not in layer.__dict__ and self._is_on_card(layer):
                     changed.append(layer)
-                    layer.__dict__["to"] = functools.partial(self._to, layer)
-                elif found := self.before_card(layer, returns):
+                    self._short.add(layer)
+                    layer.__dict__["to"] = _ShortWay(self._to, layer)
+                elif works and (found := self._before_card(layer, returns)):
                     before[layer] = found
             yield
         finally:
             for layer in changed:
-                layer.__dict__.pop("to", None)
+                self._own_way(layer)
         for layer, found in before.items():
             if self._is_on_card(layer):
                 self.on_card(layer, found)
@@ -258,6 +292,12 @@ class RamCopies:
             return layer
         return torch.nn.Module.to(layer, *args, **kwargs)
 
+    def _own_way(self, layer: torch.nn.Module) -> None:
+        """Gives a layer its own `to` back. Another extension's stays."""
+        if isinstance(layer.__dict__.get("to"), _ShortWay):
+            del layer.__dict__["to"]
+        self._short.discard(layer)
+
     def forget(self, layers: Iterable[torch.nn.Module]) -> None:
         """Drops the copies of layers whose weights are about to become others."""
         for layer in layers:
@@ -269,10 +309,27 @@ class RamCopies:
         for layer, kept in list(self._kept.items()):
             dropped += sum(one.data.nbytes for one in kept.values())
             self._kept.pop(layer, None)
-            pinned = self._pinned.pop(layer, None)
+            pinned = self._pinned.get(layer)
             if pinned is not None:
                 pinned.release()
+                del self._pinned[layer]
         return dropped
+
+    def give_back(self) -> None:
+        """Gives everything back: copies beside the card, and the lock of pinned RAM, in which swapped weights stay.
+
+        Not while an image is made: the card may read that RAM.
+        """
+        size = self.bytes
+        for layer in list(self._short):
+            self._own_way(layer)
+        self._kept.clear()
+        for layer, pinned in list(self._pinned.items()):
+            pinned.release()
+            del self._pinned[layer]
+        if size:
+            level = logging.INFO if size >= WORTH_A_LINE_BYTES else logging.DEBUG
+            say(log, level, "memory.unpinned", size_mb=size / MB)
 
     def _prune(self) -> None:
         """Gives back what no layer refers to any more, after the host has moved it by its own way."""
@@ -299,30 +356,77 @@ class RamCopies:
         return (pinned is None or not pinned.holds(data)) and not data.is_pinned()
 
     def _pin(self, layer: torch.nn.Module, parameter: torch.nn.Parameter) -> bool:
-        """Returns False if the driver has refused, once and for all."""
-        data = parameter.data
+        """Returns False if RAM has no room, or if the driver has refused, once and for all."""
+        data, scales = parameter.data, _scales_in_ram(parameter)
         # Parameters that were made in inference mode stay such, as when torch moves them.
         with torch.inference_mode(data.is_inference()), torch.no_grad():
-            memory = torch.empty(data.nbytes, dtype=torch.uint8).zero_()
-            if not self._driver.register(memory):
+            # One piece for all: the system locks whole pages, and none of them twice.
+            size = sum(_aligned(one.nbytes) for one in (data, *(scale for _, _, scale in scales)))
+            memory = _zeroed(size)
+            if memory is None:
+                log.info("RAM has no room to pin %.0f MB more: swapped weights stay in ordinary RAM", size / MB)
+                return False
+            pinned = self._pinned.get(layer)
+            if pinned is None:
+                pinned = self._pinned[layer] = _Pinned(layer, self._driver)
+            if not pinned.add(memory):
                 self._refused = True
                 log.info("the driver locks no more RAM: swapped weights stay in ordinary RAM")
                 return False
-            # Released from here on, whatever happens.
-            self._pinned.setdefault(layer, _Pinned(layer, self._driver)).add(memory)
-            there = memory.view(data.dtype).view(data.shape)
-            there.copy_(data)
-            parameter.data = there
+            start = _aligned(data.nbytes)
+            for state, name, scale in scales:
+                setattr(state, name, _copied(scale, memory[start : start + scale.nbytes]))
+                start += _aligned(scale.nbytes)
+            parameter.data = _copied(data, memory[: data.nbytes])
         return True
 
 
-def _cuda() -> Any:
-    """Returns CUDA's runtime as torch has it.
+def _scales_in_ram(parameter: torch.nn.Parameter) -> list[tuple[QuantState, str, torch.Tensor]]:
+    """Returns the scales of a 4-bit weight, each with the object that has it and its name there; of any other weight, nothing.
 
-    Raises:
-        RuntimeError: torch is not built for CUDA.
+    They are an eighth of the weight's bytes, and go to the card with it in each call.
     """
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch's own
+    state: QuantState | None = vars(parameter).get("quant_state")
+    states = [] if state is None else [state, *([state.state2] if state.nested else [])]
+    found = [(one, name, getattr(one, name, None)) for one in states for name in ("absmax", "offset")]
+    return [(one, name, scale) for one, name, scale in found if scale is not None and scale.device.type == "cpu"]
+
+
+def _copied(values: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    there = memory.view(values.dtype).view(values.shape)
+    there.copy_(values)
+    return there
+
+
+def _aligned(size_bytes: int) -> int:
+    """Returns the bytes from one tensor's start to the next one's: a multiple of 64, as torch lays them."""
+    return -(-size_bytes // 64) * 64
+
+
+def _succeeds(call: Callable[[Any], int]) -> bool:
+    """Calls a function of CUDA's runtime; returns False if it reports an error."""
+    try:
+        is_done = not int(call(torch.cuda.cudart()))  # type: ignore[no-untyped-call]  # torch's own
+    except ERRORS_OF_CUDA:
+        is_done = False
+    if not is_done:
+        # CUDA reports an error again at the next call of any program part: this one takes it.
+        with contextlib.suppress(*ERRORS_OF_CUDA):
+            torch.zeros(1, device="cuda").add_(1)
+    return is_done
+
+
+def _zeroed(size: int) -> torch.Tensor | None:
+    """Returns bytes of RAM that exist, `(size,)`; None if there is no room for them.
+
+    Zeroing takes all cores, and is what makes RAM exist; a copy into RAM that does not exist yet does that with one core
+    (measured on 16 cores: 6.5 GB/s against 1.4, docs/gpu.md).
+    """
+    try:
+        return torch.empty(size, dtype=torch.uint8).zero_()
+    except NO_MEMORY as error:
+        log.debug("RAM has no room for the copy of a weight: %s", error)
+        return None
 
 
 def checksum(values: torch.Tensor) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ import weakref
 import torch
 from support.make import host_value, rand
 from support.measure import assert_same, contribution_error, same_bits
+from support.page_locks import pinned_by
 
 from contract.stacks import (
     FILE,
@@ -79,6 +80,13 @@ def test_uninstalling_gives_forge_its_functions_and_applies_the_lora_again(guard
     # bf16 rounds the merged weight: stock is near, not equal.
     assert contribution_error(run(changed), with_guard, base) < 0.2
     assert same_bits(run(guarded.load(patcher)), base)
+
+
+def test_uninstalling_gives_pinned_ram_back(guarded):
+    patcher, _ = guarded.build("bf16")
+    driver = pinned_by(guarded.guard.copies, patcher.model)
+    forge.uninstall()
+    assert driver.locked == {}
 
 
 def test_installing_over_a_merge_of_forges_undoes_it_at_the_next_change(host):

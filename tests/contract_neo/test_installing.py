@@ -3,6 +3,7 @@
 import pytest
 from contract.stacks import lora_on_everything, other_kinds, reference, run
 from support.measure import assert_same, same_bits
+from support.page_locks import pinned_by
 
 from lib_lora_guard.errors import HostError
 from lib_lora_guard.hosts.neo import api
@@ -56,6 +57,13 @@ def test_switched_off_neo_has_its_loras_and_switched_on_again_the_guard_has_them
     assert_same(run(again), wanted, base, 0.02)
     assert same_bits(run(guarded.load(patcher)), base)
     assert all(same_bits(p.data, before[k]) for k, p in patcher.model.named_parameters() if k.endswith("qkv.weight"))
+
+
+def test_switched_off_no_ram_stays_pinned(guarded):
+    patcher, _ = guarded.build("bf16")
+    driver = pinned_by(guarded.guard.copies, patcher.model)
+    installed.uninstall()
+    assert driver.locked == {}
 
 
 def test_neo_is_told_from_forge_by_what_it_has(host, monkeypatch):

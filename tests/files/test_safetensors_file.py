@@ -2,6 +2,7 @@ import json
 import os
 import struct
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -14,6 +15,7 @@ from support.raw_files import entry, safetensors_bytes
 
 from lib_lora_guard.errors import FileFormatError
 from lib_lora_guard.files import FileHeader, TensorEntry, open_header, read_tensors
+from lib_lora_guard.files import header as header_module
 from lib_lora_guard.files.header import MAX_HEADER_BYTES, shown
 from lib_lora_guard.files.safetensors_file import FORMATS
 
@@ -168,6 +170,49 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, monkeypatch):
         FileFormatError, match=r"^a\.safetensors: b: expected 400 bytes, found 396; the file was cut short"
     ):
         read_tensors(header)
+
+
+@pytest.fixture
+def many_readers(monkeypatch):
+    """Every file counts as large; each tensor is a piece."""
+    monkeypatch.setattr(header_module, "LARGE_FILE_BYTES", 1)
+    monkeypatch.setattr(header_module, "READ_AT_ONCE_BYTES", 1)
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-guard-reader")]
+
+
+@pytest.mark.usefixtures("many_readers")
+def test_a_large_file_is_read_by_several_threads_and_is_the_same(tmp_path):
+    path = tmp_path / "a.safetensors"
+    content = {f"{n}": torch.full((n, 3), float(n)) for n in (5, 4, 0, 3, 2, 1)} | {"b": torch.arange(7)}
+    save_file(content, path)
+    for names in (None, list(content)[::-1]):
+        found = read_tensors(open_header(path), names)
+        assert list(found) == (names or list(open_header(path).tensors))
+        assert all(same(found[name], content[name]) for name in content)
+        assert not any(tensor.is_inference() for tensor in found.values())
+    assert readers() == []
+
+
+@pytest.mark.usefixtures("many_readers")
+def test_what_one_reader_runs_into_ends_the_others(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    save_file({f"{n}": torch.ones(10) for n in range(200)}, path)
+    header, empty, calls = open_header(path), torch.empty, []
+
+    def full_at_the_twentieth(*size, **options):
+        calls.append(size)
+        if len(calls) >= 20:
+            raise MemoryError
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", full_at_the_twentieth)
+    with pytest.raises(FileFormatError, match="reading it needs"):
+        read_tensors(header)
+    assert len(calls) <= 20 + header_module.READERS
+    assert readers() == []
 
 
 def test_a_header_that_lies_about_the_end_of_the_file(tmp_path):

@@ -86,12 +86,38 @@ def test_a_change_of_strength_is_seen_by_the_next_call(long_ways, monkeypatch):
     layer(x)
     long_ways.clear()
     joined = next(iter(layer._forward_hooks.values())).low_rank
-    joined.exchange(joined.scales_at([-0.2]), low_rank.ScaleVectors())
+    joined.exchange(low_rank.Scaling(joined.scales_at([-0.2]), low_rank.ScaleVectors()))
     short, long = both_ways(layer, x, monkeypatch)
     assert torch.equal(short, long)
     other = layer_with([lora(4, -0.2)])
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), short)
+
+
+@pytest.mark.parametrize("strengths", [[-0.2, -0.2], [-0.2, 0.4]])
+def test_a_change_of_strength_while_another_thread_makes_the_scales_counts_from_the_next_call_on(
+    strengths, monkeypatch
+):
+    layer, x = layer_with([lora(4), lora(8, seed=5)]), rand(3, WIDTH, seed=9).to(torch.bfloat16)
+    joined = next(iter(layer._forward_hooks.values())).low_rank
+    make_scales = low_rank.JoinedLowRank._make_scales
+
+    def exchanged_meanwhile(self, *arguments):
+        for place, scale in enumerate(make_scales(self, *arguments)):
+            if place == 0:
+                joined.exchange(low_rank.Scaling(joined.scales_at(strengths), low_rank.ScaleVectors()))
+            yield scale
+
+    with monkeypatch.context() as patch:
+        patch.setattr(low_rank.JoinedLowRank, "_make_scales", exchanged_meanwhile)
+        early = layer(x)
+    before, after = (layer_with([lora(4, a), lora(8, b, seed=5)]) for a, b in ([0.7, 0.7], strengths))
+    for other in (before, after):
+        other.load_state_dict(layer.state_dict())
+    assert torch.equal(early, before(x))
+    assert not torch.equal(before(x), after(x))
+    assert torch.equal(layer(x), after(x)), "the long way"
+    assert torch.equal(layer(x), after(x)), "the short way"
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_call_allocates_nothing_of_the_size_of_the_weight(kind, dtype, index, 
     if joined:
         make_blocks, make_scales = JoinedLowRank._make_blocks, JoinedLowRank._make_scales
         monkeypatch.setattr(JoinedLowRank, "_make_blocks", lambda self, d, t, join: make_blocks(self, d, t, True))
-        monkeypatch.setattr(JoinedLowRank, "_make_scales", lambda self, d, join: make_scales(self, d, True))
+        monkeypatch.setattr(JoinedLowRank, "_make_scales", lambda self, s, d, join: make_scales(self, s, d, True))
     model = torch.nn.ModuleDict({"layer": layer.requires_grad_(False)})
     numel = torch.Size(shape).numel()
     # Factors and rank activations are below half of the weight, which is the smallest of the three.

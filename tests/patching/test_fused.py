@@ -80,7 +80,8 @@ def test_several_strengths_and_their_change_between_two_calls(monkeypatch, passe
     hook = patched(layer, stack)
     assert_same(layer(x), wanted(layer, stack, x), base)
     stack = entries(0.2, 0.9, 0.5)
-    hook.low_rank.exchange(hook.low_rank.scales_at(one[0] * 1.0 for one in stack), low_rank.ScaleVectors())
+    joined = hook.low_rank
+    joined.exchange(low_rank.Scaling(joined.scales_at(one[0] for one in stack), low_rank.ScaleVectors()))
     assert_same(layer(x), wanted(layer, stack, x), base)
     assert len(passes) == 2
 

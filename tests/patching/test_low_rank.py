@@ -24,7 +24,7 @@ def test_strengths_are_not_rounded_to_the_dtype_of_the_activations():
     down, up = torch.eye(4).to(torch.bfloat16), torch.eye(4).to(torch.bfloat16)
     terms = [parse_term([s, ("lora", (up, down, None, None, None)), 1.0, None, None], {}) for s in (0.85, 0.0001)]
     joined = joined_of(terms, (4, 4))
-    scales = list(joined._make_scales(torch.device("cpu"), join=True))
+    scales = list(joined._make_scales(joined.scaling, torch.device("cpu"), join=True))
     assert scales[0].per_rank.dtype == torch.float32
     assert torch.equal(scales[0].per_rank, torch.tensor([0.85] * 4 + [0.0001] * 4))
     blocks = list(joined._make_blocks(torch.device("cpu"), torch.bfloat16, join=True))
@@ -45,7 +45,7 @@ def test_joined_loras_give_the_same_as_single_ones(monkeypatch, kind):
     single = call_hook(layer, terms, x, shape)
     make_blocks, make_scales = JoinedLowRank._make_blocks, JoinedLowRank._make_scales
     monkeypatch.setattr(JoinedLowRank, "_make_blocks", lambda self, d, t, join: make_blocks(self, d, t, True))
-    monkeypatch.setattr(JoinedLowRank, "_make_scales", lambda self, d, join: make_scales(self, d, True))
+    monkeypatch.setattr(JoinedLowRank, "_make_scales", lambda self, s, d, join: make_scales(self, s, d, True))
     joined = call_hook(layer, terms, x, shape)
     assert contribution_error(joined, single, layer(x)) < 1e-6
 
@@ -79,7 +79,7 @@ def test_device_copies_are_taken_over_for_another_strength_and_not_for_another_l
     stronger = joined_of([dataclasses.replace(terms[0], strength=0.1)], (24, 16))
     stronger.share_factors_with(first)
     assert stronger._blocks is first._blocks
-    assert stronger._scales == (0.1 * first._entries[0].factors.scale,) != first._scales
+    assert stronger.scaling.scales == (0.1 * first._entries[0].factors.scale,) != first.scaling.scales
     other = joined_of([parse_term(entry("lora", (24, 16), 5), {})], (24, 16))
     other.share_factors_with(first)
     assert other._blocks is not first._blocks

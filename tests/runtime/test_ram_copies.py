@@ -1,30 +1,15 @@
 """Weights of swapped layers in pinned RAM. The card is played by ordinary memory: what counts is which tensor lies where."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.page_locks import Driver
 
 from lib_lora_guard.runtime import ram_copies
 from lib_lora_guard.runtime.ram_copies import SMALLEST_BYTES, RamCopies
 from lib_lora_guard.units import GB
-
-
-class Driver:
-    """Locks `most` tensors."""
-
-    def __init__(self, most=99):
-        self.most, self.locked, self.released = most, {}, 0
-
-    def register(self, tensor):
-        if len(self.locked) >= self.most:
-            return False
-        self.locked[tensor.data_ptr()] = tensor.nbytes
-        return True
-
-    def release(self, tensor):
-        del self.locked[tensor.data_ptr()]
-        self.released += 1
 
 
 class Ram:
@@ -211,6 +196,79 @@ def test_copies_of_layers_on_the_card_are_given_back_where_ram_is_short(ram):
     assert pinned.drop_unused() == 0
 
 
+def fails(*arguments, **named):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
+def test_ram_that_ends_while_weights_are_pinned_ends_nothing_else(ram, monkeypatch, caplog):
+    layers, driver = [linear(), linear()], Driver()
+    copies, before = RamCopies(lambda: True, driver), layers[1].weight.data_ptr()
+    assert copies.pin(layers[:1]) == copies.bytes == layers[0].weight.nbytes
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(torch, "empty", fails)
+        assert copies.pin(layers) == 0
+    assert "no room to pin 2 MB" in caplog.text
+    assert is_locked(layers[0], driver)
+    assert layers[1].weight.data_ptr() == before
+    # It may have been for a moment only.
+    assert copies.pin(layers) == layers[1].weight.nbytes
+
+
+@pytest.mark.parametrize("is_locked_before", [False, True])
+def test_an_interrupt_while_the_driver_locks_leaves_nothing_locked_and_forgotten(ram, is_locked_before):
+    class Interrupted(Driver):
+        def register(self, tensor):
+            if is_locked_before:
+                super().register(tensor)
+            raise KeyboardInterrupt
+
+        def release(self, tensor):
+            self.locked.pop(tensor.data_ptr(), None)
+
+    layer, driver = linear(), Interrupted()
+    copies, before = RamCopies(lambda: True, driver), layer.weight.data_ptr()
+    with pytest.raises(KeyboardInterrupt):
+        copies.pin([layer])
+    assert layer.weight.data_ptr() == before
+    assert copies.bytes == layer.weight.nbytes
+    copies.pin([])
+    assert (driver.locked, copies.bytes) == ({}, 0)
+
+
+class Cuda:
+    """torch.cuda as far as the driver is asked: every answer is an error."""
+
+    def __init__(self, monkeypatch, error):
+        self.asked, self.error = [], error
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.raises)
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *a, device=None: self.raises() if device == "cuda" else zeros(*a))
+
+    def raises(self):
+        self.asked.append("next call")
+        raise RuntimeError("a late error")
+
+    def fails(self, *arguments):
+        self.asked.append("locks")
+        if isinstance(self.error, int):
+            return self.error
+        raise self.error
+
+    cudaHostRegister = cudaHostUnregister = fails  # noqa: N815
+
+
+@pytest.mark.parametrize(
+    "error", [712, RuntimeError("refused"), AssertionError("Torch not compiled with CUDA enabled")]
+)
+def test_an_error_of_cuda_is_taken_and_goes_no_further(monkeypatch, error):
+    memory, cuda = torch.zeros(8), Cuda(monkeypatch, error)
+    assert not ram_copies.Driver().register(memory)
+    assert cuda.asked == ["locks", "next call"]
+    ram_copies.Driver().release(memory)
+    assert cuda.asked[2:] == ["next call", "locks", "next call"]
+
+
 def all_to_card(layers):
     for parameter in layers.parameters():
         parameter.data = parameter.data.clone()
@@ -252,6 +310,18 @@ def test_a_layer_without_a_copy_is_copied_into_ram_and_the_rest_of_it_is_left_to
     assert copies.to_ram(layer)
 
 
+def test_without_ram_for_the_short_way_the_host_s_own_move_goes(ram, monkeypatch):
+    layer = linear()
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)
+    before, copies = layer.weight.data_ptr(), RamCopies(lambda: True, Driver())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", fails)
+        assert not copies.to_ram(layer)
+        with copies.moving([layer]):
+            assert layer.to("cpu") is layer
+    assert layer.weight.data_ptr() == before
+
+
 def test_a_library_s_own_parameter_is_moved_by_its_own_way_alone(ram, monkeypatch):
     layer = linear()
     layer.weight.quant_state = object()
@@ -291,7 +361,82 @@ def test_a_move_that_fails_leaves_no_trace_on_the_layers(ram):
     assert copies.leave(layer)
 
 
+@pytest.mark.parametrize("ends_with", ["the next move", "the guard"])
+def test_a_short_way_that_an_interrupt_left_goes_later(ram, monkeypatch, ends_with):
+    layers, is_on = [linear(), linear(), linear()], True
+    copies = RamCopies(lambda: is_on, Driver())
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)
+    layers[2].to = theirs = lambda *arguments: None
+    own_way = RamCopies._own_way
+
+    def interrupted(copies, layer):
+        if "to" in layer.__dict__:
+            raise KeyboardInterrupt
+        own_way(copies, layer)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), copies.moving(layers[:2]):
+        patch.setattr(RamCopies, "_own_way", interrupted)
+    assert ["to" in layer.__dict__ for layer in layers] == [True, True, True]
+    if ends_with == "the next move":
+        is_on = False
+        with copies.moving(layers):
+            assert ["to" in layer.__dict__ for layer in layers] == [False, False, True]
+    else:
+        copies.give_back()
+    assert ["to" in layer.__dict__ for layer in layers] == [False, False, True]
+    assert layers[2].to is theirs
+
+
+def test_a_move_inside_a_move_ends_with_each_layers_own_way(ram, monkeypatch):
+    layer, copies = linear(), RamCopies(lambda: True, Driver())
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)
+    with copies.moving([layer]):
+        with copies.moving([layer]):
+            assert "to" in layer.__dict__
+        layer.to("cpu")
+    assert "to" not in layer.__dict__
+
+
+def test_switched_off_everything_is_given_back_and_swapped_weights_stay_in_place(ram, caplog):
+    there, swapped, driver, is_on = linear(), linear(), Driver(), True
+    copies = RamCopies(lambda: is_on, driver)
+    copies.pin([there, swapped])
+    place, bits = swapped.weight.data_ptr(), swapped.weight.clone()
+    to_card(copies, there)
+    assert not copies.are_unwanted
+    is_on = False
+    assert copies.are_unwanted
+    with caplog.at_level("DEBUG"):
+        copies.give_back()
+    assert "4 MB of pinned RAM" in caplog.text
+    assert (driver.locked, driver.released, copies.bytes, copies.are_unwanted) == ({}, 2, 0, False)
+    assert not copies.leave(there)
+    assert swapped.weight.data_ptr() == place
+    assert torch.equal(swapped.weight, bits)
+    is_on = True
+    assert copies.pin([swapped]) == swapped.weight.nbytes
+
+
 def test_what_is_not_contiguous_or_another_librarys_own_stays(ram):
     layer = linear()
     layer.weight.data = layer.weight.data.t()
     assert RamCopies(lambda: True, Driver()).pin([layer]) == 0
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_scales_of_a_4_bit_weight_are_pinned_with_it_in_one_piece(ram, nested):
+    layer, driver = linear(), Driver()
+    inner = SimpleNamespace(absmax=torch.rand(33), offset=None, nested=False) if nested else None
+    state = SimpleNamespace(
+        absmax=torch.rand(1001), offset=torch.tensor(0.25) if nested else None, nested=nested, state2=inner
+    )
+    layer.weight.quant_state = state
+    before = [layer.weight.clone(), state.absmax.clone()]
+    pinned = RamCopies(lambda: True, driver)
+    pinned.pin([layer])
+    scales = [state.absmax] + ([state.offset, inner.absmax] if nested else [])
+    assert {one.untyped_storage().data_ptr() for one in scales} == set(driver.locked) == {layer.weight.data_ptr()}
+    assert torch.equal(layer.weight, before[0])
+    assert torch.equal(state.absmax, before[1])
+    assert not nested or float(state.offset) == 0.25
+    assert pinned.pin([layer]) == 0

@@ -110,6 +110,7 @@ LATER: tuple[Row[ForgeParts], ...] = (
         lambda g: (g.journal.around(Phase.LOAD_TEXT_ENCODER, text_encoder_plan),),
         is_needed=False,
     ),
+    Row("backend.operations_bnb", "copy_quant_state", lambda g: (g.quant_states.copy_quant_state,), is_needed=False),
 )
 """The functions that exist when Forge runs the extension's scripts."""
 

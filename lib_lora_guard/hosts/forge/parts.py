@@ -29,6 +29,7 @@ from ...runtime.vae_room import VaeRoom
 from ..webui.checkpoint_reading import CheckpointReading
 from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
+from ..webui.quant_states import QuantStates
 from ..webui.takeover import WebTakeover
 from . import facts
 from .api import ForgeApi
@@ -80,6 +81,7 @@ class ForgeParts:
             self.jobs,
         )
         self.copies = RamCopies(settings.pins_swapped)
+        self.quant_states = QuantStates(settings.pins_swapped)
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
         self.residency = Residency(self.stacks.merged_layers, self.copies)

@@ -78,6 +78,8 @@ class ForgeTakeover(ForgeParts):
         self.web.uninstall()
         refresh = next(h for h in self.hooks.hooks if h.name == "refresh").original
         self.hooks.restore()
+        self.copies.give_back()
+        self.quant_states.drop()
         self.placement.forget_all()
         live = [loaded.model for loaded in self.api.memory.current_loaded_models]
         self.control.release_all(refresh, {id(p.lora_loader): p for p in live if hasattr(p, "lora_loader")})

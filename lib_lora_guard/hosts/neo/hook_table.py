@@ -47,6 +47,7 @@ LATER: tuple[Row[NeoParts], ...] = (
         lambda g: (g.journal.around(Phase.LOAD_TEXT_ENCODER, text_encoder_plan),),
         is_needed=False,
     ),
+    Row("backend.operations_bnb", "copy_quant_state", lambda g: (g.quant_states.copy_quant_state,), is_needed=False),
 )
 """The functions that exist when Neo runs the extension's scripts."""
 

@@ -23,6 +23,7 @@ from ..webui.checkpoint_reading import CheckpointReading
 from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
 from ..webui.models import about_model
+from ..webui.quant_states import QuantStates
 from ..webui.takeover import WebTakeover
 from . import reference_images
 from .api import NeoApi
@@ -53,6 +54,7 @@ class NeoParts:
         self.words = ImageWords(settings.language)
         self.stacks = NeoStacks(settings, self._planned, journal.work, self.words)
         self.copies = RamCopies(settings.pins_swapped)
+        self.quant_states = QuantStates(settings.pins_swapped)
         self.swapped = Swapped(self.copies)
         self.control = LoraControl(api, self.stacks, settings, journal, self.swapped)
         self.patchers = NeoPatchers(api.base)

@@ -73,6 +73,8 @@ class NeoTakeover(NeoParts):
         """Gives everything back; Neo applies the LoRAs on loaded models at their next load, and reads its files anew."""
         self.web.uninstall()
         self.hooks.restore()
+        self.copies.give_back()
+        self.quant_states.drop()
         found = [loaded.model for loaded in self.api.memory.current_loaded_models]
         self.control.release_all([patcher for patcher in found if patcher is not None])
         sd_models = sys.modules.get("modules.sd_models")

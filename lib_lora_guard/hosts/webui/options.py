@@ -89,6 +89,14 @@ class GuardOptions:
         if takeover is not None:
             takeover.settings.options = self._options
             takeover.settings_changed()
+            if takeover.copies.are_unwanted:
+                self._when_idle(self._give_back_copies)
+
+    def _give_back_copies(self) -> None:
+        takeover = installed.installed()
+        # Switched on again while this waited, the copies stay.
+        if takeover is not None and takeover.copies.are_unwanted:
+            takeover.copies.give_back()
 
     def _switch(self) -> None:
         if not self._is_switch_due():

@@ -24,6 +24,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{size_mb:.0f} MB of {model} now lie in pinned RAM, for faster steps; {total_mb:.0f} MB in all",
         "{model} 的 {size_mb:.0f} MB 已放入锁页内存以加快每步速度，共 {total_mb:.0f} MB",
     ),
+    "memory.unpinned": (
+        "{size_mb:.0f} MB of pinned RAM are ordinary RAM again; swapped weights go to the card from there",
+        "{size_mb:.0f} MB 锁页内存已恢复为普通内存；放不下的权重改由普通内存送往显卡",
+    ),
     "memory.left": ("{model} leaves the card, {size_mb:.0f} MB", "{model} 离开显卡，{size_mb:.0f} MB"),
     "memory.swapped": (
         "{model} comes for {passes} calls: {size_mb:.0f} MB of it stay in RAM and are copied in each, which moves less than making "

@@ -4,6 +4,8 @@ import logging
 import threading
 
 import pytest
+import torch
+from support.page_locks import pinned_by
 
 from lib_lora_guard import settings
 from lib_lora_guard.errors import HostError
@@ -11,6 +13,7 @@ from lib_lora_guard.hosts.webui.options import GuardOptions
 from lib_lora_guard.reporting import log as reporting_log
 from lib_lora_guard.runtime import installed
 from lib_lora_guard.runtime.live_settings import LiveSettings, mode_of
+from lib_lora_guard.runtime.ram_copies import RamCopies
 from lib_lora_guard.settings import Language, LoraMode, Settings
 
 
@@ -19,6 +22,7 @@ class Takeover:
 
     def __init__(self):
         self.settings, self.misfits = LiveSettings(), []
+        self.copies = RamCopies(self.settings.pins_swapped)
 
     def settings_changed(self):
         pass
@@ -176,6 +180,32 @@ def test_while_an_image_is_made_it_waits_and_switching_back_meanwhile_changes_no
     waiting[0].join(10)
     assert guard.calls == ["uninstall"]
     assert not lock.locked()
+
+
+def test_pinned_ram_that_was_switched_off_is_given_back_when_no_image_reads_it(guard):
+    options, lock, layer = {}, threading.Lock(), torch.nn.Linear(1, 1)
+    guard_options = GuardOptions(options, lock)
+    guard_options.apply()
+    driver = pinned_by(guard.takeover.copies, layer)
+    guard_options.apply()
+    assert driver.locked, "still wanted"
+    options["lora_guard_pin_swapped"] = False
+    with lock:
+        guard_options.apply()
+        assert driver.locked
+        waiting = [t for t in threading.enumerate() if t.name == "lora-guard-switch"]
+    waiting[0].join(10)
+    assert driver.locked == {}
+    assert not lock.locked()
+    options["lora_guard_pin_swapped"] = True
+    driver = pinned_by(guard.takeover.copies, layer)
+    with lock:
+        options["lora_guard_pin_swapped"] = False
+        guard_options.apply()
+        options["lora_guard_pin_swapped"] = True
+        waiting = [t for t in threading.enumerate() if t.name == "lora-guard-switch"]
+    waiting[0].join(10)
+    assert driver.locked, "switched on again meanwhile"
 
 
 def test_a_switch_that_fails_is_told_and_gives_the_lock_back(guard, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""The common parts of the re-created neighbours. They are written from the facts in forge-facts.md; nothing is copied.
+"""The common parts of the re-created neighbours, in Forge and in Neo. They are written from the facts in forge-facts.md; nothing is copied.
 
 LORA_GUARD_NEIGHBOURS names those that are there: `block_weight,wrap_refresh@before`. This folder is linked into extensions/
 under a name after lora-guard's, before/ under one before it.
@@ -56,7 +56,7 @@ def half_the_factors(name):
 def script_class():
     """The base of the neighbours that are switched by API arguments. Made late: before/preload.py imports this file when Forge's scripts are not there yet.
     The one argument is JSON text; empty means that the neighbour is not active in this image."""
-    from modules import scripts
+    from modules import script_callbacks, scripts
 
     class Neighbour(scripts.Script):
         called = ""
@@ -75,5 +75,10 @@ def script_class():
         @staticmethod
         def read(setting):
             return json.loads(setting) if setting else {}
+
+        def listen_to_steps(self):
+            """From now on `each_step` is called before every step, in images that do not ask for it too."""
+            if not hasattr(self, "listens"):
+                self.listens = script_callbacks.on_cfg_denoiser(self.each_step)
 
     return Neighbour

@@ -1,17 +1,22 @@
 """Extension for the whole-image benchmark: notes when each step begins and ends, and slows copies down if asked to.
 
 WHOLE_IMAGE_STEPS names the file for the notes, a JSON line each. WHOLE_IMAGE_LINK_GB_S is the rate that copies between RAM
-and the card shall have at most. WHOLE_IMAGE_PROFILE names a file that gets torch's profile of each image's third step.
+and the card shall have at most. WHOLE_IMAGE_PROFILE names a file that gets torch's profile of each image's third step, and Python's
+of each image as a whole.
 """
 
+import cProfile
+import functools
 import importlib.util
+import io
 import json
 import os
+import pstats
 import time
 from pathlib import Path
 
 import torch
-from modules import script_callbacks
+from modules import processing, script_callbacks
 
 NOTES = os.environ.get("WHOLE_IMAGE_STEPS")
 RATE = os.environ.get("WHOLE_IMAGE_LINK_GB_S")
@@ -65,7 +70,26 @@ def step_ended(_):
         profiler.ends()
 
 
+def profiled(make_images):
+    """Wraps the host's own function that makes images: what took longest in it is written down."""
+
+    @functools.wraps(make_images)
+    def wrapper(*args, **kwargs):
+        profile = cProfile.Profile()
+        try:
+            return profile.runcall(make_images, *args, **kwargs)
+        finally:
+            text = io.StringIO()
+            pstats.Stats(profile, stream=text).sort_stats("cumulative").print_stats(160)
+            with open(Path(PROFILE).with_suffix(".python.txt"), "a", encoding="utf-8") as file:
+                file.write(text.getvalue())
+
+    return wrapper
+
+
 profiler = Profiler(PROFILE)
+if PROFILE:
+    processing.process_images_inner = profiled(processing.process_images_inner)
 if NOTES:
     script_callbacks.on_cfg_denoiser(step_begins)
     script_callbacks.on_cfg_after_cfg(step_ended)

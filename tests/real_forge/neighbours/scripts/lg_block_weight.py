@@ -7,7 +7,7 @@ Setting: `{"blocks": {"part of a key": factor}, "start": step, "stop": step}`.
 import time
 
 import lg_neighbours
-from modules import script_callbacks, shared
+from modules import shared
 
 LOW_RANK = ("lora", "loha", "lokr")
 
@@ -31,8 +31,7 @@ if lg_neighbours.wanted("block_weight"):
                 for key in list(patches):
                     weighed = (key[0], f"1,{self.setting['blocks']}", *key[2:])
                     patches[weighed] = self.weighed(patches.pop(key), starts)
-            if not hasattr(self, "listens"):
-                self.listens = script_callbacks.on_cfg_denoiser(self.each_step)
+            self.listen_to_steps()
 
         def weighed(self, patches, on):
             for key, entries in patches.items():

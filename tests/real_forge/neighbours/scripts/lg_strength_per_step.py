@@ -2,7 +2,7 @@
 under a new key, or in place under the old one with `force_refresh`."""
 
 import lg_neighbours
-from modules import script_callbacks, shared
+from modules import shared
 
 if lg_neighbours.wanted("strength_per_step"):
 
@@ -12,8 +12,8 @@ if lg_neighbours.wanted("strength_per_step"):
 
         def process(self, p, setting="", **kwargs):
             self.setting = self.read(setting)
-            if self.setting and not hasattr(self, "listens"):
-                self.listens = script_callbacks.on_cfg_denoiser(self.each_step)
+            if self.setting:
+                self.listen_to_steps()
 
         def each_step(self, params):
             if self.setting:

@@ -3,35 +3,24 @@
 Each rests in an image that does not ask for it, by JSON text as its API argument.
 """
 
-import json
 import sys
+from pathlib import Path
 
 import torch
 from backend import memory_management
 from backend.args import dynamic_args
 from backend.patcher.base import ModelPatcher
 from backend.sampling.sampling_function import sampling_prepare
-from modules import script_callbacks, scripts, shared
+from modules import shared
 from modules_forge.packages.comfy.weight_adapter.lora import LoRAAdapter
 
+# This folder is linked into Neo's extensions, so that the path leads to Forge's neighbours.
+_shared = str(Path(__file__).resolve().parents[3] / "real_forge" / "neighbours")
+if _shared not in sys.path:
+    sys.path.append(_shared)
+import lg_neighbours  # noqa: E402
 
-class Neighbour(scripts.Script):
-    called = ""
-
-    def title(self):
-        return f"lg {self.called}"
-
-    def show(self, is_img2img):
-        return scripts.AlwaysVisible
-
-    def ui(self, is_img2img):
-        import gradio
-
-        return [gradio.Textbox("", visible=False)]
-
-    @staticmethod
-    def read(setting):
-        return json.loads(setting) if setting else {}
+Neighbour = lg_neighbours.script_class()
 
 
 def differences(model, seed, share, count=None):
@@ -100,8 +89,8 @@ class StrengthPerStep(Neighbour):
 
     def process(self, p, setting="", **kwargs):
         self.setting = self.read(setting)
-        if self.setting and not hasattr(self, "listens"):
-            self.listens = script_callbacks.on_cfg_denoiser(self.each_step)
+        if self.setting:
+            self.listen_to_steps()
 
     def each_step(self, params):
         if not self.setting:
