@@ -97,7 +97,7 @@ def main():
     )
     sys.path.insert(0, str(ROOT / "tests" / "neo_double"))
     operations = importlib.import_module("backend.operations")
-    for host, raw in (("Forge", ForgeWeight()), ("Neo", NeoWeight())):
+    for host, raw in (("Forge", ForgeWeight(lambda: False)), ("Neo", NeoWeight(lambda: False))):
         for name, parameter in weights():
             layer = operations.ForgeOperations.Linear(WIDTH, WIDTH)
             layer.weight, layer.bias = parameter, torch.nn.Parameter(bias, requires_grad=False)

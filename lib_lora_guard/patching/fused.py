@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels.fused import Factors, fused_weight
-from ..kernels.stored import Bnb4, Stored, stored_weight
+from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
 from .fused_choice import CHOICE, FusedChoice, Key
 from .low_rank import Block, JoinedLowRank, Scale
@@ -79,7 +80,7 @@ class Fused:
         if is_known and not self._is_taken:
             return None
         held = self._raw.of(layer, x)
-        stored = None if held is None else self._facts.stored(held, dtype)
+        stored = None if held is None else self._facts.stored(held, dtype, device)
         if held is None or stored is None:
             return None
         if not is_known or key is None or stored.kind != key.kind:
@@ -133,31 +134,42 @@ class _Facts:
         self._type: type[Stored] = Stored
         self._fields: dict[str, Any] = {}
 
-    def stored(self, held: Held, dtype: torch.dtype) -> Stored | None:
-        """Returns the weight for the kernels; None if it is stored in a way that they do not read."""
+    def stored(self, held: Held, dtype: torch.dtype, device: torch.device) -> Stored | None:
+        """Returns the weight on `device` for the kernels; None if it is stored in a way that they do not read."""
         weight: Any = held.weight
-        of = weight.dtype, weight.device, dtype
+        of = weight.dtype, device, dtype
         if self._weight is None or self._weight() is not weight or self._of != of:
-            if not self._look(held, dtype):
+            if not self._look(held, dtype, device):
                 return None
             self._weight, self._of = weakref.ref(weight), of
         stored: Any = object.__new__(self._type)
         fields = stored.__dict__
         fields.update(self._fields)
-        fields["data"] = getattr(weight, "_qdata", weight).data
-        if self._type is Bnb4:
-            fields["absmax"] = weight.quant_state.absmax
+        data = getattr(weight, "_qdata", weight).data
+        absmax = weight.quant_state.absmax if self._type is Bnb4 else None
+        if data.device != device:
+            # Swapped: the stored bytes alone, without waiting for the card.
+            data = data.to(device, non_blocking=True)
+        if absmax is not None:
+            fields["absmax"] = absmax if absmax.device == device else absmax.to(device, non_blocking=True)
+        fields["data"] = data
         made: Stored = stored
         return made
 
-    def _look(self, held: Held, dtype: torch.dtype) -> bool:
-        scale = None if held.scale is None else held.scale.to(device=held.weight.device, dtype=dtype)
+    def _look(self, held: Held, dtype: torch.dtype, device: torch.device) -> bool:
+        scale = None if held.scale is None else held.scale.to(device=device, dtype=dtype)
         stored = stored_weight(held.weight, scale)
         if stored is None:
             return False
         # Worked out once: it becomes a field.
         assert stored.kind
-        self._type, self._fields = type(stored), {**stored.__dict__, "data": None}
+        fields = {**stored.__dict__, "data": None}
         if isinstance(stored, Bnb4):
-            self._fields["absmax"] = None
+            fields["absmax"] = None
+            if (nested := stored.nested) is not None:
+                small = {name: getattr(nested, name).to(device) for name in ("code", "scales", "offset")}
+                fields["nested"] = replace(nested, **small)
+        elif isinstance(stored, (Fp8, Int8)) and stored.scale is not None:
+            fields["scale"] = stored.scale.to(device)
+        self._type, self._fields = type(stored), fields
         return True

@@ -43,7 +43,7 @@ def entries(*strengths):
 
 def patched(layer, stack):
     hook = Bypass("layer.weight", tuple(parse_term(one, {}) for one in stack), SHAPE)
-    hook.fused = fused.Fused(ForgeWeight(), hook.low_rank)
+    hook.fused = fused.Fused(ForgeWeight(lambda: False), hook.low_rank)
     hook.attach(layer)
     mark(layer, "test", call=call_of_layer)
     return hook
@@ -117,3 +117,32 @@ def test_weights_that_are_elsewhere_go_the_long_way(passes):
     patched(layer, entries(0.8))
     layer(x)
     assert not passes
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_swapped_weight_comes_as_it_is_stored(passes, monkeypatch, nested):
+    layer, card = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), torch.device("meta")
+    if nested:
+        state, second = layer.weight.quant_state, type("State", (), {})()
+        second.code, second.absmax, second.blocksize = torch.zeros(256), torch.zeros(1), 256
+        state.nested, state.state2, state.offset = True, second, torch.zeros(())
+        state.absmax = state.absmax.to(torch.uint8)
+    hook, made = patched(layer, entries(0.8)), []
+
+    def on_card(stored, factors, dtype):
+        made.append(stored)
+        return torch.empty(SHAPE, device=card)
+
+    monkeypatch.setattr(fused, "fused_weight", on_card)
+    assert layer(torch.empty(3, 64, device=card)).shape == (3, 24)
+    (stored,) = made
+    there = [
+        stored.data,
+        stored.absmax,
+        *([stored.nested.code, stored.nested.scales, stored.nested.offset] if nested else []),
+    ]
+    assert {tensor.device for tensor in there} == {card}
+    assert layer.weight.device == layer.bias.device == torch.device("cpu")
+    monkeypatch.setattr(hook.fused, "_raw", ForgeWeight(lambda: True))
+    layer(torch.empty(3, 64, device=card))
+    assert len(made) == 1

@@ -17,15 +17,13 @@ from ...patching.on_the_fly import WeightTerms
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...runtime.hooks import P
 from ...weights.storage import storage_of
-from ..webui.raw_weights import is_hosts_own, is_low_bit
+from ..webui.raw_weights import is_hosts_own, is_low_bit, streams_of
 from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
 from .api import ForgeApi
 from .facts import compute_dtype, loader_of_model
 from .lora_loader_state import state_of
 from .raw_weights import ForgeWeight
 from .types import PatchEntry
-
-RAW_WEIGHT = ForgeWeight()
 
 
 class GuardPatches(list[PatchEntry]):
@@ -69,7 +67,7 @@ class ForgeAccess(ModuleAccess):
             model: The model.
         """
         super().__init__(model)
-        self._api = api
+        self._api, self._raw = api, ForgeWeight(streams_of(api.operations))
 
     def site(self, key: str) -> Site | None:
         """Returns the parameter called `key`, or None if the model has none of that name."""
@@ -126,7 +124,7 @@ class ForgeAccess(ModuleAccess):
         kind, weight = class_of(layer), layer._parameters.get("weight")
         if weight is None or kind not in self._api.linear_classes or not is_hosts_own(kind):
             return None
-        return RAW_WEIGHT if is_low_bit(weight) else None
+        return self._raw if is_low_bit(weight) else None
 
     def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight."""

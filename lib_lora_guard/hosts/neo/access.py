@@ -20,13 +20,12 @@ from ...planning.limits import RAM_FLOOR_BYTES
 from ...weights.kitchen import is_quantized, rows_of
 from ...weights.storage import storage_of
 from ..webui.models import compute_dtype
-from ..webui.raw_weights import is_hosts_own, is_low_bit
+from ..webui.raw_weights import is_hosts_own, is_low_bit, streams_of
 from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
 from .api import FAMILIES, NeoApi
 from .raw_weights import NeoQuantized, NeoWeight
 from .types import WeightLayer
 
-RAW_WEIGHT, RAW_QUANTIZED = NeoWeight(), NeoQuantized()
 OWN_CLASS = "lora_guard_own_class"
 """The attribute of a layer that holds its class while it has another one."""
 
@@ -58,7 +57,8 @@ class NeoAccess(ModuleAccess):
             model: the model.
         """
         super().__init__(model)
-        self._api = api
+        self._api, is_streaming = api, streams_of(api.operations)
+        self._raw, self._raw_quantized = NeoWeight(is_streaming), NeoQuantized(is_streaming)
 
     def site(self, key: str) -> Site | None:
         """Returns the parameter called `key`, or None if the model has none of that name."""
@@ -115,9 +115,9 @@ class NeoAccess(ModuleAccess):
         if weight is None or not is_hosts_own(kind):
             return None
         if kind in [families[family].Linear for family in FAMILIES if family in families]:
-            return RAW_WEIGHT if is_low_bit(weight) else None
+            return self._raw if is_low_bit(weight) else None
         is_mixed = issubclass(kind, self._api.layer_class) and kind.__qualname__.startswith("mixed_precision_ops.")
-        return RAW_QUANTIZED if is_mixed and kind.__name__ == "Linear" and is_quantized(weight) else None
+        return self._raw_quantized if is_mixed and kind.__name__ == "Linear" and is_quantized(weight) else None
 
     def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
         """Lets compiled code see that a bypass is on the layer."""

@@ -1,24 +1,34 @@
 """How Neo's layers hold weights of low bits, for the fused pass. Source: Neo's `backend/operations.py`.
 
-A layer that Neo swaps brings its weight to the card in each call: its own code goes.
+A layer that Neo swaps brings its weight to the card in each call. Where that is on a stream of its own (`--cuda-stream`) its own code
+goes: the copy of one layer and the product of another overlap there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ...patching.fused import Held, RawWeight
-from ..webui.raw_weights import bias_for, goes_by_vector, lies_beside
+from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 from .types import WeightLayer
 
 
 class NeoWeight(RawWeight):
     """A layer that makes a temporary weight from its parameter, and hands it to the functions that others have put on it."""
 
+    def __init__(self, is_streaming: Callable[[], bool]) -> None:
+        """
+        Args:
+            is_streaming: True while the host brings swapped weights to the card on a stream of its own, beside the products.
+        """
+        self._is_streaming = is_streaming
+
     def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
-        """Returns what a layer computes with, where its weight lies on the card and only the guard changes what it computes."""
+        """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
         weight = layer._parameters.get("weight")
-        if weight is None or not lies_beside(weight, x) or goes_by_vector(weight, x):
+        if weight is None or not is_in_reach(weight, x, self._is_streaming) or goes_by_vector(weight, x):
             return None
         neos: WeightLayer = layer  # type: ignore[assignment]  # `NeoAccess.raw_weight` lets no other layer come here
         if neos.weight_function or neos.bias_function:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import torch
 
 from ...weights.storage import FP8_DTYPES
@@ -19,9 +22,17 @@ def is_low_bit(weight: torch.Tensor) -> bool:
     return is_gguf(weight) or hasattr(weight, "bnb_quantized") or weight.dtype in FP8_DTYPES
 
 
-def lies_beside(weight: torch.Tensor | None, x: torch.Tensor) -> bool:
-    """Returns True for a weight that lies where the input does."""
-    return weight is not None and weight.device == x.device
+def streams_of(operations: ModuleType) -> Callable[[], bool]:
+    """Returns what tells whether the host brings swapped weights to the card on a stream of its own."""
+    stream = vars(operations).get("stream")
+    found: Callable[[], bool] = (lambda: False) if stream is None else stream.should_use_stream
+    return found
+
+
+def is_in_reach(weight: torch.Tensor, x: torch.Tensor, is_streaming: Callable[[], bool]) -> bool:
+    """Returns True for a weight that lies where the input does, or comes there from RAM on the stream of the forward pass."""
+    device = weight.device
+    return device == x.device or (device.type == "cpu" and not is_streaming())
 
 
 def goes_by_vector(weight: torch.Tensor, x: torch.Tensor) -> bool:
@@ -32,7 +43,7 @@ def goes_by_vector(weight: torch.Tensor, x: torch.Tensor) -> bool:
 def bias_for(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """Returns the bias as a layer of theirs adds it to a product with `x`; None if it has none."""
     bias = layer._parameters.get("bias")
-    if bias is None or (bias.dtype is x.dtype and not hasattr(bias, "gguf_cls")):
+    if bias is None or (bias.dtype is x.dtype and bias.device == x.device and not hasattr(bias, "gguf_cls")):
         return bias
     stored = stored_bias(layer)
-    return None if stored is None else stored.to(x.dtype)
+    return None if stored is None else stored.to(x.device, x.dtype, non_blocking=True)
