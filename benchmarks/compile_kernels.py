@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -49,7 +50,6 @@ def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, 
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     bucket = bucket_of(rank)
     assert bucket is not None
@@ -68,8 +68,32 @@ def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, 
             attributes[(number,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "alpha" else "i32"
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", compute_capability, 32), options=kernel.options)
+    return triton.compile(
+        _source(function, signature, constants, attributes),
+        target=GPUTarget("cuda", compute_capability, 32),
+        options=kernel.options,
+    )
+
+
+def _source(function: Any, signature: dict[str, str], constants: dict[str, Any], attributes: dict[Any, Any]) -> object:
+    """Returns the source as the Triton that is here wants it."""
+    from triton.compiler import ASTSource
+
+    try:
+        return ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    except TypeError:  # Triton 3.2 and older
+        pass
+    aligned = [number for (number,) in attributes]
+    signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    try:
+        from triton.backends.compiler import AttrsDescriptor
+
+        hints = AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+    except (ImportError, AttributeError):
+        from triton.compiler import AttrsDescriptor
+
+        hints = AttrsDescriptor(divisible_by_16=aligned, equal_to_1=())
+    return ASTSource(fn=function, signature=signature, constants=constants, attrs=hints)
 
 
 def main() -> int:

@@ -205,7 +205,7 @@ def _unsuitable(slot: Slot) -> str | None:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
+    if device == torch.device("cuda"):  # no index
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

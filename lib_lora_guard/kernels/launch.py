@@ -67,8 +67,6 @@ class Kernel:
             "BO": self.tile.rows,
             "BI": self.tile.columns,
         }
-        if recipe.function == "bnb4":
-            self.constants["LOOKUP"] = "gather"
         self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": False}
         self._handle: Callable[[tuple[int, int, int], tuple[Any, ...]], None] | None = None
 

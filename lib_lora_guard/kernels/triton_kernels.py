@@ -94,13 +94,19 @@ def scaled(
     )  # fmt: skip
 
 
-@triton.jit
-def _levels(index, LEVELS, LOOKUP: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-    """Returns the levels of 4-bit indices `(N, M)`."""
-    if LOOKUP == "gather":
+if hasattr(tl, "gather"):
+
+    @triton.jit
+    def _levels(index, LEVELS, N: tl.constexpr, M: tl.constexpr):
+        """Returns the levels of 4-bit indices `(N, M)`: 16 numbers in the shared memory."""
         table = tl.load(LEVELS + tl.arange(0, 16))
         return tl.reshape(tl.gather(table, tl.reshape(index, (N * M,)), 0), (N, M))
-    else:
+
+else:  # Triton 3.2 and older
+
+    @triton.jit
+    def _levels(index, LEVELS, N: tl.constexpr, M: tl.constexpr):
+        """Returns the levels of 4-bit indices `(N, M)`."""
         return tl.load(LEVELS + index)
 
 
@@ -118,7 +124,7 @@ def _absmax(at, mask, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED: tl.constexpr):
 @triton.jit(do_not_specialize=NUMBERS)
 def bnb4(
     DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, LOOKUP: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
@@ -130,11 +136,11 @@ def bnb4(
         at = (row + ro).to(tl.int64)[:, None] * cols + (col + ri)[None, :]
         inside = row_in[:, None] & (col + ri < cols)[None, :]
         b = tl.load(DATA + at // 2, mask=inside, other=0).to(tl.int32)
-        w = _levels(tl.where(at % 2 == 0, b >> 4, b & 15), LEVELS, LOOKUP, BO, BI)
+        w = _levels(tl.where(at % 2 == 0, b >> 4, b & 15), LEVELS, BO, BI)
         w = w * _absmax(at // BLOCK, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
     else:
         HALF: tl.constexpr = BI // 2
-        SPAN: tl.constexpr = min(BLOCK, BI)
+        SPAN: tl.constexpr = BLOCK if BLOCK < BI else BI
         G: tl.constexpr = BI // SPAN
         cols = cols // 32 * 32
         row_bytes = cols // 32 * 16
@@ -143,7 +149,7 @@ def bnb4(
         tile = DATA + row.to(tl.int64) * row_bytes + first
         inside = row_in[:, None] & (first + rb < row_bytes)[None, :]
         b = tl.load(tile + ro[:, None] * row_bytes + rb[None, :], mask=inside, other=0).to(tl.int32)
-        high, low = _levels(b >> 4, LEVELS, LOOKUP, BO, HALF), _levels(b & 15, LEVELS, LOOKUP, BO, HALF)
+        high, low = _levels(b >> 4, LEVELS, BO, HALF), _levels(b & 15, LEVELS, BO, HALF)
         g = tl.arange(0, G)
         at = (row + ro).to(tl.int64)[:, None] * (cols // BLOCK) + (col // BLOCK + g)[None, :]
         inside = row_in[:, None] & (col + g * SPAN < cols)[None, :]
