@@ -45,6 +45,8 @@ class Settings:
     garbage_collection_threshold: float = 0.0
     plan_residency: bool = True
     pin_swapped: bool = True
+    fast_kernels: bool = True
+    fast_host_cast: bool = False
 
 
 def read(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:
@@ -77,7 +79,7 @@ def _valid(name: str, value: Any) -> Any:
         TypeError: It has the wrong type.
         ValueError: It is out of range or unknown.
     """
-    if name in ("enable", "plan_residency", "pin_swapped", "expandable_segments"):
+    if isinstance(getattr(Settings, name), bool):
         if not isinstance(value, bool):
             raise TypeError(name)
         return value

@@ -127,6 +127,8 @@ class Case:
                 yield f"{name}: hooks"
             if "forward" in vars(layer):
                 yield f"{name}: forward"
+            if type(layer).__call__ is not nn.Module.__call__:
+                yield f"{name}: call"
 
     def run(self, interrupted):
         """Makes the change under `interrupted`, which tells whether an interrupt came, and looks at what is left."""

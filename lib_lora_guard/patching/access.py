@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -13,6 +14,8 @@ from ..adapters.base import Shape
 from ..errors import Message
 from ..memory.probe import BackupBudget
 from ..weights.storage import Storage
+from .fused import RawWeight
+from .marked_class import Forward, mark, unmark
 from .on_the_fly import WeightTerms
 
 
@@ -81,8 +84,20 @@ class ModelAccess(Protocol):
         None: so does whatever else may be on the layer (a `forward` in the place of its class's, hooks).
         """
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
-        """Lets compiled code see that a bypass is on the layer, and whether it scales the layer's input too. Idempotent."""
+    def raw_weight(self, site: Site) -> RawWeight | None:
+        """Returns how the weight is held, if there is a fused pass for such weights; else None."""
+
+    def raw_weights(self) -> Iterable[tuple[torch.nn.Module, RawWeight]]:
+        """Yields the layers of the model that `raw_weight` would return something for, with that."""
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
+        """Lets compiled code see that a bypass is on the layer, and whether it scales the layer's input too. Idempotent.
+
+        Args:
+            layer: The layer.
+            scales_input: Whether the bypass does.
+            call: Is to stand in place of the layer's `__call__`: only where `raw_weight` returns something.
+        """
 
     def hide_bypass(self, layer: torch.nn.Module) -> None:
         """Takes that back. Idempotent."""
@@ -159,11 +174,24 @@ class ModuleAccess(ABC):
         """Returns None: the host's layers return new memory."""
         return None
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:  # noqa: B027
-        """Does nothing: the host compiles none of its layers."""
+    def raw_weight(self, site: Site) -> RawWeight | None:
+        """Returns None: there is no fused pass for the host's weights."""
+        return None
 
-    def hide_bypass(self, layer: torch.nn.Module) -> None:  # noqa: B027
-        """Does nothing either."""
+    def raw_weights(self) -> Iterable[tuple[torch.nn.Module, RawWeight]]:
+        """Yields the layers that have a fused pass, with how they hold their weight."""
+        return ()
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
+        """Gives the layer its `call`, and else does nothing: the host compiles none of its layers."""
+        if call is None:
+            unmark(layer)
+        else:
+            mark(layer, (scales_input, call), call=call)
+
+    def hide_bypass(self, layer: torch.nn.Module) -> None:
+        """Takes that back."""
+        unmark(layer)
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`."""

@@ -21,7 +21,9 @@ from ..weights.dtype_names import dtype_name
 from ..weights.storage import storage_of
 from .access import ModelAccess, Site
 from .backup import Backup, HeldBackup, Place, Where, lies_in_ram, moved, parameter_bytes
-from .bypass import Bypass
+from .bypass import Bypass, call_of_layer
+from .fused import Fused
+from .fused_choice import Key
 from .merging import CPU, SLICE_BYTES, is_finite, merge
 from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
@@ -137,6 +139,9 @@ class BypassAttachment(Attachment):
         self.hook.owns_output = access.owns_output(planned.site.layer)
         if older is not None:
             self.hook.share_factors_with(older.hook)
+        joined = self.hook.low_rank
+        if joined is not None and joined.is_one_product and (raw := access.raw_weight(site)) is not None:
+            self.hook.fused = Fused(raw, joined)
 
     def has_ratios_of(self, planned: PlannedWeight) -> bool:
         """Returns True if the DoRAs of `planned` have the norms that are known here."""
@@ -144,9 +149,8 @@ class BypassAttachment(Attachment):
         return mine == ratio_identity(planned.terms, _forms(planned))
 
     def attach(self) -> None:
-        layer = self.planned.site.layer
-        self.hook.attach(layer)
-        self.access.show_bypass(layer, self.hook.scales_input)
+        self.hook.attach(self.planned.site.layer)
+        self._show()
 
     def detach(self) -> None:
         layer = self.planned.site.layer
@@ -160,6 +164,17 @@ class BypassAttachment(Attachment):
             and self.hook.take_place_of(other.hook, self.site.layer)
         ):
             super().replace(other)
+        elif (self.hook.fused is None) is not (other.hook.fused is None):
+            self._show()
+
+    def _show(self) -> None:
+        call = None if self.hook.fused is None else call_of_layer
+        self.access.show_bypass(self.planned.site.layer, self.hook.scales_input, call)
+
+    def kernel(self, device: torch.device) -> Key | None:
+        """Returns the kernel of the layer's short way on `device`; None where there is none."""
+        fused = self.hook.fused
+        return None if fused is None else fused.key(self.site.parameter, device, self.access.compute_dtype())
 
     def drop_device_copies(self) -> None:
         self.hook.drop_device_copies()

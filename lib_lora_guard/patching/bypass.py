@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..adapters import LowRank, Term
 from ..errors import LoraGuardError
@@ -18,6 +18,7 @@ from .access import plain_bias
 from .device_cache import DeviceCache
 from .forward_program import BiasOf, Program, compile_program
 from .forward_steps import LowRankStep
+from .fused import Fused
 from .layer_call import LayerCall, naming_the_layer
 from .low_rank import JoinedLowRank
 from .operators import CallPatch, bypass, number_of, scaled_input
@@ -28,6 +29,9 @@ WAIT_SECONDS = 1.0
 CHANGE, SCALE, FORGET = -1, -2, -3
 """The numbers of a bypass's hooks on its layer: always the same, because compiled code looks hooks up by number. torch's
 own numbers begin at 0."""
+
+CAST = "_lora_guard_cast"
+"""The attribute of a layer without a LoRA that holds its short way (`host_casts.py`)."""
 
 
 class Bypass(CallPatch):
@@ -74,6 +78,8 @@ class Bypass(CallPatch):
         self.owns_output: bool | None = None
         """As `ModelAccess.owns_output` tells it. The attachment sets it."""
         self._traced_input: torch.Tensor | None = None
+        self.fused: Fused | None = None
+        """The short way of the layer, where there is one. The attachment sets it, before the hook is on the layer."""
 
     def __reduce__(self) -> str:
         raise LoraGuardError("a LoRA is on this model; take it off (guard.remove()) before copying or saving the model")
@@ -275,6 +281,8 @@ class Bypass(CallPatch):
     def drop_device_copies(self) -> None:
         """Frees the copies on devices; the next call of the layer makes them again."""
         self._scales.drop()
+        if self.fused is not None:
+            self.fused.drop_device_copies()
         for step in self.program.steps:
             step.drop_device_copies()
 
@@ -292,6 +300,34 @@ class Bypass(CallPatch):
         if scale is None:
             raise TypeError("this stack leaves the input as it is")
         return scale
+
+
+def call_of_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands in place of a layer's `__call__` while it has a short way: tries that, then torch's own call.
+
+    The bypass's hook is in torch's own call alone, so that no call can get the LoRAs twice, or a half of them. It is also what says
+    that the LoRAs are on the layer: a class without it, in the middle of a change, is the layer as it was.
+    """
+    if len(args) == 1 and not kwargs and not is_compiling():
+        hooks, x = layer._forward_hooks, args[0]
+        hook: Any = hooks.get(CHANGE)
+        if hook is None:
+            fused = None if hooks else layer.__dict__.get(CAST)
+        else:
+            fused = hook.fused if type(hook) is Bypass and len(hooks) == 1 and hook._in_force() else None
+        if (
+            fused is not None
+            and type(x) is torch.Tensor
+            and not layer._forward_pre_hooks
+            and "forward" not in layer.__dict__
+            and not (_global_forward_hooks or _global_forward_pre_hooks)
+            and not torch.is_grad_enabled()
+            and torch._C._get_tracing_state() is None
+        ):
+            output = fused.run(layer, x)
+            if output is not None:
+                return output
+    return torch.nn.Module.__call__(layer, *args, **kwargs)
 
 
 def _hook(layer: torch.nn.Module, number: int, hook: Callable[..., Any], is_first: bool = False) -> None:

@@ -39,6 +39,8 @@ from .attachments import (
     UnusableTermsError,
 )
 from .backup import BackupStore, Budget, Originals
+from .fused_choice import CHOICE, Key
+from .host_casts import HostCasts
 from .merge_room import with_room
 from .neighbours import Neighbours, Place
 from .placed import Found
@@ -123,6 +125,7 @@ class Engine:
         self._backups = BackupStore(self._budget)
         self._offloaded: Mapping[str, torch.Tensor] = {}
         self._neighbours = neighbours
+        self._casts = HostCasts()
         if neighbours is not None:
             neighbours.add(self)
 
@@ -249,9 +252,10 @@ class Engine:
                 )
                 for report in reports:
                     report.forget_counts()
-                for planned in plan.values():
+                kernels = _kernels(prepared, device)
+                for key, planned in plan.items():
                     for origin in planned.origins:
-                        reports[origin].count(planned.choice)
+                        reports[origin].count(planned.choice, key in kernels)
                 # An attachment that stays may have terms that came from other places in the stack.
                 moved = [
                     (kept, kept.planned, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]
@@ -267,6 +271,8 @@ class Engine:
                     accepted.pop(origin, None)
                     reports[origin].refused = reason(error)
                     reports[origin].forget_counts()
+        CHOICE.prepare(set(kernels.values()))
+        self._casts.settle(access, {one.site.layer for one in self.attached.values()}, device)
         whole.milliseconds = (time.perf_counter() - started) * 1000
         return whole
 
@@ -377,6 +383,7 @@ class Engine:
         self._forget_replaced()
         # Attachments that an undo was still to put back go as well: put back later, no stack would hold them.
         leaving = dict.fromkeys((*self.attached.values(), *_attachments_of(self._state.unfinished)))
+        self._casts.take_all({one.site.layer for one in leaving})
         self._state = State({}, {}, unfinished=Transaction(_strays(leaving)) if leaving else None)
         with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
             self._undo()
@@ -560,6 +567,12 @@ class Engine:
         rest, error = unfinished.undo()
         self._state = self._state._replace(unfinished=rest)
         return error
+
+
+def _kernels(attachments: Mapping[str, Attachment], device: torch.device) -> dict[str, Key]:
+    """Returns the kernels that a stack may use, by the name of the weight."""
+    found = {key: one.kernel(device) for key, one in attachments.items() if isinstance(one, BypassAttachment)}
+    return {key: kernel for key, kernel in found.items() if kernel is not None and CHOICE.may_take(kernel)}
 
 
 def _difference(

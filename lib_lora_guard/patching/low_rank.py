@@ -110,6 +110,17 @@ class JoinedLowRank:
         self._blocks: DeviceCache[tuple[Block, ...]] = DeviceCache()
         self._made: tuple[tuple[Block, ...], Scaling, tuple[tuple[Block, Scale], ...]] | None = None
 
+    @property
+    def rank(self) -> int:
+        """The rank of all terms together."""
+        return sum(entry.factors.rank for entry in self._entries)
+
+    @property
+    def is_one_product(self) -> bool:
+        """True for matrices on the whole of a weight: `up @ down` of all terms together is what they add to it."""
+        is_whole = list(self._groups) == [None] and list(self._groups[None]) == [None]
+        return is_whole and len(self.shape) == 2
+
     def scales_at(self, strengths: Iterable[float]) -> tuple[float, ...]:
         """Returns the factor of each entry at these strengths."""
         return tuple([s * entry.factors.scale for s, entry in zip(strengths, self._entries, strict=True)])

@@ -8,7 +8,7 @@ would call the one of the original.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -33,24 +33,26 @@ def class_of(layer: torch.nn.Module) -> type[torch.nn.Module]:
 def takes_marks(layer: torch.nn.Module) -> bool:
     """Returns True if the layer's class allows a subclass."""
     try:
-        _marked_class(class_of(layer), None, None)
+        _marked_class(class_of(layer), None, {})
     except Exception:
         # Its own check of subclasses: any error.
         return False
     return True
 
 
-def mark(layer: torch.nn.Module, way: Hashable, forward: Forward | None = None) -> None:
+def mark(layer: torch.nn.Module, way: Hashable, forward: Forward | None = None, call: Forward | None = None) -> None:
     """Gives `layer` a number and the subclass for a way of patching. Idempotent.
 
     Args:
         layer: The layer. If its class allows no subclass, it keeps its class.
-        way: The way; the same one always has the same `forward`.
+        way: The way; the same one always has the same `forward` and `call`.
         forward: The forward pass of the subclass; None leaves the class's own.
+        call: Stands in place of `__call__`, before all hooks; None leaves it.
     """
     give_number(layer)
+    own = {"forward": forward, "__call__": call}
     try:
-        marked = _marked_class(class_of(layer), way, forward)
+        marked = _marked_class(class_of(layer), way, own)
     except Exception:
         return
     # Past the module's own `__setattr__`, which looks for parameters first and takes ten times as long.
@@ -66,12 +68,12 @@ def unmark(layer: torch.nn.Module) -> None:
     layer.__dict__.pop(NUMBER, None)
 
 
-def _marked_class(base: type, way: Hashable, forward: Forward | None) -> type:
+def _marked_class(base: type, way: Hashable, own: Mapping[str, Forward | None]) -> type:
     marked = _classes.get((base, way))
-    return _classes.setdefault((base, way), _subclass(base, forward)) if marked is None else marked
+    return _classes.setdefault((base, way), _subclass(base, own)) if marked is None else marked
 
 
-def _subclass(base: type[torch.nn.Module], forward: Forward | None) -> type:
+def _subclass(base: type[torch.nn.Module], own: Mapping[str, Forward | None]) -> type:
     # Names as the layer's own: programs look at them, torch.fx for one.
     contents: dict[str, Any] = {
         "__module__": base.__module__,
@@ -81,8 +83,7 @@ def _subclass(base: type[torch.nn.Module], forward: Forward | None) -> type:
         "__copy__": _shallow_copy,
         _BASE: base,
     }
-    if forward is not None:
-        contents["forward"] = forward
+    contents.update({name: function for name, function in own.items() if function is not None})
     make: Any = type(base)
     subclass: type = make(base.__name__, (base,), contents)
     return subclass

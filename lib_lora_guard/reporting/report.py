@@ -33,16 +33,19 @@ class LoraReport:
     """Number of weights by mode."""
     reasons: dict[str, set[str]] = field(default_factory=dict)
     """The reasons for each mode."""
+    fused: int = 0
+    """Number of weights in bypass that fast kernels are there for, or are being compiled for."""
 
-    def count(self, choice: Choice) -> None:
+    def count(self, choice: Choice, is_fused: bool = False) -> None:
         """Counts one weight."""
         self.used += 1
+        self.fused += is_fused
         self.modes[choice.mode.value] += 1
         self.reasons.setdefault(choice.mode.value, set()).add(choice.reason)
 
     def forget_counts(self) -> None:
         """Forgets the weights that were counted: the change was planned anew."""
-        self.used = 0
+        self.used = self.fused = 0
         self.modes.clear()
         self.reasons.clear()
 
@@ -60,7 +63,8 @@ class LoraReport:
         parts = [Message("report.lora", numbers)]
         for mode, count in sorted(self.modes.items()):
             reasons = Joined(sorted(self.reasons[mode]))
-            parts.append(Message("report.mode", {"count": count, "mode": _MODES[mode], "reasons": reasons}))
+            word = mode_word(mode, count, self.fused)
+            parts.append(Message("report.mode", {"count": count, "mode": word, "reasons": reasons}))
         if self.lost:
             parts.append(Message("report.lost", {"count": len(self.lost), "first": clean_text(self.lost[0])}))
         if self.left_out.is_much:
@@ -71,11 +75,17 @@ class LoraReport:
         return str(self.message())
 
 
-_MODES = {
-    Mode.BYPASS.value: Message("mode.bypass"),
-    Mode.ON_THE_FLY.value: Message("mode.on_the_fly"),
-    Mode.MERGE.value: Message("mode.merge"),
-}
+def mode_word(mode: str, count: int, fused: int) -> Message:
+    """Returns a mode in words.
+
+    Args:
+        mode: The mode.
+        count: The weights that have it.
+        fused: Those of them that fast kernels are for.
+    """
+    if mode != Mode.BYPASS.value or not fused:
+        return Message(f"mode.{mode}")
+    return Message("mode.fused") if fused == count else Message("mode.partly_fused", {"fused": fused})
 
 
 @dataclass

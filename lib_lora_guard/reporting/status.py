@@ -14,7 +14,7 @@ from ..files import shown
 from ..messages import Joined, Message, in_language
 from ..messages.catalogue import ENGLISH, TEXTS
 from ..units import MB
-from .report import ApplyReport, LoraReport
+from .report import ApplyReport, LoraReport, mode_word
 
 _NAME_CHARACTERS = 200
 _TEXT_CHARACTERS = 600
@@ -35,6 +35,8 @@ class LoraStatus:
     """Number of weights by mode."""
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The reasons for each mode."""
+    fused: int = 0
+    """Number of weights in bypass that fast kernels are for."""
     refused: str | None = None
 
 
@@ -166,6 +168,7 @@ def _lora_status(lora: LoraReport) -> LoraStatus:
         mb=lora.bytes / MB,
         modes=dict(lora.modes),
         reasons={mode: tuple(sorted(reasons, key=str)) for mode, reasons in lora.reasons.items()},
+        fused=lora.fused,
         refused=lora.refused,
     )
 
@@ -238,7 +241,7 @@ def _mb(value: float | None) -> float | None:
 
 
 def _weights(lora: LoraStatus, mode: str, language: str) -> dict[str, str | None]:
-    name = Message(f"mode.{mode}") if f"mode.{mode}" in TEXTS else mode
+    name = mode_word(mode, lora.modes[mode], lora.fused) if f"mode.{mode}" in TEXTS else mode
     text = Message("panel.weights", {"count": lora.modes[mode], "mode": name})
     return {"text": _text(text, language), "why": _text(Joined(lora.reasons.get(mode, ())), language)}
 

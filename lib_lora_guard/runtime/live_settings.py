@@ -92,6 +92,14 @@ class LiveSettings:
         """True if weights that are copied to the card in each step may lie in pinned RAM."""
         return read(self.options)[0].pin_swapped
 
+    def uses_kernels(self) -> bool:
+        """True if the fast kernels may be used."""
+        return read(self.options)[0].fast_kernels
+
+    def uses_kernels_without_loras(self) -> bool:
+        """True if the fast kernels are for layers without LoRAs too, on models that have some."""
+        return read(self.options)[0].fast_host_cast
+
     def kept_files_bytes(self) -> int:
         """Returns how many bytes of LoRA files stay in RAM beyond the present stack."""
         return read(self.options)[0].kept_files_mb * MB

@@ -55,6 +55,8 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
         "mode": option("mode", gradio.Radio, {"choices": modes}).html(_modes(language)),
         "plan_residency": option("plan_residency"),
         "pin_swapped": option("pin_swapped"),
+        "fast_kernels": option("fast_kernels"),
+        "fast_host_cast": option("fast_host_cast"),
         "kept_files_mb": option("kept_files_mb", gradio.Number, whole),
         "log_level": option("log_level", gradio.Radio, {"choices": levels}),
         "language": option("language", gradio.Radio, {"choices": languages}),

@@ -26,6 +26,7 @@ from patching.any_stack import (
 )
 from support.measure import same_bits
 from support.reference import merge_reference
+from support.short_way import take_short_way_of_plain_layers
 
 from lib_lora_guard.errors import LoraMismatchError, ModeError, RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
@@ -120,8 +121,9 @@ class Changes(RuleBasedStateMachine):
         merged_late=st.booleans(),
         on_disk=st.booleans(),
         pool=st.lists(loras, min_size=4, max_size=4),
+        short_way=st.booleans(),
     )
-    def begin(self, entry, qkv, proj, small_fp8, merged_late, on_disk, pool):
+    def begin(self, entry, qkv, proj, small_fp8, merged_late, on_disk, pool, short_way=False):
         torch.set_num_threads(1)  # for tensors this small a second thread is twenty times slower on a busy machine
         self.patch = pytest.MonkeyPatch()
         # pytest keeps log records with their tracebacks, and those keep what a failed change made; see the test below.
@@ -132,6 +134,8 @@ class Changes(RuleBasedStateMachine):
         self.storages = {"entry": entry, "block.qkv": qkv, "block.proj": proj}
         self.model = build({**self.storages, **({"shift": "fp8"} if small_fp8 else {})})
         self.engine, self.access = Engine(), PlainAccess(self.model)
+        if short_way:
+            take_short_way_of_plain_layers(self.patch)
         if on_disk:
             # As on a GPU with neither spare VRAM nor spare RAM.
             self.patch.setattr(backup, "lies_in_ram", lambda parameter: False)

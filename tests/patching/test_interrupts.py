@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from interrupt_sweep import ACTS, MODES, Case, Files, Tracer, alarms, count_places, sweep, sweep_twice
+from support.short_way import take_short_way_of_plain_layers
 from thread_sweep import Threads
 
 from lib_lora_guard.patching import attachments
@@ -39,6 +40,16 @@ def merged_late(monkeypatch):
 def test_an_interrupt_leaves_the_stack_before_or_the_one_after(files, mode, act):
     case = Case(files, act, mode)
     sweep(case, max(1, count_places(case) // PLACES), start=1 + len(act))
+    assert case.found["interrupts"] >= PLACES - 2
+    assert not case.found["wrong"], case.examples
+
+
+@pytest.mark.parametrize("act", ["apply", "change", "remove"])
+def test_the_same_with_the_short_way_of_layers(files, act, monkeypatch):
+    passes = take_short_way_of_plain_layers(monkeypatch)
+    case = Case(files, act, "bypass")
+    sweep(case, max(1, count_places(case) // PLACES), start=1 + len(act))
+    assert passes
     assert case.found["interrupts"] >= PLACES - 2
     assert not case.found["wrong"], case.examples
 

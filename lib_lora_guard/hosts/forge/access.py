@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Concatenate
 
@@ -11,14 +11,18 @@ import torch
 
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
+from ...patching.fused import RawWeight
+from ...patching.marked_class import class_of
 from ...patching.on_the_fly import WeightTerms
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...runtime.hooks import P
 from ...weights.storage import storage_of
+from ..webui.raw_weights import is_hosts_own, is_low_bit, streams_of
 from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
 from .api import ForgeApi
 from .facts import compute_dtype, loader_of_model
 from .lora_loader_state import state_of
+from .raw_weights import ForgeWeight
 from .types import PatchEntry
 
 
@@ -63,7 +67,7 @@ class ForgeAccess(ModuleAccess):
             model: The model.
         """
         super().__init__(model)
-        self._api = api
+        self._api, self._raw = api, ForgeWeight(streams_of(api.operations))
 
     def site(self, key: str) -> Site | None:
         """Returns the parameter called `key`, or None if the model has none of that name."""
@@ -104,6 +108,23 @@ class ForgeAccess(ModuleAccess):
     def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
         """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
         return stored_bias(layer)
+
+    def raw_weight(self, site: Site) -> RawWeight | None:
+        """Returns how the weight is held, if it is of low bits and the layer computes by Forge's own code."""
+        return self._raw_weight(site.layer) if site.name == "weight" else None
+
+    def raw_weights(self) -> Iterator[tuple[torch.nn.Module, RawWeight]]:
+        """Yields the layers with weights of low bits that compute by Forge's own code."""
+        for layer in self.model.modules():
+            raw = self._raw_weight(layer)
+            if raw is not None:
+                yield layer, raw
+
+    def _raw_weight(self, layer: torch.nn.Module) -> RawWeight | None:
+        kind, weight = class_of(layer), layer._parameters.get("weight")
+        if weight is None or kind not in self._api.linear_classes or not is_hosts_own(kind):
+            return None
+        return self._raw if is_low_bit(weight) else None
 
     def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight."""

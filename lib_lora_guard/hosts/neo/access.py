@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -12,15 +12,18 @@ from torch.compiler import is_compiling
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
 from ...patching.backup import moved
-from ...patching.marked_class import class_of, mark, unmark
+from ...patching.fused import RawWeight
+from ...patching.marked_class import Forward, class_of, mark, unmark
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH, number_of, patched_weight
 from ...planning.limits import RAM_FLOOR_BYTES
 from ...weights.kitchen import is_quantized, rows_of
 from ...weights.storage import storage_of
 from ..webui.models import compute_dtype
+from ..webui.raw_weights import is_hosts_own, is_low_bit, streams_of
 from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
-from .api import NeoApi
+from .api import FAMILIES, NeoApi
+from .raw_weights import NeoQuantized, NeoWeight
 from .types import WeightLayer
 
 OWN_CLASS = "lora_guard_own_class"
@@ -54,7 +57,8 @@ class NeoAccess(ModuleAccess):
             model: the model.
         """
         super().__init__(model)
-        self._api = api
+        self._api, is_streaming = api, streams_of(api.operations)
+        self._raw, self._raw_quantized = NeoWeight(is_streaming), NeoQuantized(is_streaming)
 
     def site(self, key: str) -> Site | None:
         """Returns the parameter called `key`, or None if the model has none of that name."""
@@ -95,9 +99,29 @@ class NeoAccess(ModuleAccess):
         self._api.memory.unpin_memory(site.parameter)
         super().set_parameter(site, value)
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
+    def raw_weight(self, site: Site) -> RawWeight | None:
+        """Returns how the weight is held, if it is of low bits and the layer makes a temporary weight by Neo's own code."""
+        return self._raw_weight(site.layer) if site.name == "weight" else None
+
+    def raw_weights(self) -> Iterator[tuple[torch.nn.Module, RawWeight]]:
+        """Yields the layers with weights of low bits that make a temporary weight by Neo's own code."""
+        for layer in self.model.modules():
+            raw = self._raw_weight(layer)
+            if raw is not None:
+                yield layer, raw
+
+    def _raw_weight(self, layer: torch.nn.Module) -> RawWeight | None:
+        kind, weight, families = class_of(layer), layer._parameters.get("weight"), vars(self._api.operations)
+        if weight is None or not is_hosts_own(kind):
+            return None
+        if kind in [families[family].Linear for family in FAMILIES if family in families]:
+            return self._raw if is_low_bit(weight) else None
+        is_mixed = issubclass(kind, self._api.layer_class) and kind.__qualname__.startswith("mixed_precision_ops.")
+        return self._raw_quantized if is_mixed and kind.__name__ == "Linear" and is_quantized(weight) else None
+
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
         """Lets compiled code see that a bypass is on the layer."""
-        mark(layer, scales_input)
+        mark(layer, (scales_input, call), call=call)
 
     def hide_bypass(self, layer: torch.nn.Module) -> None:
         """Takes that back."""

@@ -91,6 +91,7 @@ class MemoryManagement(Protocol):
 
 
 class WeightLayer(Protocol):
-    """A layer of Neo's: each forward pass hands its temporary weight to these functions."""
+    """A layer of Neo's: each forward pass hands its temporary weight and bias to these functions."""
 
     weight_function: list[WeightChange]
+    bias_function: list[WeightChange]

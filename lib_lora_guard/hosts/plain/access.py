@@ -11,7 +11,7 @@ from ...adapters.base import Shape
 from ...errors import Message, ModeError, about
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, is_linear, is_plain_convolution, plain_bias
-from ...patching.marked_class import class_of, mark, takes_marks, unmark
+from ...patching.marked_class import Forward, class_of, mark, takes_marks, unmark
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH
 from ...planning.limits import RAM_FLOOR_BYTES
@@ -109,9 +109,9 @@ class PlainAccess(ModuleAccess):
         """Tells whether the layer's class returns new memory from a call."""
         return isinstance(layer, StoredLinear) or runs_torchs_code(layer)
 
-    def show_bypass(self, layer: torch.nn.Module, scales_input: bool) -> None:
+    def show_bypass(self, layer: torch.nn.Module, scales_input: bool, call: Forward | None = None) -> None:
         """Lets compiled code see that a bypass is on the layer."""
-        mark(layer, scales_input)
+        mark(layer, (scales_input, call), call=call)
 
     def hide_bypass(self, layer: torch.nn.Module) -> None:
         """Takes that back."""

@@ -15,6 +15,7 @@ from typing import Concatenate
 from ...errors import LayerError
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import Joined, say
+from ...patching.fused_choice import CHOICE
 from ...runtime.advice import Advice
 from ...runtime.hooks import P, R, Row
 from ...runtime.image_words import ImageWords
@@ -55,6 +56,7 @@ class Images:
                 self._settings.image(own_options(p)),
                 self._words.image(id(p), *comments_of(p)),
                 self._jobs.job(functools.partial(pass_of, p)),
+                CHOICE.image(),
             ):
                 return original(p, *args, **kwargs)
         except Exception as error:

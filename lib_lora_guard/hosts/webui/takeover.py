@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import HostError
+from ...patching.fused_choice import CHOICE, always, never
 from ...recorder.flight_recorder import Phase
 from ...runtime.advice import Advice
 from ...runtime.hooks import HookSet, lay
@@ -80,6 +81,7 @@ class WebTakeover:
         Returns:
             What does not fit.
         """
+        CHOICE.is_on, CHOICE.casts_too = self._settings.uses_kernels, self._settings.uses_kernels_without_loras
         misfits = []
         for install in (self._install_files, self._install_schedules, self._install_conditioning):
             try:
@@ -95,6 +97,7 @@ class WebTakeover:
 
     def uninstall(self) -> None:
         """Gives running strengths back."""
+        CHOICE.is_on, CHOICE.casts_too = always, never
         self.schedules.forget()
 
     def _install_files(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:

@@ -5,6 +5,13 @@ from __future__ import annotations
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
     "mode.bypass": ("bypass", "旁路"),
+    "mode.fused": ("bypass, fused", "旁路（融合）"),
+    "mode.partly_fused": ("bypass, {fused} of them fused", "旁路（其中 {fused} 个融合）"),
+    "mode.kernel_failed": (
+        "the fast kernel for {kind} failed ({error}); such layers run without it until the WebUI starts again. If images are not as they "
+        'should be, switch "Fast kernels" off on the settings page and report this line',
+        "{kind} 的快速内核出错（{error}）；在 WebUI 重新启动前，这类层将不使用该内核。若图像异常，请在设置页关闭“快速内核”并反馈本行",
+    ),
     "mode.on_the_fly": ("on_the_fly", "即时计算"),
     "mode.merge": ("merge", "合并"),
     "mode.compiled": (

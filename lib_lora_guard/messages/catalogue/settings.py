@@ -45,6 +45,17 @@ TEXTS: dict[str, tuple[str, str]] = {
         "steps with swapped weights become faster; takes up to an eighth of RAM, on machines with 32 GB or more; off: ordinary RAM",
         "权重需逐步复制到显卡时每步更快；仅在内存不少于 32 GB 的电脑上使用，最多占用八分之一；关闭后使用普通内存",
     ),
+    "settings.fast_kernels": ("Fast kernels (Triton)", "快速内核（Triton）"),
+    "settings.fast_kernels.info": (
+        "on fp8, NF4 and GGUF weights one pass makes the weight with its LoRAs in it; compiled in the background of the first image, where "
+        "Triton is installed; a change takes effect with the next image",
+        "对 fp8、NF4 和 GGUF 权重，一次计算即得到含 LoRA 的权重；在装有 Triton 时于首张图像期间后台编译；更改从下一张图片起生效",
+    ),
+    "settings.fast_host_cast": ("Fast kernels for layers without a LoRA too", "无 LoRA 的层也使用快速内核"),
+    "settings.fast_host_cast.info": (
+        "of models that have LoRAs; the numbers are the same as the WebUI's own; a change takes effect with the next LoRA that is added",
+        "仅限使用 LoRA 的模型；数值与 WebUI 自身一致；更改从下一次添加 LoRA 起生效",
+    ),
     "settings.kept_files_mb": ("LoRA files kept in RAM, in MB", "内存中保留的 LoRA 文件（MB）"),
     "settings.kept_files_mb.info": (
         "a LoRA used again within this budget is not read from disk a second time; 0 keeps none",

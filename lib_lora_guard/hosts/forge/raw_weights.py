@@ -1,0 +1,34 @@
+"""How Forge's layers hold weights of low bits, for the fused pass. Source: Forge's `backend/operations.py`.
+
+A layer that Forge swaps brings its weight to the card in each call. Where that is on a stream of its own ("Async") its own code goes:
+the copy of one layer and the product of another overlap there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...patching.fused import Held, RawWeight
+from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
+
+
+class ForgeWeight(RawWeight):
+    """A layer that makes a temporary weight from its parameter, and multiplies by `scale_weight` where it has one."""
+
+    def __init__(self, is_streaming: Callable[[], bool]) -> None:
+        """
+        Args:
+            is_streaming: True while the host brings swapped weights to the card on a stream of its own, beside the products.
+        """
+        self._is_streaming = is_streaming
+
+    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+        """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
+        weight = layer._parameters.get("weight")
+        if weight is None or not is_in_reach(weight, x, self._is_streaming) or goes_by_vector(weight, x):
+            return None
+        if "forge_online_loras" in layer.__dict__:
+            return None
+        return Held(weight, bias_for(layer, x), layer._parameters.get("scale_weight"))

@@ -1,0 +1,46 @@
+"""How Neo's layers hold weights of low bits, for the fused pass. Source: Neo's `backend/operations.py`.
+
+A layer that Neo swaps brings its weight to the card in each call. Where that is on a stream of its own (`--cuda-stream`) its own code
+goes: the copy of one layer and the product of another overlap there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...patching.fused import Held, RawWeight
+from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
+from .types import WeightLayer
+
+
+class NeoWeight(RawWeight):
+    """A layer that makes a temporary weight from its parameter, and hands it to the functions that others have put on it."""
+
+    def __init__(self, is_streaming: Callable[[], bool]) -> None:
+        """
+        Args:
+            is_streaming: True while the host brings swapped weights to the card on a stream of its own, beside the products.
+        """
+        self._is_streaming = is_streaming
+
+    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+        """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
+        weight = layer._parameters.get("weight")
+        if weight is None or not is_in_reach(weight, x, self._is_streaming) or goes_by_vector(weight, x):
+            return None
+        neos: WeightLayer = layer  # type: ignore[assignment]  # `NeoAccess.raw_weight` lets no other layer come here
+        if neos.weight_function or neos.bias_function:
+            return None
+        return Held(weight, bias_for(layer, x))
+
+
+class NeoQuantized(NeoWeight):
+    """A layer that may also compute with the product of its quantised format. That is faster than any temporary weight."""
+
+    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+        """Returns what a layer computes with, where it makes a temporary weight."""
+        if not (layer.__dict__.get("_full_precision_mm") or layer.__dict__.get("forge_force_cast_weights")):
+            return None
+        return super().of(layer, x)

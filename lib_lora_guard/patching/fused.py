@@ -1,0 +1,175 @@
+"""The short way of a layer with low-rank LoRAs on quantised storage: one pass makes its weight with the LoRAs in it, then one
+product makes the output.
+
+It stands in place of the host's work for the layer (a dequantised weight, the product) and of the bypass (two products with the
+whole input). It allocates what the host's own temporary weight takes. Whatever is out of the usual goes the long way: the host's
+code, and the bypass after it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ..kernels.fused import Factors, fused_weight
+from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
+from ..memory.out_of_memory import is_out_of_memory
+from .fused_choice import CHOICE, FusedChoice, Key
+from .low_rank import Block, JoinedLowRank, Scale
+
+
+class Held(NamedTuple):
+    """The tensors of a layer in one call.
+
+    Attributes:
+        weight: The parameter, as it is stored.
+        bias: As it is added to the product.
+        scale: The host multiplies the weight by it, in the dtype of the activations.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None = None
+
+
+class RawWeight(ABC):
+    """How a host's layers of one class hold their weights. It keeps nothing of a layer."""
+
+    @abstractmethod
+    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+        """Returns what a layer computes with, for a call with the input `x`. Asked at every call.
+
+        None: the layer's own code has to go this time.
+        """
+
+
+class Fused:
+    """The short way of one layer.
+
+    Nothing here keeps the memory of a weight: hosts move weights at any time, and count on the memory that they leave.
+    """
+
+    def __init__(self, raw: RawWeight, joined: JoinedLowRank | None, choice: FusedChoice | None = None) -> None:
+        """
+        Args:
+            raw: How the host holds the layer's weight.
+            joined: The LoRAs on it: one product for the whole weight. None for a layer without any.
+            choice: None for that of the process.
+        """
+        self._raw, self._joined, self._choice = raw, joined, choice or CHOICE
+        self._rank = 0 if joined is None else joined.rank
+        self._held: dict[Key, bool] | None = None
+        self._key: Key | None = None
+        self._is_taken = False
+        self._facts = _Facts()
+        self._made: tuple[tuple[tuple[Block, Scale], ...], Factors] | None = None
+
+    def key(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Key | None:
+        """Returns the kernel for calls with activations of `dtype` on `device`; None where there is none for the weight."""
+        stored = stored_weight(weight)
+        return None if stored is None else Key(stored.kind, device, dtype, self._rank)
+
+    def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go."""
+        device, dtype, choice, key = x.device, x.dtype, self._choice, self._key
+        is_known = self._held is choice.held and key is not None and dtype is key.dtype and device == key.device
+        if is_known and not self._is_taken:
+            return None
+        held = self._raw.of(layer, x)
+        stored = None if held is None else self._facts.stored(held, dtype, device)
+        if held is None or stored is None:
+            return None
+        if not is_known or key is None or stored.kind != key.kind:
+            key = self._key = Key(stored.kind, device, dtype, self._rank)
+            self._is_taken = choice.takes(key)
+            self._held = choice.held if key in choice.held else None
+            if not self._is_taken:
+                return None
+        try:
+            factors = None if self._joined is None else self._factors(self._joined, device, dtype)
+            if factors is None and self._rank:
+                return None
+            weight = fused_weight(stored, factors, dtype)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                choice.failed(key, error)
+            return None
+        try:
+            return torch.nn.functional.linear(x, weight, held.bias)
+        except RuntimeError:
+            # No memory, or an input that does not fit: the layer's own code says so.
+            return None
+
+    def drop_device_copies(self) -> None:
+        """Frees what refers to factors on a device."""
+        self._made = None
+
+    def _factors(self, joined: JoinedLowRank, device: torch.device, dtype: torch.dtype) -> Factors | None:
+        """Returns the factors for the kernels; None in RAM, where several LoRAs are not joined."""
+        parts = joined.known_parts(device, dtype) or joined.parts(device, dtype)
+        made = self._made
+        if made is not None and made[0] is parts:
+            return made[1]
+        if len(parts) != 1:
+            return None
+        ((block, scale),) = parts
+        factors = Factors(block.outputs[0].up, block.down, scale.alpha, scale.per_rank)
+        if device.type != "cpu":
+            # In RAM the factors are made anew for each call.
+            self._made = parts, factors
+        return factors
+
+
+class _Facts:
+    """What is the same in all calls of a layer, without its tensors: to find it out takes longer than the rest of a call."""
+
+    def __init__(self) -> None:
+        self._weight: weakref.ref[torch.Tensor] | None = None
+        self._of: tuple[torch.dtype, torch.device, torch.dtype] | None = None
+        """The dtype of the weight, its device and the dtype of the activations that the facts hold for."""
+        self._type: type[Stored] = Stored
+        self._fields: dict[str, Any] = {}
+
+    def stored(self, held: Held, dtype: torch.dtype, device: torch.device) -> Stored | None:
+        """Returns the weight on `device` for the kernels; None if it is stored in a way that they do not read."""
+        weight: Any = held.weight
+        of = weight.dtype, device, dtype
+        if self._weight is None or self._weight() is not weight or self._of != of:
+            if not self._look(held, dtype, device):
+                return None
+            self._weight, self._of = weakref.ref(weight), of
+        stored: Any = object.__new__(self._type)
+        fields = stored.__dict__
+        fields.update(self._fields)
+        data = getattr(weight, "_qdata", weight).data
+        absmax = weight.quant_state.absmax if self._type is Bnb4 else None
+        if data.device != device:
+            # Swapped: the stored bytes alone, without waiting for the card.
+            data = data.to(device, non_blocking=True)
+        if absmax is not None:
+            fields["absmax"] = absmax if absmax.device == device else absmax.to(device, non_blocking=True)
+        fields["data"] = data
+        made: Stored = stored
+        return made
+
+    def _look(self, held: Held, dtype: torch.dtype, device: torch.device) -> bool:
+        scale = None if held.scale is None else held.scale.to(device=device, dtype=dtype)
+        stored = stored_weight(held.weight, scale)
+        if stored is None:
+            return False
+        # Worked out once: it becomes a field.
+        assert stored.kind
+        fields = {**stored.__dict__, "data": None}
+        if isinstance(stored, Bnb4):
+            fields["absmax"] = None
+            if (nested := stored.nested) is not None:
+                small = {name: getattr(nested, name).to(device) for name in ("code", "scales", "offset")}
+                fields["nested"] = replace(nested, **small)
+        elif isinstance(stored, (Fp8, Int8)) and stored.scale is not None:
+            fields["scale"] = stored.scale.to(device)
+        self._type, self._fields = type(stored), fields
+        return True

@@ -1,0 +1,64 @@
+"""The short way of layers without a LoRA, on models that have LoRAs: the host's own temporary weight, made by a kernel.
+
+Bit for bit the host's weight, so that it is no part of a change: it is settled after one, and nothing has to be undone.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Collection
+
+import torch
+
+from .access import ModelAccess
+from .bypass import CAST, call_of_layer
+from .fused import Fused
+from .fused_choice import CHOICE, Key
+from .marked_class import unmark
+
+log = logging.getLogger(__name__)
+
+
+class HostCasts:
+    """Those of one engine."""
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def settle(self, access: ModelAccess, patched: Collection[torch.nn.Module], device: torch.device) -> None:
+        """Gives the short way to the layers of a model that have no LoRA, if the user wants it, and takes it from the others.
+
+        Args:
+            access: The model.
+            patched: Its layers with LoRAs. A model that has none is left alone.
+            device: Where it runs.
+        """
+        wanted = patched and CHOICE.is_on() and CHOICE.casts_too()
+        if not wanted and not self._layers:
+            return
+        try:
+            found = [(layer, raw) for layer, raw in access.raw_weights() if layer not in patched] if wanted else []
+            self.take_all({layer for layer, _ in found} | set(patched))
+            kernels: set[Key] = set()
+            for layer, raw in found:
+                fused = Fused(raw, None)
+                key = fused.key(layer.get_parameter("weight"), device, access.compute_dtype())
+                if key is None or not CHOICE.may_take(key):
+                    continue
+                kernels.add(key)
+                layer.__dict__[CAST] = fused
+                self._layers.add(layer)
+                access.show_bypass(layer, False, call_of_layer)
+            CHOICE.prepare(kernels)
+        except Exception:
+            # The host's own way goes on.
+            log.debug("layers without LoRAs keep their own way", exc_info=True)
+
+    def take_all(self, but: Collection[torch.nn.Module] = ()) -> None:
+        """Takes the short way from all layers but some. The class of a layer with a LoRA is that LoRA's."""
+        for layer in list(self._layers):
+            layer.__dict__.pop(CAST, None)
+            if layer not in but:
+                unmark(layer)
+        self._layers.clear()

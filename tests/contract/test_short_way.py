@@ -1,0 +1,180 @@
+"""Layers of Forge's with low-rank LoRAs on storage of low bits, once the kernels are there."""
+
+import pytest
+import torch
+from support.measure import assert_same, contribution_error, fp32_limit, same_bits
+from support.short_way import take_short_way
+
+from contract.host import LOW_BIT
+from contract.stacks import FILE, dora, faults, lora_on_everything, reference, run, with_loras
+from lib_lora_guard.patching.fused_choice import CHOICE
+from lib_lora_guard.patching.marked_class import class_of
+
+WITH_KERNELS = [
+    storage for storage in LOW_BIT if storage in ("fp8", "scaled_fp8", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K")
+]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    return take_short_way(monkeypatch)
+
+
+def linears(patcher):
+    return [layer for layer in patcher.model.modules() if type(layer).__name__ == "Linear"]
+
+
+@pytest.mark.parametrize("storage", WITH_KERNELS)
+def test_loras_give_what_the_fp32_reference_gives(guarded, storage, passes):
+    patcher, dense = guarded.build(storage)
+    base = run(patcher)
+    loras = [(FILE, lora_on_everything(dense, 1), 0.8)]
+    wanted = reference(patcher, dense, loras)
+    limit = fp32_limit(wanted, base)
+    changed = with_loras(guarded, patcher, *loras)
+    found = run(changed)
+    assert len(passes) == len(linears(patcher)) > 0
+    assert_same(found, wanted, base, limit)
+    for name, wrong in list(faults([*loras, ("b", {}, 0.0)]))[:3]:
+        error = contribution_error(run(with_loras(guarded, patcher, *wrong[:1])), wanted, base)
+        assert error > 2 * limit, f"fault '{name}' would not be seen ({error:.1e}, limit {limit:.1e})"
+    before = len(passes)
+    assert same_bits(run(guarded.load(patcher)), base)
+    assert len(passes) == before
+    assert all(type(layer) is class_of(layer) and "__call__" not in type(layer).__dict__ for layer in linears(patcher))
+
+
+def hook_of_others(layer):
+    handle = layer.register_forward_hook(lambda module, args, output: output)
+    return handle.remove
+
+
+def input_hook_of_others(layer):
+    handle = layer.register_forward_pre_hook(lambda module, args: None)
+    return handle.remove
+
+
+def forward_of_others(layer):
+    layer.forward = lambda x, original=layer.forward: original(x)
+    return lambda: layer.__dict__.pop("forward")
+
+
+def loras_of_forge(layer):
+    layer.forge_online_loras = {}
+    return lambda: layer.__dict__.pop("forge_online_loras")
+
+
+UNUSUAL = [hook_of_others, input_hook_of_others, forward_of_others, loras_of_forge]
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL)
+def test_what_others_put_on_a_layer_sends_it_the_long_way(guarded, passes, unusual):
+    patcher, dense = guarded.build("fp8")
+    changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8))
+    wanted, all_layers = run(changed), linears(patcher)
+    take_back = unusual(all_layers[0])
+    passes.clear()
+    found = run(changed)
+    assert len(passes) == len(all_layers) - 1
+    assert_same(found, wanted, run(guarded.load(patcher)), 1e-4)
+    take_back()
+    passes.clear()
+    run(with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8)))
+    assert len(passes) == len(all_layers)
+
+
+def test_an_image_ends_as_it_began(guarded, passes, monkeypatch):
+    patcher, dense = guarded.build("fp8")
+    changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8))
+    there = []
+    monkeypatch.setattr(CHOICE.compiler, "ready", lambda *key: bool(there), raising=False)
+    run(changed)
+    with CHOICE.image():
+        first = run(changed)
+        there.append(True)
+        with CHOICE.image():
+            # A detailer's image.
+            assert same_bits(run(changed), first)
+        assert not passes
+    with CHOICE.image():
+        run(changed)
+        assert passes
+        there.clear()
+        count = len(passes)
+        run(changed)
+        assert len(passes) == 2 * count
+    passes.clear()
+    with CHOICE.image():
+        run(changed)
+    there.append(True)
+    # Without images a kernel is taken as soon as it is there.
+    CHOICE.held = {}
+    there.clear()
+    run(changed)
+    assert not passes
+    there.append(True)
+    run(changed)
+    assert passes
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("a wrong kernel")])
+def test_a_kernel_that_fails_sends_the_layer_the_long_way(guarded, passes, error, monkeypatch, caplog):
+    patcher, dense = guarded.build("fp8")
+    loras = [(FILE, lora_on_everything(dense, 1), 0.8)]
+    wanted = run(with_loras(guarded, patcher, *loras))
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise error
+
+    from lib_lora_guard.patching import fused
+
+    monkeypatch.setattr(fused, "fused_weight", fail)
+    monkeypatch.setattr(CHOICE, "_failed", set())
+    base = run(guarded.load(patcher))
+    found = run(with_loras(guarded, patcher, *loras))
+    assert_same(found, wanted, base, 1e-4)
+    is_lasting = isinstance(error, ValueError)
+    assert len(calls) == (1 if is_lasting else len(linears(patcher)))
+
+
+def test_a_dora_goes_the_long_way_and_another_strength_the_short_one(guarded, passes):
+    patcher, dense = guarded.build("fp8")
+    base, loras = run(patcher), [(FILE, lora_on_everything(dense, 1), 0.8)]
+    run(with_loras(guarded, patcher, ("dora", dora(dense), 0.8)))
+    assert not passes
+    for strength in (0.8, 0.3, -0.5):
+        loras = [(FILE, lora_on_everything(dense, 1), strength)]
+        assert_same(run(with_loras(guarded, patcher, *loras)), reference(patcher, dense, loras), base)
+    assert len(passes) == 3 * len(linears(patcher))
+
+
+def test_with_gradients_the_long_way_goes(guarded, passes):
+    patcher, dense = guarded.build("fp8")
+    changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8))
+    with torch.enable_grad(), torch.inference_mode(False):
+        linears(changed)[0](torch.zeros(1, 4, linears(changed)[0].in_features))
+    assert not passes
+
+
+def test_layers_without_a_lora_get_the_hosts_own_numbers_if_that_is_wished(guarded, passes, monkeypatch):
+    patcher, dense = guarded.build("fp8")
+    key = "blocks.0.qkv.weight"
+    one = {key: lora_on_everything(dense, 1)[key]}
+    wanted = run(with_loras(guarded, patcher, (FILE, one, 0.8)))
+    passes.clear()
+    monkeypatch.setattr(CHOICE, "casts_too", lambda: True)
+    changed = with_loras(guarded, patcher, ("again", one, 0.8))
+    assert same_bits(run(changed), wanted)
+    count = len(linears(patcher))
+    assert sorted(factors is None for _, factors in passes) == [False, *[True] * (count - 1)]
+    # With a LoRA on all of them, and with none.
+    passes.clear()
+    run(with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8)))
+    assert [factors is None for _, factors in passes] == [False] * count
+    run(with_loras(guarded, patcher, (FILE, one, 0.8)))
+    passes.clear()
+    run(guarded.load(patcher))
+    assert not passes
+    assert all(type(layer) is class_of(layer) for layer in linears(patcher))

@@ -1,0 +1,90 @@
+"""Layers of Neo's with low-rank LoRAs on storage of low bits, once the kernels are there."""
+
+import pytest
+import torch
+from contract.stacks import FILE, lora_on_everything, reference, run
+from support.measure import assert_same, fp32_limit, same_bits
+from support.short_way import take_short_way
+
+from contract_neo.host import REAL, STORAGES
+from lib_lora_guard.patching.marked_class import class_of
+
+WITH_KERNELS = [
+    storage for storage in STORAGES if storage in ("fp8", "kitchen fp8", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K")
+]
+LORAS = [(FILE, lora_on_everything, 0.8)]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    return take_short_way(monkeypatch)
+
+
+def quantised(patcher):
+    """The layers whose weights have few bits."""
+    found = [m for m in patcher.model.modules() if any(kind.__name__ == "Linear" for kind in type(m).__mro__)]
+    for layer in found:
+        # A card without fp8 products.
+        layer.__dict__["_full_precision_mm"] = True
+    return found
+
+
+@pytest.mark.parametrize("storage", WITH_KERNELS)
+def test_loras_give_what_the_fp32_reference_gives(guarded, storage, passes):
+    patcher, dense = guarded.build(storage)
+    layers = quantised(patcher)
+    base = run(patcher)
+    loras = [(FILE, lora_on_everything(dense, 1), 0.8)]
+    wanted = reference(patcher, dense, loras)
+    limit = fp32_limit(wanted, base)
+    changed = guarded.load(guarded.with_loras(patcher, *loras))
+    assert_same(run(changed), wanted, base, limit)
+    assert len(passes) == len(layers) > 0
+    assert f"bypass, {len(layers)} of them fused (low rank)" in str(guarded.report(changed).loras[0])
+    stronger = [(FILE, loras[0][1], 0.84)]
+    assert_same(
+        run(guarded.load(guarded.with_loras(patcher, *stronger))), reference(patcher, dense, stronger), base, limit
+    )
+    count = len(passes)
+    assert same_bits(run(guarded.load(patcher)), base)
+    assert len(passes) == count
+    assert all("__call__" not in type(layer).__dict__ and type(layer) is class_of(layer) for layer in layers)
+
+
+def test_the_product_of_a_quantised_format_stays(guarded, passes):
+    patcher, dense = guarded.build("kitchen fp8")
+    for layer in quantised(patcher):
+        layer.__dict__["_full_precision_mm"] = False
+    run(guarded.load(guarded.with_loras(patcher, (FILE, lora_on_everything(dense, 1), 0.8))))
+    assert not passes
+
+
+def test_a_function_of_others_on_the_weight_sends_the_layer_the_long_way(guarded, passes):
+    patcher, dense = guarded.build("fp8")
+    changed = guarded.load(guarded.with_loras(patcher, (FILE, lora_on_everything(dense, 1), 0.8)))
+    layers = quantised(changed)
+    run(changed)
+    assert len(passes) == len(layers)
+    layers[0].weight_function = [lambda weight: weight * 1.0]
+    passes.clear()
+    run(changed)
+    assert len(passes) == len(layers) - 1
+    layers[0].weight_function = []
+
+
+@pytest.mark.skipif(REAL, reason="the double's layers are compiled")
+def test_compiled_code_goes_the_long_way(guarded, passes):
+    patcher, dense = guarded.build("fp8")
+    base = run(patcher)
+    loras = [(FILE, lora_on_everything(dense, 1), 0.8)]
+    changed = guarded.load(guarded.with_loras(patcher, *loras))
+    layer = quantised(changed)[0]
+    x = torch.randn(1, 4, layer.in_features)
+    with torch.inference_mode():
+        wanted = layer(x)
+        passes.clear()
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        found = compiled(x)
+    assert not passes
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert base.shape

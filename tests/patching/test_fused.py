@@ -1,0 +1,151 @@
+"""The short way of a layer: its values on every storage in four bits, and what it must not keep or do."""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from support.make import host_value, rand
+from support.measure import assert_same
+from support.reference import merge_reference
+from support.short_way import bnb_parameter, take_short_way
+
+from lib_lora_guard.adapters import parse_term
+from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight
+from lib_lora_guard.patching import fused, low_rank
+from lib_lora_guard.patching.bypass import Bypass, call_of_layer
+from lib_lora_guard.patching.marked_class import class_of, mark, unmark
+
+SHAPE = 24, 64
+
+
+@pytest.fixture(autouse=True)
+def passes(monkeypatch):
+    with torch.no_grad():
+        yield take_short_way(monkeypatch)
+
+
+class Layer(torch.nn.Module):
+    """As Forge's 4-bit layer: its own code multiplies with a dense weight."""
+
+    def __init__(self, parameter, dense):
+        super().__init__()
+        self.weight, self.dense = parameter, dense
+        self.bias = torch.nn.Parameter(rand(dense.shape[0], seed=9), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.dense, self.bias)
+
+
+def entries(*strengths):
+    return [[s, host_value("lora", SHAPE, n + 1), 1.0, None, None] for n, s in enumerate(strengths)]
+
+
+def patched(layer, stack):
+    hook = Bypass("layer.weight", tuple(parse_term(one, {}) for one in stack), SHAPE)
+    hook.fused = fused.Fused(ForgeWeight(lambda: False), hook.low_rank)
+    hook.attach(layer)
+    mark(layer, "test", call=call_of_layer)
+    return hook
+
+
+def wanted(layer, stack, x):
+    weight = merge_reference(stack, layer.dense.double())
+    return torch.nn.functional.linear(x.double(), weight, layer.bias.double())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("tokens", [(3, 64), (2, 5, 64)])
+def test_four_bits(kind, tokens, passes):
+    layer, x, stack = Layer(*bnb_parameter(rand(*SHAPE, seed=4), kind)), rand(*tokens, seed=3), entries(0.8)
+    base = layer(x)
+    hook = patched(layer, stack)
+    assert_same(layer(x), wanted(layer, stack, x), base)
+    assert len(passes) == 1
+    # A single token: bitsandbytes multiplies with the stored numbers, and the bypass adds to that.
+    one = rand(1, 64, seed=5)
+    assert_same(layer(one), wanted(layer, stack, one), class_of(layer).forward(layer, one))
+    assert len(passes) == 1
+    hook.detach(layer)
+    assert torch.equal(layer(x), base)
+    unmark(layer)
+    assert torch.equal(layer(x), base)
+
+
+def test_several_strengths_and_their_change_between_two_calls(monkeypatch, passes):
+    # As on a card, where LoRAs are joined along the rank.
+    monkeypatch.setattr(low_rank, "joins_on", lambda device: True)
+    layer, x, stack = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(3, 64, seed=3), entries(0.8, -0.3, 0.5)
+    base = layer(x)
+    hook = patched(layer, stack)
+    assert_same(layer(x), wanted(layer, stack, x), base)
+    stack = entries(0.2, 0.9, 0.5)
+    joined = hook.low_rank
+    joined.exchange(low_rank.Scaling(joined.scales_at(one[0] for one in stack), low_rank.ScaleVectors()))
+    assert_same(layer(x), wanted(layer, stack, x), base)
+    assert len(passes) == 2
+
+
+def test_parts_of_a_weight_go_the_long_way():
+    stack = [[0.8, host_value("lora", (8, 64), 1), 1.0, (0, 8, 8), None]]
+    assert not Bypass("layer.weight", tuple(parse_term(one, {}) for one in stack), SHAPE).low_rank.is_one_product
+    assert Bypass("w", tuple(parse_term(one, {}) for one in entries(1.0)), SHAPE).low_rank.is_one_product
+
+
+def test_a_weight_that_the_host_moves_away_is_freed(passes):
+    layer, x = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(3, 64, seed=3)
+    patched(layer, entries(0.8))
+    layer(x)
+    gone = weakref.ref(layer.weight), weakref.ref(layer.weight.quant_state)
+    memory = {layer.weight.data_ptr(), layer.weight.quant_state.absmax.data_ptr()}
+    passes.clear()
+    # Beside the old one, so that it cannot lie in the same place.
+    layer.weight, layer.dense = bnb_parameter(rand(*SHAPE, seed=6))
+    gc.collect()
+    assert gone[0]() is None
+    assert gone[1]() is None
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type == "cpu"]
+    assert not memory & {one.untyped_storage().data_ptr() for one in tensors}
+    stack = entries(0.8)
+    assert_same(layer(x), wanted(layer, stack, x), class_of(layer).forward(layer, x))
+    assert len(passes) == 1
+
+
+def test_weights_that_are_elsewhere_go_the_long_way(passes):
+    layer, x = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(3, 64, seed=3)
+    layer._parameters["weight"] = torch.nn.Parameter(layer.weight.data.to("meta"), requires_grad=False)
+    patched(layer, entries(0.8))
+    layer(x)
+    assert not passes
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_swapped_weight_comes_as_it_is_stored(passes, monkeypatch, nested):
+    layer, card = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), torch.device("meta")
+    if nested:
+        state, second = layer.weight.quant_state, type("State", (), {})()
+        second.code, second.absmax, second.blocksize = torch.zeros(256), torch.zeros(1), 256
+        state.nested, state.state2, state.offset = True, second, torch.zeros(())
+        state.absmax = state.absmax.to(torch.uint8)
+    hook, made = patched(layer, entries(0.8)), []
+
+    def on_card(stored, factors, dtype):
+        made.append(stored)
+        return torch.empty(SHAPE, device=card)
+
+    monkeypatch.setattr(fused, "fused_weight", on_card)
+    assert layer(torch.empty(3, 64, device=card)).shape == (3, 24)
+    (stored,) = made
+    there = [
+        stored.data,
+        stored.absmax,
+        *([stored.nested.code, stored.nested.scales, stored.nested.offset] if nested else []),
+    ]
+    assert {tensor.device for tensor in there} == {card}
+    assert layer.weight.device == layer.bias.device == torch.device("cpu")
+    monkeypatch.setattr(hook.fused, "_raw", ForgeWeight(lambda: True))
+    with contextlib.suppress(RuntimeError):
+        # Its own code, which here does not bring the weight.
+        layer(torch.empty(3, 64, device=card))
+    assert len(made) == 1
