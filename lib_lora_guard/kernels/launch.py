@@ -11,7 +11,7 @@ import torch
 
 from ..weights.bnb4 import LEVELS
 from .factors import Factors
-from .recipes import LARGEST_CHUNK, Tile, recipe_of, tile_of
+from .recipes import Tile, chunk_of, recipe_of, tile_of
 from .stored import Bnb4, Fp8, Gguf, Int8, Stored
 
 ALIGNED_BYTES = 16
@@ -23,6 +23,11 @@ _FIRST_WITH_CONSTANTS = (3, 3)
 def interprets() -> bool:
     """Returns True where Triton calculates on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_fp8_instructions() -> bool:
+    """Returns True where the present card converts fp8 itself: sm_89 and newer."""
+    return not interprets() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 class Kernel:
@@ -57,16 +62,25 @@ class Kernel:
         self._bucket = bucket
         self.function: Any = getattr(triton_kernels, recipe.function)
         self.tile = tile or tile_of(recipe, bucket)
+        spans, downwards = self.tile.spans, self.tile.downwards
+        self._program = self.tile.rows * (spans if downwards else 1), self.tile.columns * (1 if downwards else spans)
         self.constants: dict[str, Any] = {
             **recipe.constants,
             "VALUES": names[recipe.values or layer],
             "RANKS": bucket,
-            "CHUNK": min(bucket, LARGEST_CHUNK),
+            "CHUNK": chunk_of(bucket, self.tile),
             "HAS_PER_RANK": per_rank,
             "EVEN_RANK": even_rank,
             "BO": self.tile.rows,
             "BI": self.tile.columns,
+            "SPANS": self.tile.spans,
+            "DOWNWARDS": self.tile.downwards,
+            "STAGES": self.tile.stages,
         }
+        if recipe.function == "scaled":
+            self.constants["NATIVE"] = has_fp8_instructions()
+        if recipe.function == "bnb4":
+            self.constants["SHUFFLE"] = not interprets()
         self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": False}
         self._handle: Callable[[tuple[int, int, int], tuple[Any, ...]], None] | None = None
 
@@ -104,7 +118,8 @@ class Kernel:
             joined |= address
         if joined % ALIGNED_BYTES:
             return None
-        grid = (-(-columns // self.tile.columns), -(-rows // self.tile.rows), 1)
+        high, wide = self._program
+        grid = (-(-columns // wide), -(-rows // high), 1)
         if self._handle is None:
             self._launch_first(grid, _typed(stored, tensors), step, numbers)
         else:
@@ -161,6 +176,8 @@ def _typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Ten
         return (flat.view(torch.int16), wide, *rest)
     if isinstance(stored, (Fp8, Bnb4)):
         data = data.reshape(-1).view(torch.uint8)
+    if isinstance(stored, Bnb4) and not stored.is_crossing:
+        data = data.view(torch.int32)
     return (data, second, *rest)
 
 

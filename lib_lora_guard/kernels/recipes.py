@@ -13,18 +13,42 @@ from typing import NamedTuple
 
 from .stored import BAKED_BYTES, BLOCKS
 
-BUCKETS = (16, 32, 64, 128, 256)
-"""Joined ranks are filled up to one of these, so that few kernels are compiled."""
+BUCKETS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+"""Joined ranks are filled up to one of these, so that few kernels are compiled, and no product is much larger than it must be."""
 LARGEST_CHUNK = 64
 """Ranks of one product in a kernel: more of them would not fit into the shared memory of older cards."""
 
 
 class Tile(NamedTuple):
-    """The part of a weight that one program makes, and the warps it takes."""
+    """The part of a weight that one program makes at once, and how.
+
+    Attributes:
+        rows: Its rows.
+        columns: Its columns.
+        warps: The warps of a program.
+        spans: Tiles of a program. Side by side they share their part of `up`, below each other that of `down`.
+        stages: Tiles (where there is one: chunks of ranks) whose loads are under way at once.
+        chunk: Ranks of one product; 0 for as many as the bucket allows.
+        downwards: True for tiles below each other.
+    """
 
     rows: int
     columns: int
     warps: int
+    spans: int = 1
+    stages: int = 1
+    chunk: int = 0
+    downwards: bool = False
+
+
+TILES: Mapping[str, tuple[tuple[int, Tile], ...]] = {
+    "scaled": ((16, Tile(32, 256, 4)), (256, Tile(128, 64, 4))),
+    "bnb4": ((16, Tile(32, 128, 8)), (256, Tile(64, 64, 4))),
+    "bnb4 crossing": ((256, Tile(32, 128, 4)),),
+    "gguf 32": ((16, Tile(16, 256, 4)), (256, Tile(32, 128, 4))),
+    "gguf 256": ((16, Tile(32, 256, 4)), (256, Tile(32, 256, 8))),
+}
+"""By family of storages: the tile up to a bucket. Measured on an H200 (`benchmarks/kernels_gpu.py --tiles` and `--variants`)."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +94,22 @@ def bucket_of(rank: int) -> int | None:
     return 0 if rank == 0 else next((bucket for bucket in BUCKETS if rank <= bucket), None)
 
 
+def chunk_of(bucket: int, tile: Tile) -> int:
+    """Returns the ranks of one product, a power of two that divides the bucket."""
+    return tile.chunk if 0 < tile.chunk <= bucket and bucket % tile.chunk == 0 else min(bucket & -bucket, LARGEST_CHUNK)
+
+
 def tile_of(recipe: Recipe, bucket: int) -> Tile:
-    """Returns the tile of a kernel. Measured on an H200 (benchmarks/kernels_gpu.py --tiles)."""
-    if recipe.function == "scaled":
-        return Tile(64, 128, 8) if bucket <= LARGEST_CHUNK else Tile(64, 64, 8)
+    """Returns the tile of a kernel, from TILES."""
+    return next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
+
+
+def _family(recipe: Recipe) -> str:
     if recipe.function == "bnb4":
-        return Tile(32, 128, 4) if recipe.constants["CROSSING"] else Tile(32, 256, 8)
-    return Tile(32, 256, 8) if recipe.constants["BLOCK"] == 256 else Tile(32, 128, 4)
+        return "bnb4 crossing" if recipe.constants["CROSSING"] else "bnb4"
+    if recipe.function == "gguf":
+        return "gguf 256" if recipe.constants["BLOCK"] == 256 else "gguf 32"
+    return recipe.function
 
 
 def _recipe(function: str, values: str, **constants: str | int | bool) -> Recipe:

@@ -41,22 +41,27 @@ KINDS = {
 WITH_LORA = ("int8 scaled", "nf4 64 by fp16", "Q8_0 baked by fp16", "Q4_K baked by fp16")
 """One of each shape of tile: what adds the factors is the same for all."""
 RANKS = (1, 16, 100, 256)
+LOOPS = (
+    ("fp8 e4m3", 24, True, {"spans": 2, "stages": 2}), ("nf4 64 by fp16", 48, True, {"spans": 2, "stages": 2, "downwards": True}),
+    ("fp8 e4m3", 48, False, {"stages": 2}),
+)  # fmt: skip
+"""Several tiles a program, and ranks in a loop."""
 FAULTS = {
     "a block skipped": ("Q8_0 baked by fp16", 0, "(first + g < groups)[None, :]", "(first + g < groups - 1)[None, :]"),
-    "a scale left out": ("fp8 e4m3 scaled odd", 0, "w = w * s[:, None]", "w = w"),
-    "nibbles swapped": ("nf4 64 by fp16", 0, "tl.join(high, low), (BO, G, SPAN)", "tl.join(low, high), (BO, G, SPAN)"),
+    "a scale left out": ("fp8 e4m3 scaled odd", 0, "w = w.to(tl.float32) * s[:, None]", "w = w"),
+    "nibbles swapped": ("nf4 64 by fp16", 0, "tl.join(even, odd)", "tl.join(odd, even)"),
     "the minimum left out": ("Q4_K", 0, "VALUES) - m[:, :, None]", "VALUES)"),
     "NaN lost": ("fp8 e4m3", 0, '(b & 0x7F) == 0x7F, float("nan")', '(b & 0x7F) == 0x7F, 480.0'),
     "a rounding left out": ("Q5_K by fp16", 0, "d = _rounded(_scale(WORDS2, block, inside, tl.float16, VALUES) * small, VALUES)",
                             "d = _scale(WORDS2, block, inside, tl.float16, VALUES) * small"),
     "ranks left out": ("fp8 e4m3", 100, "tl.static_range(0, RANKS, CHUNK)", "tl.static_range(0, CHUNK, CHUNK)"),
-    "the first ranks added twice": ("fp8 e4m3", 100, "rr = first + tl.arange(0, CHUNK)", "rr = tl.arange(0, CHUNK)"),
-    "alpha left out": ("fp8 e4m3", 5, "product * alpha", "product"),
+    "the first ranks added twice": ("fp8 e4m3", 100, "tl.arange(0, BO), first + tl.arange", "tl.arange(0, BO), tl.arange"),
+    "alpha left out": ("fp8 e4m3", 5, "0.0, tl.float32) + alpha", "1.0, tl.float32)"),
 }  # fmt: skip
 
 
-def kernel_of(kind, rank, per_rank):
-    return Kernel(kind, FP16, bucket_of(rank), rank % 16 == 0, per_rank, KINDS[kind])
+def kernel_of(kind, rank, per_rank, **tile):
+    return Kernel(kind, FP16, bucket_of(rank), rank % 16 == 0, per_rank, KINDS[kind]._replace(**tile))
 
 
 def failure(call):
@@ -105,6 +110,12 @@ def interpret():
         found[f"{kind}, rank 5"] = failure(lambda kind=kind: probe(kernel_of(kind, 5, True), 5, CPU))
     for rank in RANKS:
         found[f"rank {rank}"] = failure(lambda rank=rank: probe(kernel_of("fp8 e4m3", rank, False), rank, CPU))
+    for kind, rank, per_rank, tile in LOOPS:
+        found[f"{kind}, rank {rank}, {tile}"] = failure(
+            lambda kind=kind, rank=rank, per_rank=per_rank, tile=tile: probe(
+                kernel_of(kind, rank, per_rank, **tile), rank, CPU
+            )
+        )
     found["infinities"] = failure(infinite)
     with tempfile.TemporaryDirectory() as folder:
         for name, (kind, rank, old, new) in FAULTS.items():
