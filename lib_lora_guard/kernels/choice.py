@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -217,8 +218,14 @@ def _aside(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]  # torch's
+        with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
             yield
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all probes: PyTorch keeps memory for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _short(why: str) -> str:

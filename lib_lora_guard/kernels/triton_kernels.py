@@ -13,7 +13,7 @@ TAIL, the arguments that all kernels end with:
     BO, BI: rows and columns of a tile.
 """
 
-# ruff: noqa: N803, N806, RET505, SIM108  # Triton's style: capitals, and branches that its compiler chooses by constants
+# ruff: noqa: N803, N806, RET505, RUF005, SIM108  # Triton's style: capitals, and branches that its compiler chooses by constants
 # mypy: ignore-errors
 
 import triton
