@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..messages import Message, reason, say
-from .launch import Kernel, interprets
+from .launch import Kernel, interprets, load_triton
 from .probe import probe
 from .recipes import bucket_of, recipe_of
 
@@ -96,6 +96,8 @@ class Kernels:
     def prepare(self, kinds: Iterable[str], device: torch.device, dtype: torch.dtype, ranks: Iterable[int]) -> None:
         """Begins to compile and probe in a background thread, each kernel once; returns at once.
 
+        The thread imports Triton first, which slows the others: best called as soon as a model is loaded.
+
         Args:
             kinds: `Stored.kind` of the weights.
             device: Where they lie when they are used.
@@ -135,6 +137,8 @@ class Kernels:
 
     def _work(self) -> None:
         begin, done = time.monotonic(), 0
+        with contextlib.suppress(Exception):  # said where the first kernel is made
+            load_triton()
         while True:
             with self._lock:
                 if not self._jobs:

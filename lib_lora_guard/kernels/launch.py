@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Callable
 from functools import cache
@@ -23,6 +25,19 @@ _FIRST_WITH_CONSTANTS = (3, 3)
 def interprets() -> bool:
     """Returns True where Triton calculates on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def load_triton() -> None:
+    """Imports all that a first launch would import: 0.2 s and more of the interpreter's lock.
+
+    Raises:
+        ImportError: There is no Triton, or it fails to load.
+    """
+    from . import triton_kernels  # noqa: F401  # imports Triton
+
+    for module in ("triton.compiler", "triton.experimental.gluon"):
+        with contextlib.suppress(ImportError):  # not in every Triton
+            importlib.import_module(module)
 
 
 def has_fp8_instructions() -> bool:
