@@ -131,9 +131,9 @@ class WeightFile:
         found = {key: entry for key, one in parameters.items() if (entry := self.find(key, one)) is not None}
         if not found:
             return {}
-        self._open(next(iter(parameters.values())).device)
         proven: dict[str, FileBackup] = {}
         try:
+            self._open(next(iter(parameters.values())).device)
             unknown = []
             for key, entry in found.items():
                 sums = self._known.get(entry.name)

@@ -35,6 +35,7 @@ PIECE_BYTES = 4 * MB
 BUFFERS = 8
 """Of PIECE_BYTES each: 32 MB of RAM are all that it takes."""
 THREADS = 8
+THREAD_NAME = "lora-guard-file"
 ATTEMPTS = 3
 """How often a piece is asked for: a share may miss a beat."""
 
@@ -166,7 +167,9 @@ class FileReader:
     def close(self) -> None:
         """Closes the file and frees the ring. Idempotent."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            # The collector may run this in one of the pool's threads, which cannot wait for itself.
+            is_mine = threading.current_thread().name.startswith(THREAD_NAME)
+            self._pool.shutdown(wait=not is_mine, cancel_futures=True)
         self._buffers, self._free, self._planned, self._under_way = [], deque(), deque(), deque()
         for file in self._files:
             with contextlib.suppress(OSError):
@@ -239,7 +242,7 @@ class FileReader:
 
     def _start(self, piece: Piece, into: torch.Tensor) -> Future[None]:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(len(self._files), "lora-guard-file")
+            self._pool = ThreadPoolExecutor(len(self._files), THREAD_NAME)
         return self._pool.submit(self._fill, piece, into)
 
     def _finish(self, piece: Piece, into: torch.Tensor, future: Future[None]) -> None:

