@@ -70,7 +70,9 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=9, help="of apply, change, remove, and of the steps")
     parser.add_argument("--folder", type=Path, default=Path("."), help="for the checkpoint file: on a disk, not in RAM")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--time-limit", type=float, default=540, help="seconds; what is not reached by then is left out")
+    parser.add_argument(
+        "--time-limit", type=float, default=540, help="seconds; what is not reached by then is left out"
+    )
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -198,9 +200,7 @@ class Bench:
         for name in list(dict(self.model.named_parameters())):
             layer, _, last = name.rpartition(".")
             value = read_tensors(header, ["model." + name])["model." + name]
-            setattr(
-                self.model.get_submodule(layer), last, torch.nn.Parameter(value.to(DEVICE), requires_grad=False)
-            )
+            setattr(self.model.get_submodule(layer), last, torch.nn.Parameter(value.to(DEVICE), requires_grad=False))
         gc.collect()
 
     def _factors(self, named):
@@ -284,7 +284,9 @@ class Bench:
             ram.setdefault("changed", above(memory(), before))
             ram.setdefault("peak_changing_mb", round((peak.mb() - before["anonymous_mb"]), 1))
             if "step" not in result:
-                kinds = {getattr(one, "backup", None) and one.backup.place.where.value for one in engine.attached.values()}
+                kinds = {
+                    getattr(one, "backup", None) and one.backup.place.where.value for one in engine.attached.values()
+                }
                 result["backups"] = sorted(map(str, kinds))
                 result["step"] = median(self.steps())
             change("remove", None)
@@ -375,7 +377,10 @@ def memory():
 
         return {"anonymous_mb": psutil.Process().memory_info().rss / MB, "other_mb": 0.0}
     found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines[1:] if line.endswith("kB")}
-    return {"anonymous_mb": found.get("Anonymous", 0.0), "other_mb": found.get("Rss", 0.0) - found.get("Anonymous", 0.0)}
+    return {
+        "anonymous_mb": found.get("Anonymous", 0.0),
+        "other_mb": found.get("Rss", 0.0) - found.get("Anonymous", 0.0),
+    }
 
 
 def above(now, before):

@@ -134,32 +134,16 @@ class WeightFile:
         proven: dict[str, FileBackup] = {}
         try:
             self._open(next(iter(parameters.values())).device)
-            unknown = []
-            for key, entry in found.items():
-                sums = self._known.get(entry.name)
-                if sums is None or not torch.equal(self._sums(parameters[key]), sums):
-                    unknown.append(key)
-                else:
-                    proven[key] = self._backup(key, parameters[key], entry, sums)
+            known = {key: sums for key, entry in found.items() if (sums := self._known.get(entry.name)) is not None}
+            here = _in_ram([self._checksums_there(bytes_of(parameters[key])) for key in known])
+            for (key, sums), now in zip(known.items(), here, strict=True):
+                if torch.equal(now, sums):
+                    proven[key] = self._backup(key, parameters[key], found[key], sums)
+            unknown = [key for key in found if key not in proven]
             unknown.sort(key=lambda key: found[key].start)
-            differ, read_bytes, started = 0, 0, time.perf_counter()
-            self._expect(found[key] for key in unknown)
-            for place, key in enumerate(unknown):
-                entry = found[key]
-                sums = self._compare(entry, parameters[key])
-                if sums is None:
-                    differ += 1
-                    if differ == MOST_DIFFERENT and not proven:
-                        raise FileUnfitError(Message("memory.file_differs", {"count": differ}))
-                    self._expect(found[key] for key in unknown[place + 1 :])
-                    continue
-                self._known[entry.name] = sums
-                proven[key] = self._backup(key, parameters[key], entry, sums)
-                read_bytes += entry.bytes
-                rate = read_bytes / max(time.perf_counter() - started, 1e-9)
-                if read_bytes >= JUDGED_BYTES and rate < LEAST_BYTES_PER_SECOND:
-                    facts = {"rate": rate / MB, "least": LEAST_BYTES_PER_SECOND / MB}
-                    raise FileUnfitError(Message("memory.file_slow", facts))
+            for key, sums in self._read_and_compare({key: (found[key], parameters[key]) for key in unknown}).items():
+                self._known[found[key].name] = sums
+                proven[key] = self._backup(key, parameters[key], found[key], sums)
         except BaseException:
             for backup in proven.values():
                 backup.release()
@@ -221,40 +205,56 @@ class WeightFile:
             self._reader.close()
             self._reader, self._factors = None, {}
 
-    def _expect(self, entries: Iterable[TensorEntry]) -> None:
-        assert self._reader is not None
-        self._reader.expect(Piece(entry.start, entry.bytes) for entry in entries)
-
     def _backup(self, key: str, parameter: torch.nn.Parameter, entry: TensorEntry, sums: torch.Tensor) -> FileBackup:
         region = Region(Piece(entry.start, entry.bytes), tuple(parameter.shape), parameter.dtype, sums)
         return FileBackup(key, self, region, parameter.requires_grad)
 
-    def _compare(self, entry: TensorEntry, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        """Returns the checksums of a parameter that has the file's bytes; None if it has others."""
+    def _read_and_compare(self, pairs: Mapping[str, tuple[TensorEntry, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+        """Returns the checksums of the parameters that have the file's bytes, by name.
+
+        Until one is equal the card is asked about each: it may be another file. Then about all of them at once: each
+        question makes the link wait.
+        """
+        assert self._reader is not None
+        self._reader.expect(Piece(entry.start, entry.bytes) for entry, _ in pairs.values())
+        read_bytes, different, started = 0, 0, time.perf_counter()
+        keys: list[str] = []
+        sums, differ = [], []
+        for key, (entry, parameter) in pairs.items():
+            own, differs = self._compare(entry, parameter)
+            if not keys and bool(differs):
+                different += 1
+                if different == MOST_DIFFERENT:
+                    raise FileUnfitError(Message("memory.file_differs", {"count": different}))
+                continue
+            keys.append(key)
+            sums.append(own)
+            differ.append(differs)
+            read_bytes += entry.bytes
+            rate = read_bytes / max(time.perf_counter() - started, 1e-9)
+            if read_bytes >= JUDGED_BYTES and rate < LEAST_BYTES_PER_SECOND:
+                facts = {"rate": rate / MB, "least": LEAST_BYTES_PER_SECOND / MB}
+                raise FileUnfitError(Message("memory.file_slow", facts))
+        if not keys:
+            return {}
+        others = torch.stack(differ).tolist()
+        return {key: own for key, own, is_other in zip(keys, _in_ram(sums), others, strict=True) if not is_other}
+
+    def _compare(self, entry: TensorEntry, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the checksums of a parameter and a truth value, "it differs from the file", both where it lies."""
         assert self._reader is not None
         here = bytes_of(parameter)
         scratch = torch.empty(min(BLOCK_BYTES, entry.bytes), dtype=torch.uint8, device=here.device)
-        found = []
+        differ, sums = [], []
         for start in range(0, entry.bytes, BLOCK_BYTES):
             size = min(BLOCK_BYTES, entry.bytes - start)
             part, there = here.narrow(0, start, size), scratch[:size]
             self._reader.read(Piece(entry.start + start, size), there)
-            differs = (words_of(there) != words_of(part)).any()
-            if start == 0 and bool(differs):
-                return None
-            found += [self._checksums_there(part), differs.long().view(1)]
-        # One question to the card for all of them.
-        whole = torch.cat(found).cpu()
-        ends = torch.tensor([one.numel() for one in found]).cumsum(0)
-        differ = ends[1::2] - 1
-        if bool(whole[differ].any()):
-            return None
-        kept = torch.ones(whole.numel(), dtype=torch.bool)
-        kept[differ] = False
-        return whole[kept]
-
-    def _sums(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        return self._checksums(bytes_of(parameter))
+            differ.append((words_of(there) != words_of(part)).any())
+            sums.append(self._checksums_there(part))
+        if len(sums) == 1:
+            return sums[0], differ[0]
+        return torch.cat(sums), torch.stack(differ).any()
 
     def _checksums(self, flat: torch.Tensor) -> torch.Tensor:
         return self._checksums_there(flat).cpu()
@@ -341,6 +341,14 @@ class FileBackups:
 def bytes_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Returns the memory of a contiguous parameter as flat bytes."""
     return parameter.detach().view(-1).view(torch.uint8)
+
+
+def _in_ram(sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns checksums in RAM; the card is asked for all of them at once."""
+    if not sums:
+        return []
+    # Cloned: a part would keep the whole for as long as its weight lives.
+    return [one.clone() for one in torch.split(torch.cat(list(sums)).cpu(), [one.numel() for one in sums])]
 
 
 def _is_provable(parameter: torch.nn.Parameter) -> bool:
