@@ -43,7 +43,7 @@ from .backup import Backup, BackupStore, Budget, Originals
 from .file_backup import FileBackups
 from .fused_choice import CHOICE, Key
 from .host_casts import HostCasts
-from .merge_room import with_room
+from .merge_room import only_from_files, with_room
 from .neighbours import Neighbours, Place
 from .placed import Found
 from .plan import Plan, PlannedWeight, plan_weights
@@ -248,6 +248,8 @@ class Engine:
         while True:
             plan = self._plan(accepted, reports, wish, leave_out)
             self._prove(plan, in_files, access.name)
+            if wish is Wish.MERGE_FROM_FILE:
+                plan = only_from_files(plan, self.attached, in_files)
             backed_up = {*self._offloaded, *in_files}
             if wish is not Wish.MERGE:
                 plan = with_room(plan, self.attached, backed_up, self._budget, device, access.name)

@@ -15,7 +15,7 @@ from ..planning.mode import Choice, Mode, Wish, choose_mode
 from ..units import MB
 from .access import Site
 from .attachments import Attachment, MergeAttachment
-from .backup import lies_in_ram, parameter_bytes
+from .backup import Where, lies_in_ram, parameter_bytes
 from .plan import Plan, PlannedWeight, facts_of
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,30 @@ def with_room(
             need_mb=total / MB,
             free_mb=spare.ram_spare_bytes / MB,
         )
+    return result
+
+
+def only_from_files(plan: Plan, attached: Mapping[str, Attachment], in_files: Collection[str]) -> Plan:
+    """Returns `plan`, in which every weight that could be merged is, with the choice of "auto" for those whose original would
+    need a copy.
+
+    It depends on the file and on which weights lie on the card: for users who ask for it, not for "auto" itself, which is to give the
+    same picture on every card.
+
+    Args:
+        plan: The weights of the next stack.
+        attached: The attachments of the present stack, by name.
+        in_files: Weights whose file is proven to have them.
+    """
+    result = dict(plan)
+    for key, one in plan.items():
+        old = attached.get(key)
+        has_file = (
+            isinstance(old, MergeAttachment) and old.backup.place.where is Where.FILE and _is_merged(old, one.site)
+        )
+        if one.mode is Mode.MERGE and key not in in_files and not has_file:
+            choice = choose_mode(facts_of(one.site), one.terms, Wish.AUTO, one.forms)
+            result[key] = PlannedWeight(one.site, one.terms, choice)
     return result
 
 
