@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.make import Net, host_value
 from support.measure import same_bits
 
@@ -19,7 +19,7 @@ from lib_lora_guard.patching import attachments, backup, file_backup, file_reade
 from lib_lora_guard.patching.backup import Where
 from lib_lora_guard.patching.engine import Engine, LoraRequest
 from lib_lora_guard.patching.file_reader import FileReader, Piece
-from lib_lora_guard.planning.mode import Wish
+from lib_lora_guard.planning.mode import Mode, Wish
 from lib_lora_guard.units import GB
 
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ def test_what_is_not_proven_gets_an_ordinary_backup(scene):
     """One weight differs in one bit from the file, another has its name and shape in another dtype."""
     differs, key_in_file = scene.keys[0], "model." + scene.keys[1]
     scene.damage(differs, byte=2 * SIZE * SIZE - 1)
-    tensors = {**file_backup_tensors(scene.path), key_in_file: scene.tensors[key_in_file].half()}
+    tensors = {**load_file(scene.path), key_in_file: scene.tensors[key_in_file].half()}
     save_file(tensors, scene.path)
     scene.change()
     places = {key: one.backup.place.where for key, one in scene.engine.attached.items()}
@@ -155,10 +155,15 @@ def test_what_is_not_proven_gets_an_ordinary_backup(scene):
     assert scene.is_original()
 
 
-def file_backup_tensors(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
+def test_a_merge_that_is_wished_where_it_is_free_leaves_the_others_to_auto(scene):
+    differs = scene.keys[0]
+    scene.damage(differs)
+    for strength in (0.7, 0.2):
+        scene.engine.change(scene.access, scene.stack(strength), Wish.MERGE_FROM_FILE)
+        modes = {key: one.mode for key, one in scene.engine.attached.items()}
+        assert modes == {key: Mode.BYPASS if key == differs else Mode.MERGE for key in scene.keys}
+    scene.remove()
+    assert scene.is_original()
 
 
 def gone(scene, monkeypatch):
