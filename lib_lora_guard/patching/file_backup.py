@@ -48,8 +48,8 @@ JUDGED_BYTES = 64 * MB
 """Read before the speed counts: opening a file takes its time."""
 MOST_DIFFERENT = 8
 """Weights that differ before the file counts as another one."""
-READS = 2
-"""Of a weight whose checksums are wrong: what came over a network may be right the second time."""
+READS = 3
+"""Of a weight that cannot be read, or has wrong checksums: a share may miss a beat."""
 
 
 @dataclass(frozen=True, eq=False)

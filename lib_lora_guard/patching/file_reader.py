@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -36,8 +36,6 @@ BUFFERS = 8
 """Of PIECE_BYTES each: 32 MB of RAM are all that it takes."""
 THREADS = 8
 THREAD_NAME = "lora-guard-file"
-ATTEMPTS = 3
-"""How often a piece is asked for: a share may miss a beat."""
 
 if sys.platform == "win32":
     import ctypes
@@ -176,14 +174,10 @@ class FileReader:
                 file.close()
 
     def _read_to_ram(self, part: Piece, into: torch.Tensor) -> None:
-        done = 0
-        running = []
-        for piece in pieces(part):
-            # Each task holds the memory that it writes to, whatever happens to the caller.
-            running.append((piece, self._start(piece, into.narrow(0, done, piece.bytes))))
-            done += piece.bytes
-        for piece, future in running:
-            self._finish(piece, into.narrow(0, piece.start - part.start, piece.bytes), future)
+        # Each task holds the memory that it writes to, whatever happens to the caller.
+        tasks = [self._start(p, into.narrow(0, p.start - part.start, p.bytes)) for p in pieces(part)]
+        for task in tasks:
+            task.result()
 
     def _read_to_device(self, part: Piece, into: torch.Tensor) -> None:
         self.reserve(into.device)
@@ -197,7 +191,7 @@ class FileReader:
             self._read_ahead()
             _, buffer, future = self._under_way.popleft()
             memory = buffer.memory[: piece.bytes]
-            self._finish(piece, memory, future)
+            future.result()
             into.narrow(0, done, piece.bytes).copy_(memory, non_blocking=buffer.is_pinned)
             if buffer.is_pinned:
                 buffer.read = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
@@ -244,16 +238,6 @@ class FileReader:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(len(self._files), THREAD_NAME)
         return self._pool.submit(self._fill, piece, into)
-
-    def _finish(self, piece: Piece, into: torch.Tensor, future: Future[None]) -> None:
-        for attempt in range(ATTEMPTS):
-            try:
-                future.result()
-                return
-            except (OSError, ValueError, CancelledError):
-                if attempt == ATTEMPTS - 1:
-                    raise
-                future = self._start(piece, into)
 
     def _fill(self, piece: Piece, into: torch.Tensor) -> None:
         """Reads one piece, in a thread of the pool."""
