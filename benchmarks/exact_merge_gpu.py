@@ -196,11 +196,17 @@ class Bench:
 
     def _load(self):
         """Reads the file into the model on the card, tensor by tensor; no copy stays in RAM."""
-        header = read_header(self.path)
-        for name in list(dict(self.model.named_parameters())):
-            layer, _, last = name.rpartition(".")
-            value = read_tensors(header, ["model." + name])["model." + name]
-            setattr(self.model.get_submodule(layer), last, torch.nn.Parameter(value.to(DEVICE), requires_grad=False))
+        header, waiting, size = read_header(self.path), [], 0
+        names = list(dict(self.model.named_parameters()))
+        for name in names:
+            waiting.append(name)
+            size += header.tensors["model." + name].bytes
+            if size > GB or name is names[-1]:
+                for full, value in read_tensors(header, ["model." + one for one in waiting]).items():
+                    layer, _, last = full.removeprefix("model.").rpartition(".")
+                    owner = self.model.get_submodule(layer)
+                    setattr(owner, last, torch.nn.Parameter(value.to(DEVICE), requires_grad=False))
+                waiting, size = [], 0
         gc.collect()
 
     def _factors(self, named):
@@ -420,7 +426,7 @@ def summary(found):
 
 def for_small():
     """Lets CPU tensors of any size go the way of a card's."""
-    for module in (attachments, backup, file_backup, file_reader):
+    for module in (attachments, backup, file_backup):
         module.lies_in_ram = lambda tensor: False
     file_backup.LEAST_BYTES = file_backup.SMALLEST_BYTES = attachments.KEPT_BYTES = 0
     file_backup.LEAST_BYTES_PER_SECOND = 0

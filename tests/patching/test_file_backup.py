@@ -29,7 +29,7 @@ SIZE = 24
 @pytest.fixture(autouse=True)
 def on_card(monkeypatch):
     """Parameters count as lying on a card, and everything is small enough for tensors of this size."""
-    for module in (attachments, backup, file_backup, file_reader):
+    for module in (attachments, backup, file_backup):
         monkeypatch.setattr(module, "lies_in_ram", lambda tensor: False)
     monkeypatch.setattr(attachments, "KEPT_BYTES", 64)
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 256)
@@ -142,10 +142,18 @@ def test_the_file_is_open_only_while_a_weight_is_merged_and_is_compared_once(sce
     assert scene.is_original()
 
 
-def test_suspended_merges_come_back_from_the_file(scene):
+def test_suspended_merges_come_back_from_the_file(scene, monkeypatch):
+    """The model leaves the card: its originals are read into RAM."""
     scene.change()
     merged = scene.values()
-    assert scene.engine.suspend_merges()
+    with monkeypatch.context() as patch:
+        patch.setattr(file_backup, "lies_in_ram", lambda tensor: True)
+        scene.damage(scene.keys[-1], byte=1)
+        with pytest.raises(RestoreError, match="reload the checkpoint"):
+            scene.engine.suspend_merges()
+        scene.damage(scene.keys[-1], byte=1)
+        scene.change()
+        assert scene.engine.suspend_merges()
     assert scene.is_original()
     scene.change()
     assert all(same_bits(value, merged[name]) for name, value in scene.values().items())
