@@ -34,7 +34,7 @@ from ..models.names import DENOISER_PREFIXES
 from ..units import MB
 from .backup import Backup, Place, Where, is_plain, lies_in_ram, parameter_bytes
 from .file_reader import FileReader, Piece
-from .file_sums import BLOCK_BYTES, checksums, factors_on, words_of
+from .file_sums import BLOCK_BYTES, checksums, factors_on, row_words, words_of
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class WeightFile:
     def _read_into(self, reader: FileReader, part: Piece, flat: torch.Tensor) -> torch.Tensor:
         """Fills `flat` and returns its checksums in RAM."""
         if lies_in_ram(flat):
-            factors = self._factors_on(flat.device)
+            factors = self._factors_for(flat)
             return torch.cat(reader.read_to_ram(part, flat, lambda piece: checksums(piece, factors)))
         reader.read(part, flat)
         return self._checksums_there(flat).cpu()
@@ -253,25 +253,26 @@ class WeightFile:
         assert self._reader is not None
         here = bytes_of(parameter)
         scratch = torch.empty(min(BLOCK_BYTES, entry.bytes), dtype=torch.uint8, device=here.device)
+        factors = self._factors_for(here)
         differ, sums = [], []
         for start in range(0, entry.bytes, BLOCK_BYTES):
             size = min(BLOCK_BYTES, entry.bytes - start)
             part, there = here.narrow(0, start, size), scratch[:size]
             self._reader.read(Piece(entry.start + start, size), there)
             differ.append((words_of(there) != words_of(part)).any())
-            sums.append(self._checksums_there(part))
+            sums.append(checksums(part, factors))
         if len(sums) == 1:
             return sums[0], differ[0]
         return torch.cat(sums), torch.stack(differ).any()
 
     def _checksums_there(self, flat: torch.Tensor) -> torch.Tensor:
-        return checksums(flat, self._factors_on(flat.device))
+        return checksums(flat, self._factors_for(flat))
 
-    def _factors_on(self, device: torch.device) -> torch.Tensor:
-        factors = self._factors.get(device)
+    def _factors_for(self, flat: torch.Tensor) -> torch.Tensor:
+        factors = self._factors.get(flat.device)
         if factors is None:
-            factors = self._factors[device] = factors_on(device)
-        return factors
+            factors = self._factors[flat.device] = factors_on(flat.device)
+        return factors[: row_words(flat.numel())]
 
 
 class FileBackups:

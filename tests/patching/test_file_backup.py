@@ -326,6 +326,17 @@ def test_reading_ahead_gives_the_right_bytes_whatever_is_asked_for_next(tmp_path
     reader.close()
 
 
+@pytest.mark.parametrize("size", [96, 24, 40, 1000, 4097])
+def test_checksums_of_the_pieces_are_those_of_the_whole(size, monkeypatch):
+    """The card sums a weight at once, the threads that read it into RAM a piece each."""
+    monkeypatch.setattr(file_sums, "SHORTEST_SHARE", 2)
+    raw = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    factors = file_sums.factors_on(CPU)[: file_sums.row_words(size)]
+    parts = [raw[piece.start : piece.start + piece.bytes] for piece in file_reader.pieces(Piece(0, size))]
+    apart = torch.cat([file_sums.checksums(part, factors) for part in parts])
+    assert torch.equal(apart, file_sums._of_block(raw, factors))
+
+
 def test_checksums_see_every_word_and_every_exchange():
     raw = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     factors = file_sums.factors_on(CPU)
