@@ -16,8 +16,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -28,6 +28,7 @@ from ..errors import Message
 from ..files import FileState
 from ..inference_mode import outside_inference
 from ..units import MB
+from .reading_threads import ReadingThreads, Task
 from .spool import memory_of
 
 T = TypeVar("T")
@@ -36,7 +37,6 @@ PIECE_BYTES = 4 * MB
 BUFFERS = 8
 """Of PIECE_BYTES each: 32 MB of RAM are all that it takes."""
 THREADS = 8
-THREAD_NAME = "lora-guard-file"
 
 if sys.platform == "win32":
     import ctypes
@@ -104,13 +104,12 @@ class FileReader:
 
     def __init__(self, path: Path, expected: FileState | None) -> None:
         self._files: list[FileIO] = []
-        self._handles = threading.local()
         self._lock = threading.RLock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads: ReadingThreads | None = None
         self._buffers: list[Buffer] = []
         self._free: deque[Buffer] = deque()
         self._planned: deque[Piece] = deque()
-        self._under_way: deque[tuple[Piece, Buffer, Future[None]]] = deque()
+        self._under_way: deque[tuple[Piece, Buffer, Task[None]]] = deque()
         self._is_reading = False
         try:
             # A handle for each thread: reads through one wait for each other on Windows.
@@ -122,7 +121,6 @@ class FileReader:
         except BaseException:
             self.close()
             raise
-        self._unused = deque(self._files)
 
     @outside_inference
     def reserve(self, device: torch.device) -> None:
@@ -140,7 +138,9 @@ class FileReader:
         """Begins to read parts ahead: they will be asked for next, in this order, to a device."""
         with self._lock:
             if self._buffers:
-                self._restart(piece for part in parts for piece in pieces(part))
+                self._begin()
+                self._plan(piece for part in parts for piece in pieces(part))
+                self._is_reading = False
 
     def read(self, part: Piece, into: torch.Tensor) -> None:
         """Reads a part through the ring.
@@ -172,15 +172,16 @@ class FileReader:
             OSError: It cannot be read.
         """
 
-        def fill(piece: Piece, into: torch.Tensor) -> T:
-            self._fill(piece, into)
+        def fill(piece: Piece, into: torch.Tensor, file: FileIO) -> T:
+            read_piece(file, piece, into)
             return then(into)
 
         with self._lock:
             self._begin()
             # Each task holds the memory that it writes to, whatever happens to the caller.
+            threads = self._running()
             tasks = [
-                self._threads().submit(fill, piece, into.narrow(0, piece.start - part.start, piece.bytes))
+                threads.submit(partial(fill, piece, into.narrow(0, piece.start - part.start, piece.bytes)))
                 for piece in pieces(part)
             ]
             found = [task.result() for task in tasks]
@@ -188,17 +189,29 @@ class FileReader:
         return found
 
     def _begin(self) -> None:
+        """Makes sure that no thread reads what an earlier read has left behind."""
         if self._is_reading:
-            # The last read was interrupted, or this one comes from a signal handler in the middle of it.
-            self._restart(())
+            # The last one was interrupted, or this one comes from a signal handler in the middle of it.
+            self._stop()
+            if any(buffer.is_pinned for buffer in self._buffers):
+                # The interrupt may have come before a copy was noted.
+                torch.cuda.synchronize()
+            self._planned, self._under_way, self._free = deque(), deque(), deque(self._buffers)
         self._is_reading = True
+
+    def _stop(self) -> None:
+        if self._threads is not None:
+            self._threads.stop()
+            self._threads = None
+
+    def _running(self) -> ReadingThreads:
+        if self._threads is None:
+            self._threads = ReadingThreads(self._files)
+        return self._threads
 
     def close(self) -> None:
         """Closes the file and frees the ring. Idempotent."""
-        if self._pool is not None:
-            # The collector may run this in one of the pool's threads, which cannot wait for itself.
-            is_mine = threading.current_thread().name.startswith(THREAD_NAME)
-            self._pool.shutdown(wait=not is_mine, cancel_futures=True)
+        self._stop()
         self._buffers, self._free, self._planned, self._under_way = [], deque(), deque(), deque()
         for file in self._files:
             with contextlib.suppress(OSError):
@@ -210,13 +223,13 @@ class FileReader:
         ahead = [piece for piece, _, _ in self._under_way]
         ahead += [piece for piece, _ in zip(self._planned, wanted[len(ahead) :], strict=False)]
         if ahead[: len(wanted)] != wanted:
-            self._restart(wanted)
+            self._plan(wanted)
         done = 0
         for piece in wanted:
             self._read_ahead()
-            _, buffer, future = self._under_way.popleft()
+            _, buffer, task = self._under_way.popleft()
             memory = buffer.memory[: piece.bytes]
-            future.result()
+            task.result()
             into.narrow(0, done, piece.bytes).copy_(memory, non_blocking=buffer.is_pinned)
             if buffer.is_pinned:
                 if buffer.read is None:
@@ -236,43 +249,21 @@ class FileReader:
                 assert buffer.read is not None
                 buffer.read.synchronize()
             piece = self._planned[0]
-            self._under_way.append(
-                (piece, buffer, self._threads().submit(self._fill, piece, buffer.memory[: piece.bytes]))
-            )
+            read = partial(read_piece, piece=piece, into=buffer.memory[: piece.bytes])
+            self._under_way.append((piece, buffer, self._running().submit(read)))
             self._planned.popleft()
             self._free.popleft()
 
-    def _restart(self, planned: Iterable[Piece]) -> None:
-        """Forgets what was planned and begins anew."""
-        self._settle()
-        self._free = deque(self._buffers)
+    def _plan(self, planned: Iterable[Piece]) -> None:
+        """Forgets what was planned, and begins with something else."""
+        while self._under_way:
+            _, buffer, task = self._under_way.popleft()
+            # Its buffer is free when it has ended, however it ends.
+            with contextlib.suppress(OSError, ValueError):
+                task.result()
+            self._free.append(buffer)
         self._planned = deque(planned)
-        self._is_reading = False
         self._read_ahead()
-
-    def _settle(self) -> None:
-        """Waits until no thread reads into a buffer."""
-        is_busy = self._is_reading or any(not future.done() for _, _, future in self._under_way)
-        if is_busy and self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            # Its threads are gone; the next ones take their handles.
-            self._handles, self._unused, self._pool = threading.local(), deque(self._files), None
-        if self._is_reading and any(buffer.is_pinned for buffer in self._buffers):
-            # The interrupt may have come before a copy was noted.
-            torch.cuda.synchronize()
-        self._planned, self._under_way = deque(), deque()
-
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(len(self._files), THREAD_NAME)
-        return self._pool
-
-    def _fill(self, piece: Piece, into: torch.Tensor) -> None:
-        """Reads one piece, in a thread of the pool."""
-        file: FileIO | None = getattr(self._handles, "file", None)
-        if file is None:
-            file = self._handles.file = self._unused.popleft()
-        read_piece(file, piece, into)
 
 
 def read_piece(file: FileIO, piece: Piece, into: torch.Tensor) -> None:

@@ -207,7 +207,7 @@ def slow(scene, monkeypatch):
 
 
 def unreadable(scene, monkeypatch):
-    def planted(file, piece, into):
+    def planted(*args, **more):
         raise OSError("planted")
 
     monkeypatch.setattr(file_reader, "read_piece", planted)
@@ -284,11 +284,11 @@ def test_an_error_in_the_middle_is_undone_and_the_next_change_works(scene, monke
     merged, original, calls = scene.values(), file_reader.read_piece, []
     place = FileReader._read_ahead if error is KeyboardInterrupt else original
 
-    def planted(*args):
+    def planted(*args, **more):
         calls.append(args)
         if len(calls) == at:
             raise error("planted")
-        return place(*args)
+        return place(*args, **more)
 
     with monkeypatch.context() as patch:
         if error is KeyboardInterrupt:
