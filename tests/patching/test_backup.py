@@ -185,7 +185,7 @@ def test_any_sequence_of_backups_keeps_bits_and_byte_counts(data, tmp_path_facto
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("where", Where, ids=str)
+@pytest.mark.parametrize("where", [Where.VRAM, Where.RAM, Where.DISK], ids=str)
 def test_backups_of_parameters_on_a_gpu(tmp_path, where):
     gpu = torch.device("cuda", 0)
     budgets = {Where.VRAM: BackupBudget(GB, GB, GB), Where.RAM: BackupBudget(0, GB, GB), Where.DISK: DISK_ONLY}

@@ -44,10 +44,10 @@ def on_card(monkeypatch):
 class Scene:
     """A small bf16 model that was loaded from `path`, whose names have the prefix of whole checkpoints."""
 
-    def __init__(self, folder, prefix="model.diffusion_model.", dtype=torch.bfloat16):
+    def __init__(self, folder, prefix="model.diffusion_model.", dtype=torch.bfloat16, device="cpu"):
         torch.manual_seed(0)
         self.model = torch.nn.Module()
-        self.model.diffusion_model = Net(SIZE, depth=2).to(dtype).requires_grad_(False)
+        self.model.diffusion_model = Net(SIZE, depth=2).to(device, dtype).requires_grad_(False)
         self.path = folder / "model.safetensors"
         inner = dict(self.model.diffusion_model.state_dict())
         self.tensors = {prefix + name: value.clone() for name, value in inner.items()}
@@ -113,6 +113,24 @@ def test_any_change_gives_what_ram_backups_give_and_removal_restores_every_bit(t
     scene.remove()
     assert scene.is_original()
     assert f"originals of {len(scene.keys)} merged weights" in caplog.text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_card_reads_the_pinned_ring_of_buffers(tmp_path, monkeypatch):
+    scene = Scene(tmp_path, device="cuda")
+    monkeypatch.setattr(file_backup, "lies_in_ram", lambda tensor: tensor.device.type == "cpu")
+    for strength in (0.7, -0.3):
+        scene.change(strength)
+        assert scene.places() == {Where.FILE}
+    reader = next(iter(scene.engine.attached.values())).backup.file._reader
+    assert all(one.is_pinned for one in reader._buffers)
+    assert scene.engine.suspend_merges()
+    assert all(same_bits(p.data.cpu(), scene.originals[name].cpu()) for name, p in scene.model.named_parameters())
+    for parameter in scene.model.parameters():
+        parameter.data = parameter.data.cuda()
+    scene.change()
+    scene.remove()
+    assert scene.is_original()
 
 
 def test_the_file_is_open_only_while_a_weight_is_merged_and_is_compared_once(scene, monkeypatch):
