@@ -412,7 +412,7 @@ def machine():
         [("entry.weight", "lokr", 3)],
     ]
     machine = Changes()
-    machine.begin("fp8", "bf16", "fp32", False, False, False, pool)
+    machine.begin("fp8", "bf16", "fp32", False, False, "ram", pool)
     machine.set([(0, 0.7), (1, -0.5)], Wish.AUTO, True)
     machine.holds()
     assert len(machine.engine.attached) == 5
