@@ -146,12 +146,18 @@ for line in sys.stdin:
 """
 
 
-def refusal(path):
-    """Measures the refusal of a file in a child process; returns what was said, and the cost. Linux only."""
-    run = subprocess.run(
-        [sys.executable, "-c", REFUSE, str(path), str(ROOT)], capture_output=True, text=True, check=True, timeout=600
-    )
-    return json.loads(run.stdout)
+def in_a_process(code, *arguments):
+    """Runs `code` in a Python of its own."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+
+
+def refusal(path, run=in_a_process):
+    """Measures the refusal of a file in a child process; returns what was said, and the cost. Linux only.
+
+    `run`: starts the process; a test has one that has torch already.
+    """
+    return json.loads(run(REFUSE, str(path), str(ROOT)).stdout)
 
 
 def refuse(options):

@@ -47,6 +47,8 @@ class Settings:
     pin_swapped: bool = True
     fast_kernels: bool = True
     fast_host_cast: bool = False
+    file_backups: bool = True
+    merge_from_file: bool = False
 
 
 def read(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:

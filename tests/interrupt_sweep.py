@@ -3,6 +3,7 @@
     python tests/interrupt_sweep.py                 one interrupt, every place from the first change of the model to the return
     python tests/interrupt_sweep.py --whole         the same from the start of the call
     python tests/interrupt_sweep.py --twice         every place, with a second interrupt at every place that follows
+    python tests/interrupt_sweep.py --file --modes merge   the backups of merges are the checkpoint file
     python tests/interrupt_sweep.py --signals 5000  real SIGALRM at random microseconds; --twice: two of them
 
 CPython looks for signals where a function begins, after a call, and where a loop jumps back. A trace function raises there;
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lib_lora_guard import LoraGuard
-from lib_lora_guard.patching import attachments
+from lib_lora_guard.patching import attachments, backup, engine, file_backup, file_reader
 
 MODES = ("auto", "bypass", "on_the_fly", "merge")
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
@@ -352,11 +353,22 @@ def alarms(cases, total, twice, seed):
         case.run(Alarm(lengths[case], twice, rng, case.found))
 
 
+def leave_originals_to_file(path):
+    """Makes every merge's backup the file that the model comes from, as on a card; each weight is four pieces."""
+    save_file(Model().state_dict(), str(path))
+    for module in (attachments, backup, file_backup):
+        module.lies_in_ram = lambda tensor: False
+    file_backup.LEAST_BYTES = file_backup.SMALLEST_BYTES = file_backup.LEAST_BYTES_PER_SECOND = 0
+    file_reader.PIECE_BYTES = 256
+    engine.Engine.__init__.__defaults__ = (*engine.Engine.__init__.__defaults__[:-1], lambda: [path])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--twice", action="store_true")
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--opcodes", action="store_true")
+    parser.add_argument("--file", action="store_true", help="backups in the checkpoint file")
     parser.add_argument("--signals", type=int, default=0)
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--second-stride", type=int, default=1)
@@ -369,6 +381,8 @@ def main():
     # As weights above 1 MB are: merged when they are put in place.
     attachments.KEPT_BYTES = 16
     with tempfile.TemporaryDirectory() as folder:
+        if chosen.file:
+            leave_originals_to_file(Path(folder) / "model.safetensors")
         files = Files(folder)
         cases = [Case(files, act, mode) for mode in chosen.modes.split(",") for act in chosen.acts.split(",")]
         started = time.perf_counter()

@@ -1,6 +1,7 @@
 """The imports that are allowed: the pure packages know neither gradio nor a host, and only hosts/ speaks to Forge."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -47,18 +48,21 @@ ABOVE = {
 """The same for what works inside a host. A host imports downwards only; `hosts/start.py` chooses the host."""
 
 
+@functools.cache
 def imports(file):
     """`(top-level module, file or folder inside lib_lora_guard or None)` of every import in a file."""
+    found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((alias.name.split(".")[0], None) for alias in node.names)
+            found += [(alias.name.split(".")[0], None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.split(".")[0], None
+            found.append((node.module.split(".")[0], None))
         elif isinstance(node, ast.ImportFrom):
             folder = file.parents[node.level - 1]
             target = folder.joinpath(*(node.module or "").split("."))
             for alias in node.names:
-                yield "lib_lora_guard", next(path for path in modules(target, alias.name) if path.exists())
+                found.append(("lib_lora_guard", next(path for path in modules(target, alias.name) if path.exists())))
+    return found
 
 
 def modules(target, name):

@@ -379,8 +379,9 @@ class MergeAttachment(Attachment):
         return here.device if isinstance(here, torch.Tensor) else self.site.parameter.device
 
     def _from_backup(self) -> torch.nn.Parameter:
-        """Returns the original: out of VRAM if its backup lies there, else in RAM."""
-        return self.backup.parameter(self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU)
+        """Returns the original: on the parameter's device if its backup lies there or in a file, else in RAM."""
+        is_there = self.backup.place.where in (Where.VRAM, Where.FILE)
+        return self.backup.parameter(self.site.parameter.device if is_there else CPU)
 
     @outside_inference
     def _merge(self, original: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -391,12 +392,14 @@ class MergeAttachment(Attachment):
             on_device = self._compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
             small = MOVED_SLICE_BYTES if data.device != on_device else SLICE_BYTES
             merged = merge(data, self.terms, device=on_device, out_dtype=dtype, slice_bytes=small)
-            was_finite = is_finite(data)
+            # In this order: each question waits for the card, and a finite result answers both.
+            overflows = not is_finite(merged) and is_finite(data)
         else:
             dense = self.access.dense(site_of(self.site, original))
             was_finite = is_finite(dense)
             merged = apply_terms(dense, self.terms).to(dtype).contiguous()
-        if was_finite and not is_finite(merged):
+            overflows = was_finite and not is_finite(merged)
+        if overflows:
             why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
             raise UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
         return torch.nn.Parameter(merged, requires_grad=False)

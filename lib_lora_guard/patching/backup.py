@@ -28,6 +28,8 @@ class Where(str, Enum):
     VRAM = "vram"
     RAM = "ram"
     DISK = "disk"
+    FILE = "file"
+    """The checkpoint file: see `file_backup.py`."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class BackupStore:
         backup = self._keep(key, parameter, offloaded)
         self._backups.add(backup)
         return backup
+
+    def add(self, backup: Backup) -> None:
+        """Counts a backup that was made elsewhere among those of the model."""
+        self._backups.add(backup)
 
     @property
     def is_empty(self) -> bool:

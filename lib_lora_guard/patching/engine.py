@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -38,10 +39,11 @@ from .attachments import (
     OnTheFlyAttachment,
     UnusableTermsError,
 )
-from .backup import BackupStore, Budget, Originals
+from .backup import Backup, BackupStore, Budget, Originals
+from .file_backup import FileBackups
 from .fused_choice import CHOICE, Key
 from .host_casts import HostCasts
-from .merge_room import with_room
+from .merge_room import only_from_files, with_room
 from .neighbours import Neighbours, Place
 from .placed import Found
 from .plan import Plan, PlannedWeight, plan_weights
@@ -114,15 +116,23 @@ class Engine:
     Args:
         watch: Entered around the phases that a process can die of: backing up, merging, restoring.
         neighbours: Other engines that may have LoRAs on the same layers.
+        weight_files: Returns the files that the model may have been loaded from: they are the backups of merges where
+            their bytes are proven to be the loaded ones.
     """
 
-    def __init__(self, watch: Watch = unwatched, neighbours: Neighbours | None = None) -> None:
+    def __init__(
+        self,
+        watch: Watch = unwatched,
+        neighbours: Neighbours | None = None,
+        weight_files: Callable[[], Sequence[Path]] = tuple,
+    ) -> None:
         self.watch = watch
         self.name = "model"
         self._lock = threading.RLock()
         self._state = State({}, {})
         self._budget = Budget()
         self._backups = BackupStore(self._budget)
+        self._files = FileBackups(weight_files)
         self._offloaded: Mapping[str, torch.Tensor] = {}
         self._neighbours = neighbours
         self._casts = HostCasts()
@@ -234,14 +244,19 @@ class Engine:
         for report in reports:
             if report.refused is not None and not leave_out:
                 raise LoraMismatchError(about(report.label, report.refused))
+        in_files: dict[str, Backup] = {}
         while True:
             plan = self._plan(accepted, reports, wish, leave_out)
+            self._prove(plan, in_files, access.name)
+            if wish is Wish.MERGE_FROM_FILE:
+                plan = only_from_files(plan, self.attached, in_files)
+            backed_up = {*self._offloaded, *in_files}
             if wish is not Wish.MERGE:
-                plan = with_room(plan, self.attached, self._offloaded, self._budget, device, access.name)
+                plan = with_room(plan, self.attached, backed_up, self._budget, device, access.name)
             try:
-                to_back_up = ram_for_backups(plan.values(), self.attached, self._offloaded)
+                to_back_up = ram_for_backups(plan.values(), self.attached, backed_up)
                 with self.watch(Phase.BACKUP, to_back_up) if to_back_up else contextlib.nullcontext():
-                    prepared = self._prepare(access, plan, device)
+                    prepared = self._prepare(access, plan, device, in_files)
                 whole = ApplyReport(
                     model=access.name,
                     loras=reports,
@@ -474,16 +489,35 @@ class Engine:
         present = {key: one.planned for key, one in ({**self.suspended, **self.attached}).items()}
         return plan_weights(stacks, wish, present, report_lost if leave_out else None)
 
-    def _prepare(self, access: ModelAccess, plan: Plan, device: torch.device) -> dict[str, Attachment]:
+    def _prove(self, plan: Plan, in_files: dict[str, Backup], model: str) -> None:
+        """Adds the backups of weights that the file of the model is proven to have, where they are merged anew."""
+        new = {
+            key: one.site.parameter
+            for key, one in plan.items()
+            if one.mode is Mode.MERGE and key not in in_files and not _is_merged(self.attached.get(key), one.site)
+        }
+        if new:
+            for key, backup in self._files.prove(new, model).items():
+                self._backups.add(backup)
+                in_files[key] = backup
+
+    def _prepare(
+        self, access: ModelAccess, plan: Plan, device: torch.device, in_files: Mapping[str, Backup]
+    ) -> dict[str, Attachment]:
         target: dict[str, Attachment] = {}
         for key, planned in plan.items():
             old = self.attached.get(key)
             keeps = old is not None and old.carries_out(planned)
-            target[key] = old if old is not None and keeps else self._attachment(access, planned, device, old)
+            target[key] = old if old is not None and keeps else self._attachment(access, planned, device, old, in_files)
         return target
 
     def _attachment(
-        self, access: ModelAccess, planned: PlannedWeight, device: torch.device, old: Attachment | None
+        self,
+        access: ModelAccess,
+        planned: PlannedWeight,
+        device: torch.device,
+        old: Attachment | None,
+        in_files: Mapping[str, Backup],
     ) -> Attachment:
         """Returns a new attachment for `planned`, with what still holds of `old`, which is on this weight now."""
         if planned.mode is Mode.BYPASS:
@@ -493,6 +527,8 @@ class Engine:
         key, site = planned.site.key, planned.site
         if isinstance(old, MergeAttachment) and old.site.layer is site.layer:
             backup = old.backup
+        elif key in in_files:
+            backup = in_files[key]
         else:
             backup = self._backups.keep(key, site.parameter, self._offloaded.get(key))
             self._budget.take(backup)
@@ -520,6 +556,7 @@ class Engine:
             if coming and self._neighbours is not None:
                 self._refuse_shared(self._neighbours, coming)
             has_merges = any(old.mode is Mode.MERGE for old, _ in leaving)
+            self._files.expect(a.backup for a in merges_in([*(old for old, _ in leaving), *_replaced_in(coming)]))
             with self.watch(Phase.RESTORE, 0) if has_merges else contextlib.nullcontext():
                 change.do(0, len(leaving))
             merges = merges_in([new for _, new in coming])
@@ -584,6 +621,14 @@ def _difference(
     leaving = [(old, None) for key, old in present.items() if key not in target]
     coming = [(old, new) for key, new in target.items() if (old := present.get(key)) is not new]
     return leaving, coming
+
+
+def _replaced_in(coming: Iterable[tuple[Attachment | None, Attachment]]) -> list[Attachment]:
+    return [old for old, _ in coming if old is not None]
+
+
+def _is_merged(old: Attachment | None, site: Site) -> bool:
+    return isinstance(old, MergeAttachment) and old.site.layer is site.layer
 
 
 def _strays(attachments: Iterable[Attachment]) -> list[tuple[None, Attachment]]:

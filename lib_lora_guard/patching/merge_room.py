@@ -4,7 +4,7 @@ of their size; only weights that have no other mode than merging may spill to di
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -15,7 +15,7 @@ from ..planning.mode import Choice, Mode, Wish, choose_mode
 from ..units import MB
 from .access import Site
 from .attachments import Attachment, MergeAttachment
-from .backup import lies_in_ram, parameter_bytes
+from .backup import Where, lies_in_ram, parameter_bytes
 from .plan import Plan, PlannedWeight, facts_of
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ LEAST_BYTES = 32 * MB
 def with_room(
     plan: Plan,
     attached: Mapping[str, Attachment],
-    offloaded: Mapping[str, torch.Tensor],
+    backed_up: Collection[str],
     budget: Callable[[], BackupBudget],
     device: torch.device,
     model: str,
@@ -35,12 +35,12 @@ def with_room(
     """Returns `plan` with as many merges as there is room for.
 
     A weight on a device needs room for its backup, a weight in RAM for its merged value. A weight that is merged already,
-    or that the host keeps a copy of, needs none.
+    or that has a copy in `backed_up`, needs none.
 
     Args:
         plan: The weights of the next stack.
         attached: The attachments of the present stack, by name.
-        offloaded: Weights that the host has left a copy of in RAM, by name.
+        backed_up: Weights that need no room for a backup: the host has left a copy of them in RAM, or their file has them.
         budget: Returns the spare memory; called only if the answer matters.
         device: The device the model computes on.
         model: The model's name, for the log.
@@ -48,7 +48,7 @@ def with_room(
     needs = {
         key: parameter_bytes(one.site.parameter)
         for key, one in plan.items()
-        if one.mode is Mode.MERGE and not _is_merged(attached.get(key), one.site) and not _has_copy(one.site, offloaded)
+        if one.mode is Mode.MERGE and not _is_merged(attached.get(key), one.site) and not _has_copy(one.site, backed_up)
     }
     total = sum(needs.values())
     if total < LEAST_BYTES:
@@ -83,12 +83,36 @@ def with_room(
     return result
 
 
+def only_from_files(plan: Plan, attached: Mapping[str, Attachment], in_files: Collection[str]) -> Plan:
+    """Returns `plan`, in which every weight that could be merged is, with the choice of "auto" for those whose original would
+    need a copy.
+
+    It depends on the file and on which weights lie on the card: for users who ask for it, not for "auto" itself, which is to give the
+    same picture on every card.
+
+    Args:
+        plan: The weights of the next stack.
+        attached: The attachments of the present stack, by name.
+        in_files: Weights whose file is proven to have them.
+    """
+    result = dict(plan)
+    for key, one in plan.items():
+        old = attached.get(key)
+        has_file = (
+            isinstance(old, MergeAttachment) and old.backup.place.where is Where.FILE and _is_merged(old, one.site)
+        )
+        if one.mode is Mode.MERGE and key not in in_files and not has_file:
+            choice = choose_mode(facts_of(one.site), one.terms, Wish.AUTO, one.forms)
+            result[key] = PlannedWeight(one.site, one.terms, choice)
+    return result
+
+
 def _is_merged(old: Attachment | None, site: Site) -> bool:
     return isinstance(old, MergeAttachment) and old.site.layer is site.layer
 
 
-def _has_copy(site: Site, offloaded: Mapping[str, torch.Tensor]) -> bool:
-    return site.key in offloaded and not lies_in_ram(site.parameter)
+def _has_copy(site: Site, backed_up: Collection[str]) -> bool:
+    return site.key in backed_up and not lies_in_ram(site.parameter)
 
 
 def _other_choice(planned: PlannedWeight, device: torch.device) -> Choice | None:

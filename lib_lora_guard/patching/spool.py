@@ -179,7 +179,7 @@ def _chunks(flat: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _write(file: FileIO, chunk: torch.Tensor, checksum: int) -> int:
     """Writes a byte tensor in RAM and returns the checksum with it. An unbuffered write may take only a part."""
-    view = _memory(chunk)
+    view = memory_of(chunk)
     checksum = zlib.crc32(view, checksum)
     while len(view):
         view = view[file.write(view) :]
@@ -187,7 +187,7 @@ def _write(file: FileIO, chunk: torch.Tensor, checksum: int) -> int:
 
 
 def _read(file: FileIO, chunk: torch.Tensor, checksum: int) -> int:
-    view = _memory(chunk)
+    view = memory_of(chunk)
     missing = view
     while len(missing):
         count = file.readinto(missing)
@@ -197,7 +197,7 @@ def _read(file: FileIO, chunk: torch.Tensor, checksum: int) -> int:
     return zlib.crc32(view, checksum)
 
 
-def _memory(chunk: torch.Tensor) -> memoryview:
+def memory_of(chunk: torch.Tensor) -> memoryview:
     """Returns the memory of a contiguous byte tensor in RAM. The tensor has to outlive it."""
     if chunk.numel() == 0:
         return memoryview(b"")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from ..planning.mode import Mode
 from ..recorder.flight_recorder import Phase
@@ -35,20 +34,20 @@ def ram_for_merges(merges: Iterable[MergeAttachment]) -> int:
 
 
 def ram_for_backups(
-    planned: Iterable[PlannedWeight], attached: Mapping[str, Attachment], offloaded: Mapping[str, Any]
+    planned: Iterable[PlannedWeight], attached: Mapping[str, Attachment], backed_up: Collection[str]
 ) -> int:
     """Returns the most bytes of RAM that backups of weights on a device can take. They may go to VRAM or disk instead.
 
     Args:
         planned: The weights of the next stack. Those that are merged for the first time need a backup.
         attached: The attachments of the present stack, by name.
-        offloaded: Weights that the host has left a copy of in RAM, by name: that copy is the backup.
+        backed_up: Weights that have their backup already, by name: the host's copy in RAM, or their file.
     """
     return sum(
         parameter_bytes(one.site.parameter)
         for one in planned
         if one.mode is Mode.MERGE
-        and one.site.key not in offloaded
+        and one.site.key not in backed_up
         and not isinstance(attached.get(one.site.key), MergeAttachment)
         and not lies_in_ram(one.site.parameter)
     )

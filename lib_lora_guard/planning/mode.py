@@ -37,6 +37,8 @@ class Wish(str, Enum):
     """AUTO, but merge only weights that have no other mode."""
     PREFER_MERGE = "prefer_merge"
     """Merge where the storage keeps all of the LoRA; AUTO elsewhere."""
+    MERGE_FROM_FILE = "merge_from_file"
+    """PREFER_MERGE where the original needs no copy in RAM, because a file has it; AUTO elsewhere."""
 
 
 _ASKED = Message("reason.asked")
@@ -46,7 +48,7 @@ _SMALL, _NO_CALL = Message("reason.small"), Message("reason.no_call")
 _LARGE, _DIRECT = Message("reason.large"), Message("reason.direct")
 
 REQUESTABLE = (Wish.AUTO, Wish.BYPASS, Wish.ON_THE_FLY, Wish.MERGE)
-"""The documented values of a `mode` argument. The other two belong to settings of a host."""
+"""The documented values of a `mode` argument. The others belong to settings of a host."""
 
 
 def requested(mode: str) -> Wish:
@@ -152,7 +154,7 @@ def _reason_to_merge(facts: WeightFacts, terms: Sequence[Term], wish: Wish) -> M
         raise facts.refusal("reason.outside_layers")
     if wish is Wish.MERGE and not facts.takes_merge:
         raise facts.refusal("reason.rounds_away")
-    if wish is Wish.MERGE or (wish is Wish.PREFER_MERGE and facts.takes_merge):
+    if wish is Wish.MERGE or (wish in (Wish.PREFER_MERGE, Wish.MERGE_FROM_FILE) and facts.takes_merge):
         return _ASKED
     if wish is Wish.AUTO and facts.takes_merge and any(term.adapter.is_whole_tensor for term in terms):
         # As many numbers as the weight itself: on the fly they would take its size again in VRAM, or, where another

@@ -21,7 +21,7 @@ Options: TypeAlias = Mapping[str, object]
 LOW_BITS_OPTION = "forge_unet_storage_dtype"
 """The host's dropdown "Diffusion in Low Bits"; several of its choices end in "(fp16 LoRA)"."""
 HOST_FILE_LIMIT_OPTION = "lora_in_memory_limit"
-SHAPING = (PREFIX + "mode", LOW_BITS_OPTION)
+SHAPING = (PREFIX + "mode", LOW_BITS_OPTION, PREFIX + "merge_from_file")
 """The options that the guard reads while an image is made, and that show in the picture."""
 
 
@@ -72,7 +72,14 @@ class LiveSettings:
 
     def mode(self) -> LoraMode:
         """Returns the mode for the present image; between images the one that the next would have."""
-        return mode_of(self._images[-1] if self._images else self.options)
+        return mode_of(self._shaping())
+
+    def merges_from_file(self) -> bool:
+        """True if the mode "Automatic" merges where the checkpoint file has the originals; for the same image as `mode`."""
+        return self.uses_file_backups() and read(self._shaping())[0].merge_from_file
+
+    def _shaping(self) -> Options:
+        return self._images[-1] if self._images else self.options
 
     def language(self) -> str:
         """Returns the language of the reader of the WebUI: by the guard's own setting, else the WebUI's, else the system's."""
@@ -99,6 +106,10 @@ class LiveSettings:
     def uses_kernels_without_loras(self) -> bool:
         """True if the fast kernels are for layers without LoRAs too, on models that have some."""
         return read(self.options)[0].fast_host_cast
+
+    def uses_file_backups(self) -> bool:
+        """True if a merge may leave the original weights to the checkpoint file."""
+        return read(self.options)[0].file_backups
 
     def kept_files_bytes(self) -> int:
         """Returns how many bytes of LoRA files stay in RAM beyond the present stack."""

@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -89,13 +90,17 @@ class ModelStacks:
             words: Says what a model lacks of its LoRAs.
         """
         self.precautions, self._watch, self.words = precautions, watch, words or ImageWords()
+        self.weight_files: Callable[[], Sequence[Path]] = tuple
+        """Returns the files that models were loaded from, for merges without copies in RAM. A host replaces it."""
+        self.merges_from_file: Callable[[], bool] = bool
+        """True if the mode "Automatic" merges where such a file has the originals. A host replaces it."""
         self._no_merge_is_logged = False
         self._stacks: weakref.WeakSet[ModelStack] = weakref.WeakSet()
         self._reports: tuple[tuple[weakref.ref[ModelStack], ApplyReport], ...] = ()
 
     def new_engine(self) -> Engine:
         """Makes the engine of a model."""
-        return Engine(self._watch)
+        return Engine(self._watch, weight_files=self.weight_files)
 
     def add(self, stack: ModelStack) -> None:
         """Adds the stack of a model that the guard has not worked on before."""
@@ -174,8 +179,12 @@ class ModelStacks:
 
     def _wish(self, mode: LoraMode, model: torch.nn.Module) -> Wish:
         """Translates the mode. The guard does not merge if merging ended the last process."""
-        if mode is not LoraMode.MERGE or Precaution.NO_MERGE not in self.precautions(model):
-            return WISHES[mode]
+        wish = WISHES[mode]
+        if mode is LoraMode.AUTOMATIC and self.merges_from_file():
+            wish = Wish.MERGE_FROM_FILE
+        merges = wish in (Wish.PREFER_MERGE, Wish.MERGE_FROM_FILE)
+        if not merges or Precaution.NO_MERGE not in self.precautions(model):
+            return wish
         if not self._no_merge_is_logged:
             self._no_merge_is_logged = True
             say(log, logging.WARNING, "flight.line", line=Precaution.NO_MERGE.message)

@@ -249,9 +249,14 @@ class RamCopies:
                     memory = _zeroed(data.nbytes)
                     if memory is None:
                         return False
-                    there = memory.view(data.dtype).view(data.shape)
-                    there.copy_(data)
-                    parameter.data = there
+                    try:
+                        scales = [(state, name, scale.to("cpu")) for state, name, scale in _scales(parameter)]
+                    except NO_MEMORY as error:
+                        log.debug("RAM has no room for the scales of a weight: %s", error)
+                        return False
+                    parameter.data = _copied(data, memory)
+                    for state, name, scale in scales:
+                        setattr(state, name, scale)
         return not layer._buffers and not any(_lies_on_card(p.data) for p in layer.parameters(recurse=False))
 
     @contextlib.contextmanager
@@ -357,7 +362,8 @@ class RamCopies:
 
     def _pin(self, layer: torch.nn.Module, parameter: torch.nn.Parameter) -> bool:
         """Returns False if RAM has no room, or if the driver has refused, once and for all."""
-        data, scales = parameter.data, _scales_in_ram(parameter)
+        data = parameter.data
+        scales = [(state, name, scale) for state, name, scale in _scales(parameter) if not _lies_on_card(scale)]
         # Parameters that were made in inference mode stay such, as when torch moves them.
         with torch.inference_mode(data.is_inference()), torch.no_grad():
             # One piece for all: the system locks whole pages, and none of them twice.
@@ -381,15 +387,15 @@ class RamCopies:
         return True
 
 
-def _scales_in_ram(parameter: torch.nn.Parameter) -> list[tuple[QuantState, str, torch.Tensor]]:
+def _scales(parameter: torch.nn.Parameter) -> list[tuple[QuantState, str, torch.Tensor]]:
     """Returns the scales of a 4-bit weight, each with the object that has it and its name there; of any other weight, nothing.
 
     They are an eighth of the weight's bytes, and go to the card with it in each call.
     """
     state: QuantState | None = vars(parameter).get("quant_state")
     states = [] if state is None else [state, *([state.state2] if state.nested else [])]
-    found = [(one, name, getattr(one, name, None)) for one in states for name in ("absmax", "offset")]
-    return [(one, name, scale) for one, name, scale in found if scale is not None and scale.device.type == "cpu"]
+    found = [(one, name, getattr(one, name, None)) for one in states for name in ("absmax", "code", "offset")]
+    return [(one, name, scale) for one, name, scale in found if scale is not None]
 
 
 def _copied(values: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -448,8 +454,8 @@ def _bytes_of(values: torch.Tensor) -> torch.Tensor:
 
 def _is_plain(parameter: torch.nn.Parameter) -> bool:
     """False for a library's own kind of parameter, of which parts lie elsewhere."""
-    data = parameter.data
-    return type(data) is torch.Tensor and data.is_contiguous() and not hasattr(parameter, "quant_state")
+    data, state = parameter.data, vars(parameter).get("quant_state")
+    return type(data) is torch.Tensor and data.is_contiguous() and (state is None or "absmax" in dir(state))
 
 
 def _is_same(now: torch.nn.Parameter, kept: Kept) -> bool:

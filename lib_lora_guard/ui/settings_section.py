@@ -57,6 +57,8 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
         "pin_swapped": option("pin_swapped"),
         "fast_kernels": option("fast_kernels"),
         "fast_host_cast": option("fast_host_cast"),
+        "file_backups": option("file_backups"),
+        "merge_from_file": option("merge_from_file"),
         "kept_files_mb": option("kept_files_mb", gradio.Number, whole),
         "log_level": option("log_level", gradio.Radio, {"choices": levels}),
         "language": option("language", gradio.Radio, {"choices": languages}),

@@ -113,8 +113,9 @@ def is_planted(error):
 
 def passed_the_guard(error):
     """True where the error came out of the guard's own work, not of the host's alone: what the guard puts in the place of the
-    host's functions (`hosts`) is around that too, and the double decodes with the product's `weights`."""
-    return any(Path(frame.filename).parent.name == "patching" for frame in traceback.extract_tb(error.__traceback__))
+    host's functions (`hosts`, and a layer's call) is around that too, and the double decodes with the product's `weights`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(one.filename).parent.name == "patching" and one.name != "call_of_layer" for one in frames)
 
 
 def is_the_hosts_move(error):

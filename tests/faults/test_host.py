@@ -142,15 +142,21 @@ PLANS = {
 """Whether it lasts, which error number k is, and the stride: the last kind goes the ways of the first two."""
 
 
-def sweep(scene, operation, plan):
-    """Runs `operation` once for every k; returns `(number of runs, what was wrong)`."""
-    (old, act, new), (for_good, error_of, step) = (OPERATIONS | MERGING)[operation], PLANS[plan]
+def count(scene, operation):
+    """Returns how often `operation` needs memory, undisturbed; every plan has the same count."""
+    old, act, new = (OPERATIONS | MERGING)[operation]
     with Faults() as counted:
         prepare(scene, old, new)
         counted.count = 0
         act(scene)
     assert not scene.restored()
-    wrong, ks = [], every(counted.count, step)
+    return counted.count
+
+
+def sweep(scene, operation, plan, times):
+    """Runs `operation` once for every k up to `times`; returns `(number of runs, what was wrong)`."""
+    (old, act, new), (for_good, error_of, step) = (OPERATIONS | MERGING)[operation], PLANS[plan]
+    wrong, ks = [], every(times, step)
     for k in ks:
         scene.load(old)
         raised = None
@@ -159,7 +165,7 @@ def sweep(scene, operation, plan):
                 act(scene)
             except Exception as error:
                 raised = error
-        assert faults.planted, f"{operation} needed memory {counted.count} times and then less than {k} times"
+        assert faults.planted, f"{operation} needed memory {times} times and then less than {k} times"
         found = list(after_failure(scene, old, new, faults, lines, raised))
         raised = None
         is_the_hosts = scene.guard.stacks.was_left_to_host(scene.loader)
@@ -233,9 +239,9 @@ def merging_scene(host, monkeypatch):
 
 
 def sweep_all(scene, operation, record_property, plans):
-    runs, wrong = {}, []
+    runs, wrong, times = {}, [], count(scene, operation)
     for plan in plans:
-        runs[plan], found = sweep(scene, operation, plan)
+        runs[plan], found = sweep(scene, operation, plan, times)
         wrong += found
     record_property("runs", runs)
     assert not wrong, "\n".join(wrong)

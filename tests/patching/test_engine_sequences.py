@@ -5,6 +5,9 @@ computed in float64 by support.reference (and by the rotations written out in an
 """
 
 import contextlib
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from patching.any_stack import (
     build,
     patch_of,
 )
+from safetensors.torch import save_file
 from support.measure import same_bits
 from support.reference import merge_reference
 from support.short_way import take_short_way_of_plain_layers
@@ -32,10 +36,12 @@ from lib_lora_guard.errors import LoraMismatchError, ModeError, RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.memory.probe import BackupBudget
-from lib_lora_guard.patching import attachments, backup, merging, norms, transaction
+from lib_lora_guard.patching import attachments, backup, file_backup, file_reader, merging, norms, transaction
 from lib_lora_guard.patching.attachments import BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.file_backup import FileBackup, WeightFile
+from lib_lora_guard.patching.file_reader import FileReader
 from lib_lora_guard.patching.marked_class import class_of
 from lib_lora_guard.patching.operators import NUMBER, WEIGHT_PATCH
 from lib_lora_guard.patching.spool import Spool
@@ -82,6 +88,9 @@ POINTS = [
     (PlainAccess, "set_weight_terms"),
     (Spool, "write"),
     (Spool, "read"),
+    (WeightFile, "prove"),
+    (FileBackup, "parameter"),
+    (FileReader, "read"),
 ]
 
 
@@ -119,11 +128,11 @@ class Changes(RuleBasedStateMachine):
         proj=st.sampled_from(sorted(STORAGES)),
         small_fp8=st.booleans(),
         merged_late=st.booleans(),
-        on_disk=st.booleans(),
+        backups=st.sampled_from(["ram", "disk", "file"]),
         pool=st.lists(loras, min_size=4, max_size=4),
         short_way=st.booleans(),
     )
-    def begin(self, entry, qkv, proj, small_fp8, merged_late, on_disk, pool, short_way=False):
+    def begin(self, entry, qkv, proj, small_fp8, merged_late, backups, pool, short_way=False):
         torch.set_num_threads(1)  # for tensors this small a second thread is twenty times slower on a busy machine
         self.patch = pytest.MonkeyPatch()
         # pytest keeps log records with their tracebacks, and those keep what a failed change made; see the test below.
@@ -136,11 +145,14 @@ class Changes(RuleBasedStateMachine):
         self.engine, self.access = Engine(), PlainAccess(self.model)
         if short_way:
             take_short_way_of_plain_layers(self.patch)
-        if on_disk:
+        if backups != "ram":
             # As on a GPU with neither spare VRAM nor spare RAM.
-            self.patch.setattr(backup, "lies_in_ram", lambda parameter: False)
+            for module in (backup, file_backup):
+                self.patch.setattr(module, "lies_in_ram", lambda parameter: False)
             self.patch.setattr("lib_lora_guard.patching.spool.disk_spare_bytes", lambda folder: 1 << 30)
             self.patch.setattr(self.access, "backup_budget", lambda: BackupBudget(0, 0, 1 << 30))
+        if backups == "file":
+            self.load_from_file()
         self.pool = [{key: patch_of(key, variant, seed) for key, variant, seed in lora} for lora in pool]
         self.pool.append({"block.proj.weight": MISFIT, "entry.weight": patch_of("entry.weight", "lora", 0)})
         self.originals = {name: p.data.clone() for name, p in self.model.named_parameters()}
@@ -148,12 +160,24 @@ class Changes(RuleBasedStateMachine):
         self.weights = {key: self.access.dense(self.access.site(key)).double() for key in SHAPES}
         self.base, self.applied, self.wish = self.output(), [], Wish.AUTO
 
+    def load_from_file(self):
+        """The parameters come from a checkpoint file, which is their backup, in pieces of 256 bytes."""
+        for name, value in {"LEAST_BYTES": 0, "SMALLEST_BYTES": 0, "JUDGED_BYTES": 1 << 40}.items():
+            self.patch.setattr(file_backup, name, value)
+        self.patch.setattr(file_reader, "PIECE_BYTES", 256)
+        self.folder = Path(tempfile.mkdtemp())
+        path = self.folder / "model.safetensors"
+        save_file({name: p.data.clone() for name, p in self.model.named_parameters()}, path)
+        self.engine = Engine(weight_files=lambda: [path])
+
     def teardown(self):
         if not hasattr(self, "engine"):
             return
         self.change([], Wish.AUTO)
         self.holds()
         self.patch.undo()
+        if hasattr(self, "folder"):
+            shutil.rmtree(self.folder)
 
     # Steps.
 
@@ -388,7 +412,7 @@ def machine():
         [("entry.weight", "lokr", 3)],
     ]
     machine = Changes()
-    machine.begin("fp8", "bf16", "fp32", False, False, False, pool)
+    machine.begin("fp8", "bf16", "fp32", False, False, "ram", pool)
     machine.set([(0, 0.7), (1, -0.5)], Wish.AUTO, True)
     machine.holds()
     assert len(machine.engine.attached) == 5

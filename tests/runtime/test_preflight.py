@@ -11,6 +11,7 @@ from lib_lora_guard.hosts.webui.checkpoint_reading import CheckpointReading
 from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.host_memory import RAM_FLOOR_BYTES
 from lib_lora_guard.recorder.crash_report import Precaution
+from lib_lora_guard.runtime.live_settings import LiveSettings
 from lib_lora_guard.runtime.precautions import Precautions
 from lib_lora_guard.runtime.preflight import Preflight
 
@@ -163,3 +164,26 @@ def test_without_a_crash_nothing_is_given_back():
 def test_room_in_ram_keeps_half_a_gigabyte():
     assert Scene(0, 900 * MB).preflight.room_bytes() == 388 * MB
     assert Scene(0, 100 * MB).preflight.room_bytes() == 0
+
+
+def test_the_files_that_were_read_last_are_remembered_the_latest_first(tmp_path):
+    scene = Scene(fast=100 * MB, alive=100 * MB)
+    for n in (*range(9), 3):
+        scene.reading.before_reading(lambda *args: None, str(checkpoint(tmp_path, 1, f"{n}.safetensors")))
+    assert [int(path.stem) for path in scene.reading.files] == [3, 8, 7, 6, 5, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "uses", "merges"),
+    [
+        ({}, True, False),
+        ({"lora_guard_merge_from_file": True}, True, True),
+        ({"lora_guard_file_backups": False, "lora_guard_merge_from_file": True}, False, False),
+    ],
+)
+def test_the_two_switches_of_file_backups(options, uses, merges):
+    settings = LiveSettings(options)
+    assert (settings.uses_file_backups(), settings.merges_from_file()) == (uses, merges)
+    with settings.image({"lora_guard_merge_from_file": not merges}):
+        # As the mode: what an image began with holds until its end.
+        assert settings.merges_from_file() == (uses and not merges)

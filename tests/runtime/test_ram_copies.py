@@ -30,6 +30,18 @@ def linear(width=1024, dtype=torch.float16):
     return made
 
 
+def four_bit_state(nested):
+    """What bitsandbytes has beside a 4-bit weight."""
+    inner = four_bit_state(False) if nested else None
+    return SimpleNamespace(
+        absmax=torch.rand(1001),
+        code=torch.rand(16),
+        offset=torch.tensor(0.25) if nested else None,
+        nested=nested,
+        state2=inner,
+    )
+
+
 def is_locked(layer, driver):
     return layer.weight.data_ptr() in driver.locked
 
@@ -331,6 +343,23 @@ def test_a_library_s_own_parameter_is_moved_by_its_own_way_alone(ram, monkeypatc
     assert layer.weight.data_ptr() == before
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_scales_of_a_4_bit_weight_leave_with_it(ram, monkeypatch, nested):
+    layer = linear().requires_grad_(False)
+    layer.bias = None
+    layer.weight.quant_state = state = four_bit_state(nested)
+    inner = state.state2
+    card = [layer.weight, state.absmax, state.code] + ([state.offset, inner.absmax, inner.code] if nested else [])
+    on_card, bits = {one.data_ptr() for one in card}, [one.clone() for one in card]
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: values.data_ptr() in on_card)
+    # `to` of what lies in RAM already makes no copy; of what lies on a card it does.
+    monkeypatch.setattr(torch.Tensor, "to", lambda values, device: values.clone())
+    assert RamCopies(lambda: True, Driver()).to_ram(layer)
+    left = [layer.weight, state.absmax, state.code] + ([state.offset, inner.absmax, inner.code] if nested else [])
+    assert not on_card & {one.data_ptr() for one in left}
+    assert all(map(torch.equal, left, bits))
+
+
 def test_switched_off_nothing_leaves_by_the_short_way(ram, monkeypatch):
     layer = linear()
     monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)
@@ -425,16 +454,13 @@ def test_what_is_not_contiguous_or_another_librarys_own_stays(ram):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_scales_of_a_4_bit_weight_are_pinned_with_it_in_one_piece(ram, nested):
-    layer, driver = linear(), Driver()
-    inner = SimpleNamespace(absmax=torch.rand(33), offset=None, nested=False) if nested else None
-    state = SimpleNamespace(
-        absmax=torch.rand(1001), offset=torch.tensor(0.25) if nested else None, nested=nested, state2=inner
-    )
+    layer, driver, state = linear(), Driver(), four_bit_state(nested)
+    inner = state.state2
     layer.weight.quant_state = state
     before = [layer.weight.clone(), state.absmax.clone()]
     pinned = RamCopies(lambda: True, driver)
     pinned.pin([layer])
-    scales = [state.absmax] + ([state.offset, inner.absmax] if nested else [])
+    scales = [state.absmax, state.code] + ([state.offset, inner.absmax, inner.code] if nested else [])
     assert {one.untyped_storage().data_ptr() for one in scales} == set(driver.locked) == {layer.weight.data_ptr()}
     assert torch.equal(layer.weight, before[0])
     assert torch.equal(state.absmax, before[1])

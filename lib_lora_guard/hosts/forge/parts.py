@@ -84,6 +84,8 @@ class ForgeParts:
         self.quant_states = QuantStates(settings.pins_swapped)
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
+        self.stacks.weight_files = lambda: self.reading.files if settings.uses_file_backups() else ()
+        self.stacks.merges_from_file = settings.merges_from_file
         self.residency = Residency(self.stacks.merged_layers, self.copies)
         self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
         self.steps = StepTimer(api.memory, journal, self.stacks.names_on)

@@ -73,6 +73,8 @@ class NeoParts:
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
+        self.stacks.weight_files = lambda: self.reading.files if settings.uses_file_backups() else ()
+        self.stacks.merges_from_file = settings.merges_from_file
         self.memory = NeoMemory(api.memory, self.stacks, journal, self.rule_log, self.swapped)
         self.free = FreeMemory(api.memory, self.rule_log)
         self.steps = StepTimer(NeoSizes(), journal, self.stacks.names_on)

@@ -1,4 +1,5 @@
-"""Looks at RAM before Forge or Forge Neo reads a checkpoint, and plans what it takes, for the journal.
+"""Looks at RAM before Forge or Forge Neo reads a checkpoint, and plans what it takes, for the journal. Remembers the files:
+a merge may leave the original weights to them (`patching/file_backup.py`).
 
 Sources: `backend/loader.py` (`forge_loader`, which gets file names), `backend/args.py` (`dynamic_args`), `modules/sd_models.py`.
 """
@@ -19,6 +20,9 @@ from ...runtime.hooks import P, R
 from ...runtime.journal import Plan
 from ...runtime.preflight import Preflight
 
+MOST_FILES = 8
+"""That are remembered: a model comes from one file, or a few."""
+
 _FP8_NAMES = ("float8",)
 
 
@@ -32,6 +36,8 @@ class CheckpointReading:
             advise: takes the files and the bytes that they may fill; returns what would help.
         """
         self._preflight, self._advise = preflight, advise
+        self.files: tuple[Path, ...] = ()
+        """The files that were read last, the latest first."""
 
     def before_reading(self, original: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Stands in place of `forge_loader(sd, additional_state_dicts)`.
@@ -40,6 +46,7 @@ class CheckpointReading:
             MemoryShortError: RAM and page file together cannot take the files.
         """
         files = [path for path in _files(args, kwargs) if path.is_file()]
+        self.files = tuple(dict.fromkeys((*files, *self.files)))[:MOST_FILES]
         what = Message("preflight.reading", {"files": Joined(shown(path.name) for path in files)})
         with self._preflight.careful("reading"):
             try:

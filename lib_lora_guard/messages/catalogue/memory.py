@@ -56,6 +56,29 @@ TEXTS: dict[str, tuple[str, str]] = {
         "its backup in {path} cannot be read ({error}); reload the checkpoint",
         "其位于 {path} 的备份无法读取（{error}）；请重新加载模型",
     ),
+    "memory.file_used": (
+        "{model}: the originals of {count} merged weights ({size_mb:.0f} MB) take no RAM: {name} has the same bytes "
+        "(compared in {seconds:.2f} s); leave the file in place while LoRAs are merged",
+        "{model}：{count} 个已合并权重（{size_mb:.0f} MB）的原值不占内存：{name} 中的数据与其相同（比较用时 {seconds:.2f} 秒）；"
+        "LoRA 合并期间请勿移动该文件",
+    ),
+    "memory.file_unused": (
+        "{model}: originals of merged weights are copied, not left to the checkpoint file: {why}",
+        "{model}：已合并权重的原值将被复制，而不依赖模型文件：{why}",
+    ),
+    "memory.file_unfit": ("{name}: {why}", "{name}：{why}"),
+    "memory.file_differs": (
+        "the first {count} weights that were compared have other bytes than the model",
+        "最先比较的 {count} 个权重与模型中的数据不同",
+    ),
+    "memory.file_slow": (
+        "it is read at {rate:.0f} MB/s, and {least:.0f} MB/s are needed; a local SSD is faster",
+        "其读取速度为 {rate:.0f} MB/s，至少需要 {least:.0f} MB/s；请改用本地固态硬盘",
+    ),
+    "memory.file_lost": (
+        "{path} no longer has the bytes that it was loaded from ({error}); reload the checkpoint",
+        "{path} 中已没有加载时的数据（{error}）；请重新加载模型",
+    ),
     "memory.backup_released": ("its backup was released; reload the checkpoint", "其备份已释放；请重新加载模型"),
     "memory.not_restored": (
         "a weight could not be restored ({error}); reload the checkpoint",

@@ -56,6 +56,26 @@ TEXTS: dict[str, tuple[str, str]] = {
         "of models that have LoRAs; the numbers are the same as the WebUI's own; a change takes effect with the next LoRA that is added",
         "仅限使用 LoRA 的模型；数值与 WebUI 自身一致；更改从下一次添加 LoRA 起生效",
     ),
+    "settings.file_backups": (
+        "Merge: leave the original weights to the checkpoint file",
+        "合并：由模型文件保留原始权重",
+    ),
+    "settings.file_backups.info": (
+        "where a safetensors file has the very bytes of a 16-bit weight on the card, its original takes no RAM and is read again when a LoRA "
+        "changes; the file is open meanwhile, and Windows does not let it be deleted or replaced; off: copies in RAM",
+        "若 safetensors 文件中的数据与显卡上 16 位权重完全相同，则其原值不占内存，LoRA 变化时重新读取；期间文件保持打开，"
+        "Windows 不允许删除或替换该文件；关闭后在内存中保留副本",
+    ),
+    "settings.merge_from_file": (
+        "Automatic: merge where the checkpoint file has the originals",
+        "自动：若模型文件中有原值则合并",
+    ),
+    "settings.merge_from_file.info": (
+        "steps as fast as without a LoRA, changes take a second or more; a merge rounds to 16 bits, so pictures differ a little from those "
+        "of a bypass, and from those of a card that has less room or another file",
+        "每步与不用 LoRA 时一样快，更改需一秒或更久；合并会舍入到 16 位，因此图像与旁路方式略有不同，"
+        "也与显存较小的显卡或使用其他文件时略有不同",
+    ),
     "settings.kept_files_mb": ("LoRA files kept in RAM, in MB", "内存中保留的 LoRA 文件（MB）"),
     "settings.kept_files_mb.info": (
         "a LoRA used again within this budget is not read from disk a second time; 0 keeps none",

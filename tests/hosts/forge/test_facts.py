@@ -34,7 +34,8 @@ class Wrapper(torch.nn.Module):
 def test_a_model_computes_in_fp16_unless_it_says_otherwise(attributes, dtype):
     model = Network(**attributes)
     assert facts.compute_dtype(model) == dtype
-    assert ForgeAccess(None, model).compute_dtype() == dtype
+    api = SimpleNamespace(operations=SimpleNamespace())
+    assert ForgeAccess(api, model).compute_dtype() == dtype
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Scene:
     def __init__(self):
         self.settings = LiveSettings({"lora_guard_mode": LoraMode.OWN.value})
         reader = PatchReader(types.SimpleNamespace(extra_weight_calculators={}))
-        api = types.SimpleNamespace(linear_classes=(), weight_classes=())
+        api = types.SimpleNamespace(linear_classes=(), weight_classes=(), operations=types.SimpleNamespace())
         stacks = ForgeStacks(reader, self.settings, lambda model: (), unwatched)
         self.control = LoaderControl(api, stacks, self.settings)
         self.loader = Loader()
