@@ -1,13 +1,14 @@
 """What a LoRA costs a Flux-dev step where one pass makes the temporary weight: all linear layers, by storage and rank.
 
-    python benchmarks/kernels_gpu.py --time-limit 150 --json kernels.json [--cases fp8:16,nf4:96] [--tiles] [--variants] [--smoke]
+    python benchmarks/kernels_gpu.py --time-limit 150 --json kernels.json [--cases fp8:16,nf4:96] [--tiles] [--smoke]
 
 For each storage and rank: `base` is the host's dequantisation and the product, `bypass` adds the LoRA to the output, `fused` makes
 the weight with the LoRA in it and multiplies. Milliseconds of all layers of one step at 1024x1024 (medians per layer, times their
 number), the dequantisation alone (`host cast`, `fused cast` with and without the LoRA), the error of the LoRA's part against fp64,
 whether the weight without a LoRA is bit for bit the host's, seconds to compile and probe, and microseconds of the processor a launch.
 The GPU is kept busy while the processor queues a call, as in a step, where the processor is ahead: times are the GPU's own.
-`--tiles` measures tiles on the two largest layers instead, `--variants` ways of the kernels and their decoding. `--smoke` runs all of it on the CPU with tiny sizes.
+`--tiles` measures tiles on the two largest layers instead, and several tiles a program for four bits; each weight is compared with the
+twin's. `--smoke` runs all of it on the CPU with tiny sizes.
 """
 
 import argparse
@@ -264,124 +265,64 @@ def table(rows):
     return "\n".join(lines)
 
 
-def tiles(name, rank, repeats, until):
-    """Returns the milliseconds of tiles, on the two largest layers together, the fastest first."""
-    shapes = ((64, 512), (48, 512)) if SMOKE else ((21504, 3072), (3072, 15360))
-    weights = [(stored_and_host(name, *shape)[0], factors_of(*shape, rank) if rank else None) for shape in shapes]
-    stored = weights[0][0]
-    kernels = []
-    for rows, columns, warps in ((16, 256, 4),) if SMOKE else product((16, 32, 64, 128), (64, 128, 256, 512), (4, 8)):
-        if 2048 <= rows * columns <= 16384 and (stored.kind.split()[0] != "Q6_K" or columns >= 128):
-            per_rank = rank in JOINED
-            kernels.append(
-                Kernel(stored.kind, DTYPE, bucket_of(rank), rank % 16 == 0, per_rank, Tile(rows, columns, warps))
-            )
+def tiles_of(name, rank):
+    """Returns the tiles to measure."""
+    if SMOKE:
+        return [Tile(16, 256, 4)]
+    found = [Tile(*tile) for tile in product((16, 32, 64, 128), (64, 128, 256, 512), (4, 8))]
+    found = [
+        tile for tile in found if 2048 <= tile.rows * tile.columns <= 16384 and (name != "Q6_K" or tile.columns >= 128)
+    ]
+    if rank and name.split()[0] in ("nf4", "fp4"):
+        found += [
+            Tile(*tile, *more)
+            for tile, more in product(((64, 64, 4), (128, 64, 8), (64, 128, 8)), ((4, 2), (4, 3), (8, 2), (8, 3)))
+        ]
+    return found
 
-    def warm(kernel):
+
+def tiles(name, rank, repeats, until):
+    """Returns the milliseconds of tiles, on the two largest layers together, the fastest first, beside the host's cast."""
+    shapes = ((64, 512), (48, 512)) if SMOKE else ((21504, 3072), (3072, 15360))
+    weights = []
+    for shape in shapes:
+        stored, host = stored_and_host(name, *shape)
+        weights.append((stored, factors_of(*shape, rank) if rank else None, host))
+    small = weights[0][0] if SMOKE else stored_and_host(name, 300, 1536)[0]
+    small_factors = factors_of(*small.shape, rank) if rank else None
+
+    def made(tile):
         try:
             if time.monotonic() < until:
                 with torch.no_grad():
-                    kernel(*weights[0])
-                    return kernel
+                    kernel = Kernel(small.kind, DTYPE, bucket_of(rank), rank % 16 == 0, rank in JOINED, tile)
+                    return kernel, kernel(small, small_factors)
         except Exception as error:
-            print(
-                "FAILED", name, rank, kernel.tile, type(error).__name__, str(error)[:150].replace("\n", " "), flush=True
-            )
+            print("FAILED", name, rank, tile, type(error).__name__, str(error)[-150:].replace("\n", " "), flush=True)
         return None
 
-    with ThreadPoolExecutor(12) as pool:  # the compiler runs outside Python for most of its time
-        made = [kernel for kernel in pool.map(warm, kernels) if kernel is not None]
-    found = []
-    for kernel in made:
+    with ThreadPoolExecutor(1 if SMOKE else 12) as pool:  # the compiler runs outside Python for most of its time
+        kernels = [one for one in pool.map(made, tiles_of(name, rank)) if one is not None]
+    found, cpu = [], torch.device("cpu")
+    for kernel, weight in kernels:
         if time.monotonic() > until:
             break
-        found.append((round(sum(median_ms(lambda k=kernel, w=w: k(*w), repeats) for w in weights), 4), *kernel.tile))
-    floor = sum(s.data.numel() * s.data.element_size() + s.shape[0] * s.shape[1] * 2 for s, _ in weights) / 4.3e9
-    return {"storage": name, "rank": rank, "floor_ms": round(floor, 4), "tiles": sorted(found)}
-
-
-def variants_of(name, rank):
-    """Returns labels, tiles and other constants: the decoding of older cards, one tile a program, ranks in a loop, tiles in a loop."""
-    slow = {"NATIVE": False} if name.startswith("fp8") else {"SHUFFLE": False}
-    if SMOKE:
-        return [
-            ("old", Tile(32, 64, 4), slow),
-            ("ranks", Tile(16, 64, 4, 1, 3, 16), {}),
-            ("spans", Tile(16, 64, 4, 4, 3), {}),
-            ("downwards", Tile(16, 64, 4, 4, 3, 0, True), {}),
-        ]
-    if rank <= 32:
-        tiles = [
-            (32, 128, 4),
-            (32, 256, 4),
-            (64, 64, 4),
-            (32, 128, 8),
-            (64, 128, 4),
-            (128, 64, 4),
-            (64, 128, 8),
-            (16, 256, 4),
-        ]
-        spans = [(32, 128, 4, 4, 3), (64, 64, 4, 4, 3), (32, 256, 4, 4, 2), (16, 256, 4, 4, 3)]
-        ranks = []
-    else:
-        tiles = [(64, 64, 4), (128, 64, 4), (64, 128, 4), (128, 128, 8), (64, 128, 8), (128, 64, 8)]
-        spans = [(64, 64, 4, 4, 2), (64, 64, 4, 8, 3), (128, 64, 8, 4, 2), (128, 128, 8, 4, 2), (64, 128, 8, 4, 2)]
-        ranks = [(64, 64, 4, 1, 3, 32), (128, 64, 4, 1, 3, 32)]
-    return [
-        *(("one", Tile(*tile), {}) for tile in tiles[:4]),
-        *((label, Tile(*tile, 0, label == "downwards"), {}) for tile in spans for label in ("downwards", "spans")),
-        *(("old", Tile(*tile), slow) for tile in tiles[:2]),
-        *(("ranks", Tile(*tile), {}) for tile in ranks),
-        *(("one", Tile(*tile), {}) for tile in tiles[4:]),
-    ]
-
-
-def variants(name, rank, repeats, until):
-    """Returns the milliseconds of variants on the two largest layers together, the fastest first, beside the host's cast."""
-    shapes = ((64, 512), (48, 512)) if SMOKE else ((21504, 3072), (3072, 15360))
-    weights = [(*stored_and_host(name, *shape), factors_of(*shape, rank)) for shape in shapes]
-    small = stored_and_host(name, 300, 1152)[0] if not SMOKE else weights[0][0]
-    small_factors = factors_of(*small.shape, rank)
-    host_ms = round(sum(median_ms(host, repeats) for _, host, _ in weights), 4)
-    per_rank = rank in JOINED
-
-    def made(variant):
-        label, tile, constants = variant
-        if time.monotonic() > until:
-            return None
+        ms = sum(median_ms(lambda k=kernel, w=w: k(w[0], w[1]), repeats) for w in weights)
         try:
-            with torch.no_grad():
-                kernel = Kernel(weights[0][0].kind, DTYPE, bucket_of(rank), rank % 16 == 0, per_rank, tile)
-                kernel.constants |= constants
-                return label, kernel, kernel(small, small_factors)
-        except Exception as error:
-            print(
-                "FAILED",
-                name,
-                rank,
-                label,
-                *tile,
-                type(error).__name__,
-                str(error)[-150:].replace("\n", " "),
-                flush=True,
-            )
-            return None
-
-    with ThreadPoolExecutor(1 if SMOKE else 12) as pool:
-        kernels = [one for one in pool.map(made, variants_of(name, rank)) if one is not None]
-    found = []
-    for label, kernel, weight in kernels:
-        if time.monotonic() > until + 2:
-            break
-        ms = round(sum(median_ms(lambda k=kernel, w=w: k(w[0], w[2]), repeats) for w in weights), 4)
-        try:
-            compare(weight, moved(small, torch.device("cpu")), moved(small_factors, torch.device("cpu")), DTYPE)
+            compare(weight, moved(small, cpu), None if small_factors is None else moved(small_factors, cpu), DTYPE)
             wrong = ""
         except ProbeError as error:
             wrong = str(error)[:100]
-        found.append((ms, label, *kernel.tile, wrong))
-    floor = sum(s.data.numel() * s.data.element_size() + s.shape[0] * s.shape[1] * 2 for s, _, _ in weights) / 4.3e9
-    return {"storage": name, "rank": rank, "host_ms": host_ms, "floor_ms": round(floor, 4), "variants": sorted(found)}
+        found.append((round(ms, 4), *kernel.tile, wrong))
+    floor = sum(s.data.numel() * s.data.element_size() + s.shape[0] * s.shape[1] * 2 for s, *_ in weights) / 4.3e9
+    host_ms = sum(median_ms(host, repeats) for *_, host in weights)
+    return {
+        "storage": name,
+        "rank": rank,
+        "host_ms": round(host_ms, 4),
+        "floor_ms": round(floor, 4),
+        "tiles": sorted(found),
+    }
 
 
 def main():
@@ -391,7 +332,6 @@ def main():
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tiles", action="store_true")
-    parser.add_argument("--variants", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -406,40 +346,29 @@ def main():
         head["triton"] = None
     print(json.dumps(head), flush=True)
     layers = (("small", 96, 512, 3, 2), ("one token", 40, 768, 1, 1)) if SMOKE else LAYERS
-    way = "variants" if options.variants else "tiles" if options.tiles else "rows"
-    cases = options.cases.split(",")
+    way = "tiles" if options.tiles else "rows"
     rows, longest = [], 0.0
-    for number, case in enumerate(cases):
+    for case in options.cases.split(","):
         name, rank = case.rsplit(":", 1)
         begin = time.monotonic()
         if begin + longest > until:
             print("left out, time is up:", case, flush=True)
             continue
         try:
-            if options.variants:
-                rows.append(variants(name, int(rank), options.repeats, begin + (until - begin) / (len(cases) - number)))
-            elif options.tiles:
+            if options.tiles:
                 rows.append(tiles(name, int(rank), options.repeats, until))
             else:
                 rows.append(measure(name, int(rank), layers, options.repeats))
-            if not options.variants:
-                print(json.dumps(rows[-1]), flush=True)
+            print(json.dumps(rows[-1]), flush=True)
         except Exception as error:
             print("FAILED", case, type(error).__name__, str(error)[:500], flush=True)
         longest = max(longest, time.monotonic() - begin) if way == "rows" else 0.0
         if options.json:
             options.json.write_text(json.dumps({**head, way: rows}, indent=1))
-        if options.variants and rows:
-            row = rows[-1]
-            print(
-                f"{row['storage']} {row['rank']}: host {row['host_ms']}, floor {row['floor_ms']}, {time.monotonic() - begin:.0f} s"
-            )
-            for one in row["variants"]:
-                print("   ", *one, flush=True)
     if options.tiles:
         for row in rows:
-            print(row["storage"], row["rank"], "floor", row["floor_ms"], *row["tiles"][:6])
-    elif not options.variants:
+            print(row["storage"], row["rank"], "host", row["host_ms"], "floor", row["floor_ms"], *row["tiles"][:6])
+    else:
         print(table(rows))
     return 0
 

@@ -77,25 +77,20 @@ class Kernel:
         self._bucket = bucket
         self.function: Any = getattr(triton_kernels, recipe.function)
         self.tile = tile or tile_of(recipe, bucket)
-        spans, downwards = self.tile.spans, self.tile.downwards
-        self._program = self.tile.rows * (spans if downwards else 1), self.tile.columns * (1 if downwards else spans)
         self.constants: dict[str, Any] = {
             **recipe.constants,
             "VALUES": names[recipe.values or layer],
             "RANKS": bucket,
-            "CHUNK": chunk_of(bucket, self.tile),
+            "CHUNK": chunk_of(bucket),
             "HAS_PER_RANK": per_rank,
             "EVEN_RANK": even_rank,
             "BO": self.tile.rows,
             "BI": self.tile.columns,
-            "SPANS": self.tile.spans,
-            "DOWNWARDS": self.tile.downwards,
-            "STAGES": self.tile.stages,
         }
         if recipe.function == "scaled":
             self.constants["NATIVE"] = has_fp8_instructions()
         if recipe.function == "bnb4":
-            self.constants["SHUFFLE"] = not interprets()
+            self.constants |= {"SHUFFLE": not interprets(), "SPANS": self.tile.spans, "STAGES": self.tile.stages}
         self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": False}
         self._handle: Callable[[tuple[int, int, int], tuple[Any, ...]], None] | None = None
 
@@ -133,8 +128,7 @@ class Kernel:
             joined |= address
         if joined % ALIGNED_BYTES:
             return None
-        high, wide = self._program
-        grid = (-(-columns // wide), -(-rows // high), 1)
+        grid = (-(-columns // (self.tile.columns * self.tile.spans)), -(-rows // self.tile.rows), 1)
         if self._handle is None:
             self._launch_first(grid, _typed(stored, tensors), step, numbers)
         else:

@@ -26,10 +26,8 @@ class Tile(NamedTuple):
         rows: Its rows.
         columns: Its columns.
         warps: The warps of a program.
-        spans: Tiles of a program. Side by side they share their part of `up`, below each other that of `down`.
-        stages: Tiles (where there is one: chunks of ranks) whose loads are under way at once.
-        chunk: Ranks of one product; 0 for as many as the bucket allows.
-        downwards: True for tiles below each other.
+        spans: Tiles of a program, side by side, which share their part of `up`. Above 1 for four bits of bitsandbytes alone.
+        stages: Of these, how many have their loads under way at once.
     """
 
     rows: int
@@ -37,18 +35,23 @@ class Tile(NamedTuple):
     warps: int
     spans: int = 1
     stages: int = 1
-    chunk: int = 0
-    downwards: bool = False
 
 
 TILES: Mapping[str, tuple[tuple[int, Tile], ...]] = {
     "scaled": ((16, Tile(32, 256, 4)), (256, Tile(128, 64, 4))),
-    "bnb4": ((16, Tile(32, 128, 8)), (256, Tile(64, 64, 4))),
+    "bnb4": ((16, Tile(32, 128, 4)), (64, Tile(64, 64, 4, 8, 3)), (128, Tile(64, 64, 4, 4, 2)), (256, Tile(64, 64, 4))),
     "bnb4 crossing": ((256, Tile(32, 128, 4)),),
     "gguf 32": ((16, Tile(16, 256, 4)), (256, Tile(32, 128, 4))),
     "gguf 256": ((16, Tile(32, 256, 4)), (256, Tile(32, 256, 8))),
 }
-"""By family of storages: the tile up to a bucket. Measured on an H200 (`benchmarks/kernels_gpu.py --tiles` and `--variants`)."""
+"""By family of storages: the tile up to a bucket.
+
+Measured on an H200 (docs/kernels.md): fp8 at 16, 64 and 128 ranks, NF4 at 16, 64 and 96, Q8_0 and Q4_K at 16. int8 differs from
+fp8, and FP4 and nested scales from NF4, by a few operations of the decoding: they have the same tiles. Other buckets have those of
+the next larger measured one. Several tiles a program win for four bits, where they hide the loads behind the decoding; for fp8 one
+tile is as fast. Above 128 ranks they would need more than 48 KB of shared memory on small cards. GGUF and blocks that cross rows
+were measured with one tile only.
+"""
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,9 @@ def bucket_of(rank: int) -> int | None:
     return 0 if rank == 0 else next((bucket for bucket in BUCKETS if rank <= bucket), None)
 
 
-def chunk_of(bucket: int, tile: Tile) -> int:
+def chunk_of(bucket: int) -> int:
     """Returns the ranks of one product, a power of two that divides the bucket."""
-    return tile.chunk if 0 < tile.chunk <= bucket and bucket % tile.chunk == 0 else min(bucket & -bucket, LARGEST_CHUNK)
+    return min(bucket & -bucket, LARGEST_CHUNK)
 
 
 def tile_of(recipe: Recipe, bucket: int) -> Tile:

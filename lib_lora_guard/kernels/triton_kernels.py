@@ -41,71 +41,43 @@ def _up(UP, PER_RANK, row, rows, rank, first, CHUNK: tl.constexpr, HAS_PER_RANK:
 
 
 @triton.jit
-def _down(
-    DOWN, PER_RANK, col, cols, rank, first, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, BI: tl.constexpr
-):  # fmt: skip
-    """Loads CHUNK ranks of the tile's columns of `down`, with the strengths in them where HAS_PER_RANK."""
+def _down(DOWN, col, cols, rank, first, CHUNK: tl.constexpr, BI: tl.constexpr):
+    """Loads CHUNK ranks of the tile's columns of `down`."""
     ri, rr = tl.arange(0, BI), first + tl.arange(0, CHUNK)
     mask = (rr < rank)[:, None] & (col + ri < cols)[None, :]
-    d = tl.load(DOWN + col + rr[:, None].to(tl.int64) * cols + ri[None, :], mask=mask, other=0.0)
-    if HAS_PER_RANK:
-        factor = tl.load(PER_RANK + rr, mask=rr < rank, other=0.0)
-        d = (d.to(tl.float32) * factor[:, None]).to(d.dtype)
-    return d
+    return tl.load(DOWN + col + rr[:, None].to(tl.int64) * cols + ri[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def _kept(
+def _product(
     UP, DOWN, PER_RANK, row, col, rows, cols, rank,
     RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, DOWNWARDS: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """Loads the factor that all of a program's tiles share, the strengths in it: a tuple of chunks."""
-    if EVEN_RANK:
-        rank = rank // 16 * 16
-    chunks = ()
-    for first in tl.static_range(0, RANKS, CHUNK):
-        if DOWNWARDS:
-            chunks = chunks + (_down(DOWN, PER_RANK, col, cols, rank, first, CHUNK, HAS_PER_RANK, BI),)
-        else:
-            chunks = chunks + (_up(UP, PER_RANK, row, rows, rank, first, CHUNK, HAS_PER_RANK, BO),)
-    return chunks
+    """Returns a tile of `(up * per_rank) @ down` in fp32; zeros where RANKS is 0."""
+    product = tl.zeros((BO, BI), dtype=tl.float32)
+    if RANKS > 0:
+        if EVEN_RANK:
+            rank = rank // 16 * 16
+        for first in tl.static_range(0, RANKS, CHUNK):
+            u = _up(UP, PER_RANK, row, rows, rank, first, CHUNK, HAS_PER_RANK, BO)
+            product = tl.dot(u, _down(DOWN, col, cols, rank, first, CHUNK, BI), product)
+    return product
 
 
 @triton.jit
 def _store(
-    w, kept, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, SPANS: tl.constexpr, DOWNWARDS: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
+    w, product, OUT, row, col, rows, cols, alpha,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Rounds a tile of fp32 values as the host does, adds the factors' product and stores it."""
+    """Rounds a tile of decoded values as the host does, adds the factors' product and stores it. EXACT: they need no rounding."""
     ro, ri = tl.arange(0, BO), tl.arange(0, BI)
-    row_in, col_in = row + ro < rows, col + ri < cols
     if RANKS == 0 or not EXACT:
         w = w.to(VALUES).to(OUT.dtype.element_ty)
     if RANKS > 0:
-        if EVEN_RANK:
-            rank = rank // 16 * 16
-        product = tl.zeros((BO, BI), dtype=tl.float32)
-        if SPANS > 1:
-            for number in tl.static_range(0, RANKS // CHUNK):
-                if DOWNWARDS:
-                    u = _up(UP, PER_RANK, row, rows, rank, number * CHUNK, CHUNK, False, BO)
-                    product = tl.dot(u, kept[number], product)
-                else:
-                    d = _down(DOWN, PER_RANK, col, cols, rank, number * CHUNK, CHUNK, False, BI)
-                    product = tl.dot(kept[number], d, product)
-        elif STAGES > 1:
-            for first in tl.range(0, RANKS, CHUNK, num_stages=STAGES):
-                u = _up(UP, PER_RANK, row, rows, rank, first, CHUNK, HAS_PER_RANK, BO)
-                product = tl.dot(u, _down(DOWN, PER_RANK, col, cols, rank, first, CHUNK, False, BI), product)
-        else:
-            for first in tl.static_range(0, RANKS, CHUNK):
-                u = _up(UP, PER_RANK, row, rows, rank, first, CHUNK, HAS_PER_RANK, BO)
-                product = tl.dot(u, _down(DOWN, PER_RANK, col, cols, rank, first, CHUNK, False, BI), product)
         w = tl.fma(product, tl.full((BO, BI), 0.0, tl.float32) + alpha, w.to(tl.float32)).to(OUT.dtype.element_ty)
     tile = OUT + row.to(tl.int64) * cols + col
-    tl.store(tile + ro[:, None] * cols + ri[None, :], w, mask=row_in[:, None] & col_in[None, :])
+    tl.store(tile + ro[:, None] * cols + ri[None, :], w, mask=(row + ro < rows)[:, None] & (col + ri < cols)[None, :])
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -113,46 +85,12 @@ def scaled(
     DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
     FORM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, SPANS: tl.constexpr, DOWNWARDS: tl.constexpr, STAGES: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """fp8 as its bytes, and int8; SCALE fp32, `scale_step` 0 for one, 1 for one a row. EVEN: cols is a multiple of 16."""
     if EVEN:
         cols = cols // 16 * 16
     row, col = tl.program_id(1) * BO, tl.program_id(0) * BI
-    if DOWNWARDS:
-        row = row * SPANS
-    else:
-        col = col * SPANS
-    if SPANS == 1:
-        _scaled_tile(
-            (), DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-            FORM, SCALED, NATIVE, VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES,
-        )  # fmt: skip
-    else:
-        kept = _kept(
-            UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, DOWNWARDS
-        )  # fmt: skip
-        if DOWNWARDS:
-            for number in tl.range(0, tl.minimum(SPANS, tl.cdiv(rows - row, BO)), num_stages=STAGES):
-                _scaled_tile(
-                    kept, DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, row + number * BO, col, rows, cols, rank, alpha,
-                    FORM, SCALED, NATIVE, VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES,
-                )  # fmt: skip
-        else:
-            for number in tl.range(0, tl.minimum(SPANS, tl.cdiv(cols - col, BI)), num_stages=STAGES):
-                _scaled_tile(
-                    kept, DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, row, col + number * BI, rows, cols, rank, alpha,
-                    FORM, SCALED, NATIVE, VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES,
-                )  # fmt: skip
-
-
-@triton.jit
-def _scaled_tile(
-    kept, DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-    FORM: tl.constexpr, SCALED: tl.constexpr, NATIVE: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, SPANS: tl.constexpr, DOWNWARDS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
     ro, ri = tl.arange(0, BO), tl.arange(0, BI)
     inside = (row + ro < rows)[:, None] & (col + ri < cols)[None, :]
     tile = DATA + row.to(tl.int64) * cols + col
@@ -174,10 +112,10 @@ def _scaled_tile(
     if SCALED:
         s = tl.load(SCALE + (row + ro) * scale_step, mask=row + ro < rows, other=0.0)
         w = w.to(tl.float32) * s[:, None]
-    _store(
-        w, kept, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-        VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES, EXACT,
+    product = _product(
+        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
     )  # fmt: skip
+    _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, EXACT)
 
 
 if hasattr(tl, "gather"):
@@ -259,51 +197,12 @@ def _absmax(at, mask, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED: tl.constexpr):
         return a
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def bnb4(
-    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, SPANS: tl.constexpr, DOWNWARDS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """bitsandbytes' four bits. NESTED: values of absmax a scale of scales, 0 for none. CROSSING: blocks cross rows."""
-    if not CROSSING:
-        cols = cols // 32 * 32
-    row, col = tl.program_id(1) * BO, tl.program_id(0) * BI
-    if DOWNWARDS:
-        row = row * SPANS
-    else:
-        col = col * SPANS
-    if SPANS == 1:
-        _bnb4_tile(
-            (), DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-            BLOCK, NESTED, CROSSING, SHUFFLE, VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES,
-        )  # fmt: skip
-    else:
-        kept = _kept(
-            UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, DOWNWARDS
-        )  # fmt: skip
-        if DOWNWARDS:
-            for number in tl.range(0, tl.minimum(SPANS, tl.cdiv(rows - row, BO)), num_stages=STAGES):
-                _bnb4_tile(
-                    kept, DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, row + number * BO, col, rows, cols, rank, alpha,
-                    BLOCK, NESTED, CROSSING, SHUFFLE, VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES,
-                )  # fmt: skip
-        else:
-            for number in tl.range(0, tl.minimum(SPANS, tl.cdiv(cols - col, BI)), num_stages=STAGES):
-                _bnb4_tile(
-                    kept, DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, row, col + number * BI, rows, cols, rank, alpha,
-                    BLOCK, NESTED, CROSSING, SHUFFLE, VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES,
-                )  # fmt: skip
-
-
 @triton.jit
-def _bnb4_tile(
-    kept, DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, SPANS: tl.constexpr, DOWNWARDS: tl.constexpr, STAGES: tl.constexpr,
+def _of_bnb4(
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, col, rows, cols,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
+    """Returns a tile's values in fp32."""
     ro, ri = tl.arange(0, BO), tl.arange(0, BI)
     row_in = row + ro < rows
     if CROSSING:
@@ -336,10 +235,47 @@ def _bnb4_tile(
         a = _absmax(at, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
         w = tl.reshape(q, (BO, G, SPAN)) * a[:, :, None]
         w = tl.reshape(w, (BO, BI))
-    _store(
-        w, kept, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-        VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES, False,
-    )  # fmt: skip
+    return w
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def bnb4(
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
+    SPANS: tl.constexpr, STAGES: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """bitsandbytes' four bits. NESTED: values of absmax a scale of scales, 0 for none. CROSSING: blocks cross rows.
+
+    SPANS: tiles of a program, side by side: all need the same part of `up`, which stays in registers. STAGES: tiles under way at once.
+    """
+    if not CROSSING:
+        cols = cols // 32 * 32
+    row, col = tl.program_id(1) * BO, tl.program_id(0) * BI * SPANS
+    if SPANS == 1:
+        w = _of_bnb4(
+            DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, col, rows, cols, BLOCK, NESTED, CROSSING, SHUFFLE, BO, BI
+        )  # fmt: skip
+        product = _product(
+            UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+        )  # fmt: skip
+        _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
+    else:
+        if EVEN_RANK:
+            rank = rank // 16 * 16
+        ups = ()
+        for first in tl.static_range(0, RANKS, CHUNK):
+            ups = ups + (_up(UP, PER_RANK, row, rows, rank, first, CHUNK, HAS_PER_RANK, BO),)
+        for number in tl.range(0, tl.minimum(SPANS, tl.cdiv(cols - col, BI)), num_stages=STAGES):
+            at = col + number * BI
+            w = _of_bnb4(
+                DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, at, rows, cols, BLOCK, NESTED, CROSSING, SHUFFLE, BO, BI
+            )  # fmt: skip
+            product = tl.zeros((BO, BI), dtype=tl.float32)
+            for chunk in tl.static_range(0, RANKS // CHUNK):
+                product = tl.dot(ups[chunk], _down(DOWN, at, cols, rank, chunk * CHUNK, CHUNK, BI), product)
+            _store(w, product, OUT, row, at, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
 
 
 @triton.jit
@@ -487,7 +423,7 @@ def gguf(
     WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
     FORM: tl.constexpr, BAKED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr, SPANS: tl.constexpr, DOWNWARDS: tl.constexpr, STAGES: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """GGUF. WORDS2 and WORDS4: the same bytes as words of two and of four. BLOCK, BLOCK_BYTES: of a block."""
     cols = cols // BLOCK * BLOCK
@@ -506,7 +442,7 @@ def gguf(
             w = _of_q4_k_baked(words2, words4, row_words, ro, row_in, col // 32, cols // 32, VALUES, BO, BI // 32)
         else:
             w = _of_k(words2, words4, row_words, ro, row_in, col // 32, cols // 32, FORM, VALUES, BO, BI // 32)
-    _store(
-        tl.reshape(w, (BO, BI)), (), OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-        VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI, SPANS, DOWNWARDS, STAGES, False,
+    product = _product(
+        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
     )  # fmt: skip
+    _store(tl.reshape(w, (BO, BI)), product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
