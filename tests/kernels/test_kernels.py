@@ -3,11 +3,10 @@
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import warm
 
 FIRST = (3, 3)
 """The first Triton that compiles all kernels as this test does. Where an older one cannot, plain torch is used."""
@@ -21,9 +20,10 @@ def found(folder, interpreted):
         pytest.skip("there is no Triton")
     if tuple(int(part) for part in version.split(".")[:2]) < FIRST:
         pytest.skip(f"Triton {version} cannot compile the kernels")
-    command = [sys.executable, str(Path(__file__).parent / "without_a_card.py"), str(folder / "found.json")]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "1" if interpreted else "0"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=environment)
+    script = str(Path(__file__).parent / "without_a_card.py")
+    code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    run = warm.run(code, script, folder / "found.json", env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
