@@ -127,6 +127,7 @@ _RELATIVES = {
 }  # fmt: skip
 """Cards for computers of another kind, with the listed card whose memory is about as fast."""
 _MODEL = re.compile(r"(rtx|gtx)?(\d{4})(ti)?")
+_MEMORY_SIZE = re.compile(r"\d+\s*gb", re.IGNORECASE)
 _NEAR = 1000
 """Model numbers further apart than this say nothing about each other: one generation."""
 
@@ -153,7 +154,8 @@ def nearest_rates(name: str) -> GpuRates:
     try:
         return rates_of(name)
     except ValueError:
-        near = _relative(_short(name)) or _by_number(_short(name))
+        short = _short(_MEMORY_SIZE.sub("", name))
+        near = _relative(short) or _by_number(short)
         if near is None:
             raise
         return RATES[near]
