@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
     _add_plan(commands)
     _add_inspect(commands)
+    _add_explain(commands)
     _add_bake(commands)
     _add_simulate(commands)
     _add_demo(commands)
@@ -166,6 +167,16 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument("lora", metavar="LORA", type=Path)
     inspect.add_argument("--model", metavar="MODEL", type=Path, help="checkpoint or transformer to hold it against")
     _add_common(inspect, _inspect)
+
+
+def _add_explain(commands: Any) -> None:
+    about = (
+        "Reads a console log of Forge, an old Forge or Forge Neo and says what happened to LoRAs and memory, and what to change. "
+        "Nothing of the log is kept or sent."
+    )
+    explain = commands.add_parser("explain", help="what a console log shows, and what to change", description=about)
+    explain.add_argument("log", metavar="FILE", help="the log as a text file; - reads what is piped in")
+    _add_common(explain, _explain)
 
 
 def _add_bake(commands: Any) -> None:
@@ -290,6 +301,17 @@ def _inspect(options: Any) -> None:
     else:
         print_facts(_console(), *found, _language())
     check_fits(*found)
+
+
+def _explain(options: Any) -> None:
+    from .commands.explain import explain_document, print_explanation, read_log
+    from .explaining import explain
+
+    explanation = explain(read_log(options.log))
+    if options.json:
+        _print_json(explain_document(explanation))
+    else:
+        print_explanation(_console(), explanation, _language())
 
 
 def _bake(options: Any) -> None:

@@ -26,10 +26,11 @@ BELOW = {
     "checkpoints": {"files", "weights", "adapters", "models", "planning"},
     "baking": {"files", "weights", "recorder", "adapters", "models", "checkpoints", "patching"},
     "replay": {"weights", "planning"},
+    "explaining": {"files"},
     "ui": {"files", "memory", "weights", "planning", "reporting"},
     "demo": {*PURE, "hosts/plain"},
-    "commands": {*PURE, "checkpoints", "baking", "replay", "demo", "hosts/plain"},
-    "cli": {*PURE, "commands", "checkpoints", "replay", "demo", "baking"},
+    "commands": {*PURE, "checkpoints", "baking", "replay", "explaining", "demo", "hosts/plain"},
+    "cli": {*PURE, "commands", "checkpoints", "replay", "explaining", "demo", "baking"},
     "__main__": {"cli"},
     "__init__": {"hosts/plain"},
 }
