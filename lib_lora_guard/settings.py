@@ -49,6 +49,7 @@ class Settings:
     fast_host_cast: bool = False
     file_backups: bool = True
     merge_from_file: bool = False
+    lora_cards: bool = True
 
 
 def read(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:

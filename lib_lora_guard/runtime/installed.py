@@ -41,6 +41,10 @@ class Takeover(Protocol):
         """Gives everything back; the host applies the LoRAs on loaded models itself."""
         ...
 
+    def app_started(self) -> None:
+        """Begins what may be done ahead once the host is up. Never waits."""
+        ...
+
     def settings_changed(self) -> None:
         """Carries out what waits for no image, not even for the end of the present one."""
         ...

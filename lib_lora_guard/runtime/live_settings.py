@@ -111,6 +111,10 @@ class LiveSettings:
         """True if a merge may leave the original weights to the checkpoint file."""
         return read(self.options)[0].file_backups
 
+    def shows_lora_cards(self) -> bool:
+        """True if the host's LoRA cards get a line with base model, rank and fit."""
+        return read(self.options)[0].lora_cards
+
     def kept_files_bytes(self) -> int:
         """Returns how many bytes of LoRA files stay in RAM beyond the present stack."""
         return read(self.options)[0].kept_files_mb * MB

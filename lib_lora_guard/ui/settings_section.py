@@ -59,6 +59,7 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
         "fast_host_cast": option("fast_host_cast"),
         "file_backups": option("file_backups"),
         "merge_from_file": option("merge_from_file"),
+        "lora_cards": option("lora_cards"),
         "kept_files_mb": option("kept_files_mb", gradio.Number, whole),
         "log_level": option("log_level", gradio.Radio, {"choices": levels}),
         "language": option("language", gradio.Radio, {"choices": languages}),

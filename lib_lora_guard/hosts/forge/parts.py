@@ -79,6 +79,7 @@ class ForgeParts:
             self.advice,
             self._memory_settings,
             self.jobs,
+            folder=lambda: corrections.folder,
         )
         self.copies = RamCopies(settings.pins_swapped)
         self.quant_states = QuantStates(settings.pins_swapped)

@@ -84,6 +84,10 @@ class ForgeTakeover(ForgeParts):
         live = [loaded.model for loaded in self.api.memory.current_loaded_models]
         self.control.release_all(refresh, {id(p.lora_loader): p for p in live if hasattr(p, "lora_loader")})
 
+    def app_started(self) -> None:
+        """Begins what may be done ahead once the WebUI is up."""
+        self.web.app_started()
+
     def settings_changed(self) -> None:
         """Gives back LoRA files beyond what may be kept now."""
         self.files.trim()

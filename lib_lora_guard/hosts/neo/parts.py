@@ -70,6 +70,7 @@ class NeoParts:
             self.advice,
             self._memory_settings,
             is_left_to_host=reference_images.are_there,
+            folder=lambda: corrections.folder,
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)

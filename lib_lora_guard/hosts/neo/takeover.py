@@ -82,6 +82,10 @@ class NeoTakeover(NeoParts):
         if model is not None:
             model.current_lora_hash = STALE
 
+    def app_started(self) -> None:
+        """Begins what may be done ahead once the WebUI is up."""
+        self.web.app_started()
+
     def settings_changed(self) -> None:
         """Gives back LoRA files beyond what may be kept now."""
         self.files.trim()

@@ -1,0 +1,130 @@
+"""A line on every LoRA card of the WebUI: base model, kind, rank, and whether it fits the chosen checkpoint.
+
+The host makes a card of an item, a dict, in `create_item_html`. A copy of the item gets the line in its description, and in
+what the search looks at: nothing else of the page is touched, and what users write about a LoRA stays theirs. Read in Forge
+dfdcbab6 and Forge Neo 2.26: `modules/ui_extra_networks.py`, `extensions-builtin/sd_forge_lora/ui_extra_networks_lora.py`.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ...files import shown
+from ...messages import Joined, Message
+from ...runtime.hooks import R, Row
+from ...runtime.live_settings import LiveSettings
+from .card_facts import CardFacts, CardReader, CheckpointFacts, fits
+
+log = logging.getLogger(__name__)
+
+_KIND_NAMES = {
+    "lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT", "ia3": "IA3", "diff": "diff",
+}  # fmt: skip
+_NAME_CHARACTERS = 40
+"""Characters shown of the checkpoint's name."""
+
+
+class LoraCards:
+    """Adds the line. `modules` are the host's, by name."""
+
+    def __init__(
+        self,
+        settings: LiveSettings,
+        modules: Mapping[str, ModuleType],
+        folder: Callable[[], Path | None] = lambda: None,
+    ) -> None:
+        self._settings, self._modules = settings, modules
+        self.reader = CardReader(folder, self._is_busy)
+
+    def create_item_html(
+        self, original: Callable[..., R], page: Any, tabname: Any, item: Any, *args: Any, **kwargs: Any
+    ) -> R:
+        """Stands in place of `ExtraNetworksPageLora.create_item_html`."""
+        try:
+            item = self._with_line(item)
+        except Exception:
+            # A card of another shape is shown as it is.
+            log.debug("a LoRA card is left as it is", exc_info=True)
+        return original(page, tabname, item, *args, **kwargs)
+
+    def look_ahead(self, files: Iterable[str]) -> None:
+        """Begins to read the headers of LoRA files, before a page asks for them."""
+        if self._settings.shows_lora_cards():
+            for file in files:
+                self.reader.card(Path(file))
+
+    def _with_line(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self._settings.shows_lora_cards():
+            return item
+        path = self._checkpoint()
+        model = None if path is None else self.reader.model(path)
+        card = self.reader.card(Path(item["filename"]))
+        if card is None:
+            return item
+        text = card_line(card, model, "" if path is None else path.stem).text(self._settings.language())
+        options = getattr(self._modules.get("modules.shared"), "opts", None)
+        description = str(item.get("description") or "")
+        if getattr(options, "extra_networks_card_description_is_html", False):
+            line, between = html.escape(text), "<br>"
+        else:
+            line, between = text, " | "
+        words = [html.escape(word) for word in (card.made_for, *map(_kind_name, card.kinds)) if word]
+        return {
+            **item,
+            "description": f"{line}{between}{description}" if description else line,
+            "search_terms": [*item.get("search_terms", ()), *words],
+        }
+
+    def _checkpoint(self) -> Path | None:
+        """Returns the checkpoint that the next image is made with."""
+        models = self._modules.get("modules.sd_models")
+        loading = getattr(getattr(models, "model_data", None), "forge_loading_parameters", None)
+        info = loading.get("checkpoint_info") if isinstance(loading, dict) else None
+        filename = getattr(info, "filename", None)
+        return Path(filename) if isinstance(filename, str) and filename else None
+
+    def _is_busy(self) -> bool:
+        state = getattr(self._modules.get("modules.shared"), "state", None)
+        return bool(getattr(state, "job", ""))
+
+
+ROWS: tuple[Row[LoraCards], ...] = (
+    Row(
+        "ui_extra_networks_lora",
+        "ExtraNetworksPageLora.create_item_html",
+        lambda cards: (cards.create_item_html,),
+        is_needed=False,
+    ),
+)
+
+
+def card_line(card: CardFacts, model: CheckpointFacts | None, name: str) -> Message | Joined:
+    """Returns the line of a card.
+
+    Args:
+        card: The LoRA's facts.
+        model: The checkpoint's; None until they are known.
+        name: The checkpoint's name: the line stays true when another one is chosen.
+    """
+    if not card.is_readable:
+        return Message("card.unreadable")
+    parts: list[str] = [card.made_for or Message("card.unknown_model")]
+    kinds = " + ".join(map(_kind_name, card.kinds)) + (" (DoRA)" if card.is_dora else "")
+    parts.append(Message("card.kind_and_rank", {"kind": kinds, "rank": card.rank}) if card.rank else kinds)
+    verdict = None if model is None else fits(card, model)
+    if verdict is not None:
+        checkpoint = shown(name, _NAME_CHARACTERS)
+        if verdict:
+            parts.append(Message("card.fits", {"model": checkpoint}))
+        else:
+            parts.append(Message("card.misfit", {"model": checkpoint}))
+    return Joined(part for part in parts if part)
+
+
+def _kind_name(kind: str) -> str:
+    return _KIND_NAMES.get(kind, kind)

@@ -1,0 +1,209 @@
+"""The line on a LoRA card: what it says, that the page never waits for it, and that nothing else of the page is touched."""
+
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from support.fake_models import flux_linears, flux_shapes, stored, write_lora, write_safetensors
+
+from lib_lora_guard.hosts.webui import card_facts, lora_cards
+from lib_lora_guard.hosts.webui.card_facts import CardFacts, CardReader, CheckpointFacts, fits, read_card, read_model
+from lib_lora_guard.hosts.webui.lora_cards import LoraCards, card_line
+from lib_lora_guard.runtime.hooks import HookSet, lay
+from lib_lora_guard.runtime.live_settings import LiveSettings
+
+SMALL = flux_shapes(hidden=256, double=1, single=1)
+XL = {f"input_blocks.4.1.transformer_blocks.0.attn{n}.to_{x}.weight": (640, 2048 if n == 2 and x in "kv" else 640) for n in (1, 2) for x in "qkv"}  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_lora(tmp_path / "flux.safetensors", flux_linears(SMALL), rank=8)
+    write_lora(tmp_path / "xl.safetensors", XL, rank=4)
+    (tmp_path / "broken.safetensors").write_bytes(b"<html>")
+    write_safetensors(tmp_path / "flux1-dev.safetensors", stored(SMALL, "BF16"))
+    return tmp_path
+
+
+class Page:
+    """`ExtraNetworksPage` as far as a card is made there: both hosts call it with and without a template."""
+
+    def create_item_html(self, tabname, item, template=None):
+        sort_keys = item.get("sort_keys", {})
+        sort_keys["SDversion"] = "x"
+        args = {key: item.get(key) for key in ("name", "description", "search_terms")}
+        return template.format(**args) if template else args
+
+
+class LoraPage(Page):
+    """`ExtraNetworksPageLora`: it takes the function over from the page."""
+
+
+def host(files, **options):
+    """`(page, cards, hooks)` of a host with the hook in place."""
+    loading = {"checkpoint_info": SimpleNamespace(filename=str(files / "flux1-dev.safetensors"))}
+    modules = {
+        "ui_extra_networks_lora": SimpleNamespace(ExtraNetworksPageLora=type("Lora", (LoraPage,), {})),
+        "modules.sd_models": SimpleNamespace(model_data=SimpleNamespace(forge_loading_parameters=loading)),
+        "modules.shared": SimpleNamespace(opts=SimpleNamespace(extra_networks_card_description_is_html=False), state=SimpleNamespace(job="")),
+    }  # fmt: skip
+    cards, hooks = LoraCards(LiveSettings({"lora_guard_language": "en", **options}), modules), HookSet()
+    lay(lora_cards.ROWS, cards, modules, hooks)
+    return modules["ui_extra_networks_lora"].ExtraNetworksPageLora(), cards, hooks
+
+
+def item(files, name, **more):
+    path = files / f"{name}.safetensors"
+    return {"name": name, "filename": str(path), "search_terms": [f"Lora/{name}"], "description": None, **more}
+
+
+def shown(page, cards, *items):
+    """The cards of the second time that the page is made: those of the first show what was known, which is nothing."""
+    for one in items:
+        assert page.create_item_html("txt2img", one)["description"] == one["description"]
+    cards.reader.wait()
+    return [page.create_item_html("txt2img", one) for one in items]
+
+
+def test_a_card_says_base_model_rank_and_fit(files):
+    page, cards, _ = host(files)
+    mine = item(files, "xl", description="my <b>words</b>")
+    flux, xl, broken = shown(page, cards, item(files, "flux"), mine, item(files, "broken"))
+    assert flux["description"] == "Flux, LoRA of rank 8, fits flux1-dev"
+    assert flux["search_terms"] == ["Lora/flux", "Flux", "LoRA"]
+    assert xl["description"] == "SDXL, LoRA of rank 4, does not fit flux1-dev | my <b>words</b>"
+    assert broken["description"] == "cannot be used: damaged, or no LoRA"
+    assert (mine["description"], mine["search_terms"]) == ("my <b>words</b>", ["Lora/xl"])
+    assert page.create_item_html("txt2img", item(files, "flux"), "{description}!").startswith("Flux, LoRA of rank 8")
+
+
+def test_words_of_the_line_are_escaped_where_the_host_takes_them_as_html(files):
+    page, cards, _ = host(files)
+    cards._modules["modules.shared"].opts.extra_networks_card_description_is_html = True
+    odd = files / "<i>&.safetensors"
+    odd.write_bytes((files / "flux1-dev.safetensors").read_bytes())
+    cards._modules["modules.sd_models"].model_data.forge_loading_parameters["checkpoint_info"].filename = str(odd)
+    (flux,) = shown(page, cards, item(files, "flux", description="<b>mine</b>"))
+    assert flux["description"] == "Flux, LoRA of rank 8, fits &lt;i&gt;&amp;<br><b>mine</b>"
+
+
+def test_switched_off_and_taken_back_the_cards_are_the_hosts(files):
+    page, cards, hooks = host(files, lora_guard_lora_cards=False)
+    cards.look_ahead([str(files / "flux.safetensors")])
+    (flux,) = shown(page, cards, item(files, "flux"))
+    assert (flux["description"], cards.reader._thread) == (None, None)
+    page, cards, hooks = host(files)
+    (flux,) = shown(page, cards, item(files, "flux"))
+    hooks.restore()
+    assert page.create_item_html("txt2img", item(files, "flux"))["description"] is None
+    assert page.create_item_html.__func__ is Page.create_item_html
+
+
+@pytest.mark.parametrize("odd", [{}, {"filename": None}, {"filename": 3}, {"filename": "\x00"}, {"filename": "none"}])
+def test_a_card_of_another_shape_is_shown_as_it_is(files, odd):
+    page, _, _ = host(files)
+    assert page.create_item_html("txt2img", {"name": "x", **odd})["name"] == "x"
+
+
+def test_a_page_with_many_cards_waits_for_none(files):
+    gate = threading.Event()
+    page, cards, _ = host(files)
+    cards.reader._is_busy = lambda: not gate.is_set()
+    cards.reader._sleep = lambda seconds: gate.wait(5)
+    items = []
+    for number in range(300):
+        path = files / f"{number}.safetensors"
+        path.write_bytes(b"")
+        items.append(item(files, str(number)))
+    items.append(item(files, "flux"))
+    started = time.perf_counter()
+    for one in items:
+        page.create_item_html("txt2img", one)
+    # 10 ms on a free core.
+    assert time.perf_counter() - started < 0.5
+    assert cards.reader._cards == {}
+    gate.set()
+    cards.reader.wait()
+    assert page.create_item_html("txt2img", items[-1])["description"] == "Flux, LoRA of rank 8, fits flux1-dev"
+
+
+def test_facts_are_kept_and_a_changed_file_is_read_again(files, monkeypatch):
+    folder = files / "data"
+    path = files / "flux.safetensors"
+    first = CardReader(lambda: folder, sleep=lambda _: None)
+    assert first.card(path) is None
+    first.wait()
+    facts = first.card(path)
+    assert (facts.made_for, facts.kinds, facts.rank, facts.is_dora) == ("Flux", ("lora",), 8, False)
+    text = (folder / card_facts.FILE_NAME).read_text()
+    assert str(files) not in text
+    monkeypatch.setattr(card_facts, "read_card", lambda path: pytest.fail("read twice"))
+    assert CardReader(lambda: folder).card(path) == facts
+    monkeypatch.undo()
+    write_lora(path, flux_linears(SMALL), rank=16)
+    second = CardReader(lambda: folder, sleep=lambda _: None)
+    assert second.card(path) is None
+    second.wait()
+    assert second.card(path).rank == 16
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"version": 2, "cards": {}}', '{"version": 1, "cards": []}', '{"version": 1, "cards": {"KEY": [1]}}',
+     '{"version": 1, "cards": {"KEY": ["<b>", [], [], 8, false, [], true]}}',
+     '{"version": 1, "cards": {"KEY": ["Flux", ["Flux"], ["<b>"], 8, false, [], true]}}',
+     '{"version": 1, "cards": {"KEY": ["Flux", ["Flux"], ["lora"], true, false, [], true]}}'],
+)  # fmt: skip
+def test_a_file_of_facts_that_is_none_is_passed_by(files, text):
+    folder = files / "data"
+    folder.mkdir()
+    path = files / "flux.safetensors"
+    (folder / card_facts.FILE_NAME).write_text(text.replace("KEY", card_facts._key(path)))
+    reader = CardReader(lambda: folder, sleep=lambda _: None)
+    assert reader.card(path) is None
+    reader.wait()
+    assert reader.card(path).rank == 8
+    assert len(json.loads((folder / card_facts.FILE_NAME).read_text())["cards"]) == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing(files):
+    reader = CardReader(lambda: files / "flux.safetensors", sleep=lambda _: None)
+    reader.card(files / "xl.safetensors")
+    reader.wait()
+    assert reader.card(files / "xl.safetensors").made_for == "SDXL"
+
+
+@pytest.mark.parametrize(
+    ("card", "model", "expected"),
+    [
+        (CardFacts("Flux", ("Flux", "Chroma")), CheckpointFacts("Chroma"), None),
+        (CardFacts("Flux", ("Flux",), inputs=(3072,)), CheckpointFacts("SDXL", frozenset({640})), False),
+        (CardFacts("Flux 2", ("Flux 2",), inputs=(3072, 9216)), CheckpointFacts("Flux 2", frozenset({4096, 12288})), False),
+        (CardFacts("Flux 2", ("Flux 2",), inputs=(3072, 9216)), CheckpointFacts("Flux 2", frozenset({3072, 9216, 128})), True),
+        (CardFacts("Flux", ("Flux",), inputs=(64, 3072)), CheckpointFacts("Flux", frozenset({384, 3072})), True),
+        (CardFacts(), CheckpointFacts("Flux", frozenset({1})), None),
+        (CardFacts("Flux", ("Flux",), inputs=(1,)), CheckpointFacts(), None),
+    ],
+)  # fmt: skip
+def test_a_lora_fits_by_architecture_and_widths(card, model, expected):
+    assert fits(card, model) is expected
+
+
+def test_lines_say_only_what_is_known():
+    assert (
+        card_line(CardFacts(kinds=("loha", "diff"), is_dora=True), None, "x")
+        == "base model not known, LoHa + diff (DoRA)"
+    )
+    assert card_line(CardFacts("Wan", ("Wan",), ("lokr",)), CheckpointFacts("Flux"), "m" * 60).endswith("m" * 10)
+    assert card_line(CardFacts("Flux", ("Flux",), ("lora",), 4), None, "x").text("zh") == "Flux，LoRA，秩 4"
+
+
+def test_files_that_are_no_models_say_nothing(files):
+    assert (
+        read_card(files / "none.safetensors")
+        == read_card(files / "flux1-dev.safetensors")
+        == CardFacts(is_readable=False)
+    )
+    assert read_model(files / "flux.safetensors") == read_model(files / "broken.safetensors") == CheckpointFacts()
