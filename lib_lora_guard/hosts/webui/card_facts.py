@@ -13,24 +13,28 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ...checkpoints.lora_header import read_facts
+from ...checkpoints.lora_header import damaged_where_torch_refuses, read_facts
 from ...checkpoints.model_header import read_checkpoint
 from ...errors import LoraGuardError
 from ...files import shown
-from ...models.architecture import Architecture, may_be_for
-from ...models.evidence import Evidence
+from ...models.architecture import Architecture
+from ...models.fit import Target, fit_file
 from ...private_files import make_private_folder, open_private
 from ...runtime.data_folder import CARDS_NAME as FILE_NAME
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 VERSION = 1
-MOST_CARDS = 5000
-"""Files whose facts are kept, those looked at last."""
+IMAGE_PARTS = {"U-Net", "transformer"}
+"""The parts of `LoraFacts` that lie in every checkpoint."""
+MOST_CARDS, MOST_PAIRS = 5000, 20_000
+"""Files, and pairs of a file and a checkpoint, whose facts are kept: those read last."""
 LONGEST_BYTES = 8 << 20
 BUSY_SECONDS = 1.0
 """Between two looks whether an image is still being made: its steps need the processor."""
@@ -44,68 +48,57 @@ class CardFacts:
 
     Attributes:
         made_for: The architecture's name; "" if it does not show.
-        may_be_for: All architectures that it may be for.
         kinds: The kinds of its adapters, the most frequent first.
         rank: The most frequent rank; 0 for kinds without one.
         is_dora: Some adapters are DoRAs.
-        inputs: Input widths of the modules that it changes.
         is_readable: False for a file that is damaged or no LoRA.
     """
 
     made_for: str = ""
-    may_be_for: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     rank: int = 0
     is_dora: bool = False
-    inputs: tuple[int, ...] = ()
     is_readable: bool = True
-
-
-@dataclass(frozen=True)
-class CheckpointFacts:
-    """What the header of a checkpoint says: its architecture, "" if unknown, and the input widths of its modules."""
-
-    architecture: str = ""
-    inputs: frozenset[int] = frozenset()
 
 
 def read_card(path: Path) -> CardFacts:
     """Reads the header of a LoRA file. Never raises."""
     try:
         facts = read_facts(path)
-        shapes = facts.file.shapes
-        return CardFacts(
-            made_for=facts.made_for.value if facts.made_for else "",
-            may_be_for=tuple(sorted(one.value for one in may_be_for(shapes, facts.file.metadata))),
-            kinds=tuple(kind for kind, _ in facts.kinds.most_common(2)),
-            rank=facts.ranks.most_common(1)[0][0] if facts.ranks else 0,
-            is_dora=facts.dora_modules > 0,
-            inputs=tuple(sorted(Evidence.of_lora(shapes).inputs(""))),
-        )
     except (LoraGuardError, OSError):
         return CardFacts(is_readable=False)
+    return CardFacts(
+        made_for=facts.made_for.value if facts.made_for else "",
+        kinds=tuple(kind for kind, _ in facts.kinds.most_common(2)),
+        rank=facts.ranks.most_common(1)[0][0] if facts.ranks else 0,
+        is_dora=facts.dora_modules > 0,
+    )
 
 
-def read_model(path: Path) -> CheckpointFacts:
-    """Reads the header of a checkpoint. Never raises: nothing is known of a file that cannot be read."""
+def read_target(path: Path) -> Target | None:
+    """Reads the header of a checkpoint as LoRA files are matched to it. Never raises: None for a file that cannot be read."""
     try:
-        found = read_checkpoint(path)
-        architecture = found.architecture.value if found.architecture else ""
-        return CheckpointFacts(architecture, frozenset(Evidence.of_model(found.shapes).inputs("")))
-    except (LoraGuardError, OSError, ValueError, IndexError):
-        return CheckpointFacts()
+        return read_checkpoint(path).target()
+    except (LoraGuardError, OSError):
+        return None
 
 
-def fits(card: CardFacts, model: CheckpointFacts) -> bool | None:
-    """Returns whether a LoRA is for this checkpoint, by architecture and sizes; None where the headers do not show it."""
-    if not card.may_be_for or not model.architecture:
+def fits(path: Path, target: Target | None) -> bool | None:
+    """Returns whether a model can use a LoRA file, by the rule that applies it; None where the headers do not show it.
+
+    Never raises.
+    """
+    if target is None or target.architecture is None:
         return None
-    if model.architecture not in card.may_be_for:
-        return False
-    if not card.inputs or not model.inputs:
+    try:
+        facts = read_facts(path)
+        with damaged_where_torch_refuses(path):
+            fit = fit_file(facts.file, target, is_all=False)
+    except (LoraGuardError, OSError):
         return None
-    # Variants of one architecture differ in their widths; a module or two may differ in a variant that fits.
-    return 2 * len(set(card.inputs) & model.inputs) >= len(card.inputs)
+    if fit.refused is None and not fit.terms and not IMAGE_PARTS & set(facts.parts):
+        return None  # the text encoders lie in a file of their own
+    return fit.refused is None and bool(fit.terms)
 
 
 class CardReader:
@@ -125,9 +118,9 @@ class CardReader:
         """
         self._folder, self._is_busy, self._sleep = folder, is_busy, sleep
         self._lock = threading.Lock()
-        self._cards: OrderedDict[str, CardFacts] | None = None
-        self._models: dict[str, CheckpointFacts] = {}
-        self._wanted: OrderedDict[str, Path | None] = OrderedDict()
+        self._kept: Kept | None = None
+        self._wanted: OrderedDict[str, tuple[Path, ...]] = OrderedDict()
+        self._target: tuple[str, Target | None] = ("", None)
         self._thread: threading.Thread | None = None
 
     def card(self, path: Path) -> CardFacts | None:
@@ -136,23 +129,22 @@ class CardReader:
         if key is None:
             return None
         with self._lock:
-            found = self._known().get(key)
-            if found is not None:
-                self._known().move_to_end(key)
-                return found
-        self._want(key, path)
-        return None
-
-    def model(self, path: Path) -> CheckpointFacts | None:
-        """Returns the facts of a checkpoint; None until its header is read."""
-        key = _key(path)
-        if key is None:
-            return None
-        with self._lock:
-            found = self._models.get(key)
-        if found is None:
-            self._want(_MODEL + key, path)
+            found = self._known().cards.get(key)
+            if found is None:
+                self._want(key, (path,))
         return found
+
+    def fits(self, path: Path, checkpoint: Path) -> bool | None:
+        """Returns whether a LoRA fits a checkpoint; None until both are read, and where it does not show."""
+        keys = _key(path), _key(checkpoint)
+        if keys[0] is None or keys[1] is None:
+            return None
+        pair = f"{keys[0]} on {keys[1]}"
+        with self._lock:
+            known = self._known().fits
+            if pair not in known:
+                self._want(pair, (path, checkpoint))
+            return known.get(pair)
 
     def wait(self, seconds: float = 10.0) -> None:
         """Waits until everything asked for is read. For tests."""
@@ -160,61 +152,65 @@ class CardReader:
         if thread is not None:
             thread.join(seconds)
 
-    def _want(self, key: str, path: Path) -> None:
-        with self._lock:
-            self._wanted[key] = path
-            if key.startswith(_MODEL):
-                # One header for all cards.
-                self._wanted.move_to_end(key, last=False)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._read_all, name="lora-guard-cards", daemon=True)
-                self._thread.start()
+    def _want(self, key: str, paths: tuple[Path, ...]) -> None:
+        self._wanted[key] = paths
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read_all, name="lora-guard-cards", daemon=True)
+            self._thread.start()
 
     def _read_all(self) -> None:
         try:
             while (wanted := self._next()) is not None:
-                key, path = wanted
                 while self._is_busy():
                     self._sleep(BUSY_SECONDS)
                 begun = time.perf_counter()
-                facts = read_model(path) if key.startswith(_MODEL) else read_card(path)
-                with self._lock:
-                    if isinstance(facts, CheckpointFacts):
-                        self._models[key.removeprefix(_MODEL)] = facts
-                    else:
-                        self._known()[key] = facts
+                self._read(*wanted)
                 self._sleep(REST_SHARE * (time.perf_counter() - begun))
         except Exception:
             log.debug("the headers of LoRA files are not read for their cards", exc_info=True)
             with self._lock:
                 self._thread = None
 
-    def _next(self) -> tuple[str, Path] | None:
-        """Returns what is to be read next. Where nothing is, the facts are kept and the thread ends."""
+    def _read(self, key: str, paths: tuple[Path, ...]) -> None:
+        if len(paths) == 1:
+            card = read_card(paths[0])
+            with self._lock:
+                _remember(self._known().cards, key, card, MOST_CARDS)
+            return
+        path, checkpoint = paths
+        name = _key(checkpoint) or ""
+        if self._target[0] != name:
+            self._target = name, read_target(checkpoint)
+        verdict = fits(path, self._target[1])
         with self._lock:
-            if self._wanted:
-                key, path = self._wanted.popitem(last=False)
-                return key, path or Path()
-        self._keep()
-        with self._lock:
-            if not self._wanted:
-                self._thread = None
-                return None
-        return self._next()
+            _remember(self._known().fits, key, verdict, MOST_PAIRS)
 
-    def _known(self) -> OrderedDict[str, CardFacts]:
-        if self._cards is None:
+    def _next(self) -> tuple[str, tuple[Path, ...]] | None:
+        """Returns what is to be read next. Where nothing is, the facts are kept and the thread ends."""
+        while True:
+            with self._lock:
+                if self._wanted:
+                    return self._wanted.popitem(last=False)
+            self._keep()
+            with self._lock:
+                if not self._wanted:
+                    self._thread, self._target = None, ("", None)
+                    return None
+
+    def _known(self) -> Kept:
+        if self._kept is None:
             folder = self._folder()
-            self._cards = OrderedDict() if folder is None else _kept(folder / FILE_NAME)
-        return self._cards
+            self._kept = Kept() if folder is None else _read_kept(folder / FILE_NAME)
+        return self._kept
 
     def _keep(self) -> None:
         folder = self._folder()
         if folder is None:
             return
         with self._lock:
-            cards = list(self._known().items())[-MOST_CARDS:]
-        document = {"version": VERSION, "cards": {key: astuple(card) for key, card in cards}}
+            known = self._known()
+            cards = {key: astuple(card) for key, card in known.cards.items()}
+            document = {"version": VERSION, "cards": cards, "fits": dict(known.fits)}
         temporary = folder / (FILE_NAME + ".tmp")
         try:
             make_private_folder(folder)
@@ -226,7 +222,18 @@ class CardReader:
             log.debug("what LoRA cards show is not kept: %s", error)
 
 
-_MODEL = "checkpoint:"
+@dataclass
+class Kept:
+    """What is known of files, the one read last at the end, and of pairs of a file and a checkpoint."""
+
+    cards: OrderedDict[str, CardFacts] = field(default_factory=OrderedDict)
+    fits: OrderedDict[str, bool | None] = field(default_factory=OrderedDict)
+
+
+def _remember(known: OrderedDict[str, T], key: str, value: T, most: int) -> None:
+    known[key] = value
+    while len(known) > most:
+        known.popitem(last=False)
 
 
 def _key(path: Path) -> str | None:
@@ -238,35 +245,32 @@ def _key(path: Path) -> str | None:
     return f"{shown(path.name, 200)}|{facts.st_size}|{facts.st_mtime_ns}"
 
 
-def _kept(path: Path) -> OrderedDict[str, CardFacts]:
+def _read_kept(path: Path) -> Kept:
     """Reads the kept facts; entries that are none are left out."""
-    found: OrderedDict[str, CardFacts] = OrderedDict()
+    kept = Kept()
     with suppress(OSError, ValueError, RecursionError, TypeError, AttributeError, LookupError):
         with open_private(path, "rb") as file:
             document = json.loads(file.read(LONGEST_BYTES))
         if document["version"] == VERSION:
             for key, entry in document["cards"].items():
                 if (card := _card(entry)) is not None:
-                    found[key] = card
-    return found
+                    kept.cards[key] = card
+            kept.fits.update(
+                (key, verdict) for key, verdict in document["fits"].items() if verdict in (True, False, None)
+            )
+    return kept
 
 
 def _card(entry: Any) -> CardFacts | None:
-    names = {architecture.value for architecture in Architecture}
-    if not isinstance(entry, list) or len(entry) != 7:
+    if not isinstance(entry, list) or len(entry) != 5:
         return None
-    made_for, may_be, kinds, rank, is_dora, inputs, is_readable = entry
-    lists = [may_be, kinds, inputs]
-    if not all(isinstance(one, list) and len(one) <= 200 for one in lists) or not isinstance(made_for, str):
-        return None
+    made_for, kinds, rank, is_dora, is_readable = entry
     is_sound = (
-        made_for in {"", *names}
-        and names.issuperset(may_be)
-        and all(isinstance(kind, str) and kind.isidentifier() for kind in kinds)
-        and all(type(number) is int for number in [rank, *inputs])
+        made_for in {"", *(architecture.value for architecture in Architecture)}
+        and isinstance(kinds, list)
+        and all(isinstance(kind, str) and kind.isidentifier() for kind in kinds[:3])
+        and type(rank) is int
         and type(is_dora) is bool
         and type(is_readable) is bool
     )
-    if not is_sound:
-        return None
-    return CardFacts(made_for, tuple(may_be), tuple(kinds), rank, is_dora, tuple(inputs), is_readable)
+    return CardFacts(made_for, tuple(kinds[:3]), rank, is_dora, is_readable) if is_sound else None

@@ -18,7 +18,7 @@ from ...files import shown
 from ...messages import Joined, Message
 from ...runtime.hooks import R, Row
 from ...runtime.live_settings import LiveSettings
-from .card_facts import CardFacts, CardReader, CheckpointFacts, fits
+from .card_facts import CardFacts, CardReader
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +55,21 @@ class LoraCards:
     def look_ahead(self, files: Iterable[str]) -> None:
         """Begins to read the headers of LoRA files, before a page asks for them."""
         if self._settings.shows_lora_cards():
-            for file in files:
-                self.reader.card(Path(file))
+            checkpoint = self._checkpoint()
+            for path in map(Path, files):
+                self.reader.card(path)
+                if checkpoint is not None:
+                    self.reader.fits(path, checkpoint)
 
     def _with_line(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self._settings.shows_lora_cards():
             return item
-        path = self._checkpoint()
-        model = None if path is None else self.reader.model(path)
-        card = self.reader.card(Path(item["filename"]))
+        path, checkpoint = Path(item["filename"]), self._checkpoint()
+        card = self.reader.card(path)
         if card is None:
             return item
-        text = card_line(card, model, "" if path is None else path.stem).text(self._settings.language())
+        verdict = None if checkpoint is None or not card.is_readable else self.reader.fits(path, checkpoint)
+        text = card_line(card, verdict, checkpoint.stem if checkpoint else "").text(self._settings.language())
         options = getattr(self._modules.get("modules.shared"), "opts", None)
         description = str(item.get("description") or "")
         if getattr(options, "extra_networks_card_description_is_html", False):
@@ -103,12 +106,12 @@ ROWS: tuple[Row[LoraCards], ...] = (
 )
 
 
-def card_line(card: CardFacts, model: CheckpointFacts | None, name: str) -> Message | Joined:
+def card_line(card: CardFacts, verdict: bool | None, name: str) -> Message | Joined:
     """Returns the line of a card.
 
     Args:
         card: The LoRA's facts.
-        model: The checkpoint's; None until they are known.
+        verdict: It fits the checkpoint; None where that is not known.
         name: The checkpoint's name: the line stays true when another one is chosen.
     """
     if not card.is_readable:
@@ -116,7 +119,6 @@ def card_line(card: CardFacts, model: CheckpointFacts | None, name: str) -> Mess
     parts: list[str] = [card.made_for or Message("card.unknown_model")]
     kinds = " + ".join(map(_kind_name, card.kinds)) + (" (DoRA)" if card.is_dora else "")
     parts.append(Message("card.kind_and_rank", {"kind": kinds, "rank": card.rank}) if card.rank else kinds)
-    verdict = None if model is None else fits(card, model)
     if verdict is not None:
         checkpoint = shown(name, _NAME_CHARACTERS)
         if verdict:

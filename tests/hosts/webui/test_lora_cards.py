@@ -9,13 +9,19 @@ import pytest
 from support.fake_models import flux_linears, flux_shapes, stored, write_lora, write_safetensors
 
 from lib_lora_guard.hosts.webui import card_facts, lora_cards
-from lib_lora_guard.hosts.webui.card_facts import CardFacts, CardReader, CheckpointFacts, fits, read_card, read_model
+from lib_lora_guard.hosts.webui.card_facts import CardFacts, CardReader, fits, read_card, read_target
 from lib_lora_guard.hosts.webui.lora_cards import LoraCards, card_line
 from lib_lora_guard.runtime.hooks import HookSet, lay
 from lib_lora_guard.runtime.live_settings import LiveSettings
 
 SMALL = flux_shapes(hidden=256, double=1, single=1)
 XL = {f"input_blocks.4.1.transformer_blocks.0.attn{n}.to_{x}.weight": (640, 2048 if n == 2 and x in "kv" else 640) for n in (1, 2) for x in "qkv"}  # fmt: skip
+
+TEXT = {
+    "text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768),
+    "text_model.encoder.layers.0.mlp.fc2.weight": (768, 3072),
+}
+SD15 = {f"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_{x}.weight": (320, 768) for x in "kv"}
 
 
 @pytest.fixture
@@ -60,9 +66,13 @@ def item(files, name, **more):
 
 
 def shown(page, cards, *items):
-    """The cards of the second time that the page is made: those of the first show what was known, which is nothing."""
+    """The cards as they are once everything is read: first they show what was known, which is nothing."""
     for one in items:
         assert page.create_item_html("txt2img", one)["description"] == one["description"]
+    for _ in range(2):  # the file, then the file and the checkpoint
+        cards.reader.wait()
+        for one in items:
+            page.create_item_html("txt2img", one)
     cards.reader.wait()
     return [page.create_item_html("txt2img", one) for one in items]
 
@@ -123,8 +133,10 @@ def test_a_page_with_many_cards_waits_for_none(files):
         page.create_item_html("txt2img", one)
     # 10 ms on a free core.
     assert time.perf_counter() - started < 0.5
-    assert cards.reader._cards == {}
+    assert cards.reader._kept.cards == {}
     gate.set()
+    cards.reader.wait()
+    page.create_item_html("txt2img", items[-1])
     cards.reader.wait()
     assert page.create_item_html("txt2img", items[-1])["description"] == "Flux, LoRA of rank 8, fits flux1-dev"
 
@@ -152,9 +164,9 @@ def test_facts_are_kept_and_a_changed_file_is_read_again(files, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{", '{"version": 2, "cards": {}}', '{"version": 1, "cards": []}', '{"version": 1, "cards": {"KEY": [1]}}',
-     '{"version": 1, "cards": {"KEY": ["<b>", [], [], 8, false, [], true]}}',
-     '{"version": 1, "cards": {"KEY": ["Flux", ["Flux"], ["<b>"], 8, false, [], true]}}',
-     '{"version": 1, "cards": {"KEY": ["Flux", ["Flux"], ["lora"], true, false, [], true]}}'],
+     '{"version": 1, "cards": {"KEY": ["<b>", [], 8, false, true]}, "fits": {}}',
+     '{"version": 1, "cards": {"KEY": ["Flux", ["<b>"], 8, false, true]}, "fits": {"x": "<b>"}}',
+     '{"version": 1, "cards": {"KEY": ["Flux", ["lora"], true, false, true]}}'],
 )  # fmt: skip
 def test_a_file_of_facts_that_is_none_is_passed_by(files, text):
     folder = files / "data"
@@ -176,28 +188,39 @@ def test_a_folder_that_cannot_be_written_costs_nothing(files):
 
 
 @pytest.mark.parametrize(
-    ("card", "model", "expected"),
+    ("lora", "checkpoint", "expected"),
     [
-        (CardFacts("Flux", ("Flux", "Chroma")), CheckpointFacts("Chroma"), None),
-        (CardFacts("Flux", ("Flux",), inputs=(3072,)), CheckpointFacts("SDXL", frozenset({640})), False),
-        (CardFacts("Flux 2", ("Flux 2",), inputs=(3072, 9216)), CheckpointFacts("Flux 2", frozenset({4096, 12288})), False),
-        (CardFacts("Flux 2", ("Flux 2",), inputs=(3072, 9216)), CheckpointFacts("Flux 2", frozenset({3072, 9216, 128})), True),
-        (CardFacts("Flux", ("Flux",), inputs=(64, 3072)), CheckpointFacts("Flux", frozenset({384, 3072})), True),
-        (CardFacts(), CheckpointFacts("Flux", frozenset({1})), None),
-        (CardFacts("Flux", ("Flux",), inputs=(1,)), CheckpointFacts(), None),
+        ({"flux": SMALL}, SMALL, True),
+        ({"flux": SMALL}, flux_shapes(hidden=512, double=1, single=1), False),
+        ({"xl": XL}, SMALL, False),
+        ({"text": TEXT}, SMALL, None),
+        ({"text": TEXT}, {f"cond_stage_model.transformer.{name}": shape for name, shape in TEXT.items()} | SD15, True),
+        ({"flux": SMALL}, {"x.weight": (4, 4)}, None),
     ],
-)  # fmt: skip
-def test_a_lora_fits_by_architecture_and_widths(card, model, expected):
-    assert fits(card, model) is expected
+    ids=[
+        "fits",
+        "another size",
+        "another architecture",
+        "text encoder elsewhere",
+        "text encoder there",
+        "unknown model",
+    ],
+)
+def test_a_lora_fits_by_the_rule_that_applies_it(files, lora, checkpoint, expected):
+    ((name, shapes),) = lora.items()
+    matrices = {key: shape for key, shape in shapes.items() if len(shape) == 2}
+    write_lora(files / "a.safetensors", matrices, prefix="lora_te_" if name == "text" else "lora_unet_")
+    write_safetensors(files / "model.safetensors", stored(checkpoint, "BF16"))
+    assert fits(files / "a.safetensors", read_target(files / "model.safetensors")) is expected
 
 
 def test_lines_say_only_what_is_known():
     assert (
-        card_line(CardFacts(kinds=("loha", "diff"), is_dora=True), None, "x")
+        card_line(CardFacts("", ("loha", "diff"), is_dora=True), None, "x")
         == "base model not known, LoHa + diff (DoRA)"
     )
-    assert card_line(CardFacts("Wan", ("Wan",), ("lokr",)), CheckpointFacts("Flux"), "m" * 60).endswith("m" * 10)
-    assert card_line(CardFacts("Flux", ("Flux",), ("lora",), 4), None, "x").text("zh") == "Flux，LoRA，秩 4"
+    assert card_line(CardFacts("Wan", ("lokr",)), False, "m" * 60) == f"Wan, LoKr, does not fit {'m' * 18}...{'m' * 19}"
+    assert card_line(CardFacts("Flux", ("lora",), 4), True, "x").text("zh") == "Flux，LoRA，秩 4，适合 x"
 
 
 def test_files_that_are_no_models_say_nothing(files):
@@ -206,4 +229,5 @@ def test_files_that_are_no_models_say_nothing(files):
         == read_card(files / "flux1-dev.safetensors")
         == CardFacts(is_readable=False)
     )
-    assert read_model(files / "flux.safetensors") == read_model(files / "broken.safetensors") == CheckpointFacts()
+    assert read_target(files / "flux.safetensors") is read_target(files / "broken.safetensors") is None
+    assert fits(files / "broken.safetensors", read_target(files / "flux1-dev.safetensors")) is None
