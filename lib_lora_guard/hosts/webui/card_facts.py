@@ -109,14 +109,17 @@ class CardReader:
         folder: Callable[[], Path | None] = lambda: None,
         is_busy: Callable[[], bool] = lambda: False,
         sleep: Callable[[float], None] = time.sleep,
+        quiet_seconds: float = 0.5,
     ) -> None:
         """
         Args:
             folder: Returns where the facts are kept between two starts; None keeps nothing.
             is_busy: True while an image is made.
+            quiet_seconds: Nothing is read until the page has asked for nothing for so long.
             sleep: For tests.
         """
         self._folder, self._is_busy, self._sleep = folder, is_busy, sleep
+        self._quiet_seconds, self._asked = quiet_seconds, 0.0
         self._lock = threading.Lock()
         self._kept: Kept | None = None
         self._wanted: OrderedDict[str, tuple[Path, ...]] = OrderedDict()
@@ -125,6 +128,7 @@ class CardReader:
 
     def card(self, path: Path) -> CardFacts | None:
         """Returns the facts of a LoRA file; None until its header is read."""
+        self._asked = time.monotonic()
         key = _key(path)
         if key is None:
             return None
@@ -163,6 +167,8 @@ class CardReader:
             while (wanted := self._next()) is not None:
                 while self._is_busy():
                     self._sleep(BUSY_SECONDS)
+                while (left := self._asked + self._quiet_seconds - time.monotonic()) > 0:
+                    self._sleep(left)
                 begun = time.perf_counter()
                 self._read(*wanted)
                 self._sleep(REST_SHARE * (time.perf_counter() - begun))

@@ -56,6 +56,7 @@ def host(files, **options):
         "modules.shared": SimpleNamespace(opts=SimpleNamespace(extra_networks_card_description_is_html=False), state=SimpleNamespace(job="")),
     }  # fmt: skip
     cards, hooks = LoraCards(LiveSettings({"lora_guard_language": "en", **options}), modules), HookSet()
+    cards.reader._quiet_seconds = 0
     lay(lora_cards.ROWS, cards, modules, hooks)
     return modules["ui_extra_networks_lora"].ExtraNetworksPageLora(), cards, hooks
 
@@ -141,10 +142,20 @@ def test_a_page_with_many_cards_waits_for_none(files):
     assert page.create_item_html("txt2img", items[-1])["description"] == "Flux, LoRA of rank 8, fits flux1-dev"
 
 
+def test_nothing_is_read_while_the_page_is_made(files):
+    """The page and the thread share one interpreter."""
+    naps = []
+    reader = CardReader(sleep=lambda seconds: naps.append(seconds) or time.sleep(seconds), quiet_seconds=0.1)
+    reader.card(files / "flux.safetensors")
+    reader.wait()
+    assert 0.05 < naps[0] <= 0.1
+    assert reader.card(files / "flux.safetensors").rank == 8
+
+
 def test_facts_are_kept_and_a_changed_file_is_read_again(files, monkeypatch):
     folder = files / "data"
     path = files / "flux.safetensors"
-    first = CardReader(lambda: folder, sleep=lambda _: None)
+    first = CardReader(lambda: folder, sleep=lambda _: None, quiet_seconds=0)
     assert first.card(path) is None
     first.wait()
     facts = first.card(path)
@@ -155,7 +166,7 @@ def test_facts_are_kept_and_a_changed_file_is_read_again(files, monkeypatch):
     assert CardReader(lambda: folder).card(path) == facts
     monkeypatch.undo()
     write_lora(path, flux_linears(SMALL), rank=16)
-    second = CardReader(lambda: folder, sleep=lambda _: None)
+    second = CardReader(lambda: folder, sleep=lambda _: None, quiet_seconds=0)
     assert second.card(path) is None
     second.wait()
     assert second.card(path).rank == 16
@@ -173,7 +184,7 @@ def test_a_file_of_facts_that_is_none_is_passed_by(files, text):
     folder.mkdir()
     path = files / "flux.safetensors"
     (folder / card_facts.FILE_NAME).write_text(text.replace("KEY", card_facts._key(path)))
-    reader = CardReader(lambda: folder, sleep=lambda _: None)
+    reader = CardReader(lambda: folder, sleep=lambda _: None, quiet_seconds=0)
     assert reader.card(path) is None
     reader.wait()
     assert reader.card(path).rank == 8
@@ -181,7 +192,7 @@ def test_a_file_of_facts_that_is_none_is_passed_by(files, text):
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(files):
-    reader = CardReader(lambda: files / "flux.safetensors", sleep=lambda _: None)
+    reader = CardReader(lambda: files / "flux.safetensors", sleep=lambda _: None, quiet_seconds=0)
     reader.card(files / "xl.safetensors")
     reader.wait()
     assert reader.card(files / "xl.safetensors").made_for == "SDXL"
