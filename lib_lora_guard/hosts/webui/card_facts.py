@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ...checkpoints.lora_header import damaged_where_torch_refuses, read_facts
 from ...checkpoints.model_header import read_checkpoint
@@ -267,7 +267,7 @@ def _read_kept(path: Path) -> Kept:
     return kept
 
 
-def _card(entry: Any) -> CardFacts | None:
+def _card(entry: object) -> CardFacts | None:
     if not isinstance(entry, list) or len(entry) != 5:
         return None
     made_for, kinds, rank, is_dora, is_readable = entry

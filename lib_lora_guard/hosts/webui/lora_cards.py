@@ -12,15 +12,28 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Protocol, TypedDict
 
 from ...files import shown
 from ...messages import Joined, Message
-from ...runtime.hooks import R, Row
+from ...runtime.hooks import P, R, Row
 from ...runtime.live_settings import LiveSettings
 from .card_facts import CardFacts, CardReader
 
 log = logging.getLogger(__name__)
+
+
+class Item(TypedDict, total=False):
+    """What the host knows of a card; other entries are passed on."""
+
+    filename: str
+    description: str | None
+    search_terms: list[str]
+
+
+class Page(Protocol):
+    """The host's page with the cards."""
+
 
 _KIND_NAMES = {
     "lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT", "ia3": "IA3", "diff": "diff",
@@ -42,7 +55,7 @@ class LoraCards:
         self.reader = CardReader(folder, self._is_busy)
 
     def create_item_html(
-        self, original: Callable[..., R], page: Any, tabname: Any, item: Any, *args: Any, **kwargs: Any
+        self, original: Callable[P, R], page: Page, tabname: str, item: Item, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Stands in place of `ExtraNetworksPageLora.create_item_html`."""
         try:
@@ -50,7 +63,8 @@ class LoraCards:
         except Exception:
             # A card of another shape is shown as it is.
             log.debug("a LoRA card is left as it is", exc_info=True)
-        return original(page, tabname, item, *args, **kwargs)
+        make: Callable[..., R] = original
+        return make(page, tabname, item, *args, **kwargs)
 
     def look_ahead(self, files: Iterable[str]) -> None:
         """Begins to read the headers of LoRA files, before a page asks for them."""
@@ -61,7 +75,7 @@ class LoraCards:
                 if checkpoint is not None:
                     self.reader.fits(path, checkpoint)
 
-    def _with_line(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _with_line(self, item: Item) -> Item:
         if not self._settings.shows_lora_cards():
             return item
         path, checkpoint = Path(item["filename"]), self._checkpoint()
@@ -69,13 +83,11 @@ class LoraCards:
         if card is None:
             return item
         verdict = None if checkpoint is None or not card.is_readable else self.reader.fits(path, checkpoint)
-        text = card_line(card, verdict, checkpoint.stem if checkpoint else "").text(self._settings.language())
-        options = getattr(self._modules.get("modules.shared"), "opts", None)
-        description = str(item.get("description") or "")
-        if getattr(options, "extra_networks_card_description_is_html", False):
-            line, between = html.escape(text), "<br>"
-        else:
-            line, between = text, " | "
+        line = card_line(card, verdict, checkpoint.stem if checkpoint else "").text(self._settings.language())
+        between = " | "
+        if self._takes_html():
+            line, between = html.escape(line), "<br>"
+        description = item.get("description")
         words = [html.escape(word) for word in (card.made_for, *map(_kind_name, card.kinds)) if word]
         return {
             **item,
@@ -83,17 +95,24 @@ class LoraCards:
             "search_terms": [*item.get("search_terms", ()), *words],
         }
 
+    def _takes_html(self) -> bool:
+        """Returns True if the host shows descriptions as HTML."""
+        shared = self._modules.get("modules.shared")
+        return shared is not None and bool(shared.opts.extra_networks_card_description_is_html)
+
     def _checkpoint(self) -> Path | None:
         """Returns the checkpoint that the next image is made with."""
         models = self._modules.get("modules.sd_models")
-        loading = getattr(getattr(models, "model_data", None), "forge_loading_parameters", None)
-        info = loading.get("checkpoint_info") if isinstance(loading, dict) else None
-        filename = getattr(info, "filename", None)
-        return Path(filename) if isinstance(filename, str) and filename else None
+        try:
+            return (
+                None if models is None else Path(models.model_data.forge_loading_parameters["checkpoint_info"].filename)
+            )
+        except (AttributeError, LookupError, TypeError):
+            return None  # none is chosen yet
 
     def _is_busy(self) -> bool:
-        state = getattr(self._modules.get("modules.shared"), "state", None)
-        return bool(getattr(state, "job", ""))
+        shared = self._modules.get("modules.shared")
+        return shared is not None and bool(shared.state.job)
 
 
 ROWS: tuple[Row[LoraCards], ...] = (

@@ -103,8 +103,8 @@ class WebTakeover:
 
     def app_started(self) -> None:
         """Begins what may be done ahead once the WebUI is up: the headers of LoRA files are read for their cards."""
-        on_disk = getattr(sys.modules.get("networks"), "available_networks", {})
-        self.cards.look_ahead([str(getattr(file, "filename", "")) for file in list(on_disk.values())])
+        if "networks" in sys.modules:
+            self.cards.look_ahead([file.filename for file in list(sys.modules["networks"].available_networks.values())])
 
     def uninstall(self) -> None:
         """Gives running strengths back."""

@@ -31,12 +31,6 @@ class Face:
         for name, info in shared.options_section((*settings_section.SECTION, "sd"), made).items():
             shared.opts.add_option(name, info)
 
-    def app_started(self, demo: Any, app: Any) -> None:
-        takeover = installed.installed()
-        if takeover is not None:
-            takeover.app_started()
-        self.add_address(demo, app)
-
     def add_address(self, demo: Any, app: Any) -> None:
         from modules import shared
 
@@ -58,7 +52,14 @@ def register(options: InForce | None) -> None:
     face.add_settings()
     script_callbacks.remove_callbacks_for_function(tab.build)
     script_callbacks.on_ui_tabs(tab.build)
-    script_callbacks.on_app_started(face.app_started)
+    script_callbacks.on_app_started(face.add_address)
+    script_callbacks.on_app_started(lambda demo, app: _begin_ahead())
+
+
+def _begin_ahead() -> None:
+    takeover = installed.installed()
+    if takeover is not None:
+        takeover.app_started()
 
 
 def _language() -> tuple[Language, str | None]:

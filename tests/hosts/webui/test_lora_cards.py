@@ -1,6 +1,7 @@
 """The line on a LoRA card: what it says, that the page never waits for it, and that nothing else of the page is touched."""
 
 import json
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from support.fake_models import flux_linears, flux_shapes, stored, write_lora, w
 from lib_lora_guard.hosts.webui import card_facts, lora_cards
 from lib_lora_guard.hosts.webui.card_facts import CardFacts, CardReader, fits, read_card, read_target
 from lib_lora_guard.hosts.webui.lora_cards import LoraCards, card_line
+from lib_lora_guard.hosts.webui.takeover import WebTakeover
 from lib_lora_guard.runtime.hooks import HookSet, lay
 from lib_lora_guard.runtime.live_settings import LiveSettings
 
@@ -110,6 +112,19 @@ def test_switched_off_and_taken_back_the_cards_are_the_hosts(files):
     hooks.restore()
     assert page.create_item_html("txt2img", item(files, "flux"))["description"] is None
     assert page.create_item_html.__func__ is Page.create_item_html
+
+
+def test_headers_are_read_ahead_once_the_webui_is_up(files, monkeypatch):
+    page, cards, _ = host(files)
+    on_disk = {name: SimpleNamespace(filename=str(files / f"{name}.safetensors")) for name in ("flux", "gone")}
+    monkeypatch.setitem(sys.modules, "networks", SimpleNamespace(available_networks=on_disk))
+    WebTakeover.app_started(SimpleNamespace(cards=cards))
+    cards.reader.wait()
+    assert (
+        page.create_item_html("txt2img", item(files, "flux"))["description"] == "Flux, LoRA of rank 8, fits flux1-dev"
+    )
+    monkeypatch.delitem(sys.modules, "networks")
+    WebTakeover.app_started(SimpleNamespace(cards=cards))
 
 
 @pytest.mark.parametrize("odd", [{}, {"filename": None}, {"filename": 3}, {"filename": "\x00"}, {"filename": "none"}])
