@@ -33,11 +33,12 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True)
 class Settings:
-    """One consistent set of settings, with the defaults for a new user. 0 for an allocator number leaves it to torch."""
+    """One consistent set of settings, with the defaults for a new user. 0 for an allocator number leaves it to torch, None for
+    `kept_files_mb` takes a share of this machine's RAM."""
 
     enable: bool = True
     mode: LoraMode = LoraMode.AUTOMATIC
-    kept_files_mb: int = 1024
+    kept_files_mb: int | None = None
     log_level: str = "info"
     language: Language = Language.AUTO
     expandable_segments: bool = False

@@ -113,6 +113,8 @@ class ApplyReport:
 
     def line(self) -> Message:
         """Returns one line for the log."""
+        if not self.loras and not self.device_bytes and not self.ram_bytes:
+            return Message("report.empty", {"model": self.model, "loras": Message("report.nothing")})
         loras = Joined([lora.message() for lora in self.loras], "list.bar") if self.loras else Message("report.nothing")
         return Message("report.line", {**self._facts(), "loras": loras})
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
 
+from ..memory.shares import usual_kept_files_mb
 from ..messages.languages import language_of, system_locale
 from ..settings import PREFIX, LoraMode, read
 from ..units import MB
@@ -117,7 +118,8 @@ class LiveSettings:
 
     def kept_files_bytes(self) -> int:
         """Returns how many bytes of LoRA files stay in RAM beyond the present stack."""
-        return read(self.options)[0].kept_files_mb * MB
+        wanted = read(self.options)[0].kept_files_mb
+        return (usual_kept_files_mb() if wanted is None else wanted) * MB
 
     def kept_files(self) -> int:
         """Returns how many LoRA files stay in RAM by the host's own option; 0 for any number."""

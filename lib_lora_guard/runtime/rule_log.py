@@ -11,8 +11,10 @@ from ..messages import say
 
 log = logging.getLogger(__name__)
 
-EXPECTED_RULES = frozenset({"LG-R01", "LG-R05", "LG-R06", "LG-R10"})
-"""Logged as information: what they change comes from a usual setting or request, or spares the user something."""
+EXPECTED_RULES = frozenset({"LG-R01", "LG-R05", "LG-R06"})
+"""Logged as information: what they change comes from a usual setting or request."""
+QUIET_RULES = frozenset({"LG-R10"})
+"""Logged for who looks for the last detail: all that happens is that nothing has to be done."""
 
 
 class RuleLog:
@@ -27,4 +29,6 @@ class RuleLog:
             return
         self._said[finding.rule] = finding.says
         level = logging.INFO if finding.rule in EXPECTED_RULES else logging.WARNING
+        if finding.rule in QUIET_RULES:
+            level = logging.DEBUG
         say(log, level, "rule.line", rule=finding.rule, says=finding.says)

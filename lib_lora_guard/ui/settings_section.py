@@ -6,6 +6,7 @@ import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..memory.shares import usual_kept_files_mb
 from ..messages import Message
 from ..settings import LOG_LEVELS, PREFIX, Language, LoraMode, Settings
 
@@ -35,7 +36,7 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
         return Message(f"settings.{key}").text(language)
 
     def option(name: str, component: Any = None, arguments: Mapping[str, Any] | None = None) -> Any:
-        default = getattr(Settings, name)
+        default = usual_kept_files_mb() if name == "kept_files_mb" else getattr(Settings, name)
         info = host.OptionInfo(
             getattr(default, "value", default),
             text(name),

@@ -43,8 +43,10 @@ def test_a_rule_that_changed_nothing_is_not_logged(logged):
 
 
 @pytest.mark.parametrize(
-    ("rule", "level"), [("LG-R01", "INFO"), ("LG-R03", "WARNING"), ("LG-R05", "INFO"), ("LG-R06", "INFO")]
+    ("rule", "level"),
+    [("LG-R01", "INFO"), ("LG-R03", "WARNING"), ("LG-R05", "INFO"), ("LG-R06", "INFO"), ("LG-R10", "DEBUG")],
 )
-def test_what_usual_settings_lead_to_is_information(logged, rule, level):
+def test_what_usual_settings_lead_to_is_information(logged, caplog, rule, level):
+    caplog.set_level(logging.DEBUG, logger="lib_lora_guard")
     RuleLog().tell(negative(-5, rule=rule))
     assert [found for found, _ in logged()] == [level]

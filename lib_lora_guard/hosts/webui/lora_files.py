@@ -184,7 +184,7 @@ class LoraFiles:
                 continue
             patched.append(self.patchers.with_lora(patcher, FittedLora(filename, match.terms, strength, online_mode)))
             count = sum(len(terms) for terms in match.terms.values())
-            say(log, logging.INFO, "host.keys_for", name=name, count=count, side=side)
+            say(log, logging.DEBUG, "host.keys_for", name=name, count=count, side=side)
         lacking = applied_in_part(name, file, left)
         if lacking is not None:
             self._in_part[name] = lacking

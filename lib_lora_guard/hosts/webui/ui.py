@@ -31,13 +31,17 @@ class Face:
         for name, info in shared.options_section((*settings_section.SECTION, "sd"), made).items():
             shared.opts.add_option(name, info)
 
-    def add_address(self, demo: Any, app: Any) -> None:
+    def app_started(self, demo: Any, app: Any) -> None:
+        """Adds the address that the tab asks, and begins what may be done ahead."""
         from modules import shared
 
         if demo is None and getattr(shared.cmd_opts, "api_auth", None):
             # No web UI, so no tab; and whoever gave the API a password does not want the log beside it.
             return
         add_route(app, self._panel)
+        takeover = installed.installed()
+        if takeover is not None:
+            takeover.app_started()
 
 
 def register(options: InForce | None) -> None:
@@ -52,14 +56,7 @@ def register(options: InForce | None) -> None:
     face.add_settings()
     script_callbacks.remove_callbacks_for_function(tab.build)
     script_callbacks.on_ui_tabs(tab.build)
-    script_callbacks.on_app_started(face.add_address)
-    script_callbacks.on_app_started(lambda demo, app: _begin_ahead())
-
-
-def _begin_ahead() -> None:
-    takeover = installed.installed()
-    if takeover is not None:
-        takeover.app_started()
+    script_callbacks.on_app_started(face.app_started)
 
 
 def _language() -> tuple[Language, str | None]:

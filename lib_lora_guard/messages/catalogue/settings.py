@@ -84,8 +84,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "settings.kept_files_mb": ("LoRA files kept in RAM, in MB", "内存中保留的 LoRA 文件（MB）"),
     "settings.kept_files_mb.info": (
-        "a LoRA used again within this budget is not read from disk a second time; 0 keeps none",
-        "在此额度内再次使用的 LoRA 无需重新从磁盘读取；0 表示不保留",
+        "a LoRA used again within this budget is not read from disk a second time; an eighth of this computer's RAM unless you set it, "
+        "given back when RAM is short; 0 keeps none",
+        "在此额度内再次使用的 LoRA 无需重新从磁盘读取；不设置时为本机内存的八分之一，内存不足时会归还；0 表示不保留",
     ),
     "settings.log_level": ("Log level", "日志级别"),
     "settings.log_level.info": (
