@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _program() -> str:
+    """Returns how the program was called: a WebUI's Python knows it as a module alone."""
+    return "python -m lib_lora_guard" if Path(sys.argv[0]).name == "__main__.py" else "lora-guard"
+
+
 def _said(error: Exception) -> str:
     """Returns the error as a sentence with the next step, also where the system refuses a file that is written."""
     if not isinstance(error, OSError):
@@ -68,7 +73,7 @@ def _said(error: Exception) -> str:
     from .messages import Message
 
     file = str(error.filename) if error.filename else "the output"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return Message("command.disk_full", {"file": file})
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return Message("command.not_permitted", {"file": file, "error": error.strerror or str(error)})
@@ -89,7 +94,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="lora-guard",
+        prog=_program(),
         description="A memory-aware LoRA patcher. Inside Forge it works by itself; from Python see lib_lora_guard.LoraGuard.",
     )
     parser.add_argument("--version", action="version", version=f"LoRA Guard {__version__}")
@@ -364,7 +369,7 @@ def _page(replays: Any, target: Path | None) -> None:
 def _demo(options: Any) -> None:
     from .demo.run import run_demo
 
-    run_demo(_console(), options.markdown)
+    run_demo(_console(), options.markdown, language=_language())
 
 
 def _doctor(options: Any) -> None:
