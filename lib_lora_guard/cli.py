@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _program() -> str:
     """Returns how the program was called: a WebUI's Python knows it as a module alone."""
-    return "python -m lib_lora_guard" if Path(sys.argv[0]).name == "__main__.py" else "lora-guard"
+    package = Path(__file__).parent.name
+    return f"python -m {package}" if Path(sys.argv[0]).parts[-2:] == (package, "__main__.py") else "lora-guard"
 
 
 def _said(error: Exception) -> str:

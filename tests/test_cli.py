@@ -208,6 +208,18 @@ def test_files_of_other_parts_are_counted_instead_of_what_is_assumed(
     )
 
 
+def test_a_vae_in_the_file_counts_as_it_is_loaded(files, tmp_path, capsys):
+    """Hosts take it in 16 bit."""
+    peaks = set()
+    for form in ("F32", "F16"):
+        tensors = {f"model.diffusion_model.{name}": one for name, one in stored(SMALL, "F8_E4M3").items()}
+        tensors["vae.decoder.conv_in.weight"] = (form, (4096, 4096, 3, 3))
+        write_safetensors(tmp_path / "model.safetensors", tensors)
+        found = document(capsys, tmp_path / "model.safetensors", files / "small.safetensors")
+        peaks.add(found["predicted"][0]["ram_peak_bytes"])
+    assert len(peaks) == 1
+
+
 def test_nothing_is_said_to_fit_while_the_size_of_a_part_is_not_known(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     shapes = {f"transformer_blocks.{n}.attn1.to_{x}.weight": (1152, 1152) for n in range(2) for x in "qkv"}

@@ -60,6 +60,22 @@ def test_every_spelling_of_a_log_says_the_same(raw):
     assert [finding.name for finding in explain(raw).findings] == LOGS["patching of 190 seconds"].names
 
 
+def test_names_in_any_letters_are_read():
+    text = LOGS["a lora without effect on nf4"].text.replace("style", "风格")
+    for raw in (text.encode(), b"\xff\xfe" + text.encode("utf-16-le")):
+        assert explain(raw).findings[0].said.facts["files"] == "风格.safetensors"
+
+
+def test_a_lora_is_judged_by_the_model_that_was_loaded_last():
+    first = start() + "K-Model Created: {'storage_dtype': torch.bfloat16, 'computation_dtype': torch.bfloat16}\n"
+    second = "K-Model Created: {'storage_dtype': 'nf4', 'computation_dtype': torch.bfloat16}\n"
+    names = [
+        [one.name for one in explain(text.encode()).findings]
+        for text in (first + second + loaded(), second + first + loaded())
+    ]
+    assert names == [["rounded"], []]
+
+
 @pytest.mark.parametrize(
     "raw", [b"", b"\n\n", bytes(range(256)) * 50, "一只猫\n".encode() * 9, b"<html>no log</html>", b"\x00" * 10_000, b"\xff\xfe\x00"]
 )  # fmt: skip

@@ -93,7 +93,7 @@ def fits(path: Path, target: Target | None) -> bool | None:
     try:
         facts = read_facts(path)
         with damaged_where_torch_refuses(path):
-            fit = fit_file(facts.file, target, is_all=False)
+            fit = fit_file(facts.file, target)
     except (LoraGuardError, OSError):
         return None
     if fit.refused is None and not fit.terms and not IMAGE_PARTS & set(facts.parts):

@@ -240,6 +240,24 @@ def test_a_lora_fits_by_the_rule_that_applies_it(files, lora, checkpoint, expect
     assert fits(files / "a.safetensors", read_target(files / "model.safetensors")) is expected
 
 
+def test_a_lora_that_is_mostly_for_a_text_encoder_elsewhere_fits(files):
+    tensors = {}
+    for module, rows, columns in (
+        ("lora_unet_double_blocks_0_img_attn_proj", 256, 256),
+        *((f"lora_te1_text_model_encoder_layers_{n}_mlp_fc1", 3072, 768) for n in range(4)),
+    ):
+        tensors[f"{module}.lora_up.weight"] = ("F16", (rows, 4))
+        tensors[f"{module}.lora_down.weight"] = ("F16", (4, columns))
+    write_safetensors(files / "both.safetensors", tensors)
+    target = read_target(files / "flux1-dev.safetensors")
+    assert fits(files / "both.safetensors", target) is True
+    elsewhere = {
+        name.replace("te1_text_model_encoder_layers", "unet_double_blocks_9"): one for name, one in tensors.items()
+    }
+    write_safetensors(files / "both.safetensors", elsewhere)
+    assert fits(files / "both.safetensors", target) is False, "too much of it has no place in this model"
+
+
 def test_lines_say_only_what_is_known():
     assert (
         card_line(CardFacts("", ("loha", "diff"), is_dora=True), None, "x")
