@@ -208,6 +208,7 @@ def test_files_of_other_parts_are_counted_instead_of_what_is_assumed(
     )
 
 
+@BIG_FILES
 def test_a_vae_in_the_file_counts_as_it_is_loaded(files, tmp_path, capsys):
     """Hosts take it in 16 bit."""
     peaks = set()
