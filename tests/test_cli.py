@@ -128,7 +128,7 @@ TEXT_AND_VAE = {
 }
 
 
-ASSUMED = {"clip_l": ("CLIP-L", 307), "t5": ("T5 in fp8", 4919), "vae": ("VAE", 160)}
+ASSUMED = {"clip_l": ("CLIP-L", 307), "t5": ("T5 fp8", 4919), "vae": ("VAE", 160)}
 """The name, and the MB that the replay's own arithmetic gives it."""
 
 

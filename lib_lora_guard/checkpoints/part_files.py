@@ -38,7 +38,7 @@ class PartBeside:
     Attributes:
         part: TEXT or VAE.
         kinds: The kinds of `models.text`; empty for a VAE.
-        name: Its name for users: of a file its name, else what is assumed ("T5 in fp8").
+        name: Its name for users: of a file its name, else what is assumed ("T5 fp8").
         bytes: Its size in the host's memory.
         is_assumed: No file of it was given.
     """

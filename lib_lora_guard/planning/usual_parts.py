@@ -69,7 +69,7 @@ def _llm(name: str, parameters: float, value_bytes: float = 2) -> UsualPart:
 
 CLIP_L = _clip("clip_l", "CLIP-L", CLIP_L_PARAMETERS, CLIP_L_WIDTH)
 _CLIP_G = _clip("clip_g", "CLIP-G", CLIP_G_PARAMETERS, CLIP_G_WIDTH)
-T5_FP8 = UsualPart("t5", "T5 in fp8", int(t5_bytes(1)))
+T5_FP8 = UsualPart("t5", "T5 fp8", int(t5_bytes(1)))
 _VAE = UsualPart(VAE_KIND, "VAE", VAE_PARAMETERS * 2)
 _FLUX_VAE = UsualPart(VAE_KIND, "VAE", FLUX_VAE_PARAMETERS * 2)
 _WAN_VAE = UsualPart(VAE_KIND, "VAE", _WAN_VAE_PARAMETERS * 2)
@@ -86,18 +86,18 @@ USUAL_PARTS: Mapping[str, Sequence[UsualPart]] = {
         UsualPart("t5", "Pile-T5-XL", _PILE_T5_MATRICES * 2 + _PILE_T5_WIDE * FP32_BYTES),
         _VAE,
     ),
-    "Wan": (UsualPart("t5", "UMT5 in fp8", T5_MATRICES + _UMT5_TABLE * 2), _WAN_VAE),
-    "Qwen-Image": (_llm("Qwen2.5-VL 7B in fp8", 8.29e9, 1.13), _WAN_VAE),
+    "Wan": (UsualPart("t5", "UMT5 fp8", T5_MATRICES + _UMT5_TABLE * 2), _WAN_VAE),
+    "Qwen-Image": (_llm("Qwen2.5-VL 7B fp8", 8.29e9, 1.13), _WAN_VAE),
     "Z-Image": (_llm("Qwen3 4B", 4.02e9), _FLUX_VAE),
     "Lumina 2": (_llm("Gemma 2 2B", 2.61e9), _FLUX_VAE),
     "Krea 2": (_llm("Qwen3-VL 4B", 4.44e9), _WAN_VAE),
     "Anima": (_llm("Qwen3 0.6B", 0.6e9), _WAN_VAE),
     "ERNIE-Image": (_llm("Ministral 3 3B", 3.43e9), _FLUX_VAE),
-    "Flux 2": (_llm("Mistral 3 24B in fp8", 18.0e9, 1), _FLUX_VAE),
+    "Flux 2": (_llm("Mistral 3 24B fp8", 18.0e9, 1), _FLUX_VAE),
 }
 """The parts by the value of `models.Architecture`."""
 
-_FLUX2_BY_PROMPT_WIDTH = {7680: _llm("Qwen3 4B", 4.02e9), 12288: _llm("Qwen3 8B in fp8", 8.19e9, 1.07)}
+_FLUX2_BY_PROMPT_WIDTH = {7680: _llm("Qwen3 4B", 4.02e9), 12288: _llm("Qwen3 8B fp8", 8.19e9, 1.07)}
 """Flux 2 Klein, by the width of what its text encoder hands over: three layers side by side."""
 
 

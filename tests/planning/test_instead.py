@@ -74,12 +74,12 @@ def test_every_text_encoder_that_is_needed_has_a_size():
 
 
 def test_sizes_are_those_of_users_logs():
-    """Flux's text encoders with T5 in fp8, as Forge prints them: 5154 to 5227 MB."""
+    """Flux's text encoders with T5 fp8, as Forge prints them: 5154 to 5227 MB."""
     clip, t5, vae = usual_parts("Flux")
     assert clip.bytes + t5.bytes == known_models.flux_text_bytes(1, False, True)
     assert (round(vae.bytes / 2**20, 2)) == 159.87
     assert [usual_parts("Flux 2", width)[0].name for width in (15360, 7680, 12288)] == [
-        "Mistral 3 24B in fp8",
+        "Mistral 3 24B fp8",
         "Qwen3 4B",
-        "Qwen3 8B in fp8",
+        "Qwen3 8B fp8",
     ]

@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from ...checkpoints.lora_header import damaged_where_torch_refuses, read_facts
+from ...checkpoints.lora_header import LoraFacts, damaged_where_torch_refuses, read_facts
 from ...checkpoints.model_header import read_checkpoint
 from ...errors import LoraGuardError
 from ...files import shown
@@ -61,11 +61,17 @@ class CardFacts:
     is_readable: bool = True
 
 
-def read_card(path: Path) -> CardFacts:
-    """Reads the header of a LoRA file. Never raises."""
+def read_lora(path: Path) -> LoraFacts | None:
+    """Reads the header of a LoRA file. Never raises: None for a file that is damaged or no LoRA."""
     try:
-        facts = read_facts(path)
+        return read_facts(path)
     except (LoraGuardError, OSError):
+        return None
+
+
+def card_of(facts: LoraFacts | None) -> CardFacts:
+    """Returns what the card of a LoRA file shows."""
+    if facts is None:
         return CardFacts(is_readable=False)
     return CardFacts(
         made_for=facts.made_for.value if facts.made_for else "",
@@ -83,18 +89,17 @@ def read_target(path: Path) -> Target | None:
         return None
 
 
-def fits(path: Path, target: Target | None) -> bool | None:
+def fits(facts: LoraFacts | None, target: Target | None) -> bool | None:
     """Returns whether a model can use a LoRA file, by the rule that applies it; None where the headers do not show it.
 
     Never raises.
     """
-    if target is None or target.architecture is None:
+    if facts is None or target is None or target.architecture is None:
         return None
     try:
-        facts = read_facts(path)
-        with damaged_where_torch_refuses(path):
+        with damaged_where_torch_refuses(facts.file.path):
             fit = fit_file(facts.file, target)
-    except (LoraGuardError, OSError):
+    except LoraGuardError:
         return None
     if fit.refused is None and not fit.terms and not IMAGE_PARTS & set(facts.parts):
         return None  # the text encoders lie in a file of their own
@@ -178,18 +183,21 @@ class CardReader:
                 self._thread = None
 
     def _read(self, key: str, paths: tuple[Path, ...]) -> None:
-        if len(paths) == 1:
-            card = read_card(paths[0])
-            with self._lock:
-                _remember(self._known().cards, key, card, MOST_CARDS)
-            return
-        path, checkpoint = paths
-        name = _key(checkpoint) or ""
-        if self._target[0] != name:
-            self._target = name, read_target(checkpoint)
-        verdict = fits(path, self._target[1])
+        path, *checkpoints = paths
+        name = _key(path) or ""
         with self._lock:
-            _remember(self._known().fits, key, verdict, MOST_PAIRS)
+            if not checkpoints and name in self._known().cards:
+                return  # read together with a checkpoint
+        facts = read_lora(path)
+        with self._lock:
+            _remember(self._known().cards, name, card_of(facts), MOST_CARDS)
+        for checkpoint in checkpoints:
+            model = _key(checkpoint) or ""
+            if self._target[0] != model:
+                self._target = model, read_target(checkpoint)
+            verdict = fits(facts, self._target[1])
+            with self._lock:
+                _remember(self._known().fits, key, verdict, MOST_PAIRS)
 
     def _next(self) -> tuple[str, tuple[Path, ...]] | None:
         """Returns what is to be read next. Where nothing is, the facts are kept and the thread ends."""

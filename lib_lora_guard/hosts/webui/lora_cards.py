@@ -71,18 +71,19 @@ class LoraCards:
         if self._settings.shows_lora_cards():
             checkpoint = self._checkpoint()
             for path in map(Path, files):
-                self.reader.card(path)
-                if checkpoint is not None:
+                if checkpoint is None:
+                    self.reader.card(path)
+                else:
                     self.reader.fits(path, checkpoint)
 
     def _with_line(self, item: Item) -> Item:
         if not self._settings.shows_lora_cards():
             return item
         path, checkpoint = Path(item["filename"]), self._checkpoint()
+        verdict = None if checkpoint is None else self.reader.fits(path, checkpoint)
         card = self.reader.card(path)
         if card is None:
             return item
-        verdict = None if checkpoint is None or not card.is_readable else self.reader.fits(path, checkpoint)
         line = card_line(card, verdict, checkpoint.stem if checkpoint else "").text(self._settings.language())
         between = " | "
         if self._takes_html():

@@ -10,7 +10,7 @@ import pytest
 from support.fake_models import flux_linears, flux_shapes, stored, write_lora, write_safetensors
 
 from lib_lora_guard.hosts.webui import card_facts, lora_cards
-from lib_lora_guard.hosts.webui.card_facts import CardFacts, CardReader, fits, read_card, read_target
+from lib_lora_guard.hosts.webui.card_facts import CardFacts, CardReader, card_of, fits, read_lora, read_target
 from lib_lora_guard.hosts.webui.lora_cards import LoraCards, card_line
 from lib_lora_guard.hosts.webui.takeover import WebTakeover
 from lib_lora_guard.runtime.hooks import HookSet, lay
@@ -80,12 +80,15 @@ def shown(page, cards, *items):
     return [page.create_item_html("txt2img", one) for one in items]
 
 
-def test_a_card_says_base_model_rank_and_fit(files):
+def test_a_card_says_base_model_rank_and_fit(files, monkeypatch):
+    read = []
+    monkeypatch.setattr(card_facts, "read_lora", lambda path: (read.append(path.stem), read_lora(path))[1])
     page, cards, _ = host(files)
     mine = item(files, "xl", description="my <b>words</b>")
     flux, xl, broken = shown(page, cards, item(files, "flux"), mine, item(files, "broken"))
     assert flux["description"] == "Flux, LoRA of rank 8, fits flux1-dev"
     assert flux["search_terms"] == ["Lora/flux", "Flux", "LoRA"]
+    assert sorted(read) == ["broken", "flux", "xl"], "one look at a header gives both"
     assert xl["description"] == "SDXL, LoRA of rank 4, does not fit flux1-dev | my <b>words</b>"
     assert broken["description"] == "cannot be used: damaged, or no LoRA"
     assert (mine["description"], mine["search_terms"]) == ("my <b>words</b>", ["Lora/xl"])
@@ -177,7 +180,7 @@ def test_facts_are_kept_and_a_changed_file_is_read_again(files, monkeypatch):
     assert (facts.made_for, facts.kinds, facts.rank, facts.is_dora) == ("Flux", ("lora",), 8, False)
     text = (folder / card_facts.FILE_NAME).read_text()
     assert str(files) not in text
-    monkeypatch.setattr(card_facts, "read_card", lambda path: pytest.fail("read twice"))
+    monkeypatch.setattr(card_facts, "read_lora", lambda path: pytest.fail("read twice"))
     assert CardReader(lambda: folder).card(path) == facts
     monkeypatch.undo()
     write_lora(path, flux_linears(SMALL), rank=16)
@@ -237,7 +240,7 @@ def test_a_lora_fits_by_the_rule_that_applies_it(files, lora, checkpoint, expect
     matrices = {key: shape for key, shape in shapes.items() if len(shape) == 2}
     write_lora(files / "a.safetensors", matrices, prefix="lora_te_" if name == "text" else "lora_unet_")
     write_safetensors(files / "model.safetensors", stored(checkpoint, "BF16"))
-    assert fits(files / "a.safetensors", read_target(files / "model.safetensors")) is expected
+    assert fits(read_lora(files / "a.safetensors"), read_target(files / "model.safetensors")) is expected
 
 
 def test_a_lora_that_is_mostly_for_a_text_encoder_elsewhere_fits(files):
@@ -250,12 +253,12 @@ def test_a_lora_that_is_mostly_for_a_text_encoder_elsewhere_fits(files):
         tensors[f"{module}.lora_down.weight"] = ("F16", (4, columns))
     write_safetensors(files / "both.safetensors", tensors)
     target = read_target(files / "flux1-dev.safetensors")
-    assert fits(files / "both.safetensors", target) is True
+    assert fits(read_lora(files / "both.safetensors"), target) is True
     elsewhere = {
         name.replace("te1_text_model_encoder_layers", "unet_double_blocks_9"): one for name, one in tensors.items()
     }
     write_safetensors(files / "both.safetensors", elsewhere)
-    assert fits(files / "both.safetensors", target) is False, "too much of it has no place in this model"
+    assert fits(read_lora(files / "both.safetensors"), target) is False, "too much of it has no place in this model"
 
 
 def test_lines_say_only_what_is_known():
@@ -268,10 +271,7 @@ def test_lines_say_only_what_is_known():
 
 
 def test_files_that_are_no_models_say_nothing(files):
-    assert (
-        read_card(files / "none.safetensors")
-        == read_card(files / "flux1-dev.safetensors")
-        == CardFacts(is_readable=False)
-    )
+    for name in ("none", "flux1-dev", "broken"):
+        assert card_of(read_lora(files / f"{name}.safetensors")) == CardFacts(is_readable=False)
     assert read_target(files / "flux.safetensors") is read_target(files / "broken.safetensors") is None
-    assert fits(files / "broken.safetensors", read_target(files / "flux1-dev.safetensors")) is None
+    assert fits(read_lora(files / "broken.safetensors"), read_target(files / "flux1-dev.safetensors")) is None
