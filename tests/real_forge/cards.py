@@ -68,9 +68,14 @@ def look(forge, loras=None):
     cost()
     while any(not card(forge, name)[0] for name in names) and time.monotonic() < deadline:
         time.sleep(5)
-    with_line = cost()
-    forge.call("/sdapi/v1/options", {"lora_guard_lora_cards": False})
-    print(f"a card takes {with_line:.1f} ms with the line and {cost():.1f} ms without ({len(names)} cards)")
+    taken = {True: [], False: []}
+    for switch in (True, False) * 3:
+        forge.call("/sdapi/v1/options", {"lora_guard_lora_cards": switch})
+        taken[switch].append(cost())
+    # The least of three: other programs only add.
+    print(
+        f"a card takes {min(taken[True]):.1f} ms with the line and {min(taken[False]):.1f} ms without ({len(names)} cards)"
+    )
     good &= check(
         not any(line in card(forge, name)[0] for name, line in loras.items()), "switched off there is no line"
     )
