@@ -32,7 +32,7 @@ def answer(result: PlanResult) -> Message | Joined:
     guard = _guard(result)
     if guard is None:
         why = "; ".join(f"{lora.facts.name}: {shown(lora.fit.refused or '', 300)}" for lora in result.stack.loras)
-        return Message("plan.misfit", {"why": why})
+        return Message("plan.unusable", {"why": why})
     parts = Joined(result.model.not_counted, "list.and")
     if not guard.fits:
         why = Joined([*_missing(result, guard), *_would(result, guard)], "list.semicolon")

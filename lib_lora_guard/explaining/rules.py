@@ -13,6 +13,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from ..files import shown
+from ..messages import Message
 from .host_lines import Seen
 
 Facts = Mapping[str, Any]
@@ -56,7 +57,8 @@ def _ram_death(seen: Seen) -> Facts | None:
     if not ends or not begun or seen.has("cuda_oom") or seen.has("driver_oom") or seen.has("page_file"):
         return None
     machine = seen.all("machine")
-    return {"ram_gb": f"{float(machine[0]['ram']) / 1024:.0f}" if machine else "?"}
+    known = Message("explain.ram_known", {"gb": float(machine[0]["ram"]) / 1024}) if machine else None
+    return {"ram": known or Message("explain.ram_unknown")}
 
 
 def _page_file(seen: Seen) -> Facts | None:
@@ -85,7 +87,7 @@ def _merge_oom(seen: Seen) -> Facts | None:
     if not failed and seen.has("merge_error"):
         return None  # another error: Forge calls any of them out of memory
     # Without a line of the layer that failed there was one at least.
-    return {"layers": max(1, len(failed)), "mb": max(wanted, default=0.0)}
+    return {"layers": max(1, len(failed)), "size": _asked(wanted)}
 
 
 def _merge_failed(seen: Seen) -> Facts | None:
@@ -115,7 +117,7 @@ def _oom(seen: Seen) -> Facts | None:
         others += seen.all("driver_oom")
     if not wanted and not others:
         return None
-    return {"mb": max(wanted, default=0.0)}
+    return {"size": _asked(wanted)}
 
 
 def _sysmem(seen: Seen) -> Facts | None:
@@ -174,7 +176,8 @@ def _bad_setting(seen: Seen) -> Facts | None:
     total = _vram_mb(seen)
     for inference in reversed(seen.numbers("settings", "inference")):
         if inference < 0 or (total and inference > total):
-            return {"mb": inference, "vram_mb": f"{total:.0f}" if total else "?"}
+            card = Message("explain.of_card", {"mb": total}) if total else Message("explain.of_unknown_card")
+            return {"mb": inference, "card": card}
     return None
 
 
@@ -321,6 +324,10 @@ RULES: Sequence[Rule] = (
     Rule("evict_all", _evict_all, is_harmless=True),
     Rule("no_expandable", _count_of("no_expandable"), is_harmless=True),
 )
+
+
+def _asked(wanted_mb: Sequence[float]) -> Message:
+    return Message("explain.asked", {"mb": max(wanted_mb)}) if wanted_mb else Message("explain.asked_unknown")
 
 
 def _is_oom(why: str) -> bool:

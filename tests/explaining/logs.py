@@ -57,7 +57,7 @@ LOGS = {
         "Patching LoRAs for KModel:  43%|####3     | 130/304 [00:08<00:11, 15.63it/s]"
         "\rERROR lora diffusion_model.double_blocks.12.img_mod.lin.weight " + OOM.format(mib=216, total="15.99", taken="13.9", unused="0.31") + "\n"
         "Patching LoRA weights failed. Retrying by offloading models.\n",
-        "merge_oom", merge_oom={"layers": 1, "mb": 216.0},
+        "merge_oom", merge_oom={"layers": 1, "size": "216 MB were asked for"},
     ),
     "oom in the merge, then on the processor": log(
         start("RTX 4080", 16375, 32000)
@@ -69,12 +69,12 @@ LOGS = {
     "several layers of 24 GB": log(
         start("RTX 3090", 24575, 65000)
         + "".join(f"ERROR lora diffusion_model.single_blocks.{n}.linear1.weight " + OOM.format(mib=252, total="23.99", taken="23.1", unused="0.10") + "\n" for n in range(18, 25)),
-        "merge_oom", merge_oom={"layers": 7, "mb": 252.0},
+        "merge_oom", merge_oom={"layers": 7, "size": "252 MB were asked for"},
     ),
     "reserved and unallocated": log(
         start("RTX 4090", 24563, 64000)
         + "Traceback (most recent call last):\ntorch.OutOfMemoryError: " + OOM.format(mib=180, total="23.99", taken="20.53", unused="2.40") + " If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n",
-        "oom", "fragments", oom={"mb": 180.0}, fragments={"gb": 2.4},
+        "oom", "fragments", oom={"size": "180 MB were asked for"}, fragments={"gb": 2.4},
     ),
     "the absurd number": log(
         start() + "[Unload] Trying to free 953674316406250018963456.00 MB for cuda:0 with 0 models keep loaded ... \nMoving model(s) has taken 3.20 seconds\n",
@@ -135,11 +135,11 @@ LOGS = {
     ),
     "ram is full and the window closes": log(
         start("RTX 3060", 12287, 16384) + NF4 + loaded() + placed("", ask="9145.00") + "\nPress any key to continue . . .\n",
-        "ram_death", "rounded", ram_death={"ram_gb": "16"},
+        "ram_death", "rounded", ram_death={"ram": "16 GB of RAM"},
     ),
     "linux kills it": log(
         start("RTX 4060 Laptop GPU", 8187, 32000) + "Loading Model: {'checkpoint_info': {'filename': 'x'}}\n./webui.sh: line 292:  4711 Killed                  \"${python_cmd}\" -u \"${LAUNCH_SCRIPT}\" \"$@\"\n",
-        "ram_death", ram_death={"ram_gb": "31"},
+        "ram_death", ram_death={"ram": "31 GB of RAM"},
     ),
     "shared swap": log(
         start("RTX 3090", 24575, 32000) + "Environment vars changed: {'stream': True, 'inference_memory': 3075.0, 'pin_shared_memory': True}\n"
@@ -149,7 +149,7 @@ LOGS = {
     ),
     "a slider above the card": log(
         start("RTX A6000", 48676, 128000) + "Environment vars changed: {'stream': False, 'inference_memory': -31528.0, 'pin_shared_memory': False}\n",
-        "bad_setting", bad_setting={"mb": -31528.0, "vram_mb": "48676"},
+        "bad_setting", bad_setting={"mb": -31528.0, "card": ", of 48676 MB on the card"},
     ),
     "windows has no page file": log(
         start(ram=16384) + "Loading Model: {}\nOSError: The paging file is too small for this operation to complete. (os error 1455)\nPress any key to continue . . .\n",

@@ -9,8 +9,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "发生了什么：{said}",
     ),
     "explain.ours_alone": (
-        "Nothing went wrong in the host; LoRA Guard itself warns {count} times (below)",
-        "宿主程序没有出错；LoRA Guard 自己给出 {count} 条警告（见下）",
+        "Nothing went wrong in the WebUI; LoRA Guard itself warns {count} times (below)",
+        "WebUI 没有出错；LoRA Guard 自己给出 {count} 条警告（见下）",
     ),
     "explain.harmless": (
         "Nothing went wrong: {count} lines look alarming and are harmless (below)",
@@ -31,11 +31,17 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.do": ("To do: {do}", "怎么办：{do}"),
     "explain.ours": ("LoRA Guard says in it:", "其中 LoRA Guard 的信息："),
     "explain.harmless_heading": ("Alarming and harmless:", "看似可怕，其实无害："),
+    "explain.ram_known": ("{gb:.0f} GB of RAM", "本机内存 {gb:.0f} GB"),
+    "explain.ram_unknown": ("how much RAM there is, the log does not say", "日志中没有内存大小"),
+    "explain.asked": ("{mb:.0f} MB were asked for", "请求了 {mb:.0f} MB"),
+    "explain.asked_unknown": ("how much was asked for, the log does not say", "日志中没有请求的大小"),
+    "explain.of_card": (", of {mb:.0f} MB on the card", "（显卡共 {mb:.0f} MB）"),
+    "explain.of_unknown_card": (", less than there is", "（少于应有的显存）"),
     # Memory of the computer.
     "explain.ram_death": (
-        "the program ended without an error while a model was loaded or patched (RAM of the machine: {ram_gb} GB): so it ends where RAM and "
+        "the program ended without an error while a model was loaded or patched ({ram}): so it ends where RAM and "
         "page file are full",
-        "程序在加载或修补模型时没有报错就结束了（本机内存 {ram_gb} GB）：内存与页面文件用尽时就是这样",
+        "程序在加载或修补模型时没有报错就结束了（{ram}）：内存与页面文件用尽时就是这样",
     ),
     "explain.ram_death_do": (
         "let Windows manage the page file, or give it 30 to 40 GB on an SSD; close other programs; take a smaller text encoder (T5 in fp8) "
@@ -70,9 +76,9 @@ TEXTS: dict[str, tuple[str, str]] = {
         "把交换位置改为“CPU”，交换方式改为“Queue”，并去掉 --pin-shared-memory 与 --cuda-stream",
     ),
     "explain.merge_oom": (
-        "the card ran out of memory while a LoRA was merged ({layers} layers failed; up to {mb:.0f} MB for one fp32 copy of a layer, of "
-        "which a merge needs three). No estimate of Forge counts this memory. What follows is slow, or made without the LoRA",
-        "合并 LoRA 时显存用尽（{layers} 层失败；一层的 fp32 副本最多 {mb:.0f} MB，合并需要三份）。Forge 的任何估算都不计入这部分显存。"
+        "the card ran out of memory while a LoRA was merged ({layers} layers failed; {size}). A merge needs three copies of a layer in "
+        "fp32, which no estimate of Forge counts. What follows is slow, or made without the LoRA",
+        "合并 LoRA 时显存用尽（{layers} 层失败；{size}）。合并需要一层的三份 fp32 副本，Forge 的任何估算都不计入这部分显存。"
         "之后会很慢，或者图片中没有这个 LoRA",
     ),
     "explain.merge_oom_do": (
@@ -90,8 +96,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "这个 LoRA 很可能属于别的模型，或属于此版本不认识的类型：可用 “lora-guard inspect LORA --model MODEL” 检查",
     ),
     "explain.oom": (
-        "the card ran out of memory (the request that failed: {mb:.0f} MB; 0 if the log does not say)",
-        "显存用尽（失败的请求为 {mb:.0f} MB；0 表示日志中没有）",
+        "the card ran out of memory ({size})",
+        "显存用尽（{size}）",
     ),
     "explain.oom_do": (
         "lower 'GPU Weights' by 1000 MB (in Neo: --reserve-vram 2), make the picture smaller, or take a model file in fewer bits; close "
@@ -235,8 +241,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "有 {count} 层的补丁类型是此版本不认识的（{kind}）",
     ),
     "explain.odd_patch_do": (
-        "update the host, or turn off the extension that brings the patch (LayerDiffuse and Fooocus inpaint bring such)",
-        "请更新宿主程序，或停用带来此补丁的扩展（LayerDiffuse 与 Fooocus 局部重绘会带来这类补丁）",
+        "update the WebUI, or turn off the extension that brings the patch (LayerDiffuse and Fooocus inpaint bring such)",
+        "请更新 WebUI，或停用带来此补丁的扩展（LayerDiffuse 与 Fooocus 局部重绘会带来这类补丁）",
     ),
     "explain.low_bit": (
         "Forge cannot merge a LoRA into this storage ({types}); it can into Q4_0, Q5_0 and Q8_0",
@@ -264,8 +270,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     # Settings.
     "explain.bad_setting": (
-        "'GPU Weights' leaves {mb:.0f} MB for computing, of {vram_mb} MB on the card: a pasted prompt or a preset may have set it",
-        "“GPU Weights”只留下 {mb:.0f} MB 用于计算（显卡共 {vram_mb} MB）：可能是粘贴的提示词或预设改了它",
+        "'GPU Weights' leaves {mb:.0f} MB for computing{card}: a pasted prompt or a preset may have set it",
+        "“GPU Weights”只留下 {mb:.0f} MB 用于计算{card}：可能是粘贴的提示词或预设改了它",
     ),
     "explain.bad_setting_do": (
         "set 'GPU Weights' to the card's memory less 1000 to 2000 MB",

@@ -17,6 +17,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "共有 {ram_there:.1f} GB）",
     ),
     "plan.misfit": ("Does not fit: {why}", "不够用：{why}"),
+    "plan.unusable": ("Does not fit: {why}", "不适用：{why}"),
     "plan.misfit_open": (
         "Does not fit, even without {parts}: {why}",
         "不够用（还未计入{parts}）：{why}",
