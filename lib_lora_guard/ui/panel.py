@@ -1,4 +1,4 @@
-"""Answers the tab's request, about one per second. `javascript/lora_guard.js` is the client."""
+"""Answers the tab's request, about one per second. `javascript/lora_guard*.js` is the client."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 from ..messages.catalogue import TEXTS
 from ..messages.catalogue.panel import LABELS
+from ..reporting.curve import curve_json
 from ..reporting.log import current_ring
 from ..reporting.ring import Line, LogRing
 from ..reporting.status import PanelStatus, as_json
+from ..reporting.timeline import Timeline, image_of
+from ..reporting.why import why
 from ..settings import Language
 from .language import reader_language
 
@@ -25,6 +28,7 @@ class Panel:
         status: Callable[[], PanelStatus],
         language: Callable[[], tuple[Language, str | None]],
         ring: Callable[[], LogRing] = current_ring,
+        timeline: Callable[[], Timeline | None] = lambda: None,
     ) -> None:
         """Takes the sources of the answers.
 
@@ -32,11 +36,19 @@ class Panel:
             status: Reads the present status.
             language: Returns the setting and the host's own language.
             ring: Returns the ring with the log lines.
+            timeline: Returns the samples of the memory; None if there are none.
         """
-        self._status, self._language, self._ring = status, language, ring
+        self._status, self._language, self._ring, self._timeline = status, language, ring, timeline
 
-    def answer(self, since: int, boot: str, language: str, accepted: str | None = None) -> dict[str, Any]:
-        """Returns all lines after line `since`, and the present status.
+    def reader(self, accepted: str | None) -> str:
+        """Returns the language of a reader, by the Accept-Language header."""
+        wanted, host_language = self._language()
+        return reader_language(wanted, host_language, accepted)
+
+    def answer(
+        self, since: int, boot: str, language: str, accepted: str | None = None, sample: int = 0
+    ) -> dict[str, Any]:
+        """Returns all lines after line `since`, the samples after `sample`, and the present status.
 
         If the ring or the language has changed (`known` is false), it returns the log from its start, with the labels.
 
@@ -45,10 +57,11 @@ class Panel:
             boot: The browser's `LogRing.boot`.
             language: The language that the browser shows.
             accepted: The browser's Accept-Language header.
+            sample: Number of the last sample that the browser has.
         """
-        wanted, host_language = self._language()
-        reader = reader_language(wanted, host_language, accepted)
-        ring = self._ring()
+        reader = self.reader(accepted)
+        ring, timeline = self._ring(), self._timeline() or Timeline()
+        images = timeline.images()
         known = boot == ring.boot and language == reader
         lines = ring.since(since if known else 0, PAGE_LINES)
         answer: dict[str, Any] = {
@@ -56,7 +69,8 @@ class Panel:
             "language": reader,
             "known": known,
             "more": len(lines) == PAGE_LINES,
-            "lines": [_line(line, reader) for line in lines],
+            "lines": [line_json(line, reader, image_of(images, line.time)) for line in lines],
+            "curve": curve_json(timeline, sample if known else 0),
             "status": as_json(self._status(), reader),
         }
         if not known:
@@ -69,11 +83,14 @@ def labels(language: str) -> dict[str, str]:
     return {key[len(LABELS) :]: texts[language] for key, texts in TEXTS.items() if key.startswith(LABELS)}
 
 
-def _line(line: Line, language: str) -> dict[str, Any]:
+def line_json(line: Line, language: str, image: int = 0) -> dict[str, Any]:
+    """Returns a line of the log with its explanation, if the catalogue has one."""
     return {
         "number": line.number,
         "row": line.row,
         "time": round(line.time, 3),
         "level": line.level.lower(),
         "text": line.text(language),
+        "image": image,
+        "why": why(line.message, language),
     }

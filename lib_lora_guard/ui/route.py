@@ -33,6 +33,7 @@ def add_route(app: FastAPI, panel: Panel) -> None:
         return JSONResponse(
             panel.answer(
                 since=_number(query.get("since", "")),
+                sample=_number(query.get("sample", "")),
                 boot=query.get("boot", ""),
                 language=query.get("language", ""),
                 accepted=request.headers.get("accept-language"),

@@ -11,6 +11,7 @@ import torch
 from ...errors import HostError
 from ...memory import MemorySnapshot, Nvml
 from ...planning.last_plan import LastPlan
+from ...reporting.lora_rows import FileSheet
 from ...reporting.report import ApplyReport
 from ...runtime import installed as at_work
 from ...runtime.corrections import OF_PROCESS, Corrections
@@ -101,6 +102,10 @@ class NeoTakeover(NeoParts):
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
         return {**self.files.left_out, **self.files.missing, **self.web.schedules.left_out}
+
+    def lora_sheets(self) -> Mapping[str, FileSheet]:
+        """Returns facts of the LoRA files of the last prompt, by their names. For any thread."""
+        return self.files.sheets()
 
     def image_reports(self, image_model: Patcher, text_encoder: Patcher) -> list[ApplyReport]:
         """Returns what lies on the models that made the present image."""

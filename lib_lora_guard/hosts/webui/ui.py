@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...recorder.crash import Crash
+from ...reporting.timeline import Timeline
 from ...runtime import installed
 from ...runtime.status import InForce, Machine, collect
 from ...settings import Language, read
@@ -11,6 +13,8 @@ from ...ui import settings_section, tab
 from ...ui.language import reader_language
 from ...ui.panel import Panel
 from ...ui.route import add_route
+from . import of_process
+from .work import work_of_host
 
 
 class Face:
@@ -20,7 +24,11 @@ class Face:
     def __init__(self, options: InForce | None) -> None:
         self._options = options
         machine = Machine()
-        self._panel = Panel(lambda: collect(installed.installed(), options, machine), _language)
+        self._panel = Panel(
+            lambda: collect(installed.installed(), options, machine, work_of_host(), _timeline(), _crash()),
+            _language,
+            timeline=_timeline,
+        )
 
     def add_settings(self) -> None:
         from modules import shared
@@ -53,6 +61,14 @@ def register(options: InForce | None) -> None:
     script_callbacks.remove_callbacks_for_function(tab.build)
     script_callbacks.on_ui_tabs(tab.build)
     script_callbacks.on_app_started(face.add_address)
+
+
+def _timeline() -> Timeline | None:
+    return None if of_process.journal is None else of_process.journal.timeline
+
+
+def _crash() -> Crash | None:
+    return None if of_process.journal is None else of_process.journal.crash
 
 
 def _language() -> tuple[Language, str | None]:

@@ -24,6 +24,9 @@ from . import (
     neo,
     other_hosts,
     panel,
+    panel_curve,
+    panel_log,
+    panel_loras,
     panel_memory,
     preflight,
     private_files,
@@ -34,6 +37,7 @@ from . import (
     schedules,
     settings,
     spill,
+    why,
 )
 
 ENGLISH, CHINESE = "en", "zh"
@@ -58,6 +62,9 @@ SUBJECTS = (
     neo,
     other_hosts,
     panel,
+    panel_curve,
+    panel_log,
+    panel_loras,
     panel_memory,
     preflight,
     private_files,
@@ -68,6 +75,7 @@ SUBJECTS = (
     schedules,
     settings,
     spill,
+    why,
 )
 
 TEXTS: dict[str, dict[str, str]] = {
