@@ -120,8 +120,9 @@
             this.strip = new guard.Strip(label, this.place);
             this.curve = new guard.Curve(label, this.tips);
             this.status = new guard.Status(label);
+            this.tools = new guard.Tools(label);
             this.log = new guard.LogSection(label, this, least);
-            this.place.replaceChildren(this.strip.element, this.curve.element, ...this.status.sections, this.log.element);
+            this.place.replaceChildren(this.strip.element, this.curve.element, this.status.loras, this.status.memory, this.tools.element, this.status.inForce, this.log.element);
         }
 
         /** Shows whether the server answers: "live", "paused", "waiting", "log_in" or "refused". */

@@ -12,26 +12,24 @@
             this.label = label;
             this.drawn = {};
             this.opened = new Set();
-            this.inForce = make("dl", { class: "lg-facts" });
+            this.facts = make("dl", { class: "lg-facts" });
             this.figures = make("div", { class: "lg-memory" });
             this.numbers = make("tbody", {});
-            this.loras = make("div", {});
+            this.rows = make("div", {});
             const numbers = make("details", { class: "lg-numbers" }, make("summary", {}, label("numbers")),
                 make("div", { class: "lg-scroll", tabindex: "0", role: "region", "aria-label": label("numbers") },
                     make("table", { class: "lg-table", "aria-label": label("numbers") }, this.numbers)));
-            this.sections = [
-                this.section("loras", this.loras),
-                this.section("memory", this.figures, numbers),
-                this.section("in_force", this.inForce),
-            ];
+            this.loras = this.section("loras", this.rows);
+            this.memory = this.section("memory", this.figures, numbers);
+            this.inForce = this.section("in_force", this.facts);
         }
 
         show(status) {
-            this.draw("force", this.inForce, [status.mode, status.allocator, status.version], () => this.force(status));
-            this.draw("memory", this.figures, [status.memory, status.step, status.programs], () => this.memory(status));
+            this.draw("force", this.facts, [status.mode, status.allocator, status.version], () => this.force(status));
+            this.draw("memory", this.figures, [status.memory, status.step, status.programs], () => this.amounts(status));
             this.draw("numbers", this.numbers, status.memory.map((figure) => figure.numbers), (all) =>
                 all.flat().map((amount) => this.number(amount)));
-            this.draw("loras", this.loras, [status.loras, status.models], () => this.inUse(status));
+            this.draw("loras", this.rows, [status.loras, status.models], () => this.inUse(status));
         }
 
         draw(name, place, told, children) {
@@ -58,7 +56,7 @@
 
         // -- memory
 
-        memory(status) {
+        amounts(status) {
             const shown = status.memory.map((figure, place) => this.figure(figure, place ? "ram" : "vram"));
             if (status.step) shown.push(this.step(status.step));
             if (status.programs) shown.push(this.programs(status.programs));

@@ -66,6 +66,14 @@ class Takeover(Protocol):
         """Returns facts of the LoRA files of the last prompt, by their names. For any thread."""
         ...
 
+    def free_vram(self) -> None:
+        """Moves every model from the card into RAM, as the host does it. No image may be in the making."""
+        ...
+
+    def drop_caches(self) -> int:
+        """Gives back what is kept in RAM for speed alone; returns the bytes."""
+        ...
+
     def image_reports(self, image_model: Any, text_encoder: Any) -> list[ApplyReport]:
         """Returns what lies on the models that made the present image.
 

@@ -45,6 +45,20 @@ class Panel:
         wanted, host_language = self._language()
         return reader_language(wanted, host_language, accepted)
 
+    def status(self, language: str) -> dict[str, Any]:
+        """Returns the present status."""
+        return as_json(self._status(), language)
+
+    def log(self, since: int, language: str) -> dict[str, Any]:
+        """Returns the lines after line `since`, PAGE_LINES at most."""
+        ring, timeline = self._ring(), self._timeline() or Timeline()
+        lines, images = ring.since(since, PAGE_LINES), timeline.images()
+        return {
+            "boot": ring.boot,
+            "more": len(lines) == PAGE_LINES,
+            "lines": [line_json(line, language, image_of(images, line.time)) for line in lines],
+        }
+
     def answer(
         self, since: int, boot: str, language: str, accepted: str | None = None, sample: int = 0
     ) -> dict[str, Any]:
@@ -60,18 +74,13 @@ class Panel:
             sample: Number of the last sample that the browser has.
         """
         reader = self.reader(accepted)
-        ring, timeline = self._ring(), self._timeline() or Timeline()
-        images = timeline.images()
-        known = boot == ring.boot and language == reader
-        lines = ring.since(since if known else 0, PAGE_LINES)
-        answer: dict[str, Any] = {
-            "boot": ring.boot,
+        known = boot == self._ring().boot and language == reader
+        answer = {
+            **self.log(since if known else 0, reader),
             "language": reader,
             "known": known,
-            "more": len(lines) == PAGE_LINES,
-            "lines": [line_json(line, reader, image_of(images, line.time)) for line in lines],
-            "curve": curve_json(timeline, sample if known else 0),
-            "status": as_json(self._status(), reader),
+            "curve": curve_json(self._timeline() or Timeline(), sample if known else 0),
+            "status": self.status(reader),
         }
         if not known:
             answer["labels"] = labels(reader)

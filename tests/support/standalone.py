@@ -21,6 +21,7 @@ from lib_lora_guard.memory import HostMemory, MemorySnapshot, Reading, take_snap
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.last_plan import LastPlan
+from lib_lora_guard.reporting.bug_report import bug_report
 from lib_lora_guard.reporting.headline import Scene, headline, problems
 from lib_lora_guard.reporting.lora_rows import FileSheet, lora_rows
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
@@ -90,6 +91,7 @@ class Standalone:
         self.reports: list[ApplyReport] = []
         self.left_out: dict[str, str] = {}
         self.asked = 0
+        self.done: list[str] = []
         self.step_seconds = 0.25
         self.vram_free_mb = 3900
         self.timeline = Timeline()
@@ -149,8 +151,22 @@ class Standalone:
             programs=other_programs(snapshot, MADE_UP_PROGRAMS),
         )
 
+    def do(self, name: str, language: str) -> str | None:
+        self.done.append(name)
+        return f"{name} was done"
+
+    def report(self) -> str:
+        return bug_report([("LoRA Guard", __version__)], self.ring.since(0))
+
+    def files(self) -> dict[str, list[str]]:
+        return {"checkpoints": ["flux1-dev-fp8", "sdxl"], "loras": ["pose_xl", "style"]}
+
+    def will_it_fit(self, checkpoint: str, loras: list[str], language: str) -> dict[str, object]:
+        return {"fits": bool(loras), "lines": [f"{checkpoint} with {', '.join(loras)}"]}
+
     def _add_routes(self) -> None:
-        add_route(self.app, Panel(self.status, lambda: (self.language, None), lambda: self.ring, lambda: self.timeline))
+        self.panel = Panel(self.status, lambda: (self.language, None), lambda: self.ring, lambda: self.timeline)
+        add_route(self.app, self.panel, self)
 
         @self.app.middleware("http")
         async def count(request, call_next):

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -444,3 +445,64 @@ def test_a_line_explains_itself_and_the_search_finds_it(open_page, host):
     assert texts(page) == ["another line", "another again"]
     page.get_by_label("Search").fill("")
     assert len(texts(page)) == 4
+
+
+def test_the_buttons_say_what_came_of_them(open_page, host):
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    for name, did in (("Free VRAM", "free_vram"), ("Free RAM", "free_ram"), ("Forget corrections", "forget")):
+        page.get_by_role("button", name=name).press("Enter")
+        page.wait_for_selector(f".lg-told >> text={did} was done")
+    assert host.done == ["free_vram", "free_ram", "forget"]
+    host.log.info("%s", Message("host.left_out", {"name": "/home/me/secret.safetensors", "why": "a prompt"}))
+    page.get_by_role("button", name="Copy for a bug report").click()
+    page.wait_for_selector(".lg-told >> text=Copied")
+    report = page.evaluate("navigator.clipboard.readText()")
+    assert re.match(r"LoRA Guard: [0-9.]+\n\ninfo: ", report)
+    assert "secret" not in report
+    assert "prompt" not in report
+
+
+def test_will_it_fit_asks_with_names_of_the_lists(open_page, host):
+    page = open_page()
+    page.locator(".lg-fit summary").press("Enter")
+    page.get_by_label("Checkpoint").select_option("sdxl")
+    page.get_by_label("LoRAs (several").select_option(["style", "pose_xl"])
+    page.get_by_role("button", name="Calculate").press("Enter")
+    page.wait_for_selector(".lg-answer[data-level=good] >> text=sdxl with pose_xl, style")
+    host.app.auth = {"somebody": "password"}
+    page.get_by_role("button", name="Free RAM").click()
+    page.wait_for_selector(".lg-told >> text=The server did not carry it out (HTTP 401)")
+    host.app.auth = None
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("/?__theme=dark", {"viewport": {"width": 320, "height": 800}}),
+        ("/", {"locale": "zh-CN", "viewport": {"width": 2560, "height": 1200}}),
+    ],
+    ids=["dark-phone", "light-wide-chinese"],
+)
+def test_axe_finds_nothing_serious_and_nothing_overflows(open_page, host, path, options):
+    axe = playwright_axe()
+    host.step_seconds, host.crash = 0, ["the last run was cut off"]
+    host.generate(3)
+    page = open_page(path=path, **options)
+    page.locator(".lg-fold").first.click()
+    page.locator(".lg-fit summary").click()
+    page.wait_for_selector(".lg-form select")
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    page.evaluate(axe)
+    found = page.evaluate("axe.run('#lora_guard_panel')")
+    assert [
+        (one["id"], [node["html"] for node in one["nodes"]])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ] == []
+    assert len(found["passes"]) > 10, "it has looked at something"
+
+
+def playwright_axe():
+    """The script of axe-core; skips where there is none."""
+    package = pytest.importorskip("axe_playwright_python", reason="needs axe-playwright-python (in the extra `test`)")
+    return (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")

@@ -109,6 +109,11 @@ class ForgeTakeover(ForgeParts):
         """Returns facts of the LoRA files of the last prompt, by their names. For any thread."""
         return self.files.sheets()
 
+    def free_vram(self) -> None:
+        """Moves every model from the card into RAM. No image may be in the making."""
+        self.api.memory.unload_all_models()
+        self.api.memory.soft_empty_cache()
+
     def image_reports(self, image_model: Patcher, text_encoder: Patcher) -> list[ApplyReport]:
         """Returns what lies on the models that made the present image."""
         found = [self.stacks.report(image_model.lora_loader)]

@@ -12,8 +12,11 @@ from ...settings import Language, read
 from ...ui import settings_section, tab
 from ...ui.language import reader_language
 from ...ui.panel import Panel
+from ...ui.rest import add_rest
 from ...ui.route import add_route
 from . import of_process
+from .doings import HostDoings
+from .flags import Flags, credentials_of, has_api, is_opened
 from .work import work_of_host
 
 
@@ -42,10 +45,14 @@ class Face:
     def add_address(self, demo: Any, app: Any) -> None:
         from modules import shared
 
-        if demo is None and getattr(shared.cmd_opts, "api_auth", None):
-            # No web UI, so no tab; and whoever gave the API a password does not want the log beside it.
+        flags: Flags = shared.cmd_opts
+        doings = HostDoings(self._options)
+        if has_api(flags):
+            add_rest(app, self._panel, doings, credentials_of(flags.api_auth))
+        if demo is None and flags.api_auth:
+            # No web UI, so no tab; and a user who gave the API a password does not want the log beside it.
             return
-        add_route(app, self._panel)
+        add_route(app, self._panel, doings, lambda: is_opened(flags))
 
 
 def register(options: InForce | None) -> None:

@@ -25,8 +25,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "panel.label.log_in": ("not logged in; reload the page", "未登录，请刷新页面"),
     "panel.label.refused": (
-        "the server does not answer pages that were opened under this address",
-        "服务器不接受通过此网址打开的页面",
+        "the server answers pages of this machine only; to open it to others, start the WebUI with --listen or --server-name",
+        "服务器只接受本机的页面；若要从其他设备访问，请使用 --listen 或 --server-name 启动 WebUI",
     ),
     "panel.label.restarted": ("Forge was started again", "Forge 已重新启动"),
     "panel.label.close": ("Close this message", "关闭此消息"),
