@@ -45,7 +45,7 @@ def refusal(asker: Asker, is_opened: bool) -> str | None:
     if site is not None and site not in _SAME_SITE:
         return "only for the WebUI's own page"
     if not is_opened:
-        if not _is_own_name(host):
+        if not is_own_name(host):
             return "only under the name of this machine"
         if site is None and not asker.is_https and not _is_loopback(asker.address):
             return "only for this machine; start the WebUI with --listen to open it"
@@ -54,7 +54,8 @@ def refusal(asker: Asker, is_opened: bool) -> str | None:
     return None
 
 
-def _is_own_name(host: str) -> bool:
+def is_own_name(host: str) -> bool:
+    """True for a name of this machine that leads nowhere else, with or without a port."""
     name = urlsplit(f"//{host}").hostname if _is_plain(host) else None
     return name is not None and (name in _OWN_NAMES or name.endswith(".localhost") or _is_loopback(name))
 

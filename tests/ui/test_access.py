@@ -80,6 +80,7 @@ def test_what_changes_something_needs_the_pages_own_header(headers, answered, op
         ({"listen": True}, True),
         ({"share": True}, True),
         ({"server_name": "forge.example"}, True),
+        ({"server_name": "127.0.0.1"}, False),
         ({"ngrok": "token"}, True),
         ({"subpath": "forge"}, True),
     ],

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
+from ...ui.access import is_own_name
+
 
 class Flags(Protocol):
     """`modules.shared.cmd_opts`."""
@@ -22,8 +24,8 @@ class Flags(Protocol):
     subpath: str | None
 
 
-_OPENING = ("listen", "share", "server_name", "ngrok", "subpath")
-"""With one of these, other machines reach the WebUI, or it has a name that is not known here."""
+_OPENING = ("listen", "share", "ngrok", "subpath")
+"""With one of these, or a server of another name, other machines reach the WebUI, or it has a name that is not known here."""
 
 
 def has_api(flags: Flags) -> bool:
@@ -36,7 +38,8 @@ def is_opened(flags: Flags) -> bool:
     """Returns True if the user has opened the WebUI to other machines, or to a name of a proxy's."""
     given = vars(flags)
     # gradio reads its variable where the WebUI names no server.
-    return any(given.get(name) for name in _OPENING) or bool(os.environ.get("GRADIO_SERVER_NAME"))
+    names = (given.get("server_name"), os.environ.get("GRADIO_SERVER_NAME"))
+    return any(given.get(name) for name in _OPENING) or any(name and not is_own_name(name) for name in names)
 
 
 def credentials_of(api_auth: str | None) -> dict[str, str] | None:

@@ -47,12 +47,11 @@ class Face:
 
         flags: Flags = shared.cmd_opts
         doings = HostDoings(self._options)
+        # Without a web UI there is no tab, and a user who gave the API a password does not want the log beside it.
+        if demo is not None or not flags.api_auth:
+            add_route(app, self._panel, doings, lambda: is_opened(flags))
         if has_api(flags):
             add_rest(app, self._panel, doings, credentials_of(flags.api_auth))
-        if demo is None and flags.api_auth:
-            # No web UI, so no tab; and a user who gave the API a password does not want the log beside it.
-            return
-        add_route(app, self._panel, doings, lambda: is_opened(flags))
 
 
 def register(options: InForce | None) -> None:
