@@ -87,8 +87,9 @@
                 }
                 return now;
             });
-            const scale = (width - LEFT - RIGHT) / (now || 1);
-            return seconds.map((second) => LEFT + second * scale);
+            // Samples of one moment lie side by side.
+            const along = now ? seconds.map((second) => second / now) : seconds.map((_, place) => place / Math.max(1, seconds.length - 1));
+            return along.map((share) => LEFT + share * (width - LEFT - RIGHT));
         }
 
         chart(name, column, width) {

@@ -279,7 +279,7 @@ def test_filter_copy_download_and_pause(open_page, host):
     assert len(texts(page)) == 4
     page.get_by_label("Show").first.select_option("warning")
     assert texts(page) == ["a line of level warning", "a line of level error"]
-    page.click("text=Copy")
+    page.get_by_role("button", name="Copy", exact=True).click()
     page.wait_for_selector("text=Copied")
     stamp = r"\d\d:\d\d:\d\d"
     expected = rf"{stamp} warning: a line of level warning\n{stamp} error: a line of level error\n"
@@ -292,7 +292,7 @@ def test_filter_copy_download_and_pause(open_page, host):
     # In a page that is not secure (http in a local network) there is no clipboard: the old way has to do.
     page.evaluate("navigator.clipboard.writeText('') ")
     page.evaluate("Object.defineProperty(navigator.clipboard, 'writeText', { value: () => Promise.reject() })")
-    page.click("text=/Copy|Copied/")
+    page.get_by_role("toolbar").get_by_role("button", name=re.compile("Copy|Copied")).click()
     wait_until(lambda: re.fullmatch(expected, page.evaluate("navigator.clipboard.readText()")), "nothing was copied")
     page.click("text=Pause")
     page.wait_for_selector(STATE + "[data-state=paused]")
@@ -365,7 +365,7 @@ def test_narrow_and_wide_windows(open_page, host, width, theme):
     page.locator(".lg-numbers summary").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for name in ("Pause", "Copy", "Download"):
-        button = page.get_by_role("button", name=name).bounding_box()
+        button = page.get_by_role("button", name=name, exact=True).bounding_box()
         assert 0 <= button["x"] < button["x"] + button["width"] <= width
     assert page.get_by_role("log").get_attribute("aria-label") == "Log"
     page.get_by_role("button", name="Pause").focus()
