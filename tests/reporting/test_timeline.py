@@ -98,7 +98,7 @@ def test_what_was_done_long_before_is_not_of_the_next_image(timeline, clock):
 def test_it_is_bounded(timeline, clock):
     for _ in range(SAMPLES // 8):
         an_image(timeline, clock)
-    assert len(timeline.since(0)) == SAMPLES
+    assert len(timeline.since(0, 1 << 30)) == SAMPLES
     assert len(timeline.images()) == IMAGES
     assert len(timeline.since(0, 3)) == 3
 
@@ -113,13 +113,13 @@ def test_now_is_the_innermost_phase_and_the_time_of_a_call(timeline, clock):
     timeline.leave("apply_lora")
     assert timeline.now().phase == "encode_prompt"
     timeline.leave("encode_prompt")
-    for seconds in (9.0, 2.0, 2.0, 2.5):
+    for seconds in (9.0, 2.0, 2.5):
         timeline.enter(STEP)
         clock.now += seconds
         timeline.leave(STEP)
     now = timeline.now()
     # The first call prepares what the others use.
-    assert (now.phase, now.calls, now.call_seconds) == (STEP, 4, 2.0)
+    assert (now.phase, now.calls, now.call_seconds) == (STEP, 3, 2.0)
     timeline.enter("vae_decode")
     assert (timeline.now().phase, timeline.now().calls) == ("vae_decode", 0)
     timeline.leave("vae_decode")
