@@ -30,6 +30,7 @@
             const made = guard.make("button", { type: "button", class: "lg-button", "data-tip": this.label("tip_" + name) }, this.label(name));
             made.addEventListener("click", async () => {
                 made.disabled = true;
+                this.tell("…");
                 try {
                     await action();
                 } catch (error) {

@@ -120,7 +120,7 @@ def report_text(takeover: Takeover | None, settings: Settings, host: str, flags:
         ("system", f"{platform.system()} {platform.release()}"),
         ("card", _card()),
         ("settings", ", ".join(f"{one.name}={_value(settings, one.name)}" for one in fields(settings))),
-        ("at work", "yes" if takeover is not None else "no"),
+        ("at work", "no" if takeover is None else type(takeover).__name__),
     ]
     if takeover is not None:
         with suppress(Exception):

@@ -113,7 +113,7 @@ def test_the_report_has_versions_settings_and_flags(monkeypatch):
     assert ring.since(0)
     text = doings.report_text(Guard([1]), Settings(), "Forge f2", ["--listen"])
     facts = dict(line.partition(": ")[::2] for line in text.split("\n\n")[0].split("\n"))
-    assert (facts["host"], facts["flags"], facts["at work"]) == ("Forge f2", "--listen", "yes")
+    assert (facts["host"], facts["flags"], facts["at work"]) == ("Forge f2", "--listen", "Guard")
     assert "mode=Automatic" in facts["settings"]
     assert facts["LoRAs"] == "KModel: 1 LoRAs, 0 refused, 12 ms"
     assert "secret" not in text

@@ -6,7 +6,6 @@ import logging
 import sys
 from typing import Any
 
-from ...messages import Message
 from ...runtime import doings, installed
 from ...runtime.status import InForce
 from ...settings import Settings
@@ -49,10 +48,15 @@ def _host() -> str:
     try:
         from modules import launch_utils
 
-        return f"{launch_utils.git_tag()} {launch_utils.commit_hash()[:12]}"
+        tag = str(launch_utils.git_tag())
     except Exception:
         log.debug("the host does not say its version", exc_info=True)
-        return str(Message("panel.unknown_host"))
+        return "not known"
+    try:
+        return f"{tag} {launch_utils.commit_hash()[:12]}"
+    except Exception:
+        # Forge Neo knows no commit.
+        return tag
 
 
 def _flags() -> list[str]:

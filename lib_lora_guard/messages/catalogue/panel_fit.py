@@ -47,5 +47,4 @@ TEXTS: dict[str, tuple[str, str]] = {
         "This machine's card or RAM cannot be read, so there is nothing to compare with",
         "无法读取本机的显卡或内存，因此无从比较",
     ),
-    "panel.unknown_host": ("not known", "未知"),
 }
