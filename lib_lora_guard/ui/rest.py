@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from .panel import Panel
-from .route import Doings
+from .route import Doings, FitAnswer
 
 ROOT = "/lora-guard/v1"
 _TAGS = ["LoRA Guard"]
@@ -69,7 +69,7 @@ def add_rest(app: FastAPI, panel: Panel, doings: Doings, credentials: Mapping[st
         request: Request,
         checkpoint: Annotated[str, Query(min_length=1, max_length=_NAME_CHARACTERS)],
         lora: Annotated[Sequence[str], Query(max_length=_MOST_LORAS)] = (),
-    ) -> dict[str, Any]:
+    ) -> FitAnswer:
         """Whether a checkpoint and LoRAs fit on this machine, by the names that the WebUI lists them under."""
         return doings.will_it_fit(checkpoint, [name[:_NAME_CHARACTERS] for name in lora], language(request))
 

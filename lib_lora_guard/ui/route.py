@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -17,6 +17,15 @@ _NUMBERS = 1 << 53
 """JavaScript's integers are exact up to here."""
 _LONGEST = 4000
 """Characters of a query."""
+
+
+class FitAnswer(TypedDict):
+    """The answer of "will it fit?"."""
+
+    fits: bool | None
+    """None if it is not known."""
+    lines: list[str]
+    """Sentences, the answer first."""
 
 
 class Doings(Protocol):
@@ -34,7 +43,7 @@ class Doings(Protocol):
         """Returns the names of checkpoints and LoRAs."""
         ...
 
-    def will_it_fit(self, checkpoint: str, loras: list[str], language: str) -> dict[str, Any]:
+    def will_it_fit(self, checkpoint: str, loras: list[str], language: str) -> FitAnswer:
         """Returns the answer of `plan` in words."""
         ...
 
@@ -83,7 +92,7 @@ def add_route(
     def do(request: Request) -> dict[str, Any]:
         return {"text": doings.do(request.path_params["name"], language(request))}
 
-    def fit(request: Request) -> dict[str, Any]:
+    def fit(request: Request) -> FitAnswer:
         query = request.query_params
         loras = [name for name in query.getlist("lora") if name]
         return doings.will_it_fit(query.get("checkpoint", ""), loras, language(request))

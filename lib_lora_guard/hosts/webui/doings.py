@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
 from ...runtime import doings, installed
 from ...runtime.status import InForce
 from ...settings import Settings
+from ...ui.route import FitAnswer
 from .will_it_fit import lists, will_it_fit
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class HostDoings:
         """Returns the names of checkpoints and LoRAs."""
         return lists()
 
-    def will_it_fit(self, checkpoint: str, loras: list[str], language: str) -> dict[str, Any]:
+    def will_it_fit(self, checkpoint: str, loras: list[str], language: str) -> FitAnswer:
         """Returns the answer of `plan` in words."""
         return will_it_fit(installed.installed(), checkpoint, loras, language)
 

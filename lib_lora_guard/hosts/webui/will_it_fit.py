@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -23,6 +23,7 @@ from ...planning.limits import RAM_FLOOR_BYTES
 from ...planning.rates import DEFAULT_GPU, GpuRates, rates_of
 from ...planning.tokens import Picture
 from ...runtime.installed import Takeover
+from ...ui.route import FitAnswer
 from ...units import GB
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def lists() -> dict[str, list[str]]:
     return {"checkpoints": sorted(checkpoints)[:MOST_NAMES], "loras": sorted(loras)[:MOST_NAMES]}
 
 
-def will_it_fit(takeover: Takeover | None, checkpoint: str, loras: list[str], language: str) -> dict[str, Any]:
+def will_it_fit(takeover: Takeover | None, checkpoint: str, loras: list[str], language: str) -> FitAnswer:
     """Returns the answer in words.
 
     Args:
