@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..messages.catalogue import TEXTS
 from ..messages.catalogue.panel import LABELS
 from ..reporting.curve import curve_json
+from ..reporting.headline import BAD, Problem
 from ..reporting.log import current_ring
 from ..reporting.ring import Line, LogRing
 from ..reporting.status import PanelStatus, as_json
@@ -46,8 +48,13 @@ class Panel:
         return reader_language(wanted, host_language, accepted)
 
     def status(self, language: str) -> dict[str, Any]:
-        """Returns the present status."""
-        return as_json(self._status(), language)
+        """Returns the present status. The last error of the log is among its problems."""
+        status, ring = self._status(), self._ring()
+        line = ring.last_problem
+        if line is not None:
+            problem = Problem(f"log-{ring.boot}-{line.row}", BAD, line.said)
+            status = replace(status, problems=(*status.problems, problem))
+        return as_json(status, language)
 
     def log(self, since: int, language: str) -> dict[str, Any]:
         """Returns the lines after line `since`, PAGE_LINES at most."""

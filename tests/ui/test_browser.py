@@ -250,7 +250,7 @@ def test_hostile_names_are_text(open_page, host, monkeypatch):
     assert texts(page) == [shown]
     assert page.locator("#lora_guard_panel .lg-refused .lg-why-not").first.inner_text() == f"not applied: {HOSTILE}"
     problems = page.locator(".lg-problem span").all_inner_texts()
-    assert problems == [f"{HOSTILE} was left out: {HOSTILE}", f"{shown}2 was left out: {HOSTILE}"]
+    assert problems == [f"{HOSTILE} was left out: {HOSTILE}", f"{shown}2 was left out: {HOSTILE}", shown]
     assert page.inner_text(".lg-programs").endswith(f"makes room: {HOSTILE}{{size}} 900 MB")
 
 

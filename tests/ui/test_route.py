@@ -177,3 +177,17 @@ def test_labels_are_complete_in_both_languages():
 )
 def test_the_readers_language(wanted, hints, language):
     assert reader_language(wanted, *hints) == language
+
+
+def test_the_last_error_of_the_log_is_a_problem_until_another_comes(host, ask):
+    assert ask()[2]["status"]["problems"] == []
+    host.log.warning("no error")
+    host.log.error("%s", Message("everyday.not_carried_out"))
+    host.log.info("and on")
+    (problem,) = ask()[2]["status"]["problems"]
+    assert (problem["level"], problem["text"]) == ("bad", TEXTS["everyday.not_carried_out"]["en"])
+    assert ask()[2]["status"]["problems"] == [problem]
+    host.log.warning("%s", Message("preflight.helps", {"advice": "a smaller picture"}))
+    (other,) = ask({"Accept-Language": "zh-CN"})[2]["status"]["problems"]
+    assert other["id"] != problem["id"]
+    assert other["text"].startswith("内存或显存耗尽")
