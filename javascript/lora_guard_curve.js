@@ -6,7 +6,7 @@
     const SAMPLES = 600;
     const IMAGES = 6;
     const KINDS = ["load", "encode", "steps", "decode", "other"];
-    const LONGEST_PAUSE = 1.5;  // seconds drawn of a pause between two images, however long it was
+    const LONGEST_PAUSE = 5;  // seconds drawn of a time without a phase, however long it was
     const HEIGHT = 96, TOP = 16, LEFT = 2, RIGHT = 2;
 
     /** Samples come as rows of these columns (reporting/curve.py). */
@@ -76,14 +76,14 @@
             this.peak.textContent = this.peakText();
         }
 
-        /** Returns where each sample is, in pixels: time runs evenly, but pauses between images are cut short. */
+        /** Returns where each sample is, in pixels: time runs evenly, but pauses are cut short. */
         places(width) {
             let now = 0;
             const seconds = this.samples.map((sample, place) => {
                 if (place) {
                     const before = this.samples[place - 1];
                     const passed = Math.max(0, sample[TIME] - before[TIME]);
-                    now += before[KIND] === "" && sample[IMAGE] !== before[IMAGE] ? Math.min(passed, LONGEST_PAUSE) : passed;
+                    now += before[KIND] === "" ? Math.min(passed, LONGEST_PAUSE) : passed;
                 }
                 return now;
             });

@@ -145,6 +145,9 @@ class Timeline:
             else:
                 self._open.append(phase)
                 self._end_steps()
+            if levels is None and phase == STEP and self._calls == 1 and self._samples:
+                # The memory was looked at a moment ago. The curve shows when the steps begin all the same.
+                levels = self._samples[-1].levels
             if levels is not None:
                 self._add(phase, levels)
 

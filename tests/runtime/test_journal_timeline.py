@@ -71,6 +71,18 @@ def test_steps_are_looked_at_once_in_a_while(journal, looks, monkeypatch):
     assert (journal.timeline.now().phase, journal.timeline.now().calls) == ("sampling_step", 30)
 
 
+def test_the_steps_begin_on_the_curve_even_where_the_memory_was_looked_at_a_moment_ago(journal, looks, monkeypatch):
+    monkeypatch.setattr(journals.time, "monotonic", lambda: 100.0)
+    with journal.phase(Phase.MOVE_TO_GPU):
+        pass
+    for _ in range(3):
+        with journal.phase(Phase.SAMPLING_STEP):
+            pass
+    assert len(looks) == 2
+    assert [row[0] for row in rows(journal)] == ["move_to_gpu", "", "sampling_step"]
+    assert rows(journal)[2][1:] == rows(journal)[1][1:]
+
+
 def test_a_promise_is_no_more_than_the_card(journal):
     with journal.phase(Phase.MOVE_TO_GPU, plan={KEPT_FREE: 99000 * MB}):
         pass

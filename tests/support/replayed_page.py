@@ -20,10 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
+from lib_lora_guard.reporting.curve import COLUMNS
 from lib_lora_guard.ui.route import PATH
 from support.face_server import Served, chromium, playwright
 from support.standalone import PAGE, ROOT
 
+VRAM, PROMISED = COLUMNS.index("vram_mb"), COLUMNS.index("promised_mb")
+OTHERS = 1
+"""The place of other programs in the bar of the card."""
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 
 
@@ -38,6 +42,25 @@ def replayed(answer: dict[str, Any]) -> FastAPI:
         return FileResponse(ROOT / path)
 
     return app
+
+
+def without(answer: dict[str, Any], mb: float) -> dict[str, Any]:
+    """Takes away what another process held of a large card, so that the rest is a small one."""
+
+    def less(value: float | None) -> float | None:
+        return None if value is None else max(0.0, round(value - mb, 1))
+
+    curve = answer["curve"]
+    for sample in curve["samples"]:
+        sample[VRAM], sample[PROMISED] = less(sample[VRAM]), less(sample[PROMISED])
+    for image in curve["images"]:
+        image["peak_mb"], image["promised_mb"] = less(image["peak_mb"]), less(image["promised_mb"])
+    curve["vram_total_mb"] = less(curve["vram_total_mb"])
+    status = answer["status"]
+    card = status["memory"][0]
+    card["total_mb"], card["used"][OTHERS]["mb"] = less(card["total_mb"]), less(card["used"][OTHERS]["mb"])
+    card["numbers"], status["programs"] = [], None
+    return answer
 
 
 def take(app: FastAPI, picture: Path, width: int, dark: bool, opened: bool) -> None:
@@ -60,9 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, required=True)
     parser.add_argument("--width", type=int, default=1100)
     parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--without-mb", type=float, default=0, help="VRAM of another process, to play a smaller card")
     parser.add_argument("--opened", action="store_true", help="unfold the details of the first LoRA")
     given = parser.parse_args(arguments)
     answer = json.loads(given.answer.read_text(encoding="utf-8"))
+    if given.without_mb:
+        answer = without(answer, given.without_mb)
     take(replayed(answer), given.picture, given.width, given.dark, given.opened)
 
 
