@@ -42,7 +42,7 @@ def refusal(asker: Asker, is_opened: bool) -> str | None:
         is_opened: True if the user has opened the WebUI to other machines by its own flags.
     """
     site, host = asker.headers.get("sec-fetch-site"), asker.headers.get("host", "")
-    if site is not None and site not in _SAME_SITE:
+    if is_of_other_site(asker.headers):
         return "only for the WebUI's own page"
     if not is_opened:
         if not is_own_name(host):
@@ -52,6 +52,12 @@ def refusal(asker: Asker, is_opened: bool) -> str | None:
     if asker.changes and (OWN_HEADER not in asker.headers or not _is_own_origin(asker.headers.get("origin"), host)):
         return "only for the WebUI's own page"
     return None
+
+
+def is_of_other_site(headers: Mapping[str, str]) -> bool:
+    """True if a browser says that the page of another site asks."""
+    site = headers.get("sec-fetch-site")
+    return site is not None and site not in _SAME_SITE
 
 
 def is_own_name(host: str) -> bool:

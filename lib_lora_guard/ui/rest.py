@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
+from .access import is_of_other_site
 from .panel import Panel
 from .route import Doings, FitAnswer
 
@@ -23,7 +24,13 @@ _MOST_LORAS, _NAME_CHARACTERS = 32, 300
 FREE = ("vram", "ram")
 
 
-def add_rest(app: FastAPI, panel: Panel, doings: Doings, credentials: Mapping[str, str] | None = None) -> None:
+def add_rest(
+    app: FastAPI,
+    panel: Panel,
+    doings: Doings,
+    credentials: Mapping[str, str] | None = None,
+    is_for_other_sites: bool = False,
+) -> None:
     """Adds the addresses to `app`, once.
 
     Args:
@@ -31,10 +38,13 @@ def add_rest(app: FastAPI, panel: Panel, doings: Doings, credentials: Mapping[st
         panel: Answers.
         doings: Carries out what is asked.
         credentials: Passwords by user; None if the WebUI's own API has none.
+        is_for_other_sites: True if the user has opened the API to pages of other sites (CORS).
     """
     if any(getattr(route, "path", "").startswith(ROOT) for route in app.routes):
         return
-    guards = [] if credentials is None else [Depends(_login(credentials))]
+    guards = [] if is_for_other_sites else [Depends(_own_site)]
+    if credentials is not None:
+        guards.append(Depends(_login(credentials)))
 
     def add(path: str, answer: Callable[..., Any], method: str = "GET") -> None:
         summary, _, description = (answer.__doc__ or "").partition("\n\n")
@@ -86,6 +96,12 @@ def add_rest(app: FastAPI, panel: Panel, doings: Doings, credentials: Mapping[st
     add("/plan", plan)
     add("/diagnostics", diagnostics)
     add("/free", free, "POST")
+
+
+def _own_site(request: Request) -> None:
+    """Refuses what a page of another site makes the user's browser ask."""
+    if is_of_other_site(request.headers):
+        raise HTTPException(403, "only for the WebUI's own page; --cors-allow-origins opens the API to others")
 
 
 def _login(credentials: Mapping[str, str]) -> Callable[..., bool]:

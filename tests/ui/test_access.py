@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs fastapi (in the extra `test`)")
 from support.standalone import Standalone
 
-from lib_lora_guard.hosts.webui.flags import credentials_of, is_opened
+from lib_lora_guard.hosts.webui.flags import credentials_of, is_for_other_sites, is_opened
 from lib_lora_guard.ui.access import Asker, refusal
 from lib_lora_guard.ui.rest import ROOT, add_rest
 from lib_lora_guard.ui.route import PATH, add_route
@@ -205,3 +205,14 @@ def test_the_api_answers_within_bounds(api, host):
     assert ask(api, ROOT + "/free?what=ram", "POST", **login) == (200, {"text": "free_ram was done"})
     assert ask(api, ROOT + "/free?what=everything", "POST", **login)[0] == 422
     assert host.done == ["free_ram"]
+
+
+def test_the_api_answers_pages_of_other_sites_only_where_the_user_has_opened_it(host):
+    from fastapi import FastAPI
+
+    for flags, status in (({}, 403), ({"cors_allow_origins": "https://mine.example"}, 200)):
+        app = FastAPI()
+        add_rest(app, host.panel, host, None, is_for_other_sites(types.SimpleNamespace(**flags)))
+        assert ask(app, ROOT + "/free?what=vram", "POST", sec_fetch_site="cross-site")[0] == status
+        assert ask(app, ROOT + "/status", sec_fetch_site="same-origin")[0] == 200
+    assert host.done == ["free_vram"]

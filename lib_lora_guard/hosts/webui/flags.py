@@ -22,6 +22,8 @@ class Flags(Protocol):
     server_name: str | None
     ngrok: str | None
     subpath: str | None
+    cors_allow_origins: str | None
+    cors_allow_origins_regex: str | None
 
 
 _OPENING = ("listen", "share", "ngrok", "subpath")
@@ -32,6 +34,12 @@ def has_api(flags: Flags) -> bool:
     """Returns True if the WebUI offers its own API."""
     given = vars(flags)
     return bool(given.get("api") or given.get("nowebui"))
+
+
+def is_for_other_sites(flags: Flags) -> bool:
+    """Returns True if the user has opened the API to pages of other sites."""
+    given = vars(flags)
+    return bool(given.get("cors_allow_origins") or given.get("cors_allow_origins_regex"))
 
 
 def is_opened(flags: Flags) -> bool:

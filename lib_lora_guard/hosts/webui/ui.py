@@ -16,7 +16,7 @@ from ...ui.rest import add_rest
 from ...ui.route import add_route
 from . import of_process
 from .doings import HostDoings
-from .flags import Flags, credentials_of, has_api, is_opened
+from .flags import Flags, credentials_of, has_api, is_for_other_sites, is_opened
 from .work import work_of_host
 
 
@@ -51,7 +51,7 @@ class Face:
         if demo is not None or not flags.api_auth:
             add_route(app, self._panel, doings, lambda: is_opened(flags))
         if has_api(flags):
-            add_rest(app, self._panel, doings, credentials_of(flags.api_auth))
+            add_rest(app, self._panel, doings, credentials_of(flags.api_auth), is_for_other_sites(flags))
 
 
 def register(options: InForce | None) -> None:
