@@ -16,6 +16,6 @@ def why(message: str, language: str) -> str | None:
             # A line of another version may lack a number.
             names = {name for _, name, _, _ in string.Formatter().parse(TEXTS[key][ENGLISH]) if name}
             return Message(key, message.facts).text(language) if names <= set(message.facts) else None
-        # Lines that repeat are wrapped.
-        message = message.facts.get("message", "")
+        # Lines that repeat, and findings of a rule, are wrapped.
+        message = message.facts.get("message", message.facts.get("says", ""))
     return None

@@ -160,5 +160,7 @@ def test_a_line_is_explained_with_its_own_numbers():
     assert why(line, "en") == said
     assert why(Message("log.repeated", {"message": line, "count": 2}), "en") == said
     assert "730 MB" in why(line, "zh")
+    rule = Message("rule.line", {"rule": "LG-R06", "says": Message("rule.factors", {"size_mb": 146.0})})
+    assert "146 MB here" in why(rule, "en")
     assert why("text", "en") is why(Message("panel.mode.off"), "en") is None
     assert why(Message("memory.shrunk", {"model": "KModel"}), "en") is None, "a line of another version"

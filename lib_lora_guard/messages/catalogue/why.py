@@ -24,6 +24,21 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Another program, or a larger picture than planned, took the VRAM that the LoRA of {key} needed.",
         "其他程序或比计划更大的图像占用了 {key} 的 LoRA 所需的显存。",
     ),
+    "why.memory.swapped": (
+        "{model} runs {passes} times and is then not needed for a while. Making room for all of it would move more than the "
+        "{size_mb:.0f} MB that are copied to the card as they are used.",
+        "{model} 只运行 {passes} 次，之后暂时不再需要。为整个模型腾出空间所移动的数据，比使用时复制到显卡的 {size_mb:.0f} MB 更多。",
+    ),
+    "why.rule.step": (
+        "A step works with numbers beside the weights of {model}: about {needed_mb:.0f} MB at this picture size. With only {left_mb:.0f} MB "
+        "free for them the step would fail, or the driver would move VRAM into RAM, so that much more is kept free of weights.",
+        "除权重外，{model} 的每一步还需要中间结果：在此图像尺寸下约 {needed_mb:.0f} MB。如果只留 {left_mb:.0f} MB，这一步会失败，或者驱动会把显存"
+        "移到内存中，因此不放权重，多留出一些空间。",
+    ),
+    "why.rule.factors": (
+        "LoRAs lie beside the model on the card, {size_mb:.0f} MB here. Weights are placed so that this room stays.",
+        "LoRA 与模型一起放在显卡上，此处占用 {size_mb:.0f} MB。放置权重时会留出这部分空间。",
+    ),
     "why.everyday.not_merged": (
         "The weights are stored as {format}, which has too few values for the small changes of a LoRA: rounding would spoil "
         "{count} weights. So the LoRA is calculated beside them, and nothing of it is lost.",
