@@ -39,7 +39,7 @@ ABOVE = {
     "runtime": {*PURE, "ui"},
     "hosts/probing.py": set(),
     "hosts/recognise.py": {"files", "reporting", "hosts/probing.py"},
-    "hosts/webui": {*PURE, "checkpoints", "ui", "runtime", "hosts/probing.py"},
+    "hosts/webui": {*PURE, "checkpoints", "ui", "runtime", "commands", "hosts/probing.py"},
     "hosts/forge": {*PURE, "ui", "runtime", "hosts/webui", "hosts/probing.py"},
     "hosts/neo": {*PURE, "ui", "runtime", "hosts/webui", "hosts/probing.py"},
     "hosts/plain": {*PURE, "runtime"},

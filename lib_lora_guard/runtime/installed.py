@@ -10,6 +10,7 @@ import torch
 from ..errors import HostError
 from ..memory import MemorySnapshot, Nvml
 from ..planning.last_plan import LastPlan
+from ..reporting.lora_rows import FileSheet
 from ..reporting.report import ApplyReport
 from .image_words import ImageWords
 from .live_settings import LiveSettings
@@ -63,6 +64,18 @@ class Takeover(Protocol):
 
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
+        ...
+
+    def lora_sheets(self) -> Mapping[str, FileSheet]:
+        """Returns facts of the LoRA files of the last prompt, by their names. For any thread."""
+        ...
+
+    def free_vram(self) -> None:
+        """Moves every model from the card into RAM, as the host does it. No image may be in the making."""
+        ...
+
+    def drop_caches(self) -> int:
+        """Gives back what is kept in RAM for speed alone; returns the bytes."""
         ...
 
     def image_reports(self, image_model: Any, text_encoder: Any) -> list[ApplyReport]:

@@ -11,6 +11,7 @@ import torch
 from ...errors import HostError
 from ...memory import MemorySnapshot, Nvml
 from ...planning.last_plan import LastPlan
+from ...reporting.lora_rows import FileSheet
 from ...reporting.report import ApplyReport
 from ...runtime import installed as at_work
 from ...runtime.corrections import OF_PROCESS, Corrections
@@ -105,6 +106,15 @@ class NeoTakeover(NeoParts):
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
         return {**self.files.left_out, **self.files.missing, **self.web.schedules.left_out}
+
+    def lora_sheets(self) -> Mapping[str, FileSheet]:
+        """Returns facts of the LoRA files of the last prompt, by their names. For any thread."""
+        return self.files.sheets()
+
+    def free_vram(self) -> None:
+        """Moves every model from the card into RAM. No image may be in the making."""
+        self.api.memory.unload_all_models()
+        self.api.memory.soft_empty_cache()
 
     def image_reports(self, image_model: Patcher, text_encoder: Patcher) -> list[ApplyReport]:
         """Returns what lies on the models that made the present image."""

@@ -69,7 +69,7 @@ class WebTakeover:
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = (
             rule_log,
-            images.Images(advice, files.words, settings, jobs),
+            images.Images(advice, files.words, settings, jobs, journal.image),
             memory_settings,
         )
         self.cards = lora_cards.LoraCards(settings, sys.modules, folder)

@@ -27,6 +27,11 @@ from . import (
     neo,
     other_hosts,
     panel,
+    panel_buttons,
+    panel_curve,
+    panel_fit,
+    panel_log,
+    panel_loras,
     panel_memory,
     plan,
     preflight,
@@ -38,6 +43,7 @@ from . import (
     schedules,
     settings,
     spill,
+    why,
 )
 
 ENGLISH, CHINESE = "en", "zh"
@@ -65,6 +71,11 @@ SUBJECTS = (
     neo,
     other_hosts,
     panel,
+    panel_buttons,
+    panel_curve,
+    panel_fit,
+    panel_log,
+    panel_loras,
     panel_memory,
     plan,
     preflight,
@@ -76,6 +87,7 @@ SUBJECTS = (
     schedules,
     settings,
     spill,
+    why,
 )
 
 TEXTS: dict[str, dict[str, str]] = {
