@@ -7,7 +7,8 @@ from __future__ import annotations
 import logging
 
 from ..memory.rules import Finding
-from ..messages import say
+from ..messages import Message
+from .image_words import ImageWords
 
 log = logging.getLogger(__name__)
 
@@ -15,16 +16,28 @@ EXPECTED_RULES = frozenset({"LG-R01", "LG-R05", "LG-R06", "LG-R10"})
 """Logged as information: what they change comes from a usual setting or request, or spares the user something."""
 
 
+SLOW = frozenset({"rule.ram_slow", "rule.slider_below"})
+"""Findings that make an image slow: they stand under each."""
+
+
 class RuleLog:
     """Shared by all that apply rules; remembers the last finding of each rule."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: ImageWords | None = None) -> None:
+        """
+        Args:
+            words: says under the image what makes it slow.
+        """
+        self._words = words or ImageWords()
         self._said: dict[str, str] = {}
 
     def tell(self, finding: Finding | None) -> None:
         """Logs `finding`, unless the last one of its rule said the same. None is ignored: the rule changed nothing."""
-        if finding is None or self._said.get(finding.rule) == finding.says:
+        if finding is None:
             return
-        self._said[finding.rule] = finding.says
-        level = logging.INFO if finding.rule in EXPECTED_RULES else logging.WARNING
-        say(log, level, "rule.line", rule=finding.rule, says=finding.says)
+        line = Message("rule.line", {"rule": finding.rule, "says": finding.says})
+        if self._said.get(finding.rule) != finding.says:
+            self._said[finding.rule] = finding.says
+            log.log(logging.INFO if finding.rule in EXPECTED_RULES else logging.WARNING, "%s", line)
+        if finding.says.key in SLOW:
+            self._words.tell(line, is_logged=True, once=finding.says.key)

@@ -6,6 +6,7 @@ import pytest
 
 from lib_lora_guard.memory.rules import Finding
 from lib_lora_guard.messages import Message
+from lib_lora_guard.runtime.image_words import ImageWords
 from lib_lora_guard.runtime.rule_log import RuleLog
 
 
@@ -48,3 +49,14 @@ def test_a_rule_that_changed_nothing_is_not_logged(logged):
 def test_what_usual_settings_lead_to_is_information(logged, rule, level):
     RuleLog().tell(negative(-5, rule=rule))
     assert [found for found, _ in logged()] == [level]
+
+
+def test_what_makes_an_image_slow_stands_under_each_and_once(logged):
+    words, slow = ImageWords(), Message("rule.ram_slow", {"what": "reading", "needed_mb": 2.0, "fast_mb": 1.0})
+    rules, images = RuleLog(words), ([], [])
+    for shown in images:
+        with words.image(id(shown), shown.append):
+            for finding in (negative(-5), Finding("LG-R08", slow), Finding("LG-R08", slow)):
+                rules.tell(finding)
+    assert images == ([f"LoRA Guard: LG-R08: {slow}"], [f"LoRA Guard: LG-R08: {slow}"])
+    assert len(logged()) == 2

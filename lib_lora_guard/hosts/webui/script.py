@@ -29,6 +29,7 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
         with takeover.words.image(id(p), *comments_of(p)):
             # Where nothing was loaded for this image, nothing has said it yet.
             takeover.words.tell_of(reports)
+            takeover.tell_of_slow_layers()
         text = summary(takeover.settings.mode().value, reports, takeover.left_out())
         if text:
             p.extra_generation_params["LoRA Guard"] = text

@@ -59,6 +59,7 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
     takeover.stacks = types.SimpleNamespace(
         report=lambda loader: reports.get(id(loader)),
         is_reported=lambda patcher: patcher.encodes_this_prompt,
+        tell_of_slow_layers=lambda: None,
     )
     takeover.files = types.SimpleNamespace(left_out={"other.safetensors": "why"}, missing={"gone": "why"})
     takeover.web = types.SimpleNamespace(schedules=types.SimpleNamespace(left_out={}))
