@@ -9,6 +9,9 @@ from typing import Any
 
 PREFIX = "lora_guard_"
 """Prefix of every option in the host's config file."""
+MODE_OPTION = PREFIX + "mode"
+MODE_FIELD = "LoRA Guard mode"
+"""The mode in an image's infotext, where it is another than that of a new user."""
 
 
 class LoraMode(str, Enum):

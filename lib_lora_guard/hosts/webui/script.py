@@ -1,4 +1,5 @@
-"""Writes a picture's LoRAs into its infotext: a script that Forge runs with every image and that shows nothing."""
+"""The script that the WebUI runs with every image: writes a picture's LoRAs and their mode into its infotext, and multiplies
+strengths for the X/Y/Z plot."""
 
 from __future__ import annotations
 
@@ -8,9 +9,13 @@ from typing import Any
 
 from modules import scripts
 
+from ...planning.prompt_strengths import NETWORKS
 from ...reporting.report import ApplyReport, clean_text
 from ...runtime import installed
-from .types import comments_of
+from ...settings import MODE_FIELD
+from .infotext import SUMMARY_FIELD, mode_to_write
+from .types import MadeRequest, comments_of
+from .xyz_axes import Request, restore_prompts, scale_batch
 
 
 class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes are not typed
@@ -20,7 +25,16 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
     def show(self, is_img2img: bool) -> Any:
         return scripts.AlwaysVisible
 
-    def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+    def before_process_batch(self, p: Request, *args: str, batch_number: int = 0, **kwargs: Any) -> None:
+        """Called before the prompts of a batch are read."""
+        scale_batch(p, batch_number)
+
+    def postprocess(self, p: Request, *args: Any) -> None:
+        """Called when all images of a request are made."""
+        restore_prompts(p)
+
+    def postprocess_batch(self, p: MadeRequest, *args: str, **kwargs: Any) -> None:
+        """Called when the images of a batch are decoded, before their infotexts are written."""
         takeover = installed.installed()
         if takeover is None:
             return
@@ -30,12 +44,21 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
             # Where nothing was loaded for this image, nothing has said it yet.
             takeover.words.tell_of(reports)
             takeover.tell_of_slow_layers()
-        text = summary(takeover.settings.mode().value, reports, takeover.left_out())
-        if text:
-            p.extra_generation_params["LoRA Guard"] = text
-        else:
-            # The next image of a batch, or of a grid, may have no LoRA.
-            p.extra_generation_params.pop("LoRA Guard", None)
+        mode = takeover.settings.mode()
+        text = summary(mode.value, reports, takeover.left_out())
+        fields = {MODE_FIELD: mode_to_write(mode, bool(text) or has_loras(p)), SUMMARY_FIELD: text}
+        for name, value in fields.items():
+            if value:
+                p.extra_generation_params[name] = value
+            else:
+                # The next image of a batch, or of a grid, may have no LoRA.
+                p.extra_generation_params.pop(name, None)
+
+
+def has_loras(p: MadeRequest) -> bool:
+    """True if the prompt of the present batch has LoRA tags."""
+    tags = vars(p).get("extra_network_data") or {}
+    return any(tags.get(name) for name in NETWORKS)
 
 
 def summary(mode: str, reports: list[ApplyReport], left_out: Mapping[str, str]) -> str:

@@ -70,7 +70,8 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
     guard_script = script.LoraGuardScript()
     guard_script.postprocess_batch(p)
     assert p.extra_generation_params == {
-        "LoRA Guard": "fp16 LoRA, 372 bypass, 4 merge, without bad.safetensors, gone, other.safetensors"
+        "LoRA Guard mode": "fp16 LoRA",
+        "LoRA Guard": "fp16 LoRA, 372 bypass, 4 merge, without bad.safetensors, gone, other.safetensors",
     }
     clip.patcher.encodes_this_prompt = False
     guard_script.postprocess_batch(p)
@@ -79,7 +80,14 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
     takeover.files.left_out, takeover.files.missing = {}, {}
     guard_script.postprocess_batch(p)
     assert p.extra_generation_params == {}, "the next image of the batch has no LoRA"
+    takeover.settings.options = {"lora_guard_mode": LoraMode.OWN.value}
+    p.extra_network_data = {"lora": ["a tag"]}
+    guard_script.postprocess_batch(p)
+    assert p.extra_generation_params == {"LoRA Guard mode": "Forge's own"}, "the host has applied it"
+    takeover.settings.options = {}
     reports[id(unet)] = report(applied("a.safetensors", 300))
+    guard_script.postprocess_batch(p)
+    assert p.extra_generation_params == {"LoRA Guard": "Automatic, 300 bypass"}, "the usual mode is no field"
     assert guard_script.show(False) is script.scripts.AlwaysVisible
     monkeypatch.setattr(installed, "installed", lambda: None)
     p = image(None)
