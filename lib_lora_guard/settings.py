@@ -12,6 +12,8 @@ PREFIX = "lora_guard_"
 MODE_OPTION = PREFIX + "mode"
 MODE_FIELD = "LoRA Guard mode"
 """The mode in an image's infotext, where it is another than that of a new user."""
+AS_SET = ""
+"""In place of a mode for one image: that of the settings page."""
 
 
 class LoraMode(str, Enum):

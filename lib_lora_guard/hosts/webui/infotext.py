@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-from ...settings import MODE_FIELD, LoraMode
+from ...settings import AS_SET, MODE_FIELD, LoraMode
 
 SUMMARY_FIELD = "LoRA Guard"
 """What was done in words; it begins with the mode."""
-AS_SET = ""
-"""In place of a mode: that of the settings page."""
 
 
 def mode_named(text: str) -> LoraMode | None:

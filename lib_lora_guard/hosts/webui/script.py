@@ -1,29 +1,55 @@
-"""The script that the WebUI runs with every image: writes a picture's LoRAs and their mode into its infotext, and multiplies
-strengths for the X/Y/Z plot."""
+"""The script that the WebUI runs with every image: shows the accordion and carries out its mode, writes a picture's LoRAs and
+their mode into its infotext, and multiplies strengths for the X/Y/Z plot."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from modules import scripts
+from modules import scripts, shared
 
+from ...messages import Joined, say
 from ...planning.prompt_strengths import NETWORKS
 from ...reporting.report import ApplyReport, clean_text
 from ...runtime import installed
-from ...settings import MODE_FIELD
-from .infotext import SUMMARY_FIELD, mode_to_write
+from ...settings import AS_SET, MODE_FIELD, MODE_OPTION, LoraMode, Settings, read
+from ...ui.accordion import build
+from ...ui.language import reader_language
+from .accordion import state
+from .infotext import SUMMARY_FIELD, mode_named, mode_to_write
 from .types import MadeRequest, comments_of
 from .xyz_axes import Request, restore_prompts, scale_batch
+
+log = logging.getLogger(__name__)
 
 
 class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes are not typed
     def title(self) -> str:
         return "LoRA Guard"
 
-    def show(self, is_img2img: bool) -> Any:
+    def show(self, is_img2img: bool) -> object:
         return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        """Builds the accordion. The list is that of the arguments over the API (docs/hosts.md): never reorder it."""
+        tab = "img2img" if is_img2img else "txt2img"
+        mode = build(tab, _language(), lambda: state(_language(), _options()[0].mode))
+        self.infotext_fields, self.paste_field_names = [(mode, MODE_FIELD)], [MODE_FIELD]
+        return [mode]
+
+    def before_process(self, p: Request, mode: str | None = AS_SET, *args: str) -> None:
+        """Called before the WebUI takes the options over that a request brings for itself."""
+        if not mode:
+            return
+        wanted = mode_named(str(mode))
+        if wanted is None:
+            known = Joined(mode.value for mode in LoraMode)
+            say(log, logging.WARNING, "accordion.no_such_mode", mode=clean_text(repr(mode)), modes=known)
+        else:
+            # What the request itself brings counts: an axis of the X/Y/Z plot, or options given over the API.
+            p.override_settings.setdefault(MODE_OPTION, wanted.value)
 
     def before_process_batch(self, p: Request, *args: str, batch_number: int = 0, **kwargs: Any) -> None:
         """Called before the prompts of a batch are read."""
@@ -53,6 +79,18 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
             else:
                 # The next image of a batch, or of a grid, may have no LoRA.
                 p.extra_generation_params.pop(name, None)
+
+
+def _options() -> tuple[Settings, str | None]:
+    """Returns the settings, and the name of the WebUI's own localization."""
+    options = dict(shared.opts.data)
+    localization = options.get("localization")
+    return read(options)[0], None if localization is None else str(localization)
+
+
+def _language() -> str:
+    settings, localization = _options()
+    return reader_language(settings.language, localization)
 
 
 def has_loras(p: MadeRequest) -> bool:
