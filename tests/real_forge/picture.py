@@ -71,7 +71,7 @@ def requests_of(page, do):
     return [url for url in seen if "/file=" not in url]
 
 
-def look(page, forge):
+def look(page, forge, shot=None):
     open_page(page, forge.url)
     page.wait_for_selector(BADGE, state="attached")
     assert requests_of(page, lambda: page.wait_for_timeout(4000)) == [], "the closed accordion asks for nothing"
@@ -112,6 +112,9 @@ def look(page, forge):
     made = infotext(page)
     assert "LoRA Guard mode: Merge" in made
     assert 'LoRA Guard: "Merge' in made
+
+    if shot is not None:
+        page.locator(ACCORDION).screenshot(path=shot)
 
     # Pasted back.
     page.check(f"{ACCORDION}_mode input[value='fp16 LoRA']")
@@ -154,7 +157,9 @@ def plot(forge):
 
 def main(server=Server, link=link_extensions, settings=None):
     """`settings`: what the host's config needs to start."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--picture", type=Path, help="file for a screenshot of the accordion")
+    shot = parser.parse_args().picture
     link()
     hostile = FORGE / "models" / "Lora" / f"{HOSTILE}.safetensors"
     problems = []
@@ -168,7 +173,7 @@ def main(server=Server, link=link_extensions, settings=None):
                 page.set_default_timeout(90_000)
                 page.on("pageerror", lambda error: problems.append(str(error)))
                 try:
-                    look(page, forge)
+                    look(page, forge, shot)
                     plot(forge)
                     reload_and_switch_off(page, forge)
                 except Exception:

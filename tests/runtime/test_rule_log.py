@@ -52,11 +52,12 @@ def test_what_usual_settings_lead_to_is_information(logged, rule, level):
 
 
 def test_what_makes_an_image_slow_stands_under_each_and_once(logged):
-    words, slow = ImageWords(), Message("rule.ram_slow", {"what": "reading", "needed_mb": 2.0, "fast_mb": 1.0})
-    rules, images = RuleLog(words), ([], [])
+    words, images = ImageWords(), ([], [])
+    slow = [Message("rule.ram_slow", {"what": "reading", "needed_mb": size, "fast_mb": 1.0}) for size in (2.0, 3.0)]
+    rules = RuleLog(words)
     for shown in images:
         with words.image(id(shown), shown.append):
-            for finding in (negative(-5), Finding("LG-R08", slow), Finding("LG-R08", slow)):
+            for finding in (negative(-5), *(Finding("LG-R08", says) for says in slow)):
                 rules.tell(finding)
-    assert images == ([f"LoRA Guard: LG-R08: {slow}"], [f"LoRA Guard: LG-R08: {slow}"])
-    assert len(logged()) == 2
+    assert images == ([f"LoRA Guard: LG-R08: {slow[0]}"], [f"LoRA Guard: LG-R08: {slow[0]}"])
+    assert len(logged()) == 5, "the log has each change"
