@@ -1,12 +1,13 @@
 // The badge on the accordion "LoRA Guard" in txt2img and img2img. It is read off what the page has anyway, the infotext and
-// the lines under an image, when these change; the server is asked once each time the accordion is opened. Everything is
-// inserted as text: names come from files of unknown authors.
+// the lines under an image, when these change. The server is asked once each time the accordion is opened, and while it is
+// open once after each image. Everything is inserted as text: names come from files of unknown authors.
 (function () {
     "use strict";
 
     const TABS = ["txt2img", "img2img"];
     const SUMMARY = /LoRA Guard: ("(?:[^"\\]|\\.)*"|[^,]*)/g;
     const OURS = "LoRA Guard: ";
+    const ASK_AFTER_MS = 200;
 
     function find(id) {
         return gradioApp().getElementById(id);
@@ -47,15 +48,24 @@
         badge.setAttribute("role", "status");
         name.firstElementChild.append(badge);
         const look = () => show(tab, accordion, badge);
-        name.addEventListener("click", () => setTimeout(() => {
-            if (name.classList.contains("open")) find("lora_guard_" + tab + "_opened")?.click();
-        }));
-        const observer = new MutationObserver(look);
+        let asking = 0;
+        const ask = () => {
+            clearTimeout(asking);
+            asking = setTimeout(() => {
+                if (name.classList.contains("open")) find("lora_guard_" + tab + "_opened")?.click();
+            }, ASK_AFTER_MS);
+        };
+        name.addEventListener("click", ask);
+        const image = new MutationObserver(() => {
+            look();
+            ask();
+        });
         for (const element of [find("html_info_" + tab), find("html_log_" + tab)]) {
-            if (element) observer.observe(element, { childList: true, characterData: true, subtree: true });
+            if (element) image.observe(element, { childList: true, characterData: true, subtree: true });
         }
-        // A pasted mode, another text after opening.
-        observer.observe(accordion, { attributes: true, attributeFilter: ["class", "data-off"], childList: true, subtree: true });
+        // A mode that was chosen or pasted, another text from the server.
+        const fields = { attributes: true, attributeFilter: ["class", "data-off"], childList: true, subtree: true };
+        new MutationObserver(look).observe(accordion, fields);
         look();
     }
 

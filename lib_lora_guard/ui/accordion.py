@@ -1,7 +1,7 @@
 """The accordion "LoRA Guard" in txt2img and img2img: a LoRA mode for the images made there, and a badge on its name.
 
 Closed it costs nothing: `javascript/lora_guard_accordion.js` reads the badge off the infotext that the page has anyway. When
-it is opened the browser presses a hidden button, which asks the server once.
+it is opened, and after each image while it is open, the browser presses a hidden button, which asks the server once.
 """
 
 from __future__ import annotations

@@ -109,6 +109,9 @@ def look(page, forge, shot=None):
     badge(page, "Merge: left out", "left_out")
     generate(page, f"a cat {GOOD}")
     badge(page, "Merge: active", "active")
+    page.wait_for_function(
+        "s => !document.querySelector(s).textContent.includes('left out')", arg=f"{ACCORDION} .lora_guard_state"
+    )
     made = infotext(page)
     assert "LoRA Guard mode: Merge" in made
     assert 'LoRA Guard: "Merge' in made
