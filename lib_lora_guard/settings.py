@@ -9,6 +9,11 @@ from typing import Any
 
 PREFIX = "lora_guard_"
 """Prefix of every option in the host's config file."""
+MODE_OPTION = PREFIX + "mode"
+MODE_FIELD = "LoRA Guard mode"
+"""The mode in an image's infotext, where it is another than that of a new user."""
+AS_SET = ""
+"""In place of a mode for one image: that of the settings page."""
 
 
 class LoraMode(str, Enum):

@@ -106,6 +106,11 @@ class Attachment:
         """True while device copies exist."""
         return False
 
+    @property
+    def is_slow(self) -> bool:
+        """True if the device had no memory for the stack, so that a part of it was calculated in RAM."""
+        return False
+
 
 class BypassAttachment(Attachment):
     """The stack goes through hooks on the layer; the weight stays as it is.
@@ -182,6 +187,10 @@ class BypassAttachment(Attachment):
     @property
     def device_bytes(self) -> int:
         return self.hook.device_bytes(self.access.compute_dtype())
+
+    @property
+    def is_slow(self) -> bool:
+        return self.hook.was_on_the_cpu
 
     @property
     def is_resident(self) -> bool:

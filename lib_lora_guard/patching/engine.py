@@ -246,13 +246,13 @@ class Engine:
                 raise LoraMismatchError(about(report.label, report.refused))
         in_files: dict[str, Backup] = {}
         while True:
-            plan = self._plan(accepted, reports, wish, leave_out)
+            plan, otherwise = self._plan(accepted, reports, wish, leave_out), list[Message]()
             self._prove(plan, in_files, access.name)
             if wish is Wish.MERGE_FROM_FILE:
                 plan = only_from_files(plan, self.attached, in_files)
             backed_up = {*self._offloaded, *in_files}
             if wish is not Wish.MERGE:
-                plan = with_room(plan, self.attached, backed_up, self._budget, device, access.name)
+                plan = with_room(plan, self.attached, backed_up, self._budget, device, access.name, otherwise)
             try:
                 to_back_up = ram_for_backups(plan.values(), self.attached, backed_up)
                 with self.watch(Phase.BACKUP, to_back_up) if to_back_up else contextlib.nullcontext():
@@ -264,6 +264,7 @@ class Engine:
                     device_bytes=sum(a.device_bytes for a in prepared.values()) if device.type != "cpu" else 0,
                     ram_bytes=sum(reports[i].bytes for i in accepted),
                     milliseconds=0.0,
+                    otherwise=otherwise,
                 )
                 for report in reports:
                     report.forget_counts()

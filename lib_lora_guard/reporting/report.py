@@ -100,6 +100,8 @@ class ApplyReport:
     """The guard's own copies in RAM."""
     milliseconds: float
     device: str = "device"
+    otherwise: list[Message] = field(default_factory=list)
+    """Sentences on what is applied otherwise than asked, or slower. The log has each already."""
 
     @property
     def refused(self) -> list[LoraReport]:

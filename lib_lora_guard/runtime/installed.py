@@ -62,6 +62,10 @@ class Takeover(Protocol):
         """Returns what lies on each model. For any thread."""
         ...
 
+    def tell_of_slow_layers(self) -> None:
+        """Says under the image which models had layers without VRAM for their LoRAs."""
+        ...
+
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
         ...

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..memory.shares import usual_kept_files_mb
 from ..messages import Message
-from ..settings import LOG_LEVELS, PREFIX, Language, LoraMode, Settings
+from ..settings import LOG_LEVELS, MODE_FIELD, PREFIX, Language, LoraMode, Settings
 
 SECTION = ("lora_guard", "LoRA Guard")
 MODE_KEYS = {
@@ -71,6 +71,8 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
             "garbage_collection_threshold", gradio.Slider, {"minimum": 0, "maximum": 0.95, "step": 0.05}
         ),
     }
+    # A picture's mode, given back with "Read generation parameters" where the page has no place of its own for it.
+    made["mode"].infotext = MODE_FIELD
     return {PREFIX + name: info for name, info in made.items()}
 
 

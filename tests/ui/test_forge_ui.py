@@ -33,7 +33,7 @@ class Callbacks:
     """Forge's modules.script_callbacks."""
 
     def __init__(self):
-        self.tabs, self.started = [], []
+        self.tabs, self.started, self.pasted, self.before_ui = [], [], [], []
 
     def on_ui_tabs(self, callback):
         self.tabs.append(callback)
@@ -41,8 +41,14 @@ class Callbacks:
     def on_app_started(self, callback):
         self.started.append(callback)
 
+    def on_infotext_pasted(self, callback):
+        self.pasted.append(callback)
+
+    def on_before_ui(self, callback):
+        self.before_ui.append(callback)
+
     def remove_callbacks_for_function(self, callback):
-        for known in (self.tabs, self.started):
+        for known in (self.tabs, self.started, self.pasted, self.before_ui):
             known[:] = [c for c in known if c != callback]
 
 
@@ -103,6 +109,7 @@ def test_settings_are_there_at_once_tab_and_address_when_asked_for(forge):
     forge_ui.register(options)
     labels = forge.shared.opts.labels
     assert labels[PREFIX + "mode"].section == ("lora_guard", "LoRA Guard", "sd")
+    assert labels[PREFIX + "mode"].infotext == "LoRA Guard mode"
     labels[PREFIX + "mode"].onchange()
     assert options.applied == 1
     assert len(forge.script_callbacks.tabs) == len(forge.script_callbacks.started) == 1
@@ -115,7 +122,10 @@ def test_settings_are_there_at_once_tab_and_address_when_asked_for(forge):
 def test_a_second_execution_without_cleared_callbacks_adds_no_second_tab(forge):
     forge_ui.register(InForce())
     forge_ui.register(InForce())
-    assert len(forge.script_callbacks.tabs) == 1
+    assert len(forge.script_callbacks.tabs) == len(forge.script_callbacks.before_ui) == 1
+    (pasted,), fields = forge.script_callbacks.pasted, {"LoRA Guard": "fp16 LoRA, 120 bypass"}
+    pasted("", fields)
+    assert fields["LoRA Guard mode"] == "fp16 LoRA"
     started = app()
     for callback in forge.script_callbacks.started:
         callback(None, started)

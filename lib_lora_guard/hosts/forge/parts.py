@@ -61,10 +61,10 @@ class ForgeParts:
             corrections: of the process.
         """
         self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
-        self.rule_log = RuleLog()
+        self.words = ImageWords(settings.language)
+        self.rule_log = RuleLog(self.words)
         self.jobs = Jobs()
         self.precautions = Precautions(self._planned)
-        self.words = ImageWords(settings.language)
         self.stacks = ForgeStacks(PatchReader(api.lora), settings, self._planned, journal.work, self.words)
         self.control = LoaderControl(api, self.stacks, settings)
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words)
@@ -89,7 +89,7 @@ class ForgeParts:
         self.stacks.merges_from_file = settings.merges_from_file
         self.residency = Residency(self.stacks.merged_layers, self.copies)
         self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
-        self.steps = StepTimer(api.memory, journal, self.stacks.names_on)
+        self.steps = StepTimer(api.memory, journal, self.stacks.names_on, words=self.words)
         self.calibration = ForgeCalibration(api.memory, corrections)
         self.free = FreeMemory(api.memory, self.rule_log)
         self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free, SwappingRoom(facts))
@@ -109,7 +109,7 @@ class ForgeParts:
             self.loras,
             journal,
         )
-        self.vae = ForgeVae(api.memory, VaeRoom(self.preflight), self.precautions)
+        self.vae = ForgeVae(api.memory, VaeRoom(self.preflight, self.words), self.precautions)
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""

@@ -49,9 +49,9 @@ class NeoParts:
             corrections: of the process.
         """
         self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
-        self.rule_log = RuleLog()
-        self.precautions = Precautions(self._planned)
         self.words = ImageWords(settings.language)
+        self.rule_log = RuleLog(self.words)
+        self.precautions = Precautions(self._planned)
         self.stacks = NeoStacks(settings, self._planned, journal.work, self.words)
         self.copies = RamCopies(settings.pins_swapped)
         self.quant_states = QuantStates(settings.pins_swapped)
@@ -78,7 +78,7 @@ class NeoParts:
         self.stacks.merges_from_file = settings.merges_from_file
         self.memory = NeoMemory(api.memory, self.stacks, journal, self.rule_log, self.swapped)
         self.free = FreeMemory(api.memory, self.rule_log)
-        self.steps = StepTimer(NeoSizes(), journal, self.stacks.names_on)
+        self.steps = StepTimer(NeoSizes(), journal, self.stacks.names_on, words=self.words)
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""

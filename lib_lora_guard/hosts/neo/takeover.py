@@ -103,6 +103,10 @@ class NeoTakeover(NeoParts):
         """Returns the report of each living model's LoRAs as it was last published. For any thread."""
         return self.stacks.reports()
 
+    def tell_of_slow_layers(self) -> None:
+        """Says under the image which models had layers without VRAM for their LoRAs."""
+        self.stacks.tell_of_slow_layers()
+
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
         return {**self.files.left_out, **self.files.missing, **self.web.schedules.left_out}

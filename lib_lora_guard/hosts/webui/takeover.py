@@ -23,7 +23,7 @@ from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.prompt_cache import PromptCache
 from ...runtime.rule_log import RuleLog
-from . import conditioning, images, lora_cards, networks, schedules, unload
+from . import conditioning, images, lora_cards, networks, schedules, unload, xyz_axes
 from .lora_files import LoraFiles
 from .probe import check_networks, check_processing
 from .prompt_tokens import PromptTokens
@@ -99,6 +99,7 @@ class WebTakeover:
             requests = unload.UnloadRequests(processing, lambda: self._memory_settings(modules), self._rule_log.tell)
             lay(unload.ROWS, requests, modules, hooks)
             lay(images.ROWS, self._images, modules, hooks)
+        xyz_axes.add(modules)
         return misfits
 
     def app_started(self) -> None:
@@ -107,9 +108,10 @@ class WebTakeover:
             self.cards.look_ahead([file.filename for file in list(sys.modules["networks"].available_networks.values())])
 
     def uninstall(self) -> None:
-        """Gives running strengths back."""
+        """Gives running strengths back, and takes the axes out of the X/Y/Z plot."""
         CHOICE.is_on, CHOICE.casts_too = always, never
         self.schedules.forget()
+        xyz_axes.remove(sys.modules)
 
     def _install_files(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
         """Takes over how the WebUI's LoRA extension reads files."""

@@ -69,6 +69,29 @@ class TwoPasses(Protocol):
     """The second pass's own checkpoint."""
 
 
+class ForgeObjectsWithLoras(Protocol):
+    """The parts of the loaded checkpoint, with the patchers that have the prompt's LoRAs."""
+
+    unet: DenoiserPatcher
+    clip: TextEncoder
+
+
+class SdModelWithLoras(Protocol):
+    """The loaded checkpoint, once the prompt's LoRAs are chosen."""
+
+    forge_objects_after_applying_lora: ForgeObjectsWithLoras
+
+
+class MadeRequest(Protocol):
+    """A request whose present batch is decoded."""
+
+    sd_model: SdModelWithLoras
+    extra_generation_params: dict[str, str]
+    """The fields of the infotext."""
+
+    def comment(self, text: str) -> None: ...
+
+
 class Commented(Protocol):
     """A request that can show lines of text under its images. Each host escapes them for its page."""
 

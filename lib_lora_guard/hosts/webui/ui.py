@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ...recorder.crash import Crash
@@ -14,9 +15,10 @@ from ...ui.language import reader_language
 from ...ui.panel import Panel
 from ...ui.rest import add_rest
 from ...ui.route import add_route
-from . import of_process
+from . import of_process, xyz_axes
 from .doings import HostDoings
 from .flags import Flags, credentials_of, has_api, is_for_other_sites, is_opened
+from .infotext import fill_in_mode
 from .work import work_of_host
 
 
@@ -68,9 +70,24 @@ def register(options: InForce | None) -> None:
 
     face = Face(options)
     face.add_settings()
-    script_callbacks.remove_callbacks_for_function(tab.build)
+    for callback in (tab.build, _complete_infotext, _add_axes):
+        script_callbacks.remove_callbacks_for_function(callback)
     script_callbacks.on_ui_tabs(tab.build)
     script_callbacks.on_app_started(face.app_started)
+    script_callbacks.on_infotext_pasted(_complete_infotext)
+    # A script that adds axes to the plot may run before or after the plot's own.
+    script_callbacks.on_before_ui(_add_axes)
+
+
+def _complete_infotext(infotext: str, fields: dict[str, object]) -> None:
+    from modules import shared
+
+    fill_in_mode(fields, read(dict(shared.opts.data))[0].mode)
+
+
+def _add_axes() -> None:
+    if installed.installed() is not None:
+        xyz_axes.add(sys.modules)
 
 
 def _timeline() -> Timeline | None:

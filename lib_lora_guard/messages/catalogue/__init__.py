@@ -6,6 +6,7 @@ A new language is a new column here. A test checks that the columns have the sam
 from __future__ import annotations
 
 from . import (
+    accordion,
     allocator,
     baking,
     calibration,
@@ -50,6 +51,7 @@ ENGLISH, CHINESE = "en", "zh"
 LANGUAGES = (ENGLISH, CHINESE)
 
 SUBJECTS = (
+    accordion,
     allocator,
     baking,
     calibration,
