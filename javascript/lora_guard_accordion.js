@@ -69,5 +69,6 @@
         look();
     }
 
-    onUiLoaded(() => TABS.forEach(start));
+    // The tab alone, outside a WebUI, has no txt2img.
+    if (typeof onUiLoaded === "function") onUiLoaded(() => TABS.forEach(start));
 })();

@@ -65,7 +65,7 @@ def open_page(browser, server):
 
     yield open_
     for context in contexts:
-        assert all(page.problems == [] for page in context.pages)
+        assert [page.problems for page in context.pages] == [[] for page in context.pages]
         context.close()
 
 
