@@ -136,6 +136,8 @@ class Engine:
         self._offloaded: Mapping[str, torch.Tensor] = {}
         self._neighbours = neighbours
         self._casts = HostCasts()
+        self._labels: tuple[str, ...] = ()
+        """The LoRAs of the last stack that may use kernels."""
         if neighbours is not None:
             neighbours.add(self)
 
@@ -286,7 +288,10 @@ class Engine:
                     accepted.pop(origin, None)
                     reports[origin].refused = reason(error)
                     reports[origin].forget_counts()
-        CHOICE.prepare(set(kernels.values()))
+        if kernels:
+            labels = tuple(lora.label for lora in reports)
+            CHOICE.prepare(set(kernels.values()), are_new_files=labels != self._labels)
+            self._labels = labels
         self._casts.settle(access, {one.site.layer for one in self.attached.values()}, device)
         whole.milliseconds = (time.perf_counter() - started) * 1000
         return whole

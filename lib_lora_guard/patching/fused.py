@@ -39,6 +39,15 @@ class Held(NamedTuple):
 class RawWeight(ABC):
     """How a host's layers of one class hold their weights. It keeps nothing of a layer."""
 
+    def scale(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """Returns what the host multiplies a layer's weight by; None for weights without such a factor."""
+        return None
+
+    def stored(self, layer: torch.nn.Module) -> Stored | None:
+        """Returns a layer's weight, wherever it lies now; None where no kernel will make it."""
+        weight = layer._parameters.get("weight")
+        return None if weight is None else stored_weight(weight, self.scale(layer))
+
     @abstractmethod
     def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
         """Returns what a layer computes with, for a call with the input `x`. Asked at every call.
@@ -68,9 +77,9 @@ class Fused:
         self._facts = _Facts()
         self._made: tuple[tuple[tuple[Block, Scale], ...], Factors] | None = None
 
-    def key(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Key | None:
+    def key(self, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Key | None:
         """Returns the kernel for calls with activations of `dtype` on `device`; None where there is none for the weight."""
-        stored = stored_weight(weight)
+        stored = self._raw.stored(layer)
         return None if stored is None else Key(stored.kind, device, dtype, self._rank)
 
     def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:

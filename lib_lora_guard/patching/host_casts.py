@@ -43,7 +43,7 @@ class HostCasts:
             kernels: set[Key] = set()
             for layer, raw in found:
                 fused = Fused(raw, None)
-                key = fused.key(layer.get_parameter("weight"), device, access.compute_dtype())
+                key = fused.key(layer, device, access.compute_dtype())
                 if key is None or not CHOICE.may_take(key):
                     continue
                 kernels.add(key)

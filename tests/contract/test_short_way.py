@@ -97,6 +97,14 @@ def test_an_image_ends_as_it_began(guarded, passes, monkeypatch):
             assert same_bits(run(changed), first)
         assert not passes
     with CHOICE.image():
+        # The same again, and then with another strength: no other picture than the kernels' coming would make.
+        assert same_bits(run(changed), first)
+    changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.5))
+    with CHOICE.image():
+        run(changed)
+        assert not passes
+    changed = with_loras(guarded, patcher, ("another", lora_on_everything(dense, 2), 0.8))
+    with CHOICE.image():
         run(changed)
         assert passes
         there.clear()
@@ -108,7 +116,8 @@ def test_an_image_ends_as_it_began(guarded, passes, monkeypatch):
         run(changed)
     there.append(True)
     # Without images a kernel is taken as soon as it is there.
-    CHOICE.held = {}
+    with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8))
+    changed = with_loras(guarded, patcher, ("another", lora_on_everything(dense, 2), 0.8))
     there.clear()
     run(changed)
     assert not passes
