@@ -36,6 +36,7 @@ class Images:
         words: ImageWords | None = None,
         settings: LiveSettings | None = None,
         jobs: Jobs | None = None,
+        after_image: Callable[[Processing], None] = lambda request: None,
     ) -> None:
         """
         Args:
@@ -43,9 +44,10 @@ class Images:
             words: What is said of an image's LoRAs while it is made.
             settings: The user's.
             jobs: Are told what a request's passes are.
+            after_image: Is told each request whose images have been made.
         """
         self._advice, self._words, self._settings = advice, words or ImageWords(), settings or LiveSettings()
-        self._jobs = jobs or Jobs()
+        self._jobs, self._after_image = jobs or Jobs(), after_image
 
     def process_images_inner(
         self, original: Callable[Concatenate[Processing, P], R], p: Processing, *args: P.args, **kwargs: P.kwargs
@@ -58,7 +60,9 @@ class Images:
                 self._jobs.job(functools.partial(pass_of, p)),
                 CHOICE.image(),
             ):
-                return original(p, *args, **kwargs)
+                result = original(p, *args, **kwargs)
+                self._after_image(p)
+                return result
         except Exception as error:
             if isinstance(error, LayerError) or is_out_of_memory(error):
                 self._say_what_helps(p)

@@ -25,6 +25,7 @@ from . import conditioning, images, networks, schedules, unload
 from .lora_files import LoraFiles
 from .probe import check_networks, check_processing
 from .prompt_tokens import PromptTokens
+from .types import Processing
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class WebTakeover:
         memory_settings: Callable[[Mapping[str, ModuleType]], Hashable],
         jobs: Jobs | None = None,
         is_left_to_host: Callable[[], bool] = lambda: False,
+        after_image: Callable[[Processing], None] = lambda request: None,
     ) -> None:
         """
         Args:
@@ -59,13 +61,14 @@ class WebTakeover:
             advice: for images that end.
             memory_settings: returns everything that decides how models are loaded and placed, as one value to compare.
             jobs: is told of each request.
+            after_image: is told each request whose images have been made.
             is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
         """
         self._is_left_to_host = is_left_to_host
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = (
             rule_log,
-            images.Images(advice, files.words, settings, jobs),
+            images.Images(advice, files.words, settings, jobs, after_image),
             memory_settings,
         )
         self.prompts = PromptCache()
