@@ -614,7 +614,8 @@ class Engine:
 def _kernels(attachments: Mapping[str, Attachment], device: torch.device) -> dict[str, Key]:
     """Returns the kernels that a stack may use, by the name of the weight."""
     found = {key: one.kernel(device) for key, one in attachments.items() if isinstance(one, BypassAttachment)}
-    return {key: kernel for key, kernel in found.items() if kernel is not None and CHOICE.may_take(kernel)}
+    may_take = {kernel for kernel in set(found.values()) if kernel is not None and CHOICE.may_take(kernel)}
+    return {key: kernel for key, kernel in found.items() if kernel is not None and kernel in may_take}
 
 
 def _difference(
