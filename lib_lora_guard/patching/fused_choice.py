@@ -18,6 +18,7 @@ import torch
 from ..kernels.choice import COMPILING, KERNELS, REFUSED, SWITCH, WORKS
 from ..kernels.recipes import bucket_of, recipe_of
 from ..messages import say
+from .fused_measured import beats_bypass
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class FusedChoice:
         held = self.held
         found = held.get(key)
         if found is None:
-            is_wanted = key not in self._failed and key not in self._late and self.is_on()
+            is_wanted = key not in self._failed and key not in self._late and self.is_on() and _is_faster(key)
             found = is_wanted and (self.compiler.ready(*key) or self._comes(key))
             if is_wanted and not found and self._images:
                 self._late.add(key)
@@ -116,6 +117,8 @@ class FusedChoice:
     def may_take(self, key: Key) -> bool:
         """Returns True if an image may be made with this kernel, now or once it is compiled."""
         if key in self._failed or not self.is_on() or recipe_of(key.kind) is None or bucket_of(key.rank) is None:
+            return False
+        if not _is_faster(key):
             return False
         state = self.compiler.state(key.kind)
         return state == WORKS or (key.device.type == "cuda" and not state.startswith(REFUSED))
@@ -139,7 +142,10 @@ class FusedChoice:
             dtype: Of its activations.
         """
         if kinds and self.is_on():
-            self.compiler.prepare(kinds, device, dtype, (*([0] if self.casts_too() else []), *USUAL_RANKS))
+            usual = (*([0] if self.casts_too() else []), *USUAL_RANKS)
+            for rank in usual:
+                if faster := [kind for kind in kinds if beats_bypass(kind, rank)]:
+                    self.compiler.prepare(faster, device, dtype, [rank])
 
     def prepare(self, keys: Iterable[Key], are_new_files: bool = True) -> None:
         """Has kernels compiled in the background. Between images the next call of a layer asks anew.
@@ -169,6 +175,10 @@ class FusedChoice:
             if self.compiler.ready(*key):
                 return True
         return False
+
+
+def _is_faster(key: Key) -> bool:
+    return beats_bypass(key.kind, key.rank)
 
 
 class Twin:

@@ -6,6 +6,7 @@ import torch
 from lib_lora_guard.kernels.choice import COMPILING, REFUSED, UNTRIED, WORKS
 from lib_lora_guard.patching import fused_choice
 from lib_lora_guard.patching.fused_choice import FusedChoice, Key
+from lib_lora_guard.patching.fused_measured import beats_host_cast
 
 CARD = torch.device("meta")
 KEY, WIDER = (Key("nf4 64", CARD, torch.bfloat16, rank) for rank in (16, 32))
@@ -100,11 +101,31 @@ def test_usual_ranks_are_expected_and_a_stack_comes_first():
     choice.expect(["nf4 64"], CARD, torch.bfloat16)
     choice.expect([], CARD, torch.bfloat16)
     choice.prepare([WIDER])
-    assert choice.compiler.asked == [
-        (["nf4 64"], [16, 8, 32, 64, 128], False),
-        (["nf4 64"], [0, 16, 8, 32, 64, 128], False),
-        (["nf4 64"], [32], True),
+    usual = [(["nf4 64"], [rank], False) for rank in (16, 8, 32, 64, 128)]
+    assert choice.compiler.asked == [*usual, (["nf4 64"], [0], False), *usual, (["nf4 64"], [32], True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "largest"), [("nf4 64 by bf16", 128), ("fp8 e4m3", 128), ("fp8 e4m3 scaled", 256), ("Q4_K baked", 256)]
+)
+def test_a_stack_whose_bypass_is_faster_keeps_it(kind, largest):
+    choice = FusedChoice(Compiler(looks=0))
+    for rank in (0, 16, 64, 128, 256):
+        key = Key(kind, CARD, torch.bfloat16, rank)
+        assert choice.may_take(key) is (rank <= largest), rank
+        assert image(choice, key) == [rank <= largest]
+
+
+def test_the_host_casts_what_it_casts_faster():
+    small, large = 3072 * 3072, 3072 * 12288
+    assert [beats_host_cast(kind, small) for kind in ("fp8 e4m3", "fp8 e4m3 scaled", "nf4 64", "Q4_K baked")] == [
+        False,
+        True,
+        True,
+        True,
     ]
+    assert beats_host_cast("fp8 e4m3", large)
+    assert not any(beats_host_cast(kind, large) for kind in ("fp8 e4m3 odd", "nf4 64 crossing", "mxfp8"))
 
 
 @pytest.mark.parametrize("is_said_already", [False, True])
