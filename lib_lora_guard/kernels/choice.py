@@ -102,7 +102,7 @@ class Kernels:
             device: Where they lie when they are used.
             dtype: The layers' compute dtype.
             ranks: Their joined ranks; 0 for the dequantisation alone. The first is compiled first.
-            soon: Before what waits already.
+            soon: Before what waits already. False where no LoRA needs them yet.
         """
         if not self._enabled or dtype not in (torch.float16, torch.bfloat16):
             return
@@ -111,6 +111,9 @@ class Kernels:
         device = _with_index(device)
         buckets = dict.fromkeys((bucket, rank % 16 == 0) for rank in ranks if (bucket := bucket_of(rank)) is not None)
         slots = [Slot(kind, device, dtype, *one) for one in buckets for kind in dict.fromkeys(kinds)]
+        if not soon:
+            # What cannot be had is said when a LoRA could use it.
+            slots = [slot for slot in slots if _unsuitable(slot) is None]
         with self._lock:
             new = [slot for slot in slots if slot not in self._asked and slot.kind not in self._refused]
             self._asked.update(new)

@@ -147,12 +147,12 @@ class FusedChoice:
                 if faster := [kind for kind in kinds if beats_bypass(kind, rank)]:
                     self.compiler.prepare(faster, device, dtype, [rank])
 
-    def prepare(self, keys: Iterable[Key], are_new_files: bool = True) -> None:
+    def prepare(self, keys: Iterable[Key], are_new_files: bool = False) -> None:
         """Has kernels compiled in the background. Between images the next call of a layer asks anew.
 
         Args:
-            keys: For the stack that has come on a model.
-            are_new_files: False if no other LoRAs come with it, but other strengths.
+            keys: For the layers of a model, after a change of its stack.
+            are_new_files: True if other LoRAs have come, and not the same ones with other strengths.
         """
         if self._images == 0:
             self.held = {}

@@ -167,6 +167,17 @@ def test_a_processor_and_fp32_have_no_kernels(kernels, monkeypatch):
     assert (kernels.states(), FakeKernel.made) == ({}, [])
 
 
+def test_what_a_card_cannot_have_is_said_when_a_lora_needs_it(kernels, monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    card = torch.device("cuda", 0)
+    kernels.prepare(["int8"], card, FP16, [16])
+    assert (kernels.states(), caplog.records) == ({}, [])
+    kernels.prepare(["int8"], card, FP16, [16], soon=True)
+    assert kernels.wait(10)
+    assert kernels.state("int8").startswith("refused: ")
+    assert len(caplog.records) == 1
+
+
 def test_triton_is_imported_by_one_module_which_is_imported_on_use():
     for file in sorted(PACKAGE.glob("*.py")):
         top = [
