@@ -107,7 +107,7 @@ class FusedChoice:
             is_wanted = key not in self._failed and key not in self._late and self.is_on() and _is_faster(key)
             found = is_wanted and (self.compiler.ready(*key) or self._comes(key))
             if is_wanted and not found and self._images:
-                self._late.add(key)
+                self._too_late(key)
             if found or self._images:
                 held[key] = found
                 way = "fused" if found else "not fused"
@@ -165,6 +165,11 @@ class FusedChoice:
         for (device, dtype), mine in groups.items():
             kinds, ranks = sorted({key.kind for key in mine}), sorted({key.rank for key in mine})
             self.compiler.prepare(kinds, device, dtype, ranks, soon=True)
+
+    def _too_late(self, key: Key) -> None:
+        self._late.add(key)
+        if self.compiler.state(key.kind) == COMPILING:
+            say(log, logging.INFO, "mode.kernel_late", kind=key.kind, rank=key.rank, seconds=WAIT_SECONDS)
 
     def _comes(self, key: Key) -> bool:
         """Waits for a kernel that is being compiled; returns False if it is not there when the image's patience ends."""

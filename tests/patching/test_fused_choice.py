@@ -1,5 +1,7 @@
 """Which way the images of one stack take while kernels are compiled."""
 
+import logging
+
 import pytest
 import torch
 
@@ -51,13 +53,16 @@ def test_the_first_image_of_a_stack_waits_for_a_kernel_that_is_being_compiled(cl
     assert 0.9 < clock[0] < 1.1
 
 
-def test_an_image_waits_once_and_its_repeat_is_made_in_the_same_way(clock):
+def test_an_image_waits_once_and_its_repeat_is_made_in_the_same_way(clock, caplog):
+    caplog.set_level(logging.INFO, "lib_lora_guard.patching.fused_choice")
     choice = FusedChoice(Compiler())
     choice.prepare([KEY, WIDER], are_new_files=True)
     assert image(choice, KEY, WIDER) == [False, False]
     assert 2.9 < clock[0] < 3.1
     choice.compiler.looks = 0
     assert image(choice, KEY, WIDER) == [False, False]
+    assert [f"rank {rank}, was not compiled within 3 s" in caplog.text for rank in (16, 32, 64)] == [True, True, False]
+    assert len(caplog.records) == 2
     # Another strength of the same files.
     choice.prepare([KEY, WIDER])
     assert image(choice, KEY, WIDER) == [False, False]
