@@ -126,9 +126,10 @@ class Fused:
         if len(parts) != 1:
             return None
         ((block, scale),) = parts
-        factors = Factors(block.outputs[0].up, block.down, scale.alpha, scale.per_rank)
-        if device.type != "cpu":
-            # In RAM the factors are made anew for each call.
+        factors = Factors(block.whole_up(joined.shape[0]), block.down, scale.alpha, scale.per_rank)
+        if device.type != "cpu" and block.is_whole:
+            # In RAM the factors are made anew for each call. So is an `up` of several parts: it is larger than these, and is done with
+            # before the layer's product begins.
             self._made = parts, factors
         return factors
 

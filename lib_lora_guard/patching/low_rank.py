@@ -36,6 +36,22 @@ class Block:
     part: Slice | None
     outputs: tuple[Output, ...]
 
+    @property
+    def is_whole(self) -> bool:
+        """True if all terms are on all of the output."""
+        return len(self.outputs) == 1 and self.outputs[0].part is None
+
+    def whole_up(self, rows: int) -> torch.Tensor:
+        """Returns one `up` `(rows, rank)` for all of the output: zero where a term has no part in it."""
+        first = self.outputs[0].up
+        if self.is_whole:
+            return first
+        whole = torch.zeros(rows, self.down.shape[0], dtype=first.dtype, device=first.device)
+        for output in self.outputs:
+            of_part = whole if output.part is None else output.part.of(whole)
+            of_part.narrow(1, output.start, output.up.shape[1]).copy_(output.up)
+        return whole
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -133,9 +149,8 @@ class JoinedLowRank:
 
     @property
     def is_one_product(self) -> bool:
-        """True for matrices on the whole of a weight: `up @ down` of all terms together is what they add to it."""
-        is_whole = list(self._groups) == [None] and list(self._groups[None]) == [None]
-        return is_whole and len(self.shape) == 2
+        """True if the terms on a matrix read the whole of its input: one `up @ down` is what they add to it, together."""
+        return list(self._groups) == [None] and len(self.shape) == 2
 
     def scales_at(self, strengths: Iterable[float]) -> tuple[float, ...]:
         """Returns the factor of each entry at these strengths."""
