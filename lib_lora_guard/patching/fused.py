@@ -43,10 +43,10 @@ class RawWeight(ABC):
         """Returns what the host multiplies a layer's weight by; None for weights without such a factor."""
         return None
 
-    def stored(self, layer: torch.nn.Module) -> Stored | None:
-        """Returns a layer's weight, wherever it lies now; None where no kernel will make it."""
+    def stored(self, layer: torch.nn.Module, is_laid_out: bool = True) -> Stored | None:
+        """Returns a layer's weight, wherever it lies now; None where no kernel will make it. `is_laid_out`: as `stored_weight` says."""
         weight = layer._parameters.get("weight")
-        return None if weight is None else stored_weight(weight, self.scale(layer))
+        return None if weight is None else stored_weight(weight, self.scale(layer), is_laid_out)
 
     @abstractmethod
     def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:

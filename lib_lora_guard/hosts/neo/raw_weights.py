@@ -40,9 +40,9 @@ class NeoWeight(RawWeight):
 class NeoQuantized(NeoWeight):
     """A layer that may also compute with the product of its quantised format. That is faster than any temporary weight."""
 
-    def stored(self, layer: torch.nn.Module) -> Stored | None:
+    def stored(self, layer: torch.nn.Module, is_laid_out: bool = True) -> Stored | None:
         """Returns a layer's weight, where it makes a temporary one of it."""
-        return super().stored(layer) if _makes_a_weight(layer) else None
+        return super().stored(layer, is_laid_out) if _makes_a_weight(layer) else None
 
     def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
         """Returns what a layer computes with, where it makes a temporary weight."""

@@ -31,7 +31,7 @@ class FirstLora:
         """
         self._access, self._files = access, files
         self._coming: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        """Models whose weights get their form when they are placed: 4-bit ones that are quantised then, GGUF in Forge."""
+        """Models whose weights get their form when they are placed: those that are quantised to four bits then."""
 
     def after_reading(self, original: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Stands in place of `forge_loader`, which returns the checkpoint."""
@@ -73,7 +73,7 @@ class FirstLora:
     def _expect_kernels(self, model: torch.nn.Module, device: torch.device) -> None:
         access, kinds, is_coming = self._access(model), dict[str, None](), False
         for layer, raw in access.raw_weights():
-            stored = raw.stored(layer)
+            stored = raw.stored(layer, is_laid_out=False)
             if stored is None:
                 is_coming = True
             else:

@@ -80,6 +80,18 @@ def test_weights_that_get_their_form_when_they_are_placed_are_looked_at_after_th
     assert [list(kinds) for kinds, *_ in asked.kernels] == [[], ["nf4 64 by fp32"]]
 
 
+def test_gguf_is_expected_as_forge_will_lay_it_out(asked):
+    model = Model(torch.zeros(2, 2))
+    blocks = torch.nn.Parameter(torch.zeros(4, 144, dtype=torch.uint8), requires_grad=False)
+    blocks.gguf_cls, blocks.real_shape = type("Q4_K", (), {}), (4, 256)
+    blocks.computation_dtype, blocks.baked = torch.bfloat16, False
+    model.layers[0].weight = blocks
+    FirstLora(lambda model: model, LoraFiles()).after_reading(lambda: checkpoint(model))
+    assert [list(kinds) for kinds, *_ in asked.kernels] == [["Q4_K baked by bf16"]]
+    # Not before it is laid out.
+    assert ForgeWeight(lambda: False).stored(model.layers[0]) is None
+
+
 @pytest.mark.parametrize("found", [None, object()])
 def test_a_checkpoint_of_another_host_is_handed_on(asked, found):
     first = FirstLora(lambda model: model, LoraFiles())
