@@ -179,7 +179,7 @@ class BypassAttachment(Attachment):
     def kernel(self, device: torch.device) -> Key | None:
         """Returns the kernel of the layer's short way on `device`; None where there is none."""
         fused = self.hook.fused
-        return None if fused is None else fused.key(self.site.parameter, device, self.access.compute_dtype())
+        return None if fused is None else fused.key(self.site.layer, device, self.access.compute_dtype())
 
     def drop_device_copies(self) -> None:
         self.hook.drop_device_copies()

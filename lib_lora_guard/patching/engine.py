@@ -136,6 +136,8 @@ class Engine:
         self._offloaded: Mapping[str, torch.Tensor] = {}
         self._neighbours = neighbours
         self._casts = HostCasts()
+        self._labels: tuple[str, ...] = ()
+        """The LoRAs of the last stack that may use kernels."""
         if neighbours is not None:
             neighbours.add(self)
 
@@ -287,7 +289,10 @@ class Engine:
                     accepted.pop(origin, None)
                     reports[origin].refused = reason(error)
                     reports[origin].forget_counts()
-        CHOICE.prepare(set(kernels.values()))
+        if kernels:
+            labels = tuple(lora.label for lora in reports)
+            CHOICE.prepare(set(kernels.values()), are_new_files=labels != self._labels)
+            self._labels = labels
         self._casts.settle(access, {one.site.layer for one in self.attached.values()}, device)
         whole.milliseconds = (time.perf_counter() - started) * 1000
         return whole
@@ -610,7 +615,8 @@ class Engine:
 def _kernels(attachments: Mapping[str, Attachment], device: torch.device) -> dict[str, Key]:
     """Returns the kernels that a stack may use, by the name of the weight."""
     found = {key: one.kernel(device) for key, one in attachments.items() if isinstance(one, BypassAttachment)}
-    return {key: kernel for key, kernel in found.items() if kernel is not None and CHOICE.may_take(kernel)}
+    may_take = {kernel for kernel in set(found.values()) if kernel is not None and CHOICE.may_take(kernel)}
+    return {key: kernel for key, kernel in found.items() if kernel is not None and kernel in may_take}
 
 
 def _difference(

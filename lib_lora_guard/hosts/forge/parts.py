@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from types import ModuleType
 
@@ -27,11 +28,13 @@ from ...runtime.step_timer import StepTimer
 from ...runtime.swapping import SwappingRoom
 from ...runtime.vae_room import VaeRoom
 from ..webui.checkpoint_reading import CheckpointReading
+from ..webui.first_lora import FirstLora
 from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
 from ..webui.quant_states import QuantStates
 from ..webui.takeover import WebTakeover
 from . import facts
+from .access import ForgeAccess
 from .api import ForgeApi
 from .calibration import ForgeCalibration
 from .eviction import ForgeEviction
@@ -68,6 +71,7 @@ class ForgeParts:
         self.stacks = ForgeStacks(PatchReader(api.lora), settings, self._planned, journal.work, self.words)
         self.control = LoaderControl(api, self.stacks, settings)
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words)
+        self.first_lora = FirstLora(functools.partial(ForgeAccess, api), self.files)
         self.advice = Advice(api.memory, self.stacks.reports)
         self.web = WebTakeover(
             settings,
@@ -80,6 +84,7 @@ class ForgeParts:
             self._memory_settings,
             self.jobs,
             folder=lambda: corrections.folder,
+            after_image=self.first_lora.after_image,
         )
         self.copies = RamCopies(settings.pins_swapped)
         self.quant_states = QuantStates(settings.pins_swapped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from types import ModuleType
 
@@ -20,12 +21,14 @@ from ...runtime.ram_copies import RamCopies
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
 from ..webui.checkpoint_reading import CheckpointReading
+from ..webui.first_lora import FirstLora
 from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
 from ..webui.models import about_model
 from ..webui.quant_states import QuantStates
 from ..webui.takeover import WebTakeover
 from . import reference_images
+from .access import NeoAccess
 from .api import NeoApi
 from .control import LoraControl
 from .memory import NeoMemory, NeoSizes
@@ -59,6 +62,7 @@ class NeoParts:
         self.control = LoraControl(api, self.stacks, settings, journal, self.swapped)
         self.patchers = NeoPatchers(api.base)
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words, self.patchers, UnreadFile)
+        self.first_lora = FirstLora(functools.partial(NeoAccess, api), self.files)
         self.advice = Advice(api.memory, self.stacks.reports)
         self.web = WebTakeover(
             settings,
@@ -71,6 +75,7 @@ class NeoParts:
             self._memory_settings,
             is_left_to_host=reference_images.are_there,
             folder=lambda: corrections.folder,
+            after_image=self.first_lora.after_image,
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)

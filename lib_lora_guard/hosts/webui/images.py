@@ -38,6 +38,7 @@ class Images:
         settings: LiveSettings | None = None,
         jobs: Jobs | None = None,
         recorded: Callable[[], AbstractContextManager[None]] = nullcontext,
+        after_image: Callable[[Processing], None] = lambda request: None,
     ) -> None:
         """
         Args:
@@ -46,9 +47,10 @@ class Images:
             settings: The user's.
             jobs: Are told what a request's passes are.
             recorded: Wraps each request, for the panel.
+            after_image: Is told each request whose images have been made.
         """
         self._advice, self._words, self._settings = advice, words or ImageWords(), settings or LiveSettings()
-        self._jobs, self._recorded = jobs or Jobs(), recorded
+        self._jobs, self._recorded, self._after_image = jobs or Jobs(), recorded, after_image
 
     def process_images_inner(
         self, original: Callable[Concatenate[Processing, P], R], p: Processing, *args: P.args, **kwargs: P.kwargs
@@ -62,7 +64,9 @@ class Images:
                 CHOICE.image(),
                 self._recorded(),
             ):
-                return original(p, *args, **kwargs)
+                result = original(p, *args, **kwargs)
+                self._after_image(p)
+                return result
         except Exception as error:
             if isinstance(error, LayerError) or is_out_of_memory(error):
                 self._say_what_helps(p)

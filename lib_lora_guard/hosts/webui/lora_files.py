@@ -316,11 +316,19 @@ class LoraFiles:
             sheets[file.path.name] = replace(sheet, share_left_out=share)
         return sheets
 
+    def expect(self, model: torch.nn.Module) -> Callable[[], object]:
+        """Returns what works out the names of a model, in any thread: the first file that meets it need not wait for that."""
+        target = self._targets[model] = Target(self._shapes_of(model))
+        return lambda: (target.architecture, target.names)
+
+    def _shapes_of(self, model: torch.nn.Module) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+        return {**shapes, **self._unpatched_shapes(model)}
+
     def _match(self, file: LoraFile, model: torch.nn.Module) -> Fit:
         """Returns the part of the file that fits one model; worked out once, for nothing in it depends on the
         strength."""
-        shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
-        shapes |= self._unpatched_shapes(model)
+        shapes = self._shapes_of(model)
         known = self._matches.setdefault(file, weakref.WeakKeyDictionary())
         if model in known and known[model][0] == shapes:
             return known[model][1]

@@ -27,6 +27,7 @@ from . import conditioning, images, lora_cards, networks, schedules, unload, xyz
 from .lora_files import LoraFiles
 from .probe import check_networks, check_processing
 from .prompt_tokens import PromptTokens
+from .types import Processing
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class WebTakeover:
         jobs: Jobs | None = None,
         is_left_to_host: Callable[[], bool] = lambda: False,
         folder: Callable[[], Path | None] = lambda: None,
+        after_image: Callable[[Processing], None] = lambda request: None,
     ) -> None:
         """
         Args:
@@ -62,6 +64,7 @@ class WebTakeover:
             advice: for images that end.
             memory_settings: returns everything that decides how models are loaded and placed, as one value to compare.
             jobs: is told of each request.
+            after_image: is told each request whose images have been made.
             is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
             folder: of the guard's own files; None until it is known.
         """
@@ -69,7 +72,7 @@ class WebTakeover:
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = (
             rule_log,
-            images.Images(advice, files.words, settings, jobs, journal.image),
+            images.Images(advice, files.words, settings, jobs, journal.image, after_image),
             memory_settings,
         )
         self.cards = lora_cards.LoraCards(settings, sys.modules, folder)
