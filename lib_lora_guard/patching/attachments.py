@@ -5,6 +5,7 @@ Both are idempotent and may be interrupted anywhere: what there is to do is foun
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
 from typing import ClassVar
 
@@ -29,6 +30,8 @@ from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
 from .placed import Found, Placed, compare
 from .plan import PlannedWeight, is_same_term
+
+log = logging.getLogger(__name__)
 
 
 class UnusableTermsError(LoraMismatchError):
@@ -179,7 +182,12 @@ class BypassAttachment(Attachment):
     def kernel(self, device: torch.device) -> Key | None:
         """Returns the kernel of the layer's short way on `device`; None where there is none."""
         fused = self.hook.fused
-        return None if fused is None else fused.key(self.site.layer, device, self.access.compute_dtype())
+        try:
+            return None if fused is None else fused.key(self.site.layer, device, self.access.compute_dtype())
+        except Exception:
+            # A weight of a library's other version. No LoRA fails for a way that is only faster.
+            log.debug("%s has no short way", self.site.key, exc_info=True)
+            return None
 
     def drop_device_copies(self) -> None:
         self.hook.drop_device_copies()

@@ -8,6 +8,7 @@ code, and the bypass after it.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -20,6 +21,8 @@ from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
 from .fused_choice import CHOICE, FusedChoice, Key
 from .low_rank import Block, JoinedLowRank, Scale
+
+log = logging.getLogger(__name__)
 
 
 class Held(NamedTuple):
@@ -88,8 +91,14 @@ class Fused:
         is_known = self._held is choice.held and key is not None and dtype is key.dtype and device == key.device
         if is_known and not self._is_taken:
             return None
-        held = self._raw.of(layer, x)
-        stored = None if held is None else self._facts.stored(held, dtype, device)
+        try:
+            held = self._raw.of(layer, x)
+            stored = None if held is None else self._facts.stored(held, dtype, device)
+        except Exception as error:
+            # Without room for what comes from RAM the host says so, in its own words.
+            if not is_out_of_memory(error):
+                log.debug("a weight cannot be read for its short way", exc_info=True)
+            return None
         if held is None or stored is None:
             return None
         if not is_known or key is None or stored.kind != key.kind:
