@@ -1,10 +1,12 @@
 """The samples of the memory: bounded, each in its image, with what is being done now."""
 
+import string
 import threading
 
 import pytest
 
 from lib_lora_guard.messages import Message
+from lib_lora_guard.messages.catalogue import TEXTS
 from lib_lora_guard.reporting.curve import COLUMNS, curve_json
 from lib_lora_guard.reporting.timeline import IMAGES, SAMPLES, STEP, Levels, Timeline, image_of
 from lib_lora_guard.reporting.why import why
@@ -164,3 +166,13 @@ def test_a_line_is_explained_with_its_own_numbers():
     assert "146 MB here" in why(rule, "en")
     assert why("text", "en") is why(Message("panel.mode.off"), "en") is None
     assert why(Message("memory.shrunk", {"model": "KModel"}), "en") is None, "a line of another version"
+
+
+def test_each_explanation_has_its_line_with_all_of_its_numbers():
+    def names(text):
+        return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+    explained = {key.removeprefix("why."): texts for key, texts in TEXTS.items() if key.startswith("why.")}
+    assert len(explained) >= 9
+    lacking = {key for key, texts in explained.items() if names(texts["en"]) - names(TEXTS[key]["en"])}
+    assert lacking == set()

@@ -15,12 +15,13 @@ from typing import Protocol
 
 import torch
 
+from ...checkpoints.part_files import read_parts
+from ...commands.answer import answer, fits
 from ...commands.plan import PlanRequest, PlanResult, make_plan
 from ...errors import LoraGuardError, reason
 from ...files import shown
-from ...messages import Joined, Message
-from ...planning.limits import RAM_FLOOR_BYTES
-from ...planning.rates import DEFAULT_GPU, GpuRates, rates_of
+from ...messages import Joined, Message, in_language
+from ...planning.rates import DEFAULT_GPU, GpuRates, nearest_rates, rates_of
 from ...planning.tokens import Picture
 from ...runtime.installed import Takeover
 from ...ui.route import FitAnswer
@@ -71,13 +72,13 @@ def will_it_fit(takeover: Takeover | None, checkpoint: str, loras: list[str], la
         `fits` (None if it is not known) and `lines`, the answer first.
     """
     try:
-        fits, lines = _answer(takeover, checkpoint, loras)
+        does, lines = _answer(takeover, checkpoint, loras)
     except (LoraGuardError, ValueError) as error:
-        fits, lines = None, [Message("panel.fit.unknown", {"why": reason(error)})]
-    return {"fits": fits, "lines": [shown(line.text(language), 1200) for line in lines]}
+        does, lines = None, [Message("panel.fit.unknown", {"why": reason(error)})]
+    return {"fits": does, "lines": [shown(str(in_language(line, language)), 1200) for line in lines]}
 
 
-def _answer(takeover: Takeover | None, checkpoint: str, loras: list[str]) -> tuple[bool | None, list[Message]]:
+def _answer(takeover: Takeover | None, checkpoint: str, loras: list[str]) -> tuple[bool | None, list[str]]:
     models, networks = _checkpoints(), _loras()
     for name, known in [(checkpoint, models), *((lora, networks) for lora in loras)]:
         if name not in known:
@@ -93,37 +94,50 @@ def _answer(takeover: Takeover | None, checkpoint: str, loras: list[str]) -> tup
     # What this WebUI holds leaves for another checkpoint; what others hold does not.
     vram = total - (snapshot.vram_others.bytes or 0)
     files = [(Path(networks[name]), 1.0) for name in loras]
-    result = make_plan(PlanRequest(Path(models[checkpoint]), files, vram, ram, PICTURE, _rates()))
-    return words(result)
+    return words(
+        make_plan(PlanRequest(Path(models[checkpoint]), files, vram, ram, PICTURE, _rates(), beside=_chosen_parts()))
+    )
 
 
-def words(result: PlanResult) -> tuple[bool | None, list[Message]]:
-    """Returns whether a plan fits, and the answer in sentences."""
-    if not result.predictions:
-        refused = [lora.fit.refused for lora in result.stack.loras if lora.fit.refused]
-        return False, [Message("panel.fit.refused", {"why": Joined(refused, "list.semicolon")})]
-    guard, request, missing = result.predictions[0], result.request, result.model.not_counted
-    facts = {
-        "vram": guard.vram_peak_bytes / GB,
-        "vram_there": request.vram_bytes / GB,
-        "ram": (guard.ram_peak_bytes + RAM_FLOOR_BYTES) / GB,
-        "ram_there": request.ram_bytes / GB,
-    }
-    if not guard.fits:
-        return False, [Message("panel.fit.no", facts)]
-    if missing:
-        return None, [Message("panel.fit.open", {**facts, "parts": Joined(missing)})]
-    if guard.swapped_bytes:
-        return True, [Message("panel.fit.slowly", {**facts, "gb": guard.swapped_bytes / GB})]
-    return True, [Message("panel.fit.yes", facts)]
+def words(result: PlanResult) -> tuple[bool | None, list[str]]:
+    """Returns whether a plan fits, and the answer in sentences, without the flags of the command line."""
+    said: Message | Joined = answer(result)
+    if isinstance(said, Message) and said.key == "plan.open":
+        said = Message("panel.fit.open", said.facts)
+    if not result.beside:
+        return fits(result), [said]
+    keys = {True: "plan.part_assumed", False: "plan.part_given"}
+    parts = Joined(Message(keys[part.is_assumed], {"name": part.name, "gb": part.bytes / GB}) for part in result.beside)
+    is_assumed = any(part.is_assumed for part in result.beside)
+    return fits(result), [said, Message("panel.fit.assumed" if is_assumed else "plan.beside", {"parts": parts})]
 
 
 def _rates() -> GpuRates:
     try:
-        return rates_of(torch.cuda.get_device_name())
+        return nearest_rates(torch.cuda.get_device_name())
     except Exception:
         # Another card than those known, or none: times alone depend on it.
         return rates_of(DEFAULT_GPU)
+
+
+def _chosen_parts() -> list[Path]:
+    """Returns the files that the user has chosen under "VAE / Text Encoder"."""
+    try:
+        from modules import sd_models
+
+        chosen: list[str] = sd_models.model_data.forge_loading_parameters["additional_modules"]
+    except (ImportError, AttributeError, KeyError):
+        return []
+    return [path for name in chosen if _is_readable(path := Path(name))]
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return bool(read_parts(path, 2))
+    except LoraGuardError:
+        # What is assumed takes its place.
+        log.debug("%s is no text encoder or VAE that can be counted", path.name, exc_info=True)
+        return False
 
 
 def _checkpoints() -> dict[str, str]:

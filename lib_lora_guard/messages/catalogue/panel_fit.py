@@ -13,30 +13,17 @@ TEXTS: dict[str, tuple[str, str]] = {
     "panel.label.fit_loras": ("LoRAs (several with Ctrl)", "LoRA（按住 Ctrl 可多选）"),
     "panel.label.ask": ("Calculate", "计算"),
     "panel.label.asking": ("Calculating…", "正在计算……"),
-    "panel.fit.yes": (
-        "Fits: an image takes {vram:.1f} GB of VRAM, of {vram_there:.1f} GB there, and {ram:.1f} GB of RAM with the system's share, of "
-        "{ram_there:.1f} GB",
-        "放得下：生成图片需要 {vram:.1f} GB 显存（共 {vram_there:.1f} GB），以及 {ram:.1f} GB 内存（含系统，共 {ram_there:.1f} GB）",
-    ),
-    "panel.fit.slowly": (
-        "Fits, but slowly: {gb:.1f} GB of the model lie in RAM and are copied to the card in every step; it takes {vram:.1f} GB of VRAM, "
-        "of {vram_there:.1f} GB there, and {ram:.1f} GB of RAM with the system's share, of {ram_there:.1f} GB",
-        "放得下，但较慢：模型有 {gb:.1f} GB 位于内存中，每一步都要复制到显卡；需要 {vram:.1f} GB 显存（共 {vram_there:.1f} GB），"
-        "以及 {ram:.1f} GB 内存（含系统，共 {ram_there:.1f} GB）",
-    ),
-    "panel.fit.no": (
-        "Does not fit: an image takes {vram:.1f} GB of VRAM, of {vram_there:.1f} GB there, and {ram:.1f} GB of RAM with the system's "
-        "share, of {ram_there:.1f} GB; take a smaller model file, such as NF4 or a smaller GGUF",
-        "放不下：生成图片需要 {vram:.1f} GB 显存（共 {vram_there:.1f} GB），以及 {ram:.1f} GB 内存（含系统，共 {ram_there:.1f} GB）；"
-        "请使用更小的模型文件，例如 NF4 或更小的 GGUF",
-    ),
     "panel.fit.open": (
-        "Open: without {parts}, which are not in this file, an image takes {vram:.1f} GB of VRAM, of {vram_there:.1f} GB there, and "
-        "{ram:.1f} GB of RAM with the system's share, of {ram_there:.1f} GB; add their size to the RAM",
-        "未定：此文件不含 {parts}；不计入它们时，生成图片需要 {vram:.1f} GB 显存（共 {vram_there:.1f} GB），以及 {ram:.1f} GB "
-        "内存（含系统，共 {ram_there:.1f} GB）；请将其大小计入内存",
+        "Open: {vram:.1f} GB of VRAM and {ram:.1f} GB of RAM with the system's {system:.0f} GB without {parts}, whose size is not "
+        "known; choose the file under “VAE / Text Encoder” at the top of the page",
+        "未定：需要 {vram:.1f} GB 显存和 {ram:.1f} GB 内存（含系统的 {system:.0f} GB），其中未计入{parts}，其大小未知；"
+        "请在页面顶部的“VAE / Text Encoder”中选择该文件",
     ),
-    "panel.fit.refused": ("None of the LoRAs can be used: {why}", "所选 LoRA 均无法使用：{why}"),
+    "panel.fit.assumed": (
+        "Counted beside the model file: {parts}. What is assumed is what most people load; your own files count once they are chosen "
+        "under “VAE / Text Encoder” at the top of the page.",
+        "模型文件之外计入的部分：{parts}。“假定”是指多数人使用的文件；在页面顶部的“VAE / Text Encoder”中选择后，会计入您自己的文件。",
+    ),
     "panel.fit.unknown": ("Cannot be calculated: {why}", "无法计算：{why}"),
     "panel.fit.not_listed": (
         "{name} is in no list of the WebUI; refresh the list and choose again",

@@ -75,3 +75,18 @@ def test_what_cannot_be_answered_is_said(webui, takeover, names, said):
     fits, line = first(takeover, *names)
     assert fits is None
     assert line.startswith(said)
+
+
+def test_the_text_encoders_that_the_user_has_chosen_are_counted(webui, tmp_path):
+    vae = {f"decoder.conv_{n}.weight": ("F16", (512, 512, 3, 3)) for n in range(4)}
+    write_safetensors(tmp_path / "my_vae.safetensors", {**vae, "encoder.conv_in.weight": ("F16", (128, 3, 3, 3))})
+    assumed = will_it_fit(guard(), "flux", ["small"], "en")["lines"][1]
+    assert "VAE 0.2 GB (assumed)" in assumed
+    chosen = [str(tmp_path / name) for name in ("my_vae.safetensors", "broken.safetensors", "gone.safetensors")]
+    sys.modules["modules"].sd_models.model_data = SimpleNamespace(
+        forge_loading_parameters={"additional_modules": chosen}
+    )
+    counted = will_it_fit(guard(), "flux", ["small"], "en")["lines"][1]
+    assert "my_vae" in counted
+    assert "VAE 0.2 GB (assumed)" not in counted
+    assert "T5" in counted
