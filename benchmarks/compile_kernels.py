@@ -55,10 +55,14 @@ def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, 
     assert bucket is not None
     kernel = Kernel(kind, dtype, bucket, rank % 16 == 0, per_rank)
     function, constants = kernel.function, kernel.constants
+    if "NATIVE" in constants:
+        constants["NATIVE"] = compute_capability >= 89
     layer = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     pointers = {**_POINTERS, **({"ABSMAX": "*u8"} if constants.get("NESTED") else {})}
     if constants.get("FORM") == "int8":
         pointers["DATA"] = "*i8"
+    if kernel.function.fn.__name__ == "bnb4" and not constants["CROSSING"]:
+        pointers["DATA"] = "*i32"
     signature, attributes = {}, {}
     for number, name in enumerate(function.arg_names):
         if name in constants:

@@ -6,7 +6,9 @@ For each storage and rank: `base` is the host's dequantisation and the product, 
 the weight with the LoRA in it and multiplies. Milliseconds of all layers of one step at 1024x1024 (medians per layer, times their
 number), the dequantisation alone (`host cast`, `fused cast` with and without the LoRA), the error of the LoRA's part against fp64,
 whether the weight without a LoRA is bit for bit the host's, seconds to compile and probe, and microseconds of the processor a launch.
-`--tiles` measures tiles on the two largest layers instead. `--smoke` runs all of it on the CPU with tiny sizes.
+The GPU is kept busy while the processor queues a call, as in a step, where the processor is ahead: times are the GPU's own.
+`--tiles` measures tiles on the two largest layers instead, and several tiles a program for four bits; each weight is compared with the
+twin's. `--smoke` runs all of it on the CPU with tiny sizes.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from lib_lora_guard.kernels import twin  # noqa: E402
 from lib_lora_guard.kernels.factors import Factors  # noqa: E402
 from lib_lora_guard.kernels.fused import KERNELS, fused_weight  # noqa: E402
 from lib_lora_guard.kernels.launch import Kernel  # noqa: E402
+from lib_lora_guard.kernels.probe import ProbeError, compare, moved  # noqa: E402
 from lib_lora_guard.kernels.recipes import Tile, bucket_of  # noqa: E402
 from lib_lora_guard.kernels.stored import BAKED_BYTES, BLOCKS, Bnb4, Fp8, Gguf, Int8  # noqa: E402
 
@@ -152,6 +155,7 @@ def median_ms(call, repeats, warm=3):
     torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
+        torch.cuda._sleep(400_000)  # some 0.2 ms
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()
@@ -261,40 +265,64 @@ def table(rows):
     return "\n".join(lines)
 
 
-def tiles(name, rank, repeats, until):
-    """Returns the milliseconds of tiles, on the two largest layers together, the fastest first."""
-    shapes = ((64, 512), (48, 512)) if SMOKE else ((21504, 3072), (3072, 15360))
-    weights = [(stored_and_host(name, *shape)[0], factors_of(*shape, rank) if rank else None) for shape in shapes]
-    stored = weights[0][0]
-    kernels = []
-    for rows, columns, warps in ((16, 256, 4),) if SMOKE else product((16, 32, 64, 128), (64, 128, 256, 512), (4, 8)):
-        if 2048 <= rows * columns <= 16384 and (stored.kind.split()[0] != "Q6_K" or columns >= 128):
-            per_rank = rank in JOINED
-            kernels.append(
-                Kernel(stored.kind, DTYPE, bucket_of(rank), rank % 16 == 0, per_rank, Tile(rows, columns, warps))
-            )
+def tiles_of(name, rank):
+    """Returns the tiles to measure."""
+    if SMOKE:
+        return [Tile(16, 256, 4)]
+    found = [Tile(*tile) for tile in product((16, 32, 64, 128), (64, 128, 256, 512), (4, 8))]
+    found = [
+        tile for tile in found if 2048 <= tile.rows * tile.columns <= 16384 and (name != "Q6_K" or tile.columns >= 128)
+    ]
+    if rank and name.split()[0] in ("nf4", "fp4"):
+        found += [
+            Tile(*tile, *more)
+            for tile, more in product(((64, 64, 4), (128, 64, 8), (64, 128, 8)), ((4, 2), (4, 3), (8, 2), (8, 3)))
+        ]
+    return found
 
-    def warm(kernel):
+
+def tiles(name, rank, repeats, until):
+    """Returns the milliseconds of tiles, on the two largest layers together, the fastest first, beside the host's cast."""
+    shapes = ((64, 512), (48, 512)) if SMOKE else ((21504, 3072), (3072, 15360))
+    weights = []
+    for shape in shapes:
+        stored, host = stored_and_host(name, *shape)
+        weights.append((stored, factors_of(*shape, rank) if rank else None, host))
+    small = weights[0][0] if SMOKE else stored_and_host(name, 300, 1536)[0]
+    small_factors = factors_of(*small.shape, rank) if rank else None
+
+    def made(tile):
         try:
             if time.monotonic() < until:
                 with torch.no_grad():
-                    kernel(*weights[0])
-                    return kernel
+                    kernel = Kernel(small.kind, DTYPE, bucket_of(rank), rank % 16 == 0, rank in JOINED, tile)
+                    return kernel, kernel(small, small_factors)
         except Exception as error:
-            print(
-                "FAILED", name, rank, kernel.tile, type(error).__name__, str(error)[:150].replace("\n", " "), flush=True
-            )
+            print("FAILED", name, rank, tile, type(error).__name__, str(error)[-150:].replace("\n", " "), flush=True)
         return None
 
-    with ThreadPoolExecutor(12) as pool:  # the compiler runs outside Python for most of its time
-        made = [kernel for kernel in pool.map(warm, kernels) if kernel is not None]
-    found = []
-    for kernel in made:
+    with ThreadPoolExecutor(1 if SMOKE else 12) as pool:  # the compiler runs outside Python for most of its time
+        kernels = [one for one in pool.map(made, tiles_of(name, rank)) if one is not None]
+    found, cpu = [], torch.device("cpu")
+    for kernel, weight in kernels:
         if time.monotonic() > until:
             break
-        found.append((round(sum(median_ms(lambda k=kernel, w=w: k(*w), repeats) for w in weights), 4), *kernel.tile))
-    floor = sum(s.data.numel() * s.data.element_size() + s.shape[0] * s.shape[1] * 2 for s, _ in weights) / 4.3e9
-    return {"storage": name, "rank": rank, "floor_ms": round(floor, 4), "tiles": sorted(found)}
+        ms = sum(median_ms(lambda k=kernel, w=w: k(w[0], w[1]), repeats) for w in weights)
+        try:
+            compare(weight, moved(small, cpu), None if small_factors is None else moved(small_factors, cpu), DTYPE)
+            wrong = ""
+        except ProbeError as error:
+            wrong = str(error)[:100]
+        found.append((round(ms, 4), *kernel.tile, wrong))
+    floor = sum(s.data.numel() * s.data.element_size() + s.shape[0] * s.shape[1] * 2 for s, *_ in weights) / 4.3e9
+    host_ms = sum(median_ms(host, repeats) for *_, host in weights)
+    return {
+        "storage": name,
+        "rank": rank,
+        "host_ms": round(host_ms, 4),
+        "floor_ms": round(floor, 4),
+        "tiles": sorted(found),
+    }
 
 
 def main():
@@ -318,6 +346,7 @@ def main():
         head["triton"] = None
     print(json.dumps(head), flush=True)
     layers = (("small", 96, 512, 3, 2), ("one token", 40, 768, 1, 1)) if SMOKE else LAYERS
+    way = "tiles" if options.tiles else "rows"
     rows, longest = [], 0.0
     for case in options.cases.split(","):
         name, rank = case.rsplit(":", 1)
@@ -333,12 +362,12 @@ def main():
             print(json.dumps(rows[-1]), flush=True)
         except Exception as error:
             print("FAILED", case, type(error).__name__, str(error)[:500], flush=True)
-        longest = max(longest, time.monotonic() - begin) if not options.tiles else 0.0
+        longest = max(longest, time.monotonic() - begin) if way == "rows" else 0.0
         if options.json:
-            options.json.write_text(json.dumps({**head, "tiles" if options.tiles else "rows": rows}, indent=1))
+            options.json.write_text(json.dumps({**head, way: rows}, indent=1))
     if options.tiles:
         for row in rows:
-            print(row["storage"], row["rank"], "floor", row["floor_ms"], *row["tiles"][:6])
+            print(row["storage"], row["rank"], "host", row["host_ms"], "floor", row["floor_ms"], *row["tiles"][:6])
     else:
         print(table(rows))
     return 0

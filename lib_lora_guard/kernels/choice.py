@@ -10,12 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from ..messages import Message, reason, say
-from .launch import Kernel, interprets
+from .launch import Kernel, interprets, load_triton
 from .probe import probe
 from .recipes import bucket_of, recipe_of
 
@@ -97,6 +98,8 @@ class Kernels:
     ) -> None:
         """Begins to compile and probe in a background thread, each kernel once; returns at once.
 
+        The thread imports Triton first, which slows the others: best called as soon as a model is loaded.
+
         Args:
             kinds: `Stored.kind` of the weights.
             device: Where they lie when they are used.
@@ -144,6 +147,8 @@ class Kernels:
 
     def _work(self) -> None:
         begin, done = time.monotonic(), 0
+        with contextlib.suppress(Exception):  # said where the first kernel is made
+            load_triton()
         while True:
             with self._lock:
                 if not self._jobs:
@@ -227,8 +232,14 @@ def _aside(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]  # torch's
+        with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
             yield
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all probes: PyTorch keeps memory for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _short(why: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +13,7 @@ import torch
 
 from ..weights.bnb4 import LEVELS
 from .factors import Factors
-from .recipes import LARGEST_CHUNK, Tile, recipe_of, tile_of
+from .recipes import Tile, chunk_of, recipe_of, tile_of
 from .stored import Bnb4, Fp8, Gguf, Int8, Stored
 
 ALIGNED_BYTES = 16
@@ -23,6 +25,24 @@ _FIRST_WITH_CONSTANTS = (3, 3)
 def interprets() -> bool:
     """Returns True where Triton calculates on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def load_triton() -> None:
+    """Imports all that a first launch would import: 0.2 s and more of the interpreter's lock.
+
+    Raises:
+        ImportError: There is no Triton, or it fails to load.
+    """
+    from . import triton_kernels  # noqa: F401  # imports Triton
+
+    for module in ("triton.compiler", "triton.experimental.gluon"):
+        with contextlib.suppress(ImportError):  # not in every Triton
+            importlib.import_module(module)
+
+
+def has_fp8_instructions() -> bool:
+    """Returns True where the present card converts fp8 itself: sm_89 and newer."""
+    return not interprets() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
 class Kernel:
@@ -61,12 +81,16 @@ class Kernel:
             **recipe.constants,
             "VALUES": names[recipe.values or layer],
             "RANKS": bucket,
-            "CHUNK": min(bucket, LARGEST_CHUNK),
+            "CHUNK": chunk_of(bucket),
             "HAS_PER_RANK": per_rank,
             "EVEN_RANK": even_rank,
             "BO": self.tile.rows,
             "BI": self.tile.columns,
         }
+        if recipe.function == "scaled":
+            self.constants["NATIVE"] = has_fp8_instructions()
+        if recipe.function == "bnb4":
+            self.constants |= {"SHUFFLE": not interprets(), "SPANS": self.tile.spans, "STAGES": self.tile.stages}
         self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": False}
         self._handle: Callable[[tuple[int, int, int], tuple[Any, ...]], None] | None = None
 
@@ -104,7 +128,7 @@ class Kernel:
             joined |= address
         if joined % ALIGNED_BYTES:
             return None
-        grid = (-(-columns // self.tile.columns), -(-rows // self.tile.rows), 1)
+        grid = (-(-columns // (self.tile.columns * self.tile.spans)), -(-rows // self.tile.rows), 1)
         if self._handle is None:
             self._launch_first(grid, _typed(stored, tensors), step, numbers)
         else:
@@ -161,6 +185,8 @@ def _typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Ten
         return (flat.view(torch.int16), wide, *rest)
     if isinstance(stored, (Fp8, Bnb4)):
         data = data.reshape(-1).view(torch.uint8)
+    if isinstance(stored, Bnb4) and not stored.is_crossing:
+        data = data.view(torch.int32)
     return (data, second, *rest)
 
 

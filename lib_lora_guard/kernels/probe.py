@@ -1,6 +1,13 @@
-"""Probes a kernel: small weights of odd shapes and odd values, compared with the twin and with fp64."""
+"""Probes a kernel: small weights of odd shapes and odd values, compared with the twin and with fp64.
+
+Only the kernel itself runs on the card. All else is calculated on the processor: a product of PyTorch's on the card would load
+libraries there and keep a workspace, more than 100 MB that an image may need.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,6 +17,8 @@ from .launch import Kernel
 from .recipes import Recipe, recipe_of
 from .stored import Bnb4, Fp8, Gguf, Int8, Nested, Stored
 
+CPU = torch.device("cpu")
+Placed = TypeVar("Placed", Stored, Factors, Nested)
 SLACK = 1.1
 """A kernel's error against fp64 may be this many times the twin's: both round once, sums differ in their order."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -34,21 +43,29 @@ def probe(kernel: Kernel, rank: int, device: torch.device) -> None:
     step = _column_step(kernel.kind)
     # One tile and a bit of a second one in both directions; then less than one tile.
     for rows, columns in ((kernel.tile.rows + 3, -(-kernel.tile.columns // step) * step + step), (5, step)):
-        stored = sample(kernel.kind, rows, columns, kernel.dtype, generator, device)
+        stored = sample(kernel.kind, rows, columns, kernel.dtype, generator, CPU)
         factors = (
-            sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, device) if rank else None
+            sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, CPU) if rank else None
         )
-        compare(kernel(stored, factors), stored, factors, kernel.dtype)
+        made = kernel(moved(stored, device), None if factors is None else moved(factors, device))
+        compare(made, stored, factors, kernel.dtype)
 
 
 def compare(made: torch.Tensor | None, stored: Stored, factors: Factors | None, dtype: torch.dtype) -> None:
-    """Compares a weight with the twin's: bit for bit without factors, else by its error against fp64.
+    """Compares a weight with the twin's, on the processor: bit for bit without factors, else by its error against fp64.
+
+    Args:
+        made: The kernel's weight, on any device; None where it did not run.
+        stored: The weight as it is stored, in RAM.
+        factors: What was added, in RAM.
+        dtype: The layer's.
 
     Raises:
         ProbeError: They differ.
     """
     if made is None:
         raise ProbeError("the kernel did not run")
+    made = made.to(CPU)
     base = twin.dequantised(stored, dtype)
     expected = base if factors is None else twin.with_factors(base.clone(), factors)
     if not torch.equal(made.isnan(), expected.isnan()):
@@ -73,6 +90,17 @@ def compare(made: torch.Tensor | None, stored: Stored, factors: Factors | None, 
     largest, twins_largest = ((x.double() - exact)[finite].abs().max().item() for x in (made, expected))
     if error > SLACK * twins or largest > 2 * twins_largest:
         raise ProbeError(f"error {error:.3g} (largest {largest:.3g}), the twin's {twins:.3g} ({twins_largest:.3g})")
+
+
+def moved(thing: Placed, device: torch.device) -> Placed:
+    """Returns a stored weight or factors with all tensors on `device`."""
+    fields = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing)}
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in fields.items() if isinstance(value, torch.Tensor)
+    }
+    if isinstance(nested := fields.get("nested"), Nested):
+        tensors["nested"] = moved(nested, device)
+    return dataclasses.replace(thing, **tensors)
 
 
 def sample(

@@ -13,18 +13,45 @@ from typing import NamedTuple
 
 from .stored import BAKED_BYTES, BLOCKS
 
-BUCKETS = (16, 32, 64, 128, 256)
-"""Joined ranks are filled up to one of these, so that few kernels are compiled."""
+BUCKETS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+"""Joined ranks are filled up to one of these, so that few kernels are compiled, and no product is much larger than it must be."""
 LARGEST_CHUNK = 64
 """Ranks of one product in a kernel: more of them would not fit into the shared memory of older cards."""
 
 
 class Tile(NamedTuple):
-    """The part of a weight that one program makes, and the warps it takes."""
+    """The part of a weight that one program makes at once, and how.
+
+    Attributes:
+        rows: Its rows.
+        columns: Its columns.
+        warps: The warps of a program.
+        spans: Tiles of a program, side by side, which share their part of `up`. Above 1 for four bits of bitsandbytes alone.
+        stages: Of these, how many have their loads under way at once.
+    """
 
     rows: int
     columns: int
     warps: int
+    spans: int = 1
+    stages: int = 1
+
+
+TILES: Mapping[str, tuple[tuple[int, Tile], ...]] = {
+    "scaled": ((16, Tile(32, 256, 4)), (256, Tile(128, 64, 4))),
+    "bnb4": ((16, Tile(32, 128, 4)), (64, Tile(64, 64, 4, 8, 3)), (128, Tile(64, 64, 4, 4, 2)), (256, Tile(64, 64, 4))),
+    "bnb4 crossing": ((256, Tile(32, 128, 4)),),
+    "gguf 32": ((16, Tile(16, 256, 4)), (256, Tile(32, 128, 4))),
+    "gguf 256": ((16, Tile(32, 256, 4)), (256, Tile(32, 256, 8))),
+}
+"""By family of storages: the tile up to a bucket.
+
+Measured on an H200 (docs/kernels.md): fp8 at 16, 64 and 128 ranks, NF4 at 16, 64 and 96, Q8_0 and Q4_K at 16. int8 differs from
+fp8, and FP4 and nested scales from NF4, by a few operations of the decoding: they have the same tiles. Other buckets have those of
+the next larger measured one. Several tiles a program win for four bits, where they hide the loads behind the decoding; for fp8 one
+tile is as fast. Above 128 ranks they would need more than 48 KB of shared memory on small cards. GGUF and blocks that cross rows
+were measured with one tile only.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,13 +97,22 @@ def bucket_of(rank: int) -> int | None:
     return 0 if rank == 0 else next((bucket for bucket in BUCKETS if rank <= bucket), None)
 
 
+def chunk_of(bucket: int) -> int:
+    """Returns the ranks of one product, a power of two that divides the bucket."""
+    return min(bucket & -bucket, LARGEST_CHUNK)
+
+
 def tile_of(recipe: Recipe, bucket: int) -> Tile:
-    """Returns the tile of a kernel. Measured on an H200 (benchmarks/kernels_gpu.py --tiles)."""
-    if recipe.function == "scaled":
-        return Tile(64, 128, 8) if bucket <= LARGEST_CHUNK else Tile(64, 64, 8)
+    """Returns the tile of a kernel, from TILES."""
+    return next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
+
+
+def _family(recipe: Recipe) -> str:
     if recipe.function == "bnb4":
-        return Tile(32, 128, 4) if recipe.constants["CROSSING"] else Tile(32, 256, 8)
-    return Tile(32, 256, 8) if recipe.constants["BLOCK"] == 256 else Tile(32, 128, 4)
+        return "bnb4 crossing" if recipe.constants["CROSSING"] else "bnb4"
+    if recipe.function == "gguf":
+        return "gguf 256" if recipe.constants["BLOCK"] == 256 else "gguf 32"
+    return recipe.function
 
 
 def _recipe(function: str, values: str, **constants: str | int | bool) -> Recipe:

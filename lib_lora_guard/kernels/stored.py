@@ -144,10 +144,14 @@ class Bnb4(Stored):
     def shape(self) -> tuple[int, int]:
         return self.out_in
 
+    @property
+    def is_crossing(self) -> bool:
+        """True where a block crosses rows, or a row is no multiple of 32 values."""
+        return bool(self.out_in[1] % self.block or self.out_in[1] % 32)
+
     def _words(self) -> list[str]:
         nested = [] if self.nested is None else [f"nested{self.nested.block}"]
-        crossing = ["crossing"] if self.out_in[1] % self.block or self.out_in[1] % 32 else []
-        return [self.form, str(self.block), *nested, *crossing]
+        return [self.form, str(self.block), *nested, *(["crossing"] if self.is_crossing else [])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ TAIL, the arguments that all kernels end with:
     BO, BI: rows and columns of a tile.
 """
 
-# ruff: noqa: N803, N806, RET505, SIM108  # Triton's style: capitals, and branches that its compiler chooses by constants
+# ruff: noqa: N803, N806, RET505, RUF005, SIM108  # Triton's style: capitals, and branches that its compiler chooses by constants
 # mypy: ignore-errors
 
 import triton
@@ -29,42 +29,61 @@ def _rounded(x, VALUES: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    w, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
+def _up(UP, PER_RANK, row, rows, rank, first, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, BO: tl.constexpr):
+    """Loads CHUNK ranks of the tile's rows of `up`, with the strengths in them."""
+    ro, rr = tl.arange(0, BO), first + tl.arange(0, CHUNK)
+    mask = (row + ro < rows)[:, None] & (rr < rank)[None, :]
+    u = tl.load(UP + row.to(tl.int64) * rank + ro[:, None] * rank + rr[None, :], mask=mask, other=0.0)
+    if HAS_PER_RANK:
+        factor = tl.load(PER_RANK + rr, mask=rr < rank, other=0.0)
+        u = (u.to(tl.float32) * factor[None, :]).to(u.dtype)
+    return u
+
+
+@triton.jit
+def _down(DOWN, col, cols, rank, first, CHUNK: tl.constexpr, BI: tl.constexpr):
+    """Loads CHUNK ranks of the tile's columns of `down`."""
+    ri, rr = tl.arange(0, BI), first + tl.arange(0, CHUNK)
+    mask = (rr < rank)[:, None] & (col + ri < cols)[None, :]
+    return tl.load(DOWN + col + rr[:, None].to(tl.int64) * cols + ri[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _product(
+    UP, DOWN, PER_RANK, row, col, rows, cols, rank,
+    RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """Rounds a tile of fp32 values as the host does, adds the factors' product and stores it."""
-    ro, ri = tl.arange(0, BO), tl.arange(0, BI)
-    row_in, col_in = row + ro < rows, col + ri < cols
-    w = w.to(VALUES).to(OUT.dtype.element_ty)
+    """Returns a tile of `(up * per_rank) @ down` in fp32; zeros where RANKS is 0."""
+    product = tl.zeros((BO, BI), dtype=tl.float32)
     if RANKS > 0:
         if EVEN_RANK:
             rank = rank // 16 * 16
-        up = UP + row.to(tl.int64) * rank
-        down = DOWN + col
-        product = tl.zeros((BO, BI), dtype=tl.float32)
         for first in tl.static_range(0, RANKS, CHUNK):
-            rr = first + tl.arange(0, CHUNK)
-            u = tl.load(up + ro[:, None] * rank + rr[None, :], mask=row_in[:, None] & (rr < rank)[None, :], other=0.0)
-            d = tl.load(
-                down + rr[:, None].to(tl.int64) * cols + ri[None, :],
-                mask=(rr < rank)[:, None] & col_in[None, :],
-                other=0.0,
-            )
-            if HAS_PER_RANK:
-                factor = tl.load(PER_RANK + rr, mask=rr < rank, other=0.0)
-                u = (u.to(tl.float32) * factor[None, :]).to(u.dtype)
-            product += tl.dot(u, d)
-        w = (w.to(tl.float32) + product * alpha).to(OUT.dtype.element_ty)
+            u = _up(UP, PER_RANK, row, rows, rank, first, CHUNK, HAS_PER_RANK, BO)
+            product = tl.dot(u, _down(DOWN, col, cols, rank, first, CHUNK, BI), product)
+    return product
+
+
+@triton.jit
+def _store(
+    w, product, OUT, row, col, rows, cols, alpha,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Rounds a tile of decoded values as the host does, adds the factors' product and stores it. EXACT: they need no rounding."""
+    ro, ri = tl.arange(0, BO), tl.arange(0, BI)
+    if RANKS == 0 or not EXACT:
+        w = w.to(VALUES).to(OUT.dtype.element_ty)
+    if RANKS > 0:
+        w = tl.fma(product, tl.full((BO, BI), 0.0, tl.float32) + alpha, w.to(tl.float32)).to(OUT.dtype.element_ty)
     tile = OUT + row.to(tl.int64) * cols + col
-    tl.store(tile + ro[:, None] * cols + ri[None, :], w, mask=row_in[:, None] & col_in[None, :])
+    tl.store(tile + ro[:, None] * cols + ri[None, :], w, mask=(row + ro < rows)[:, None] & (col + ri < cols)[None, :])
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def scaled(
     DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
-    FORM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
+    FORM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
@@ -80,18 +99,23 @@ def scaled(
         w = b.to(tl.float32)
     else:
         b = b.to(tl.int32)
-        if FORM == "e4m3":
+        if FORM == "e4m3" and NATIVE:
+            w = b.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        elif FORM == "e4m3":
             # The exponent's bias is 7 here and 127 in fp32: 2**120 is the difference, subnormal numbers included.
             w = (((b & 0x80) << 24) | ((b & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
             w = tl.where((b & 0x7F) == 0x7F, float("nan"), w)
         else:
-            w = (b << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)  # e5m2 is the upper half of fp16
+            w = (b << 8).to(tl.int16).to(tl.float16, bitcast=True)  # e5m2 is the upper half of fp16
+    # The 16-bit value of an unscaled weight is the layer's: it needs no rounding.
+    EXACT: tl.constexpr = not SCALED and (FORM == "e5m2" or (FORM == "e4m3" and NATIVE))
     if SCALED:
         s = tl.load(SCALE + (row + ro) * scale_step, mask=row + ro < rows, other=0.0)
-        w = w * s[:, None]
-    _store(
-        w, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha, VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+        w = w.to(tl.float32) * s[:, None]
+    product = _product(
+        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
     )  # fmt: skip
+    _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, EXACT)
 
 
 if hasattr(tl, "gather"):
@@ -111,6 +135,58 @@ else:  # Triton 3.2 and older
 
 
 @triton.jit
+def _nibbles(words):
+    """Splits words of four bytes into eight nibbles, the higher one of a byte first."""
+    return (
+        (words >> 4) & 15, words & 15, (words >> 12) & 15, (words >> 8) & 15,
+        (words >> 20) & 15, (words >> 16) & 15, (words >> 28) & 15, (words >> 24) & 15,
+    )  # fmt: skip
+
+
+@triton.jit
+def _shuffled(words, LEVELS):
+    """Returns the levels of the eight nibbles of words: lane N of a warp has level N % 16, and the others ask it."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 lane, level, at;
+        .reg .b64 place;
+        mov.u32 lane, %laneid;
+        and.b32 lane, lane, 15;
+        mad.wide.u32 place, lane, 4, $9;
+        ld.global.nc.b32 level, [place];
+        shr.u32 at, $8, 4;
+        shfl.sync.idx.b32 $0, level, at, 31, -1;
+        shfl.sync.idx.b32 $1, level, $8, 31, -1;
+        shr.u32 at, $8, 12;
+        shfl.sync.idx.b32 $2, level, at, 31, -1;
+        shr.u32 at, $8, 8;
+        shfl.sync.idx.b32 $3, level, at, 31, -1;
+        shr.u32 at, $8, 20;
+        shfl.sync.idx.b32 $4, level, at, 31, -1;
+        shr.u32 at, $8, 16;
+        shfl.sync.idx.b32 $5, level, at, 31, -1;
+        shr.u32 at, $8, 28;
+        shfl.sync.idx.b32 $6, level, at, 31, -1;
+        shr.u32 at, $8, 24;
+        shfl.sync.idx.b32 $7, level, at, 31, -1;
+        }""",
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,l",
+        [words, LEVELS.to(tl.int64)],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _in_order(v0, v1, v2, v3, v4, v5, v6, v7, BO: tl.constexpr, BI: tl.constexpr):
+    """Puts eight tensors `(BO, BI // 8)` side by side, value by value."""
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    return tl.reshape(tl.join(even, odd), (BO, BI))
+
+
+@triton.jit
 def _absmax(at, mask, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED: tl.constexpr):
     """Returns the fp32 scales of the blocks `at`."""
     a = tl.load(ABSMAX + at, mask=mask, other=0)
@@ -121,15 +197,12 @@ def _absmax(at, mask, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED: tl.constexpr):
         return a
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def bnb4(
-    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
-    FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+@triton.jit
+def _of_bnb4(
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, col, rows, cols,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """bitsandbytes' four bits. NESTED: values of absmax a scale of scales, 0 for none. CROSSING: blocks cross rows."""
-    row, col = tl.program_id(1) * BO, tl.program_id(0) * BI
+    """Returns a tile's values in fp32."""
     ro, ri = tl.arange(0, BO), tl.arange(0, BI)
     row_in = row + ro < rows
     if CROSSING:
@@ -139,26 +212,70 @@ def bnb4(
         w = _levels(tl.where(at % 2 == 0, b >> 4, b & 15), LEVELS, BO, BI)
         w = w * _absmax(at // BLOCK, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
     else:
-        HALF: tl.constexpr = BI // 2
         SPAN: tl.constexpr = BLOCK if BLOCK < BI else BI
         G: tl.constexpr = BI // SPAN
         cols = cols // 32 * 32
-        row_bytes = cols // 32 * 16
-        first = tl.program_id(0) * HALF
-        rb = tl.arange(0, HALF)
-        tile = DATA + row.to(tl.int64) * row_bytes + first
-        inside = row_in[:, None] & (first + rb < row_bytes)[None, :]
-        b = tl.load(tile + ro[:, None] * row_bytes + rb[None, :], mask=inside, other=0).to(tl.int32)
-        high, low = _levels(b >> 4, LEVELS, BO, HALF), _levels(b & 15, LEVELS, BO, HALF)
+        WIDTH: tl.constexpr = BI // 8
+        row_words = cols // 32 * 4
+        first = col // BI * WIDTH
+        rw = tl.arange(0, WIDTH)
+        tile = DATA + row.to(tl.int64) * row_words + first
+        inside = row_in[:, None] & (first + rw < row_words)[None, :]
+        words = tl.load(tile + ro[:, None] * row_words + rw[None, :], mask=inside, other=0)
+        if SHUFFLE:
+            v = _shuffled(words, LEVELS)
+        else:
+            v = _nibbles(words)
+        q = _in_order(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], BO, BI)
+        if not SHUFFLE:
+            q = _levels(q, LEVELS, BO, BI)
         g = tl.arange(0, G)
         at = (row + ro).to(tl.int64)[:, None] * (cols // BLOCK) + (col // BLOCK + g)[None, :]
         inside = row_in[:, None] & (col + g * SPAN < cols)[None, :]
         a = _absmax(at, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
-        w = tl.reshape(tl.join(high, low), (BO, G, SPAN)) * a[:, :, None]
+        w = tl.reshape(q, (BO, G, SPAN)) * a[:, :, None]
         w = tl.reshape(w, (BO, BI))
-    _store(
-        w, OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha, VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
-    )  # fmt: skip
+    return w
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def bnb4(
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
+    SPANS: tl.constexpr, STAGES: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """bitsandbytes' four bits. NESTED: values of absmax a scale of scales, 0 for none. CROSSING: blocks cross rows.
+
+    SPANS: tiles of a program, side by side: all need the same part of `up`, which stays in registers. STAGES: tiles under way at once.
+    """
+    if not CROSSING:
+        cols = cols // 32 * 32
+    row, col = tl.program_id(1) * BO, tl.program_id(0) * BI * SPANS
+    if SPANS == 1:
+        w = _of_bnb4(
+            DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, col, rows, cols, BLOCK, NESTED, CROSSING, SHUFFLE, BO, BI
+        )  # fmt: skip
+        product = _product(
+            UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+        )  # fmt: skip
+        _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
+    else:
+        if EVEN_RANK:
+            rank = rank // 16 * 16
+        ups = ()
+        for first in tl.static_range(0, RANKS, CHUNK):
+            ups = ups + (_up(UP, PER_RANK, row, rows, rank, first, CHUNK, HAS_PER_RANK, BO),)
+        for number in tl.range(0, tl.minimum(SPANS, tl.cdiv(cols - col, BI)), num_stages=STAGES):
+            at = col + number * BI
+            w = _of_bnb4(
+                DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, at, rows, cols, BLOCK, NESTED, CROSSING, SHUFFLE, BO, BI
+            )  # fmt: skip
+            product = tl.zeros((BO, BI), dtype=tl.float32)
+            for chunk in tl.static_range(0, RANKS // CHUNK):
+                product = tl.dot(ups[chunk], _down(DOWN, at, cols, rank, chunk * CHUNK, CHUNK, BI), product)
+            _store(w, product, OUT, row, at, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
 
 
 @triton.jit
@@ -325,7 +442,7 @@ def gguf(
             w = _of_q4_k_baked(words2, words4, row_words, ro, row_in, col // 32, cols // 32, VALUES, BO, BI // 32)
         else:
             w = _of_k(words2, words4, row_words, ro, row_in, col // 32, cols // 32, FORM, VALUES, BO, BI // 32)
-    _store(
-        tl.reshape(w, (BO, BI)), OUT, UP, DOWN, PER_RANK, row, col, rows, cols, rank, alpha,
-        VALUES, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI,
+    product = _product(
+        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
     )  # fmt: skip
+    _store(tl.reshape(w, (BO, BI)), product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, False)

@@ -42,6 +42,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(choice, "Kernel", FakeKernel)
     monkeypatch.setattr(choice, "probe", lambda kernel, rank, device: kernel.raise_of("probe"))
     monkeypatch.setattr(choice, "interprets", lambda: True)
+    monkeypatch.setattr(choice, "load_triton", lambda: FakeKernel.made.append("triton"))
     monkeypatch.delenv(choice.SWITCH, raising=False)
     made = Kernels()
     monkeypatch.setattr(fused, "KERNELS", made)
@@ -67,7 +68,8 @@ def test_a_kernel_is_ready_once_it_is_prepared_for_its_bucket(kernels):
     ]
     assert not kernels.ready("int8", CPU, BF16, 16)
     made = list(FakeKernel.made)
-    assert len(made) == len(set(made)) == 6
+    assert made[0] == "triton"
+    assert len(made) == len(set(made)) == 7
     prepared(kernels, "int8", ranks=(0, 7))
     assert made == FakeKernel.made
 

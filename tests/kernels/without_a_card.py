@@ -26,7 +26,7 @@ from lib_lora_guard.kernels.recipes import Tile, bucket_of  # noqa: E402
 
 CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
 CARDS = (
-    (75, "fp8 e4m3", FP16, 16), (86, "nf4 64 nested256 by fp16", FP16, 16),
+    (75, "fp8 e4m3", FP16, 16), (86, "nf4 64 nested256 by fp16", FP16, 128),
     (90, "Q4_K baked by bf16", BF16, 64), (120, "nf4 64 by bf16", BF16, 0),
 )  # fmt: skip
 SMALLEST_SHARED_BYTES = 48 * 1024
@@ -36,27 +36,29 @@ KINDS = {
     "int8 scaled": Tile(16, 32, 1), "nf4 64 by fp16": Tile(16, 128, 1), "fp4 32 nested256 by fp16": Tile(16, 64, 1),
     "nf4 64 crossing by fp16": Tile(16, 64, 1), "nf4 128 by fp16": Tile(16, 64, 1), "Q8_0 baked by fp16": Tile(16, 64, 1),
     "Q4_0 baked by fp16": Tile(16, 64, 1), "Q4_K baked by fp16": Tile(16, 256, 1), "Q8_0": Tile(16, 64, 1), "Q4_0": Tile(16, 64, 1),
-    "Q4_K": Tile(16, 128, 1), "Q5_0 by fp16": Tile(16, 64, 1), "Q5_K by fp16": Tile(16, 64, 1), "Q6_K by fp16": Tile(16, 256, 1),
+    "Q4_K": Tile(16, 128, 1), "Q5_0 by fp16": Tile(16, 64, 1), "Q5_K by fp16": Tile(16, 256, 1), "Q6_K by fp16": Tile(16, 256, 1),
 }  # fmt: skip
 WITH_LORA = ("int8 scaled", "nf4 64 by fp16", "Q8_0 baked by fp16", "Q4_K baked by fp16")
 """One of each shape of tile: what adds the factors is the same for all."""
 RANKS = (1, 16, 100, 256)
+SPANS = (("nf4 64 by fp16", 24, True, 2), ("fp4 32 nested256 by fp16", 48, False, 3))
+"""Several tiles a program: of ranks in one product and in several."""
 FAULTS = {
     "a block skipped": ("Q8_0 baked by fp16", 0, "(first + g < groups)[None, :]", "(first + g < groups - 1)[None, :]"),
-    "a scale left out": ("fp8 e4m3 scaled odd", 0, "w = w * s[:, None]", "w = w"),
-    "nibbles swapped": ("nf4 64 by fp16", 0, "tl.join(high, low), (BO, G, SPAN)", "tl.join(low, high), (BO, G, SPAN)"),
+    "a scale left out": ("fp8 e4m3 scaled odd", 0, "w = w.to(tl.float32) * s[:, None]", "w = w"),
+    "nibbles swapped": ("nf4 64 by fp16", 0, "tl.join(even, odd)", "tl.join(odd, even)"),
     "the minimum left out": ("Q4_K", 0, "VALUES) - m[:, :, None]", "VALUES)"),
     "NaN lost": ("fp8 e4m3", 0, '(b & 0x7F) == 0x7F, float("nan")', '(b & 0x7F) == 0x7F, 480.0'),
     "a rounding left out": ("Q5_K by fp16", 0, "d = _rounded(_scale(WORDS2, block, inside, tl.float16, VALUES) * small, VALUES)",
                             "d = _scale(WORDS2, block, inside, tl.float16, VALUES) * small"),
     "ranks left out": ("fp8 e4m3", 100, "tl.static_range(0, RANKS, CHUNK)", "tl.static_range(0, CHUNK, CHUNK)"),
-    "the first ranks added twice": ("fp8 e4m3", 100, "rr = first + tl.arange(0, CHUNK)", "rr = tl.arange(0, CHUNK)"),
-    "alpha left out": ("fp8 e4m3", 5, "product * alpha", "product"),
+    "the first ranks added twice": ("fp8 e4m3", 100, "tl.arange(0, BO), first + tl.arange", "tl.arange(0, BO), tl.arange"),
+    "alpha left out": ("fp8 e4m3", 5, "0.0, tl.float32) + alpha", "1.0, tl.float32)"),
 }  # fmt: skip
 
 
-def kernel_of(kind, rank, per_rank):
-    return Kernel(kind, FP16, bucket_of(rank), rank % 16 == 0, per_rank, KINDS[kind])
+def kernel_of(kind, rank, per_rank, **tile):
+    return Kernel(kind, FP16, bucket_of(rank), rank % 16 == 0, per_rank, KINDS[kind]._replace(**tile))
 
 
 def failure(call):
@@ -105,6 +107,11 @@ def interpret():
         found[f"{kind}, rank 5"] = failure(lambda kind=kind: probe(kernel_of(kind, 5, True), 5, CPU))
     for rank in RANKS:
         found[f"rank {rank}"] = failure(lambda rank=rank: probe(kernel_of("fp8 e4m3", rank, False), rank, CPU))
+    for kind, rank, per_rank, spans in SPANS:
+        kernel = kernel_of(kind, rank, per_rank, spans=spans, stages=2)
+        found[f"{kind}, rank {rank}, {spans} tiles a program"] = failure(
+            lambda kernel=kernel, rank=rank: probe(kernel, rank, CPU)
+        )
     found["infinities"] = failure(infinite)
     with tempfile.TemporaryDirectory() as folder:
         for name, (kind, rank, old, new) in FAULTS.items():
