@@ -15,9 +15,9 @@ import torch
 from ...patching.access import ModelAccess
 from ...patching.fused_choice import CHOICE
 from ...patching.operators import define_operators
-from ...runtime.hooks import P, R
+from ...runtime.hooks import P
 from .lora_files import LoraFiles
-from .types import Processing
+from .types import Processing, SdModel
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +33,18 @@ class FirstLora:
         self._coming: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         """Models whose weights get their form when they are placed: those that are quantised to four bits then."""
 
-    def after_reading(self, original: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    def after_reading(self, original: Callable[P, SdModel], *args: P.args, **kwargs: P.kwargs) -> SdModel:
         """Stands in place of `forge_loader`, which returns the checkpoint."""
-        result = original(*args, **kwargs)
-        found: object = result
+        checkpoint = original(*args, **kwargs)
         try:
-            objects = found.forge_objects  # type: ignore[attr-defined]  # asked, not known
+            objects = checkpoint.forge_objects
             models = objects.unet.model, objects.clip.cond_stage_model
             names = [self._files.expect(model) for model in models]
             self._expect_kernels(models[0], objects.unet.load_device)
         except Exception:
             # The first LoRA waits for it then.
             log.debug("nothing is made ready for LoRAs", exc_info=True)
-            return result
+            return checkpoint
 
         def work() -> None:
             try:
@@ -56,7 +55,7 @@ class FirstLora:
                 log.debug("not all is ready for LoRAs", exc_info=True)
 
         threading.Thread(target=work, name="lora-guard-first-lora", daemon=True).start()
-        return result
+        return checkpoint
 
     def after_image(self, request: Processing) -> None:
         """Looks again at a model that has been placed meanwhile."""

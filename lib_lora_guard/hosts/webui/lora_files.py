@@ -316,10 +316,10 @@ class LoraFiles:
             sheets[file.path.name] = replace(sheet, share_left_out=share)
         return sheets
 
-    def expect(self, model: torch.nn.Module) -> Callable[[], object]:
+    def expect(self, model: torch.nn.Module) -> Callable[[], None]:
         """Returns what works out the names of a model, in any thread: the first file that meets it need not wait for that."""
         target = self._targets[model] = Target(self._shapes_of(model))
-        return lambda: (target.architecture, target.names)
+        return target.work_out
 
     def _shapes_of(self, model: torch.nn.Module) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}

@@ -27,6 +27,7 @@ class ForgeObjects(Protocol):
     """The parts of the loaded checkpoint."""
 
     unet: DenoiserPatcher
+    clip: TextEncoder
 
 
 class SdModel(Protocol):
