@@ -1,5 +1,6 @@
 """Runs while Forge builds its command line: adds two flags and installs the takeover. Thin on purpose."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,5 +13,10 @@ if _root not in sys.path:
 def preload(parser):
     from lib_lora_guard.hosts import start
 
-    start.add_flags(parser)
+    try:
+        start.add_flags(parser)
+    except argparse.ArgumentError:
+        # Another copy of the extension has brought them.
+        start.say_installed_twice(Path(_root))
+        return
     start.start(sys.argv[1:])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .commands import arguments
 from .errors import LoraGuardError
-from .planning.rates import DEFAULT_GPU, rates_of
+from .planning.rates import DEFAULT_GPU
 from .version import __version__
 
 # Each command imports its own modules when it runs, so that help and commands on headers never load torch.
@@ -43,10 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[Any], None] = options.run
     try:
         run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Without this the interpreter complains when it flushes at its end.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # open until the end
+        return 1
     except (LoraGuardError, OSError, MemoryError) as error:
         if options.debug:
             raise
-        print(f"lora-guard: {_one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+        print(f"lora-guard: {_one_line(_said(error)) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lora-guard: interrupted", file=sys.stderr)
@@ -54,14 +61,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _program() -> str:
+    """Returns how the program was called: a WebUI's Python knows it as a module alone."""
+    package = Path(__file__).parent.name
+    return f"python -m {package}" if Path(sys.argv[0]).parts[-2:] == (package, "__main__.py") else "lora-guard"
+
+
+def _said(error: Exception) -> str:
+    """Returns the error as a sentence with the next step, also where the system refuses a file that is written."""
+    if not isinstance(error, OSError):
+        return str(error)
+    from .messages import Message
+
+    file = str(error.filename) if error.filename else "the output"
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return Message("command.disk_full", {"file": file})
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Message("command.not_permitted", {"file": file, "error": error.strerror or str(error)})
+    return str(error)
+
+
 def _one_line(text: str) -> str:
     """Replaces control characters: names from files must not steer the terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says wrong usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {_one_line(message)}; {self.prog} --help lists what it takes\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lora-guard",
+    parser = _Parser(
+        prog=_program(),
         description="A memory-aware LoRA patcher. Inside Forge it works by itself; from Python see lib_lora_guard.LoraGuard.",
     )
     parser.add_argument("--version", action="version", version=f"LoRA Guard {__version__}")
@@ -69,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
     _add_plan(commands)
     _add_inspect(commands)
+    _add_explain(commands)
     _add_bake(commands)
     _add_simulate(commands)
     _add_demo(commands)
@@ -92,12 +127,28 @@ def _add_plan(commands: Any) -> None:
         type=arguments.typed(arguments.lora),
         help="LoRA file, and its strength after a colon (default 1)",
     )
+    plan.add_argument(
+        "--with",
+        dest="beside",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        help="text encoders and VAE that lie in files of their own; without it the usual ones are counted",
+    )
     size = arguments.typed(arguments.size)
     plan.add_argument(
-        "--vram", type=size, required=True, metavar="12GB", help="VRAM that Forge finds free: some 11GB of a 12 GB card"
+        "--vram",
+        type=size,
+        metavar="11GB",
+        help="VRAM that Forge finds free: some 11GB of a 12 GB card (default: read from this machine)",
     )
     plan.add_argument(
-        "--ram", type=size, required=True, metavar="16GB", help="RAM of the computer; 2 GB are left to the system"
+        "--ram",
+        type=size,
+        metavar="16GB",
+        help="RAM of the computer; 2 GB are left to the system (default: read from this machine)",
     )
     plan.add_argument(
         "--resolution", type=arguments.typed(arguments.resolution), default=(1024, 1024), metavar="1024x1024"
@@ -105,14 +156,14 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--batch", type=arguments.typed(arguments.batch), default=1, metavar="1", help="pictures at once")
     plan.add_argument(
         "--gpu",
-        type=arguments.typed(rates_of),
-        default=rates_of(DEFAULT_GPU),
+        type=arguments.typed(arguments.gpu_of),
         metavar="NAME",
-        help=f"card whose rates are assumed (default {DEFAULT_GPU})",
+        help=f"card whose rates are assumed, or the known one nearest to it (default: this machine's; with --vram {DEFAULT_GPU})",
     )
     plan.add_argument(
         "--mode", choices=["auto", "bypass", "on_the_fly", "merge"], default="auto", help="the guard's mode"
     )
+    plan.set_defaults(usage_error=plan.error)
     _add_common(plan, _plan)
 
 
@@ -122,6 +173,16 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument("lora", metavar="LORA", type=Path)
     inspect.add_argument("--model", metavar="MODEL", type=Path, help="checkpoint or transformer to hold it against")
     _add_common(inspect, _inspect)
+
+
+def _add_explain(commands: Any) -> None:
+    about = (
+        "Reads a console log of Forge, an old Forge or Forge Neo and says what happened to LoRAs and memory, and what to change. "
+        "Nothing of the log is kept or sent."
+    )
+    explain = commands.add_parser("explain", help="what a console log shows, and what to change", description=about)
+    explain.add_argument("log", metavar="FILE", help="the log as a text file; - reads what is piped in")
+    _add_common(explain, _explain)
 
 
 def _add_bake(commands: Any) -> None:
@@ -205,33 +266,58 @@ def _add_debug(command: argparse.ArgumentParser) -> None:
 
 def _plan(options: Any) -> None:
     from .commands.plan import PlanRequest, make_plan
+    from .commands.plan_machine import machine_for
     from .planning.mode import Wish
     from .planning.tokens import Picture
 
     width, height = options.resolution
     picture = Picture(width, height, options.batch)
-    result = make_plan(
-        PlanRequest(options.model, options.loras, options.vram, options.ram, picture, options.gpu, Wish(options.mode))
+    try:
+        machine = machine_for(options.vram, options.ram, options.gpu)
+    except ValueError as error:
+        options.usage_error(str(error))
+    request = PlanRequest(
+        options.model,
+        options.loras,
+        machine.vram_bytes,
+        machine.ram_bytes,
+        picture,
+        machine.rates,
+        Wish(options.mode),
+        options.beside,
     )
+    result = make_plan(request)
     if options.json:
         from .commands.plan_json import plan_document
 
-        _print_json(plan_document(result))
+        _print_json(plan_document(result) | {"notes": [str(note) for note in machine.notes]})
     else:
         from .commands.plan_text import print_plan
 
-        print_plan(_console(), result)
+        print_plan(_console(), result, machine.notes, _language())
     result.check_usable()
 
 
 def _inspect(options: Any) -> None:
-    from .commands.inspect import inspect, inspect_document, print_facts
+    from .commands.inspect import check_fits, inspect, inspect_document, print_facts
 
     found = inspect(options.lora, options.model)
     if options.json:
         _print_json(inspect_document(*found))
     else:
-        print_facts(_console(), *found)
+        print_facts(_console(), *found, _language())
+    check_fits(*found)
+
+
+def _explain(options: Any) -> None:
+    from .commands.explain import explain_document, print_explanation, read_log
+    from .explaining import explain
+
+    explanation = explain(read_log(options.log))
+    if options.json:
+        _print_json(explain_document(explanation))
+    else:
+        print_explanation(_console(), explanation, _language())
 
 
 def _bake(options: Any) -> None:
@@ -284,15 +370,14 @@ def _page(replays: Any, target: Path | None) -> None:
 def _demo(options: Any) -> None:
     from .demo.run import run_demo
 
-    run_demo(_console(), options.markdown)
+    run_demo(_console(), options.markdown, language=_language())
 
 
 def _doctor(options: Any) -> None:
     from .commands import doctor
-    from .messages.languages import AUTO, language_of, system_locale
 
     data = options.data or doctor.DATA
-    language = language_of(AUTO, system=system_locale())
+    language = _language()
     if options.reset:
         forgotten = doctor.forget(data)
         if options.json:
@@ -305,6 +390,12 @@ def _doctor(options: Any) -> None:
         _print_json(doctor.examination_document(found))
     else:
         doctor.print_examination(_console(), found, language)
+
+
+def _language() -> str:
+    from .messages.languages import AUTO, language_of, system_locale
+
+    return language_of(AUTO, system=system_locale())
 
 
 def _console() -> Any:

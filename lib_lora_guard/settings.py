@@ -9,6 +9,11 @@ from typing import Any
 
 PREFIX = "lora_guard_"
 """Prefix of every option in the host's config file."""
+MODE_OPTION = PREFIX + "mode"
+MODE_FIELD = "LoRA Guard mode"
+"""The mode in an image's infotext, where it is another than that of a new user."""
+AS_SET = ""
+"""In place of a mode for one image: that of the settings page."""
 
 
 class LoraMode(str, Enum):
@@ -33,11 +38,12 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True)
 class Settings:
-    """One consistent set of settings, with the defaults for a new user. 0 for an allocator number leaves it to torch."""
+    """One consistent set of settings, with the defaults for a new user. 0 for an allocator number leaves it to torch, None for
+    `kept_files_mb` takes a share of this machine's RAM."""
 
     enable: bool = True
     mode: LoraMode = LoraMode.AUTOMATIC
-    kept_files_mb: int = 1024
+    kept_files_mb: int | None = None
     log_level: str = "info"
     language: Language = Language.AUTO
     expandable_segments: bool = False
@@ -49,6 +55,7 @@ class Settings:
     fast_host_cast: bool = False
     file_backups: bool = True
     merge_from_file: bool = False
+    lora_cards: bool = True
 
 
 def read(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:

@@ -1,5 +1,7 @@
 """The command line with files of true size and no data: what `plan` and `inspect` say, and how they refuse."""
 
+import errno
+import io
 import json
 import math
 import os
@@ -18,9 +20,11 @@ from support.fake_models import (
     write_nf4,
     write_safetensors,
 )
+from support.fake_nvml import Card, library
 
-from lib_lora_guard import cli
-from lib_lora_guard.commands import arguments
+from lib_lora_guard import cli, memory
+from lib_lora_guard.commands import arguments, plan_machine
+from lib_lora_guard.memory import Nvml
 
 GB = 1 << 30
 SHAPES = flux_shapes()
@@ -100,7 +104,8 @@ def test_flux_dev_of_true_size_answers_within_a_second(files, tmp_path, capsys):
 def test_the_json_document_has_stable_names_with_units(files, capsys):
     found = document(capsys, files / "fp8.safetensors", files / "small.safetensors")
     assert list(found) == [
-        "schema", "version", "model", "machine", "picture", "mode", "loras", "predicted", "advice",
+        "schema", "version", "model", "machine", "picture", "mode", "loras", "predicted", "advice", "fits", "answer", "beside",
+        "notes",
     ]  # fmt: skip
     assert found["schema"] == "lora-guard/plan/1"
     assert found["machine"]["vram_bytes"] == 12 * GB
@@ -123,6 +128,10 @@ TEXT_AND_VAE = {
 }
 
 
+ASSUMED = {"clip_l": ("CLIP-L", 307), "t5": ("T5 fp8", 4919), "vae": ("VAE", 160)}
+"""The name, and the MB that the replay's own arithmetic gives it."""
+
+
 @pytest.mark.parametrize(
     ("more", "missing"),
     [
@@ -130,44 +139,131 @@ TEXT_AND_VAE = {
         (["text_encoders"], ["vae"]),
         (["vae"], ["text_encoders"]),
         (["text_encoders", "vae"], []),
+        (["text_encoders.clip_l", "vae"], ["t5"]),
+        (["text_encoders.t5xxl", "vae"], ["clip_l"]),
     ],
 )
-def test_nothing_is_said_to_fit_while_a_part_of_the_model_is_not_counted(
+def test_parts_that_lie_in_other_files_are_counted_and_said_to_be_assumed(
     files, tmp_path, capsys, monkeypatch, more, missing
 ):
-    monkeypatch.setenv("COLUMNS", "200")
-    parts = {name: shape for name, shape in TEXT_AND_VAE.items() if name.partition(".")[0] in more}
+    monkeypatch.setenv("COLUMNS", "300")
+    parts = {name: shape for name, shape in TEXT_AND_VAE.items() if name.startswith(tuple(more))} if more else {}
     model = {f"model.diffusion_model.{name}": shape for name, shape in SMALL.items()} | parts
     write_safetensors(tmp_path / "model.safetensors", stored(model, "F8_E4M3"))
     found = document(capsys, tmp_path / "model.safetensors", files / "small.safetensors")
-    assert found["model"]["not_counted"] == missing
-    assert [one["fits"] for one in found["predicted"]] == [None if missing else True] * 3
-    assert any("fits: " in line for line in found["advice"]) is (not missing)
+    kinds = [kind for part in missing for kind in (["clip_l", "t5"] if part == "text_encoders" else [part])]
+    wanted = [ASSUMED[kind] for kind in kinds]
+    assert found["model"]["not_in_file"] == [
+        part if part in ("text_encoders", "vae") else "text_encoders" for part in missing
+    ]
+    assert [(one["name"], round(one["bytes"] / 2**20), one["is_assumed"]) for one in found["beside"]] == [
+        (name, size, True) for name, size in wanted
+    ]
+    assert (found["model"]["not_counted"], found["fits"]) == ([], True)
+    assert [one["fits"] for one in found["predicted"]] == [True] * 3
+    sizes = sum(one["bytes"] for one in found["beside"]) + sum(
+        size for part, size in found["model"]["part_bytes"].items() if part != "denoiser"
+    )
+    # Beside the process and the LoRA.
+    assert 0 <= found["predicted"][0]["ram_peak_bytes"] - int(2.4 * GB) - sizes < 20 << 20
     assert plan(tmp_path / "model.safetensors", files / "small.safetensors") == 0
     text = capsys.readouterr().out
-    names = [{"text_encoders": "text encoders", "vae": "VAE"}[part] for part in missing]
-    row = next(line for line in text.splitlines() if line.strip().startswith("fits "))
-    assert row.split() == ["fits", *(["open"] * 3 if missing else ["yes"] * 3)]
-    assert ("LoRA Guard fits: " in text) is (not missing)
-    assert (f"Not counted, because they are not in this file: {', '.join(names)}." in text) is bool(missing)
+    assert text.startswith("Fits: needs ")
+    assert text.splitlines()[1:2] == (
+        [
+            f"Counted beside the model file: {', '.join(f'{name} {size / 1024:.1f} GB (assumed)' for name, size in wanted)}. What "
+            "is assumed is what most people load; --with FILE... counts your own files."
+        ]
+        if wanted
+        else [""]
+    )
 
 
-@pytest.mark.parametrize(("kept", "missing", "name"), [("clip_l", "t5", "T5"), ("t5xxl", "clip_l", "CLIP-L")])
-def test_a_model_with_one_of_its_two_text_encoders_is_not_counted_as_whole(
-    files, tmp_path, capsys, monkeypatch, kept, missing, name
+T5_SHAPES = {
+    "shared.weight": (1000, 4096),
+    "encoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "kinds", "size"),
+    [
+        ("t5.safetensors", T5_SHAPES, [["t5"]], 1000 * 4096 * 4 + 4096 * 4096 * 2),
+        ("ae.safetensors", {"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_out.weight": (32, 512, 3, 3)}, [[]], 442368),
+        ("clip.safetensors", {"text_model.encoder.layers.0.self_attn.q_proj.weight": (768, 768), "text_model.final_layer_norm.weight": (768,)}, [["clip_l"]], 768 * 769 * 2),
+    ],
+)  # fmt: skip
+def test_files_of_other_parts_are_counted_instead_of_what_is_assumed(
+    files, tmp_path, capsys, name, shapes, kinds, size
 ):
-    monkeypatch.setenv("COLUMNS", "200")
-    parts = {key: shape for key, shape in TEXT_AND_VAE.items() if kept in key or key.startswith("vae.")}
-    model = {f"model.diffusion_model.{key}": shape for key, shape in SMALL.items()} | parts
-    write_safetensors(tmp_path / "model.safetensors", stored(model, "F8_E4M3"))
-    found = document(capsys, tmp_path / "model.safetensors", files / "small.safetensors")
-    assert found["model"]["not_counted"] == ["text_encoders"]
-    assert found["model"]["text_encoders_not_counted"] == [missing]
+    write_safetensors(tmp_path / name, stored(shapes, "F16", "F16"))
+    words = (files / "fp8.safetensors", files / "small.safetensors", "--with", tmp_path / name)
+    found = document(capsys, *words)
+    given = [one for one in found["beside"] if not one["is_assumed"]]
+    assert [(one["name"], one["kinds"], one["bytes"]) for one in given] == [(name, kinds[0], size)]
+    assert len(found["beside"]) == 3
+    assert plan(*words, files / "small.safetensors") == 1
+    assert error(capsys) == (
+        "lora-guard: small.safetensors: expected a model, found a LoRA; give the checkpoint first, then the LoRAs"
+    )
+
+
+@BIG_FILES
+def test_a_vae_in_the_file_counts_as_it_is_loaded(files, tmp_path, capsys):
+    """Hosts take it in 16 bit."""
+    peaks = set()
+    for form in ("F32", "F16"):
+        tensors = {f"model.diffusion_model.{name}": one for name, one in stored(SMALL, "F8_E4M3").items()}
+        tensors["vae.decoder.conv_in.weight"] = (form, (4096, 4096, 3, 3))
+        write_safetensors(tmp_path / "model.safetensors", tensors)
+        found = document(capsys, tmp_path / "model.safetensors", files / "small.safetensors")
+        peaks.add(found["predicted"][0]["ram_peak_bytes"])
+    assert len(peaks) == 1
+
+
+def test_nothing_is_said_to_fit_while_the_size_of_a_part_is_not_known(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    shapes = {f"transformer_blocks.{n}.attn1.to_{x}.weight": (1152, 1152) for n in range(2) for x in "qkv"}
+    write_safetensors(tmp_path / "pixart.safetensors", stored(shapes, "BF16"))
+    write_lora(tmp_path / "lora.safetensors", shapes, prefix="lora_transformer_")
+    words = (tmp_path / "pixart.safetensors", tmp_path / "lora.safetensors")
+    found = document(capsys, *words)
+    assert (found["model"]["not_counted"], found["fits"]) == (["text_encoders", "vae"], None)
     assert [one["fits"] for one in found["predicted"]] == [None] * 3
-    assert plan(tmp_path / "model.safetensors", files / "small.safetensors") == 0
+    assert plan(*words) == 0
     text = capsys.readouterr().out
-    assert f"Not counted, because they are not in this file: text encoder {name}." in text
-    assert "LoRA Guard fits: " not in text
+    assert text.startswith("Open: ")
+    assert (
+        "without text encoder and VAE, whose size is not known; give the file with --with FILE" in text.splitlines()[0]
+    )
+    assert "fits: " not in text
+    row = next(line for line in text.splitlines() if line.strip().startswith("fits "))
+    assert row.split() == ["fits", *["open"] * 3]
+    assert plan(*words, ram="4MB") == 0
+    assert capsys.readouterr().out.startswith(
+        "Does not fit, even without text encoder and VAE: needs 2.4 GB of RAM and 2 GB"
+    )
+
+
+@BIG_FILES
+def test_the_example_of_the_readme_does_not_fit_and_names_the_file_that_would(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    model = tmp_path / "flux1-dev-fp8.safetensors"
+    write_safetensors(model, stored(SHAPES, "F8_E4M3"))
+    words = (model, f"{files / 'style.safetensors'}:0.8", "--gpu", "RTX 3060")
+    found = document(capsys, *words)
+    assert found["fits"] is False
+    replayed = 17761.05  # MB, row 1 of docs/replay.md: the same card, model and text encoders
+    assert found["predicted"][0]["ram_peak_bytes"] / 2**20 == pytest.approx(replayed, rel=0.001)
+    assert plan(*words) == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "Does not fit: needs 17.3 GB of RAM and 2 GB for the system, 16.0 GB there; flux1-dev-Q4_K_S.gguf (about 6.7 GB to "
+        "download) would"
+    )
+    assert plan(*words, ram="32GB") == 0
+    assert capsys.readouterr().out.startswith(
+        "Fits, but slowly: 0.9 GB of the model lie in RAM and are copied to the card"
+    )
 
 
 FUSED = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -200,10 +296,12 @@ def test_a_fused_tensor_of_a_wrong_size_names_its_file_and_costs_no_other_lora(t
     assert "qkv" in loras[0]["refused"]
     assert plan(tmp_path / "model.safetensors", tmp_path / "bad.safetensors") == 1
     assert error(capsys).startswith("lora-guard: bad.safetensors: ")
-    assert cli.main(["inspect", str(tmp_path / "bad.safetensors"), "--model", str(tmp_path / "model.safetensors")]) == 0
-    text = capsys.readouterr().out
-    assert "bad.safetensors: LoRA for" in text
-    assert "does NOT fit" in text
+    assert cli.main(["inspect", str(tmp_path / "bad.safetensors"), "--model", str(tmp_path / "model.safetensors")]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Does not fit model.safetensors: ")
+    assert "bad.safetensors: LoRA for" in shown.out
+    assert "does NOT fit" in shown.out
+    assert shown.err.startswith("lora-guard: bad.safetensors: ")
 
 
 def test_what_does_not_fit_without_the_missing_parts_does_not_fit(files, capsys):
@@ -335,8 +433,8 @@ def test_the_page_says_what_is_predicted_and_assumed(files, capsys, monkeypatch)
     assert "bypass on 26 weights (low rank)" in text
     assert "Predicted for RTX 4090, 12.0 GB VRAM free, 16.0 GB RAM; 768x512, batch 1" in text
     assert "Assumed for RTX 4090: memory 1008 GB/s, 16-bit matrices 165 TFLOPS of which 50 % are reached" in text
-    assert "fits: " not in text
-    assert "text encoders and VAE: not in this file and not counted" in text
+    assert text.startswith("Fits: needs ")
+    assert "text encoders and VAE not or not all in this file" in text
 
 
 def test_the_tables_fit_a_console_of_80_columns(files, capsys, monkeypatch):
@@ -483,8 +581,9 @@ def test_inspect_with_a_model_says_what_fits(files, tmp_path, capsys):
     assert (fit["modules_used"], fit["keys_skipped"], fit["keys_lost"]) == (26, 1, 0)
     assert fit["first_skipped"] == ["lora_unet_double_blocks_9_img_mlp_0.lora_up.weight"]
     words = ["inspect", str(tmp_path / "text.safetensors"), "--model", str(files / "fp8.safetensors"), "--json"]
-    assert cli.main(words) == 0
+    assert cli.main(words) == 1
     found = json.loads(capsys.readouterr().out)
+    assert found["answer"] == f"Does not fit fp8.safetensors: {found['fit']['refused']}"
     assert found["parts"] == {"CLIP-L": 1}
     assert (
         found["fit"]["refused"]
@@ -553,14 +652,14 @@ def test_sizes(text, size):
     "words",
     [
         ["--vram", "many"], ["--vram", "0"], ["--vram", "-4GB"], ["--ram", "12TB"], ["--resolution", "1024"],
-        ["--resolution", "1x1"], ["--batch", "0"], ["--batch", "1000"], ["--gpu", "RTX 9999"], ["--mode", "fast"],
+        ["--ram", "12000"], ["--resolution", "1x1"], ["--batch", "0"], ["--batch", "1000"], ["--gpu", "RTX 9999"], ["--mode", "fast"],
     ],
 )  # fmt: skip
 def test_wrong_usage_is_code_2_and_says_what_was_expected(capsys, words):
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", "m.safetensors", "l.safetensors", "--vram", "12", "--ram", "16", *words])
     assert stop.value.code == 2
-    assert "error: argument" in capsys.readouterr().err
+    assert error(capsys).startswith("lora-guard plan: error: argument")
     with pytest.raises(SystemExit) as stop:
         cli.main(["plan", "m.safetensors", "l.safetensors:1e999", "--vram", "12", "--ram", "16"])
     assert stop.value.code == 2
@@ -582,10 +681,80 @@ def test_a_fused_factor_of_another_size_is_said_with_its_file_and_stops_no_other
     assert [lora["refused"] is None for lora in found["loras"]] == [True, False]
     assert "qkv" in found["loras"][1]["refused"]
     bad, model_file = str(tmp_path / "bad.safetensors"), str(tmp_path / "model.safetensors")
-    assert cli.main(["inspect", bad, "--model", model_file]) == 0
+    assert cli.main(["inspect", bad, "--model", model_file]) == 1
     assert "does NOT fit: " in capsys.readouterr().out
     assert plan(model_file, bad) == 1
     assert error(capsys).startswith("lora-guard: bad.safetensors: ")
+
+
+def test_the_machine_is_read_where_it_is_not_given(files, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    card = ("NVIDIA GeForce RTX 4070 SUPER", 11 * GB)
+    monkeypatch.setattr(plan_machine, "this_card", lambda: card)
+    monkeypatch.setattr(plan_machine, "_ram_bytes", lambda: 32 * GB)
+    words = ["plan", str(files / "fp8.safetensors"), str(files / "small.safetensors")]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "11.0 GB free" in text.splitlines()[0]
+    assert (
+        "Read from this machine: 11.0 GB of VRAM that Forge will find free, 32.0 GB of RAM, NVIDIA GeForce RTX 4070 SUPER\n"
+        "NVIDIA GeForce RTX 4070 SUPER is not among the known cards: counted as RTX 4070, the nearest of them." in text
+    )
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["machine"]["vram_bytes"], found["machine"]["ram_bytes"]) == (11 * GB, 32 * GB)
+    assert found["machine"]["assumed_rates"]["gpu"] == "RTX 4070"
+    card = ("", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert (stop.value.code, "no NVIDIA card answers here" in error(capsys)) == (2, True)
+
+
+def test_a_card_says_what_forge_will_find_free(monkeypatch):
+    """A host that runs now holds VRAM that its next start finds free."""
+    monkeypatch.setattr(memory, "Nvml", lambda: Nvml(library(Card(total=12288, free=4000))))
+    assert plan_machine.this_card() == ("NVIDIA GeForce RTX 3060", int(12 * GB * 0.9))
+    monkeypatch.setattr(memory, "Nvml", lambda: Nvml(library(Card(total=12288, free=12000))))
+    assert plan_machine.this_card() == ("NVIDIA GeForce RTX 3060", 12000 << 20)
+
+
+def test_folders_and_misspelt_names_are_told_apart(files, capsys):
+    assert cli.main(["inspect", str(files)]) == 1
+    assert error(capsys) == f"lora-guard: {files}: this is a folder; give a file in it, such as fp8.safetensors"
+    assert cli.main(["inspect", str(files / "stlye.safetensors")]) == 1
+    assert error(capsys).endswith("stlye.safetensors: no such file; is style.safetensors meant?")
+    with pytest.raises(SystemExit) as stop:
+        plan(files / "fp8.safetensors", f"{files / 'small.safetensors'}:abc")
+    assert stop.value.code == 2
+    assert "expected a strength such as 0.8 after small.safetensors, found 'abc'" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "out.safetensors: the disk is full; free space on it, or choose another folder"),
+        (errno.EACCES, "out.safetensors: may not be written (no); choose another folder, or close the program that"),
+        (errno.EIO, "[Errno 5] no: 'out.safetensors'"),
+    ],
+)
+def test_what_the_system_refuses_is_a_line_with_the_next_step(files, capsys, monkeypatch, number, says):
+    def refused(*_):
+        raise OSError(number, "no", "out.safetensors")
+
+    monkeypatch.setattr(cli, "_inspect", refused)
+    assert cli.main(["inspect", str(files / "small.safetensors")]) == 1
+    assert error(capsys).startswith(f"lora-guard: {says}")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(files, capsys, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_inspect", gone)
+    monkeypatch.setattr(cli.sys, "stdout", io.StringIO())
+    assert cli.main(["inspect", str(files / "small.safetensors")]) == 1
+    cli.sys.stdout.close()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan"])

@@ -23,7 +23,7 @@ from lib_lora_guard.files import read_tensors
 from lib_lora_guard.memory.torch_build import torch_build
 
 ROOT = Path(cli.__file__).parent.parent
-COMMANDS = ("plan", "inspect", "bake", "simulate", "demo", "doctor")
+COMMANDS = ("plan", "inspect", "explain", "bake", "simulate", "demo", "doctor")
 SMALL = flux_shapes(hidden=256, double=2, single=2)
 LORAS = ("lora", "mixed", "damaged")
 MODELS = ("fp8.safetensors", "nf4.safetensors", "q4.gguf")
@@ -78,6 +78,7 @@ def commands(folder):
             path = str(folder / model)
             yield ["inspect", file, "--model", path, "--json"], set()
             yield ["plan", path, file, "--vram", "12", "--ram", "16", "--json"], set()
+    yield ["explain", str(folder / "q4.gguf"), "--json"], set()
     for lora in LORAS:
         file = str(folder / f"{lora}.safetensors")
         yield ["inspect", file], {"rich"}

@@ -21,6 +21,7 @@ from ..models.fit import Target
 from ..models.names import DENOISER_PREFIXES
 from ..models.text import find_encoders
 from ..planning.gguf_baked import FORGE_BLOCKS, baked_bytes
+from ..units import FP32_BYTES
 from ..weights.bnb4_layout import KINDS, LARGEST_STATE_BYTES, Part, find_in_file, state_key
 from ..weights.dtype_names import WIDE_DTYPE_NAMES, dtype_name
 from ..weights.scale_names import BESIDE, ScaleNames
@@ -33,6 +34,8 @@ _OTHER = ("control_model.", "model_ema.")
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 _BESIDE_4_BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _WIDE_GGUF = ("F64", "F32", "F16", "BF16")
+_T5_TABLE = "shared.weight"
+"""T5's token table, which hosts keep in fp32 whatever the file has."""
 _NOT_CALLED = ("embedding", "shared.weight", "relative_attention_bias", "pos_embed", "position_ids", "logit_scale")
 """Parameters that are looked up or added: no layer multiplies by them."""
 
@@ -62,9 +65,12 @@ class Parameter:
         return len(self.shape) > 1 and not any(word in self.name for word in _NOT_CALLED)
 
     def memory_bytes(self, compute_bytes: int) -> int:
-        """Returns the bytes in Forge's memory: floats of 16 bits and more take the compute dtype, the others stay."""
-        if self.wide and self.part == DENOISER and self.format not in _WIDE_GGUF:
+        """Returns the bytes in Forge's memory. Floats of 16 bits and more take the compute dtype in denoiser and VAE, T5's
+        token table takes fp32, everything else stays."""
+        if self.wide and self.part in (DENOISER, VAE) and self.format not in _WIDE_GGUF:
             return self.values * compute_bytes
+        if self.part == TEXT and self.name.endswith(_T5_TABLE):
+            return self.values * FP32_BYTES
         return baked_bytes(self.format, self.bytes)
 
     def placed_bytes(self, compute_bytes: int) -> int:

@@ -6,9 +6,12 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ..files.header import is_file
+from ..planning.rates import GpuRates, nearest_rates, rates_of
 from ..units import GB, MB
 
 _T = TypeVar("_T")
@@ -16,6 +19,8 @@ _T = TypeVar("_T")
 _SIZE = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*(gib|gb|g|mib|mb|m)?", re.ASCII | re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _RESOLUTION = re.compile(r"(\d{2,5})\s*[x*]\s*(\d{2,5})", re.ASCII | re.IGNORECASE)
+_LARGEST_PLAIN_GB = 1024
+"""A larger number without a unit is more likely in MB."""
 _SMALLEST_SIDE, _LARGEST_SIDE = 64, 16384
 
 
@@ -23,28 +28,62 @@ def size(text: str) -> int:
     """Parses "12GB", "12 GiB", "8192MB" or "12" (GB) into bytes. GB and GiB are alike: memory is sold in powers of two.
 
     Raises:
-        ValueError: The text is no size, or 0.
+        ValueError: The text is no size, or 0, or a number without a unit that can hardly be GB.
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None or float(found[1]) == 0:
         raise ValueError(f"expected a size such as 12GB or 8192MB, found {text!r}")
+    if found[2] is None and float(found[1]) > _LARGEST_PLAIN_GB:
+        number = found[1]
+        raise ValueError(
+            f"expected a size such as 12GB or 8192MB, found {text!r}: write {number}MB ({float(number) / 1024:.1f} GB), or "
+            f"{number}GB if it is that"
+        )
     return int(float(found[1]) * (MB if (found[2] or "g").lower().startswith("m") else GB))
 
 
 def lora(text: str) -> tuple[Path, float]:
     """Parses "style.safetensors:0.8" into file and strength, which is 1 by default.
 
-    A colon belongs to the path (C:\\x.safetensors) unless a number is all that follows it.
+    A colon belongs to the path (C:\\x.safetensors) unless a number is all that follows it, or the file is what stands
+    before it.
 
     Raises:
-        ValueError: The strength is not finite.
+        ValueError: The strength is no number, or not finite.
     """
     path, colon, tail = text.rpartition(":")
     if not colon or not path or not _NUMBER.fullmatch(tail):
+        if colon and not is_file(Path(text)) and is_file(Path(path)):
+            raise ValueError(f"expected a strength such as 0.8 after {Path(path).name}, found {tail!r}")
         return Path(text), 1.0
     if not math.isfinite(strength := float(tail)):
         raise ValueError(f"expected a strength such as 0.8, found {tail!r}")
     return Path(path), strength
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card: its name as it was given, and the rates that it is counted with."""
+
+    name: str
+    rates: GpuRates
+
+    @property
+    def is_known(self) -> bool:
+        """True if the rates are this card's own."""
+        try:
+            return rates_of(self.name) is self.rates
+        except ValueError:
+            return False
+
+
+def gpu_of(text: str) -> Gpu:
+    """Parses the name of a card. One that is not known is counted as the known one nearest to it.
+
+    Raises:
+        ValueError: No known card is near it.
+    """
+    return Gpu(text, nearest_rates(text))
 
 
 def resolution(text: str) -> tuple[int, int]:

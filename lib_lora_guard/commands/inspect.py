@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.lora_header import LoraFacts, counted, metadata_of_interest, read_facts, trained_words
+from ..errors import LoraMismatchError, about
 from ..files import shown
+from ..messages import Message
+from ..messages.catalogue import ENGLISH
 from ..units import MB
 from ..version import __version__
 from .page import MESSAGE_CHARACTERS, SHOWN_KEYS, counts, say
@@ -72,6 +75,7 @@ def inspect_document(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit |
         "first_unknown": [shown(key) for key in unknown[:SHOWN_KEYS]],
         "metadata": metadata_of_interest(facts.file.metadata),
         "trained_words": trained_words(facts.file.metadata),
+        "answer": str(answer(facts, checkpoint, fit)),
         "fit": None if fit is None or checkpoint is None else _fit(facts, checkpoint, fit),
     }
 
@@ -90,10 +94,34 @@ def _fit(facts: LoraFacts, checkpoint: Checkpoint, fit: Fit) -> dict[str, Any]:
     }
 
 
-def print_facts(console: Console, facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> None:
-    """Prints the facts as a page of text."""
-    made_for = facts.made_for.value if facts.made_for else "an architecture that its names and sizes do not show"
-    say(console, f"{facts.name}: LoRA for {made_for}", "bold")
+def check_fits(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> None:
+    """Checks that the model can use the LoRA; without a model there is nothing to check.
+
+    Raises:
+        LoraMismatchError: The model can use nothing of it.
+    """
+    if fit is not None and checkpoint is not None and fit.refused is not None:
+        raise LoraMismatchError(about(facts.name, shown(fit.refused, MESSAGE_CHARACTERS)))
+
+
+def answer(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> Message:
+    """Returns the answer in one sentence: fits, does not fit, or what the file is."""
+    if fit is not None and checkpoint is not None:
+        model = shown(checkpoint.header.path.name)
+        if fit.refused is not None:
+            return Message("inspect.misfit", {"model": model, "why": shown(fit.refused, MESSAGE_CHARACTERS)})
+        return Message("inspect.fits", {"model": model, "used": fit.used, "of": len(facts.file.adapters)})
+    made_for = facts.made_for.value if facts.made_for else Message("inspect.not_shown")
+    return Message("inspect.is", {"name": facts.name, "made_for": made_for})
+
+
+def print_facts(
+    console: Console, facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None, language: str = ENGLISH
+) -> None:
+    """Prints the answer in one line, then the facts as a page of text."""
+    say(console, answer(facts, checkpoint, fit).text(language), "bold")
+    if fit is not None:
+        say(console, answer(facts, None, None).text(language), "bold")
     rows = [
         ("file", f"{facts.header.container}, {_mb(facts.header.bytes)}, {len(facts.header.tensors)} tensors"),
         ("kinds", counted(facts.kinds) + (f", DoRA on {facts.dora_modules}" if facts.dora_modules else ", no DoRA")),

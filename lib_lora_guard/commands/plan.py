@@ -9,22 +9,27 @@ from pathlib import Path
 
 from ..checkpoints.lora_header import read_facts
 from ..checkpoints.model_header import DENOISER, TEXT, VAE, Checkpoint, read_checkpoint
+from ..checkpoints.part_files import PartBeside, kind_names, parts_beside, read_parts
 from ..errors import LoraMismatchError
 from ..files import shown
-from ..models.text import ANY, CLIP_G, CLIP_H, CLIP_L, LLM, T5, find_encoders, missing_encoders
+from ..models.text import T5, find_encoders, missing_encoders
 from ..planning import activations
 from ..planning.advice import advice
 from ..planning.host_memory import Latent, unet_estimate_bytes
+from ..planning.instead import Instead, Saving, instead
+from ..planning.limits import RAM_FLOOR_BYTES
 from ..planning.mode import Wish
-from ..planning.predict import ModelFacts, Prediction, Weight, predict
+from ..planning.predict import ModelFacts, Patch, Prediction, Weight, predict
 from ..planning.rates import GpuRates
 from ..planning.tokens import Picture, Tokens, tokens_for
+from ..planning.usual_parts import T5_FP8, VAE_KIND
 from .stack import Stack, plan_stack
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The user's request. `vram_bytes` is what Forge finds free, `ram_bytes` what is installed."""
+    """The user's request. `vram_bytes` is what Forge finds free, `ram_bytes` what is installed, `beside` are files of text
+    encoders and VAE."""
 
     model: Path
     loras: Sequence[tuple[Path, float]]
@@ -33,11 +38,19 @@ class PlanRequest:
     picture: Picture
     rates: GpuRates
     wish: Wish = Wish.AUTO
+    beside: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """The result of `plan`. `predictions` (the guard's first) is empty if no LoRA can be used."""
+    """The result of `plan`.
+
+    Attributes:
+        beside: Text encoders and VAE outside the model file: those given, and what is assumed for the rest.
+        unknown: The kinds of parts, of `models.text` or VAE_KIND, that an image needs and whose size is not known.
+        predictions: The guard's first; none if no LoRA can be used.
+        instead: What would fit, or would not be swapped; None if nothing is known.
+    """
 
     request: PlanRequest
     checkpoint: Checkpoint
@@ -45,7 +58,10 @@ class PlanResult:
     tokens: Tokens
     forge_activation_bytes: int
     stack: Stack
+    beside: list[PartBeside]
+    unknown: list[str]
     predictions: tuple[Prediction, ...]
+    instead: Instead | None
     advice: list[str]
 
     def check_usable(self) -> None:
@@ -73,23 +89,78 @@ def make_plan(request: PlanRequest) -> PlanResult:
     facts = [(read_facts(path), strength) for path, strength in request.loras]
     tokens = tokens_for(checkpoint.architecture, request.picture)
     stack = plan_stack(checkpoint, facts, request.wish, tokens, compute_bytes)
-    model = model_facts(checkpoint, tokens, request.picture, compute_bytes)
+    given = [part for path in request.beside for part in read_parts(path, compute_bytes)]
+    beside, unknown = parts_beside(checkpoint, given)
+    model = model_facts(checkpoint, tokens, request.picture, compute_bytes, beside, unknown)
     predictions: tuple[Prediction, ...] = ()
     lines: list[str] = []
+    other = None
     if stack.patches:
         predictions = predict(
             model, stack.patches, request.vram_bytes, request.ram_bytes, request.rates, sys.platform == "win32"
         )
+        other = _instead(request, checkpoint, model, stack, beside, predictions[0])
         lines = advice(model, stack.patches, predictions) + [
             shown(line, LINE_CHARACTERS) for line in _beside(checkpoint, stack)
         ]
     latent = Latent.of(request.picture.width, request.picture.height, request.picture.batch)
     estimate = int(unet_estimate_bytes(latent, compute_bytes))
-    return PlanResult(request, checkpoint, model, tokens, estimate, stack, predictions, lines)
+    return PlanResult(request, checkpoint, model, tokens, estimate, stack, beside, unknown, predictions, other, lines)
 
 
-def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, compute_bytes: int) -> ModelFacts:
-    """Returns the facts of a checkpoint that the predictions need."""
+def _instead(
+    request: PlanRequest,
+    checkpoint: Checkpoint,
+    model: ModelFacts,
+    stack: Stack,
+    beside: Sequence[PartBeside],
+    guard: Prediction,
+) -> Instead | None:
+    """Searches what would fit, or what would stay on the card where the model is swapped."""
+    if guard.problem or (guard.fits and not guard.swapped_bytes):
+        return None
+
+    def predicted(other: ModelFacts, patches: Sequence[Patch]) -> Prediction:
+        spills = sys.platform == "win32"
+        return predict(other, patches, request.vram_bytes, request.ram_bytes, request.rates, spills)[0]
+
+    def good(prediction: Prediction) -> bool:
+        spare = prediction.ram_peak_bytes * SPARE_SHARE
+        if not prediction.fits or prediction.ram_peak_bytes + spare + RAM_FLOOR_BYTES > request.ram_bytes:
+            return False
+        return not (guard.fits and prediction.swapped_bytes)
+
+    matrices = frozenset(p.name for p in checkpoint.of_part(DENOISER) if p.is_layer)
+    wide = [part.bytes for part in beside if part.kinds and set(part.kinds) <= {T5} and not part.is_assumed]
+    text = Saving(T5_FILE, sum(wide) - T5_FP8.bytes) if sum(wide) > T5_FP8.bytes else None
+    architecture = checkpoint.architecture.value if checkpoint.architecture else None
+    return instead(model, stack.patches, matrices, text, predicted, architecture, good)
+
+
+SPARE_SHARE = 0.05
+"""Share of the RAM that another file must leave unused, because predictions are not exact."""
+T5_FILE = "t5xxl_fp8_e4m3fn.safetensors"
+"""The usual name of T5-XXL's encoder in fp8."""
+
+
+def model_facts(
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    picture: Picture,
+    compute_bytes: int,
+    beside: Sequence[PartBeside] = (),
+    unknown: Sequence[str] = (),
+) -> ModelFacts:
+    """Returns the facts of a checkpoint that the predictions need.
+
+    Args:
+        checkpoint: The model file.
+        tokens: What the denoiser's layers see.
+        picture: The image.
+        compute_bytes: Bytes of one number in the compute dtype.
+        beside: Parts that lie in other files.
+        unknown: Kinds of parts that an image needs and that nothing is known of.
+    """
     denoiser = checkpoint.of_part(DENOISER)
     shapes = {parameter.name: parameter.shape for parameter in denoiser}
     formats = checkpoint.formats()
@@ -99,47 +170,33 @@ def model_facts(checkpoint: Checkpoint, tokens: Tokens, picture: Picture, comput
         weights=[
             Weight(p.name, p.values, p.memory_bytes(compute_bytes), p.placed_bytes(compute_bytes)) for p in denoiser
         ],
-        other_bytes=sum(p.memory_bytes(compute_bytes) for p in checkpoint.parameters.values() if p.part != DENOISER),
+        other_bytes=sum(p.memory_bytes(compute_bytes) for p in checkpoint.parameters.values() if p.part != DENOISER)
+        + sum(part.bytes for part in beside),
         wide=any(p.wide for p in denoiser if p.is_layer and p.format == most),
         activation_bytes=step.used_bytes,
         compute_bytes=compute_bytes,
         held_bytes=step.held_bytes,
         is_unet=tokens.is_unet,
-        not_counted=_names_of_missing(checkpoint),
+        not_counted=kind_names(unknown),
     )
 
 
-PARTS = {TEXT: "text encoders", VAE: "VAE"}
-"""The parts of a model beside its denoiser that an image needs, with their names for users."""
+def not_in_file(checkpoint: Checkpoint) -> list[str]:
+    """Returns the parts that an image needs and that the model file lacks, in whole or in part."""
+    return [
+        part for part in (TEXT, VAE) if not checkpoint.of_part(part) or (part == TEXT and encoders_missing(checkpoint))
+    ]
 
 
-def not_counted(checkpoint: Checkpoint) -> list[str]:
-    """Returns the parts that an image needs and that this file lacks, in whole or in part."""
-    return [part for part in PARTS if not checkpoint.of_part(part) or (part == TEXT and encoders_missing(checkpoint))]
+def not_counted(unknown: Sequence[str]) -> list[str]:
+    """Returns the parts of the model that `unknown` kinds belong to."""
+    parts = [TEXT] if any(kind != VAE_KIND for kind in unknown) else []
+    return [*parts, *([VAE] if VAE_KIND in unknown else [])]
 
 
 def encoders_missing(checkpoint: Checkpoint) -> list[str]:
-    """Returns the kinds of text encoders, of `models.text`, that an image needs and that this file lacks."""
+    """Returns the kinds of text encoders, of `models.text`, that an image needs and that the model file lacks."""
     return missing_encoders(checkpoint.architecture, find_encoders(checkpoint.shapes).values())
-
-
-def _names_of_missing(checkpoint: Checkpoint) -> list[str]:
-    names = [PARTS[part] for part in not_counted(checkpoint)]
-    if TEXT in not_counted(checkpoint) and checkpoint.of_part(TEXT):
-        kinds = [ENCODERS[kind] for kind in encoders_missing(checkpoint)]
-        names[0] = f"text encoder {' and '.join(kinds)}"
-    return names
-
-
-ENCODERS = {
-    CLIP_L: "CLIP-L",
-    CLIP_G: "CLIP-G",
-    CLIP_H: "OpenCLIP-H",
-    T5: "T5",
-    LLM: "language model",
-    ANY: "of any kind",
-}
-"""The kinds of text encoders with their names for users."""
 
 
 LINE_CHARACTERS = 300

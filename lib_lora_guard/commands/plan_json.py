@@ -9,9 +9,11 @@ from ..checkpoints.model_header import DENOISER, OTHER, TEXT, VAE, Checkpoint
 from ..files import shown
 from ..planning.predict import Prediction
 from ..planning.rates import BANDWIDTH_EFFICIENCY, CPU_MERGE_VALUES, EFFICIENCY, GpuRates
+from ..planning.usual_parts import VAE_KIND
 from ..version import __version__
+from .answer import answer, fits
 from .page import SHOWN_KEYS, counts
-from .plan import PlanResult, encoders_missing, not_counted
+from .plan import PlanResult, encoders_missing, not_counted, not_in_file
 from .stack import StackedLora
 
 SCHEMA = "lora-guard/plan/1"
@@ -41,6 +43,18 @@ def plan_document(result: PlanResult) -> dict[str, Any]:
         "loras": [_lora(lora) for lora in result.stack.loras],
         "predicted": [_prediction(prediction, result.model.not_counted) for prediction in result.predictions],
         "advice": result.advice,
+        "fits": fits(result),
+        "answer": str(answer(result)),
+        "beside": [
+            {
+                "part": part.part,
+                "kinds": list(part.kinds),
+                "name": part.name,
+                "bytes": part.bytes,
+                "is_assumed": part.is_assumed,
+            }
+            for part in result.beside
+        ],
     }
 
 
@@ -55,8 +69,10 @@ def _model(result: PlanResult) -> dict[str, Any]:
         "is_scaled_fp8": checkpoint.is_scaled_fp8,
         "denoiser_parameters": len(checkpoint.of_part(DENOISER)),
         "part_bytes": part_bytes(checkpoint),
-        "not_counted": not_counted(checkpoint),
-        "text_encoders_not_counted": encoders_missing(checkpoint),
+        "not_in_file": not_in_file(checkpoint),
+        "text_encoders_not_in_file": encoders_missing(checkpoint),
+        "not_counted": not_counted(result.unknown),
+        "text_encoders_not_counted": [kind for kind in result.unknown if kind != VAE_KIND],
         "denoiser_memory_bytes": result.model.denoiser_bytes,
         "activation_estimate_bytes": result.model.activation_bytes,
         "forge_activation_estimate_bytes": result.forge_activation_bytes,

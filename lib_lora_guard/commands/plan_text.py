@@ -10,14 +10,20 @@ from rich.table import Table
 
 from ..checkpoints.lora_header import counted
 from ..files import shown
+from ..messages import Message
+from ..messages.catalogue import ENGLISH
 from ..planning.mode import Wish
 from ..planning.predict import INFERENCE_BYTES, Prediction
 from ..planning.rates import CPU_MERGE_VALUES, EFFICIENCY, GIGA, GpuRates
 from ..units import GB, MB
+from .answer import answer, counted_beside
 from .page import MESSAGE_CHARACTERS, say
-from .plan import PlanResult
+from .plan import PlanResult, not_in_file
 from .plan_json import part_bytes
 from .stack import StackedLora
+
+ANSWER_CHARACTERS = 600
+"""Characters shown of the answer."""
 
 _PARTS = {"denoiser": "U-Net or transformer", "text_encoders": "text encoders", "vae": "VAE", "other": "other"}
 
@@ -35,8 +41,20 @@ _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
 )
 
 
-def print_plan(console: Console, result: PlanResult) -> None:
-    """Prints the page."""
+def print_plan(console: Console, result: PlanResult, notes: Sequence[Message] = (), language: str = ENGLISH) -> None:
+    """Prints the answer in one line, then the page.
+
+    Args:
+        console: The console.
+        result: The plan.
+        notes: What was read from the machine or taken for what was asked.
+        language: Of the answer and the notes.
+    """
+    say(console, shown(answer(result).text(language), ANSWER_CHARACTERS), "bold")
+    for note in (counted_beside(result), *notes):
+        if note is not None:
+            say(console, note.text(language))
+    say(console, "")
     _print_model(console, result)
     for lora in result.stack.loras:
         _print_lora(console, lora)
@@ -61,7 +79,7 @@ def print_plan(console: Console, result: PlanResult) -> None:
     if missing:
         say(
             console,
-            f"Not counted, because they are not in this file: {', '.join(missing)}. Whether all of it fits is open.",
+            f"Not counted, because nothing is known of it: {', '.join(missing)}. Whether all of it fits is open.",
         )
     say(console, _assumed(request.rates))
     if request.wish is not Wish.AUTO:
@@ -78,8 +96,8 @@ def _print_model(console: Console, result: PlanResult) -> None:
     say(console, f"{name}: {architecture}, {checkpoint.header.container}, {_gb(checkpoint.header.bytes)}", "bold")
     sizes = part_bytes(checkpoint)
     there = ", ".join(f"{_PARTS[part]} {_gb(size)}" for part, size in sizes.items() if size)
-    missing = " and ".join(result.model.not_counted)
-    say(console, f"  {there}" + (f"; {missing} not in this file, add their size to the RAM" if missing else ""))
+    missing = " and ".join(_PARTS[part] for part in not_in_file(checkpoint))
+    say(console, f"  {there}" + (f"; {missing} not or not all in this file" if missing else ""))
     formats = checkpoint.formats()
     whole = sum(formats.values()) or 1  # a file of empty tensors
     shares = ", ".join(f"{form} {100 * values / whole:.0f} %" for form, values in formats.most_common(4))

@@ -15,9 +15,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 
 from ..hosts.plain.guard import LoraGuard
+from ..messages import Message
+from ..messages.catalogue import ENGLISH
 from ..units import MB
 from ..version import __version__
 from ..weights import Codec, Nf4Codec, PlainCodec, Q4_0Codec, ScaledFp8Codec, StoredLinear
@@ -39,6 +42,8 @@ CODECS: dict[str, Callable[[], Codec]] = {
     "GGUF Q4_0": Q4_0Codec,
 }
 STEPS_PER_FORMAT = 11
+TOLD = "NF4"
+"""The format of the sentence on the result."""
 
 
 @dataclass
@@ -87,13 +92,16 @@ LEGEND = (
 )
 
 
-def run_demo(console: Console, markdown: bool = False, shape: FluxShape | None = None) -> list[Row]:
-    """Runs all formats, prints one table and returns its rows.
+def run_demo(
+    console: Console, markdown: bool = False, shape: FluxShape | None = None, language: str = ENGLISH
+) -> list[Row]:
+    """Runs all formats, prints one table and a sentence on the result, and returns the table's rows.
 
     Args:
         console: Receives the table.
         markdown: Prints the table as Markdown.
         shape: The model's sizes; None takes the demo's.
+        language: Of the sentence.
     """
     shape = shape or FluxShape()
     # On stderr, so that stdout contains only the table.
@@ -123,7 +131,24 @@ def run_demo(console: Console, markdown: bool = False, shape: FluxShape | None =
         f"torch {torch.__version__}, Python {platform.python_version()}, LoRA Guard {__version__}"
     )
     _print(console, rows, caption, markdown)
+    if not markdown:
+        console.print(Text(result(rows).text(language), style="bold"), highlight=False)
     return rows
+
+
+def result(rows: list[Row]) -> Message:
+    """Returns the result in one sentence, of the format that loses most by merging."""
+    guard, merging = (next(r for r in rows if (r.format, r.way) == (TOLD, way)) for way in ("guard", "merging"))
+    facts = {
+        "format": TOLD,
+        "guard_seconds": guard.change.seconds,
+        "merging_seconds": merging.change.seconds,
+        "guard_mb": guard.ram_peak_mb,
+        "merging_mb": merging.ram_peak_mb,
+        "guard_percent": 100 * guard.share,
+        "merging_percent": 100 * merging.share,
+    }
+    return Message("demo.result", facts)
 
 
 def write_lora(path: Path, shape: FluxShape) -> dict[str, torch.Tensor]:

@@ -11,6 +11,8 @@ Why files are read here instead of through safetensors' `safe_open`:
 from __future__ import annotations
 
 import ctypes
+import difflib
+import itertools
 import math
 import os
 import threading
@@ -49,6 +51,12 @@ READ_AT_ONCE_BYTES = 8 * MB
 """What a thread reads before it takes the next piece: the threads stay close together, so that a disk that turns need not seek."""
 LARGE_FILE_BYTES = 64 * MB
 """From here on threads are worth what they cost."""
+
+_MODEL_ENDS = (".safetensors", ".gguf")
+_NEAR_NAME = 0.88
+"""Likeness from which a name may be a misspelling of another."""
+_MOST_NAMES = 2000
+"""Names of a folder that are compared."""
 
 _Read = TypeVar("_Read")
 
@@ -178,12 +186,30 @@ def opened(path: Path) -> Iterator[tuple[FileIO, os.stat_result]]:
         FileFormatError: The system cannot open or read it.
     """
     if not is_file(path):
-        raise FileFormatError(about(shown(str(path)), Message("file.missing")))
+        raise FileFormatError(about(shown(str(path)), _why_no_file(path)))
     try:
         with path.open("rb", buffering=0) as file:
             yield file, os.fstat(file.fileno())
     except OSError as error:
         raise refusal(path, Message("file.unreadable", {"error": error.strerror or str(error)})) from error
+
+
+def _why_no_file(path: Path) -> Message:
+    """Returns the reason why there is no file at `path`, with the file that may be meant."""
+    try:
+        if path.is_dir():
+            first = min((name for name in _names_in(path) if name.lower().endswith(_MODEL_ENDS)), default="")
+            example = Message("file.folder_example", {"name": shown(first)}) if first else ""
+            return Message("file.folder", {"example": example})
+        near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1, cutoff=_NEAR_NAME)
+    except (OSError, ValueError):
+        return Message("file.missing")
+    return Message("file.missing_near", {"near": shown(near[0])}) if near else Message("file.missing")
+
+
+def _names_in(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in itertools.islice(entries, _MOST_NAMES)]
 
 
 def is_file(path: Path) -> bool:

@@ -46,6 +46,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def say_installed_twice(folder: Path) -> None:
+    """Says that the extension lies in two folders; what is at work stays so.
+
+    Args:
+        folder: Of the copy that came second.
+    """
+    _second_copies.add(folder)
+    say(log, logging.WARNING, "host.installed_twice", first=str(JOURNAL_FOLDER.parent), second=str(folder))
+
+
 def start(arguments: Sequence[str]) -> bool:
     """Installs the takeover unless the flags say no; True when it is in place.
 
@@ -90,6 +100,8 @@ def start(arguments: Sequence[str]) -> bool:
 def run_script(extension_root: Path) -> None:
     """Called each time Forge runs the extension's scripts: Forge's own extensions and options are loaded by then, and the
     guard's files may be newer than what is loaded of them."""
+    if extension_root in _second_copies:
+        return
     on_disk = (extension_root / "lib_lora_guard" / "version.py").read_text(encoding="utf-8")
     if f'"{version.__version__}"' not in on_disk:
         # What runs is the old version, all of it; the page that is being built anew gets its old tab.
@@ -132,3 +144,4 @@ def _options() -> GuardOptions | None:
 
 
 _guard_options: GuardOptions | None = None
+_second_copies: set[Path] = set()

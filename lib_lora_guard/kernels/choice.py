@@ -93,7 +93,9 @@ class Kernels:
         pair = self._kernels.get(Slot(kind, _with_index(device), dtype, bucket, rank % 16 == 0))
         return None if pair is None or kind in self._refused else pair[per_rank]
 
-    def prepare(self, kinds: Iterable[str], device: torch.device, dtype: torch.dtype, ranks: Iterable[int]) -> None:
+    def prepare(
+        self, kinds: Iterable[str], device: torch.device, dtype: torch.dtype, ranks: Iterable[int], soon: bool = False
+    ) -> None:
         """Begins to compile and probe in a background thread, each kernel once; returns at once.
 
         The thread imports Triton first, which slows the others: best called as soon as a model is loaded.
@@ -102,19 +104,27 @@ class Kernels:
             kinds: `Stored.kind` of the weights.
             device: Where they lie when they are used.
             dtype: The layers' compute dtype.
-            ranks: Their joined ranks; 0 for the dequantisation alone.
+            ranks: Their joined ranks; 0 for the dequantisation alone. The first is compiled first.
+            soon: Before what waits already. False where no LoRA needs them yet.
         """
         if not self._enabled or dtype not in (torch.float16, torch.bfloat16):
             return
         if device.type != "cuda" and not interprets():
             return
         device = _with_index(device)
-        buckets = {(bucket, rank % 16 == 0) for rank in ranks if (bucket := bucket_of(rank)) is not None}
-        slots = [Slot(kind, device, dtype, *one) for kind in dict.fromkeys(kinds) for one in sorted(buckets)]
+        buckets = dict.fromkeys((bucket, rank % 16 == 0) for rank in ranks if (bucket := bucket_of(rank)) is not None)
+        slots = [Slot(kind, device, dtype, *one) for one in buckets for kind in dict.fromkeys(kinds)]
+        if not soon:
+            # What cannot be had is said when a LoRA could use it.
+            slots = [slot for slot in slots if _unsuitable(slot) is None]
         with self._lock:
             new = [slot for slot in slots if slot not in self._asked and slot.kind not in self._refused]
             self._asked.update(new)
             self._jobs.extend(new)
+            if soon:
+                # All but the one that is being compiled.
+                rest = [self._jobs.pop() for _ in range(len(self._jobs) - 1)][::-1]
+                self._jobs.extend(sorted(rest, key=lambda slot: slot not in slots))
             if new and (self._worker is None or not self._worker.is_alive()):
                 self._worker = threading.Thread(target=self._work, name="lora-guard-kernels", daemon=True)
                 self._worker.start()

@@ -21,6 +21,10 @@ def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) ->
         stored: The weight as it is stored.
         factors: The LoRAs; None for none.
         dtype: The layer's compute dtype, and the factors'.
+
+    Raises:
+        Exception: A kernel's. Its kind has been given up then: the next call makes the weight in plain torch. Out of memory changes
+            nothing.
     """
     rank, per_rank = (0, False) if factors is None else (factors.down.shape[0], factors.per_rank is not None)
     kernel = KERNELS.kernel(stored.kind, stored.data.device, dtype, rank, per_rank)
@@ -31,8 +35,8 @@ def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) ->
             raise
         except Exception as error:
             KERNELS.refuse(stored.kind, error)
-        else:
-            if made is not None:
-                return made
+            raise
+        if made is not None:
+            return made
     weight = dequantised(stored, dtype)
     return weight if factors is None else with_factors(weight, factors)

@@ -190,18 +190,21 @@ class Gguf(Stored):
         return [self.form, *(["baked"] if self.is_reordered else [])]
 
 
-def stored_weight(parameter: torch.Tensor, scale: torch.Tensor | None = None) -> Stored | None:
+def stored_weight(
+    parameter: torch.Tensor, scale: torch.Tensor | None = None, is_laid_out: bool = True
+) -> Stored | None:
     """Returns a layer's weight as one pass can read it, without a copy of it; None for a storage that has no such pass.
 
     Args:
         parameter: The layer's weight `(out, in)`: fp8, bitsandbytes' four bits, GGUF of Forge or Neo, or a tensor of comfy_kitchen.
         scale: What the host multiplies a plain fp8 weight by, as it does so: Forge casts `scale_weight` to the layer's dtype.
+        is_laid_out: False to see GGUF that Forge has not laid out yet as it will be then. Its bytes are not to be read.
     """
     any_parameter: Any = parameter
     if kitchen.is_quantized(parameter):
         return _of_kitchen(parameter)
     if hasattr(parameter, "gguf_cls"):
-        return _of_gguf(any_parameter)
+        return _of_gguf(any_parameter, is_laid_out)
     if hasattr(parameter, "bnb_quantized"):
         return _of_bnb(any_parameter) if any_parameter.bnb_quantized else None
     if parameter.dim() != 2 or parameter.dtype not in _FP8_FORMS or not parameter.is_contiguous():
@@ -226,13 +229,13 @@ def _of_kitchen(tensor: kitchen.QuantizedTensor) -> Stored | None:
     return None
 
 
-def _of_gguf(parameter: Any) -> Stored | None:
+def _of_gguf(parameter: Any, is_laid_out: bool) -> Stored | None:
     form = getattr(parameter.gguf_cls, "__name__", "")
     shape = tuple(int(size) for size in parameter.real_shape)
     data = parameter.data
     if form not in BLOCKS or len(shape) != 2 or shape[1] % BLOCKS[form][0] or not data.is_contiguous():
         return None
-    if not parameter.baked:  # the host refuses to decode it
+    if is_laid_out and not parameter.baked:  # the host refuses to decode it
         return None
     return Gguf(data, parameter.computation_dtype, form, (shape[0], shape[1]), baked=True)
 

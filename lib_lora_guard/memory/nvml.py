@@ -39,6 +39,7 @@ _REASONS = {
     17: "readings.nvml_blocked",
     18: "readings.nvml_driver_changed",
 }
+_NAME_BYTES = 96
 _NOT_AVAILABLE = 2**64 - 1
 _VERSION_BYTES = 80
 """nvml.h: NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE."""
@@ -159,6 +160,19 @@ class Nvml:
         return NvmlMemory(
             Reading(total, SOURCE), Reading(free, SOURCE), Reading(held, SOURCE), self._ours(handle, total)
         )
+
+    def first_card(self) -> tuple[str, int, int] | None:
+        """Returns name, total and free bytes of the driver's first card; None if it has none. Needs no torch."""
+        handle, name = ctypes.c_void_p(), ctypes.create_string_buffer(_NAME_BYTES)
+        try:
+            if self.missing is not None:
+                return None
+            self._call("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(handle))
+            self._call("nvmlDeviceGetName", handle, name, _NAME_BYTES)
+            total, free, _ = self._memory(handle)
+        except LoraGuardError:
+            return None
+        return name.value.decode("utf-8", "replace"), total, free
 
     def other_processes(self, device: torch.device) -> GpuProcesses:
         """Returns the other processes on the card, which the user could close to free memory."""

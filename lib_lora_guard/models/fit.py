@@ -64,6 +64,15 @@ class Target:
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self.shapes = shapes
 
+    def work_out(self) -> None:
+        """Works out now what the first file would wait for.
+
+        Raises:
+            IndexError: The shapes contradict the names.
+            ValueError: The shapes contradict the names.
+        """
+        _ = self.architecture, self.names
+
     @cached_property
     def architecture(self) -> Architecture | None:
         """The architecture; None if the names are ambiguous."""

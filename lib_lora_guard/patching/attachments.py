@@ -5,6 +5,7 @@ Both are idempotent and may be interrupted anywhere: what there is to do is foun
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
 from typing import ClassVar
 
@@ -29,6 +30,8 @@ from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
 from .placed import Found, Placed, compare
 from .plan import PlannedWeight, is_same_term
+
+log = logging.getLogger(__name__)
 
 
 class UnusableTermsError(LoraMismatchError):
@@ -106,6 +109,11 @@ class Attachment:
         """True while device copies exist."""
         return False
 
+    @property
+    def is_slow(self) -> bool:
+        """True if the device had no memory for the stack, so that a part of it was calculated in RAM."""
+        return False
+
 
 class BypassAttachment(Attachment):
     """The stack goes through hooks on the layer; the weight stays as it is.
@@ -174,7 +182,12 @@ class BypassAttachment(Attachment):
     def kernel(self, device: torch.device) -> Key | None:
         """Returns the kernel of the layer's short way on `device`; None where there is none."""
         fused = self.hook.fused
-        return None if fused is None else fused.key(self.site.parameter, device, self.access.compute_dtype())
+        try:
+            return None if fused is None else fused.key(self.site.layer, device, self.access.compute_dtype())
+        except Exception:
+            # A weight of a library's other version. No LoRA fails for a way that is only faster.
+            log.debug("%s has no short way", self.site.key, exc_info=True)
+            return None
 
     def drop_device_copies(self) -> None:
         self.hook.drop_device_copies()
@@ -182,6 +195,10 @@ class BypassAttachment(Attachment):
     @property
     def device_bytes(self) -> int:
         return self.hook.device_bytes(self.access.compute_dtype())
+
+    @property
+    def is_slow(self) -> bool:
+        return self.hook.was_on_the_cpu
 
     @property
     def is_resident(self) -> bool:

@@ -286,6 +286,11 @@ class Bypass(CallPatch):
         for step in self.program.steps:
             step.drop_device_copies()
 
+    @property
+    def was_on_the_cpu(self) -> bool:
+        """True if a product was calculated on the CPU, for lack of memory on the device."""
+        return bool(self._said)
+
     def device_bytes(self, dtype: torch.dtype) -> int:
         """Returns the bytes of the factors on a device that computes in `dtype`."""
         return sum(step.device_bytes(dtype) for step in self.program.steps)

@@ -13,6 +13,9 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""As torch's compiled code asks: without the object of `torch.cuda.current_stream`, which takes longer than all else in `known`."""
+
 Key = tuple[torch.device, torch.dtype, int]
 """Device, dtype and stream."""
 
@@ -56,6 +59,8 @@ def _outside_inference(make: Callable[[], T]) -> T:
 
 def _stream_id(device: torch.device) -> int:
     if device.type == "cuda":
+        if _raw_stream is not None and device.index is not None:
+            return int(_raw_stream(device.index))
         return int(torch.cuda.current_stream(device).cuda_stream)
     # Forge uses streams for swapping on Intel's GPUs too.
     return int(torch.xpu.current_stream(device).sycl_queue) if device.type == "xpu" else 0

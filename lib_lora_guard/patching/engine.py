@@ -136,6 +136,8 @@ class Engine:
         self._offloaded: Mapping[str, torch.Tensor] = {}
         self._neighbours = neighbours
         self._casts = HostCasts()
+        self._labels: tuple[str, ...] = ()
+        """The LoRAs of the last stack that may use kernels."""
         if neighbours is not None:
             neighbours.add(self)
 
@@ -246,13 +248,13 @@ class Engine:
                 raise LoraMismatchError(about(report.label, report.refused))
         in_files: dict[str, Backup] = {}
         while True:
-            plan = self._plan(accepted, reports, wish, leave_out)
+            plan, otherwise = self._plan(accepted, reports, wish, leave_out), list[Message]()
             self._prove(plan, in_files, access.name)
             if wish is Wish.MERGE_FROM_FILE:
                 plan = only_from_files(plan, self.attached, in_files)
             backed_up = {*self._offloaded, *in_files}
             if wish is not Wish.MERGE:
-                plan = with_room(plan, self.attached, backed_up, self._budget, device, access.name)
+                plan = with_room(plan, self.attached, backed_up, self._budget, device, access.name, otherwise)
             try:
                 to_back_up = ram_for_backups(plan.values(), self.attached, backed_up)
                 with self.watch(Phase.BACKUP, to_back_up) if to_back_up else contextlib.nullcontext():
@@ -264,6 +266,7 @@ class Engine:
                     device_bytes=sum(a.device_bytes for a in prepared.values()) if device.type != "cpu" else 0,
                     ram_bytes=sum(reports[i].bytes for i in accepted),
                     milliseconds=0.0,
+                    otherwise=otherwise,
                 )
                 for report in reports:
                     report.forget_counts()
@@ -286,7 +289,10 @@ class Engine:
                     accepted.pop(origin, None)
                     reports[origin].refused = reason(error)
                     reports[origin].forget_counts()
-        CHOICE.prepare(set(kernels.values()))
+        if kernels:
+            labels = tuple(lora.label for lora in reports)
+            CHOICE.prepare(set(kernels.values()), are_new_files=labels != self._labels)
+            self._labels = labels
         self._casts.settle(access, {one.site.layer for one in self.attached.values()}, device)
         whole.milliseconds = (time.perf_counter() - started) * 1000
         return whole
@@ -609,7 +615,8 @@ class Engine:
 def _kernels(attachments: Mapping[str, Attachment], device: torch.device) -> dict[str, Key]:
     """Returns the kernels that a stack may use, by the name of the weight."""
     found = {key: one.kernel(device) for key, one in attachments.items() if isinstance(one, BypassAttachment)}
-    return {key: kernel for key, kernel in found.items() if kernel is not None and CHOICE.may_take(kernel)}
+    may_take = {kernel for kernel in set(found.values()) if kernel is not None and CHOICE.may_take(kernel)}
+    return {key: kernel for key, kernel in found.items() if kernel is not None and kernel in may_take}
 
 
 def _difference(

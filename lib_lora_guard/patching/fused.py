@@ -8,6 +8,7 @@ code, and the bypass after it.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -20,6 +21,8 @@ from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
 from .fused_choice import CHOICE, FusedChoice, Key
 from .low_rank import Block, JoinedLowRank, Scale
+
+log = logging.getLogger(__name__)
 
 
 class Held(NamedTuple):
@@ -38,6 +41,15 @@ class Held(NamedTuple):
 
 class RawWeight(ABC):
     """How a host's layers of one class hold their weights. It keeps nothing of a layer."""
+
+    def scale(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """Returns what the host multiplies a layer's weight by; None for weights without such a factor."""
+        return None
+
+    def stored(self, layer: torch.nn.Module, is_laid_out: bool = True) -> Stored | None:
+        """Returns a layer's weight, wherever it lies now; None where no kernel will make it. `is_laid_out`: as `stored_weight` says."""
+        weight = layer._parameters.get("weight")
+        return None if weight is None else stored_weight(weight, self.scale(layer), is_laid_out)
 
     @abstractmethod
     def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
@@ -68,9 +80,9 @@ class Fused:
         self._facts = _Facts()
         self._made: tuple[tuple[tuple[Block, Scale], ...], Factors] | None = None
 
-    def key(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Key | None:
+    def key(self, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Key | None:
         """Returns the kernel for calls with activations of `dtype` on `device`; None where there is none for the weight."""
-        stored = stored_weight(weight)
+        stored = self._raw.stored(layer)
         return None if stored is None else Key(stored.kind, device, dtype, self._rank)
 
     def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -79,8 +91,14 @@ class Fused:
         is_known = self._held is choice.held and key is not None and dtype is key.dtype and device == key.device
         if is_known and not self._is_taken:
             return None
-        held = self._raw.of(layer, x)
-        stored = None if held is None else self._facts.stored(held, dtype, device)
+        try:
+            held = self._raw.of(layer, x)
+            stored = None if held is None else self._facts.stored(held, dtype, device)
+        except Exception as error:
+            # Without room for what comes from RAM the host says so, in its own words.
+            if not is_out_of_memory(error):
+                log.debug("a weight cannot be read for its short way", exc_info=True)
+            return None
         if held is None or stored is None:
             return None
         if not is_known or key is None or stored.kind != key.kind:
@@ -117,9 +135,10 @@ class Fused:
         if len(parts) != 1:
             return None
         ((block, scale),) = parts
-        factors = Factors(block.outputs[0].up, block.down, scale.alpha, scale.per_rank)
-        if device.type != "cpu":
-            # In RAM the factors are made anew for each call.
+        factors = Factors(block.whole_up(joined.shape[0]), block.down, scale.alpha, scale.per_rank)
+        if device.type != "cpu" and block.is_whole:
+            # In RAM the factors are made anew for each call. So is an `up` of several parts: it is larger than these, and is done with
+            # before the layer's product begins.
             self._made = parts, factors
         return factors
 

@@ -1,4 +1,5 @@
-"""The short way of layers without a LoRA, on models that have LoRAs: the host's own temporary weight, made by a kernel.
+"""The short way of layers without a LoRA, on models that have LoRAs: the host's own temporary weight, made by a kernel, where that is
+measured to be faster.
 
 Bit for bit the host's weight, so that it is no part of a change: it is settled after one, and nothing has to be undone.
 """
@@ -6,15 +7,18 @@ Bit for bit the host's weight, so that it is no part of a change: it is settled 
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Collection
 
 import torch
 
+from ..weights.storage import storage_of
 from .access import ModelAccess
 from .bypass import CAST, call_of_layer
 from .fused import Fused
 from .fused_choice import CHOICE, Key
+from .fused_measured import beats_host_cast
 from .marked_class import unmark
 
 log = logging.getLogger(__name__)
@@ -43,8 +47,8 @@ class HostCasts:
             kernels: set[Key] = set()
             for layer, raw in found:
                 fused = Fused(raw, None)
-                key = fused.key(layer.get_parameter("weight"), device, access.compute_dtype())
-                if key is None or not CHOICE.may_take(key):
+                key = fused.key(layer, device, access.compute_dtype())
+                if key is None or not _is_faster(key.kind, layer) or not CHOICE.may_take(key):
                     continue
                 kernels.add(key)
                 layer.__dict__[CAST] = fused
@@ -62,3 +66,7 @@ class HostCasts:
             if layer not in but:
                 unmark(layer)
         self._layers.clear()
+
+
+def _is_faster(kind: str, layer: torch.nn.Module) -> bool:
+    return beats_host_cast(kind, math.prod(storage_of(layer.get_parameter("weight")).shape))

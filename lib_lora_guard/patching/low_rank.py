@@ -7,6 +7,7 @@ the last product, several are a vector over the rank. So a change of strength mo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -35,6 +36,22 @@ class Block:
     part: Slice | None
     outputs: tuple[Output, ...]
 
+    @property
+    def is_whole(self) -> bool:
+        """True if all terms are on all of the output."""
+        return len(self.outputs) == 1 and self.outputs[0].part is None
+
+    def whole_up(self, rows: int) -> torch.Tensor:
+        """Returns one `up` `(rows, rank)` for all of the output: zero where a term has no part in it."""
+        first = self.outputs[0].up
+        if self.is_whole:
+            return first
+        whole = torch.zeros(rows, self.down.shape[0], dtype=first.dtype, device=first.device)
+        for output in self.outputs:
+            of_part = whole if output.part is None else output.part.of(whole)
+            of_part.narrow(1, output.start, output.up.shape[1]).copy_(output.up)
+        return whole
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -53,12 +70,27 @@ class Entry:
     part: Slice | None = None
 
 
+MOST_VECTORS = 64
+"""As many different ones are kept for stacks that are made one after the other."""
+
+
 class ScaleVectors:
     """Scales with one value per rank, on their devices, shared by all layers that need the same ones.
 
-    A change of strengths copies a handful of vectors to a device instead of one per layer (measured on an H200: 3 LoRAs
-    on 304 layers, 41 ms).
+    A stack, and a change of strengths, copies a handful of vectors to a device instead of one per layer (measured on an H200:
+    3 LoRAs on 304 layers, 41 ms).
     """
+
+    _present: weakref.ref[ScaleVectors] | None = None
+
+    @classmethod
+    def present(cls) -> ScaleVectors:
+        """Returns those of the stacks that are being made now. They go with the last layer that has them."""
+        found = None if cls._present is None else cls._present()
+        if found is None or len(found._vectors) >= MOST_VECTORS:
+            found = cls()
+            cls._present = weakref.ref(found)
+        return found
 
     def __init__(self) -> None:
         self._vectors: dict[tuple[tuple[int, ...], tuple[float, ...]], DeviceCache[torch.Tensor]] = {}
@@ -102,7 +134,7 @@ class JoinedLowRank:
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.shape = shape
         self._entries = tuple(entries)
-        self.scaling = Scaling(self.scales_at(entry.strength for entry in entries), ScaleVectors())
+        self.scaling = Scaling(self.scales_at(entry.strength for entry in entries), ScaleVectors.present())
         groups: dict[Slice | None, dict[Slice | None, list[int]]] = {}
         for number, entry in enumerate(entries):
             groups.setdefault(_side(entry.part, 1), {}).setdefault(_side(entry.part, 0), []).append(number)
@@ -117,9 +149,8 @@ class JoinedLowRank:
 
     @property
     def is_one_product(self) -> bool:
-        """True for matrices on the whole of a weight: `up @ down` of all terms together is what they add to it."""
-        is_whole = list(self._groups) == [None] and list(self._groups[None]) == [None]
-        return is_whole and len(self.shape) == 2
+        """True if the terms on a matrix read the whole of its input: one `up @ down` is what they add to it, together."""
+        return list(self._groups) == [None] and len(self.shape) == 2
 
     def scales_at(self, strengths: Iterable[float]) -> tuple[float, ...]:
         """Returns the factor of each entry at these strengths."""

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ModeError
 from ..memory.probe import BackupBudget
-from ..messages import say
+from ..messages import Message
 from ..planning.mode import Choice, Mode, Wish, choose_mode
 from ..units import MB
 from .access import Site
@@ -31,6 +31,7 @@ def with_room(
     budget: Callable[[], BackupBudget],
     device: torch.device,
     model: str,
+    otherwise: list[Message],
 ) -> Plan:
     """Returns `plan` with as many merges as there is room for.
 
@@ -44,6 +45,7 @@ def with_room(
         budget: Returns the spare memory; called only if the answer matters.
         device: The device the model computes on.
         model: The model's name, for the log.
+        otherwise: Gets the sentence on what is not merged.
     """
     needs = {
         key: parameter_bytes(one.site.parameter)
@@ -70,16 +72,9 @@ def with_room(
             result[key] = PlannedWeight(one.site, one.terms, others[key])
             left += 1
     if left:
-        say(
-            log,
-            logging.WARNING,
-            "preflight.not_merged",
-            model=model,
-            count=left,
-            of=len(needs),
-            need_mb=total / MB,
-            free_mb=spare.ram_spare_bytes / MB,
-        )
+        room = {"need_mb": total / MB, "free_mb": spare.ram_spare_bytes / MB}
+        otherwise.append(Message("preflight.not_merged", {"model": model, "count": left, "of": len(needs), **room}))
+        log.warning("%s", otherwise[-1])
     return result
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import weakref
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 
 NUMBER = "_lora_guard_number"
 """The attribute of a patched layer that holds its number. A number is compiled as a fact about the layer."""
+
+_defining = threading.Lock()
 
 _layers: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 
@@ -60,7 +63,7 @@ def number_of(layer: torch.nn.Module) -> int | None:
 
 def give_number(layer: torch.nn.Module) -> None:
     """Gives `layer` a number that no other living layer has: it stays the same from one stack to the next."""
-    if _are_there():
+    if define_operators():
         number = id(layer)
         if _layers.get(number) is not layer:
             _layers[number] = layer
@@ -131,9 +134,15 @@ def _gradients(function: Any, gradient: torch.Tensor, *inputs: torch.Tensor) -> 
     return tuple([torch.zeros_like(one) if new is None else new.contiguous() for new, one in pairs])
 
 
+def define_operators() -> bool:
+    """Defines the operators, once, for any thread; returns False if there are none. It takes a tenth of a second."""
+    with _defining:
+        return _are_there()
+
+
 @functools.cache
 def _are_there() -> bool:
-    """Defines the operators, once; returns False if this torch cannot, or if they are switched off."""
+    """Defines the operators; returns False if this torch cannot, or if they are switched off."""
     if os.environ.get("LORA_GUARD_OPERATORS") == "0" or not hasattr(torch.library, "register_autograd"):
         return False
     library: Any = _library

@@ -120,6 +120,18 @@ RATES: dict[str, GpuRates] = {
 DEFAULT_GPU = "RTX 3060"
 
 
+_RELATIVES = {
+    "a100": "RTX 5090", "a6000": "RTX 3090", "a5000": "RTX 3080", "a4000": "RTX 3070", "a2000": "RTX 3060", "a40": "RTX 3090",
+    "a10": "RTX 3080", "l40": "RTX 4090", "l4": "RTX 4060", "t4": "RTX 2070", "v100": "RTX 2080 Ti", "p40": "GTX 1060",
+    "titanrtx": "RTX 2080 Ti", "6000ada": "RTX 4090", "pro6000": "RTX 5090", "h800": "H100", "h100": "H100", "h200": "H200",
+}  # fmt: skip
+"""Cards for computers of another kind, with the listed card whose memory is about as fast."""
+_MODEL = re.compile(r"(rtx|gtx)?(\d{4})(ti)?")
+_MEMORY_SIZE = re.compile(r"\d+\s*gb", re.IGNORECASE)
+_NEAR = 1000
+"""Model numbers further apart than this say nothing about each other: one generation."""
+
+
 def rates_of(name: str) -> GpuRates:
     """Returns the rates of a card in any spelling ("NVIDIA GeForce RTX 3060", "3060ti").
 
@@ -131,6 +143,42 @@ def rates_of(name: str) -> GpuRates:
         if wanted and wanted in (_short(card.name), _short(card.name).removeprefix("rtx").removeprefix("gtx")):
             return card
     raise ValueError(f"expected one of {', '.join(RATES)}, found {name!r}; take the one nearest to yours")
+
+
+def nearest_rates(name: str) -> GpuRates:
+    """Returns the rates of a card, or of the known card nearest to it: "RTX 4070 Super" is counted as "RTX 4070".
+
+    Raises:
+        ValueError: No known card is near it.
+    """
+    try:
+        return rates_of(name)
+    except ValueError:
+        short = _short(_MEMORY_SIZE.sub("", name))
+        near = _relative(short) or _by_number(short)
+        if near is None:
+            raise
+        return RATES[near]
+
+
+def _relative(short: str) -> str | None:
+    return next((card for word, card in _RELATIVES.items() if re.search(rf"{word}(?![0-9])", short)), None)
+
+
+def _by_number(short: str) -> str | None:
+    found = _MODEL.match(short)
+    if found is None:
+        return None
+    line, number, is_ti = found[1], int(found[2]), bool(found[3])
+    # A GTX and an RTX with one number are no relatives; without the letters the number tells.
+    line = line or ("gtx" if number < 2000 else "rtx")
+
+    def distance(card: str) -> tuple[int, bool]:
+        return abs(number - int(card[4:8])), card.endswith(" Ti") is not is_ti
+
+    of_line = [card for card in RATES if card[:4].lower() == f"{line} "]
+    near = min(of_line, key=distance)
+    return near if distance(near)[0] <= _NEAR else None
 
 
 def _short(name: str) -> str:

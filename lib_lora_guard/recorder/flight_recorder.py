@@ -48,6 +48,8 @@ refuses or kills (design, section 7); without it, RAM_AVAILABLE + SWAP_FREE."""
 
 RAM_NEED, VRAM_NEED = "ram", "vram"
 """Names of planned bytes that a crash report understands."""
+KEPT_FREE = "kept_free"
+"""Name of the planned bytes of VRAM that stay free beside the models."""
 
 _NAME_CHARACTERS = 80
 _LORAS, _NUMBERS, _DEPTH = 16, 24, 8

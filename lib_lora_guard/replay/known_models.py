@@ -10,14 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planning.gguf_baked import value_bytes
+from ..planning.usual_parts import CLIP_G_PARAMETERS as CLIP_G_PARAMETERS
+from ..planning.usual_parts import CLIP_G_WIDTH as CLIP_G_WIDTH
+from ..planning.usual_parts import CLIP_L_PARAMETERS as CLIP_L_PARAMETERS
+from ..planning.usual_parts import CLIP_L_WIDTH as CLIP_L_WIDTH
+from ..planning.usual_parts import FLUX_VAE_PARAMETERS as FLUX_VAE_PARAMETERS
+from ..planning.usual_parts import VAE_PARAMETERS as VAE_PARAMETERS
+from ..planning.usual_parts import clip_embedding_growth_bytes as clip_embedding_growth_bytes
+from ..planning.usual_parts import t5_bytes as t5_bytes
 from ..units import FP32_BYTES
 from .forge_memory import Layer
 
 SDXL_UNET_PARAMETERS = 2_567_463_684
-VAE_PARAMETERS = 83_653_863
-"""The VAE of SD and SDXL: 4 latent channels."""
-FLUX_VAE_PARAMETERS = 83_819_683
-"""16 latent channels."""
 
 FLUX_WIDTH = 3072
 FLUX_DOUBLE_BLOCKS, FLUX_SINGLE_BLOCKS = 19, 38
@@ -52,15 +56,7 @@ _NORM_VALUES = 128 * (4 * FLUX_DOUBLE_BLOCKS + 2 * FLUX_SINGLE_BLOCKS)
 SDXL_FEED_FORWARD = (2 * 4 * 1280, 1280)
 """`ff.net.0.proj` of the lower levels, (out, in)."""
 
-CLIP_L_PARAMETERS = 123_060_480
-CLIP_G_PARAMETERS = 694_659_840
 CLIP_L_PROJECTION = 768 * 768
-CLIP_L_WIDTH, CLIP_G_WIDTH = 768, 1280
-_CLIP_ROWS = 49408 + 77
-"""Rows of the embeddings: tokens and positions."""
-_T5_MATRICES = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
-_T5_WIDE = 32128 * 4096 + 49 * 4096 + 32 * 64
-"""Token embedding, norms and position biases: always in fp32, whatever the file has."""
 
 
 @dataclass(frozen=True)
@@ -142,16 +138,6 @@ def flux_lora_pairs(rank: int) -> list[int]:
     others = [rows + columns for rows, columns in (_EMBEDDERS | _GUIDANCE).values()]
     sides = 2 * FLUX_DOUBLE_BLOCKS * double + FLUX_SINGLE_BLOCKS * single + others
     return [rank * side for side in sides]
-
-
-def t5_bytes(matrix_bytes: float) -> float:
-    """Returns the size of T5-XXL's encoder with its matrices in fp16 (2), fp8 (1) or Q8_0 (34 / 32)."""
-    return _T5_MATRICES * matrix_bytes + _T5_WIDE * FP32_BYTES
-
-
-def clip_embedding_growth_bytes(width: int) -> float:
-    """Returns the growth of a CLIP in fp16 when the first prompt converts its embeddings to fp32."""
-    return _CLIP_ROWS * width * 2
 
 
 def flux_text_bytes(matrix_bytes: float, with_projection: bool, after_first_prompt: bool) -> float:

@@ -100,6 +100,8 @@ class ApplyReport:
     """The guard's own copies in RAM."""
     milliseconds: float
     device: str = "device"
+    otherwise: list[Message] = field(default_factory=list)
+    """Sentences on what is applied otherwise than asked, or slower. The log has each already."""
 
     @property
     def refused(self) -> list[LoraReport]:
@@ -113,6 +115,8 @@ class ApplyReport:
 
     def line(self) -> Message:
         """Returns one line for the log."""
+        if not self.loras and not self.device_bytes and not self.ram_bytes:
+            return Message("report.empty", {"model": self.model, "loras": Message("report.nothing")})
         loras = Joined([lora.message() for lora in self.loras], "list.bar") if self.loras else Message("report.nothing")
         return Message("report.line", {**self._facts(), "loras": loras})
 

@@ -21,6 +21,8 @@ LINE_CHARACTERS = 2000
 ALIKE_LINES = 20
 """So many consecutive sentences of one kind (300 layers report the same) get their own lines; the rest share one line.
 """
+PROBLEMS = ("preflight.helps",)
+"""Sentences that are a problem although they are no errors."""
 _FACTS = 500
 """Most facts in one sentence, nested ones included. Ours have up to ten; a stack of LoRAs has about ten for each."""
 
@@ -41,10 +43,14 @@ class Line:
     that row.
     """
 
+    @property
+    def said(self) -> str:
+        """The sentence with its error."""
+        return self.message if self.error is None else with_error(self.message, self.error)
+
     def text(self, language: str = ENGLISH) -> str:
         """Returns the line in `language`."""
-        said = self.message if self.error is None else with_error(self.message, self.error)
-        return str(in_language(said, language))
+        return str(in_language(self.said, language))
 
 
 class LogRing(logging.Handler):
@@ -63,6 +69,8 @@ class LogRing(logging.Handler):
         self._bytes = 0
         self._last = 0
         self._run: _Run | None = None
+        self.last_problem: Line | None = None
+        """The last error, or the last sentence of PROBLEMS. Replaced as a whole; for any thread."""
 
     @property
     def last(self) -> int:
@@ -116,7 +124,10 @@ class LogRing(logging.Handler):
                 self._bytes -= old_size
             self._last += 1
             row = old.row if replaces else self._last
-            self._lines.append((Line(self._last, record.created, record.levelname, message, error, row), size))
+            line = Line(self._last, record.created, record.levelname, message, error, row)
+            if record.levelno >= logging.ERROR or getattr(message, "key", "") in PROBLEMS:
+                self.last_problem = line
+            self._lines.append((line, size))
             self._bytes += size
             while len(self._lines) > self._capacity_lines or (
                 self._bytes > self._capacity_bytes and len(self._lines) > 1

@@ -6,46 +6,32 @@ Texts are `str`; a Message is translated for each reader.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..files import shown
 from ..messages import Joined, Message, in_language
 from ..messages.catalogue import ENGLISH, TEXTS
 from ..units import MB
-from .report import ApplyReport, LoraReport, mode_word
+from .headline import UNKNOWN, Headline, Problem
+from .lora_rows import LoraRow, OnModel, model_name, way_name
+from .report import ApplyReport
 
 _NAME_CHARACTERS = 200
 _TEXT_CHARACTERS = 600
-
-
-@dataclass(frozen=True)
-class LoraStatus:
-    """One LoRA on one model."""
-
-    name: str
-    strength: float
-    used: int = 0
-    skipped: int = 0
-    lost: int = 0
-    """Keys that fit the model but could not be patched."""
-    mb: float = 0.0
-    modes: Mapping[str, int] = field(default_factory=dict)
-    """Number of weights by mode."""
-    reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The reasons for each mode."""
-    fused: int = 0
-    """Number of weights in bypass that fast kernels are for."""
-    refused: str | None = None
+_PROBLEM_CHARACTERS = 1600
+"""What a process died of takes several sentences."""
+_WORD_CHARACTERS = 40
+_MOST = 4
+"""Most ranks and kinds shown of one file."""
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """One model and its LoRAs, after the last change."""
+    """One model with LoRAs, after the last change."""
 
     name: str
-    loras: tuple[LoraStatus, ...]
+    """Of its class."""
     device: str
     device_mb: float
     ram_mb: float
@@ -112,23 +98,21 @@ class PanelStatus:
     mode: str
     enabled: bool
     version: str
+    headline: Headline = UNKNOWN
+    problems: tuple[Problem, ...] = ()
     models: tuple[ModelStatus, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()
-    """LoRAs that reached no model, each with the reason."""
+    loras: tuple[LoraRow, ...] = ()
     memory: tuple[MemoryFigure, ...] = ()
     step: StepNeed | None = None
     programs: OtherPrograms | None = None
     """Set only if the other programs hold enough VRAM to matter."""
     allocator: tuple[str, ...] = ()
-    problem: str | None = None
-    """The reason if the guard is not active."""
 
 
 def model_status(report: ApplyReport) -> ModelStatus:
     """Converts the report of a change of LoRAs to the panel's numbers."""
     return ModelStatus(
         name=str(report.model),
-        loras=tuple(_lora_status(lora) for lora in report.loras),
         device=str(report.device),
         device_mb=report.device_bytes / MB,
         ram_mb=report.ram_bytes / MB,
@@ -146,11 +130,13 @@ def as_json(status: PanelStatus, language: str = ENGLISH) -> dict[str, Any]:
         "mode": _text(status.mode, language),
         "enabled": status.enabled,
         "version": status.version,
-        "problem": _text(status.problem, language),
-        "models": [_model(model, language) for model in status.models],
-        "left_out": [
-            {"name": shown(name, _NAME_CHARACTERS), "why": _text(why, language)} for name, why in status.left_out
+        "headline": {"level": status.headline.level, "text": _text(status.headline.text, language)},
+        "problems": [
+            {"id": problem.id, "level": problem.level, "text": _text(problem.text, language, _PROBLEM_CHARACTERS)}
+            for problem in status.problems
         ],
+        "models": [_model(model, language) for model in status.models],
+        "loras": [_row(row, language) for row in status.loras],
         "memory": [_figure(figure, language) for figure in status.memory],
         "step": None if status.step is None else _step(status.step, language),
         "programs": None if status.programs is None else _programs(status.programs, language),
@@ -158,42 +144,43 @@ def as_json(status: PanelStatus, language: str = ENGLISH) -> dict[str, Any]:
     }
 
 
-def _lora_status(lora: LoraReport) -> LoraStatus:
-    return LoraStatus(
-        name=str(lora.label),
-        strength=float(lora.strength),
-        used=lora.used,
-        skipped=len(lora.skipped),
-        lost=len(lora.lost),
-        mb=lora.bytes / MB,
-        modes=dict(lora.modes),
-        reasons={mode: tuple(sorted(reasons, key=str)) for mode, reasons in lora.reasons.items()},
-        fused=lora.fused,
-        refused=lora.refused,
-    )
-
-
 def _model(model: ModelStatus, language: str) -> dict[str, Any]:
     return {
-        "name": shown(model.name, _NAME_CHARACTERS),
+        "name": _text(model_name(model.name), language),
+        "class": shown(model.name, _NAME_CHARACTERS),
         "device": shown(model.device, _NAME_CHARACTERS),
         "device_mb": _number(model.device_mb),
         "ram_mb": _number(model.ram_mb),
         "milliseconds": _number(model.milliseconds),
-        "loras": [_lora(lora, language) for lora in model.loras],
     }
 
 
-def _lora(lora: LoraStatus, language: str) -> dict[str, Any]:
+def _row(row: LoraRow, language: str) -> dict[str, Any]:
+    sheet = row.sheet
     return {
-        "name": shown(lora.name, _NAME_CHARACTERS),
-        "strength": _number(lora.strength, 4),
-        "used": lora.used,
-        "skipped": lora.skipped,
-        "lost": lora.lost,
-        "mb": _number(lora.mb),
-        "modes": [_weights(lora, mode, language) for mode in sorted(lora.modes) if lora.modes[mode]],
-        "refused": _text(lora.refused, language),
+        "name": shown(row.name, _NAME_CHARACTERS),
+        "base": None if sheet is None or sheet.base is None else shown(sheet.base, _WORD_CHARACTERS),
+        "ranks": [] if sheet is None else list(sheet.ranks[:_MOST]),
+        "kinds": [] if sheet is None else [shown(kind, _WORD_CHARACTERS) for kind in sheet.kinds[:_MOST]],
+        "file_mb": None if sheet is None else _number(sheet.mb),
+        "strengths": [_number(strength, 4) for strength in row.strengths],
+        "share": None if row.share is None else _number(row.share, 4),
+        "cost_mb": _number(row.cost_mb),
+        "cost_ms": None if row.cost_ms is None else _number(row.cost_ms),
+        "refused": _text(row.refused, language),
+        "models": [_on_model(one, language) for one in row.models],
+    }
+
+
+def _on_model(one: OnModel, language: str) -> dict[str, Any]:
+    return {
+        "name": _text(model_name(one.model), language),
+        "strength": _number(one.strength, 4),
+        "used": one.used,
+        "skipped": one.skipped,
+        "lost": one.lost,
+        "modes": [_weights(one, mode, language) for mode in sorted(one.modes) if one.modes[mode]],
+        "refused": _text(one.refused, language),
     }
 
 
@@ -212,7 +199,7 @@ def _figure(figure: MemoryFigure, language: str) -> dict[str, Any]:
 
 def _step(step: StepNeed, language: str) -> dict[str, Any]:
     return {
-        "model": shown(step.model, _NAME_CHARACTERS),
+        "model": _text(model_name(step.model), language),
         "mb": _mb(step.mb),
         "parts": [_amount(amount, language) for amount in step.parts],
         "copied_mb": _mb(step.copied_mb),
@@ -240,14 +227,17 @@ def _mb(value: float | None) -> float | None:
     return None if value is None else _number(value)
 
 
-def _weights(lora: LoraStatus, mode: str, language: str) -> dict[str, str | None]:
-    name = mode_word(mode, lora.modes[mode], lora.fused) if f"mode.{mode}" in TEXTS else mode
-    text = Message("panel.weights", {"count": lora.modes[mode], "mode": name})
-    return {"text": _text(text, language), "why": _text(Joined(lora.reasons.get(mode, ())), language)}
+def _weights(lora: OnModel, mode: str, language: str) -> dict[str, Any]:
+    name = way_name(mode, lora.modes[mode], lora.fused) if f"panel.way.{mode}" in TEXTS else mode
+    return {
+        "way": mode if f"panel.way.{mode}" in TEXTS else "",
+        "text": _text(Message("panel.weights", {"count": lora.modes[mode], "mode": name}), language),
+        "why": _text(Joined(lora.reasons.get(mode, ())), language),
+    }
 
 
-def _text(text: str | None, language: str) -> str | None:
-    return None if text is None else shown(str(in_language(text, language)), _TEXT_CHARACTERS)
+def _text(text: str | None, language: str, characters: int = _TEXT_CHARACTERS) -> str | None:
+    return None if text is None else shown(str(in_language(text, language)), characters)
 
 
 def _number(value: float, digits: int = 1) -> float | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..memory.calibration import FILE_NAME, REMEMBERED, Calibration, Key
+from ..memory.calibration_file import CalibrationFile
 from ..planning.activations import Activations
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,19 @@ class Corrections:
                 name = torch.cuda.get_device_name(device)
                 self._kept = Calibration(self.folder / FILE_NAME, name, torch.__version__)
             return self._kept is not None
+
+    def forget(self) -> int:
+        """Forgets every correction, of every card; returns their number.
+
+        Raises:
+            OSError: The file cannot be deleted.
+        """
+        with self._lock:
+            self._waiting, self._of_picture, self._repeated = {}, {}, {}
+            kept, folder = self._kept, self.folder
+        if kept is not None:
+            return kept.reset()
+        return 0 if folder is None else CalibrationFile(folder / FILE_NAME).delete()
 
     def bytes(self, key: Key, predicted_bytes: int) -> int:
         """Returns what to add to a prediction; see `Calibration.correction_bytes`. 0 before a card is in use."""

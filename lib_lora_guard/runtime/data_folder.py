@@ -18,7 +18,12 @@ from ..reporting.report import clean_text
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(rf"({re.escape(FILE_NAME)}|{re.escape(LINKS_NAME)})(\.\w+)?|flight-.*\.(ring|told)", re.DOTALL)
+CARDS_NAME = "lora-cards.json"
+"""What `hosts.webui` has read of LoRA files for their cards."""
+_NAME = re.compile(
+    rf"({re.escape(FILE_NAME)}|{re.escape(LINKS_NAME)}|{re.escape(CARDS_NAME)})(\.\w+)?|flight-.*\.(ring|told)",
+    re.DOTALL,
+)
 
 
 def look_over(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""Keeps what is to be said of an image's LoRAs: in the log, and where the host shows the image, each once in an image.
+"""Keeps what is to be said of an image: in the log, and where the host shows the image, each once in an image. That is what
+it lacks of its LoRAs, what of them was applied otherwise than asked, and what made it slow; nothing when all is well.
 
 A file is read once for many images, a batch loads its models many times, a second pass reads the prompt again: all of them
 tell what they find, and this lets each sentence through once. Under the image a LoRA has one line: what is found later
@@ -92,22 +93,26 @@ class ImageWords:
         """True if what is told now is shown under an image."""
         return self.is_open and self._images[-1].comment is not None
 
-    def tell(self, message: Message, level: int = logging.WARNING, is_logged: bool = False) -> None:
+    def tell(
+        self, message: Message, level: int = logging.WARNING, is_logged: bool = False, once: str | None = None
+    ) -> None:
         """Says a sentence in the log and under the image, unless this image has said it. Never raises.
 
         Args:
-            message: The sentence, with the LoRA's name.
+            message: The sentence, with the LoRA's name if it is about one.
             level: Of the log line.
             is_logged: True if another line of the log says the same already.
+            once: Names what is said once in an image though its numbers differ; None for the sentence itself.
         """
+        once = message if once is None else once
         image = self._images[-1] if self._images else None
-        if image is not None and message in image.said:
+        if image is not None and once in image.said:
             return
         if not is_logged:
             log.log(level, "%s", message)
         if image is None:
             return
-        image.said.add(message)
+        image.said.add(once)
         try:
             image.show(message, self._language())
         except Exception:
@@ -115,7 +120,7 @@ class ImageWords:
             log.debug("nothing can be shown under the image", exc_info=True)
 
     def tell_of(self, reports: Sequence[ApplyReport], is_logged: bool = False) -> None:
-        """Says what the models lack of their LoRAs, as their last change reports it.
+        """Says what the models lack of their LoRAs, and what is applied otherwise than asked, as their last change reports it.
 
         Args:
             reports: Of the models of the image.
@@ -126,6 +131,8 @@ class ImageWords:
                 message = lacking(lora, report.model)
                 if message is not None:
                     self.tell(message, is_logged=is_logged)
+            for message in report.otherwise:
+                self.tell(message, is_logged=True)
 
 
 def lacking(lora: LoraReport, model: str) -> Message | None:

@@ -10,6 +10,7 @@ import torch
 from ..errors import HostError
 from ..memory import MemorySnapshot, Nvml
 from ..planning.last_plan import LastPlan
+from ..reporting.lora_rows import FileSheet
 from ..reporting.report import ApplyReport
 from .image_words import ImageWords
 from .live_settings import LiveSettings
@@ -41,6 +42,10 @@ class Takeover(Protocol):
         """Gives everything back; the host applies the LoRAs on loaded models itself."""
         ...
 
+    def app_started(self) -> None:
+        """Begins what may be done ahead once the host is up. Never waits."""
+        ...
+
     def settings_changed(self) -> None:
         """Carries out what waits for no image, not even for the end of the present one."""
         ...
@@ -57,8 +62,24 @@ class Takeover(Protocol):
         """Returns what lies on each model. For any thread."""
         ...
 
+    def tell_of_slow_layers(self) -> None:
+        """Says under the image which models had layers without VRAM for their LoRAs."""
+        ...
+
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
+        ...
+
+    def lora_sheets(self) -> Mapping[str, FileSheet]:
+        """Returns facts of the LoRA files of the last prompt, by their names. For any thread."""
+        ...
+
+    def free_vram(self) -> None:
+        """Moves every model from the card into RAM, as the host does it. No image may be in the making."""
+        ...
+
+    def drop_caches(self) -> int:
+        """Gives back what is kept in RAM for speed alone; returns the bytes."""
         ...
 
     def image_reports(self, image_model: Any, text_encoder: Any) -> list[ApplyReport]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from ..memory.readings import MemorySnapshot
+from ..memory.readings import MemorySnapshot, trusted_free_bytes
 from ..recorder.crash import Crash, last_crash
 from ..recorder.crash_report import Precaution, avoid
-from ..recorder.flight_recorder import ALIVE, RAM_NEED, FlightRecorder, Phase
+from ..recorder.flight_recorder import ALIVE, KEPT_FREE, RAM_NEED, FlightRecorder, Phase
+from ..reporting.timeline import Levels, Timeline
 from .hooks import Layer, P, R
 
 log = logging.getLogger(__name__)
@@ -55,12 +56,19 @@ class Journal:
         self._folder: Path | None = None
         self.recorder = recorder or FlightRecorder()
         self._last_look = 0.0
+        self.timeline = Timeline()
+        """How full the memory was, for the panel."""
         self.others = 0
         """Grows with every phase that begins or ends, except steps: unchanged while nothing but steps is done."""
 
     @property
     def is_open(self) -> bool:
         return self._folder is not None
+
+    @property
+    def crash(self) -> Crash | None:
+        """How the last process died; None if it ended normally, or if the journal is not open."""
+        return self._crash
 
     def open(self, folder: Path) -> Crash | None:
         """Begins to write, in a file below `folder`. A second call does nothing.
@@ -88,12 +96,14 @@ class Journal:
             about: the model that it is done with.
             plan: what it is about to take.
         """
-        is_other = phase is not Phase.SAMPLING_STEP
-        self.others += is_other
+        is_step = phase is Phase.SAMPLING_STEP
+        self.others += not is_step
+        look = self._look(phase)
+        self.timeline.enter(phase.value, look.levels)
         try:
             with self.recorder.enter(
                 phase,
-                memory=self._memory(phase),
+                memory=look.numbers,
                 plan=plan,
                 model=None if about is None else about.name,
                 storage=None if about is None else about.storage,
@@ -101,7 +111,18 @@ class Journal:
             ):
                 yield
         finally:
-            self.others += is_other
+            self.others += not is_step
+            if not is_step:
+                self._end(phase, None if plan is None else plan.get(KEPT_FREE))
+
+    @contextlib.contextmanager
+    def image(self) -> Iterator[None]:
+        """Wraps a request for images, for the panel."""
+        self.timeline.begin_image()
+        try:
+            yield
+        finally:
+            self.timeline.end_image(self._look(Phase.OTHER).levels or Levels())
 
     def around(self, phase: Phase, plan: Callable[..., Plan | None] | None = None) -> Layer:
         """Makes a layer that records a phase while a function of the host runs.
@@ -133,15 +154,53 @@ class Journal:
         """Returns what to plan around, because the last process died of it with a model like this one."""
         return avoid(self._crash, about.name, about.storage)
 
-    def _memory(self, phase: Phase) -> dict[str, int | None] | None:
+    def _end(self, phase: Phase, kept_free_bytes: int | None) -> None:
+        look = self._look(phase)
+        promised = None
+        if look.levels is not None and look.levels.vram_bytes is not None and kept_free_bytes is not None:
+            most = look.levels.vram_bytes - look.unused_bytes + kept_free_bytes
+            promised = min(most, look.levels.vram_total_bytes or most)
+        self.timeline.leave(phase.value, look.levels, promised)
+
+    def _look(self, phase: Phase) -> _Look:
         now = time.monotonic()
         if phase is Phase.SAMPLING_STEP and now - self._last_look < BETWEEN_SNAPSHOTS_SECONDS:
-            return None
+            return _Look()
         self._last_look = now
         try:
-            snapshot = self._snapshot()
+            return _look_at(self._snapshot())
         except Exception:
             # The record must not be what stops an image.
             log.debug("no look at the memory", exc_info=True)
-            return None
-        return {ALIVE: snapshot.alive_ram_bytes, **{name: one.bytes for name, one in snapshot.readings()}}
+            return _Look()
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The memory at one moment; None where it was not looked at."""
+
+    numbers: dict[str, int | None] | None = None
+    """Under the names of `flight_recorder`."""
+    levels: Levels | None = None
+    unused_bytes: int = 0
+    """VRAM that torch keeps without using it."""
+
+
+def _look_at(snapshot: MemorySnapshot) -> _Look:
+    numbers: dict[str, int | None] = {ALIVE: snapshot.alive_ram_bytes}
+    numbers |= {name: one.bytes for name, one in snapshot.readings()}
+    unused = max(0, (numbers.get("vram_reserved") or 0) - (numbers.get("vram_active") or 0))
+    if "ram_total" not in numbers:
+        return _Look(numbers)
+    return _Look(numbers, _levels(snapshot), unused)
+
+
+def _levels(look: MemorySnapshot) -> Levels:
+    vram_total, ram_total = look.vram_total.bytes, look.ram_total.bytes
+    vram_free, ram_free = trusted_free_bytes(look.vram_free.bytes, look.vram_free_nvml.bytes), look.fast_ram_bytes(0)
+    return Levels(
+        None if vram_total is None or vram_free is None else max(0, vram_total - vram_free),
+        vram_total,
+        None if ram_total is None or ram_free is None else max(0, ram_total - ram_free),
+        ram_total,
+    )

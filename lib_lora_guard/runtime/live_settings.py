@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
 
+from ..memory.shares import usual_kept_files_mb
 from ..messages.languages import language_of, system_locale
-from ..settings import PREFIX, LoraMode, read
+from ..settings import MODE_OPTION, PREFIX, LoraMode, read
 from ..units import MB
 
 Options: TypeAlias = Mapping[str, object]
@@ -21,7 +22,7 @@ Options: TypeAlias = Mapping[str, object]
 LOW_BITS_OPTION = "forge_unet_storage_dtype"
 """The host's dropdown "Diffusion in Low Bits"; several of its choices end in "(fp16 LoRA)"."""
 HOST_FILE_LIMIT_OPTION = "lora_in_memory_limit"
-SHAPING = (PREFIX + "mode", LOW_BITS_OPTION, PREFIX + "merge_from_file")
+SHAPING = (MODE_OPTION, LOW_BITS_OPTION, PREFIX + "merge_from_file")
 """The options that the guard reads while an image is made, and that show in the picture."""
 
 
@@ -31,7 +32,7 @@ def mode_of(options: Options) -> LoraMode:
     If the guard's own mode is "Automatic", a choice with "(fp16 LoRA)" in Forge's "Diffusion in Low Bits" gives FP16. This holds
     for 16-bit models too, where Forge ignores it.
     """
-    mode = read({PREFIX + "mode": options.get(PREFIX + "mode")})[0].mode
+    mode = read({MODE_OPTION: options.get(MODE_OPTION)})[0].mode
     if mode is LoraMode.AUTOMATIC and "(fp16 LoRA)" in str(options.get(LOW_BITS_OPTION)):
         return LoraMode.FP16
     return mode
@@ -111,9 +112,14 @@ class LiveSettings:
         """True if a merge may leave the original weights to the checkpoint file."""
         return read(self.options)[0].file_backups
 
+    def shows_lora_cards(self) -> bool:
+        """True if the host's LoRA cards get a line with base model, rank and fit."""
+        return read(self.options)[0].lora_cards
+
     def kept_files_bytes(self) -> int:
         """Returns how many bytes of LoRA files stay in RAM beyond the present stack."""
-        return read(self.options)[0].kept_files_mb * MB
+        wanted = read(self.options)[0].kept_files_mb
+        return (usual_kept_files_mb() if wanted is None else wanted) * MB
 
     def kept_files(self) -> int:
         """Returns how many LoRA files stay in RAM by the host's own option; 0 for any number."""

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import RestoreError, named
 from ..memory.out_of_memory import is_out_of_memory
-from ..messages import say
+from ..messages import Message
 from ..patching.access import ModelAccess
 from ..patching.engine import Engine, LoraRequest
 from ..patching.merge_loss import merge_loss
@@ -50,6 +50,10 @@ class ModelStack:
     """The last change; None if nothing of the guard is on the model."""
     merge_loss_is_logged: bool = False
     """True once the log says why low-bit weights of this model are not merged."""
+    fell_back: list[Message] = field(default_factory=list)
+    """After a failure of the guard's way: the sentences on the host's own, and on the LoRAs that it was not given."""
+    slow_layers: int = 0
+    """How many layers were said to be slow for lack of VRAM."""
     failed_merges: tuple[str, int] = ("", 0)
     """The stack whose merge ended for lack of memory, and how often in a row."""
 
@@ -132,17 +136,21 @@ class ModelStacks:
         Raises:
             Exception: What an engine raises; the model has the stack it had before.
         """
-        wish = self._wish(mode, model)
+        stack.fell_back = []
+        wish, otherwise = self._wish(mode, model)
         try:
             stack.report = stack.engine.change(access, requests, wish)
+            stack.report.otherwise += otherwise if requests else []
             return True
         except Exception as error:
             if wish is Wish.NEVER_MERGE or not is_out_of_memory(error):
                 raise
             why = clean_text(named(error))
         # The error is gone here, and what it held in memory with it.
-        say(log, logging.WARNING, "preflight.merge_ended", model=access.name, why=why)
+        ended = Message("preflight.merge_ended", {"model": access.name, "why": why})
+        log.warning("%s", ended)
         stack.report = stack.engine.change(access, requests, Wish.NEVER_MERGE)
+        stack.report.otherwise.append(ended)
         return False
 
     def publish(self, stack: ModelStack, name: str) -> None:
@@ -154,10 +162,33 @@ class ModelStacks:
         """
         self.publish_reports()
         if stack.mode is LoraMode.MERGE and not stack.merge_loss_is_logged:
-            _log_merge_loss(stack, name)
+            loss = _merge_loss(stack, name)
+            if loss is not None:
+                self.words.tell(loss)
         if stack.report is not None:
             log.log(logging.WARNING if stack.report.is_worrying else logging.INFO, "%s", stack.report.line())
-            self.words.tell_of([stack.report], is_logged=True)
+            self.tell_again(stack, is_logged=True)
+
+    def tell_again(self, stack: ModelStack, is_logged: bool = False) -> None:
+        """Says of the present image what its model lacks of its LoRAs, and what of them is applied otherwise than asked.
+
+        Args:
+            stack: The model's.
+            is_logged: True if the log has the report already.
+        """
+        for message in stack.fell_back:
+            self.words.tell(message, is_logged=True)
+        if stack.report is not None:
+            self.words.tell_of([stack.report], is_logged)
+
+    def tell_of_slow_layers(self) -> None:
+        """Says under the image how many layers had no VRAM for their LoRA, once for each number. The log has each layer."""
+        for stack in list(self._stacks):
+            count = sum(one.is_slow for one in stack.engine.attached.values())
+            if count not in (0, stack.slow_layers):
+                facts = {"model": stack.engine.name, "count": count}
+                self.words.tell(Message("memory.layers_on_the_cpu", facts), is_logged=True)
+            stack.slow_layers = count
 
     def publish_reports(self) -> None:
         """Makes the present reports known to other threads."""
@@ -177,39 +208,36 @@ class ModelStacks:
         self._stacks.clear()
         self._reports = ()
 
-    def _wish(self, mode: LoraMode, model: torch.nn.Module) -> Wish:
-        """Translates the mode. The guard does not merge if merging ended the last process."""
+    def _wish(self, mode: LoraMode, model: torch.nn.Module) -> tuple[Wish, list[Message]]:
+        """Translates the mode. The guard does not merge if merging ended the last process.
+
+        Returns:
+            The wish, and a sentence if it is not what the mode asks for.
+        """
         wish = WISHES[mode]
         if mode is LoraMode.AUTOMATIC and self.merges_from_file():
             wish = Wish.MERGE_FROM_FILE
         merges = wish in (Wish.PREFER_MERGE, Wish.MERGE_FROM_FILE)
         if not merges or Precaution.NO_MERGE not in self.precautions(model):
-            return wish
+            return wish, []
         if not self._no_merge_is_logged:
             self._no_merge_is_logged = True
-            say(log, logging.WARNING, "flight.line", line=Precaution.NO_MERGE.message)
-        return Wish.AUTO
+            log.warning("%s", Precaution.NO_MERGE.message)
+        # "Automatic" asks for the best way, not for a merge.
+        return Wish.AUTO, [Precaution.NO_MERGE.message] if mode is LoraMode.MERGE else []
 
 
-def _log_merge_loss(stack: ModelStack, model: str) -> None:
-    """Says once per model what merging its low-bit weights would lose."""
+def _merge_loss(stack: ModelStack, model: str) -> Message | None:
+    """Returns a sentence on what merging the low-bit weights of a model would lose, once per model."""
     try:
         loss = merge_loss(stack.engine.attached.values())
     except Exception:
         # A measurement, and the LoRAs are on the model already.
         log.debug("%s: what merging would lose could not be measured", model, exc_info=True)
-        return
+        return None
     if loss is None:
-        return
+        return None
     stack.merge_loss_is_logged = True
     key = "everyday.cannot_be_merged" if loss.cosine is None else "everyday.not_merged"
-    say(
-        log,
-        logging.WARNING,
-        key,
-        model=model,
-        count=loss.weights,
-        format=loss.format,
-        cosine=loss.cosine or 0.0,
-        weight=loss.key,
-    )
+    facts = {"count": loss.weights, "format": loss.format, "cosine": loss.cosine or 0.0, "weight": loss.key}
+    return Message(key, {"model": model, **facts})

@@ -27,11 +27,12 @@ from typing import Concatenate
 import torch
 
 from ..memory.shared_usage import shared_usage_bytes
-from ..memory.step_times import LEAST_EXCESS_SECONDS, Slowdown, StepTimes, Verdict, driver_spills
-from ..messages import say
+from ..memory.step_times import LEAST_EXCESS_SECONDS, StepTimes, Verdict, driver_spills
+from ..messages import Joined, Message
 from ..recorder.flight_recorder import Phase
 from .hooks import P, R
 from .host import ModelSizes
+from .image_words import ImageWords
 from .journal import Journal
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class StepTimer:
         times: StepTimes | None = None,
         clock: Callable[[], float] = time.perf_counter,
         shared_usage: Callable[[], int | None] | None = shared_usage_bytes if sys.platform == "win32" else None,
+        words: ImageWords | None = None,
     ) -> None:
         """
         Args:
@@ -67,10 +69,12 @@ class StepTimer:
             times: for tests.
             clock: in seconds.
             shared_usage: bytes of system memory that the driver uses for VRAM; None where there are no such counters.
+            words: says under the image that it is slow.
         """
         self._memory, self._journal, self._stack_of = memory, journal, stack_of
         self._times = times or StepTimes(driver_spills())
         self._clock, self._shared_usage = clock, shared_usage
+        self._words = words or ImageWords()
         self._lock = threading.Lock()
         self._run = -1
         """The journal's count when the present run began."""
@@ -143,15 +147,16 @@ class StepTimer:
         slowdown = self._times.add(
             configuration, seconds, first=first, shared_bytes=shared, shared_at_first_bytes=self._shared_at_first
         )
-        if slowdown is not None and (configuration, slowdown.verdict) not in self._said:
+        if slowdown is None:
+            return
+        messages = slowdown.messages(lower_mb=slowdown.over_mb, nvidia=torch.version.hip is None)
+        if (configuration, slowdown.verdict) not in self._said:
             if len(self._said) >= _SAID:
                 self._said.clear()
             self._said.add((configuration, slowdown.verdict))
-            _tell(slowdown)
-
-
-def _tell(slowdown: Slowdown) -> None:
-    # What the driver did not do is nothing to worry about, and nothing that a setting of ours would cure.
-    level = logging.INFO if slowdown.verdict is Verdict.OTHER else logging.WARNING
-    for message in slowdown.messages(lower_mb=slowdown.over_mb, nvidia=torch.version.hip is None):
-        say(log, level, message.key, **message.facts)
+            # What the driver did not do is nothing to worry about, and nothing that a setting of ours would cure.
+            level = logging.INFO if slowdown.verdict is Verdict.OTHER else logging.WARNING
+            for message in messages:
+                log.log(level, "%s", message)
+        slow = Message("spill.image", {"what": Joined(messages, "list.semicolon")})
+        self._words.tell(slow, is_logged=True, once=f"slow: {slowdown.verdict.value}")

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import MemoryShortError
-from ..messages import Joined, Message, say
+from ..messages import Joined, Message
 from ..planning.formats import smaller_picture
 from ..planning.host_memory import GB
 from ..weights.storage import MB
+from .image_words import ImageWords
 from .preflight import Preflight
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,13 @@ class Work:
 class VaeRoom:
     """Compares what each way takes with what there is, and says so where it is not the usual one."""
 
-    def __init__(self, preflight: Preflight) -> None:
-        self._preflight = preflight
+    def __init__(self, preflight: Preflight, words: ImageWords | None = None) -> None:
+        """
+        Args:
+            preflight: compares with the RAM there is.
+            words: says under the image what was done another way than usual.
+        """
+        self._preflight, self._words = preflight, words or ImageWords()
         self._said = ""
 
     def choose(self, needs: Sequence[int], work: Work) -> int:
@@ -94,12 +100,14 @@ class VaeRoom:
         return way
 
     def say(self, key: str, work: Work, need: int, free: int) -> None:
-        """Logs a choice, once while it stays the same: each image of a row would say it again."""
-        if self._said == f"{key} {work.what}":
-            return
-        self._said = f"{key} {work.what}"
-        tile_mb = (work.tile_bytes or 0) / MB
-        say(log, logging.WARNING, key, what=work.what, need_mb=need / MB, tile_mb=tile_mb, free_mb=free / MB)
+        """Says a choice under each image, and in the log once while it stays the same."""
+        choice = f"{key} {work.what}"
+        is_logged, self._said = self._said == choice, choice
+        sizes = {"need_mb": need / MB, "tile_mb": (work.tile_bytes or 0) / MB, "free_mb": free / MB}
+        message = Message(key, {"what": work.what, **sizes})
+        if not is_logged:
+            log.warning("%s", message)
+        self._words.tell(message, is_logged=True, once=choice)
 
 
 def _ways_in_ram(work: Work, free_bytes: int, cautious: bool) -> Sequence[tuple[str, int]]:

@@ -15,6 +15,7 @@ WORTH_SAYING_BYTES = 256 * MB
 """Closing other programs is not worth it if they hold less VRAM than this."""
 MOST_PROGRAMS = 4
 
+VRAM, RAM = Message("panel.vram"), Message("panel.ram")
 _RAM_NUMBERS = ("ram_", "swap_", "commit_", "pinned", "rss")
 
 
@@ -57,34 +58,34 @@ def _vram(snapshot: MemorySnapshot) -> MemoryFigure:
     if free is None or total is None:
         # If nothing is known, the reason is shown once.
         known = tuple(number for number in numbers if number.mb is not None)
-        return MemoryFigure("VRAM", numbers=known, missing=snapshot.vram_total.missing or snapshot.vram_free.missing)
+        return MemoryFigure(VRAM, numbers=known, missing=snapshot.vram_total.missing or snapshot.vram_free.missing)
     cached = max(0, (snapshot.vram_reserved.bytes or 0) - (snapshot.vram_active.bytes or 0))
     ours = min(max(0, (snapshot.vram_ours.bytes or 0) - cached), total - free)
+    held = max(0, min(cached, free))
     used = (
         Amount(Message("panel.part.ours"), ours / MB, snapshot.vram_ours.source),
         Amount(Message("panel.part.others"), (total - free - ours) / MB, snapshot.vram_others.source),
+        Amount(Message("panel.part.cache"), held / MB, snapshot.vram_reserved.source),
     )
     # The one that counts.
     trusted = trusted_free_bytes(snapshot.vram_free.bytes, snapshot.vram_free_nvml.bytes)
     counted = snapshot.vram_free if trusted == snapshot.vram_free.bytes else snapshot.vram_free_nvml
     source = _from([counted, snapshot.vram_active, snapshot.vram_ours])
-    return MemoryFigure("VRAM", free / MB, total / MB, used, (), numbers, source)
+    return MemoryFigure(VRAM, (free - held) / MB, total / MB, used, (), numbers, source)
 
 
 def _ram(snapshot: MemorySnapshot) -> MemoryFigure:
     numbers = _numbers(snapshot, _RAM_NUMBERS)
     free, total = snapshot.fast_ram_bytes(0), snapshot.ram_total.bytes
     if free is None or total is None:
-        return MemoryFigure(
-            "RAM", numbers=numbers, missing=snapshot.ram_available.missing or snapshot.ram_total.missing
-        )
+        return MemoryFigure(RAM, numbers=numbers, missing=snapshot.ram_available.missing or snapshot.ram_total.missing)
     ours = min(snapshot.rss.bytes or 0, total - free)
     used = (
         Amount(Message("panel.part.ours"), ours / MB, snapshot.rss.source),
         Amount(Message("panel.part.rest"), (total - free - ours) / MB, snapshot.ram_available.source),
     )
     return MemoryFigure(
-        "RAM", free / MB, total / MB, used, (_page_file(snapshot),), numbers, _from([snapshot.ram_available])
+        RAM, free / MB, total / MB, used, (_page_file(snapshot),), numbers, _from([snapshot.ram_available])
     )
 
 

@@ -6,8 +6,9 @@ import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..memory.shares import usual_kept_files_mb
 from ..messages import Message
-from ..settings import LOG_LEVELS, PREFIX, Language, LoraMode, Settings
+from ..settings import LOG_LEVELS, MODE_FIELD, PREFIX, Language, LoraMode, Settings
 
 SECTION = ("lora_guard", "LoRA Guard")
 MODE_KEYS = {
@@ -35,7 +36,7 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
         return Message(f"settings.{key}").text(language)
 
     def option(name: str, component: Any = None, arguments: Mapping[str, Any] | None = None) -> Any:
-        default = getattr(Settings, name)
+        default = usual_kept_files_mb() if name == "kept_files_mb" else getattr(Settings, name)
         info = host.OptionInfo(
             getattr(default, "value", default),
             text(name),
@@ -59,6 +60,7 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
         "fast_host_cast": option("fast_host_cast"),
         "file_backups": option("file_backups"),
         "merge_from_file": option("merge_from_file"),
+        "lora_cards": option("lora_cards"),
         "kept_files_mb": option("kept_files_mb", gradio.Number, whole),
         "log_level": option("log_level", gradio.Radio, {"choices": levels}),
         "language": option("language", gradio.Radio, {"choices": languages}),
@@ -69,6 +71,8 @@ def options(host: Any, language: str, on_change: Callable[[], object]) -> Option
             "garbage_collection_threshold", gradio.Slider, {"minimum": 0, "maximum": 0.95, "step": 0.05}
         ),
     }
+    # A picture's mode, given back with "Read generation parameters" where the page has no place of its own for it.
+    made["mode"].infotext = MODE_FIELD
     return {PREFIX + name: info for name, info in made.items()}
 
 

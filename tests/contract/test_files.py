@@ -22,7 +22,7 @@ def x():
 
 
 def test_a_file_is_applied_and_taken_off_again(guarded, tmp_path, x, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     deltas = write_kohya(tmp_path / "style.safetensors", MODULES)
     patcher, dense = guarded.build("fp32")
     base = picture(guarded, patcher, x).clone()

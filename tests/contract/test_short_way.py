@@ -7,6 +7,7 @@ from support.short_way import take_short_way
 
 from contract.host import LOW_BIT
 from contract.stacks import FILE, dora, faults, lora_on_everything, reference, run, with_loras
+from lib_lora_guard.patching import fused_measured
 from lib_lora_guard.patching.fused_choice import CHOICE
 from lib_lora_guard.patching.marked_class import class_of
 
@@ -97,6 +98,14 @@ def test_an_image_ends_as_it_began(guarded, passes, monkeypatch):
             assert same_bits(run(changed), first)
         assert not passes
     with CHOICE.image():
+        # The same again, and then with another strength: no other picture than the kernels' coming would make.
+        assert same_bits(run(changed), first)
+    changed = with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.5))
+    with CHOICE.image():
+        run(changed)
+        assert not passes
+    changed = with_loras(guarded, patcher, ("another", lora_on_everything(dense, 2), 0.8))
+    with CHOICE.image():
         run(changed)
         assert passes
         there.clear()
@@ -108,7 +117,8 @@ def test_an_image_ends_as_it_began(guarded, passes, monkeypatch):
         run(changed)
     there.append(True)
     # Without images a kernel is taken as soon as it is there.
-    CHOICE.held = {}
+    with_loras(guarded, patcher, (FILE, lora_on_everything(dense, 1), 0.8))
+    changed = with_loras(guarded, patcher, ("another", lora_on_everything(dense, 2), 0.8))
     there.clear()
     run(changed)
     assert not passes
@@ -165,6 +175,12 @@ def test_layers_without_a_lora_get_the_hosts_own_numbers_if_that_is_wished(guard
     wanted = run(with_loras(guarded, patcher, (FILE, one, 0.8)))
     passes.clear()
     monkeypatch.setattr(CHOICE, "casts_too", lambda: True)
+    again = with_loras(guarded, patcher, ("again", one, 0.8))
+    assert same_bits(run(again), wanted)
+    assert [factors is None for _, factors in passes] == [False], "these weights are so small that the host is faster"
+    passes.clear()
+    monkeypatch.setattr(fused_measured, "FEWEST_VALUES", 0)
+    run(guarded.load(patcher))
     changed = with_loras(guarded, patcher, ("again", one, 0.8))
     assert same_bits(run(changed), wanted)
     count = len(linears(patcher))

@@ -1,6 +1,7 @@
 """The demo end to end on a small model: the claims of its table, measured, not the numbers of one machine."""
 
 import io
+import re
 import subprocess
 import sys
 
@@ -44,6 +45,17 @@ def test_the_table_fits_a_console_of_80_columns(shown):
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "…" not in text
     assert "exact: weights restored bit for bit" in " ".join(text.split())
+
+
+def test_the_last_thing_said_is_the_result_in_a_sentence(shown):
+    rows, text = shown
+    merging = next(row for row in rows if (row.format, row.way) == ("NF4", "merging"))
+    said = " ".join(text.split())
+    assert re.search(
+        r"On NF4 a change of the LoRA takes 0\.\d{3} s instead of \d+\.\d s and \d+ MB of RAM instead of \d+ MB, and 100 % of the LoRA "
+        rf"reach the model instead of {100 * merging.share:.0f} %\.$",
+        said,
+    )
 
 
 def test_markdown_goes_to_stdout(shown, capsys, monkeypatch):

@@ -156,6 +156,24 @@ def test_a_second_copy_of_the_extension_says_that_there_are_two(extension, tmp_p
     assert "another copy of LoRA Guard is installed already; keep one folder in extensions/" in shown.stdout
 
 
+def test_two_copies_that_start_one_after_the_other_are_one_line_and_work_as_one(extension, tmp_path):
+    other = shutil.copytree(extension, tmp_path / "second")
+    second = "load(" + repr(str(other)) + " + '/{}')"
+    code = FORGE_LIKE.replace(
+        "options = parser.parse_args()",
+        f"{second.format('preload.py')}.preload(parser)\noptions = parser.parse_args()",
+    ).replace(
+        '    load(extension + "/scripts',
+        f"    {second.format('scripts/lora_guard.py')}\n" + '    load(extension + "/scripts',
+    )
+    shown = start_forge(extension, code=code)
+    assert shown.returncode == 0, shown.stderr
+    begun, twice, end = shown.stdout.splitlines()
+    assert (begun, end) == (f"[LoRA Guard] {__version__} in place of Forge's LoRA patcher", "HOOKED True")
+    assert twice.startswith("[LoRA Guard] warning: LoRA Guard is installed twice; the copy in ")
+    assert twice.endswith(f" is at work, delete the one in {other} or the other way round, and restart")
+
+
 def test_an_update_without_restart_asks_for_one(extension):
     code = FORGE_LIKE.replace(
         "options = parser.parse_args()",

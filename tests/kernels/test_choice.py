@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,31 @@ def test_a_kernel_is_ready_once_it_is_prepared_for_its_bucket(kernels):
     assert made == FakeKernel.made
 
 
+def test_what_a_stack_needs_is_compiled_before_what_one_may_need(kernels, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def probe(kernel, rank, device):
+        begun.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(choice, "probe", probe)
+    kernels.prepare(["int8", "nf4 64"], CPU, FP16, [32, 16, 64])
+    assert begun.wait(10)
+    kernels.prepare(["nf4 64"], CPU, FP16, [64, 128], soon=True)
+    go_on.set()
+    assert kernels.wait(10)
+    order = [(kind, bucket) for kind, bucket, _, per_rank in FakeKernel.made if not per_rank]
+    assert order == [
+        ("int8", 32),
+        ("nf4 64", 64),
+        ("nf4 64", 128),
+        ("nf4 64", 32),
+        ("int8", 16),
+        ("nf4 64", 16),
+        ("int8", 64),
+    ]
+
+
 @pytest.mark.parametrize(
     ("what", "error", "words"),
     [
@@ -130,6 +156,8 @@ def test_the_twin_takes_over_where_a_kernel_fails_and_where_kernels_are_off(kern
         fused.fused_weight(stored, None, FP16)
     assert kernels.state("int8") == "works"
     FakeKernel.errors["int8", "call"] = RuntimeError("launch failed")
+    with pytest.raises(RuntimeError, match="launch failed"):
+        fused.fused_weight(stored, None, FP16)
     assert torch.equal(fused.fused_weight(stored, None, FP16), twin)
     assert kernels.state("int8") == "refused: launch failed"
 
@@ -139,6 +167,17 @@ def test_a_processor_and_fp32_have_no_kernels(kernels, monkeypatch):
     monkeypatch.setattr(choice, "interprets", lambda: False)
     kernels.prepare(["int8"], CPU, FP16, [16])
     assert (kernels.states(), FakeKernel.made) == ({}, [])
+
+
+def test_what_a_card_cannot_have_is_said_when_a_lora_needs_it(kernels, monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    card = torch.device("cuda", 0)
+    kernels.prepare(["int8"], card, FP16, [16])
+    assert (kernels.states(), caplog.records) == ({}, [])
+    kernels.prepare(["int8"], card, FP16, [16], soon=True)
+    assert kernels.wait(10)
+    assert kernels.state("int8").startswith("refused: ")
+    assert len(caplog.records) == 1
 
 
 def test_triton_is_imported_by_one_module_which_is_imported_on_use():

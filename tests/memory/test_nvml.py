@@ -308,6 +308,15 @@ def test_asking_which_card_does_not_start_cuda(monkeypatch):
     assert reasons(nvml_session.memory(torch.device("cpu"))) == {"readings.not_cuda"}
 
 
+def test_the_first_card_is_named_without_torch():
+    assert session(Card(total=12288, free=4000)).first_card() == ("NVIDIA GeForce RTX 3060", 12288 * MB, 4000 * MB)
+    assert session().first_card() is None
+    assert session(Card(), lacks=["nvmlDeviceGetName"]).first_card() is None
+    closed = session(Card())
+    closed.close()
+    assert closed.first_card() is None
+
+
 def test_process_numbers_agree_only_outside_containers(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(os, "readlink", lambda path: "pid:[4026531836]", raising=False)

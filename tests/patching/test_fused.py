@@ -87,8 +87,33 @@ def test_several_strengths_and_their_change_between_two_calls(monkeypatch, passe
     assert len(passes) == 2
 
 
-def test_parts_of_a_weight_go_the_long_way():
-    stack = [[0.8, host_value("lora", (8, 64), 1), 1.0, (0, 8, 8), None]]
+PARTS = {
+    # Of diffusers' files: query, key and value of one layer, of several ranks, and some of them alone.
+    "rows": [(0, 0, 8, 4, 0.8), (0, 8, 8, 4, 0.8), (0, 16, 8, 4, 0.8)],
+    "ranks": [(0, 0, 8, 2, 0.8), (0, 16, 8, 5, -0.3)],
+    "over each other": [(0, 4, 12, 4, 0.8), (0, 8, 16, 4, 0.4), None],
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_loras_on_parts_of_the_output_go_the_short_way_too(parts, passes, monkeypatch):
+    monkeypatch.setattr(low_rank, "joins_on", lambda device: True)
+    stack = [
+        entries(0.6)[0]
+        if part is None
+        else [part[4], host_value("lora", (part[2], 64), n, rank=part[3]), 1.0, part[:3], None]
+        for n, part in enumerate(parts)
+    ]
+    layer, x = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(3, 64, seed=3)
+    base = layer(x)
+    hook = patched(layer, stack)
+    assert_same(layer(x), wanted(layer, stack, x), base)
+    ((_, factors),) = passes
+    assert factors.up.shape == (24, hook.low_rank.rank)
+
+
+def test_parts_of_the_input_go_the_long_way():
+    stack = [[0.8, host_value("lora", (24, 16), 1), 1.0, (1, 8, 16), None]]
     assert not Bypass("layer.weight", tuple(parse_term(one, {}) for one in stack), SHAPE).low_rank.is_one_product
     assert Bypass("w", tuple(parse_term(one, {}) for one in entries(1.0)), SHAPE).low_rank.is_one_product
 

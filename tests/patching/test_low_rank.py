@@ -1,6 +1,7 @@
 """Low-rank terms joined along the rank: the same product, no overflow in fp16, strengths that are not rounded."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from support.make import rand
 from support.measure import contribution_error
 
 from lib_lora_guard.adapters import parse_term
-from lib_lora_guard.patching import layer_call
+from lib_lora_guard.patching import layer_call, low_rank
+from lib_lora_guard.patching.device_cache import DeviceCache
 from lib_lora_guard.patching.low_rank import JoinedLowRank
 
 
@@ -48,6 +50,32 @@ def test_joined_loras_give_the_same_as_single_ones(monkeypatch, kind):
     monkeypatch.setattr(JoinedLowRank, "_make_scales", lambda self, s, d, join: make_scales(self, s, d, True))
     joined = call_hook(layer, terms, x, shape)
     assert contribution_error(joined, single, layer(x)) < 1e-6
+
+
+def test_layers_of_one_stack_share_their_strengths_on_a_device(monkeypatch):
+    device, made = torch.device("meta"), []
+    original = DeviceCache.get
+    monkeypatch.setattr(low_rank.ScaleVectors, "_present", None)
+    monkeypatch.setattr(
+        DeviceCache,
+        "get",
+        lambda self, *a: original(self, *a[:2], lambda: made.append(0) or torch.empty(1, device=device)),
+    )
+
+    def vectors(count, strengths):
+        terms = [parse_term(entry("lora", (24, 16), n, strength), {}) for n, strength in enumerate(strengths)]
+        layers = [joined_of(terms, (24, 16)) for _ in range(count)]
+        made.clear()
+        found = [next(iter(one._make_scales(one.scaling, device, join=True))).per_rank for one in layers]
+        return layers, {id(vector) for vector in found}
+
+    layers, found = vectors(20, (0.5, 0.25))
+    assert len(found) == len(made) == 1
+    present = weakref.ref(layers[0].scaling.vectors)
+    kept = [vectors(1, (0.5, n / 100)) for n in range(low_rank.MOST_VECTORS + 5)]
+    assert len(present()._vectors) == low_rank.MOST_VECTORS
+    del layers, kept
+    assert present() is None
 
 
 def test_fp16_does_not_overflow_between_the_two_factors():

@@ -5,7 +5,7 @@ import pytest
 from lib_lora_guard.models import Architecture
 from lib_lora_guard.planning import activations
 from lib_lora_guard.planning import tokens as tokens_module
-from lib_lora_guard.planning.rates import DEFAULT_GPU, RATES, rates_of
+from lib_lora_guard.planning.rates import DEFAULT_GPU, RATES, nearest_rates, rates_of
 from lib_lora_guard.planning.tokens import Picture, tokens_for
 
 SQUARE = Picture(1024, 1024)
@@ -31,6 +31,35 @@ def test_cards_are_found_however_they_are_written(written, name):
 def test_an_unknown_card_is_an_error_with_the_list(written):
     with pytest.raises(ValueError, match=r"expected one of GTX 1060, .*RTX 5090.*, found .*; take the one nearest"):
         rates_of(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("RTX 4070 Super", "RTX 4070"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti"),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", "RTX 3080"),
+        ("3080 Ti", "RTX 3080"),
+        ("RTX 4050", "RTX 4060"),
+        ("GTX 1080", "GTX 1060"),
+        ("GTX 1650 Super", "GTX 1650"),
+        ("RTX 3060", "RTX 3060"),
+        ("Tesla T4", "RTX 2070"),
+        ("NVIDIA A100-SXM4-80GB", "RTX 5090"),
+        ("NVIDIA RTX A4000", "RTX 3070"),
+        ("NVIDIA L40S", "RTX 4090"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("RTX 3060 12GB", "RTX 3060"),
+    ],
+)
+def test_the_known_card_nearest_to_another_is_taken(written, name):
+    assert nearest_rates(written).name == name
+
+
+@pytest.mark.parametrize("written", ["", "RTX", "RTX 9999", "RX 7900 XTX", "Arc A770", "60"])
+def test_a_card_without_a_near_one_is_an_error(written):
+    with pytest.raises(ValueError, match="expected one of"):
+        nearest_rates(written)
 
 
 def test_every_rate_is_plausible_and_larger_cards_are_not_slower():

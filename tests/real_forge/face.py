@@ -171,7 +171,12 @@ def look(page, forge, config, pictures):
     print(panel)
     for part in ("Merge: ", "lg_sd15_a", "lg_sd15_b", "VRAM", "RAM"):
         assert part in panel, part
-    assert "merge" in page.inner_text("#lora_guard_panel .lg-how")
+    page.locator("#lora_guard_panel .lg-fold").first.click()
+    assert "(merge)" in page.inner_text("#lora_guard_panel .lg-details:visible")
+    assert "image 1" in panel
+    assert page.locator("#lora_guard_panel .lg-chart").count() >= 1, "the curve of the image"
+    assert "rand_sd15_tiny is loaded" in page.inner_text("#lora_guard_panel .lg-headline")
+    assert "lg_flux_a" in page.inner_text("#lora_guard_panel .lg-problems")
     picture(page, pictures, "face-tab.png", "#lora_guard_panel")
 
     click_tab(page, "Txt2img")
@@ -191,7 +196,7 @@ def look(page, forge, config, pictures):
     choose(page, "language", "zh")
     apply(page, "lora_guard_language")
     open_guard(page)
-    page.wait_for_selector("#lora_guard_panel >> text=当前已加载")
+    page.wait_for_selector("#lora_guard_panel >> text=正在使用的 LoRA")
     lines = page.locator(LINES).count()
     assert lines > 0
     picture(page, pictures, "face-tab-zh.png", "#lora_guard_panel")

@@ -37,8 +37,10 @@ def test_the_line_in_chinese():
 
 def test_an_empty_stack():
     report = ApplyReport("Net", [], 0, 0, 1.0, "cpu")
-    assert report.line() == "Net: no LoRA | 0.0 MB on cpu, 0.0 MB RAM, 1.0 ms"
-    assert report.line().text("zh") == "Net：没有 LoRA | cpu 占用 0.0 MB，内存 0.0 MB，耗时 1.0 毫秒"
+    assert report.line() == "Net: no LoRA"
+    assert report.line().text("zh") == "Net：没有 LoRA"
+    report = ApplyReport("Net", [], 0, 3 << 20, 1.0, "cpu")
+    assert report.line() == "Net: no LoRA | 0.0 MB on cpu, 3.0 MB RAM, 1.0 ms"
 
 
 def test_cleaning_keeps_the_languages():

@@ -6,6 +6,7 @@ import pytest
 
 from lib_lora_guard.memory.rules import Finding
 from lib_lora_guard.messages import Message
+from lib_lora_guard.runtime.image_words import ImageWords
 from lib_lora_guard.runtime.rule_log import RuleLog
 
 
@@ -43,8 +44,22 @@ def test_a_rule_that_changed_nothing_is_not_logged(logged):
 
 
 @pytest.mark.parametrize(
-    ("rule", "level"), [("LG-R01", "INFO"), ("LG-R03", "WARNING"), ("LG-R05", "INFO"), ("LG-R06", "INFO")]
+    ("rule", "level"),
+    [("LG-R01", "INFO"), ("LG-R03", "WARNING"), ("LG-R05", "INFO"), ("LG-R06", "INFO"), ("LG-R10", "DEBUG")],
 )
-def test_what_usual_settings_lead_to_is_information(logged, rule, level):
+def test_what_usual_settings_lead_to_is_information(logged, caplog, rule, level):
+    caplog.set_level(logging.DEBUG, logger="lib_lora_guard")
     RuleLog().tell(negative(-5, rule=rule))
     assert [found for found, _ in logged()] == [level]
+
+
+def test_what_makes_an_image_slow_stands_under_each_and_once(logged):
+    words, images = ImageWords(), ([], [])
+    slow = [Message("rule.ram_slow", {"what": "reading", "needed_mb": size, "fast_mb": 1.0}) for size in (2.0, 3.0)]
+    rules = RuleLog(words)
+    for shown in images:
+        with words.image(id(shown), shown.append):
+            for finding in (negative(-5), *(Finding("LG-R08", says) for says in slow)):
+                rules.tell(finding)
+    assert images == ([f"LoRA Guard: LG-R08: {slow[0]}"], [f"LoRA Guard: LG-R08: {slow[0]}"])
+    assert len(logged()) == 5, "the log has each change"

@@ -15,6 +15,7 @@ from lib_lora_guard.memory.step_times import MB, StepTimes
 from lib_lora_guard.messages import message_of
 from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
 from lib_lora_guard.runtime.hooks import HookSet
+from lib_lora_guard.runtime.image_words import ImageWords
 from lib_lora_guard.runtime.journal import Journal
 from lib_lora_guard.runtime.step_timer import StepTimer
 from lib_lora_guard.settings import LoraMode
@@ -44,7 +45,7 @@ def no_look():
 class Forge:
     """A clock, and a model that takes as long as it is told to."""
 
-    def __init__(self, shared=None, spills=True):
+    def __init__(self, shared=None, spills=True, words=None):
         self.now, self.clock_reads = 100.0, 0
         self.shared_mb, self.shared_reads = shared, 0
         self.memory, self.journal = FakeMemory(), Journal(no_look)
@@ -57,6 +58,7 @@ class Forge:
             times=self.times,
             clock=self.clock,
             shared_usage=None if shared is None else self.counters,
+            words=words,
         )
         self.moved()
 
@@ -131,6 +133,18 @@ def test_steps_that_became_slow_are_said_with_what_they_usually_take(said, caplo
     assert said() == SPILL
     forge.image([8.0] * 10)
     assert said() == [], "once"
+
+
+def test_each_slow_image_has_one_line_and_the_log_the_first_of_them(said):
+    words = ImageWords()
+    forge = Forge(words=words)
+    for seconds, found in (([1.0] * 10, 0), ([8.0, 8.0, 1.0, 9.0, 9.0], 1), ([1.0] * 5, 0), ([7.0] * 4, 1)):
+        shown = []
+        with words.image(id(shown), shown.append):
+            forge.image(seconds)
+        assert len(shown) == found
+        assert all(line.startswith("LoRA Guard: slower than usual: a step took ") for line in shown)
+    assert said() == SPILL
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ _PROTOTYPES = {
     "nvmlSystemGetDriverVersion": (_Pointer, ctypes.c_uint),
     "nvmlDeviceGetMaxPcieLinkGeneration": (_Pointer, _Pointer),
     "nvmlDeviceGetMaxPcieLinkWidth": (_Pointer, _Pointer),
+    "nvmlDeviceGetHandleByIndex_v2": (ctypes.c_uint, _Pointer),
+    "nvmlDeviceGetName": (_Pointer, _Pointer, ctypes.c_uint),
     "nvmlDeviceGetMemoryInfo": (_Pointer, _Pointer),
     "nvmlDeviceGetMemoryInfo_v2": (_Pointer, _Pointer),
     "nvmlDeviceGetComputeRunningProcesses_v2": (_Pointer, _Pointer, _Pointer),
@@ -46,6 +48,15 @@ def library(*cards, lacks=(), fails=None, calls=None):
                 ctypes.c_void_p.from_address(handle).value = (number << 40) + number
                 return SUCCESS
         return NOT_FOUND
+
+    def by_index(index, handle):
+        return find(cards[index].names[0].encode(), handle) if index < len(cards) else NOT_FOUND
+
+    def name(handle, address, size):
+        written = b"NVIDIA GeForce RTX 3060\0"
+        assert len(written) <= size
+        ctypes.memmove(address, written, len(written))
+        return SUCCESS
 
     def card_of(handle):
         assert handle >> 40 == handle & 0xFF, "a handle was cut"
@@ -101,6 +112,8 @@ def library(*cards, lacks=(), fails=None, calls=None):
         "nvmlShutdown": lambda: SUCCESS,
         "nvmlDeviceGetHandleByUUID": find,
         "nvmlDeviceGetHandleByPciBusId_v2": find,
+        "nvmlDeviceGetHandleByIndex_v2": by_index,
+        "nvmlDeviceGetName": name,
         "nvmlDeviceGetMemoryInfo": memory,
         "nvmlDeviceGetMemoryInfo_v2": memory_2,
     }

@@ -39,7 +39,7 @@ def take_short_way_of_plain_layers(monkeypatch):
         return with_factors(stored.data.clone(), factors)
 
     monkeypatch.setattr(fused, "fused_weight", made)
-    monkeypatch.setattr(fused, "stored_weight", lambda weight, scale=None: Fp8(weight.data))
+    monkeypatch.setattr(fused, "stored_weight", lambda weight, *_: Fp8(weight.data))
     monkeypatch.setattr(
         PlainAccess,
         "raw_weight",

@@ -21,9 +21,13 @@ from lib_lora_guard.memory import HostMemory, MemorySnapshot, Reading, take_snap
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.messages import Message
 from lib_lora_guard.planning.last_plan import LastPlan
+from lib_lora_guard.reporting.bug_report import bug_report
+from lib_lora_guard.reporting.headline import Scene, headline, problems
+from lib_lora_guard.reporting.lora_rows import FileSheet, lora_rows
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.reporting.ring import LogRing
 from lib_lora_guard.reporting.status import PanelStatus, model_status
+from lib_lora_guard.reporting.timeline import Levels, Timeline
 from lib_lora_guard.settings import Language
 from lib_lora_guard.ui.memory_figures import memory_figures, other_programs, step_need
 from lib_lora_guard.ui.panel import Panel
@@ -33,6 +37,10 @@ from lib_lora_guard.units import MB
 from lib_lora_guard.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPTS = "\n".join(
+    f'<script src="javascript/{file.name}"></script>' for file in sorted((ROOT / "javascript").glob("*.js"))
+)
 
 PAGE = f"""<!doctype html>
 <html lang="en">
@@ -52,7 +60,7 @@ PAGE = f"""<!doctype html>
   }}
   nav {{ display: flex; gap: 0.5em; margin-bottom: 1em; }}
 </style>
-<script src="javascript/lora_guard.js"></script>
+{SCRIPTS}
 </head>
 <body>
 <nav><button id="show_other">Txt2img</button><button id="show_guard">{TITLE}</button><button id="generate">Generate</button></nav>
@@ -83,8 +91,12 @@ class Standalone:
         self.reports: list[ApplyReport] = []
         self.left_out: dict[str, str] = {}
         self.asked = 0
+        self.done: list[str] = []
         self.step_seconds = 0.25
         self.vram_free_mb = 3900
+        self.timeline = Timeline()
+        self.steps: tuple[int, int] | None = None
+        self.crash: list[str] = []
         self._machine = HostMemory()
         self.log = logging.Logger(f"{__name__}.made_up", logging.DEBUG)
         self.ring = LogRing()
@@ -93,12 +105,22 @@ class Standalone:
         self._add_routes()
 
     def generate(self, steps: int = 20) -> None:
-        """Logs the lines of an image with two LoRAs, one after another."""
+        """Logs the lines of an image with two LoRAs, one after another, and draws its curve."""
+        timeline = self.timeline
+        timeline.enter("load_checkpoint", levels(1300, 9000))
+        timeline.leave("load_checkpoint", levels(1300, 16200))
+        timeline.begin_image()
         report = made_up_report()
-        self.reports = [report]
+        self.reports = [report, made_up_text_report()]
         self.left_out = {"flux_style.safetensors": "made for SD 1.x, this is Flux; use a LoRA for Flux"}
         self.log.info("%s", report.line())
+        timeline.enter("encode_prompt", levels(1300, 16300))
+        timeline.leave("encode_prompt", levels(6100, 16500))
+        timeline.enter("move_to_gpu", levels(6100, 16500))
+        timeline.leave("move_to_gpu", levels(7050, 16900), 8600 * MB)
         for step in range(steps):
+            self.steps = (step, steps)
+            timeline.enter("sampling_step", levels(8020 + 60 * (step > 0), 16900))
             time.sleep(self.step_seconds)
             self.log.log(
                 logging.WARNING if step % 10 == 7 else logging.DEBUG if step % 3 == 1 else logging.INFO,
@@ -106,22 +128,45 @@ class Standalone:
                 step + 1,
                 steps,
             )
+        timeline.enter("vae_decode", levels(8080, 16900))
+        timeline.leave("vae_decode", levels(9420, 16900))
+        timeline.end_image(levels(7100, 16900))
+        self.steps = None
 
     def status(self) -> PanelStatus:
         snapshot = made_up_card(take_snapshot(torch.device("cpu"), host=self._machine), self.vram_free_mb)
+        last = next((image for image in reversed(self.timeline.images()) if image.ended is not None), None)
+        rows = lora_rows(self.reports, self.left_out, SHEETS)
+        model = "flux1-dev-bnb-nf4-v2" if self.reports else None
         return PanelStatus(
             mode=Message("settings.mode.automatic"),
             enabled=True,
             version=__version__,
+            headline=headline(Scene(self.timeline.now(), self.steps, model, len(rows), last)),
+            problems=problems({row.name: row.refused for row in rows if row.refused}, self.crash, "1"),
             models=tuple(model_status(report) for report in self.reports),
-            left_out=tuple(self.left_out.items()),
+            loras=rows,
             memory=memory_figures(snapshot),
             step=step_need(MADE_UP_PLAN if self.reports else None),
             programs=other_programs(snapshot, MADE_UP_PROGRAMS),
         )
 
+    def do(self, name: str, language: str) -> str | None:
+        self.done.append(name)
+        return f"{name} was done"
+
+    def report(self) -> str:
+        return bug_report([("LoRA Guard", __version__)], self.ring.since(0))
+
+    def files(self) -> dict[str, list[str]]:
+        return {"checkpoints": ["flux1-dev-fp8", "sdxl"], "loras": ["pose_xl", "style"]}
+
+    def will_it_fit(self, checkpoint: str, loras: list[str], language: str) -> dict[str, object]:
+        return {"fits": bool(loras), "lines": [f"{checkpoint} with {', '.join(loras)}"]}
+
     def _add_routes(self) -> None:
-        add_route(self.app, Panel(self.status, lambda: (self.language, None), lambda: self.ring))
+        self.panel = Panel(self.status, lambda: (self.language, None), lambda: self.ring, lambda: self.timeline)
+        add_route(self.app, self.panel, self)
 
         @self.app.middleware("http")
         async def count(request, call_next):
@@ -129,7 +174,7 @@ class Standalone:
             return await call_next(request)
 
         self.app.add_api_route("/", lambda: HTMLResponse(PAGE), methods=["GET"], response_model=None)
-        for name in ("style.css", "javascript/lora_guard.js"):
+        for name in ("style.css", *(f"javascript/{file.name}" for file in (ROOT / "javascript").glob("*.js"))):
             self.app.add_api_route(f"/{name}", _file(ROOT / name), methods=["GET"], response_model=None)
 
         def generate() -> Response:
@@ -137,6 +182,18 @@ class Standalone:
             return Response(status_code=204)
 
         self.app.add_api_route("/generate", generate, methods=["POST"], response_model=None)
+
+
+SHEETS = {
+    "style.safetensors": FileSheet("Flux", (16,), ("LoRA",), 38.0, 0.0),
+    "pose_xl.safetensors": FileSheet("SDXL", (8, 4), ("LoKr",), 12.4),
+    "flux_style.safetensors": FileSheet("SD 1.x", (32,), ("LoRA", "DoRA"), 144.0),
+}
+
+
+def levels(vram_mb: int, ram_mb: int) -> Levels:
+    """Returns a made-up card of 12 GB and a machine of 32 GB with this much in use."""
+    return Levels(vram_mb * MB, 12288 * MB, ram_mb * MB, 32768 * MB)
 
 
 MADE_UP_PLAN = LastPlan("KModel", 6480 * MB, 5750 * MB, 331 * MB, 1530 * MB)
@@ -164,6 +221,13 @@ def made_up_report() -> ApplyReport:
     style.reasons = {"bypass": {"low rank"}, "on_the_fly": {"no layer call"}}
     other = LoraReport("pose_xl.safetensors", 1.0, refused="made for SDXL, this is Flux; use a LoRA for Flux")
     return ApplyReport("KModel", [style, other], 38 * MB, 38 * MB, 21.4, "cuda:0")
+
+
+def made_up_text_report() -> ApplyReport:
+    """Returns what the text encoder has of the same LoRAs."""
+    style = LoraReport("style.safetensors", 0.8, 4 * MB, 72, ["te.extra"], modes=Counter({"bypass": 72}))
+    style.reasons = {"bypass": {"low rank"}}
+    return ApplyReport("JointTextEncoder", [style], 4 * MB, 4 * MB, 3.2, "cuda:0")
 
 
 def _file(path: Path) -> Callable[[], FileResponse]:

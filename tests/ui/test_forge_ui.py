@@ -13,6 +13,7 @@ from support.standalone import Standalone
 from ui.test_settings_section import HOST
 
 from lib_lora_guard.hosts.webui import ui as forge_ui
+from lib_lora_guard.hosts.webui.work import work_of_host
 from lib_lora_guard.memory import HostMemory, take_snapshot
 from lib_lora_guard.memory.allocator import AllocatorState, OptionState, Standing
 from lib_lora_guard.memory.allocator_text import AllocatorWish
@@ -23,6 +24,7 @@ from lib_lora_guard.planning.last_plan import LastPlan
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.reporting.status import as_json
 from lib_lora_guard.runtime import status as forge_status
+from lib_lora_guard.runtime.status import Work
 from lib_lora_guard.settings import PREFIX, LoraMode, Settings
 from lib_lora_guard.ui.route import PATH
 
@@ -31,7 +33,7 @@ class Callbacks:
     """Forge's modules.script_callbacks."""
 
     def __init__(self):
-        self.tabs, self.started = [], []
+        self.tabs, self.started, self.pasted, self.before_ui = [], [], [], []
 
     def on_ui_tabs(self, callback):
         self.tabs.append(callback)
@@ -39,8 +41,14 @@ class Callbacks:
     def on_app_started(self, callback):
         self.started.append(callback)
 
+    def on_infotext_pasted(self, callback):
+        self.pasted.append(callback)
+
+    def on_before_ui(self, callback):
+        self.before_ui.append(callback)
+
     def remove_callbacks_for_function(self, callback):
-        for known in (self.tabs, self.started):
+        for known in (self.tabs, self.started, self.pasted, self.before_ui):
             known[:] = [c for c in known if c != callback]
 
 
@@ -101,6 +109,7 @@ def test_settings_are_there_at_once_tab_and_address_when_asked_for(forge):
     forge_ui.register(options)
     labels = forge.shared.opts.labels
     assert labels[PREFIX + "mode"].section == ("lora_guard", "LoRA Guard", "sd")
+    assert labels[PREFIX + "mode"].infotext == "LoRA Guard mode"
     labels[PREFIX + "mode"].onchange()
     assert options.applied == 1
     assert len(forge.script_callbacks.tabs) == len(forge.script_callbacks.started) == 1
@@ -113,7 +122,10 @@ def test_settings_are_there_at_once_tab_and_address_when_asked_for(forge):
 def test_a_second_execution_without_cleared_callbacks_adds_no_second_tab(forge):
     forge_ui.register(InForce())
     forge_ui.register(InForce())
-    assert len(forge.script_callbacks.tabs) == 1
+    assert len(forge.script_callbacks.tabs) == len(forge.script_callbacks.before_ui) == 1
+    (pasted,), fields = forge.script_callbacks.pasted, {"LoRA Guard": "fp16 LoRA, 120 bypass"}
+    pasted("", fields)
+    assert fields["LoRA Guard mode"] == "fp16 LoRA"
     started = app()
     for callback in forge.script_callbacks.started:
         callback(None, started)
@@ -149,7 +161,7 @@ def test_where_the_guard_is_not_at_work_there_are_no_settings_and_the_tab_says_s
     forge.script_callbacks.started[0](None, started)
     with Served(started) as server:
         status = server.get(PATH)[2]["status"]
-    assert status["problem"] == "LoRA Guard is not in place here; the console says why."
+    assert status["headline"] == {"level": "bad", "text": "LoRA Guard is not in place here; the console says why."}
     assert status["enabled"] is False
 
 
@@ -157,6 +169,7 @@ def takeover(*reports, plan=None, **left_out):
     return types.SimpleNamespace(
         reports=lambda: reports,
         left_out=lambda: left_out,
+        lora_sheets=lambda: {},
         device=lambda: torch.device("cpu"),
         last_plan=lambda: plan,
         snapshot=lambda nvml: take_snapshot(torch.device("cpu"), nvml),
@@ -176,10 +189,11 @@ def test_the_status_names_models_mode_memory_and_allocator():
     )
     models = [ApplyReport(name, [LoraReport("a", 1.0, used=1)], 0, 0, 1.0) for name in ("T5", "KModel")]
     told = as_json(forge_status.collect(takeover(*models, xl="made for SDXL"), options))
-    assert told["left_out"] == [{"name": "xl", "why": "made for SDXL"}]
-    assert [model["name"] for model in told["models"]] == ["KModel", "T5"]
+    assert [(lora["name"], lora["refused"]) for lora in told["loras"]] == [("a", None), ("xl", "made for SDXL")]
+    assert [problem["text"] for problem in told["problems"]] == ["xl was left out: made for SDXL"]
+    assert [model["class"] for model in told["models"]] == ["KModel", "T5"]
     assert told["mode"].startswith("Merge: LoRAs go into the weights")
-    assert (told["enabled"], told["problem"]) == (True, None)
+    assert (told["enabled"], told["headline"]["level"]) == (True, "good")
     assert told["allocator"][:2] == [
         "Expandable segments: on, proven by an allocation",
         "Largest block that may be split, in MB: off",
@@ -196,7 +210,7 @@ def test_the_status_names_models_mode_memory_and_allocator():
 def test_the_last_plan_is_what_a_step_takes():
     plan = LastPlan("KModel", 300 << 20, 200 << 20, 10 << 20, 50 << 20)
     told = as_json(forge_status.collect(takeover(plan=plan), InForce()))["step"]
-    assert (told["model"], told["mb"], told["copied_mb"]) == ("KModel", 260.0, 100.0)
+    assert (told["model"], told["mb"], told["copied_mb"]) == ("image model", 260.0, 100.0)
     assert as_json(forge_status.collect(None, InForce()))["step"] is None
 
 
@@ -278,7 +292,8 @@ def test_a_mode_that_comes_from_forges_own_dropdown_is_said_so():
 def test_switched_off_by_the_user():
     told = as_json(forge_status.collect(None, InForce(enable=False)))
     assert told["mode"] == "switched off; Forge's own LoRA patcher is at work"
-    assert (told["enabled"], told["problem"], told["models"]) == (False, None, [])
+    assert (told["enabled"], told["headline"]["level"], told["models"]) == (False, "warning", [])
+    assert told["headline"]["text"].startswith("LoRA Guard is switched off; Forge's own LoRA patcher is at work.")
 
 
 def test_the_standalone_page_serves_its_files():
@@ -292,3 +307,14 @@ def test_the_standalone_page_serves_its_files():
         ):
             with urllib.request.urlopen(server.url + path, timeout=10) as answer:
                 assert part in answer.read().decode()
+
+
+def test_the_host_is_asked_for_its_steps_and_its_checkpoint(forge):
+    assert work_of_host() == Work()
+    forge.shared.state = types.SimpleNamespace(sampling_step=6, sampling_steps=30)
+    forge.sd_models = types.SimpleNamespace(model_data=types.SimpleNamespace(sd_model=object()))
+    assert work_of_host() == Work(None, (6, 30)), "no checkpoint is loaded yet"
+    info = types.SimpleNamespace(name_for_extra="flux1-dev")
+    forge.sd_models.model_data.sd_model = types.SimpleNamespace(sd_checkpoint_info=info)
+    forge.shared.state.sampling_steps = 0
+    assert work_of_host() == Work("flux1-dev", None)

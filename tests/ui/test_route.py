@@ -1,5 +1,6 @@
 """The tab's address: what it answers, and to whom. Through a real server on the loopback."""
 
+import re
 import urllib.parse
 
 import pytest
@@ -54,9 +55,10 @@ def test_the_first_answer_has_everything_and_the_next_only_what_is_new(host, ask
         "mode",
         "enabled",
         "version",
-        "problem",
+        "headline",
+        "problems",
         "models",
-        "left_out",
+        "loras",
         "memory",
         "step",
         "programs",
@@ -152,9 +154,10 @@ def test_the_address_is_added_once(host):
 def test_labels_are_complete_in_both_languages():
     english, chinese = labels("en"), labels("zh")
     assert set(english) == set(chinese) == {k[len("panel.label.") :] for k in TEXTS if k.startswith("panel.label.")}
-    source = (ROOT / "javascript" / "lora_guard.js").read_text(encoding="utf-8")
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "javascript").glob("*.js"))
+    begun = tuple(re.findall(r'"([a-z_]+_)" \+', source))
     for name in english:
-        assert f'"{name}"' in source or name.startswith("level_"), f"{name} is not used by the page"
+        assert f'"{name}"' in source or name.startswith(begun), f"{name} is not used by the page"
 
 
 @pytest.mark.parametrize(
@@ -174,3 +177,17 @@ def test_labels_are_complete_in_both_languages():
 )
 def test_the_readers_language(wanted, hints, language):
     assert reader_language(wanted, *hints) == language
+
+
+def test_the_last_error_of_the_log_is_a_problem_until_another_comes(host, ask):
+    assert ask()[2]["status"]["problems"] == []
+    host.log.warning("no error")
+    host.log.error("%s", Message("everyday.not_carried_out"))
+    host.log.info("and on")
+    (problem,) = ask()[2]["status"]["problems"]
+    assert (problem["level"], problem["text"]) == ("bad", TEXTS["everyday.not_carried_out"]["en"])
+    assert ask()[2]["status"]["problems"] == [problem]
+    host.log.warning("%s", Message("preflight.helps", {"advice": "a smaller picture"}))
+    (other,) = ask({"Accept-Language": "zh-CN"})[2]["status"]["problems"]
+    assert other["id"] != problem["id"]
+    assert other["text"].startswith("内存或显存耗尽")

@@ -150,7 +150,7 @@ class LoaderControl:
             state.detach()
             if state.published is not None:
                 state.unpublish(change.loader)
-        state.left_to_host, state.report = True, None
+        state.left_to_host, state.report, state.fell_back = True, None, []
         self._stacks.publish_reports()
         change.host.run(change.patches)
 
@@ -165,9 +165,11 @@ class LoaderControl:
             say(log, logging.ERROR, "host.not_restored_next_image", model=access.name)
             raise RestoreError.of("memory.not_restored_at_all") from error
         wanted = _at(change.patches, state.engine.fitting(access, requests))
+        said = []
         for place, refused in state.engine.refusals(access, requests).items():
             facts = {"name": clean_text(requests[place].label), "model": access.name, "why": clean_text(refused)}
-            self._stacks.words.tell(Message("host.left_out_of_model", facts))
+            said.append(Message("host.left_out_of_model", facts))
+            self._stacks.words.tell(said[-1])
         why = clean_text(named(error))
         way = apply_whole(change.host, access, wanted, self._api.weight_classes)
         if way is None:
@@ -182,7 +184,9 @@ class LoaderControl:
             AppliedStack(loader).invalidate()
         else:
             AppliedStack(loader).record(change.patches)
-        say(log, logging.WARNING, "host.fell_back", model=access.name, why=why, way=way, loras=_names(wanted))
+        facts = {"model": access.name, "why": why, "way": way, "loras": _names(wanted)}
+        state.fell_back = [*said, Message("host.fell_back", facts)]
+        self._stacks.words.tell(state.fell_back[-1])
 
     def release_all(self, original: Callable[..., None], live: Mapping[int, Patcher]) -> None:
         """Takes the guard's patches off every model, and lets Forge apply its LoRAs. Refused LoRAs are not handed over.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from types import ModuleType
 
@@ -27,11 +28,13 @@ from ...runtime.step_timer import StepTimer
 from ...runtime.swapping import SwappingRoom
 from ...runtime.vae_room import VaeRoom
 from ..webui.checkpoint_reading import CheckpointReading
+from ..webui.first_lora import FirstLora
 from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
 from ..webui.quant_states import QuantStates
 from ..webui.takeover import WebTakeover
 from . import facts
+from .access import ForgeAccess
 from .api import ForgeApi
 from .calibration import ForgeCalibration
 from .eviction import ForgeEviction
@@ -61,13 +64,14 @@ class ForgeParts:
             corrections: of the process.
         """
         self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
-        self.rule_log = RuleLog()
+        self.words = ImageWords(settings.language)
+        self.rule_log = RuleLog(self.words)
         self.jobs = Jobs()
         self.precautions = Precautions(self._planned)
-        self.words = ImageWords(settings.language)
         self.stacks = ForgeStacks(PatchReader(api.lora), settings, self._planned, journal.work, self.words)
         self.control = LoaderControl(api, self.stacks, settings)
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words)
+        self.first_lora = FirstLora(functools.partial(ForgeAccess, api), self.files)
         self.advice = Advice(api.memory, self.stacks.reports)
         self.web = WebTakeover(
             settings,
@@ -79,6 +83,8 @@ class ForgeParts:
             self.advice,
             self._memory_settings,
             self.jobs,
+            folder=lambda: corrections.folder,
+            after_image=self.first_lora.after_image,
         )
         self.copies = RamCopies(settings.pins_swapped)
         self.quant_states = QuantStates(settings.pins_swapped)
@@ -88,7 +94,7 @@ class ForgeParts:
         self.stacks.merges_from_file = settings.merges_from_file
         self.residency = Residency(self.stacks.merged_layers, self.copies)
         self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
-        self.steps = StepTimer(api.memory, journal, self.stacks.names_on)
+        self.steps = StepTimer(api.memory, journal, self.stacks.names_on, words=self.words)
         self.calibration = ForgeCalibration(api.memory, corrections)
         self.free = FreeMemory(api.memory, self.rule_log)
         self.memory = ForgeMemory(api.memory, self.residency, self.placement, self.free, SwappingRoom(facts))
@@ -108,7 +114,7 @@ class ForgeParts:
             self.loras,
             journal,
         )
-        self.vae = ForgeVae(api.memory, VaeRoom(self.preflight), self.precautions)
+        self.vae = ForgeVae(api.memory, VaeRoom(self.preflight, self.words), self.precautions)
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""

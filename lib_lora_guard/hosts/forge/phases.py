@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...recorder.flight_recorder import RAM_NEED, VRAM_NEED
+from ...recorder.flight_recorder import KEPT_FREE, RAM_NEED, VRAM_NEED
 from ...runtime.journal import Plan
 from .types import LoadedModel, MemoryManagement, Patcher, Vae
 
@@ -18,7 +18,8 @@ def moving_plan(
     memory: MemoryManagement, patchers: Sequence[Patcher], device: torch.device | None, free_bytes: int
 ) -> Plan:
     """Plans for models that go to a device: what is not there yet, and `free_bytes` that have to be free beside it."""
-    return {VRAM_NEED: free_bytes + sum(int(memory.module_size(p.model, exclude_device=device)) for p in patchers)}
+    coming = sum(int(memory.module_size(p.model, exclude_device=device)) for p in patchers)
+    return {VRAM_NEED: free_bytes + coming, KEPT_FREE: free_bytes}
 
 
 def leaving_plan(memory: MemoryManagement, loaded: LoadedModel) -> Plan:

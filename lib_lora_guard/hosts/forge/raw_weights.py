@@ -24,6 +24,10 @@ class ForgeWeight(RawWeight):
         """
         self._is_streaming = is_streaming
 
+    def scale(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """Returns the factor of scaled fp8."""
+        return layer._parameters.get("scale_weight")
+
     def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
         """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
         weight = layer._parameters.get("weight")

@@ -158,8 +158,8 @@ class ForgeStacks(ModelStacks):
             patcher.refresh_loras()
             return
         report = self.report(loader)
-        if report is not None and self.words.is_open:
-            self.words.tell_of([report])
+        if state is not None and self.words.is_open:
+            self.tell_again(state)
         elif report is not None and report.refused:
             loras = Joined([lora.message() for lora in report.refused], "list.semicolon")
             say(log, logging.WARNING, "host.model_still_without", model=report.model, loras=loras)

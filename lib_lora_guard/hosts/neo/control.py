@@ -185,7 +185,9 @@ class LoraControl:
             self._remind(stack)
             return
         self._stacks.publish(stack, access.name)
-        _tell_of_products(stack, access.name)
+        products = _slow_products(stack, access.name)
+        if products is not None:
+            self._stacks.words.tell(products, logging.INFO)
 
     def _restore(self, patcher: Patcher, stack: NeoStack) -> None:
         """Brings the stack that a model has back after Neo has moved some of its layers. `patcher` may be another one of
@@ -205,12 +207,10 @@ class LoraControl:
                 say(log, logging.ERROR, "host.apply_failed", exc_info=True, model=access.name)
 
     def _remind(self, stack: NeoStack) -> None:
-        """Says again what an image with the same stack lacks of its LoRAs."""
-        if stack.report is None:
-            return
+        """Says again what is to be said of an image with the same stack."""
         if self._stacks.words.is_open:
-            self._stacks.words.tell_of([stack.report])
-        elif stack.report.refused:
+            self._stacks.tell_again(stack)
+        elif stack.report is not None and stack.report.refused:
             loras = Joined([lora.message() for lora in stack.report.refused], "list.semicolon")
             say(log, logging.WARNING, "host.model_still_without", model=stack.report.model, loras=loras)
 
@@ -219,7 +219,7 @@ class LoraControl:
     ) -> Message | None:
         """Lets Neo apply a stack by its own ways; returns the way, None if there is none."""
         access = NeoAccess(self._api, patcher.model)
-        stack.report, stack.loras, stack.last = None, loras_of(patcher), None
+        stack.report, stack.fell_back, stack.loras, stack.last = None, [], loras_of(patcher), None
         self._stacks.publish_reports()
         way = self._host.give(patcher, access, requests)
         if way is not None:
@@ -249,9 +249,11 @@ class LoraControl:
             say(log, logging.ERROR, "host.not_restored_next_image", model=access.name)
             raise RestoreError.of("memory.not_restored_at_all") from error
         fitting = stack.engine.fitting(access, requests)
+        said = []
         for place, refused in stack.engine.refusals(access, requests).items():
             facts = {"name": clean_text(requests[place].label), "model": access.name, "why": clean_text(refused)}
-            self._stacks.words.tell(Message("host.left_out_of_model", facts))
+            said.append(Message("host.left_out_of_model", facts))
+            self._stacks.words.tell(said[-1])
         wanted = [request for place, request in enumerate(requests) if place in fitting]
         why = clean_text(named(error))
         way = self._leave_to_host(patcher, stack, wanted, load_again)
@@ -259,8 +261,9 @@ class LoraControl:
         if is_out_of_memory(error) or way is None:
             stack.applied = None
         if way is not None:
-            names = _names(wanted)
-            say(log, logging.WARNING, "host.fell_back", model=access.name, why=why, way=way, loras=names)
+            facts = {"model": access.name, "why": why, "way": way, "loras": _names(wanted)}
+            stack.fell_back = [*said, Message("host.fell_back", facts)]
+            self._stacks.words.tell(stack.fell_back[-1])
         elif requests:
             facts = {"model": access.name, "loras": _names(requests), "why": why}
             self._stacks.words.tell(Message("host.without", facts), logging.ERROR)
@@ -289,13 +292,15 @@ class LoraControl:
                     self._host.give(patcher, access, fitting)
 
 
-def _tell_of_products(stack: NeoStack, model: str) -> None:
-    """Says which weights lose the product of their format: a kind that goes through the weight decodes it at each call."""
+def _slow_products(stack: NeoStack, model: str) -> Message | None:
+    """Returns a sentence if weights lose the product of their format: a kind that goes through the weight decodes it at each
+    call."""
     attached = [one for one in stack.engine.attached.values() if uses_product(one.site.layer)]
     slow = [one for one in attached if isinstance(one, OnTheFlyAttachment)]
-    if slow:
-        formats = Joined(sorted({one.site.storage.format for one in slow}))
-        say(log, logging.INFO, "neo.products_off", model=model, count=len(slow), of=len(attached), formats=formats)
+    if not slow:
+        return None
+    formats = Joined(sorted({one.site.storage.format for one in slow}))
+    return Message("neo.products_off", {"model": model, "count": len(slow), "of": len(attached), "formats": formats})
 
 
 def _names(requests: list[LoraRequest]) -> Joined:

@@ -38,7 +38,11 @@ LATER: tuple[Row[NeoParts], ...] = (
     Row(
         "modules.sd_models",
         "forge_loader",
-        lambda g: (g.journal.around(Phase.LOAD_CHECKPOINT, reading_plan), g.reading.before_reading),
+        lambda g: (
+            g.journal.around(Phase.LOAD_CHECKPOINT, reading_plan),
+            g.reading.before_reading,
+            g.first_lora.after_reading,
+        ),
         is_needed=False,
     ),
     Row(

@@ -13,7 +13,7 @@ from typing import Concatenate
 import torch
 
 from ...memory import rules
-from ...recorder.flight_recorder import RAM_NEED, VRAM_NEED, Phase
+from ...recorder.flight_recorder import KEPT_FREE, RAM_NEED, VRAM_NEED, Phase
 from ...runtime.hooks import P, R
 from ...runtime.journal import Journal, ModelFacts, Plan
 from ...runtime.rule_log import RuleLog
@@ -117,4 +117,4 @@ class NeoMemory:
 
     def _moving(self, models: Sequence[Patcher], free_bytes: int) -> Plan:
         outside = [self._sizes.module_size(one.model, exclude_device=one.load_device) for one in models]
-        return {VRAM_NEED: free_bytes + int(sum(outside))}
+        return {VRAM_NEED: free_bytes + int(sum(outside)), KEPT_FREE: free_bytes}

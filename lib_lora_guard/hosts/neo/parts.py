@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from types import ModuleType
 
@@ -20,12 +21,14 @@ from ...runtime.ram_copies import RamCopies
 from ...runtime.rule_log import RuleLog
 from ...runtime.step_timer import StepTimer
 from ..webui.checkpoint_reading import CheckpointReading
+from ..webui.first_lora import FirstLora
 from ..webui.free_memory import FreeMemory
 from ..webui.lora_files import LoraFiles
 from ..webui.models import about_model
 from ..webui.quant_states import QuantStates
 from ..webui.takeover import WebTakeover
 from . import reference_images
+from .access import NeoAccess
 from .api import NeoApi
 from .control import LoraControl
 from .memory import NeoMemory, NeoSizes
@@ -49,9 +52,9 @@ class NeoParts:
             corrections: of the process.
         """
         self.api, self.settings, self.machine, self.journal = api, settings, machine, journal
-        self.rule_log = RuleLog()
-        self.precautions = Precautions(self._planned)
         self.words = ImageWords(settings.language)
+        self.rule_log = RuleLog(self.words)
+        self.precautions = Precautions(self._planned)
         self.stacks = NeoStacks(settings, self._planned, journal.work, self.words)
         self.copies = RamCopies(settings.pins_swapped)
         self.quant_states = QuantStates(settings.pins_swapped)
@@ -59,6 +62,7 @@ class NeoParts:
         self.control = LoraControl(api, self.stacks, settings, journal, self.swapped)
         self.patchers = NeoPatchers(api.base)
         self.files = LoraFiles(settings, self.stacks.unpatched_shapes, self.words, self.patchers, UnreadFile)
+        self.first_lora = FirstLora(functools.partial(NeoAccess, api), self.files)
         self.advice = Advice(api.memory, self.stacks.reports)
         self.web = WebTakeover(
             settings,
@@ -70,6 +74,8 @@ class NeoParts:
             self.advice,
             self._memory_settings,
             is_left_to_host=reference_images.are_there,
+            folder=lambda: corrections.folder,
+            after_image=self.first_lora.after_image,
         )
         self.preflight = Preflight(machine.snapshot, self.drop_caches, self.rule_log.tell, self.precautions)
         self.reading = CheckpointReading(self.preflight, self.advice.for_files)
@@ -77,7 +83,7 @@ class NeoParts:
         self.stacks.merges_from_file = settings.merges_from_file
         self.memory = NeoMemory(api.memory, self.stacks, journal, self.rule_log, self.swapped)
         self.free = FreeMemory(api.memory, self.rule_log)
-        self.steps = StepTimer(NeoSizes(), journal, self.stacks.names_on)
+        self.steps = StepTimer(NeoSizes(), journal, self.stacks.names_on, words=self.words)
 
     def drop_caches(self) -> int:
         """Gives back what is kept in RAM for speed alone; returns the bytes."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ...kernels.stored import Stored
 from ...patching.fused import Held, RawWeight
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 from .types import WeightLayer
@@ -39,8 +40,14 @@ class NeoWeight(RawWeight):
 class NeoQuantized(NeoWeight):
     """A layer that may also compute with the product of its quantised format. That is faster than any temporary weight."""
 
+    def stored(self, layer: torch.nn.Module, is_laid_out: bool = True) -> Stored | None:
+        """Returns a layer's weight, where it makes a temporary one of it."""
+        return super().stored(layer, is_laid_out) if _makes_a_weight(layer) else None
+
     def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
         """Returns what a layer computes with, where it makes a temporary weight."""
-        if not (layer.__dict__.get("_full_precision_mm") or layer.__dict__.get("forge_force_cast_weights")):
-            return None
-        return super().of(layer, x)
+        return super().of(layer, x) if _makes_a_weight(layer) else None
+
+
+def _makes_a_weight(layer: torch.nn.Module) -> bool:
+    return bool(layer.__dict__.get("_full_precision_mm") or layer.__dict__.get("forge_force_cast_weights"))

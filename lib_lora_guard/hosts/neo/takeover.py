@@ -11,6 +11,7 @@ import torch
 from ...errors import HostError
 from ...memory import MemorySnapshot, Nvml
 from ...planning.last_plan import LastPlan
+from ...reporting.lora_rows import FileSheet
 from ...reporting.report import ApplyReport
 from ...runtime import installed as at_work
 from ...runtime.corrections import OF_PROCESS, Corrections
@@ -82,6 +83,10 @@ class NeoTakeover(NeoParts):
         if model is not None:
             model.current_lora_hash = STALE
 
+    def app_started(self) -> None:
+        """Begins what may be done ahead once the WebUI is up."""
+        self.web.app_started()
+
     def settings_changed(self) -> None:
         """Gives back LoRA files beyond what may be kept now."""
         self.files.trim()
@@ -98,9 +103,22 @@ class NeoTakeover(NeoParts):
         """Returns the report of each living model's LoRAs as it was last published. For any thread."""
         return self.stacks.reports()
 
+    def tell_of_slow_layers(self) -> None:
+        """Says under the image which models had layers without VRAM for their LoRAs."""
+        self.stacks.tell_of_slow_layers()
+
     def left_out(self) -> Mapping[str, str]:
         """Returns the LoRAs of the last prompt that are not applied, each with the reason."""
         return {**self.files.left_out, **self.files.missing, **self.web.schedules.left_out}
+
+    def lora_sheets(self) -> Mapping[str, FileSheet]:
+        """Returns facts of the LoRA files of the last prompt, by their names. For any thread."""
+        return self.files.sheets()
+
+    def free_vram(self) -> None:
+        """Moves every model from the card into RAM. No image may be in the making."""
+        self.api.memory.unload_all_models()
+        self.api.memory.soft_empty_cache()
 
     def image_reports(self, image_model: Patcher, text_encoder: Patcher) -> list[ApplyReport]:
         """Returns what lies on the models that made the present image."""

@@ -89,10 +89,12 @@ class Conditioning:
         if self._is_left_to_host():
             return original(processing, required_prompts, steps, extra_network_data, *args, **kwargs)
         try:
+            on_text_encoder = self._on_text_encoder()
             data: Key | Tags = (
                 self._others(extra_network_data),
-                self._on_text_encoder(),
-                self._meaning(),
+                on_text_encoder,
+                # A text encoder without LoRAs does the same in every mode.
+                self._meaning() if any(on_keys for _, on_keys in on_text_encoder) else None,
                 # What SDXL's conditioning holds beside the text, and the host's key does not.
                 [getattr(required_prompts, name, None) for name in ("width", "height")],
                 [getattr(self._shared.opts, name, None) for name in _AESTHETIC_SCORES],

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Concatenate
 
 from ...errors import LayerError
@@ -36,6 +37,8 @@ class Images:
         words: ImageWords | None = None,
         settings: LiveSettings | None = None,
         jobs: Jobs | None = None,
+        recorded: Callable[[], AbstractContextManager[None]] = nullcontext,
+        after_image: Callable[[Processing], None] = lambda request: None,
     ) -> None:
         """
         Args:
@@ -43,9 +46,11 @@ class Images:
             words: What is said of an image's LoRAs while it is made.
             settings: The user's.
             jobs: Are told what a request's passes are.
+            recorded: Wraps each request, for the panel.
+            after_image: Is told each request whose images have been made.
         """
         self._advice, self._words, self._settings = advice, words or ImageWords(), settings or LiveSettings()
-        self._jobs = jobs or Jobs()
+        self._jobs, self._recorded, self._after_image = jobs or Jobs(), recorded, after_image
 
     def process_images_inner(
         self, original: Callable[Concatenate[Processing, P], R], p: Processing, *args: P.args, **kwargs: P.kwargs
@@ -57,8 +62,11 @@ class Images:
                 self._words.image(id(p), *comments_of(p)),
                 self._jobs.job(functools.partial(pass_of, p)),
                 CHOICE.image(),
+                self._recorded(),
             ):
-                return original(p, *args, **kwargs)
+                result = original(p, *args, **kwargs)
+                self._after_image(p)
+                return result
         except Exception as error:
             if isinstance(error, LayerError) or is_out_of_memory(error):
                 self._say_what_helps(p)

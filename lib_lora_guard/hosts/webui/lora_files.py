@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from ...files import is_file, shown, state_of
 from ...messages import Joined, say, without
 from ...models.fit import Fit, Target, fit_file
 from ...patching.room_to_read import room_now_bytes
+from ...reporting.lora_rows import FileSheet
 from ...reporting.report import clean_text
 from ...runtime.factor_copies import own
+from ...runtime.file_sheet import sheet_of
 from ...runtime.host import FittedLora, LoraPatchers
 from ...runtime.image_words import ImageWords
 from ...runtime.left_out import Remainder, applied_in_part, nothing_applied, remainder_of
@@ -114,6 +117,7 @@ class LoraFiles:
         self._left: weakref.WeakKeyDictionary[LoraFile, tuple[Sequence[weakref.ref[Fit]], Remainder]] = (
             weakref.WeakKeyDictionary()
         )
+        self._sheets: weakref.WeakKeyDictionary[LoraFile, FileSheet] = weakref.WeakKeyDictionary()
         self._ahead = ReadAhead()
         self._targets: weakref.WeakKeyDictionary[torch.nn.Module, Target] = weakref.WeakKeyDictionary()
         """The names of each model, worked out once for all files."""
@@ -184,7 +188,7 @@ class LoraFiles:
                 continue
             patched.append(self.patchers.with_lora(patcher, FittedLora(filename, match.terms, strength, online_mode)))
             count = sum(len(terms) for terms in match.terms.values())
-            say(log, logging.INFO, "host.keys_for", name=name, count=count, side=side)
+            say(log, logging.DEBUG, "host.keys_for", name=name, count=count, side=side)
         lacking = applied_in_part(name, file, left)
         if lacking is not None:
             self._in_part[name] = lacking
@@ -298,11 +302,33 @@ class LoraFiles:
         with self._lock:
             return sum(state.bytes for _, state in self._kept)
 
+    def sheets(self) -> dict[str, FileSheet]:
+        """Returns facts of the files of the present stack, by their names. For any thread; worked out once for each file."""
+        with self._lock:
+            files = [file for key, file in self._kept.items() if key in self._in_stack]
+        sheets = {}
+        for file in files:
+            sheet = self._sheets.get(file)
+            if sheet is None:
+                sheet = self._sheets[file] = sheet_of(file)
+            left = self._left.get(file)
+            share = None if left is None else left[1].modules.share
+            sheets[file.path.name] = replace(sheet, share_left_out=share)
+        return sheets
+
+    def expect(self, model: torch.nn.Module) -> Callable[[], None]:
+        """Returns what works out the names of a model, in any thread: the first file that meets it need not wait for that."""
+        target = self._targets[model] = Target(self._shapes_of(model))
+        return target.work_out
+
+    def _shapes_of(self, model: torch.nn.Module) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
+        return {**shapes, **self._unpatched_shapes(model)}
+
     def _match(self, file: LoraFile, model: torch.nn.Module) -> Fit:
         """Returns the part of the file that fits one model; worked out once, for nothing in it depends on the
         strength."""
-        shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
-        shapes |= self._unpatched_shapes(model)
+        shapes = self._shapes_of(model)
         known = self._matches.setdefault(file, weakref.WeakKeyDictionary())
         if model in known and known[model][0] == shapes:
             return known[model][1]

@@ -6,7 +6,9 @@ A WebUI loads these modules long after preload.py has run, and loads some of the
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,14 +23,15 @@ from ...runtime.journal import Journal
 from ...runtime.live_settings import LiveSettings
 from ...runtime.prompt_cache import PromptCache
 from ...runtime.rule_log import RuleLog
-from . import conditioning, images, networks, schedules, unload
+from . import conditioning, images, lora_cards, networks, schedules, unload, xyz_axes
 from .lora_files import LoraFiles
 from .probe import check_networks, check_processing
 from .prompt_tokens import PromptTokens
+from .types import Processing
 
 log = logging.getLogger(__name__)
 
-HOOKS = (*networks.ROWS, *schedules.ROWS, *conditioning.ROWS, *images.ROWS, *unload.ROWS)
+HOOKS = (*networks.ROWS, *schedules.ROWS, *conditioning.ROWS, *images.ROWS, *unload.ROWS, *lora_cards.ROWS)
 """Every function of the WebUI that is replaced."""
 
 
@@ -47,6 +50,8 @@ class WebTakeover:
         memory_settings: Callable[[Mapping[str, ModuleType]], Hashable],
         jobs: Jobs | None = None,
         is_left_to_host: Callable[[], bool] = lambda: False,
+        folder: Callable[[], Path | None] = lambda: None,
+        after_image: Callable[[Processing], None] = lambda request: None,
     ) -> None:
         """
         Args:
@@ -59,15 +64,18 @@ class WebTakeover:
             advice: for images that end.
             memory_settings: returns everything that decides how models are loaded and placed, as one value to compare.
             jobs: is told of each request.
+            after_image: is told each request whose images have been made.
             is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
+            folder: of the guard's own files; None until it is known.
         """
         self._is_left_to_host = is_left_to_host
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = (
             rule_log,
-            images.Images(advice, files.words, settings, jobs),
+            images.Images(advice, files.words, settings, jobs, journal.image, after_image),
             memory_settings,
         )
+        self.cards = lora_cards.LoraCards(settings, sys.modules, folder)
         self.prompts = PromptCache()
         self.schedules = schedules.Schedules(strengths, files.words)
 
@@ -88,17 +96,25 @@ class WebTakeover:
                 install(hooks, modules)
             except HostError as error:
                 misfits.append(error)
+        lay(lora_cards.ROWS, self.cards, modules, hooks)
         processing, sd_models = modules.get("modules.processing"), modules.get("modules.sd_models")
         if processing is not None and sd_models is not None:
             requests = unload.UnloadRequests(processing, lambda: self._memory_settings(modules), self._rule_log.tell)
             lay(unload.ROWS, requests, modules, hooks)
             lay(images.ROWS, self._images, modules, hooks)
+        xyz_axes.add(modules)
         return misfits
 
+    def app_started(self) -> None:
+        """Begins what may be done ahead once the WebUI is up: the headers of LoRA files are read for their cards."""
+        if "networks" in sys.modules:
+            self.cards.look_ahead([file.filename for file in list(sys.modules["networks"].available_networks.values())])
+
     def uninstall(self) -> None:
-        """Gives running strengths back."""
+        """Gives running strengths back, and takes the axes out of the X/Y/Z plot."""
         CHOICE.is_on, CHOICE.casts_too = always, never
         self.schedules.forget()
+        xyz_axes.remove(sys.modules)
 
     def _install_files(self, hooks: HookSet, modules: Mapping[str, ModuleType]) -> None:
         """Takes over how the WebUI's LoRA extension reads files."""

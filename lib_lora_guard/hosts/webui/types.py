@@ -27,6 +27,7 @@ class ForgeObjects(Protocol):
     """The parts of the loaded checkpoint."""
 
     unet: DenoiserPatcher
+    clip: TextEncoder
 
 
 class SdModel(Protocol):
@@ -67,6 +68,29 @@ class TwoPasses(Protocol):
     is_hr_pass: bool
     hr_checkpoint_info: Hashable | None
     """The second pass's own checkpoint."""
+
+
+class ForgeObjectsWithLoras(Protocol):
+    """The parts of the loaded checkpoint, with the patchers that have the prompt's LoRAs."""
+
+    unet: DenoiserPatcher
+    clip: TextEncoder
+
+
+class SdModelWithLoras(Protocol):
+    """The loaded checkpoint, once the prompt's LoRAs are chosen."""
+
+    forge_objects_after_applying_lora: ForgeObjectsWithLoras
+
+
+class MadeRequest(Protocol):
+    """A request whose present batch is decoded."""
+
+    sd_model: SdModelWithLoras
+    extra_generation_params: dict[str, str]
+    """The fields of the infotext."""
+
+    def comment(self, text: str) -> None: ...
 
 
 class Commented(Protocol):

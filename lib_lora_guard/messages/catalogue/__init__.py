@@ -6,12 +6,16 @@ A new language is a new column here. A test checks that the columns have the sam
 from __future__ import annotations
 
 from . import (
+    accordion,
     allocator,
     baking,
     calibration,
+    cards,
     changes,
+    commands,
     doctor,
     everyday,
+    explain,
     files,
     flight,
     hosts,
@@ -24,7 +28,13 @@ from . import (
     neo,
     other_hosts,
     panel,
+    panel_buttons,
+    panel_curve,
+    panel_fit,
+    panel_log,
+    panel_loras,
     panel_memory,
+    plan,
     preflight,
     private_files,
     readings,
@@ -34,18 +44,23 @@ from . import (
     schedules,
     settings,
     spill,
+    why,
 )
 
 ENGLISH, CHINESE = "en", "zh"
 LANGUAGES = (ENGLISH, CHINESE)
 
 SUBJECTS = (
+    accordion,
     allocator,
     baking,
     calibration,
+    cards,
     changes,
+    commands,
     doctor,
     everyday,
+    explain,
     files,
     flight,
     hosts,
@@ -58,7 +73,13 @@ SUBJECTS = (
     neo,
     other_hosts,
     panel,
+    panel_buttons,
+    panel_curve,
+    panel_fit,
+    panel_log,
+    panel_loras,
     panel_memory,
+    plan,
     preflight,
     private_files,
     readings,
@@ -68,6 +89,7 @@ SUBJECTS = (
     schedules,
     settings,
     spill,
+    why,
 )
 
 TEXTS: dict[str, dict[str, str]] = {

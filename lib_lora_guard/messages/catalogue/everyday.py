@@ -30,8 +30,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "everyday.not_carried_out": ("the setting could not be carried out", "设置未能生效"),
     "everyday.not_merged": (
-        "{model}: merging was asked for, but its {count} weights stored as {format} would keep little of the LoRA (cosine {cosine:.2f} between what would be left and the whole, measured on {weight}); there the LoRA is added while the layers run, whole",
-        "{model}：要求合并，但其 {count} 个以 {format} 存储的权重只能保留很少的 LoRA 效果（在 {weight} 上测得，保留部分与完整效果的余弦相似度为 {cosine:.2f}）；这些权重改为在各层运行时完整地加上 LoRA",
+        "{model}: merging was asked for, but its {count} weights stored as {format} would round a part of the LoRA away (cosine {cosine:.2f} between what would be left and the whole, measured on {weight}); there the LoRA is added while the layers run, whole",
+        "{model}：要求合并，但其 {count} 个以 {format} 存储的权重会因舍入损失部分 LoRA 效果（在 {weight} 上测得，保留部分与完整效果的余弦相似度为 {cosine:.2f}）；这些权重改为在各层运行时完整地加上 LoRA",
     ),
     "everyday.cannot_be_merged": (
         "{model}: merging was asked for, but its {count} weights stored as {format} cannot be written back in that format; there the LoRA is added while the layers run, whole",

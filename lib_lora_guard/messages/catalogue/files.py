@@ -8,6 +8,15 @@ TEXTS: dict[str, tuple[str, str]] = {
         "no such file; check the name or refresh the list",
         "文件不存在；请检查名称，或刷新列表",
     ),
+    "file.missing_near": (
+        "no such file; is {near} meant?",
+        "文件不存在；是否指 {near}？",
+    ),
+    "file.folder": (
+        "this is a folder; give a file in it{example}",
+        "这是一个文件夹；请指定其中的文件{example}",
+    ),
+    "file.folder_example": (", such as {name}", "，例如 {name}"),
     "file.unreadable": (
         "cannot be read ({error}); check the disk and who may read it",
         "无法读取（{error}）；请检查磁盘以及读取权限",

@@ -38,6 +38,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{name}: the guard could not read it; Forge's own reader is used",
         "{name}：LoRA Guard 无法读取；改用 Forge 自带的读取方式",
     ),
+    "host.installed_twice": (
+        "LoRA Guard is installed twice; the copy in {first} is at work, delete the one in {second} or the other way round, and restart",
+        "LoRA Guard 安装了两份；正在使用的是 {first} 中的一份，请删除 {second} 中的一份（或反过来），然后重启",
+    ),
     "host.keys_for": ("{name}: {count} keys for the {side}", "{name}：{count} 个键用于{side}"),
     "host.unet": ("U-Net", " U-Net"),
     "host.text_encoder": ("text encoder", "文本编码器"),

@@ -10,8 +10,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "未使用 {kind} 的融合内核（{why}）；这些层沿用普通方式，结果正确但较慢。设置 {switch}=0 可不再尝试内核。",
     ),
     "kernels.ready": (
-        "{count} fused kernels compiled and checked in {seconds:.0f} s; layers with LoRAs now take them.",
-        "已用 {seconds:.0f} 秒编译并检查 {count} 个融合内核；带 LoRA 的层现在使用它们。",
+        "{count} fused kernels compiled and checked in {seconds:.0f} s; new stacks of LoRAs take them.",
+        "已用 {seconds:.0f} 秒编译并检查 {count} 个融合内核；新选用的 LoRA 将使用它们。",
     ),
     "kernels.no_triton": (
         "Triton is not installed ({error}), so layers with LoRAs keep the ordinary way, which takes longer.",

@@ -122,6 +122,12 @@ TEXTS: dict[str, tuple[str, str]] = {
         "be, but slower; a smaller picture, or 'GPU Weights' lower by 500 MB, avoids this",
         "{key}：显存不足以计算其 LoRA，因此该层的 LoRA 部分改由 CPU 计算。图像不受影响，只是更慢；缩小图像或将“GPU Weights”降低 500 MB 可避免",
     ),
+    "memory.layers_on_the_cpu": (
+        "{model}: no VRAM left for the LoRAs of {count} layers, so their share is calculated on the CPU. The picture is as it "
+        "should be, but slower; a smaller picture, or 'GPU Weights' lower by 500 MB, avoids this",
+        "{model}：显存不足以计算 {count} 个层的 LoRA，因此这些层的 LoRA 部分改由 CPU 计算。图像不受影响，只是更慢；"
+        "缩小图像或将“GPU Weights”降低 500 MB 可避免",
+    ),
     "memory.factors": (
         "no memory left for {size_mb:.1f} MB of LoRA factors. Use fewer LoRAs, or lower 'GPU Weights' by 500 MB",
         "显存不足以存放 {size_mb:.1f} MB 的 LoRA 因子。请减少 LoRA 数量，或将“GPU Weights”降低 500 MB",

@@ -12,6 +12,12 @@ TEXTS: dict[str, tuple[str, str]] = {
         'should be, switch "Fast kernels" off on the settings page and report this line',
         "{kind} 的快速内核出错（{error}）；在 WebUI 重新启动前，这类层将不使用该内核。若图像异常，请在设置页关闭“快速内核”并反馈本行",
     ),
+    "mode.kernel_late": (
+        "the fast kernel for {kind}, rank {rank}, was not compiled within {seconds:.0f} s; images with these LoRAs are made without it, so that "
+        "the same prompt gives the same picture. Choose other LoRAs, or start the WebUI again, and it is used",
+        "{kind}（秩 {rank}）的快速内核未能在 {seconds:.0f} 秒内编译完成；为使相同提示词得到相同图像，使用这些 LoRA 的图像将不使用该内核。"
+        "换用其他 LoRA 或重新启动 WebUI 后即会使用",
+    ),
     "mode.on_the_fly": ("on_the_fly", "即时计算"),
     "mode.merge": ("merge", "合并"),
     "mode.compiled": (

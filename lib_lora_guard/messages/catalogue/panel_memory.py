@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
-    "panel.label.memory": ("Memory", "内存与显存"),
+    "panel.label.memory": ("Memory now", "当前内存与显存"),
     "panel.label.free": ("{free} free of {total}", "剩余 {free}，共 {total}"),
     "panel.label.used_of": ("{used} of {total} in use", "已用 {used}，共 {total}"),
     "panel.label.none": ("none", "无"),
@@ -13,11 +13,16 @@ TEXTS: dict[str, tuple[str, str]] = {
     "panel.source": ("as told by: {sources}", "数据来源：{sources}"),
     "panel.part.ours": ("this Forge", "本 Forge"),
     "panel.part.others": ("other programs and the driver", "其他程序和驱动"),
+    "panel.part.cache": ("kept by torch, free for the next step", "torch 保留，可供下一步使用"),
+    "panel.vram": ("VRAM", "显存"),
+    "panel.ram": ("RAM", "内存"),
+    "panel.label.tip_vram": ("The memory of the graphics card.", "显卡的内存。"),
+    "panel.label.tip_ram": ("The main memory of this machine.", "本机的主内存。"),
     "panel.part.rest": ("everything else", "其余程序和系统"),
     "panel.beside.swap": ("page file (swap) left", "交换空间剩余"),
     "panel.beside.commit": ("left with the page file, before Windows refuses", "连同页面文件，Windows 还允许分配"),
     "panel.unknown": ("memory could not be read ({error})", "无法读取内存信息（{error}）"),
-    "panel.label.step": ("One step of {model} takes about {size} of VRAM:", "{model} 的一步约需 {size} 显存："),
+    "panel.label.step": ("One step of the {model} takes about {size} of VRAM:", "{model}的一步约需 {size} 显存："),
     "panel.label.swapped": (
         "The other {size} of the model have no room there: they lie in RAM and are copied in every step, which takes time.",
         "模型其余 {size} 放不下：它们位于内存中，每一步都要复制，因此会变慢。",
@@ -26,6 +31,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Other programs hold {size} of VRAM; closing them makes room: {programs}",
         "其他程序占用 {size} 显存，关闭它们可以腾出空间：{programs}",
     ),
+    "panel.label.colon": (": ", "："),
     "panel.label.between": (", ", "、"),
     "panel.label.and_others": (", …", "……"),
     "panel.step.weights": ("the model", "模型"),

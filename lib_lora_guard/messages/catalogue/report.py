@@ -12,6 +12,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{model}: {device_mb:.1f} MB on {device} while running, {ram_mb:.1f} MB in RAM, {milliseconds:.1f} ms",
         "{model}：运行时 {device} 占用 {device_mb:.1f} MB，内存 {ram_mb:.1f} MB，耗时 {milliseconds:.1f} 毫秒",
     ),
+    "report.empty": ("{model}: {loras}", "{model}：{loras}"),
     "report.nothing": ("no LoRA", "没有 LoRA"),
     "report.lora": (
         "{name} strength {strength:g}: {used} keys used, {skipped} skipped",

@@ -76,10 +76,17 @@ TEXTS: dict[str, tuple[str, str]] = {
         "每步与不用 LoRA 时一样快，更改需一秒或更久；合并会舍入到 16 位，因此图像与旁路方式略有不同，"
         "也与显存较小的显卡或使用其他文件时略有不同",
     ),
+    "settings.lora_cards": ("Base model and rank on LoRA cards", "在 LoRA 卡片上显示基础模型与秩"),
+    "settings.lora_cards.info": (
+        "each card says what the file was made for and whether it fits the chosen checkpoint, read from the headers in the background; shown "
+        "after Refresh",
+        "每张卡片说明该文件适用的模型，以及是否适合所选的模型文件；信息在后台从文件头读取，刷新后显示",
+    ),
     "settings.kept_files_mb": ("LoRA files kept in RAM, in MB", "内存中保留的 LoRA 文件（MB）"),
     "settings.kept_files_mb.info": (
-        "a LoRA used again within this budget is not read from disk a second time; 0 keeps none",
-        "在此额度内再次使用的 LoRA 无需重新从磁盘读取；0 表示不保留",
+        "a LoRA used again within this budget is not read from disk a second time; an eighth of this computer's RAM unless you set it, "
+        "given back when RAM is short; 0 keeps none",
+        "在此额度内再次使用的 LoRA 无需重新从磁盘读取；不设置时为本机内存的八分之一，内存不足时会归还；0 表示不保留",
     ),
     "settings.log_level": ("Log level", "日志级别"),
     "settings.log_level.info": (

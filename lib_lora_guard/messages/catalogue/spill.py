@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
+    "spill.image": ("slower than usual: {what}", "比平常慢：{what}"),
     "spill.slow": (
         "a step took {seconds:.1f} s, {factor:.1f} times the usual {median:.2f} s (median of {steps} steps of the same kind)",
         "一个采样步用了 {seconds:.1f} 秒，是平常 {median:.2f} 秒（{steps} 个同类步的中位数）的 {factor:.1f} 倍",

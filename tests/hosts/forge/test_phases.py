@@ -139,16 +139,16 @@ def scene():
 def test_what_moves_is_told_with_what_it_takes(scene):
     flux, t5 = scene.patcher(Denoiser, 15_000), scene.patcher(JointTextEncoder, 10_000)
     scene.memory.load_models_gpu([flux], memory_required=2_000)
-    assert (Phase.MOVE_TO_GPU, {"vram": 17_000}) in scene.told
+    assert (Phase.MOVE_TO_GPU, {"vram": 17_000, "kept_free": 2_000}) in scene.told
     scene.told.clear()
     scene.memory.load_models_gpu([flux], memory_required=3_000, hard_memory_preservation=500)
-    assert (Phase.MOVE_TO_GPU, {"vram": 3_500}) in scene.told, "the weights are there"
+    assert (Phase.MOVE_TO_GPU, {"vram": 3_500, "kept_free": 3_500}) in scene.told, "the weights are there"
     scene.told.clear()
     scene.memory.free_memory(1e30, CARD, free_all=True)
     assert (Phase.UNLOAD, {"ram": 15_000}) in scene.told
     scene.told.clear()
     scene.memory.load_models_gpu([t5])
-    assert (Phase.MOVE_TO_GPU, {"vram": 11_000}) in scene.told
+    assert (Phase.MOVE_TO_GPU, {"vram": 11_000, "kept_free": 1_000}) in scene.told
 
 
 def test_steps_and_pictures_are_laid_around_with_their_plans(scene):

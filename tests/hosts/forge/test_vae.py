@@ -17,6 +17,7 @@ from lib_lora_guard.planning.host_memory import Latent
 from lib_lora_guard.recorder.crash_report import Precaution, avoid
 from lib_lora_guard.recorder.flight_recorder import Phase
 from lib_lora_guard.runtime.hooks import HookSet
+from lib_lora_guard.runtime.image_words import ImageWords
 from lib_lora_guard.runtime.precautions import Precautions
 from lib_lora_guard.runtime.preflight import Preflight
 from lib_lora_guard.runtime.vae_room import VaeRoom
@@ -115,7 +116,8 @@ class Scene:
         self.VAE, self.vae = VAE, VAE()
         self.vae.device = device
         preflight = Preflight(lambda: self.ram, self.drop, self.told.append, cautions)
-        self.room = ForgeVae(memory, VaeRoom(preflight), cautions)
+        self.words = ImageWords()
+        self.room = ForgeVae(memory, VaeRoom(preflight, self.words), cautions)
         self.room._spills = True
         hooks = HookSet()
         hooks.add(VAE, "decode_inner", self.room.decode_inner)
@@ -257,6 +259,10 @@ def test_tiles_before_the_driver_spills_and_said_once_with_numbers(lines):
     assert 3.0 * GB < need < 3.3 * GB
     scene.decode(1280, 1024)
     assert len(lines()) == 2
+    shown = []
+    with scene.words.image(1, shown.append):
+        scene.decode(1280, 1024), scene.decode(1280, 1024)
+    assert (shown, len(lines())) == ([f"LoRA Guard: {lines()[1]}"], 2), "each image shows it, once"
 
 
 def test_nobody_is_sent_away_for_what_the_whole_card_could_not_hold():

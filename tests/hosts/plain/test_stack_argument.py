@@ -85,9 +85,15 @@ def test_a_stack_that_is_no_list_of_pairs(guard, stack):
         guard.apply(stack)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a/" * 3000, "a\0b", "\ud800", "a\nb\x1b[2J", ""])
-def test_names_that_no_file_can_have(guard, name):
-    with pytest.raises(LoraFileError, match="no such file") as raised:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        *((name, "no such file") for name in ("x" * 300, "x" * 5000, "a/" * 3000, "a\0b", "\ud800", "a\nb\x1b[2J")),
+        ("", "^.: this is a folder; give a file in it"),
+    ],
+)
+def test_names_that_no_file_can_have(guard, name, says):
+    with pytest.raises(LoraFileError, match=says) as raised:
         guard.apply([(name, 1.0)])
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 300

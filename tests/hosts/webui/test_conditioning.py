@@ -148,6 +148,7 @@ def test_a_strength_edited_in_place_is_seen(world):
 
 
 def test_another_mode_and_arguments_that_others_read_encode_anew(world):
+    world.patch(on_text_encoder(host_value("lora", (16, 16), 1)))
     for data, mode in (
         (lora("style", "1"), "Automatic"),
         (lora("style", "1"), "Merge"),
@@ -160,6 +161,13 @@ def test_another_mode_and_arguments_that_others_read_encode_anew(world):
         world.mode = mode
         world.image("a cat", data)
     assert len(world.encoded) == 7
+
+
+def test_a_text_encoder_without_loras_does_the_same_in_every_mode(world):
+    for mode in ("Automatic", "Merge", "fp16 LoRA", "Forge's own"):
+        world.mode = mode
+        world.image("a cat", lora("style", "1"))
+    assert len(world.encoded) == 1
 
 
 def test_alternating_prompts_are_encoded_once_each_and_are_the_same_numbers(world):
@@ -384,9 +392,9 @@ def test_blanks_hide_nothing_else_of_the_key(words):
         image(prompts, data, hires_steps)
     words.patch(on_text_encoder(host_value("lora", (16, 16), 1)))
     image(Sized(" a  cat", 1024))
-    words.patch({})
     words.mode = "Merge"
     image(Sized(" a cat ", 1024))
+    words.patch({})
     words.mode = "Automatic"
     words.shared.sd_model = type("Model", (), {"forge_objects": words.model.forge_objects})()
     image(Sized("  a cat", 1024))

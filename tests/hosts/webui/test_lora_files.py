@@ -10,6 +10,7 @@ from lib_lora_guard.adapters import files as lora_reading
 from lib_lora_guard.errors import LoraFileError
 from lib_lora_guard.hosts.webui import lora_files
 from lib_lora_guard.hosts.webui.lora_files import LazyState, LoraFiles
+from lib_lora_guard.runtime.file_sheet import sheet_of
 
 
 def read(files, path):
@@ -64,3 +65,19 @@ def test_a_file_is_read_again_where_another_of_its_size_and_time_lies_in_its_pla
     assert read(files, tmp_path / "a.safetensors") is first
     (tmp_path / "b.safetensors").replace(tmp_path / "a.safetensors")
     assert read(files, tmp_path / "a.safetensors") is not first
+
+
+def test_the_sheets_are_of_the_present_stack_and_made_once(tmp_path, monkeypatch):
+    for name in "ab":
+        write_kohya(tmp_path / f"{name}.safetensors", MODULES, rank=4)
+    files, made = LoraFiles(), []
+    monkeypatch.setattr(lora_files, "sheet_of", lambda file: made.append(file) or sheet_of(file))
+    read(files, tmp_path / "a.safetensors")
+    (sheet,) = files.sheets().values()
+    assert (sheet.ranks, sheet.kinds, sheet.share_left_out) == ((4,), ("LoRA",), None)
+    assert sheet.mb == sum(adapter.bytes for adapter in made[0].adapters.values()) / 1024**2
+    read(files, tmp_path / "b.safetensors")
+    assert set(files.sheets()) == {"a.safetensors", "b.safetensors"}
+    assert len(made) == 2
+    files._last_stack, files._in_stack = files._in_stack, set()
+    assert files.sheets() == {}

@@ -8,8 +8,9 @@ import torch
 from support.page_locks import pinned_by
 
 from lib_lora_guard import settings
-from lib_lora_guard.errors import HostError
+from lib_lora_guard.errors import HostError, Message
 from lib_lora_guard.hosts.webui.options import GuardOptions
+from lib_lora_guard.memory import Reading, shares
 from lib_lora_guard.reporting import log as reporting_log
 from lib_lora_guard.runtime import installed
 from lib_lora_guard.runtime.live_settings import LiveSettings, mode_of
@@ -120,14 +121,20 @@ def test_the_wish_of_forges_dropdown_counts_where_our_setting_leaves_it_open(own
     assert mode_of({"lora_guard_mode": own, "forge_unet_storage_dtype": low_bits}).value == mode
 
 
-def test_the_takeover_asks_the_options_each_time(guard):
+def test_the_takeover_asks_the_options_each_time(guard, monkeypatch):
     options = {}
     GuardOptions(options, threading.Lock()).apply()
     live = guard.takeover.settings
     assert (live.mode(), live.is_host_reading(), live.kept_files()) == (LoraMode.AUTOMATIC, False, 0)
     options |= {"lora_guard_mode": "Forge's own", "lora_in_memory_limit": 3}
     assert (live.mode(), live.is_host_reading(), live.kept_files()) == (LoraMode.OWN, True, 3)
-    assert live.kept_files_bytes() == 1024 << 20
+    monkeypatch.setattr(shares, "read_ram", lambda: (Reading(16 << 30, Message("memory.ram")), None))
+    shares.usual_kept_files_mb.cache_clear()
+    assert live.kept_files_bytes() == 2048 << 20, "an eighth of the RAM"
+    monkeypatch.undo()
+    shares.usual_kept_files_mb.cache_clear()
+    options["lora_guard_kept_files_mb"] = 512
+    assert live.kept_files_bytes() == 512 << 20
 
 
 def test_the_level_on_the_command_line_wins(guard):

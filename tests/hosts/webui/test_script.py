@@ -1,11 +1,16 @@
-"""The lines on a picture's LoRAs in its infotext."""
+"""The lines on a picture's LoRAs in its infotext, and the accordion."""
 
+import html
+import json
+import re
 import sys
 import types
+import typing
 
 import pytest
 
 from lib_lora_guard.hosts.forge.takeover import ForgeTakeover
+from lib_lora_guard.hosts.webui.accordion import state
 from lib_lora_guard.planning.mode import Choice, Mode
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.runtime import installed
@@ -20,6 +25,7 @@ def script(monkeypatch):
     modules, scripts = types.ModuleType("modules"), types.ModuleType("modules.scripts")
     scripts.Script, scripts.AlwaysVisible = object, object()
     modules.scripts = scripts
+    modules.shared = types.SimpleNamespace(opts=types.SimpleNamespace(data={"localization": "zh_CN"}))
     monkeypatch.setitem(sys.modules, "modules", modules)
     monkeypatch.setitem(sys.modules, "modules.scripts", scripts)
     monkeypatch.delitem(sys.modules, "lib_lora_guard.hosts.webui.script", raising=False)
@@ -59,6 +65,7 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
     takeover.stacks = types.SimpleNamespace(
         report=lambda loader: reports.get(id(loader)),
         is_reported=lambda patcher: patcher.encodes_this_prompt,
+        tell_of_slow_layers=lambda: None,
     )
     takeover.files = types.SimpleNamespace(left_out={"other.safetensors": "why"}, missing={"gone": "why"})
     takeover.web = types.SimpleNamespace(schedules=types.SimpleNamespace(left_out={}))
@@ -69,7 +76,8 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
     guard_script = script.LoraGuardScript()
     guard_script.postprocess_batch(p)
     assert p.extra_generation_params == {
-        "LoRA Guard": "fp16 LoRA, 372 bypass, 4 merge, without bad.safetensors, gone, other.safetensors"
+        "LoRA Guard mode": "fp16 LoRA",
+        "LoRA Guard": "fp16 LoRA, 372 bypass, 4 merge, without bad.safetensors, gone, other.safetensors",
     }
     clip.patcher.encodes_this_prompt = False
     guard_script.postprocess_batch(p)
@@ -78,7 +86,14 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
     takeover.files.left_out, takeover.files.missing = {}, {}
     guard_script.postprocess_batch(p)
     assert p.extra_generation_params == {}, "the next image of the batch has no LoRA"
+    takeover.settings.options = {"lora_guard_mode": LoraMode.OWN.value}
+    p.extra_network_data = {"lora": ["a tag"]}
+    guard_script.postprocess_batch(p)
+    assert p.extra_generation_params == {"LoRA Guard mode": "Forge's own"}, "the host has applied it"
+    takeover.settings.options = {}
     reports[id(unet)] = report(applied("a.safetensors", 300))
+    guard_script.postprocess_batch(p)
+    assert p.extra_generation_params == {"LoRA Guard": "Automatic, 300 bypass"}, "the usual mode is no field"
     assert guard_script.show(False) is script.scripts.AlwaysVisible
     monkeypatch.setattr(installed, "installed", lambda: None)
     p = image(None)
@@ -89,3 +104,83 @@ def test_mode_ways_and_what_is_missing(script, monkeypatch):
 def test_a_picture_without_loras_says_nothing(script):
     assert script.summary("Automatic", [report()], {}) == ""
     assert script.summary("Automatic", [], {"gone.safetensors": "why"}) == "Automatic, without gone.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("mode", "own", "used"),
+    [
+        ("", {}, {}),
+        (None, {}, {}),
+        ("Merge", {}, {"lora_guard_mode": "Merge"}),
+        ("merge", {"sd_vae": "x"}, {"sd_vae": "x", "lora_guard_mode": "Merge"}),
+        ("Merge", {"lora_guard_mode": "fp16 LoRA"}, {"lora_guard_mode": "fp16 LoRA"}),
+        ("<b>", {}, {}),
+        (7, {}, {}),
+    ],
+)
+def test_the_accordions_mode_is_that_of_the_request_unless_it_has_its_own(script, caplog, mode, own, used):
+    p = types.SimpleNamespace(override_settings=dict(own))
+    script.LoraGuardScript().before_process(p, mode)
+    assert p.override_settings == used
+    said = [record.getMessage() for record in caplog.records]
+    assert bool(said) is (mode in ("<b>", 7))
+    assert all("There are Automatic, fp16 LoRA, Merge, Forge's own" in line for line in said)
+
+
+class Component:
+    """A component of gradio, and a block that holds others."""
+
+    made: typing.ClassVar = []
+
+    def __init__(self, *args, **how):
+        self.args, self.how = args, how
+        self.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def click(self, call, **how):
+        self.call = call
+
+
+def test_the_accordion_is_closed_and_answers_when_it_is_opened(script, monkeypatch):
+    names = ("Accordion", "Radio", "Button", "HTML")
+    kinds = {name: type(name, (Component,), {"made": []}) for name in names}
+    monkeypatch.setitem(sys.modules, "gradio", types.SimpleNamespace(**kinds))
+    monkeypatch.setattr(installed, "installed", lambda: None)
+    guard_script = script.LoraGuardScript()
+    (mode,) = guard_script.ui(False)
+    (accordion,), (button,), (text,) = (kinds[name].made for name in ("Accordion", "Button", "HTML"))
+    assert accordion.how == {"open": False, "elem_id": "lora_guard_txt2img"}
+    assert [value for _, value in mode.args[0]] == ["", *(known.value for known in LoraMode)]
+    assert mode.args[0][0] == ("与设置相同", "")
+    assert mode.do_not_save_to_config, "the usual mode has its place on the settings page"
+    assert guard_script.infotext_fields == [(mode, "LoRA Guard mode")]
+    assert guard_script.paste_field_names == ["LoRA Guard mode"]
+    assert "<p>" not in text.args[0], "nothing is asked before it is opened"
+    assert "data-off" in button.call()
+    assert "已关闭" in button.call()
+
+
+def test_what_the_opened_accordion_says_is_text(monkeypatch):
+    hostile = "<img src=x onerror=alert(1)>.safetensors"
+    loras = [applied("a.safetensors", 3), applied(hostile, 3), LoraReport("bad&.safetensors", 1.0, refused="<b>broken")]
+    takeover = types.SimpleNamespace(
+        reports=lambda: [report(*loras), report(*loras)], left_out=lambda: {"'gone\n": 'no "LoRA"'}
+    )
+    monkeypatch.setattr(installed, "installed", lambda: takeover)
+    shown = state("en", LoraMode.MERGE)
+    assert re.findall("<p>(.*?)</p>", shown) == [
+        "Mode in Settings: Merge.",
+        "Applied now: a.safetensors, &lt;img src=x onerror=alert(1)&gt;.safetensors.",
+        "bad&amp;.safetensors was left out: &lt;b&gt;broken",
+        "&#x27;gone? was left out: no &quot;LoRA&quot;",
+    ]
+    assert set(re.findall("<[^>]*?[ >]", shown)) == {"<div ", "<p>", "</p>", "</div>"}
+    words = json.loads(html.unescape(re.search('data-words="(.*?)"', shown)[1]))
+    assert words["left_out"] == "left out"
+    takeover.reports = list
+    assert "No LoRA is applied now." in state("en", LoraMode.MERGE)

@@ -146,7 +146,7 @@ def test_arguments_and_result_pass_through(scene):
 
 
 def test_it_is_said_once_while_it_stays_the_same(caplog):
-    caplog.set_level(logging.INFO, logger="lib_lora_guard")
+    caplog.set_level(logging.DEBUG, logger="lib_lora_guard")
     processing = Processing()
     requests = UnloadRequests(processing, lambda: 1, RuleLog().tell)
     for _ in range(4):
@@ -155,4 +155,5 @@ def test_it_is_said_once_while_it_stays_the_same(caplog):
     said = [record for record in caplog.records if "LG-R10" in record.getMessage()]
     assert len(said) == 1
     assert "nothing has changed" in said[0].getMessage()
+    assert said[0].levelno == logging.DEBUG, "good news is no warning"
     assert processing.unloaded == 1
