@@ -41,8 +41,9 @@ def probe(kernel: Kernel, rank: int, device: torch.device) -> None:
     """
     generator = torch.Generator().manual_seed(rank)
     step = _column_step(kernel.kind)
-    # One tile and a bit of a second one in both directions; then less than one tile.
-    for rows, columns in ((kernel.tile.rows + 3, -(-kernel.tile.columns // step) * step + step), (5, step)):
+    # The tiles of one program and a bit of a second one's in both directions; then less than one tile.
+    wide = kernel.tile.columns * kernel.tile.spans
+    for rows, columns in ((kernel.tile.rows + 3, -(-wide // step) * step + step), (5, step)):
         stored = sample(kernel.kind, rows, columns, kernel.dtype, generator, CPU)
         factors = (
             sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, CPU) if rank else None
