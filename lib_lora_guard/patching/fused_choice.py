@@ -26,8 +26,8 @@ WAIT_SECONDS = 3.0
 """The longest time that the steps of an image wait for kernels, all together. One is compiled in one or two seconds."""
 _LOOK_SECONDS = 0.01
 
-USUAL_RANKS = (16, 8, 32, 64, 128)
-"""Of LoRAs and small stacks; 8 stands for all below 16."""
+USUAL_RANKS = (16, 8, 32, 64, 48, 128, 96)
+"""Of LoRAs and small stacks; 8 stands for all below 16. 48 and 96 are two and three LoRAs together."""
 
 
 class Key(NamedTuple):

@@ -106,7 +106,7 @@ def test_usual_ranks_are_expected_and_a_stack_comes_first():
     choice.expect(["nf4 64"], CARD, torch.bfloat16)
     choice.expect([], CARD, torch.bfloat16)
     choice.prepare([WIDER])
-    usual = [(["nf4 64"], [rank], False) for rank in (16, 8, 32, 64, 128)]
+    usual = [(["nf4 64"], [rank], False) for rank in (16, 8, 32, 64, 48, 128, 96)]
     assert choice.compiler.asked == [*usual, (["nf4 64"], [0], False), *usual, (["nf4 64"], [32], True)]
 
 
