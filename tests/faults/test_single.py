@@ -5,13 +5,14 @@ from support.measure import contribution_error, fp32_limit, same_bits
 
 from faults.planting import ERRORS, Faults
 from faults.scene import Scene
-from faults.test_host import sweep
+from faults.test_host import count, sweep
 from lib_lora_guard.patching.engine import Engine
 
 
 @pytest.mark.parametrize("plan", ["once", "for good"])
 def test_no_lora_is_left_out_as_unreadable_because_memory_ended(guarded, plan):
-    _, wrong = sweep(Scene(guarded, "fp8", read_by_guard=False), "apply", plan)
+    scene = Scene(guarded, "fp8", read_by_guard=False)
+    _, wrong = sweep(scene, "apply", plan, count(scene, "apply"))
     assert not wrong, "\n".join(wrong)
 
 
