@@ -6,7 +6,7 @@ from contract.stacks import FILE, lora_on_everything, reference, run
 from support.measure import assert_same, fp32_limit, same_bits
 from support.short_way import take_short_way
 
-from contract_neo.host import REAL, STORAGES
+from contract_neo.host import STORAGES
 from lib_lora_guard.patching.marked_class import class_of
 
 WITH_KERNELS = [
@@ -72,7 +72,6 @@ def test_a_function_of_others_on_the_weight_sends_the_layer_the_long_way(guarded
     layers[0].weight_function = []
 
 
-@pytest.mark.skipif(REAL, reason="the double's layers are compiled")
 def test_compiled_code_goes_the_long_way(guarded, passes):
     patcher, dense = guarded.build("fp8")
     base = run(patcher)
