@@ -1,14 +1,21 @@
 """Docs that say what is true: links lead somewhere, generated tables are there, versions agree."""
 
 import re
+import string
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import bars
+
+from lib_lora_guard.messages.catalogue import TEXTS
 from lib_lora_guard.version import __version__
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(
+PAGES = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(
     (ROOT / "docs").glob("*.md")
 )
 
@@ -36,4 +43,44 @@ def test_generated_tables_are_not_empty(page):
 
 def test_the_version_is_in_the_changelog_and_in_the_readme():
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"[LoRA Guard] {__version__} in place" in (ROOT / "README.md").read_text(encoding="utf-8")
+    for readme in ("README.md", "README.zh-CN.md"):
+        assert f"[LoRA Guard] {__version__} in place" in (ROOT / readme).read_text(encoding="utf-8"), readme
+
+
+def test_both_readmes_have_the_same_sections_commands_and_links():
+    """The Chinese page is a translation: what is not prose is the same."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+    for what in (
+        r"^(#+) ",
+        r"^    ((?:python3|lora-guard) .*)$",
+        r"^```(\w*)$",
+        r"\]\(([\w/-]+\.md)(?<!README\.md)(?<!CN\.md)",
+    ):
+        found = [re.findall(what, page, re.MULTILINE) for page in (english, chinese)]
+        assert found[0] != []
+        assert found[0] == found[1], what
+
+
+def test_the_bars_of_the_readmes_are_those_of_the_table():
+    """Drawn anew from docs/gpu.md; two numbers are looked up by hand, so that the reader of the table is tested too."""
+    table = bars.rows((ROOT / "docs/gpu.md").read_text(encoding="utf-8"))
+    assert table["12 GB fp8, queue", "automatic"] == ("0.1", "10.76", "10.31")
+    assert table["12 GB nf4, queue", "guard"] == ("100.0", "0.06", "0.00")
+    for name, language in bars.FILES.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == bars.picture(table, language), name
+
+
+def test_the_lines_of_the_log_in_the_page_for_little_memory_are_in_the_catalogue():
+    """With numbers in place of the placeholders; the number of a rule before the sentence is left out."""
+    sentences = [
+        "".join(re.escape(word) + (".+" if name else "") for word, name, _, _ in string.Formatter().parse(texts["en"]))
+        for texts in TEXTS.values()
+        if len(texts["en"]) > 30
+    ]
+    page = (ROOT / "docs/low-vram.md").read_text(encoding="utf-8")
+    shown = [
+        line for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for line in re.findall(r"`([^`]+)`", cell)
+    ]
+    assert len(shown) == 12
+    unknown = [line for line in shown if not any(re.fullmatch(r"(LG-R\d\d: )?" + known, line) for known in sentences)]
+    assert unknown == []
