@@ -7,7 +7,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     # Availability of an option.
     "allocator.no_cuda": (
         "not available here: images are made on {device}, and this is an option of torch's CUDA allocator",
-        "此处不可用：图像在 {device} 上生成，而这是 torch 的 CUDA 显存分配器的选项",
+        "此处不可用：图片在 {device} 上生成，而这是 torch 的 CUDA 显存分配器的选项",
     ),
     "allocator.backend": (
         "not available here: torch uses the {backend} allocator, which ignores this option; start Forge without --cuda-malloc to get it",
@@ -19,7 +19,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "allocator.wsl": (
         "not available here: under WSL the graphics driver refuses expandable segments, on some machines only in the middle of an image",
-        "此处不可用：在 WSL 中显卡驱动会拒绝可扩展段，有些机器甚至在生成图像途中才出错",
+        "此处不可用：在 WSL 中显卡驱动会拒绝可扩展段，有些机器甚至在生成图片途中才出错",
     ),
     "allocator.tegra": (
         "not available here: on Jetson boards the first allocation with expandable segments fails",

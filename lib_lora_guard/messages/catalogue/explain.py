@@ -14,7 +14,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.harmless": (
         "Nothing went wrong: {count} lines look alarming and are harmless (below)",
-        "没有出错：有 {count} 处看似可怕的信息，其实无害（见下）",
+        "没有出错：有 {count} 处信息看起来吓人，其实无害（见下）",
     ),
     "explain.all_well": (
         "Nothing went wrong with a LoRA or with memory in these {lines} lines",
@@ -30,10 +30,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.host_memory": ("{vram:.0f} GB of VRAM and {ram:.0f} GB of RAM", "显存 {vram:.0f} GB、内存 {ram:.0f} GB"),
     "explain.do": ("To do: {do}", "怎么办：{do}"),
     "explain.ours": ("LoRA Guard says in it:", "其中 LoRA Guard 的信息："),
-    "explain.harmless_heading": ("Alarming and harmless:", "看似可怕，其实无害："),
+    "explain.harmless_heading": ("Alarming and harmless:", "看起来吓人，其实无害："),
     "explain.ram_known": ("{gb:.0f} GB of RAM", "本机内存 {gb:.0f} GB"),
     "explain.ram_unknown": ("how much RAM there is, the log does not say", "日志中没有内存大小"),
-    "explain.asked": ("{mb:.0f} MB were asked for", "请求了 {mb:.0f} MB"),
+    "explain.asked": ("{mb:.0f} MB were asked for", "当时请求 {mb:.0f} MB"),
     "explain.asked_unknown": ("how much was asked for, the log does not say", "日志中没有请求的大小"),
     "explain.of_card": (", of {mb:.0f} MB on the card", "（显卡共 {mb:.0f} MB）"),
     "explain.of_unknown_card": (", less than there is", "（少于应有的显存）"),
@@ -46,17 +46,17 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.ram_death_do": (
         "let Windows manage the page file, or give it 30 to 40 GB on an SSD; close other programs; take a smaller text encoder (T5 in fp8) "
         "or model file. Forge's merge keeps a copy of every patched weight in RAM; LoRA Guard keeps none",
-        "让 Windows 自动管理页面文件，或在固态硬盘上设为 30 至 40 GB；关闭其他程序；换用更小的文本编码器（fp8 的 T5）或模型文件。"
+        "让 Windows 自动管理页面文件（虚拟内存），或在固态硬盘上设为 30 至 40 GB；关闭其他程序；换用更小的文本编码器（fp8 的 T5）或模型文件。"
         "Forge 合并 LoRA 时会在内存中为每个被修改的权重保留一份副本；LoRA Guard 不保留",
     ),
     "explain.page_file": (
         "Windows refused memory, because its page file is too small",
-        "Windows 拒绝分配内存，因为页面文件太小",
+        "页面文件（虚拟内存）太小，Windows 拒绝分配内存",
     ),
     "explain.page_file_do": (
         "let Windows manage the page file's size on a drive with 40 GB free (System > Advanced system settings > Performance > Virtual "
         "memory), and restart",
-        "在剩余 40 GB 的磁盘上让 Windows 自动管理页面文件（系统 > 高级系统设置 > 性能 > 虚拟内存），然后重启",
+        "在剩余空间不少于 40 GB 的磁盘上，让 Windows 自动管理页面文件的大小（系统 > 高级系统设置 > 性能 > 虚拟内存），然后重启",
     ),
     "explain.ram_oom": (
         "the system had no {mb:.0f} MB of RAM left for one tensor",
@@ -64,7 +64,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.ram_oom_do": (
         "close other programs, enlarge the page file, or take a smaller model file or text encoder (T5 in fp8)",
-        "关闭其他程序、增大页面文件，或换用更小的模型文件或文本编码器（fp8 的 T5）",
+        "关闭其他程序、增大页面文件（虚拟内存），或换用更小的模型文件或文本编码器（fp8 的 T5）",
     ),
     # Memory of the card.
     "explain.driver_oom": (
@@ -84,16 +84,16 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.merge_oom_do": (
         "lower 'GPU Weights' by 1000 MB, or set 'Diffusion in Low Bits' to 'Automatic (fp16 LoRA)'. LoRA Guard merges nothing into low-bit "
         "weights",
-        "把“GPU Weights”调低 1000 MB，或把“Diffusion in Low Bits”设为“Automatic (fp16 LoRA)”。LoRA Guard 不会合并到低位权重",
+        "把“GPU Weights”调低 1000 MB，或把“Diffusion in Low Bits”设为“Automatic (fp16 LoRA)”。LoRA Guard 不会把 LoRA 合并到低精度权重",
     ),
     "explain.merge_failed": (
         "merging a LoRA failed in {layers} layers (first {key}: {why}); Forge calls that out of memory whatever it was",
-        "有 {layers} 层合并 LoRA 失败（第一处 {key}：{why}）；无论什么原因，Forge 都说成显存不足",
+        "有 {layers} 层合并 LoRA 失败（第一处 {key}：{why}）；无论什么原因，Forge 都会报告为显存不足",
     ),
     "explain.merge_failed_do": (
         "the LoRA is most likely made for another model or is of a kind that this version does not know: check it with "
         "'lora-guard inspect LORA --model MODEL'",
-        "这个 LoRA 很可能属于别的模型，或属于此版本不认识的类型：可用 “lora-guard inspect LORA --model MODEL” 检查",
+        "这个 LoRA 很可能适用于别的模型，或属于此版本不支持的类型：可用 “lora-guard inspect LORA --model MODEL” 检查",
     ),
     "explain.oom": (
         "the card ran out of memory ({size})",
@@ -102,22 +102,22 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.oom_do": (
         "lower 'GPU Weights' by 1000 MB (in Neo: --reserve-vram 2), make the picture smaller, or take a model file in fewer bits; close "
         "programs that hold VRAM",
-        "把“GPU Weights”调低 1000 MB（Neo：--reserve-vram 2），缩小图片，或换用位数更低的模型文件；关闭占用显存的程序",
+        "把“GPU Weights”调低 1000 MB（Neo：--reserve-vram 2），缩小图片，或换用量化位数更低的模型文件；关闭占用显存的程序",
     ),
     "explain.fragments": (
         "torch held {gb:.1f} GB of VRAM in pieces that were too small to use (fragmentation)",
-        "torch 占有 {gb:.1f} GB 显存，但都是太小而无法使用的碎片",
+        "torch 占用了 {gb:.1f} GB 显存，但都是太小而无法使用的碎片",
     ),
     "explain.fragments_do": (
         "on Linux start with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; on Windows, where that is not supported in most versions, lower "
         "'GPU Weights' by 1000 MB. LoRA Guard's tab says which option works here",
         "在 Linux 上启动前设置 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True；Windows 的多数版本不支持，请把“GPU Weights”调低 1000 MB。"
-        "LoRA Guard 选项卡会说明本机可用的选项",
+        "LoRA Guard 标签页会说明本机可用的选项",
     ),
     "explain.sysmem": (
         "VRAM was nearly full while sampling ({mb:.0f} MB free, told {count} times): on Windows the driver then goes on in system RAM, and a "
         "step takes 5 to 30 times as long",
-        "采样时显存几乎用尽（空闲 {mb:.0f} MB，提示了 {count} 次）：Windows 的驱动这时会改用系统内存，每一步会慢 5 到 30 倍",
+        "采样时显存几乎用尽（空闲 {mb:.0f} MB，提示了 {count} 次）：Windows 的驱动这时会改用系统内存，每一步的用时会变成 5 至 30 倍",
     ),
     "explain.sysmem_do": (
         "lower 'GPU Weights' by 1000 MB; in the NVIDIA control panel set 'CUDA - Sysmem Fallback Policy' to 'Prefer No Sysmem Fallback'",
@@ -130,7 +130,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.slow_steps_do": (
         "VRAM spilled into system RAM, or more of the model is swapped than before: lower 'GPU Weights' by 1000 MB, turn NVIDIA's sysmem "
         "fallback off, or take a model file in fewer bits",
-        "显存溢出到了系统内存，或有更多模型权重被换出：把“GPU Weights”调低 1000 MB，关闭 NVIDIA 的系统内存回退，或换用位数更低的模型文件",
+        "显存溢出到了系统内存，或有更多模型权重被换出：把“GPU Weights”调低 1000 MB，关闭 NVIDIA 的系统内存回退，或换用量化位数更低的模型文件",
     ),
     # Time.
     "explain.patch_slow": (
@@ -153,12 +153,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.reloads": (
         "the image model was brought to the card {count} times, {seconds:.0f} s of moving in all: it does not stay there beside the text encoder",
-        "图像模型被载入显卡 {count} 次，移动共用 {seconds:.0f} 秒：它无法与文本编码器同时留在显卡上",
+        "图像模型被载入显卡 {count} 次，移动共用时 {seconds:.0f} 秒：显存放不下它和文本编码器",
     ),
     "explain.reloads_do": (
         "take a model file in fewer bits or a smaller text encoder, so that both fit; prompts and LoRAs that change one at a time cost less. LoRA "
         "Guard moves no layer for a change of a LoRA",
-        "换用位数更低的模型文件或更小的文本编码器，使两者能同时放下；每次只更改提示词或 LoRA 之一会更省时。"
+        "换用量化位数更低的模型文件或更小的文本编码器，使两者能同时放下；每次只更改提示词或 LoRA 之一会更省时。"
         "更换 LoRA 时，LoRA Guard 不移动任何层",
     ),
     "explain.swap": (
@@ -167,7 +167,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.swap_do": (
         "a model file in fewer bits (GGUF Q4, NF4) stays on the card whole: 'lora-guard plan MODEL LORA' names one that fits",
-        "位数更低的模型文件（GGUF Q4、NF4）可以完整地留在显卡上：“lora-guard plan MODEL LORA” 会给出合适的文件",
+        "量化位数更低的模型文件（GGUF Q4、NF4）可以完整地留在显卡上：“lora-guard plan MODEL LORA” 会给出合适的文件",
     ),
     # LoRAs.
     "explain.stage_failed": (
@@ -176,7 +176,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.stage_failed_do": (
         "check the names in the prompt against the Lora tab (Refresh). LoRA Guard leaves out the missing one alone, and says so",
-        "对照 Lora 选项卡（刷新）检查提示词中的名称。LoRA Guard 只略过缺少的那一个，并会说明",
+        "在 Lora 标签页点击刷新，对照检查提示词中的名称。LoRA Guard 只略过缺少的那一个，并会说明",
     ),
     "explain.missing": (
         "LoRAs of the prompt were not found: {names}",
@@ -184,7 +184,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.missing_do": (
         "put the files into models/Lora, press Refresh in the Lora tab, and write the names as they stand there",
-        "把文件放入 models/Lora，在 Lora 选项卡中点击刷新，并按其中的名称书写",
+        "把文件放入 models/Lora，在 Lora 标签页中点击刷新，并按其中显示的名称填写",
     ),
     "explain.damaged": (
         "a model or LoRA file is damaged or not complete",
@@ -197,7 +197,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.other_model": (
         "{files} not applied: too many of its keys have no place in this model (it is made for another one, or of a kind that this Forge does "
         "not know)",
-        "{files} 未应用：它的键有太多在此模型中没有对应位置（属于别的模型，或属于此版 Forge 不认识的类型）",
+        "{files} 未应用：它的键有太多在此模型中没有对应位置（它适用于别的模型，或属于此版 Forge 不支持的类型）",
     ),
     "explain.other_model_do": (
         "take a LoRA for this model; 'lora-guard inspect LORA --model MODEL' says what it is made for and how much of it fits",
@@ -234,11 +234,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.shape_do": (
         "the LoRA is made for another model; take one for this model",
-        "这个 LoRA 属于别的模型；请使用适合此模型的 LoRA",
+        "这个 LoRA 适用于别的模型；请使用适合此模型的 LoRA",
     ),
     "explain.odd_patch": (
         "{count} layers have a patch that this version does not know ({kind})",
-        "有 {count} 层的补丁类型是此版本不认识的（{kind}）",
+        "有 {count} 层的补丁类型是此版本不支持的（{kind}）",
     ),
     "explain.odd_patch_do": (
         "update the WebUI, or turn off the extension that brings the patch (LayerDiffuse and Fooocus inpaint bring such)",
@@ -266,7 +266,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.wish_ignored_do": (
         "nothing to change if it is fast enough; LoRA Guard's mode 'fp16 LoRA' works there too",
-        "如果速度可以接受则无需更改；LoRA Guard 的“fp16 LoRA”模式在此也有效",
+        "速度可以接受的话无需更改；LoRA Guard 的“fp16 LoRA”模式在此也有效",
     ),
     # Settings.
     "explain.bad_setting": (
@@ -300,11 +300,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.leak_do": (
         "restart the program; if it comes back, turn extensions off one by one: one of them holds the model",
-        "请重启程序；如果再次出现，请逐个停用扩展：其中某一个占有该模型",
+        "请重启程序；如果再次出现，请逐个停用扩展：其中某个扩展仍占用着该模型",
     ),
     "explain.nan": (
         "the model gave values that are no numbers (NaN), told {count} times: the picture is black",
-        "模型给出了非数值（NaN），提示了 {count} 次：图片会是黑色的",
+        "模型输出了 NaN（非数值），提示了 {count} 次：图片会是全黑的",
     ),
     "explain.nan_do": (
         "take the LoRAs out one by one, use another VAE, and start without --cuda-malloc",
@@ -342,7 +342,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "explain.no_expandable": (
         "torch does not know expandable segments on this system (told {count} times), and goes on without them",
-        "此系统上的 torch 不支持 expandable segments（提示了 {count} 次），会不使用它继续运行",
+        "此系统上的 torch 不支持 expandable segments（提示了 {count} 次），会在没有它的情况下继续运行",
     ),
     "explain.no_expandable_do": (
         "nothing, or take it out of PYTORCH_CUDA_ALLOC_CONF",

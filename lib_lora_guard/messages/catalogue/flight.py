@@ -30,9 +30,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     "flight.phase_backup": ("original weights were being backed up", "备份原始权重"),
     "flight.phase_restore": ("original weights were being put back", "恢复原始权重"),
     "flight.phase_encode_prompt": ("the prompt was being encoded", "编码提示词"),
-    "flight.phase_sampling_step": ("the image was being sampled", "采样生成图像"),
-    "flight.phase_vae_encode": ("the VAE was encoding an image", "VAE 编码图像"),
-    "flight.phase_vae_decode": ("the VAE was decoding the image", "VAE 解码图像"),
+    "flight.phase_sampling_step": ("the image was being sampled", "采样生成图片"),
+    "flight.phase_vae_encode": ("the VAE was encoding an image", "VAE 编码图片"),
+    "flight.phase_vae_decode": ("the VAE was decoding the image", "VAE 解码图片"),
     "flight.phase_unload": ("a model was being moved from the GPU to RAM", "将模型从显存移到内存"),
     "flight.phase_other": ("something else was being done", "执行其他操作"),
     "flight.model": ("in use then: model {model}", "当时使用的模型：{model}"),
@@ -101,6 +101,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "flight.avoid_drop_caches": (
         "after the last crash: caches of LoRA files are released before something large is loaded",
-        "鉴于上次中断：加载大型文件之前先释放 LoRA 文件缓存",
+        "鉴于上次中断：加载大型文件之前，先释放 LoRA 文件缓存",
     ),
 }

@@ -56,7 +56,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "host.in_small_part": (
         "{name}: {what}; that is {percent} of the file, so the picture lacks a good part of it: use a version of this LoRA that was made for this model (LG-L02)",
-        "{name}：{what}；占该文件的 {percent}，图像会缺少相当一部分效果：请使用适用于此模型的版本（LG-L02）",
+        "{name}：{what}；占该文件的 {percent}，图片会缺少相当一部分效果：请使用适用于此模型的版本（LG-L02）",
     ),
     "host.keys_without_place": (
         "{count} of its keys have no place in this model and are left out (first: {first})",
@@ -79,7 +79,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "host.not_restored_next_image": (
         "{model}: some weights could not be restored; reload the checkpoint before you trust the next image",
-        "{model}：有权重无法恢复；在信任下一张图像之前请重新加载模型",
+        "{model}：有权重无法恢复；请先重新加载模型，否则下一张图片可能不正确",
     ),
     "host.not_lifted": (
         "{model}: originals could not be put back before it is moved",
@@ -94,6 +94,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "host.merge_path": ("Forge's merge", " Forge 的合并方式"),
     "host.without": (
         "{model}: this image is made WITHOUT the LoRAs {loras}: {why} (LG-L05)",
-        "{model}：此图像在没有以下 LoRA 的情况下生成：{loras}。原因：{why}（LG-L05）",
+        "{model}：这张图片没有应用以下 LoRA：{loras}。原因：{why}（LG-L05）",
     ),
 }

@@ -7,7 +7,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "kernels.refused": (
         "The fused kernel for {kind} is not used ({why}); these layers keep the ordinary way, which is right and takes longer. "
         "Set {switch}=0 to try no kernels.",
-        "未使用 {kind} 的融合内核（{why}）；这些层沿用普通方式，结果正确但较慢。设置 {switch}=0 可不再尝试内核。",
+        "未使用 {kind} 的融合内核（{why}）；这些层仍用普通方式计算，结果正确，只是较慢。设置 {switch}=0 可停用全部内核。",
     ),
     "kernels.ready": (
         "{count} fused kernels compiled and checked in {seconds:.0f} s; new stacks of LoRAs take them.",
@@ -15,7 +15,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "kernels.no_triton": (
         "Triton is not installed ({error}), so layers with LoRAs keep the ordinary way, which takes longer.",
-        "未安装 Triton（{error}），因此带 LoRA 的层沿用较慢的普通方式。",
+        "未安装 Triton（{error}），因此带 LoRA 的层仍用较慢的普通方式计算。",
     ),
     "kernels.install": (
         "LoRAs on fp8, NF4 and GGUF models would cost less time a step with Triton, which Windows lacks ({error}): see docs/kernels.md "

@@ -16,7 +16,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "lora.too_large": (
         "its tensors take {needed_mb:.0f} MB of RAM and {room_mb:.0f} MB are left; close other programs, make the page file at least "
         "{more_gb} GB larger, or use a LoRA of a smaller rank",
-        "其张量需要 {needed_mb:.0f} MB 内存，而剩余的只有 {room_mb:.0f} MB；请关闭其他程序、将页面文件至少增大 {more_gb} GB，"
+        "其张量需要 {needed_mb:.0f} MB 内存，而剩余的只有 {room_mb:.0f} MB；请关闭其他程序、将页面文件（虚拟内存）至少增大 {more_gb} GB，"
         "或使用秩更小的 LoRA",
     ),
     "lora.packed": (

@@ -6,7 +6,7 @@ from __future__ import annotations
 TEXTS: dict[str, tuple[str, str]] = {
     "memory.no_backup_place": (
         "no place for a backup of {size_mb:.1f} MB: spare are {spare}; free RAM or disk space, or use LoRA mode 'auto'",
-        "没有地方存放 {size_mb:.1f} MB 的备份：可用空间为 {spare}；请释放内存或磁盘空间，或使用 LoRA 模式 auto",
+        "没有地方存放 {size_mb:.1f} MB 的备份：可用空间为 {spare}；请释放内存或磁盘空间，或使用 LoRA 模式“自动”",
     ),
     "memory.shrunk": (
         "{size_mb:.0f} MB of {model} leave the card for what comes; the rest of it stays",
@@ -18,7 +18,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "copied in each call; {seconds:.1f} s of copying until the next image, another way {other_seconds:.1f} s "
         "({to_card:.1f} GB/s to the card, {to_ram:.1f} to RAM)",
         "{model}，{calls} 次运行：{comes_mb:.0f} MB 移到显卡，其他模型让出 {left_mb:.0f} MB，每次运行复制 {swapped_mb:.0f} MB；"
-        "到下一张图像为止复制共需 {seconds:.1f} 秒，另一种方式需 {other_seconds:.1f} 秒（到显卡 {to_card:.1f} GB/s，到内存 {to_ram:.1f} GB/s）",
+        "到下一张图片为止复制共需 {seconds:.1f} 秒，另一种方式需 {other_seconds:.1f} 秒（到显卡 {to_card:.1f} GB/s，到内存 {to_ram:.1f} GB/s）",
     ),
     "memory.pinned": (
         "{size_mb:.0f} MB of {model} now lie in pinned RAM, for faster steps; {total_mb:.0f} MB in all",
@@ -28,7 +28,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{size_mb:.0f} MB of pinned RAM are ordinary RAM again; swapped weights go to the card from there",
         "{size_mb:.0f} MB 锁页内存已恢复为普通内存；放不下的权重改由普通内存送往显卡",
     ),
-    "memory.left": ("{model} leaves the card, {size_mb:.0f} MB", "{model} 离开显卡，{size_mb:.0f} MB"),
+    "memory.left": ("{model} leaves the card, {size_mb:.0f} MB", "{model} 已移出显卡，{size_mb:.0f} MB"),
     "memory.swapped": (
         "{model} comes for {passes} calls: {size_mb:.0f} MB of it stay in RAM and are copied in each, which moves less than making "
         "room would",
@@ -36,7 +36,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "memory.not_moved": (
         "{model} could not leave the card for lack of RAM ({error}); it stays, and what comes is placed beside it",
-        "内存不足，{model} 无法离开显卡（{error}）；它保持原位，后续模型放在其余空间",
+        "内存不足，{model} 无法移出显卡（{error}）；它留在原处，后续模型使用剩余空间",
     ),
     "memory.ram_room": (
         "{size_mb:.0f} MB would have to go into RAM, where {room_mb:.0f} MB are left with the page file",
@@ -49,7 +49,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "memory.spool": (
         "its {size_mb:.1f} MB cannot be backed up in {folder} ({error}); free disk space, name another folder, or use LoRA "
         "mode 'auto'",
-        "其 {size_mb:.1f} MB 无法备份到 {folder}（{error}）；请释放磁盘空间、指定其他文件夹，或使用 LoRA 模式 auto",
+        "其 {size_mb:.1f} MB 无法备份到 {folder}（{error}）；请释放磁盘空间、指定其他文件夹，或使用 LoRA 模式“自动”",
     ),
     "memory.spool_limit": ("{spare_mb:.1f} MB may be used there", "该处只允许使用 {spare_mb:.1f} MB"),
     "memory.spool_lost": (
@@ -107,26 +107,26 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "memory.slices": (
         "no memory left for the LoRA even in slices of {tokens} tokens. Make the picture smaller, or lower 'GPU Weights' by 500 MB",
-        "即使按 {tokens} 个 token 分片，显存仍不足以计算 LoRA。请缩小图像，或将“GPU Weights”降低 500 MB",
+        "即使按 {tokens} 个 token 分片，显存仍不足以计算 LoRA。请缩小图片，或将“GPU Weights”降低 500 MB",
     ),
     "memory.layer": (
         "no memory left for the LoRA of this layer. Make the picture smaller, or lower 'GPU Weights' by 500 MB",
-        "显存不足以计算此层的 LoRA。请缩小图像，或将“GPU Weights”降低 500 MB",
+        "显存不足以计算此层的 LoRA。请缩小图片，或将“GPU Weights”降低 500 MB",
     ),
     "memory.convolution": (
         "no memory left for the LoRA of this convolution. Make the picture smaller, or lower 'GPU Weights' by 500 MB",
-        "显存不足以计算此卷积层的 LoRA。请缩小图像，或将“GPU Weights”降低 500 MB",
+        "显存不足以计算此卷积层的 LoRA。请缩小图片，或将“GPU Weights”降低 500 MB",
     ),
     "memory.on_the_cpu": (
         "{key}: no VRAM left for its LoRA, so this layer's share of it is calculated on the CPU. The picture is as it should "
         "be, but slower; a smaller picture, or 'GPU Weights' lower by 500 MB, avoids this",
-        "{key}：显存不足以计算其 LoRA，因此该层的 LoRA 部分改由 CPU 计算。图像不受影响，只是更慢；缩小图像或将“GPU Weights”降低 500 MB 可避免",
+        "{key}：显存不足以计算其 LoRA，因此该层的 LoRA 部分改由 CPU 计算。图片不受影响，只是更慢；缩小图片或将“GPU Weights”降低 500 MB 可避免",
     ),
     "memory.layers_on_the_cpu": (
         "{model}: no VRAM left for the LoRAs of {count} layers, so their share is calculated on the CPU. The picture is as it "
         "should be, but slower; a smaller picture, or 'GPU Weights' lower by 500 MB, avoids this",
-        "{model}：显存不足以计算 {count} 个层的 LoRA，因此这些层的 LoRA 部分改由 CPU 计算。图像不受影响，只是更慢；"
-        "缩小图像或将“GPU Weights”降低 500 MB 可避免",
+        "{model}：显存不足以计算 {count} 个层的 LoRA，因此这些层的 LoRA 部分改由 CPU 计算。图片不受影响，只是更慢；"
+        "缩小图片或将“GPU Weights”降低 500 MB 可避免",
     ),
     "memory.factors": (
         "no memory left for {size_mb:.1f} MB of LoRA factors. Use fewer LoRAs, or lower 'GPU Weights' by 500 MB",

@@ -10,7 +10,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "mode.kernel_failed": (
         "the fast kernel for {kind} failed ({error}); such layers run without it until the WebUI starts again. If images are not as they "
         'should be, switch "Fast kernels" off on the settings page and report this line',
-        "{kind} 的快速内核出错（{error}）；在 WebUI 重新启动前，这类层将不使用该内核。若图像异常，请在设置页关闭“快速内核”并反馈本行",
+        "{kind} 的快速内核出错（{error}）；在 WebUI 重新启动前，这类层将不使用该内核。若图片异常，请在设置页关闭“快速内核”并反馈本行",
     ),
     "mode.kernel_late": (
         "the fast kernel for {kind}, rank {rank}, was not compiled within {seconds:.0f} s; images with these LoRAs are made without it, so that "
@@ -61,7 +61,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "reason.rounds_away": (
         "stored as {format}; merging would round most of the LoRA away. Use mode 'auto'",
-        "以 {format} 存储；合并会因舍入丢失 LoRA 的大部分效果。请使用 auto 模式",
+        "以 {format} 存储；合并会因舍入丢失 LoRA 的大部分效果。请使用“自动”模式",
     ),
     "reason.hidden_weight": (
         "stored as {format} in a layer that gives no access to the weight it computes with; use a LoRA of another kind "

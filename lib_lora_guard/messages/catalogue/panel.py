@@ -37,7 +37,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "panel.mode.off": (
         "switched off; Forge's own LoRA patcher is at work",
-        "已关闭；由 Forge 自带的 LoRA 补丁程序处理",
+        "已关闭；由 Forge 自带的 LoRA 补丁功能处理",
     ),
     "panel.not_in_place": (
         "LoRA Guard is not in place here; the console says why.",
@@ -57,17 +57,17 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "panel.headline.off": (
         "LoRA Guard is switched off; Forge's own LoRA patcher is at work. Settings, LoRA Guard, switches it on.",
-        "LoRA Guard 已关闭，由 Forge 自带的 LoRA 补丁程序处理。可在“设置”的“LoRA Guard”中启用。",
+        "LoRA Guard 已关闭，由 Forge 自带的 LoRA 补丁功能处理。可在“设置”的“LoRA Guard”中启用。",
     ),
     "panel.headline.load": ("{model}: loading and making room", "{model}：正在加载并腾出空间"),
     "panel.headline.encode": ("{model}: encoding", "{model}：正在编码"),
-    "panel.headline.decode": ("{model}: decoding the image", "{model}：正在解码图像"),
-    "panel.headline.other": ("{model}: an image is being made", "{model}：正在生成图像"),
+    "panel.headline.decode": ("{model}: decoding the image", "{model}：正在解码图片"),
+    "panel.headline.other": ("{model}: an image is being made", "{model}：正在生成图片"),
     "panel.headline.sampling": ("{model}: making the image", "{model}：正在采样"),
     "panel.headline.step": ("{model}: step {step} of {of}", "{model}：第 {step} 步，共 {of} 步"),
     "panel.headline.step_timed": (
         "{model}: step {step} of {of}, {seconds:.1f} s each",
         "{model}：第 {step} 步，共 {of} 步，每步 {seconds:.1f} 秒",
     ),
-    "panel.headline.left_out": ("{name} was left out: {why}", "{name} 未被应用：{why}"),
+    "panel.headline.left_out": ("{name} was left out: {why}", "{name} 未应用：{why}"),
 }

@@ -13,14 +13,14 @@ TEXTS: dict[str, tuple[str, str]] = {
     "panel.label.free_ram": ("Free RAM", "释放内存"),
     "panel.label.tip_free_ram": (
         "Gives back LoRA files, prompts and copies that LoRA Guard keeps to be faster. Nothing of the loaded model.",
-        "归还 LoRA Guard 为加速而保留的 LoRA 文件、提示词和副本，不影响已加载的模型。",
+        "释放 LoRA Guard 为加速而保留的 LoRA 文件、提示词和副本，不影响已加载的模型。",
     ),
-    "panel.label.forget": ("Forget corrections", "清除校正值"),
+    "panel.label.forget": ("Forget corrections", "清除修正值"),
     "panel.label.tip_forget": (
         "LoRA Guard measures what images take on this machine and corrects its estimates. After a new driver or card, begin anew.",
-        "LoRA Guard 会测量本机生成图片的实际占用并校正估计值。更换驱动或显卡后可重新开始。",
+        "LoRA Guard 会测量本机生成图片的实际占用，并据此修正估算值。更换驱动或显卡后可重新开始。",
     ),
-    "panel.label.report": ("Copy for a bug report", "复制错误报告"),
+    "panel.label.report": ("Copy for a bug report", "复制反馈信息"),
     "panel.label.tip_report": (
         "Versions, card, settings and the log, without prompts, names of files or paths.",
         "版本、显卡、设置和日志，不含提示词、文件名或路径。",
@@ -32,13 +32,13 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "panel.done.no_card": (
         "models were moved away; there is no card whose VRAM could be read",
-        "模型已移走；没有可读取显存的显卡",
+        "模型已移出；没有能读取显存的显卡",
     ),
     "panel.done.free_ram": (
         "{mb:.0f} MB of kept files and copies given back",
-        "已归还 {mb:.0f} MB 保留的文件和副本",
+        "已释放 {mb:.0f} MB 的缓存文件和副本",
     ),
-    "panel.done.forget": ("corrections forgotten: {count}", "已清除 {count} 个校正值"),
+    "panel.done.forget": ("corrections forgotten: {count}", "已清除 {count} 个修正值"),
     "panel.done.busy": (
         "an image is being made; try again when it is done",
         "正在生成图片，请在完成后重试",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
-    "panel.label.curve": ("Memory over the last images", "最近几张图片的内存变化"),
+    "panel.label.curve": ("Memory over the last images", "最近几张图片的显存与内存变化"),
     "panel.label.curve_empty": (
         "The curve begins with the first image.",
         "生成第一张图片后，此处开始显示曲线。",
@@ -20,7 +20,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "读取模型、将模型移入或移出显卡、应用 LoRA。",
     ),
     "panel.label.tip_encode": ("The text encoder reads the prompt.", "文本编码器读取提示词。"),
-    "panel.label.tip_steps": ("The image model works on the image.", "图像模型逐步生成图像。"),
+    "panel.label.tip_steps": ("The image model works on the image.", "图像模型逐步生成图片。"),
     "panel.label.tip_decode": ("The VAE makes pixels of the result.", "VAE 将结果转换为像素。"),
     "panel.label.tip_other": ("Something else of an image.", "图片的其他处理。"),
     "panel.label.promised": ("promised", "预计"),

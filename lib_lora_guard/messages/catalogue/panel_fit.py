@@ -16,7 +16,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "panel.fit.open": (
         "Open: {vram:.1f} GB of VRAM and {ram:.1f} GB of RAM with the system's {system:.0f} GB without {parts}, whose size is not "
         "known; choose the file under “VAE / Text Encoder” at the top of the page",
-        "未定：需要 {vram:.1f} GB 显存和 {ram:.1f} GB 内存（含系统的 {system:.0f} GB），其中未计入{parts}，其大小未知；"
+        "暂时无法确定：需要 {vram:.1f} GB 显存和 {ram:.1f} GB 内存（含系统的 {system:.0f} GB），其中未计入{parts}，因为大小未知；"
         "请在页面顶部的“VAE / Text Encoder”中选择该文件",
     ),
     "panel.fit.assumed": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
-    "panel.label.memory": ("Memory now", "当前内存与显存"),
+    "panel.label.memory": ("Memory now", "当前显存与内存"),
     "panel.label.free": ("{free} free of {total}", "剩余 {free}，共 {total}"),
     "panel.label.used_of": ("{used} of {total} in use", "已用 {used}，共 {total}"),
     "panel.label.none": ("none", "无"),
@@ -22,10 +22,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     "panel.beside.swap": ("page file (swap) left", "交换空间剩余"),
     "panel.beside.commit": ("left with the page file, before Windows refuses", "连同页面文件，Windows 还允许分配"),
     "panel.unknown": ("memory could not be read ({error})", "无法读取内存信息（{error}）"),
-    "panel.label.step": ("One step of the {model} takes about {size} of VRAM:", "{model}的一步约需 {size} 显存："),
+    "panel.label.step": ("One step of the {model} takes about {size} of VRAM:", "{model}每一步约需 {size} 显存："),
     "panel.label.swapped": (
         "The other {size} of the model have no room there: they lie in RAM and are copied in every step, which takes time.",
-        "模型其余 {size} 放不下：它们位于内存中，每一步都要复制，因此会变慢。",
+        "模型其余 {size} 放不下：它们留在内存中，每一步都要复制，因此会变慢。",
     ),
     "panel.label.programs": (
         "Other programs hold {size} of VRAM; closing them makes room: {programs}",

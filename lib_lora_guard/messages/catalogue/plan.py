@@ -7,25 +7,25 @@ TEXTS: dict[str, tuple[str, str]] = {
     "plan.fits": (
         "Fits: needs {vram:.1f} GB of VRAM, {vram_there:.1f} GB free, and {ram:.1f} GB of RAM with the system's {system:.0f} GB, "
         "{ram_there:.1f} GB there",
-        "够用：需要 {vram:.1f} GB 显存（空闲 {vram_there:.1f} GB），以及 {ram:.1f} GB 内存（含系统的 {system:.0f} GB，"
+        "放得下：需要 {vram:.1f} GB 显存（空闲 {vram_there:.1f} GB），以及 {ram:.1f} GB 内存（含系统的 {system:.0f} GB，"
         "共有 {ram_there:.1f} GB）",
     ),
     "plan.fits_slowly": (
         "Fits, but slowly: {gb:.1f} GB of the model lie in RAM and are copied to the card in every step; needs {ram:.1f} GB of RAM "
         "with the system's {system:.0f} GB, {ram_there:.1f} GB there",
-        "够用，但较慢：模型有 {gb:.1f} GB 放在内存中，每一步都要复制到显卡；需要 {ram:.1f} GB 内存（含系统的 {system:.0f} GB，"
+        "放得下，但较慢：模型有 {gb:.1f} GB 放在内存中，每一步都要复制到显卡；需要 {ram:.1f} GB 内存（含系统的 {system:.0f} GB，"
         "共有 {ram_there:.1f} GB）",
     ),
-    "plan.misfit": ("Does not fit: {why}", "不够用：{why}"),
+    "plan.misfit": ("Does not fit: {why}", "放不下：{why}"),
     "plan.unusable": ("Does not fit: {why}", "不适用：{why}"),
     "plan.misfit_open": (
         "Does not fit, even without {parts}: {why}",
-        "不够用（还未计入{parts}）：{why}",
+        "放不下（还未计入{parts}）：{why}",
     ),
     "plan.open": (
         "Open: {vram:.1f} GB of VRAM and {ram:.1f} GB of RAM with the system's {system:.0f} GB without {parts}, whose size is not "
         "known; give the file with --with FILE",
-        "未定：需要 {vram:.1f} GB 显存和 {ram:.1f} GB 内存（含系统的 {system:.0f} GB），其中未计入{parts}，其大小未知；"
+        "暂时无法确定：需要 {vram:.1f} GB 显存和 {ram:.1f} GB 内存（含系统的 {system:.0f} GB），其中未计入{parts}，因为大小未知；"
         "请用 --with 文件名 指定该文件",
     ),
     "plan.needs_ram": (
@@ -38,15 +38,15 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "plan.instead_file": (
         "{name} (about {gb:.1f} GB to download) would",
-        "换成 {name}（下载大小约 {gb:.1f} GB）就够用",
+        "换成 {name}（下载大小约 {gb:.1f} GB）就放得下",
     ),
     "plan.instead_text": (
         "{text} as the text encoder would",
-        "把文本编码器换成 {text} 就够用",
+        "把文本编码器换成 {text} 就放得下",
     ),
     "plan.instead_both": (
         "{name} (about {gb:.1f} GB to download) with {text} would",
-        "换成 {name}（下载大小约 {gb:.1f} GB）并搭配 {text} 就够用",
+        "换成 {name}（下载大小约 {gb:.1f} GB）并搭配 {text} 就放得下",
     ),
     "plan.instead_on_card": (
         "{name} (about {gb:.1f} GB to download) would stay on the card",
@@ -54,11 +54,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "plan.instead_none": (
         "no smaller file of this model is known that would",
-        "没有已知的更小的模型文件能放下",
+        "目前没有已知的更小模型文件能放得下",
     ),
     "plan.instead_picture": (
         "a picture of {width}x{height} would",
-        "图片改为 {width}x{height} 就够用",
+        "图片改为 {width}x{height} 就放得下",
     ),
     "plan.beside": (
         "Counted beside the model file: {parts}",
@@ -86,11 +86,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "plan.no_card": (
         "no NVIDIA card answers here; say how much VRAM is meant, such as --vram 12GB",
-        "本机没有 NVIDIA 显卡应答；请说明显存大小，例如 --vram 12GB",
+        "读取不到本机的 NVIDIA 显卡；请指定显存大小，例如 --vram 12GB",
     ),
     "plan.no_ram": (
         "the system does not say how much RAM there is; give it, such as --ram 16GB",
-        "系统没有给出内存大小；请说明，例如 --ram 16GB",
+        "读取不到内存大小；请指定，例如 --ram 16GB",
     ),
     "plan.no_part": (
         "expected a text encoder or a VAE, found neither; give the checkpoint first, then the LoRAs, and only those with --with",

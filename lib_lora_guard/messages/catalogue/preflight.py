@@ -12,17 +12,17 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "preflight.decoding": (
         "decoding {count} picture(s) of {width}x{height}",
-        "解码 {count} 张 {width}x{height} 的图像",
+        "解码 {count} 张 {width}x{height} 的图片",
     ),
     "preflight.encoding": (
         "encoding {count} picture(s) of {width}x{height}",
-        "编码 {count} 张 {width}x{height} 的图像",
+        "编码 {count} 张 {width}x{height} 的图片",
     ),
     "preflight.tiles_in_vram": (
         "{what} takes about {need_mb:.0f} MB of VRAM for each and {free_mb:.0f} MB are free: the VAE works in tiles, which take "
         "about {tile_mb:.0f} MB. A smaller picture, or 'VAE in 16 bit' where it is 32, avoids this",
         "{what}时每张约需 {need_mb:.0f} MB 显存，而空闲的只有 {free_mb:.0f} MB：VAE 将分块处理，约需 {tile_mb:.0f} MB。"
-        "缩小图像，或将 32 位的 VAE 改为 16 位，可避免分块",
+        "缩小图片，或将 32 位的 VAE 改为 16 位，可避免分块",
     ),
     "preflight.tiles_in_ram": (
         "{what} at once takes about {need_mb:.0f} MB of RAM and {free_mb:.0f} MB are free: the VAE works in tiles, which take about "
@@ -37,12 +37,12 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{model}: to merge into {of} of its weights takes {need_mb:.0f} MB of RAM and {free_mb:.0f} MB are free: {count} of them "
         "keep their LoRA beside the weight. The picture has all of it; a step takes a little longer",
         "{model}：合并其中 {of} 个权重需要 {need_mb:.0f} MB 内存，而空闲的只有 {free_mb:.0f} MB：其中 {count} 个权重改为在旁路计算 LoRA。"
-        "图像效果完整，只是每步稍慢",
+        "图片效果完整，只是每步稍慢",
     ),
     "preflight.merge_ended": (
         "{model}: memory ended while LoRAs were merged ({why}); they lie beside the weights instead. The picture has all of "
         "them; a step takes a little longer",
-        "{model}：合并 LoRA 时内存耗尽（{why}）；改为在权重旁路计算。图像效果完整，只是每步稍慢",
+        "{model}：合并 LoRA 时内存耗尽（{why}）；改为在权重旁路计算。图片效果完整，只是每步稍慢",
     ),
     # Advice.
     "preflight.refused": ("{why}. What would help: {advice}", "{why}。可行的办法：{advice}"),
@@ -54,7 +54,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "preflight.smaller_picture": (
         "a picture of {width}x{height} needs {saved_gb:.1f} GB less",
-        "{width}x{height} 的图像可少用 {saved_gb:.1f} GB",
+        "{width}x{height} 的图片可少用 {saved_gb:.1f} GB",
     ),
     "preflight.one_picture": ("one picture at a time needs {need_gb:.1f} GB", "每次只生成一张需要 {need_gb:.1f} GB"),
     "preflight.leave_out": ("leaving out {names} saves {saved_gb:.1f} GB", "去掉 {names} 可节省 {saved_gb:.1f} GB"),

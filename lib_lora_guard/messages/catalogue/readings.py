@@ -16,7 +16,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     # Reasons for a missing number.
     "readings.not_cuda": (
         "images are made on {device}; only CUDA and ROCm cards tell how much memory is free",
-        "图像在 {device} 上生成；只有 CUDA 和 ROCm 显卡能报告剩余显存",
+        "图片在 {device} 上生成；只有 CUDA 和 ROCm 显卡能报告剩余显存",
     ),
     "readings.cuda_not_started": (
         "CUDA has not been started yet, and asking would start it",

@@ -44,7 +44,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{model} needs about {needed_mb:.0f} MB for a step of this size and 'GPU Weights' leaves {left_mb:.0f} MB: "
         "{needed_mb:.0f} MB are kept free. For larger pictures lower 'GPU Weights'",
         "{model} 在此尺寸下每步约需 {needed_mb:.0f} MB，而“GPU Weights”只留下 {left_mb:.0f} MB：现保留 {needed_mb:.0f} MB。"
-        "绘制更大的图像时请调低“GPU Weights”",
+        "生成更大的图片时请调低“GPU Weights”",
     ),
     "rule.factors": (
         "the LoRAs take {size_mb:.0f} MB of VRAM, which is reserved for them",
@@ -64,7 +64,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{what} needs {needed_mb:.0f} MB of RAM; with the page file there are {alive_mb:.0f} MB, and the system would end Forge. "
         "Make the page file at least {more_gb} GB larger, close other programs, or use a smaller model file",
         "{what}需要 {needed_mb:.0f} MB 内存；连同页面文件只有 {alive_mb:.0f} MB，系统会终止 Forge。"
-        "请将页面文件至少增大 {more_gb} GB、关闭其他程序，或使用更小的模型文件",
+        "请将页面文件（虚拟内存）至少增大 {more_gb} GB、关闭其他程序，或使用更小的模型文件",
     ),
     "rule.shrinking": (
         "{before_mb:.0f} MB of {model} were on the card and {after_mb:.0f} MB are there now, though nothing needed the room",
@@ -73,6 +73,6 @@ TEXTS: dict[str, tuple[str, str]] = {
     "rule.nothing_changed": (
         "a page was opened or a setting touched, and Forge was about to unload all models for it; nothing has changed, so they "
         "stay where they are",
-        "页面被打开或设置被点击，Forge 因此要卸载全部模型；但设置没有变化，模型保持原位",
+        "打开页面或点击设置后，Forge 原本要卸载全部模型；但设置没有变化，模型保持原位",
     ),
 }

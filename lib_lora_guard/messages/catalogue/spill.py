@@ -31,7 +31,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "spill.setting": (
         "to prevent it: NVIDIA Control Panel > Manage 3D settings > CUDA - Sysmem Fallback Policy > Prefer No Sysmem Fallback, then start Forge again; what does not fit is then reported and handled instead of becoming slow",
-        "解决方法：NVIDIA 控制面板 > 管理 3D 设置 > CUDA - 系统内存回退策略（CUDA - Sysmem Fallback Policy）> 首选无系统内存回退（Prefer No Sysmem Fallback），然后重新启动 Forge；之后显存不足时会得到提示和处理，而不是变慢",
+        "避免方法：NVIDIA 控制面板 > 管理 3D 设置 > CUDA - 系统内存回退策略（CUDA - Sysmem Fallback Policy）> 首选无系统内存回退（Prefer No Sysmem Fallback），然后重新启动 Forge；之后显存不足时会得到提示和处理，而不是变慢",
     ),
     "spill.lower": (
         "or lower 'GPU Weights' by {lower_mb} MB",
