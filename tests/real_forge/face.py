@@ -153,7 +153,7 @@ def look(page, forge, config, pictures):
     assert asked(page, 3) == 0, "nobody looks at the tab"
 
     open_settings(page)
-    picture(page, pictures, "face-settings.png", "#settings_lora_guard")
+    picture(page, pictures, "face-settings.png", "#settings_lora_guard", height=1500)
     choose(page, "mode", "Merge")
     apply(page, "lora_guard_mode")
     assert json.loads(config.read_text())["lora_guard_mode"] == "Merge"
@@ -213,6 +213,7 @@ def look(page, forge, config, pictures):
     click_tab(page, "Settings")
     click_tab(page, "LoRA Guard", "#settings")
     assert "启用 LoRA Guard" in page.inner_text("#column_settings_lora_guard")
+    picture(page, pictures, "face-settings-zh.png", "#settings_lora_guard", height=1500)
     assert asked(page, 3) == 0, "nobody looks at the tab"
 
 
