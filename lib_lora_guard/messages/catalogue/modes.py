@@ -15,7 +15,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "mode.kernel_late": (
         "the fast kernel for {kind}, rank {rank}, was not compiled within {seconds:.0f} s; images with these LoRAs are made without it, so that "
         "the same prompt gives the same picture. Choose other LoRAs, or start the WebUI again, and it is used",
-        "{kind}（秩 {rank}）的快速内核未能在 {seconds:.0f} 秒内编译完成；为使相同提示词得到相同图像，使用这些 LoRA 的图像将不使用该内核。"
+        "{kind}（秩 {rank}）的快速内核未能在 {seconds:.0f} 秒内编译完成；为使相同提示词得到相同图片，使用这些 LoRA 的图片将不使用该内核。"
         "换用其他 LoRA 或重新启动 WebUI 后即会使用",
     ),
     "mode.on_the_fly": ("on_the_fly", "即时计算"),
