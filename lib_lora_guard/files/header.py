@@ -355,8 +355,8 @@ def _read_each(
     else:
         found = {}
         with ThreadPoolExecutor(READERS, "lora-guard-reader") as pool:
-            readers = [pool.submit(_read_pieces, header, pieces, read) for _ in range(READERS)]
             try:
+                readers = [pool.submit(_read_pieces, header, pieces, read) for _ in range(READERS)]
                 for reader in readers:
                     found.update(reader.result())
             finally:

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import struct
@@ -194,6 +195,32 @@ def test_a_large_file_is_read_by_several_threads_and_is_the_same(tmp_path):
         assert all(same(found[name], content[name]) for name in content)
         assert not any(tensor.is_inference() for tensor in found.values())
     assert readers() == []
+
+
+class InterruptedPool:
+    """Ctrl+C comes while the second thread is started; the first one begins its work after that."""
+
+    def __init__(self, *args):
+        self.work = []
+
+    def __enter__(self):
+        return self
+
+    def submit(self, *call):
+        if self.work:
+            raise KeyboardInterrupt
+        self.work.append(functools.partial(*call))
+
+    def __exit__(self, *error):
+        assert [work() for work in self.work] == [{}]
+
+
+@pytest.mark.usefixtures("many_readers")
+def test_an_interrupt_while_readers_are_started_does_not_wait_for_the_whole_file(tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(header_module, "ThreadPoolExecutor", InterruptedPool)
+    with pytest.raises(KeyboardInterrupt):
+        read_tensors(open_header(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.usefixtures("many_readers")
