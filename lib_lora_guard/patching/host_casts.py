@@ -15,7 +15,7 @@ import torch
 
 from ..weights.storage import storage_of
 from .access import ModelAccess
-from .bypass import CAST, call_of_layer
+from .bypass import CAST, Bypass, call_of_layer
 from .fused import Fused
 from .fused_choice import CHOICE, Key
 from .fused_measured import beats_host_cast
@@ -43,7 +43,7 @@ class HostCasts:
             return
         try:
             found = [(layer, raw) for layer, raw in access.raw_weights() if layer not in patched] if wanted else []
-            self.take_all({layer for layer, _ in found} | set(patched))
+            self.take_all(patched)
             kernels: set[Key] = set()
             for layer, raw in found:
                 fused = Fused(raw, None)
@@ -51,21 +51,28 @@ class HostCasts:
                 if key is None or not _is_faster(key.kind, layer) or not CHOICE.may_take(key):
                     continue
                 kernels.add(key)
-                layer.__dict__[CAST] = fused
+                # First, so that an interrupt leaves nothing on the layer that is not found again.
                 self._layers.add(layer)
+                layer.__dict__[CAST] = fused
                 access.show_bypass(layer, False, call_of_layer)
             CHOICE.prepare(kernels)
         except Exception:
             # The host's own way goes on.
             log.debug("layers without LoRAs keep their own way", exc_info=True)
 
-    def take_all(self, but: Collection[torch.nn.Module] = ()) -> None:
-        """Takes the short way from all layers but some. The class of a layer with a LoRA is that LoRA's."""
+    def take_all(self, patched: Collection[torch.nn.Module] = ()) -> None:
+        """Takes the short way from all layers. The class of a layer in `patched` may be its LoRA's by now, and stays then."""
         for layer in list(self._layers):
             layer.__dict__.pop(CAST, None)
-            if layer not in but:
+            if layer not in patched or not _is_of_lora(layer):
                 unmark(layer)
-        self._layers.clear()
+            self._layers.discard(layer)
+
+
+def _is_of_lora(layer: torch.nn.Module) -> bool:
+    """Returns True if a LoRA has given the layer its class: one on the weight itself leaves the class that was there."""
+    own_call = type(layer).__dict__.get("__call__")
+    return own_call is not call_of_layer or any(isinstance(hook, Bypass) for hook in layer._forward_hooks.values())
 
 
 def _is_faster(kind: str, layer: torch.nn.Module) -> bool:

@@ -6,8 +6,9 @@ from support.measure import assert_same, contribution_error, fp32_limit, same_bi
 from support.short_way import take_short_way
 
 from contract.host import LOW_BIT
-from contract.stacks import FILE, dora, faults, lora_on_everything, reference, run, with_loras
+from contract.stacks import FILE, dora, faults, lora_on_everything, other_kinds, reference, run, with_loras
 from lib_lora_guard.patching import fused_measured
+from lib_lora_guard.patching.bypass import CAST
 from lib_lora_guard.patching.fused_choice import CHOICE
 from lib_lora_guard.patching.marked_class import class_of
 
@@ -194,3 +195,25 @@ def test_layers_without_a_lora_get_the_hosts_own_numbers_if_that_is_wished(guard
     run(guarded.load(patcher))
     assert not passes
     assert all(type(layer) is class_of(layer) for layer in linears(patcher))
+
+
+def test_a_layer_whose_short_way_ends_has_its_own_class_again(guarded, passes, monkeypatch):
+    monkeypatch.setattr(CHOICE, "casts_too", lambda: True)
+    monkeypatch.setattr(fused_measured, "FEWEST_VALUES", 0)
+    patcher, dense = guarded.build("fp8")
+    key = "blocks.0.qkv.weight"
+    one = {key: lora_on_everything(dense, 1)[key]}
+    for ends in ("a LoRA on the weight itself", "no kernel any more"):
+        run(with_loras(guarded, patcher, (ends, one, 0.8)))
+        assert None in [factors for _, factors in passes]
+        with monkeypatch.context() as change:
+            if ends == "no kernel any more":
+                change.setattr(CHOICE, "may_take", lambda key: key.rank > 0)
+                with_loras(guarded, patcher, (FILE, one, 0.9))
+            else:
+                with_loras(guarded, patcher, (FILE, other_kinds(dense), 0.8))
+        run(guarded.load(patcher))
+        for layer in linears(patcher):
+            assert type(layer) is class_of(layer), ends
+            assert CAST not in layer.__dict__, ends
+        passes.clear()
