@@ -364,14 +364,9 @@ class MergeAttachment(Attachment):
         self._restore(self.site.parameter.device if self.backup.place.where is Where.VRAM else CPU)
 
     def _restore(self, device: torch.device) -> None:
-        try:
-            original = self.backup.parameter(device)
-        except Exception as error:
-            if self._ready is not None or device == CPU or not is_out_of_memory(error):
-                raise
-            original = None
-        # Out of the handler, the error no longer holds what was allocated.
-        self._put(self.backup.parameter(CPU) if original is None else original, device, MergeState.RESTORED)
+        # A small original needs little room: if there is not even that, nothing has changed yet.
+        original = self._original(device) if self._ready is None else self.backup.parameter(device)
+        self._put(original, device, MergeState.RESTORED)
 
     def _put(self, value: torch.nn.Parameter, device: torch.device, done: MergeState) -> None:
         """Makes `value` the parameter, on `device`, and then the state `done`.
@@ -396,9 +391,22 @@ class MergeAttachment(Attachment):
         return here.device if isinstance(here, torch.Tensor) else self.site.parameter.device
 
     def _from_backup(self) -> torch.nn.Parameter:
-        """Returns the original: on the parameter's device if its backup lies there or in a file, else in RAM."""
+        """Returns the original: on the parameter's device if its backup lies there or in a file, else in RAM.
+
+        In RAM too where the device has no room for it beside what lies in its place.
+        """
         is_there = self.backup.place.where in (Where.VRAM, Where.FILE)
-        return self.backup.parameter(self.site.parameter.device if is_there else CPU)
+        return self._original(self.site.parameter.device if is_there else CPU)
+
+    def _original(self, device: torch.device) -> torch.nn.Parameter:
+        """Returns the original on a device; in RAM if that has no room for it."""
+        try:
+            return self.backup.parameter(device)
+        except Exception as error:
+            if device == CPU or not is_out_of_memory(error):
+                raise
+        # Out of the handler, the error no longer holds what was allocated.
+        return self.backup.parameter(CPU)
 
     @outside_inference
     def _merge(self, original: torch.nn.Parameter) -> torch.nn.Parameter:

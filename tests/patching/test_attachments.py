@@ -181,3 +181,13 @@ def test_a_merge_into_a_model_needs_the_memory_of_the_new_weight_and_a_few_slice
     assert layer.weight is not original
     above = memory.peak_bytes - original.nbytes
     assert above <= 4.5 * MB, f"{above / MB:.1f} MB beside the new weight of {original.nbytes / MB:.1f} MB"
+
+
+def test_an_original_in_a_file_comes_by_ram_when_a_merge_is_put_back_on_a_full_card(large):
+    large.merge.backup = HeldBackup(KEY, large.merge.backup.parameter(CPU), Place(Where.FILE, "the same bytes"))
+    large.merge.attach()
+    # A restore was interrupted, and the rollback may find anything in the weight's place.
+    large.merge.state, large.full = MergeState.UNKNOWN, "while merged"
+    large.merge.attach()
+    assert large.here().device == CARD
+    assert large.merge.state is MergeState.MERGED
