@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SWITCH = "LORA_GUARD_KERNELS"
 """The environment variable: "0" keeps plain torch, for bug reports."""
+OLDEST_CARD = (7, 5)
+"""The compute capability of Turing. For older cards Triton's compiler ends the process, in some of its versions."""
 UNTRIED, COMPILING, WORKS, REFUSED = "untried", "compiling", "works", "refused"
 
 
@@ -214,9 +216,16 @@ def _unsuitable(slot: Slot) -> str | None:
     if slot.device.type == "cuda":
         if getattr(torch.version, "hip", None) is not None:
             return Message("kernels.only_nvidia")
-        if slot.dtype == torch.bfloat16 and torch.cuda.get_device_capability(slot.device) < (8, 0):
+        capability = torch.cuda.get_device_capability(slot.device)
+        if capability < OLDEST_CARD:
+            return Message("kernels.old_card", {"found": _dotted(capability), "oldest": _dotted(OLDEST_CARD)})
+        if slot.dtype == torch.bfloat16 and capability < (8, 0):
             return Message("kernels.no_bf16")
     return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)
 
 
 def _with_index(device: torch.device) -> torch.device:

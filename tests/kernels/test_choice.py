@@ -182,6 +182,15 @@ def test_what_a_card_cannot_have_is_said_when_a_lora_needs_it(kernels, monkeypat
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize(("capability", "dtype", "why"), [((6, 1), FP16, "6.1"), ((7, 5), torch.bfloat16, "no bf16")])
+def test_triton_compiles_nothing_for_a_card_that_is_too_old(kernels, monkeypatch, capability, dtype, why):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    kernels.prepare(["int8"], torch.device("cuda", 0), dtype, [16], soon=True)
+    assert kernels.wait(10)
+    assert why in kernels.state("int8")
+    assert FakeKernel.made in ([], ["triton"])
+
+
 def test_triton_is_imported_by_one_module_which_is_imported_on_use():
     for file in sorted(PACKAGE.glob("*.py")):
         top = [

@@ -24,5 +24,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "kernels.no_kernel": ("there is none for this storage", "此存储格式没有内核"),
     "kernels.only_nvidia": ("kernels are for NVIDIA's cards", "内核仅适用于 NVIDIA 显卡"),
+    "kernels.old_card": (
+        "this card has compute capability {found}, and Triton needs {oldest}",
+        "此显卡的计算能力为 {found}，而 Triton 需要 {oldest}",
+    ),
     "kernels.no_bf16": ("this card has no bf16", "此显卡不支持 bf16"),
 }
