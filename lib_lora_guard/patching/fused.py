@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -143,11 +144,16 @@ class Fused:
         return factors
 
 
+def _nothing() -> None:
+    """Stands for a reference to a tensor, where there is none."""
+
+
 class _Facts:
     """What is the same in all calls of a layer, without its tensors: to find it out takes longer than the rest of a call."""
 
     def __init__(self) -> None:
-        self._weight: weakref.ref[torch.Tensor] | None = None
+        self._weight: Callable[[], torch.Tensor | None] = _nothing
+        self._scale: Callable[[], torch.Tensor | None] = _nothing
         self._of: tuple[torch.dtype, torch.device, torch.dtype] | None = None
         """The dtype of the weight, its device and the dtype of the activations that the facts hold for."""
         self._type: type[Stored] = Stored
@@ -156,11 +162,12 @@ class _Facts:
     def stored(self, held: Held, dtype: torch.dtype, device: torch.device) -> Stored | None:
         """Returns the weight on `device` for the kernels; None if it is stored in a way that they do not read."""
         weight: Any = held.weight
-        of = weight.dtype, device, dtype
-        if self._weight is None or self._weight() is not weight or self._of != of:
+        of, scale = (weight.dtype, device, dtype), held.scale
+        if self._weight() is not weight or self._scale() is not scale or self._of != of:
             if not self._look(held, dtype, device):
                 return None
             self._weight, self._of = weakref.ref(weight), of
+            self._scale = _nothing if scale is None else weakref.ref(scale)
         stored: Any = object.__new__(self._type)
         fields = stored.__dict__
         fields.update(self._fields)

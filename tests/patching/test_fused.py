@@ -137,6 +137,16 @@ def test_a_weight_that_the_host_moves_away_is_freed(passes):
     assert len(passes) == 1
 
 
+def test_another_scale_beside_the_same_weight_is_seen(passes):
+    dense, x = rand(*SHAPE, seed=4), rand(3, 64, seed=3)
+    layer = Layer(torch.nn.Parameter(dense.to(torch.float8_e4m3fn), requires_grad=False), dense)
+    patched(layer, entries(0.8))
+    for scale in (0.5, 2.0):
+        layer.scale_weight = torch.nn.Parameter(torch.tensor(scale), requires_grad=False)
+        layer(x)
+    assert [stored.scale.item() for stored, _ in passes] == [0.5, 2.0]
+
+
 def test_weights_that_are_elsewhere_go_the_long_way(passes):
     layer, x = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(3, 64, seed=3)
     layer._parameters["weight"] = torch.nn.Parameter(layer.weight.data.to("meta"), requires_grad=False)
