@@ -128,7 +128,7 @@ def test_an_image_ends_as_it_began(guarded, passes, monkeypatch):
     assert passes
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("a wrong kernel")])
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), ValueError("a wrong kernel")])
 def test_a_kernel_that_fails_sends_the_layer_the_long_way(guarded, passes, error, monkeypatch, caplog):
     patcher, dense = guarded.build("fp8")
     loras = [(FILE, lora_on_everything(dense, 1), 0.8)]
