@@ -89,6 +89,9 @@ class Fused:
     def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go."""
         device, dtype, choice, key = x.device, x.dtype, self._choice, self._key
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            # Triton launches on the current card: a part that an extension has put on another one goes the long way.
+            return None
         is_known = self._held is choice.held and key is not None and dtype is key.dtype and device == key.device
         if is_known and not self._is_taken:
             return None

@@ -91,7 +91,7 @@ def merging(host):
 
 
 def memory_ends(engine, access, requests, wish):
-    raise torch.OutOfMemoryError("planted")
+    raise torch.cuda.OutOfMemoryError("planted")
 
 
 def test_what_is_merged_less_than_asked_is_said_in_each_image_and_logged_once(merging, lines, monkeypatch):
