@@ -62,7 +62,10 @@ def is_of_other_site(headers: Mapping[str, str]) -> bool:
 
 def is_own_name(host: str) -> bool:
     """True for a name of this machine that leads nowhere else, with or without a port."""
-    name = urlsplit(f"//{host}").hostname if _is_plain(host) else None
+    try:
+        name = urlsplit(f"//{host}").hostname if _is_plain(host) else None
+    except ValueError:
+        return False  # brackets without an IPv6 address between them
     return name is not None and (name in _OWN_NAMES or name.endswith(".localhost") or _is_loopback(name))
 
 
@@ -81,4 +84,7 @@ def _is_loopback(address: str | None) -> bool:
 
 def _is_own_origin(origin: str | None, host: str) -> bool:
     """True without an Origin: browsers send one with every POST."""
-    return origin is None or urlsplit(origin).netloc.lower() == host.lower()
+    try:
+        return origin is None or urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False  # brackets without an IPv6 address between them

@@ -35,6 +35,8 @@ PAGE = {"sec-fetch-site": "same-origin", "x-lora-guard": "1", "origin": "http://
         ({"host": "192.168.1.5:7860"}, "127.0.0.1", CLOSED, False),
         ({"host": ""}, "127.0.0.1", CLOSED, False),
         ({}, "127.0.0.1", CLOSED, False),
+        ({"host": "[::1"}, "127.0.0.1", CLOSED, False),
+        ({"host": "[zz]:7860"}, "127.0.0.1", CLOSED, False),
         # Another machine, over plain http, without a browser's mark.
         (HOME, "192.168.1.7", CLOSED, False),
         (HOME, None, CLOSED, False),
@@ -64,6 +66,7 @@ def test_https_from_another_machine_needs_no_mark():
         ({**HOME, **PAGE, "origin": "http://evil.example"}, False),
         ({**HOME, **PAGE, "origin": "http://localhost:7861"}, False),
         ({**HOME, **PAGE, "origin": "null"}, False),
+        ({**HOME, **PAGE, "origin": "http://["}, False),
         ({**HOME, **PAGE, "sec-fetch-site": "same-site"}, False),
     ],
 )
