@@ -55,9 +55,14 @@ def refusal(asker: Asker, is_opened: bool) -> str | None:
 
 
 def is_of_other_site(headers: Mapping[str, str]) -> bool:
-    """True if a browser says that the page of another site asks."""
+    """True if a browser says that the page of another site asks.
+
+    Over plain http in a local network it sends no Sec-Fetch-Site, and an Origin for all that another site may read or change.
+    """
     site = headers.get("sec-fetch-site")
-    return site is not None and site not in _SAME_SITE
+    if site is None:
+        return not _is_own_origin(headers.get("origin"), headers.get("host", ""))
+    return site not in _SAME_SITE
 
 
 def is_own_name(host: str) -> bool:
