@@ -4,7 +4,7 @@
 
     const guard = (window.loraGuard = window.loraGuard || {});
     const CLOSED = "lora_guard_closed";
-    const KEPT = 30;
+    const KEPT = 30;  // problems that are past, and closed ones
     const LEVELS = ["good", "warning", "bad"];
 
     /** Problems that were closed in this browser, by id. */
@@ -30,6 +30,10 @@
 
         show(status) {
             for (const problem of status.problems) this.known.set(problem.id, problem);
+            const now = new Set(status.problems.map((problem) => problem.id));
+            for (const id of this.known.keys()) {
+                if (this.known.size > KEPT && !now.has(id)) this.known.delete(id);
+            }
             this.tell(status.headline.level, status.headline.text);
         }
 

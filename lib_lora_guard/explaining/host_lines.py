@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-_NUMBER = r"-?\d+(?:\.\d+)?"
+_NUMBER = r"-?\d{1,20}(?:\.\d{1,20})?"
+"""Bounded: a long run of digits is no number of a host, and is not tried from each of its digits to its end."""
 _PLACE = re.compile(r"(?<!P)<(\w+)>")
 
 

@@ -201,7 +201,9 @@ def _why_no_file(path: Path) -> Message:
             first = min((name for name in _names_in(path) if name.lower().endswith(_MODEL_ENDS)), default="")
             example = Message("file.folder_example", {"name": shown(first)}) if first else ""
             return Message("file.folder", {"example": example})
-        near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1, cutoff=_NEAR_NAME)
+        # A pipe or a device has the name itself.
+        names = [name for name in _names_in(path.parent) if name != path.name]
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=_NEAR_NAME)
     except (OSError, ValueError):
         return Message("file.missing")
     return Message("file.missing_near", {"near": shown(near[0])}) if near else Message("file.missing")

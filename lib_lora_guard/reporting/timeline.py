@@ -126,6 +126,8 @@ class Timeline:
             if self._depth:
                 return
             self._end_steps()
+            # An interrupt may have come before the end of a phase could be told.
+            self._open.clear()
             self._add("", levels, of_image=True)
             self._promised = None
             if self._images and self._images[-1].ended is None:

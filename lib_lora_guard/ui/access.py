@@ -55,14 +55,22 @@ def refusal(asker: Asker, is_opened: bool) -> str | None:
 
 
 def is_of_other_site(headers: Mapping[str, str]) -> bool:
-    """True if a browser says that the page of another site asks."""
+    """True if a browser says that the page of another site asks.
+
+    Over plain http in a local network it sends no Sec-Fetch-Site, and an Origin for all that another site may read or change.
+    """
     site = headers.get("sec-fetch-site")
-    return site is not None and site not in _SAME_SITE
+    if site is None:
+        return not _is_own_origin(headers.get("origin"), headers.get("host", ""))
+    return site not in _SAME_SITE
 
 
 def is_own_name(host: str) -> bool:
     """True for a name of this machine that leads nowhere else, with or without a port."""
-    name = urlsplit(f"//{host}").hostname if _is_plain(host) else None
+    try:
+        name = urlsplit(f"//{host}").hostname if _is_plain(host) else None
+    except ValueError:
+        return False  # brackets without an IPv6 address between them
     return name is not None and (name in _OWN_NAMES or name.endswith(".localhost") or _is_loopback(name))
 
 
@@ -81,4 +89,7 @@ def _is_loopback(address: str | None) -> bool:
 
 def _is_own_origin(origin: str | None, host: str) -> bool:
     """True without an Origin: browsers send one with every POST."""
-    return origin is None or urlsplit(origin).netloc.lower() == host.lower()
+    try:
+        return origin is None or urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False  # brackets without an IPv6 address between them

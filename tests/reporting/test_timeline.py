@@ -134,6 +134,13 @@ def test_now_is_the_innermost_phase_and_the_time_of_a_call(timeline, clock):
     assert timeline.now() is None
 
 
+def test_a_phase_that_was_cut_off_ends_with_its_image(timeline):
+    timeline.begin_image()
+    timeline.enter("load_checkpoint", level(100))
+    timeline.end_image()
+    assert timeline.now() is None
+
+
 def test_threads_may_read_and_write(timeline, clock):
     failed = []
 

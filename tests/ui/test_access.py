@@ -35,6 +35,8 @@ PAGE = {"sec-fetch-site": "same-origin", "x-lora-guard": "1", "origin": "http://
         ({"host": "192.168.1.5:7860"}, "127.0.0.1", CLOSED, False),
         ({"host": ""}, "127.0.0.1", CLOSED, False),
         ({}, "127.0.0.1", CLOSED, False),
+        ({"host": "[::1"}, "127.0.0.1", CLOSED, False),
+        ({"host": "[zz]:7860"}, "127.0.0.1", CLOSED, False),
         # Another machine, over plain http, without a browser's mark.
         (HOME, "192.168.1.7", CLOSED, False),
         (HOME, None, CLOSED, False),
@@ -64,6 +66,7 @@ def test_https_from_another_machine_needs_no_mark():
         ({**HOME, **PAGE, "origin": "http://evil.example"}, False),
         ({**HOME, **PAGE, "origin": "http://localhost:7861"}, False),
         ({**HOME, **PAGE, "origin": "null"}, False),
+        ({**HOME, **PAGE, "origin": "http://["}, False),
         ({**HOME, **PAGE, "sec-fetch-site": "same-site"}, False),
     ],
 )
@@ -215,4 +218,7 @@ def test_the_api_answers_pages_of_other_sites_only_where_the_user_has_opened_it(
         add_rest(app, host.panel, host, None, is_for_other_sites(types.SimpleNamespace(**flags)))
         assert ask(app, ROOT + "/free?what=vram", "POST", sec_fetch_site="cross-site")[0] == status
         assert ask(app, ROOT + "/status", sec_fetch_site="same-origin")[0] == 200
-    assert host.done == ["free_vram"]
+        # Over plain http in a local network browsers send no mark, but they name the page's site.
+        assert ask(app, ROOT + "/free", "POST", origin="http://evil.example")[0] == status
+        assert ask(app, ROOT + "/status", origin="http://localhost:7860")[0] == 200
+    assert host.done == ["free_vram"] * 2

@@ -396,6 +396,13 @@ def test_the_strip_says_what_is_going_on_and_keeps_problems_until_they_are_close
     page.click("#show_guard")
     wait_for(page, ".lg-headline >> text=step 8 of 30")
     assert (page.locator(".lg-problem").count(), strip.get_attribute("data-level")) == (0, "good")
+    # A night of images that fail leaves no endless list.
+    host.left_out = {f"a{n}.safetensors": "gone" for n in range(40)}
+    wait_for(page, ".lg-problem >> text=a39.safetensors")
+    host.left_out = {f"b{n}.safetensors": "gone" for n in range(10)}
+    wait_for(page, ".lg-problem >> text=b9.safetensors")
+    said = page.locator(".lg-problem span").all_inner_texts()
+    assert (len(said), said[0][:3], said[-10][:2]) == (29, "a21", "b0"), "the closed one is the 30th"
 
 
 def test_the_curve_has_phases_the_promise_the_peak_and_a_point_to_read(open_page, host):

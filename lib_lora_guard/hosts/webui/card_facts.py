@@ -35,7 +35,8 @@ IMAGE_PARTS = {"U-Net", "transformer"}
 """The parts of `LoraFacts` that lie in every checkpoint."""
 MOST_CARDS, MOST_PAIRS = 5000, 20_000
 """Files, and pairs of a file and a checkpoint, whose facts are kept: those read last."""
-LONGEST_BYTES = 8 << 20
+LONGEST_BYTES = 64 << 20
+"""More than so many facts take, with names of the most characters and of any letters."""
 BUSY_SECONDS = 1.0
 """Between two looks whether an image is still being made: its steps need the processor."""
 REST_SHARE = 1.0
@@ -230,7 +231,7 @@ class CardReader:
             make_private_folder(folder)
             temporary.unlink(missing_ok=True)
             with open_private(temporary, "xb") as file:
-                file.write(json.dumps(document).encode())
+                file.write(json.dumps(document, ensure_ascii=False).encode())
             os.replace(temporary, folder / FILE_NAME)
         except OSError as error:
             log.debug("what LoRA cards show is not kept: %s", error)

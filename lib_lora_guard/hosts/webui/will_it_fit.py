@@ -104,12 +104,20 @@ def words(result: PlanResult) -> tuple[bool | None, list[str]]:
     said: Message | Joined = answer(result)
     if isinstance(said, Message) and said.key == "plan.open":
         said = Message("panel.fit.open", said.facts)
+    lines: list[str] = [said]
+    if result.predictions:
+        # Else the answer names them.
+        lines += [
+            Message("report.refused", {"name": lora.facts.name, "why": lora.fit.refused})
+            for lora in result.stack.loras
+            if lora.fit.refused
+        ]
     if not result.beside:
-        return fits(result), [said]
+        return fits(result), lines
     keys = {True: "plan.part_assumed", False: "plan.part_given"}
     parts = Joined(Message(keys[part.is_assumed], {"name": part.name, "gb": part.bytes / GB}) for part in result.beside)
     is_assumed = any(part.is_assumed for part in result.beside)
-    return fits(result), [said, Message("panel.fit.assumed" if is_assumed else "plan.beside", {"parts": parts})]
+    return fits(result), [*lines, Message("panel.fit.assumed" if is_assumed else "plan.beside", {"parts": parts})]
 
 
 def _rates() -> GpuRates:

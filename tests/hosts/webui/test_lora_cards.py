@@ -209,6 +209,17 @@ def test_a_file_of_facts_that_is_none_is_passed_by(files, text):
     assert len(json.loads((folder / card_facts.FILE_NAME).read_text())["cards"]) == 1
 
 
+def test_as_many_facts_as_are_kept_are_read_again(files):
+    reader = CardReader(lambda: files)
+    key = f"{'😀' * 200}|{2**40}|{2**60}"
+    reader._known().cards[key] = CardFacts("Flux", ("lora", "loha"), 128)
+    reader._known().fits[f"{key} on {key}"] = True
+    reader._keep()
+    size = (files / card_facts.FILE_NAME).stat().st_size
+    assert size * max(card_facts.MOST_CARDS, card_facts.MOST_PAIRS) < card_facts.LONGEST_BYTES
+    assert card_facts._read_kept(files / card_facts.FILE_NAME) == reader._kept
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing(files):
     reader = CardReader(lambda: files / "flux.safetensors", sleep=lambda _: None, quiet_seconds=0)
     reader.card(files / "xl.safetensors")

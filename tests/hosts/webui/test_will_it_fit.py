@@ -77,6 +77,15 @@ def test_what_cannot_be_answered_is_said(webui, takeover, names, said):
     assert line.startswith(said)
 
 
+def test_one_of_two_loras_that_the_model_cannot_use_is_said(webui, tmp_path):
+    write_lora(tmp_path / "xl.safetensors", {"input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight": (640, 640)})
+    sys.modules["networks"].available_networks["xl"] = SimpleNamespace(filename=str(tmp_path / "xl.safetensors"))
+    lines = will_it_fit(guard(), "flux", ["small", "xl"], "en")["lines"]
+    assert lines[1].startswith("xl.safetensors NOT applied (")
+    assert len(will_it_fit(guard(), "flux", ["small"], "en")["lines"]) == len(lines) - 1
+    assert "xl.safetensors" in will_it_fit(guard(), "flux", ["xl"], "en")["lines"][0]
+
+
 def test_the_text_encoders_that_the_user_has_chosen_are_counted(webui, tmp_path):
     vae = {f"decoder.conv_{n}.weight": ("F16", (512, 512, 3, 3)) for n in range(4)}
     write_safetensors(tmp_path / "my_vae.safetensors", {**vae, "encoder.conv_in.weight": ("F16", (128, 3, 3, 3))})
