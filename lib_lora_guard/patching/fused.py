@@ -165,16 +165,18 @@ class _Facts:
     def stored(self, held: Held, dtype: torch.dtype, device: torch.device) -> Stored | None:
         """Returns the weight on `device` for the kernels; None if it is stored in a way that they do not read."""
         weight: Any = held.weight
+        # torch cannot move a tensor of tensors while it is referred to weakly (findings/torchao_weakref_stops_moves.sh).
+        bits = getattr(weight, "_qdata", weight)
         of, scale = (weight.dtype, device, dtype), held.scale
-        if self._weight() is not weight or self._scale() is not scale or self._of != of:
+        if self._weight() is not bits or self._scale() is not scale or self._of != of:
             if not self._look(held, dtype, device):
                 return None
-            self._weight, self._of = weakref.ref(weight), of
+            self._weight, self._of = weakref.ref(bits), of
             self._scale = _nothing if scale is None else weakref.ref(scale)
         stored: Any = object.__new__(self._type)
         fields = stored.__dict__
         fields.update(self._fields)
-        data = getattr(weight, "_qdata", weight).data
+        data = bits.data
         absmax = weight.quant_state.absmax if self._type is Bnb4 else None
         if data.device != device:
             # Swapped: the stored bytes alone, without waiting for the card.

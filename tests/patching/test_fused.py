@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support.short_way import bnb_parameter, take_short_way
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight
+from lib_lora_guard.kernels.stored import Fp8
 from lib_lora_guard.patching import fused, low_rank
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer
 from lib_lora_guard.patching.marked_class import class_of, mark, unmark
@@ -184,3 +186,22 @@ def test_a_swapped_weight_comes_as_it_is_stored(passes, monkeypatch, nested):
         # Its own code, which here does not bring the weight.
         layer(torch.empty(3, 64, device=card))
     assert len(made) == 1
+
+
+def test_a_tensor_of_tensors_is_not_referred_to_weakly(monkeypatch):
+    """torch refuses to move one that is."""
+
+    class Weight(SimpleNamespace):
+        """As comfy_kitchen's: a tensor that holds its numbers in another one."""
+
+    raw = torch.zeros(*SHAPE, dtype=torch.float8_e4m3fn)
+    weight = Weight(_qdata=raw, dtype=torch.bfloat16)
+    monkeypatch.setattr(fused, "stored_weight", lambda *_: Fp8(raw))
+    facts = fused._Facts()
+    for _ in range(2):
+        assert (
+            facts.stored(fused.Held(weight, None), torch.bfloat16, torch.device("cpu")).data.data_ptr()
+            == raw.data_ptr()
+        )
+    assert weakref.getweakrefcount(weight) == 0
+    assert weakref.getweakrefcount(raw) == 1
