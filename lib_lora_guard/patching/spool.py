@@ -57,6 +57,8 @@ class Spool:
         self._file: FileIO | None = None
         self._close: weakref.finalize[[FileIO, Path], Spool] | None = None
         self._live: set[Region] = set()
+        self._writes = 0
+        """Under way: the file stays open for them."""
         remove_stale_files(folder)
 
     def write(self, key: str, tensor: torch.Tensor) -> Region:
@@ -70,6 +72,7 @@ class Spool:
         dense = tensor.detach() if tensor.stride() == stride else tensor.detach().clone()
         flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
         spare = disk_spare_bytes(self.folder)
+        self._writes += 1
         try:
             if flat.numel() > spare:
                 raise OSError(Message("memory.spool_limit", {"spare_mb": spare / MB}))
@@ -85,6 +88,7 @@ class Spool:
             facts = {"size_mb": flat.numel() / MB, "folder": str(self.folder), "error": reason(error)}
             raise ModeError(about(key, Message("memory.spool", facts))) from error
         finally:
+            self._writes -= 1
             self._delete_if_empty()
         return region
 
@@ -137,7 +141,8 @@ class Spool:
         return self._file
 
     def _delete_if_empty(self) -> None:
-        if not self._live and self._close is not None:
+        # The collector may free the last region in the middle of a write, whose own is not there yet.
+        if not self._live and not self._writes and self._close is not None:
             self._close()
             self._file = self._close = None
 

@@ -150,6 +150,17 @@ def test_only_their_owner_may_read_backups_and_each_user_has_a_folder(on_gpu, tm
     assert default_spool_dir().name == f"lora-guard-spool-{os.getuid()}"
 
 
+def test_the_last_backup_may_be_freed_in_the_middle_of_a_write(tmp_path, monkeypatch):
+    """By the collector, which runs wherever it likes."""
+    file, write = Spool(tmp_path), spool._write
+    old = file.write("old", torch.ones(7))
+    monkeypatch.setattr(spool, "_write", lambda *args: (file.free(old), write(*args))[1])
+    new = file.write("new", torch.arange(9.0))
+    assert file.read("new", new, torch.device("cpu")).tolist() == list(range(9))
+    file.free(new)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_stores_of_one_process_have_two_files(on_gpu, tmp_path):
     stores = [BackupStore(lambda: DISK_ONLY, tmp_path / "spool") for _ in range(2)]
     kept = [store.keep("a", parameter(seed=n)) for n, store in enumerate(stores)]
