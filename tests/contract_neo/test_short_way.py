@@ -8,6 +8,7 @@ from support.short_way import take_short_way
 
 from contract_neo.host import STORAGES
 from lib_lora_guard.patching.marked_class import class_of
+from lib_lora_guard.patching.operators import is_compilable
 
 WITH_KERNELS = [
     storage for storage in STORAGES if storage in ("fp8", "kitchen fp8", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K")
@@ -72,6 +73,7 @@ def test_a_function_of_others_on_the_weight_sends_the_layer_the_long_way(guarded
     layers[0].weight_function = []
 
 
+@pytest.mark.skipif(not is_compilable(), reason="Neo's torch is newer: this one fails on layers with LoRAs")
 def test_compiled_code_goes_the_long_way(guarded, passes):
     patcher, dense = guarded.build("fp8")
     base = run(patcher)
