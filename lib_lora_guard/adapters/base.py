@@ -372,16 +372,19 @@ def _sum(tensor: torch.Tensor) -> float:
     """A sum, which is not finite if a value is not: one pass, and neither a mask nor a copy of the tensor's size."""
     if tensor.numel() == 1:
         return float(tensor)
-    if tensor.element_size() > 1 and math.isfinite(total := float(tensor.sum())):
+    flat = tensor.reshape(-1)
+    return sum(_sum_of_piece(flat[start : start + SUMMED_VALUES]) for start in range(0, flat.numel(), SUMMED_VALUES))
+
+
+def _sum_of_piece(piece: torch.Tensor) -> float:
+    if piece.element_size() > 1 and math.isfinite(total := float(piece.sum())):
         return total
     # fp8, which torch has no sum of, or values whose sum does not fit into their own dtype.
-    flat = tensor.reshape(-1)
-    pieces = (flat[start : start + SUMMED_VALUES] for start in range(0, flat.numel(), SUMMED_VALUES))
-    return sum(float((piece if piece.element_size() > 1 else piece.float()).double().sum()) for piece in pieces)
+    return float((piece if piece.element_size() > 1 else piece.float()).double().sum())
 
 
-SUMMED_VALUES = 1 << 18
-"""Values summed at once in fp64."""
+SUMMED_VALUES = (1 << 15) - 64
+"""Values summed at once: torch wakes all cores for more, which takes longer than the sum, and each reading thread would do so."""
 
 
 def product_of(shape: Sequence[int]) -> int:

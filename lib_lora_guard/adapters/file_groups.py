@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import LoraFileError, LoraMismatchError, Message, about, reason
@@ -49,12 +49,13 @@ class Group:
         return [kind for kind in self.kinds if kind.parameter == "weight"]
 
 
-def group(name: str, tensors: Tensors) -> tuple[list[Group], list[str]]:
+def group(name: str, tensors: Tensors, unread: Container[str] = ()) -> tuple[list[Group], list[str]]:
     """Sorts the tensors of a file.
 
     Args:
         name: the file's, for errors.
         tensors: all of the file, by name.
+        unread: names of tensors whose values are not there yet, and are not looked at.
 
     Returns:
         The groups, and the names that no kind knows.
@@ -81,7 +82,8 @@ def group(name: str, tensors: Tensors) -> tuple[list[Group], list[str]]:
             raise _refusal(name, Message("lora.said_twice", {"first": shown(first), "second": shown(key)}))
         is_number = meaning.field in ({"alpha"} if meaning.kind is None else meaning.kind.numbers)
         try:
-            check_values(tensor, whole_numbers=is_number or _is_integer(meaning))
+            if key not in unread:
+                check_values(tensor, whole_numbers=is_number or _is_integer(meaning))
         except LoraMismatchError as error:
             raise _refusal(name, about(shown(key), reason(error))) from None
         if is_number and tensor.numel() != 1:

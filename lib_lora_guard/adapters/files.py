@@ -8,21 +8,35 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 from ..errors import FileFormatError, Joined, LoraFileError, LoraMismatchError, Message, about, reason
-from ..files import FileHeader, TableLimits, container_of, open_header, read_tensors, read_unchanged, shown
+from ..files import (
+    LARGE_FILE_BYTES,
+    Coming,
+    FileHeader,
+    TableLimits,
+    begin_tensors,
+    container_of,
+    open_header,
+    read_tensors,
+    read_unchanged,
+    shown,
+)
 from ..files.header_tensor import header_tensors
+from ..lazy_torch import torch
 from ..units import GB, MB
-from .base import Adapter
+from .base import Adapter, check_values
 from .file_groups import Group, Tensors, group
 from .file_keys import meaning_of
 from .file_settings import FileSettings, settings_of
 from .kinds import Fields, Found, Kind
+from .lora import LoraAdapter
 from .other_kinds import other_kind
 from .ranked import RankedAdapter
 from .stated_alpha import notes_on_alpha, with_ranks
@@ -40,6 +54,9 @@ LONGEST_SETTINGS = 1 << 20
 """Characters of PEFT's settings in the metadata. With a rank and an alpha for each of 1120 modules they have 200,000."""
 UNCOUNTED_BYTES = 64 * MB
 """Smaller files are read without asking for the RAM that is free, which takes milliseconds."""
+FOLLOWING_FORMATS = ("F16", "BF16", "F32")
+FOLLOWING_BYTES = 1 << 14
+"""Smaller tensors are read first: adapters may hold them as numbers."""
 NO_NUMBERS = ("F4", "F6_E2M3", "F6_E3M2")
 """Formats that torch cannot calculate with."""
 
@@ -57,6 +74,7 @@ class LoraFile:
         lost: those of `unknown_keys` that change the model where they are heeded, each with the reason.
         notes: sentences for users on what the file says and how it was taken.
         keys: names of tensors by module, both as written in the file.
+        coming: the values that are still being read; None for a file that was there whole.
     """
 
     path: Path
@@ -67,6 +85,17 @@ class LoraFile:
     lost: Mapping[str, Message] = field(default_factory=dict)
     notes: tuple[Message, ...] = ()
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    coming: Coming | None = None
+
+    def wait(self) -> None:
+        """Waits until all values are there.
+
+        Raises:
+            LoraFileError: the file cannot be read, was changed meanwhile, or has a value that is not finite.
+        """
+        if self.coming is not None:
+            with _as_lora_errors():
+                self.coming.wait()
 
     def adapters_by_module(self) -> list[str]:
         """The modules that have adapters, in the order of the file."""
@@ -77,7 +106,9 @@ class LoraFile:
         return next(iter(self.keys.get(written.rpartition(".")[0], ())), written)
 
 
-def read_lora_file(path: str | Path, as_trained: bool = False, room: Room | None = None) -> LoraFile:
+def read_lora_file(
+    path: str | Path, as_trained: bool = False, room: Room | None = None, *, values_may_follow: bool = False
+) -> LoraFile:
     """Reads a LoRA file into memory of our own and closes it.
 
     The header is judged first: a file that is no LoRA, contradicts itself or is larger than `room` costs no more than its
@@ -87,18 +118,20 @@ def read_lora_file(path: str | Path, as_trained: bool = False, room: Room | None
         path: a safetensors file.
         as_trained: DoRA in the meaning of its trainer where the host's differs.
         room: asked for files of `UNCOUNTED_BYTES` and more.
+        values_may_follow: threads may still read the values of a large file of plain LoRAs. Whoever needs them calls
+            `LoraFile.wait`. `LORA_GUARD_READ_AHEAD=0` in the environment: never.
 
     Raises:
         LoraFileError: the file is missing, broken, no LoRA or too large; the message names it and says what to do.
     """
     with _as_lora_errors():
-        file = read_unchanged(Path(path), lambda: _read(path, as_trained, room))
+        file = read_unchanged(Path(path), lambda: _read(path, as_trained, room, values_may_follow))
     for note in file.notes:
         log.warning("%s", about(shown(file.path.name), note))
     return file
 
 
-def _read(path: str | Path, as_trained: bool, room: Room | None) -> LoraFile:
+def _read(path: str | Path, as_trained: bool, room: Room | None, values_may_follow: bool) -> LoraFile:
     header = open_lora(path)
     settings = settings_of(header.path, header.metadata)
     tensors = _without_values(header)
@@ -106,8 +139,53 @@ def _read(path: str | Path, as_trained: bool, room: Room | None) -> LoraFile:
     wanted = header.tensors.keys() - set(unknown)
     check_room(header, sum(header.tensors[name].bytes for name in wanted), room)
     # Of the others the shapes are enough: they tell which model the file was made for.
-    values = read_tensors(header, wanted)
-    return _parsed(header, {name: values.get(name, tensor) for name, tensor in tensors.items()}, as_trained, settings)
+    following = _following(header, wanted) if values_may_follow else set()
+    values = read_tensors(header, wanted - following)
+    if not following:
+        return _parsed(header, {**tensors, **values}, as_trained, settings)
+    values_to_come, coming = begin_tensors(header, following, lambda key, tensor: _check(header.path, key, tensor))
+    whole = {**tensors, **values, **values_to_come}
+    try:
+        file = _parsed(header, whole, as_trained, settings, following)
+        if holds_only_views(file.adapters.values(), coming):
+            return replace(file, coming=coming)
+    except LoraFileError:
+        log.debug("%s is read whole first", shown(header.path.name), exc_info=True)
+    coming.wait()
+    return _parsed(header, whole, as_trained, settings)
+
+
+def _following(header: FileHeader, wanted: Container[str]) -> set[str]:
+    """The tensors of a large file whose values may be read while the file is matched with a model."""
+    found = {
+        name
+        for name, entry in header.tensors.items()
+        if name in wanted
+        and entry.format in FOLLOWING_FORMATS
+        and entry.bytes >= FOLLOWING_BYTES
+        and meaning_of(name, header.tensors) is not None
+    }
+    is_large = sum(header.tensors[name].bytes for name in found) >= LARGE_FILE_BYTES
+    return found if is_large and os.environ.get("LORA_GUARD_READ_AHEAD") != "0" else set()
+
+
+def holds_only_views(adapters: Iterable[Adapter], coming: Coming) -> bool:
+    """True if adapters have nothing that was computed from values that were not there yet.
+
+    Args:
+        adapters: of one file, or of its terms on a model.
+        coming: the file's.
+    """
+    adapters = list(adapters)
+    are_plain = all(type(one) is LoraAdapter and not one.is_dora for one in adapters)
+    return are_plain and coming.holds(tensor for one in adapters for tensor in one.tensors())
+
+
+def _check(path: Path, key: str, tensor: torch.Tensor) -> None:
+    try:
+        check_values(tensor)
+    except LoraMismatchError as error:
+        raise _refusal(shown(path.name), about(shown(key), reason(error))) from None
 
 
 def check_room(header: FileHeader, needed_bytes: int, room: Room | None) -> None:
@@ -176,10 +254,14 @@ def _without_values(header: FileHeader) -> Tensors:
 
 
 def _parsed(
-    header: FileHeader, tensors: Tensors, as_trained: bool = False, settings: FileSettings | None = None
+    header: FileHeader,
+    tensors: Tensors,
+    as_trained: bool = False,
+    settings: FileSettings | None = None,
+    unread: Container[str] = (),
 ) -> LoraFile:
     settings = settings or settings_of(header.path, header.metadata)
-    return replace(parse_tensors(header.path, tensors, settings, as_trained), metadata=header.metadata)
+    return replace(parse_tensors(header.path, tensors, settings, as_trained, unread), metadata=header.metadata)
 
 
 @contextmanager
@@ -199,7 +281,11 @@ def _is_number(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def parse_tensors(
-    path: Path, tensors: Tensors, settings: FileSettings | None = None, as_trained: bool = False
+    path: Path,
+    tensors: Tensors,
+    settings: FileSettings | None = None,
+    as_trained: bool = False,
+    unread: Container[str] = (),
 ) -> LoraFile:
     """Makes the adapters of one file.
 
@@ -208,13 +294,14 @@ def parse_tensors(
         tensors: all of the file, by name.
         settings: the PEFT configurations that belong to it.
         as_trained: DoRA in the meaning of its trainer where the host's differs.
+        unread: names of tensors whose values are not there yet, and are not looked at.
 
     Raises:
         LoraFileError: the file contradicts itself, or holds no LoRA.
     """
     settings = settings or FileSettings({})
     name = shown(path.name)
-    groups, unknown = group(name, tensors)
+    groups, unknown = group(name, tensors, unread)
     why = settings.refusal() or other_kind(unknown if groups else tensors)
     if why is not None:
         raise _refusal(name, why)
@@ -253,7 +340,7 @@ def parse_tensors(
     for settle in {kind.settle for one in groups for kind in one.kinds if kind.settle is not None}:
         adapters = dict(settle(adapters))
     if (completed := with_ranks(settings, adapters)) is not settings:
-        return parse_tensors(path, tensors, completed, as_trained)
+        return parse_tensors(path, tensors, completed, as_trained, unread)
     whole = whole_weights(name, unknown, tensors, adapters, settings)
     adapters.update(whole.adapters)
     lost.update(whole.lost)

@@ -20,20 +20,24 @@ from .header import (
     TensorEntry,
     is_file,
     opened,
-    read_bytes,
     read_unchanged,
     refusal,
     shown,
     state_of,
 )
+from .reading import LARGE_FILE_BYTES, Coming, read_bytes
+from .safetensors_file import begin_tensors
 from .safetensors_writer import Entry, write_safetensors
 
 __all__ = [
+    "LARGE_FILE_BYTES",
+    "Coming",
     "Entry",
     "FileHeader",
     "FileState",
     "TableLimits",
     "TensorEntry",
+    "begin_tensors",
     "container_of",
     "is_file",
     "open_header",

@@ -25,10 +25,10 @@ from .header import (
     damaged,
     find_overlap,
     opened,
-    read_entries,
     refusal,
     shown,
 )
+from .reading import read_entries
 
 MAGIC = b"GGUF"
 """The first bytes of the file."""

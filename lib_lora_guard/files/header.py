@@ -10,15 +10,12 @@ Why files are read here instead of through safetensors' `safe_open`:
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import itertools
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -26,9 +23,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import FileFormatError, Message, about
-from ..inference_mode import outside_inference
-from ..lazy_torch import torch
-from ..units import MB
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library; GGUF files, tokenizers included, stay far below it."""
@@ -44,13 +38,6 @@ CLOCK_STEP_NS = 16_000_000
 """File times move in steps: 1 to 10 ms on Linux, 15.6 ms on Windows. Two writes within a step leave the same time."""
 MOST_READS = 4
 """How often a file that changes meanwhile is read, before it is refused."""
-READERS = 4
-"""Threads that read a large file. A file that the system has in RAM comes as fast as a core can fill memory that did not exist
-before, page by page: 2 GB/s a core."""
-READ_AT_ONCE_BYTES = 8 * MB
-"""What a thread reads before it takes the next piece: the threads stay close together, so that a disk that turns need not seek."""
-LARGE_FILE_BYTES = 64 * MB
-"""From here on threads are worth what they cost."""
 
 _MODEL_ENDS = (".safetensors", ".gguf")
 _NEAR_NAME = 0.88
@@ -58,7 +45,7 @@ _NEAR_NAME = 0.88
 _MOST_NAMES = 2000
 """Names of a folder that are compared."""
 
-_Read = TypeVar("_Read")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +217,7 @@ def state_of(path: Path) -> FileState | None:
         return None
 
 
-def read_unchanged(path: Path, read: Callable[[], _Read]) -> _Read:
+def read_unchanged(path: Path, read: Callable[[], Found]) -> Found:
     """Calls `read`, and calls it again if the file at `path` has changed meanwhile.
 
     A file that was written within the last step of the clock is read after that step: a later write shows in its time then.
@@ -288,136 +275,12 @@ def check_size(path: Path, tensors: Mapping[str, TensorEntry], size: int) -> Non
         raise refusal(path, Message("file.too_short", {"wanted": needed, "found": size}))
 
 
-@outside_inference
-def read_entries(
-    header: FileHeader, names: Iterable[str] | None, typed: Callable[[TensorEntry, torch.Tensor], torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Reads tensors, each into memory of its own and outside inference mode.
-
-    Args:
-        header: The file's header.
-        names: Tensors in the order asked for; None for all.
-        typed: Gives a flat uint8 tensor its type and shape.
+def check_unchanged(header: FileHeader, facts: os.stat_result) -> None:
+    """Compares a file with its header.
 
     Raises:
-        FileFormatError: A name is not in the header, or the file was changed since the header was read.
+        FileFormatError: It has another size or state than when the header was read.
     """
-
-    def read(entry: TensorEntry, file: FileIO) -> torch.Tensor:
-        # On the CPU whatever the host's default device is: the address below must be writable memory.
-        buffer = _memory(header, entry)
-        if entry.bytes:
-            # Filled in place: a bytearray under the tensor would be filled with zeros first.
-            memory = (ctypes.c_ubyte * entry.bytes).from_address(buffer.data_ptr())
-            _fill(memoryview(memory).cast("B"), header, entry, file)
-        return typed(entry, buffer)
-
-    return _read_each(header, names, read)
-
-
-def _memory(header: FileHeader, entry: TensorEntry) -> torch.Tensor:
-    try:
-        return torch.empty(entry.bytes, dtype=torch.uint8, device="cpu")
-    except (RuntimeError, MemoryError):
-        # torch's own error says neither which file nor what to do.
-        why = Message("file.no_memory", {"needed_mb": entry.bytes / MB})
-        raise refusal(header.path, why, entry.name) from None
-
-
-def read_bytes(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, bytes]:
-    """Reads the bytes of small tensors as they lie in the file, without torch.
-
-    Args:
-        header: The file's header.
-        names: The tensors in the order asked for; None for all.
-
-    Raises:
-        FileFormatError: A name is not in the header, or the file was changed since the header was read.
-    """
-
-    def read(entry: TensorEntry, file: FileIO) -> bytes:
-        buffer = bytearray(entry.bytes)
-        _fill(memoryview(buffer), header, entry, file)
-        return bytes(buffer)
-
-    return _read_each(header, names, read)
-
-
-def _read_each(
-    header: FileHeader, names: Iterable[str] | None, read: Callable[[TensorEntry, FileIO], _Read]
-) -> dict[str, _Read]:
-    wanted = dict.fromkeys(header.tensors if names is None else names)
-    for name in wanted:
-        if name not in header.tensors:
-            raise refusal(header.path, Message("file.no_tensor"), name)
-    entries = sorted((header.tensors[name] for name in wanted), key=lambda entry: entry.start)
-    pieces = _Pieces(entries)
-    if len(entries) == 1 or sum(entry.bytes for entry in entries) < LARGE_FILE_BYTES:
-        found = _read_pieces(header, pieces, read)
-    else:
-        found = {}
-        with ThreadPoolExecutor(READERS, "lora-guard-reader") as pool:
-            try:
-                readers = [pool.submit(_read_pieces, header, pieces, read) for _ in range(READERS)]
-                for reader in readers:
-                    found.update(reader.result())
-            finally:
-                pieces.stop()
-    return {name: found[name] for name in wanted}
-
-
-class _Pieces:
-    """The parts of a file that are still to be read, in the order of the file. For several threads."""
-
-    def __init__(self, entries: Sequence[TensorEntry]) -> None:
-        self._left, self._lock = iter(entries), threading.Lock()
-
-    def take(self) -> list[TensorEntry]:
-        """Returns the next tensors; an empty list when there are no more."""
-        piece: list[TensorEntry] = []
-        size = 0
-        with self._lock:
-            for entry in self._left:
-                piece.append(entry)
-                size += entry.bytes
-                if size >= READ_AT_ONCE_BYTES:
-                    break
-        return piece
-
-    def stop(self) -> None:
-        """Leaves nothing to be taken."""
-        with self._lock:
-            self._left = iter(())
-
-
-def _read_pieces(header: FileHeader, pieces: _Pieces, read: Callable[[TensorEntry, FileIO], _Read]) -> dict[str, _Read]:
-    found: dict[str, _Read] = {}
-    with opened(header.path) as (file, facts):
-        _check_unchanged(header, facts)
-        try:
-            while piece := pieces.take():
-                for entry in piece:
-                    found[entry.name] = read(entry, file)
-        except BaseException:
-            # The other threads need not go on.
-            pieces.stop()
-            raise
-        _check_unchanged(header, os.fstat(file.fileno()))
-    return found
-
-
-def _fill(view: memoryview, header: FileHeader, entry: TensorEntry, file: FileIO) -> None:
-    file.seek(entry.start)
-    done = 0
-    while done < entry.bytes:
-        # Systems return less than asked for above 2 GB. No byte at all means that the file ends here.
-        got = file.readinto(view[done:])
-        if not got:
-            raise refusal(header.path, Message("file.cut_short", {"wanted": entry.bytes, "found": done}), entry.name)
-        done += got
-
-
-def _check_unchanged(header: FileHeader, facts: os.stat_result) -> None:
     if facts.st_size != header.bytes:
         raise refusal(header.path, Message("file.resized", {"wanted": header.bytes, "found": facts.st_size}))
     if header.state not in (None, FileState.of(facts)):

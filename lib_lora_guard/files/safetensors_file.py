@@ -28,11 +28,10 @@ from .header import (
     damaged,
     find_overlap,
     opened,
-    read_bytes,
-    read_entries,
     refusal,
     shown,
 )
+from .reading import Check, Coming, Typed, begin_entries, read_bytes, read_entries
 from .safetensors_json import Scanner
 
 FORMATS: dict[str, tuple[int, str | None]] = {
@@ -97,7 +96,29 @@ def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict
         FileFormatError: A name is not in the header, torch lacks a dtype, or the file was changed since the header was
             read.
     """
+    return read_entries(header, names, _typed(header))
 
+
+def begin_tensors(
+    header: FileHeader, names: Iterable[str] | None, check: Check
+) -> tuple[dict[str, torch.Tensor], Coming]:
+    """Begins to read tensors into memory of their own; large files are read by threads while the caller goes on.
+
+    Args:
+        header: The file's header.
+        names: The tensors in the order asked for; None for all.
+        check: Called for each tensor that is there, in the thread that has read it.
+
+    Returns:
+        The tensors, and what says when their values are there.
+
+    Raises:
+        FileFormatError: A name is not in the header, torch lacks a dtype, or there is no memory.
+    """
+    return begin_entries(header, names, _typed(header), check)
+
+
+def _typed(header: FileHeader) -> Typed:
     def typed(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
         dtype = getattr(torch, FORMATS[entry.format][1] or "", None)
         if not isinstance(dtype, torch.dtype):
@@ -108,7 +129,7 @@ def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict
             shape = (*shape[:-1], shape[-1] // 2)
         return buffer.view(dtype).reshape(shape)
 
-    return read_entries(header, names, typed)
+    return typed
 
 
 def read_numbers(header: FileHeader, names: Iterable[str]) -> dict[str, float | None]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 
 from ..adapters import Term
+from ..adapters.files import LoraFile
 from ..adapters.patch_tuples import PatchValue
 from ..messages import Message
 
@@ -209,6 +210,7 @@ class FittedLora:
         is_online: the host's wish to apply it in each forward pass.
         weight: a factor of the strength that another extension has set.
         keys: the parameters that it has set it for; None for all of `terms`.
+        file: the file, whose values may still be on their way.
     """
 
     filename: str
@@ -217,6 +219,16 @@ class FittedLora:
     is_online: bool = False
     weight: float = 1.0
     keys: tuple[str, ...] | None = None
+    file: LoraFile | None = None
+
+    def wait(self) -> None:
+        """Waits until the values of the terms are there.
+
+        Raises:
+            LoraFileError: they never will be.
+        """
+        if self.file is not None:
+            self.file.wait()
 
     def asked_terms(self) -> Mapping[str, Sequence[Term]]:
         """Returns the terms of the parameters that are asked for."""
@@ -233,6 +245,11 @@ class LoraPatchers(Protocol):
     @property
     def counts_once(self) -> bool:
         """True if the same file with the same strength counts once however often a prompt names it."""
+        ...
+
+    @property
+    def values_may_follow(self) -> bool:
+        """True if only the guard reads what is added, and calls `FittedLora.wait` before."""
         ...
 
     def has_loras(self, patcher: PatcherObject) -> bool:

@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 import struct
@@ -15,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.raw_files import entry, safetensors_bytes
 
 from lib_lora_guard.errors import FileFormatError
-from lib_lora_guard.files import FileHeader, TensorEntry, open_header, read_tensors
-from lib_lora_guard.files import header as header_module
+from lib_lora_guard.files import FileHeader, TensorEntry, open_header, read_tensors, reading
 from lib_lora_guard.files.header import MAX_HEADER_BYTES, shown
 from lib_lora_guard.files.safetensors_file import FORMATS
 
@@ -157,16 +155,14 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(100), "b": torch.ones(100)}, path)
     header = open_header(path)
-    empty = torch.empty
+    fill = reading._fill
 
-    def cut_before_the_second(*size, **options):
-        cut_before_the_second.calls += 1
-        if cut_before_the_second.calls == 2:
+    def cut_before_the_second(view, header, entry, file):
+        if entry.name == "b":
             os.truncate(path, header.bytes - 4)
-        return empty(*size, **options)
+        fill(view, header, entry, file)
 
-    cut_before_the_second.calls = 0
-    monkeypatch.setattr(torch, "empty", cut_before_the_second)
+    monkeypatch.setattr(reading, "_fill", cut_before_the_second)
     with pytest.raises(
         FileFormatError, match=r"^a\.safetensors: b: expected 400 bytes, found 396; the file was cut short"
     ):
@@ -176,12 +172,17 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, monkeypatch):
 @pytest.fixture
 def many_readers(monkeypatch):
     """Every file counts as large; each tensor is a piece."""
-    monkeypatch.setattr(header_module, "LARGE_FILE_BYTES", 1)
-    monkeypatch.setattr(header_module, "READ_AT_ONCE_BYTES", 1)
+    monkeypatch.setattr(reading, "LARGE_FILE_BYTES", 1)
+    monkeypatch.setattr(reading, "READ_AT_ONCE_BYTES", 1)
 
 
-def readers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("lora-guard-reader")]
+def readers_end():
+    """True when the threads are gone; they have a few instructions left when all is read."""
+    for _ in range(500):
+        if not any(thread.name.startswith("lora-guard-reader") for thread in threading.enumerate()):
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @pytest.mark.usefixtures("many_readers")
@@ -194,52 +195,61 @@ def test_a_large_file_is_read_by_several_threads_and_is_the_same(tmp_path):
         assert list(found) == (names or list(open_header(path).tensors))
         assert all(same(found[name], content[name]) for name in content)
         assert not any(tensor.is_inference() for tensor in found.values())
-    assert readers() == []
-
-
-class InterruptedPool:
-    """Ctrl+C comes while the second thread is started; the first one begins its work after that."""
-
-    def __init__(self, *args):
-        self.work = []
-
-    def __enter__(self):
-        return self
-
-    def submit(self, *call):
-        if self.work:
-            raise KeyboardInterrupt
-        self.work.append(functools.partial(*call))
-
-    def __exit__(self, *error):
-        assert [work() for work in self.work] == [{}]
+    assert readers_end()
 
 
 @pytest.mark.usefixtures("many_readers")
-def test_an_interrupt_while_readers_are_started_does_not_wait_for_the_whole_file(tmp_path, monkeypatch):
+def test_an_interrupt_while_readers_are_started_leaves_the_rest_of_the_file(tmp_path, monkeypatch):
+    """Ctrl+C comes while the second thread is started; the first one begins its work after that."""
     save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, tmp_path / "a.safetensors")
-    monkeypatch.setattr(header_module, "ThreadPoolExecutor", InterruptedPool)
+    begun, read = [], []
+
+    class Thread:
+        def __init__(self, target, name):
+            self.start = lambda: begun.append(target) if not begun else (_ for _ in ()).throw(KeyboardInterrupt)
+
+    monkeypatch.setattr(reading.threading, "Thread", Thread)
+    monkeypatch.setattr(reading, "_fill", lambda view, header, entry, file: read.append(entry.name))
     with pytest.raises(KeyboardInterrupt):
         read_tensors(open_header(tmp_path / "a.safetensors"))
+    begun[0]()
+    assert read == []
+
+
+@pytest.mark.usefixtures("many_readers")
+def test_where_the_system_has_no_thread_left_the_caller_reads(tmp_path, monkeypatch):
+    content = {"a": torch.ones(3), "b": torch.zeros(3)}
+    save_file(content, tmp_path / "a.safetensors")
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no thread")))
+    found = read_tensors(open_header(tmp_path / "a.safetensors"))
+    assert all(same(found[name], content[name]) for name in content)
 
 
 @pytest.mark.usefixtures("many_readers")
 def test_what_one_reader_runs_into_ends_the_others(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_file({f"{n}": torch.ones(10) for n in range(200)}, path)
-    header, empty, calls = open_header(path), torch.empty, []
+    header, fill, calls = open_header(path), reading._fill, []
 
-    def full_at_the_twentieth(*size, **options):
-        calls.append(size)
+    def torn_at_the_twentieth(view, header, entry, file):
+        calls.append(entry)
         if len(calls) >= 20:
-            raise MemoryError
-        return empty(*size, **options)
+            raise OSError(5, "the disk is gone")
+        fill(view, header, entry, file)
 
-    monkeypatch.setattr(torch, "empty", full_at_the_twentieth)
-    with pytest.raises(FileFormatError, match="reading it needs"):
+    monkeypatch.setattr(reading, "_fill", torn_at_the_twentieth)
+    with pytest.raises(FileFormatError, match="the disk is gone"):
         read_tensors(header)
-    assert len(calls) <= 20 + header_module.READERS
-    assert readers() == []
+    assert len(calls) <= 20 + reading.READERS
+    assert readers_end()
+
+
+def test_a_file_that_memory_has_no_room_for_is_named(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    header = open_header(tmp_path / "a.safetensors")
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(FileFormatError, match=r"a\.safetensors: a: reading it needs"):
+        read_tensors(header)
 
 
 def test_a_header_that_lies_about_the_end_of_the_file(tmp_path):

@@ -17,7 +17,8 @@ from typing import Concatenate, TypeVar
 
 from ...adapters import Term
 from ...adapters.base import Slice
-from ...messages import Message, say
+from ...errors import LoraFileError, reason
+from ...messages import Message, say, without
 from ...patching.engine import LoraRequest
 from ...runtime.hooks import P
 from ...runtime.host import Entries, FittedLora, PatcherObject
@@ -51,17 +52,20 @@ def requests_of(loras: Loras, as_trained: bool = False) -> list[LoraRequest]:
         loras: the stack.
         as_trained: DoRA in the meaning of its trainer.
     """
-    return [
-        LoraRequest(
-            label_of(lora),
-            lora.asked_strength(),
-            {
-                key: [_term(term, lora.asked_strength(), place, as_trained) for term in terms]
-                for key, terms in lora.asked_terms().items()
-            },
-        )
-        for place, lora in enumerate(loras)
-    ]
+    return [_request(lora, place, as_trained) for place, lora in enumerate(loras)]
+
+
+def _request(lora: FittedLora, place: int, as_trained: bool) -> LoraRequest:
+    strength = lora.asked_strength()
+    try:
+        # Threads may have read the file while Neo has placed the model.
+        lora.wait()
+    except LoraFileError as error:
+        return LoraRequest(label_of(lora), strength, refused=without(label_of(lora), reason(error)))
+    terms = {
+        key: [_term(term, strength, place, as_trained) for term in on_key] for key, on_key in lora.asked_terms().items()
+    }
+    return LoraRequest(label_of(lora), strength, terms)
 
 
 def _term(term: Term, strength: float, place: int, as_trained: bool) -> Term:
@@ -73,6 +77,7 @@ class NeoPatchers:
     """Adds LoRAs to Neo's patchers, and to what holds one (`CLIP`)."""
 
     counts_once = False
+    values_may_follow = True
 
     def __init__(self, base: ModuleType | None = None) -> None:
         """

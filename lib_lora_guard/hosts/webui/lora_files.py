@@ -21,7 +21,7 @@ import torch
 
 from ...adapters.base import Adapter, Shape
 from ...adapters.file_settings import FileSettings
-from ...adapters.files import LoraFile, parse_tensors, read_lora_file
+from ...adapters.files import LoraFile, holds_only_views, parse_tensors, read_lora_file
 from ...errors import LoraFileError, LoraMismatchError, Message, about, reason
 from ...files import is_file, shown, state_of
 from ...messages import Joined, say, without
@@ -166,6 +166,8 @@ class LoraFiles:
                 (clip, "cond_stage_model", strength_clip, Message("host.text_encoder")),
             ]
             found = [None if p is None else self._match(file, getattr(p, attribute)) for p, attribute, *_ in sides]
+            if not self.patchers.values_may_follow:
+                file.wait()
         except (LoraFileError, LoraMismatchError) as error:
             # What the guard refused as broken is never handed to the host.
             self.left_out[name] = without(name, reason(error))
@@ -186,7 +188,8 @@ class LoraFiles:
             if match is None or not match.terms:
                 patched.append(patcher)
                 continue
-            patched.append(self.patchers.with_lora(patcher, FittedLora(filename, match.terms, strength, online_mode)))
+            lora_of_side = FittedLora(filename, match.terms, strength, online_mode, file=file)
+            patched.append(self.patchers.with_lora(patcher, lora_of_side))
             count = sum(len(terms) for terms in match.terms.values())
             say(log, logging.DEBUG, "host.keys_for", name=name, count=count, side=side)
         lacking = applied_in_part(name, file, left)
@@ -259,8 +262,10 @@ class LoraFiles:
         key = (str(path), state)
         with self._lock:
             file = self._kept.get(key)
-        if file is None:
-            file = self._ahead.take(key) or read_lora_file(path, room=self._room)
+        # Read again, it is said what is wrong.
+        has_failed = file is not None and file.coming is not None and file.coming.has_failed
+        if file is None or has_failed:
+            file = self._ahead.take(key) or read_lora_file(path, room=self._room, values_may_follow=not has_failed)
             _own(adapter for adapter in file.adapters.values())
         with self._lock:
             self._kept[key] = file
@@ -336,6 +341,10 @@ class LoraFiles:
         if target is None or target.shapes != shapes:
             target = self._targets[model] = Target(shapes)
         match = _match(file, target)
+        terms = [term.adapter for on_key in match.terms.values() for term in on_key]
+        if file.coming is not None and not file.coming.is_done and not holds_only_views(terms, file.coming):
+            file.wait()
+            match = _match(file, target)
         _own(term.adapter for terms in match.terms.values() for term in terms)
         known[model] = (shapes, match)
         return match

@@ -21,6 +21,8 @@ class TuplePatchers:
     """The patchers of a host that keeps the stack in `lora_patches`."""
 
     counts_once = True
+    values_may_follow = False
+    """Other extensions may read the tuples."""
 
     def has_loras(self, patcher: PatcherObject) -> bool:
         """Returns True if a patcher has LoRAs already."""

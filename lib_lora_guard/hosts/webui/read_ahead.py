@@ -62,4 +62,4 @@ class ReadAhead:
 
 
 def _read(path: Path) -> LoraFile:
-    return read_lora_file(path, room=room_now_bytes)
+    return read_lora_file(path, room=room_now_bytes, values_may_follow=True)

@@ -1,0 +1,247 @@
+"""Reads tensors of a file into memory of our own: large files by several threads, for which the caller waits at once or later."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from io import FileIO
+from queue import Empty, SimpleQueue
+
+from ..errors import Message
+from ..inference_mode import outside_inference
+from ..lazy_torch import torch
+from ..units import MB
+from .header import FileHeader, TensorEntry, check_unchanged, opened, refusal
+
+READERS = min(8, max(2, (os.cpu_count() or 2) // 2))
+"""Threads that read a large file. A file that the system has in RAM comes as fast as a core can fill memory that did not exist
+before, page by page: 2 GB/s a core."""
+READ_AT_ONCE_BYTES = 8 * MB
+"""What a thread reads before it takes the next piece: the threads stay close together, so that a disk that turns need not seek."""
+LARGE_FILE_BYTES = 64 * MB
+"""From here on threads are worth what they cost."""
+POLL_SECONDS = 0.05
+
+Typed = Callable[[TensorEntry, torch.Tensor], torch.Tensor]
+"""Gives a flat uint8 tensor the type and shape of an entry."""
+Check = Callable[[str, torch.Tensor], None]
+"""Looks at the values of a tensor, by its name, and raises if they are of no use."""
+
+
+class Coming:
+    """The values of tensors that exist already. Threads read them from the file; those of a small file are there at once."""
+
+    def __init__(
+        self, header: FileHeader, memory: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], check: Check
+    ) -> None:
+        """
+        Args:
+            header: The file's header.
+            memory: A flat uint8 tensor for each name.
+            tensors: The same memory with type and shape.
+            check: Called for each tensor that is there, in the thread that has read it.
+        """
+        self._header, self._memory, self._tensors, self._check = header, memory, tensors, check
+        entries = sorted((header.tensors[name] for name in memory), key=lambda entry: entry.start)
+        self._pieces = _Pieces(entries)
+        self._error: BaseException | None = None
+        self._started = 0
+        self._ended: list[None] = []
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        try:
+            if len(entries) > 1 and sum(entry.bytes for entry in entries) >= LARGE_FILE_BYTES:
+                self._start_threads()
+            if not self._started:
+                self._started = 1
+                self._run()
+                self._raise_interrupt()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def is_done(self) -> bool:
+        """True when no thread reads any more."""
+        return len(self._ended) >= self._started
+
+    @property
+    def has_failed(self) -> bool:
+        """True if the values will never be there."""
+        return self.is_done and self._error is not None
+
+    def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Returns True if all of `tensors` lie in the memory that is read into. What was computed from it does not."""
+        places = {memory.untyped_storage().data_ptr() for memory in self._memory.values()}
+        return all(tensor.untyped_storage().data_ptr() in places for tensor in tensors)
+
+    def wait(self) -> None:
+        """Waits until all values are there. May be interrupted and called again.
+
+        Raises:
+            FileFormatError: The file cannot be read, or was changed since the header was read.
+            Exception: What the check has raised.
+        """
+        while not self.is_done:
+            # A call of C, which an interrupt cannot leave half done; it may take the token, so there is a limit.
+            with contextlib.suppress(Empty):
+                self._wake.get(timeout=POLL_SECONDS)
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+
+    def stop(self) -> None:
+        """Leaves what is not read yet."""
+        self._pieces.stop()
+        self._error = self._error or InterruptedError("the read was stopped")
+
+    def _start_threads(self) -> None:
+        for _ in range(READERS):
+            try:
+                threading.Thread(target=self._run, name="lora-guard-reader").start()
+            except RuntimeError:
+                # The system has no thread left.
+                return
+            self._started += 1
+
+    def _run(self) -> None:
+        try:
+            self._read()
+        except BaseException as error:
+            # The other threads need not go on.
+            self._pieces.stop()
+            self._error = self._error or error
+        finally:
+            self._ended.append(None)
+            self._wake.put(None)
+
+    def _raise_interrupt(self) -> None:
+        """Raises what is meant for the caller's own thread."""
+        if self._error is not None and not isinstance(self._error, Exception):
+            raise self._error
+
+    def _read(self) -> None:
+        with opened(self._header.path) as (file, facts):
+            check_unchanged(self._header, facts)
+            while piece := self._pieces.take():
+                for entry in piece:
+                    memory = self._memory[entry.name]
+                    if entry.bytes:
+                        # Filled in place: a bytearray under the tensor would be filled with zeros first.
+                        place = (ctypes.c_ubyte * entry.bytes).from_address(memory.data_ptr())
+                        _fill(memoryview(place).cast("B"), self._header, entry, file)
+                    self._check(entry.name, self._tensors[entry.name])
+            check_unchanged(self._header, os.fstat(file.fileno()))
+
+
+@outside_inference
+def begin_entries(
+    header: FileHeader, names: Iterable[str] | None, typed: Typed, check: Check = lambda name, tensor: None
+) -> tuple[dict[str, torch.Tensor], Coming]:
+    """Begins to read tensors, each into memory of its own and outside inference mode.
+
+    Args:
+        header: The file's header.
+        names: Tensors in the order asked for; None for all.
+        typed: Gives a tensor its type and shape.
+        check: Called for each tensor that is there, in the thread that has read it.
+
+    Returns:
+        The tensors, and what says when their values are there.
+
+    Raises:
+        FileFormatError: A name is not in the header, or there is no memory.
+    """
+    entries = [_entry(header, name) for name in dict.fromkeys(header.tensors if names is None else names)]
+    memory = {entry.name: _memory(header, entry) for entry in entries}
+    tensors = {entry.name: typed(entry, memory[entry.name]) for entry in entries}
+    return tensors, Coming(header, memory, tensors, check)
+
+
+def read_entries(header: FileHeader, names: Iterable[str] | None, typed: Typed) -> dict[str, torch.Tensor]:
+    """Reads tensors as `begin_entries` does, and waits for them.
+
+    Raises:
+        FileFormatError: A name is not in the header, there is no memory, or the file was changed since the header was read.
+    """
+    tensors, coming = begin_entries(header, names, typed)
+    try:
+        coming.wait()
+    except BaseException:
+        coming.stop()
+        raise
+    return tensors
+
+
+def read_bytes(header: FileHeader, names: Iterable[str] | None = None) -> dict[str, bytes]:
+    """Reads the bytes of small tensors as they lie in the file, without torch.
+
+    Args:
+        header: The file's header.
+        names: The tensors in the order asked for; None for all.
+
+    Raises:
+        FileFormatError: A name is not in the header, or the file was changed since the header was read.
+    """
+    wanted = {name: _entry(header, name) for name in (header.tensors if names is None else names)}
+    found = {}
+    with opened(header.path) as (file, facts):
+        check_unchanged(header, facts)
+        for entry in sorted(wanted.values(), key=lambda entry: entry.start):
+            buffer = bytearray(entry.bytes)
+            _fill(memoryview(buffer), header, entry, file)
+            found[entry.name] = bytes(buffer)
+        check_unchanged(header, os.fstat(file.fileno()))
+    return {name: found[name] for name in wanted}
+
+
+class _Pieces:
+    """The parts of a file that are still to be read, in the order of the file. For several threads."""
+
+    def __init__(self, entries: Iterable[TensorEntry]) -> None:
+        self._left, self._lock = iter(entries), threading.Lock()
+
+    def take(self) -> list[TensorEntry]:
+        """Returns the next tensors; an empty list when there are no more."""
+        piece: list[TensorEntry] = []
+        size = 0
+        with self._lock:
+            for entry in self._left:
+                piece.append(entry)
+                size += entry.bytes
+                if size >= READ_AT_ONCE_BYTES:
+                    break
+        return piece
+
+    def stop(self) -> None:
+        """Leaves nothing to be taken."""
+        # Replaced without the lock, which an interrupt may have left locked.
+        self._left = iter(())
+
+
+def _entry(header: FileHeader, name: str) -> TensorEntry:
+    if name not in header.tensors:
+        raise refusal(header.path, Message("file.no_tensor"), name)
+    return header.tensors[name]
+
+
+def _memory(header: FileHeader, entry: TensorEntry) -> torch.Tensor:
+    try:
+        # On the CPU whatever the host's default device is: its address must be writable memory.
+        return torch.empty(entry.bytes, dtype=torch.uint8, device="cpu")
+    except (RuntimeError, MemoryError):
+        # torch's own error says neither which file nor what to do.
+        why = Message("file.no_memory", {"needed_mb": entry.bytes / MB})
+        raise refusal(header.path, why, entry.name) from None
+
+
+def _fill(view: memoryview, header: FileHeader, entry: TensorEntry, file: FileIO) -> None:
+    file.seek(entry.start)
+    done = 0
+    while done < entry.bytes:
+        # Systems return less than asked for above 2 GB. No byte at all means that the file ends here.
+        got = file.readinto(view[done:])
+        if not got:
+            raise refusal(header.path, Message("file.cut_short", {"wanted": entry.bytes, "found": done}), entry.name)
+        done += got

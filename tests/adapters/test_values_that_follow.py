@@ -1,0 +1,131 @@
+"""Large files whose values are read while the file is matched with a model."""
+
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.make import rand, write_kohya
+
+from lib_lora_guard.adapters import files
+from lib_lora_guard.adapters.files import read_lora_file
+from lib_lora_guard.errors import LoraFileError
+from lib_lora_guard.files import reading
+
+MODULES = {"lora_unet_blocks_0_qkv": (96, 32), "lora_unet_blocks_0_proj": (32, 32)}
+OTHERS = {
+    "DoRA": {"lora_unet_blocks_0_mlp.dora_scale": rand(32, 1, seed=8), "lora_unet_blocks_0_mlp.lora_up.weight": rand(32, 4, seed=7),
+             "lora_unet_blocks_0_mlp.lora_down.weight": rand(4, 32, seed=9)},
+    "LoHa": {f"lora_unet_blocks_0_mlp.hada_{name}": rand(*shape, seed=seed) for seed, (name, shape) in
+             enumerate({"w1_a": (32, 4), "w1_b": (4, 32), "w2_a": (32, 4), "w2_b": (4, 32)}.items())},
+}  # fmt: skip
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Every file is large, and nothing of a factor is read before the gate is opened."""
+    opened, fill = threading.Event(), reading._fill
+
+    def wait(view, header, entry, file):
+        if entry.bytes >= 64:
+            assert opened.wait(10)
+        fill(view, header, entry, file)
+
+    for module in (files, reading):
+        monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
+    monkeypatch.setattr(files, "FOLLOWING_BYTES", 64)
+    monkeypatch.setattr(reading, "_fill", wait)
+    yield opened
+    opened.set()
+
+
+def values(file):
+    return {key: [tensor.clone() for tensor in adapter.tensors()] for key, adapter in file.adapters.items()}
+
+
+def equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    return all(torch.equal(a, b) for key in wanted for a, b in zip(found[key], wanted[key], strict=True))
+
+
+def test_adapters_are_there_before_their_values(gate, tmp_path):
+    write_kohya(tmp_path / "a.safetensors", MODULES, alpha=3.0)
+    file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
+    assert not file.coming.is_done
+    assert [(one.rank, one.alpha) for one in file.adapters.values()] == [(4, 3.0)] * 2
+    gate.set()
+    file.wait()
+    assert file.coming.is_done
+    whole = read_lora_file(tmp_path / "a.safetensors")
+    assert whole.coming is None
+    assert equal(values(file), values(whole))
+
+
+def test_a_value_that_is_not_finite_is_named_as_where_the_file_is_read_at_once(gate, tmp_path):
+    up = rand(32, 4, seed=2)
+    up[3, 1] = float("nan")
+    tensors = {
+        "lora_unet_blocks_0_mlp.lora_up.weight": up,
+        "lora_unet_blocks_0_mlp.lora_down.weight": rand(4, 32, seed=6),
+    }
+    write_kohya(tmp_path / "a.safetensors", MODULES, extra=tensors)
+    file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
+    gate.set()
+    with pytest.raises(LoraFileError, match="not finite") as late:
+        file.wait()
+    assert file.coming.has_failed
+    with pytest.raises(LoraFileError) as at_once:
+        read_lora_file(tmp_path / "a.safetensors")
+    assert str(late.value) == str(at_once.value)
+    with pytest.raises(LoraFileError, match="not finite"):
+        file.wait()
+
+
+def test_a_file_that_is_written_to_meanwhile_never_comes(gate, tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_kohya(path, MODULES)
+    file = read_lora_file(path, values_may_follow=True)
+    path.write_bytes(path.read_bytes()[:-100])
+    gate.set()
+    with pytest.raises(LoraFileError, match=r"a\.safetensors: "):
+        file.wait()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_kinds_that_compute_with_their_values_wait_for_them(gate, tmp_path, kind):
+    write_kohya(tmp_path / "a.safetensors", MODULES, extra=OTHERS[kind])
+    gate.set()
+    file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
+    assert file.coming is None
+    assert equal(values(file), values(read_lora_file(tmp_path / "a.safetensors")))
+
+
+def test_a_copy_of_values_that_are_not_there_yet_is_never_taken(gate, tmp_path, monkeypatch):
+    write_kohya(tmp_path / "a.safetensors", MODULES)
+    make, made = files._make, []
+
+    def scaled(*args):
+        adapter = make(*args)
+        made.append(adapter)
+        return adapter.map(lambda tensor: tensor * 2)
+
+    monkeypatch.setattr(files, "_make", scaled)
+    gate.set()
+    file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
+    assert file.coming is None
+    assert equal(values(file), values(read_lora_file(tmp_path / "a.safetensors")))
+
+
+def test_the_switch_reads_all_at_once(gate, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_GUARD_READ_AHEAD", "0")
+    write_kohya(tmp_path / "a.safetensors", MODULES)
+    gate.set()
+    assert read_lora_file(tmp_path / "a.safetensors", values_may_follow=True).coming is None
+
+
+def test_a_small_file_is_there_at_once(tmp_path):
+    save_file(
+        {"lora_unet_x.lora_up.weight": rand(8, 4, seed=1), "lora_unet_x.lora_down.weight": rand(4, 8, seed=2)},
+        tmp_path / "a.safetensors",
+    )
+    assert read_lora_file(tmp_path / "a.safetensors", values_may_follow=True).coming is None
