@@ -133,6 +133,8 @@ class RamCopies:
         self._short: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         """The layers that may have the short way in place of their `to`."""
         self._refused = False
+        self._room_for_leaving_bytes = 0
+        """What may be pinned of weights that leave the card, inside `pinning`."""
 
     @property
     def works(self) -> bool:
@@ -170,6 +172,15 @@ class RamCopies:
                     return done
                 room, done = room - size, done + size
         return done
+
+    @contextlib.contextmanager
+    def pinning(self) -> Iterator[None]:
+        """Inside, large weights go from the card to pinned RAM at once; `pin` afterwards would copy them a second time."""
+        before, self._room_for_leaving_bytes = self._room_for_leaving_bytes, self._room_bytes() if self.works else 0
+        try:
+            yield
+        finally:
+            self._room_for_leaving_bytes = before
 
     def before_card(self, layer: torch.nn.Module, returns: bool = False) -> dict[str, Kept]:
         """Returns what `on_card` needs of a layer that is about to go to the card; empty if no copy of it is to be kept.
@@ -245,6 +256,9 @@ class RamCopies:
         for parameter in list(layer.parameters(recurse=False)):
             data = parameter.data
             if _lies_on_card(data) and data.nbytes >= SMALLEST_BYTES and _is_plain(parameter):
+                if data.nbytes <= self._room_for_leaving_bytes and self._pin(layer, parameter):
+                    self._room_for_leaving_bytes -= data.nbytes
+                    continue
                 with torch.inference_mode(data.is_inference()), torch.no_grad():
                     memory = _zeroed(data.nbytes)
                     if memory is None:
@@ -361,9 +375,14 @@ class RamCopies:
         return (pinned is None or not pinned.holds(data)) and not data.is_pinned()
 
     def _pin(self, layer: torch.nn.Module, parameter: torch.nn.Parameter) -> bool:
-        """Returns False if RAM has no room, or if the driver has refused, once and for all."""
+        """Copies a weight to pinned RAM, from where it lies.
+
+        Returns:
+            False if RAM has no room, or if the driver has refused, once and for all.
+        """
         data = parameter.data
-        scales = [(state, name, scale) for state, name, scale in _scales(parameter) if not _lies_on_card(scale)]
+        where = _lies_on_card(data)
+        scales = [(state, name, scale) for state, name, scale in _scales(parameter) if _lies_on_card(scale) is where]
         # Parameters that were made in inference mode stay such, as when torch moves them.
         with torch.inference_mode(data.is_inference()), torch.no_grad():
             # One piece for all: the system locks whole pages, and none of them twice.

@@ -322,6 +322,34 @@ def test_a_layer_without_a_copy_is_copied_into_ram_and_the_rest_of_it_is_left_to
     assert copies.to_ram(layer)
 
 
+def test_what_leaves_a_denoiser_goes_to_pinned_ram_in_one_copy(ram, monkeypatch):
+    layers, driver = [linear(), linear(), linear()], Driver()
+    layers[0].weight.quant_state = state = four_bit_state(False)
+    on_card = {one.data_ptr() for one in (*(layer.weight for layer in layers), state.absmax, state.code)}
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: values.data_ptr() in on_card)
+    bits, absmax = [layer.weight.clone() for layer in layers], state.absmax.clone()
+    made, zeroed = [], ram_copies._zeroed
+    monkeypatch.setattr(ram_copies, "_zeroed", lambda size: made.append(size) or zeroed(size))
+    copies = RamCopies(lambda: True, driver)
+    # Room for two: the third goes to ordinary RAM.
+    ram.available = 4 * GB + 2 * layers[0].weight.nbytes + 1000
+    with copies.pinning():
+        for layer in layers:
+            copies.to_ram(layer)
+    assert [is_locked(layer, driver) for layer in layers] == [True, True, False]
+    assert all(map(torch.equal, [layer.weight for layer in layers], bits))
+    assert torch.equal(state.absmax, absmax)
+    assert state.absmax.untyped_storage().data_ptr() == layers[0].weight.data_ptr()
+    assert len(made) == 3
+    ram.available = 64 * GB
+    assert copies.pin(layers[:2]) == 0
+    assert len(made) == 3
+    # Outside, and switched off, nothing is pinned on the way.
+    on_card.add(layers[1].weight.data_ptr())
+    copies.to_ram(layers[1])
+    assert not is_locked(layers[1], driver)
+
+
 def test_without_ram_for_the_short_way_the_host_s_own_move_goes(ram, monkeypatch):
     layer = linear()
     monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)

@@ -61,23 +61,31 @@ class Residency:
         model = loaded_module(loaded)
         if model is None:
             return 0
-        moved = 0
+        moved, pinned_before = 0, self._copies.bytes
         candidates = self._candidates(loaded)
         # Those with a copy in RAM leave for nothing.
         kept = [one for one in candidates if self._copies.kept_bytes([one[1]])]
-        for group in (kept, [one for one in candidates if one not in kept]):
-            for size, layer in _fewest(group, wanted_bytes - moved):
-                self._move_away(loaded, layer)
-                moved += size
-        self.pin(model)
+        with self._copies.pinning() if is_denoiser(model) else contextlib.nullcontext():
+            for group in (kept, [one for one in candidates if one not in kept]):
+                for size, layer in _fewest(group, wanted_bytes - moved):
+                    self._move_away(loaded, layer)
+                    moved += size
+        self.pin(model, pinned_before)
         return moved
 
-    def pin(self, model: torch.nn.Module) -> None:
-        """Brings the swapped layers of a denoiser to pinned RAM, as far as there is room."""
+    def pin(self, model: torch.nn.Module, before_bytes: int | None = None) -> None:
+        """Brings the swapped layers of a denoiser to pinned RAM, as far as there is room.
+
+        Args:
+            model: any; nothing is done with one that is called a few times.
+            before_bytes: what was pinned before the layers left, if some went there at once.
+        """
         if not is_denoiser(model):
             return
-        pinned = self._copies.pin(layer for _, layer in self._away(model))
-        if pinned:
+        before_bytes = self._copies.bytes if before_bytes is None else before_bytes
+        self._copies.pin(layer for _, layer in self._away(model))
+        pinned = self._copies.bytes - before_bytes
+        if pinned > 0:
             total_mb = self._copies.bytes / MB
             level = logging.INFO if pinned >= WORTH_A_LINE_BYTES else logging.DEBUG
             say(log, level, "memory.pinned", model=type(model).__name__, size_mb=pinned / MB, total_mb=total_mb)

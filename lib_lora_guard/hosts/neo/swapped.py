@@ -52,12 +52,17 @@ class Swapped:
     def moving(self, patcher: Patcher) -> Iterator[None]:
         """Wraps Neo's moves of a model's layers. What lies in RAM afterwards is pinned, if the model is called many times."""
         layers = list(_layers(patcher.model))
-        with self._copies.moving(layers):
-            yield
-        if self._comes_text_encoder or patcher.load_device.type != "cuda" or not is_denoiser(patcher.model):
+        is_called_often = patcher.load_device.type == "cuda" and is_denoiser(patcher.model)
+        if self._comes_text_encoder or not is_called_often:
+            with self._copies.moving(layers):
+                yield
             return
-        size = self._copies.pin(layers)
-        if size:
+        before = self._copies.bytes
+        with self._copies.moving(layers), self._copies.pinning():
+            yield
+        self._copies.pin(layers)
+        size = self._copies.bytes - before
+        if size > 0:
             name, total_mb = type(patcher.model).__name__, self._copies.bytes / MB
             level = logging.INFO if size >= WORTH_A_LINE_BYTES else logging.DEBUG
             say(log, level, "memory.pinned", model=name, size_mb=size / MB, total_mb=total_mb)

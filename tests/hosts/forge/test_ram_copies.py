@@ -44,6 +44,9 @@ class Pinned:
     def moving(self, layers, return_all=False):
         return torch.no_grad()
 
+    def pinning(self):
+        return torch.no_grad()
+
 
 @pytest.fixture
 def pinned(scene):

@@ -12,10 +12,14 @@ class Copies:
     bytes = 0
 
     def __init__(self):
-        self.moved, self.pinned, self.left, self.forgotten = [], [], [], []
+        self.moved, self.pinned, self.left, self.forgotten, self.at_once = [], [], [], [], 0
 
     def moving(self, layers):
         self.moved += layers
+        return torch.no_grad()
+
+    def pinning(self):
+        self.at_once += 1
         return torch.no_grad()
 
     def pin(self, layers):
@@ -55,6 +59,7 @@ def test_layers_of_a_denoiser_that_neo_can_swap_are_pinned_after_each_move(copie
     with Swapped(copies).moving(patcher(model)):
         assert copies.pinned == []
     assert copies.moved == copies.pinned == layers
+    assert copies.at_once == 1
 
 
 @pytest.mark.parametrize("of", [lambda: patcher(denoiser()[0], "cpu"), lambda: patcher(torch.nn.Linear(2, 2))])
@@ -69,7 +74,7 @@ def test_what_leaves_for_a_text_encoder_is_not_pinned_and_what_leaves_for_a_deco
     swapped = Swapped(copies)
     with swapped.coming([patcher(JointTextEncoder())]), swapped.moving(patcher(model)):
         pass
-    assert (copies.moved, copies.pinned) == (layers, [])
+    assert (copies.moved, copies.pinned, copies.at_once) == (layers, [], 0)
     with swapped.coming([patcher(torch.nn.Linear(2, 2))]), swapped.moving(patcher(model)):
         pass
     assert copies.pinned == layers
