@@ -21,9 +21,9 @@ from ..files import (
     Coming,
     FileHeader,
     TableLimits,
-    begin_tensors,
     container_of,
     open_header,
+    prepare_tensors,
     read_tensors,
     read_unchanged,
     shown,
@@ -55,8 +55,7 @@ LONGEST_SETTINGS = 1 << 20
 UNCOUNTED_BYTES = 64 * MB
 """Smaller files are read without asking for the RAM that is free, which takes milliseconds."""
 FOLLOWING_FORMATS = ("F16", "BF16", "F32")
-FOLLOWING_BYTES = 1 << 14
-"""Smaller tensors are read first: adapters may hold them as numbers."""
+"""Of files whose values may be read later: their check needs no more than the values."""
 NO_NUMBERS = ("F4", "F6_E2M3", "F6_E3M2")
 """Formats that torch cannot calculate with."""
 
@@ -135,38 +134,38 @@ def _read(path: str | Path, as_trained: bool, room: Room | None, values_may_foll
     header = open_lora(path)
     settings = settings_of(header.path, header.metadata)
     tensors = _without_values(header)
+    if values_may_follow and (file := _with_values_that_follow(header, tensors, settings, room)) is not None:
+        return file
     unknown = _parsed(header, tensors, settings=settings).unknown_keys
     wanted = header.tensors.keys() - set(unknown)
     check_room(header, sum(header.tensors[name].bytes for name in wanted), room)
     # Of the others the shapes are enough: they tell which model the file was made for.
-    following = _following(header, wanted) if values_may_follow else set()
-    values = read_tensors(header, wanted - following)
-    if not following:
-        return _parsed(header, {**tensors, **values}, as_trained, settings)
-    values_to_come, coming = begin_tensors(header, following, lambda key, tensor: _check(header.path, key, tensor))
-    whole = {**tensors, **values, **values_to_come}
-    try:
-        file = _parsed(header, whole, as_trained, settings, following)
-        if holds_only_views(file.adapters.values(), coming):
-            return replace(file, coming=coming)
-    except LoraFileError:
-        log.debug("%s is read whole first", shown(header.path.name), exc_info=True)
-    coming.wait()
-    return _parsed(header, whole, as_trained, settings)
+    return _parsed(header, {**tensors, **read_tensors(header, wanted)}, as_trained, settings)
 
 
-def _following(header: FileHeader, wanted: Container[str]) -> set[str]:
-    """The tensors of a large file whose values may be read while the file is matched with a model."""
-    found = {
-        name
-        for name, entry in header.tensors.items()
-        if name in wanted
-        and entry.format in FOLLOWING_FORMATS
-        and entry.bytes >= FOLLOWING_BYTES
-        and meaning_of(name, header.tensors) is not None
-    }
-    is_large = sum(header.tensors[name].bytes for name in found) >= LARGE_FILE_BYTES
-    return found if is_large and os.environ.get("LORA_GUARD_READ_AHEAD") != "0" else set()
+def _with_values_that_follow(
+    header: FileHeader, tensors: Tensors, settings: FileSettings, room: Room | None
+) -> LoraFile | None:
+    """Makes the adapters of a large file of plain LoRAs, whose values are being read when it returns; None for others.
+
+    Raises:
+        LoraFileError: the file contradicts itself, or there is no room for it.
+    """
+    following = {name for name, entry in header.tensors.items() if not _is_number(name, entry.shape)}
+    size = sum(header.tensors[name].bytes for name in following)
+    if size < LARGE_FILE_BYTES or os.environ.get("LORA_GUARD_READ_AHEAD") == "0":
+        return None
+    if any(
+        header.tensors[name].format not in FOLLOWING_FORMATS or meaning_of(name, tensors) is None for name in following
+    ):
+        return None
+    check_room(header, size, room)
+    values, coming = prepare_tensors(header, following, lambda key, tensor: _check(header.path, key, tensor))
+    file = _parsed(header, {**tensors, **values}, settings=settings, unread=following)
+    if file.unknown_keys or not holds_only_views(file.adapters.values(), coming):
+        return None
+    coming.start()
+    return replace(file, coming=coming)
 
 
 def holds_only_views(adapters: Iterable[Adapter], coming: Coming) -> bool:

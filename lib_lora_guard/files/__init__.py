@@ -26,7 +26,7 @@ from .header import (
     state_of,
 )
 from .reading import LARGE_FILE_BYTES, Coming, read_bytes
-from .safetensors_file import begin_tensors
+from .safetensors_file import prepare_tensors
 from .safetensors_writer import Entry, write_safetensors
 
 __all__ = [
@@ -37,10 +37,10 @@ __all__ = [
     "FileState",
     "TableLimits",
     "TensorEntry",
-    "begin_tensors",
     "container_of",
     "is_file",
     "open_header",
+    "prepare_tensors",
     "read_bytes",
     "read_tensors",
     "read_unchanged",

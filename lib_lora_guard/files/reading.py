@@ -32,7 +32,7 @@ Check = Callable[[str, torch.Tensor], None]
 
 
 class Coming:
-    """The values of tensors that exist already. Threads read them from the file; those of a small file are there at once."""
+    """The values of tensors that exist already, for threads to read from the file. Those of a small file are read at once."""
 
     def __init__(
         self, header: FileHeader, memory: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], check: Check
@@ -45,14 +45,17 @@ class Coming:
             check: Called for each tensor that is there, in the thread that has read it.
         """
         self._header, self._memory, self._tensors, self._check = header, memory, tensors, check
-        entries = sorted((header.tensors[name] for name in memory), key=lambda entry: entry.start)
-        self._pieces = _Pieces(entries)
+        self._entries = sorted((header.tensors[name] for name in memory), key=lambda entry: entry.start)
+        self._pieces = _Pieces(self._entries)
         self._error: BaseException | None = None
         self._started = 0
         self._ended: list[None] = []
         self._wake: SimpleQueue[None] = SimpleQueue()
+
+    def start(self) -> None:
+        """Begins to read. To be called once."""
         try:
-            if len(entries) > 1 and sum(entry.bytes for entry in entries) >= LARGE_FILE_BYTES:
+            if len(self._entries) > 1 and sum(entry.bytes for entry in self._entries) >= LARGE_FILE_BYTES:
                 self._start_threads()
             if not self._started:
                 self._started = 1
@@ -65,7 +68,7 @@ class Coming:
     @property
     def is_done(self) -> bool:
         """True when no thread reads any more."""
-        return len(self._ended) >= self._started
+        return len(self._ended) >= self._started > 0
 
     @property
     def has_failed(self) -> bool:
@@ -136,10 +139,10 @@ class Coming:
 
 
 @outside_inference
-def begin_entries(
+def prepare_entries(
     header: FileHeader, names: Iterable[str] | None, typed: Typed, check: Check = lambda name, tensor: None
 ) -> tuple[dict[str, torch.Tensor], Coming]:
-    """Begins to read tensors, each into memory of its own and outside inference mode.
+    """Makes tensors for the values of a file, each in memory of its own and outside inference mode.
 
     Args:
         header: The file's header.
@@ -148,7 +151,7 @@ def begin_entries(
         check: Called for each tensor that is there, in the thread that has read it.
 
     Returns:
-        The tensors, and what says when their values are there.
+        The tensors, and what reads their values once it is started.
 
     Raises:
         FileFormatError: A name is not in the header, or there is no memory.
@@ -160,13 +163,14 @@ def begin_entries(
 
 
 def read_entries(header: FileHeader, names: Iterable[str] | None, typed: Typed) -> dict[str, torch.Tensor]:
-    """Reads tensors as `begin_entries` does, and waits for them.
+    """Makes tensors as `prepare_entries` does, and reads their values.
 
     Raises:
         FileFormatError: A name is not in the header, there is no memory, or the file was changed since the header was read.
     """
-    tensors, coming = begin_entries(header, names, typed)
+    tensors, coming = prepare_entries(header, names, typed)
     try:
+        coming.start()
         coming.wait()
     except BaseException:
         coming.stop()

@@ -31,7 +31,7 @@ from .header import (
     refusal,
     shown,
 )
-from .reading import Check, Coming, Typed, begin_entries, read_bytes, read_entries
+from .reading import Check, Coming, Typed, prepare_entries, read_bytes, read_entries
 from .safetensors_json import Scanner
 
 FORMATS: dict[str, tuple[int, str | None]] = {
@@ -99,10 +99,10 @@ def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict
     return read_entries(header, names, _typed(header))
 
 
-def begin_tensors(
+def prepare_tensors(
     header: FileHeader, names: Iterable[str] | None, check: Check
 ) -> tuple[dict[str, torch.Tensor], Coming]:
-    """Begins to read tensors into memory of their own; large files are read by threads while the caller goes on.
+    """Makes tensors for the values of a file, which threads can read while the caller goes on.
 
     Args:
         header: The file's header.
@@ -110,12 +110,12 @@ def begin_tensors(
         check: Called for each tensor that is there, in the thread that has read it.
 
     Returns:
-        The tensors, and what says when their values are there.
+        The tensors, and what reads their values once it is started.
 
     Raises:
         FileFormatError: A name is not in the header, torch lacks a dtype, or there is no memory.
     """
-    return begin_entries(header, names, _typed(header), check)
+    return prepare_entries(header, names, _typed(header), check)
 
 
 def _typed(header: FileHeader) -> Typed:

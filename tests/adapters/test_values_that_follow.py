@@ -33,7 +33,6 @@ def gate(monkeypatch):
 
     for module in (files, reading):
         monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
-    monkeypatch.setattr(files, "FOLLOWING_BYTES", 64)
     monkeypatch.setattr(reading, "_fill", wait)
     yield opened
     opened.set()

@@ -28,7 +28,6 @@ def slow(host, monkeypatch):
 
     for module in (lora_files, reading):
         monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
-    monkeypatch.setattr(lora_files, "FOLLOWING_BYTES", 64)
     monkeypatch.setattr(reading, "_fill", wait)
     load_model = host.base.ModelPatcher.load
 
