@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..files import (
     Coming,
     FileHeader,
     TableLimits,
+    TensorEntry,
     container_of,
     open_header,
     prepare_tensors,
@@ -35,6 +36,7 @@ from .base import Adapter, check_values
 from .file_groups import Group, Tensors, group
 from .file_keys import meaning_of
 from .file_settings import FileSettings, settings_of
+from .finite import PATTERNS, may_not_be_finite
 from .kinds import Fields, Found, Kind
 from .lora import LoraAdapter
 from .other_kinds import other_kind
@@ -54,8 +56,6 @@ LONGEST_SETTINGS = 1 << 20
 """Characters of PEFT's settings in the metadata. With a rank and an alpha for each of 1120 modules they have 200,000."""
 UNCOUNTED_BYTES = 64 * MB
 """Smaller files are read without asking for the RAM that is free, which takes milliseconds."""
-FOLLOWING_FORMATS = ("F16", "BF16", "F32")
-"""Of files whose values may be read later: their check needs no more than the values."""
 NO_NUMBERS = ("F4", "F6_E2M3", "F6_E3M2")
 """Formats that torch cannot calculate with."""
 
@@ -151,17 +151,19 @@ def _with_values_that_follow(
     Raises:
         LoraFileError: the file contradicts itself, or there is no room for it.
     """
-    following = {name for name, entry in header.tensors.items() if not _is_number(name, entry.shape)}
+    following = [name for name, entry in header.tensors.items() if not _is_number(name, entry.shape)]
     size = sum(header.tensors[name].bytes for name in following)
     if size < LARGE_FILE_BYTES or os.environ.get("LORA_GUARD_READ_AHEAD") == "0":
         return None
-    if any(
-        header.tensors[name].format not in FOLLOWING_FORMATS or meaning_of(name, tensors) is None for name in following
-    ):
+    formats = {header.tensors[name].format for name in following}
+    if len(formats) > 1 or not formats <= PATTERNS.keys() or any(meaning_of(n, tensors) is None for n in following):
         return None
     check_room(header, size, room)
-    values, coming = prepare_tensors(header, following, lambda key, tensor: _check(header.path, key, tensor))
-    file = _parsed(header, {**tensors, **values}, settings=settings, unread=following)
+    found = prepare_tensors(header, following, lambda piece, raw: _check(header.path, piece, raw, values))
+    if found is None:
+        return None
+    values, coming = found
+    file = _parsed(header, {**tensors, **values}, settings=settings, unread=set(following))
     if file.unknown_keys or not holds_only_views(file.adapters.values(), coming):
         return None
     coming.start()
@@ -180,11 +182,15 @@ def holds_only_views(adapters: Iterable[Adapter], coming: Coming) -> bool:
     return are_plain and coming.holds(tensor for one in adapters for tensor in one.tensors())
 
 
-def _check(path: Path, key: str, tensor: torch.Tensor) -> None:
-    try:
-        check_values(tensor)
-    except LoraMismatchError as error:
-        raise _refusal(shown(path.name), about(shown(key), reason(error))) from None
+def _check(path: Path, piece: Sequence[TensorEntry], raw: torch.Tensor, values: Tensors) -> None:
+    """Raises LoraFileError for the first tensor of a piece that has a value that is not finite."""
+    if not may_not_be_finite(raw, piece[0].format):
+        return
+    for entry in piece:
+        try:
+            check_values(values[entry.name])
+        except LoraMismatchError as error:
+            raise _refusal(shown(path.name), about(shown(entry.name), reason(error))) from None
 
 
 def check_room(header: FileHeader, needed_bytes: int, room: Room | None) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
 from queue import Empty, SimpleQueue
 
@@ -16,7 +16,7 @@ from ..lazy_torch import torch
 from ..units import MB
 from .header import FileHeader, TensorEntry, check_unchanged, opened, refusal
 
-READERS = min(8, max(2, (os.cpu_count() or 2) // 2))
+READERS = min(4, max(2, (os.cpu_count() or 2) // 2))
 """Threads that read a large file. A file that the system has in RAM comes as fast as a core can fill memory that did not exist
 before, page by page: 2 GB/s a core."""
 READ_AT_ONCE_BYTES = 8 * MB
@@ -27,24 +27,20 @@ POLL_SECONDS = 0.05
 
 Typed = Callable[[TensorEntry, torch.Tensor], torch.Tensor]
 """Gives a flat uint8 tensor the type and shape of an entry."""
-Check = Callable[[str, torch.Tensor], None]
-"""Looks at the values of a tensor, by its name, and raises if they are of no use."""
+Check = Callable[[Sequence[TensorEntry], torch.Tensor], None]
+"""Looks at the bytes of neighbouring entries, from the first one's start to the last one's end; raises if they are of no use."""
 
 
 class Coming:
     """The values of tensors that exist already, for threads to read from the file. Those of a small file are read at once."""
 
-    def __init__(
-        self, header: FileHeader, memory: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], check: Check
-    ) -> None:
+    def __init__(self, header: FileHeader, memory: Mapping[str, torch.Tensor]) -> None:
         """
         Args:
             header: The file's header.
             memory: A flat uint8 tensor for each name.
-            tensors: The same memory with type and shape.
-            check: Called for each tensor that is there, in the thread that has read it.
         """
-        self._header, self._memory, self._tensors, self._check = header, memory, tensors, check
+        self._header, self._memory = header, memory
         self._entries = sorted((header.tensors[name] for name in memory), key=lambda entry: entry.start)
         self._pieces = _Pieces(self._entries)
         self._error: BaseException | None = None
@@ -74,6 +70,10 @@ class Coming:
     def has_failed(self) -> bool:
         """True if the values will never be there."""
         return self.is_done and self._error is not None
+
+    def memory_of(self, name: str) -> torch.Tensor:
+        """Returns the memory of a tensor."""
+        return self._memory[name]
 
     def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
         """Returns True if all of `tensors` lie in the memory that is read into. What was computed from it does not."""
@@ -128,47 +128,90 @@ class Coming:
         with opened(self._header.path) as (file, facts):
             check_unchanged(self._header, facts)
             while piece := self._pieces.take():
-                for entry in piece:
-                    memory = self._memory[entry.name]
-                    if entry.bytes:
-                        # Filled in place: a bytearray under the tensor would be filled with zeros first.
-                        place = (ctypes.c_ubyte * entry.bytes).from_address(memory.data_ptr())
-                        _fill(memoryview(place).cast("B"), self._header, entry, file)
-                    self._check(entry.name, self._tensors[entry.name])
+                self._read_piece(piece, file)
             check_unchanged(self._header, os.fstat(file.fileno()))
+
+    def _read_piece(self, piece: Sequence[TensorEntry], file: FileIO) -> None:
+        for entry in piece:
+            if entry.bytes:
+                _fill(_writable(self._memory[entry.name]), self._header, entry, file)
+
+
+class ComingInOnePiece(Coming):
+    """The same for tensors that lie in memory as they lie in the file: a thread reads megabytes in one call of the system.
+
+    Each call of many that threads make waits for the interpreter, which is the caller's meanwhile.
+    """
+
+    def __init__(self, header: FileHeader, whole: torch.Tensor, start: int, names: Iterable[str], check: Check) -> None:
+        """
+        Args:
+            header: The file's header.
+            whole: Flat, uint8; the bytes of the file from `start`, to the end of the last tensor.
+            start: Where the first tensor begins.
+            names: Of the tensors.
+            check: Called for what is there, in the thread that has read it.
+        """
+        entries = [header.tensors[name] for name in names]
+        memory = {one.name: whole[one.start - start : one.start - start + one.bytes] for one in entries}
+        super().__init__(header, memory)
+        self._whole, self._start, self._check = whole, start, check
+
+    def _read_piece(self, piece: Sequence[TensorEntry], file: FileIO) -> None:
+        start, end = piece[0].start, piece[-1].start + piece[-1].bytes
+        part = self._whole[start - self._start : end - self._start]
+        file.seek(start)
+        if part.numel() and file.readinto(_writable(part)) < part.numel():
+            # Again tensor by tensor, which says where the file ends.
+            super()._read_piece(piece, file)
+        self._check(piece, part)
 
 
 @outside_inference
 def prepare_entries(
-    header: FileHeader, names: Iterable[str] | None, typed: Typed, check: Check = lambda name, tensor: None
-) -> tuple[dict[str, torch.Tensor], Coming]:
-    """Makes tensors for the values of a file, each in memory of its own and outside inference mode.
+    header: FileHeader, names: Sequence[str], typed: Typed, check: Check
+) -> tuple[dict[str, torch.Tensor], Coming] | None:
+    """Makes tensors for values that threads can read while the caller goes on, outside inference mode and in one piece of memory.
+
+    Args:
+        header: The file's header.
+        names: The tensors.
+        typed: Gives a tensor its type and shape.
+        check: Called for what is there, in the thread that has read it.
+
+    Returns:
+        The tensors, and what reads their values once it is started; None if they do not lie in the file as memory needs them.
+
+    Raises:
+        FileFormatError: A name is not in the header, or there is no memory.
+    """
+    entries = [_entry(header, name) for name in names]
+    start = min(entry.start for entry in entries)
+    whole = _memory(header, max(entry.start + entry.bytes for entry in entries) - start)
+    coming = ComingInOnePiece(header, whole, start, names, check)
+    try:
+        return {entry.name: typed(entry, coming.memory_of(entry.name)) for entry in entries}, coming
+    except RuntimeError:
+        # torch: a tensor begins between two places for values of its type.
+        return None
+
+
+@outside_inference
+def read_entries(header: FileHeader, names: Iterable[str] | None, typed: Typed) -> dict[str, torch.Tensor]:
+    """Reads tensors, each into memory of its own and outside inference mode.
 
     Args:
         header: The file's header.
         names: Tensors in the order asked for; None for all.
         typed: Gives a tensor its type and shape.
-        check: Called for each tensor that is there, in the thread that has read it.
-
-    Returns:
-        The tensors, and what reads their values once it is started.
-
-    Raises:
-        FileFormatError: A name is not in the header, or there is no memory.
-    """
-    entries = [_entry(header, name) for name in dict.fromkeys(header.tensors if names is None else names)]
-    memory = {entry.name: _memory(header, entry) for entry in entries}
-    tensors = {entry.name: typed(entry, memory[entry.name]) for entry in entries}
-    return tensors, Coming(header, memory, tensors, check)
-
-
-def read_entries(header: FileHeader, names: Iterable[str] | None, typed: Typed) -> dict[str, torch.Tensor]:
-    """Makes tensors as `prepare_entries` does, and reads their values.
 
     Raises:
         FileFormatError: A name is not in the header, there is no memory, or the file was changed since the header was read.
     """
-    tensors, coming = prepare_entries(header, names, typed)
+    entries = [_entry(header, name) for name in dict.fromkeys(header.tensors if names is None else names)]
+    memory = {entry.name: _memory(header, entry.bytes, entry.name) for entry in entries}
+    tensors = {entry.name: typed(entry, memory[entry.name]) for entry in entries}
+    coming = Coming(header, memory)
     try:
         coming.start()
         coming.wait()
@@ -230,14 +273,18 @@ def _entry(header: FileHeader, name: str) -> TensorEntry:
     return header.tensors[name]
 
 
-def _memory(header: FileHeader, entry: TensorEntry) -> torch.Tensor:
+def _memory(header: FileHeader, size: int, name: str | None = None) -> torch.Tensor:
     try:
         # On the CPU whatever the host's default device is: its address must be writable memory.
-        return torch.empty(entry.bytes, dtype=torch.uint8, device="cpu")
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     except (RuntimeError, MemoryError):
         # torch's own error says neither which file nor what to do.
-        why = Message("file.no_memory", {"needed_mb": entry.bytes / MB})
-        raise refusal(header.path, why, entry.name) from None
+        raise refusal(header.path, Message("file.no_memory", {"needed_mb": size / MB}), name) from None
+
+
+def _writable(memory: torch.Tensor) -> memoryview:
+    """Returns the memory of a flat uint8 tensor. A bytearray under the tensor would be filled with zeros first."""
+    return memoryview((ctypes.c_ubyte * memory.numel()).from_address(memory.data_ptr())).cast("B")
 
 
 def _fill(view: memoryview, header: FileHeader, entry: TensorEntry, file: FileIO) -> None:

@@ -7,7 +7,7 @@ version 0.8 of the library does: holes and bytes past the last tensor are refuse
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import FileIO
 from operator import attrgetter
 from pathlib import Path
@@ -100,17 +100,17 @@ def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict
 
 
 def prepare_tensors(
-    header: FileHeader, names: Iterable[str] | None, check: Check
-) -> tuple[dict[str, torch.Tensor], Coming]:
-    """Makes tensors for the values of a file, which threads can read while the caller goes on.
+    header: FileHeader, names: Sequence[str], check: Check
+) -> tuple[dict[str, torch.Tensor], Coming] | None:
+    """Makes tensors for values that threads can read while the caller goes on.
 
     Args:
         header: The file's header.
-        names: The tensors in the order asked for; None for all.
-        check: Called for each tensor that is there, in the thread that has read it.
+        names: The tensors.
+        check: Called for what is there, in the thread that has read it.
 
     Returns:
-        The tensors, and what reads their values once it is started.
+        The tensors, and what reads their values once it is started; None if they do not lie in the file as memory needs them.
 
     Raises:
         FileFormatError: A name is not in the header, torch lacks a dtype, or there is no memory.

@@ -1,11 +1,13 @@
 """Large files whose values are read while the file is matched with a model."""
 
+import struct
 import threading
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support.make import rand, write_kohya
+from support.raw_files import entry, safetensors_bytes
 
 from lib_lora_guard.adapters import files
 from lib_lora_guard.adapters.files import read_lora_file
@@ -24,16 +26,15 @@ OTHERS = {
 @pytest.fixture
 def gate(monkeypatch):
     """Every file is large, and nothing of a factor is read before the gate is opened."""
-    opened, fill = threading.Event(), reading._fill
+    opened, read = threading.Event(), reading.ComingInOnePiece._read_piece
 
-    def wait(view, header, entry, file):
-        if entry.bytes >= 64:
-            assert opened.wait(10)
-        fill(view, header, entry, file)
+    def wait(coming, piece, file):
+        assert opened.wait(10)
+        read(coming, piece, file)
 
     for module in (files, reading):
         monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
-    monkeypatch.setattr(reading, "_fill", wait)
+    monkeypatch.setattr(reading.ComingInOnePiece, "_read_piece", wait)
     yield opened
     opened.set()
 
@@ -128,3 +129,41 @@ def test_a_small_file_is_there_at_once(tmp_path):
         tmp_path / "a.safetensors",
     )
     assert read_lora_file(tmp_path / "a.safetensors", values_may_follow=True).coming is None
+
+
+def write_raw(path, tensors):
+    """Writes tensors, `{name: (format, shape, bytes)}`, one after the other as they come."""
+    header, data = {}, b""
+    for name, (form, shape, raw) in tensors.items():
+        header[name] = entry(form, shape, (len(data), len(data) + len(raw)))
+        data += raw
+    path.write_bytes(safetensors_bytes(header, data))
+
+
+@pytest.mark.parametrize("form", ["F16", "BF16", "F32"])
+def test_what_lies_between_the_tensors_is_no_value_of_theirs(gate, tmp_path, form):
+    """An alpha of another type, whose bytes would be NaN as values of the factors."""
+    alpha, size = bytes.fromhex("c07fc07f00001040"), 4 if form == "F32" else 2
+    up, down = (form, (8, 4), bytes(32 * size)), (form, (4, 8), bytes(32 * size))
+    name = "lora_unet_x"
+    write_raw(
+        tmp_path / "a.safetensors",
+        {f"{name}.lora_down.weight": down, f"{name}.alpha": ("F64", (), alpha), f"{name}.lora_up.weight": up},
+    )
+    gate.set()
+    file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
+    assert file.coming is not None
+    file.wait()
+    assert [one.alpha for one in file.adapters.values()] == list(struct.unpack("<d", alpha))
+
+
+def test_tensors_that_begin_between_two_values_are_read_at_once(gate, tmp_path):
+    """Legal in a file: something of one byte before tensors of two."""
+    up, down, alpha = ("F16", (8, 4), bytes(64)), ("F16", (4, 8), bytes(64)), ("U8", (1,), b"\x04")
+    names = [f"lora_unet_{module}" for module in "xyz"]
+    tensors = [{f"{n}.lora_down.weight": down, f"{n}.alpha": alpha, f"{n}.lora_up.weight": up} for n in names]
+    write_raw(tmp_path / "a.safetensors", {name: one for each in tensors for name, one in each.items()})
+    gate.set()
+    file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
+    assert file.coming is None
+    assert [one.alpha for one in file.adapters.values()] == [4.0] * 3

@@ -19,16 +19,15 @@ from lib_lora_guard.hosts.webui.lora_files import LoraFiles
 @pytest.fixture
 def slow(host, monkeypatch):
     """Values of factors are read no sooner than Neo places the model."""
-    places, fill, waited = threading.Event(), reading._fill, []
+    places, read, waited = threading.Event(), reading.ComingInOnePiece._read_piece, []
 
-    def wait(view, header, entry, file):
-        if entry.bytes >= 64:
-            waited.append(places.wait(10))
-        fill(view, header, entry, file)
+    def wait(coming, piece, file):
+        waited.append(places.wait(10))
+        read(coming, piece, file)
 
     for module in (lora_files, reading):
         monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
-    monkeypatch.setattr(reading, "_fill", wait)
+    monkeypatch.setattr(reading.ComingInOnePiece, "_read_piece", wait)
     load_model = host.base.ModelPatcher.load
 
     def place(*args, **kwargs):
@@ -61,7 +60,7 @@ def test_the_model_is_placed_meanwhile_and_the_picture_is_right(slow, guarded, t
     plain.load_state_dict(state, strict=False)
     wanted = run(type("Patcher", (), {"model": plain})())
     assert_same(run(guarded.load(changed)), wanted, base, fp32_limit(wanted, base))
-    assert slow.waited == [True] * 4
+    assert slow.waited == [True]
 
 
 def test_a_file_that_turns_out_to_be_spoiled_is_left_out_by_name(slow, guarded, tmp_path, lines):
