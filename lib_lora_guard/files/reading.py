@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
 from queue import Empty, SimpleQueue
+from typing import TypeAlias
 
 from ..errors import Message
 from ..inference_mode import outside_inference
@@ -25,9 +26,9 @@ LARGE_FILE_BYTES = 64 * MB
 """From here on threads are worth what they cost."""
 POLL_SECONDS = 0.05
 
-Typed = Callable[[TensorEntry, torch.Tensor], torch.Tensor]
+Typed: TypeAlias = "Callable[[TensorEntry, torch.Tensor], torch.Tensor]"
 """Gives a flat uint8 tensor the type and shape of an entry."""
-Check = Callable[[Sequence[TensorEntry], torch.Tensor], None]
+Check: TypeAlias = "Callable[[Sequence[TensorEntry], torch.Tensor], None]"
 """Looks at the bytes of neighbouring entries, from the first one's start to the last one's end; raises if they are of no use."""
 
 
