@@ -57,6 +57,30 @@ def test_a_partial_unload_in_the_middle_of_an_image_keeps_the_stack(guarded, sto
     assert_same(run(guarded.load(changed)), wanted, base, 0.02)
 
 
+def test_for_another_model_the_factors_leave_first_and_less_of_the_model(guarded, monkeypatch):
+    """A decode, for which Neo asks for room. For the model's own next steps the factors come back, and do not count."""
+    patcher, dense = guarded.build("bf16")
+    changed = guarded.load(guarded.with_loras(patcher, (FILE, lora_on_everything(dense), 0.7)))
+    engine, size, on_card = guarded.stack(changed).engine, patcher.model_size(), {"factors": 0}
+    monkeypatch.setattr(engine, "resident_bytes", lambda: on_card["factors"])
+    monkeypatch.setattr(engine, "drop_device_copies", lambda: on_card.update(factors=0))
+    monkeypatch.setattr(guarded.memory, "get_free_memory", lambda dev=None: size * 2 - on_card["factors"])
+
+    def left_by(shrink):
+        guarded.place(changed, size * 2)
+        on_card["factors"], before = size // 4, patcher.model.model_loaded_weight_memory
+        shrink()
+        assert on_card["factors"] == 0
+        return before - patcher.model.model_loaded_weight_memory
+
+    freed = []
+    alone = left_by(lambda: freed.append(changed.partially_unload(CPU, size // 2)))
+    assert size // 4 <= alone < size // 2 <= freed[0] == alone + size // 4
+    assert left_by(lambda: freed.append(changed.partially_unload(CPU, size // 5))) == 0
+    assert freed[1] == size // 4
+    assert left_by(lambda: changed.partially_load(CPU, -(size // 2))) >= size // 2
+
+
 def test_an_original_goes_back_to_the_device_that_its_layer_has_stayed_on(guarded):
     from lib_lora_guard.hosts.neo.access import NeoAccess, back_home
 

@@ -80,17 +80,40 @@ class LoraControl:
                 return original(patcher, *args, **kwargs)
 
     def partially_unload(
-        self, original: Callable[Concatenate[Patcher, P], R], patcher: Patcher, *args: P.args, **kwargs: P.kwargs
-    ) -> R:
-        """Stands in place of `partially_unload`, which moves layers into RAM; the model may go on with the others."""
+        self,
+        original: Callable[Concatenate[Patcher, torch.device, float, P], float],
+        patcher: Patcher,
+        device_to: torch.device,
+        memory_to_free: float = 0,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> float:
+        """Stands in place of `partially_unload`, which moves layers into RAM; the model may go on with the others.
+
+        Factors leave the card in any case, and have their place in RAM. So they leave first, and so much less of the model.
+        """
         with self._stacks.placing(patcher, self._restore):
+            freed: float = self._free_factors(patcher)
+            if 0 < memory_to_free <= freed:
+                return freed
             homes = self._stacks.before_move(patcher.model)
             with self._swapped.moving(patcher):
-                result = original(patcher, *args, **kwargs)
-            self._stacks.after_leaving(patcher.model)
+                freed += original(patcher, device_to, memory_to_free - freed, *args, **kwargs)
             with torch.inference_mode(False), torch.no_grad():
                 back_home(NeoAccess(self._api, patcher.model), homes)
-            return result
+            return freed
+
+    def _free_factors(self, patcher: Patcher) -> int:
+        """Frees the factors on the card of a model that shrinks; returns the bytes that another model may have of it."""
+        stack = self._stacks.known(patcher.model)
+        is_for_others = stack is not None and stack.depth == 1 and stack.engine.resident_bytes() > 0
+        # Asked of Neo: memory that torch keeps for itself counts there only where it is whole.
+        before = self._api.memory.get_free_memory(patcher.load_device) if is_for_others else 0
+        self._stacks.after_leaving(patcher.model)
+        if not is_for_others:
+            # For its own next steps: the factors come back for them.
+            return 0
+        return max(0, self._api.memory.get_free_memory(patcher.load_device) - before)
 
     def unpatch_model(
         self,
