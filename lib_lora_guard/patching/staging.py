@@ -26,6 +26,12 @@ LEAST_RAM_FOR_PINNED_BYTES = 32 * GB
 RESERVED_SHARE = 0.05
 ALIGNMENT = 256
 """Bytes: a view of any dtype may begin there."""
+KERNELS_ALIGNMENT = 16
+"""Bytes: kernels read from such places in the largest steps. Tensors that begin elsewhere are copied once more on the device."""
+MOST_GAP_BYTES = 64
+"""What may lie between two tensors of one copy: an alpha of a few bytes."""
+SLACK_BYTES = 1 << 16
+"""Of a buffer beyond `PIECE_BYTES`, for such gaps."""
 
 
 def waiting(attachments: Iterable[Attachment]) -> list[JoinedLowRank]:
@@ -79,25 +85,25 @@ class Ring:
     def send(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Returns `tensors`, which lie in RAM, on the device. They are views of one piece of memory there; tensors that lie
         elsewhere are returned as they are."""
-        places, size = [], 0
-        for tensor in tensors:
-            places.append(size)
-            if tensor.device.type == "cpu":
-                size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        buffer = self._buffer(size)
-        for tensor, place in zip(tensors, places, strict=True):
-            if tensor.device.type == "cpu":
-                _view(buffer, place, tensor).copy_(tensor)
+        runs = _runs([tensor for tensor in tensors if tensor.device.type == "cpu"])
+        size = sum(_aligned(run.size) for run in runs)
+        buffer, place, places = self._buffer(size), 0, dict[int, int]()
+        for run in runs:
+            if not run.size:
+                pass
+            elif run.is_contiguous:
+                buffer[place : place + run.size].copy_(run.raw())
+            else:
+                _view(buffer, place, run.tensors[0]).copy_(run.tensors[0])
+            places.update((id(tensor), place + run.offset_of(tensor)) for tensor in run.tensors)
+            place += _aligned(run.size)
         piece = torch.empty(size, dtype=torch.uint8, device=self._device)
         piece.copy_(buffer[:size], non_blocking=self._pinned)
         if self._pinned:
             event = self._read[self._next] = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
             event.record(torch.cuda.current_stream(self._device))
             self._next = (self._next + 1) % PINNED_PIECES
-        return [
-            _view(piece, place, tensor) if tensor.device.type == "cpu" else tensor
-            for tensor, place in zip(tensors, places, strict=True)
-        ]
+        return [_view(piece, places[id(one)], one) if id(one) in places else one for one in tensors]
 
     def settle(self) -> None:
         """Waits until the device has read the buffers."""
@@ -107,16 +113,56 @@ class Ring:
 
     def _buffer(self, size: int) -> torch.Tensor:
         """Returns a buffer that the device does not read any more."""
-        if size > PIECE_BYTES:
+        if size > PIECE_BYTES + SLACK_BYTES:
             # One tensor of a size that no usual LoRA has.
             return torch.empty(size, dtype=torch.uint8)
         while len(self._buffers) <= self._next:
-            self._buffers.append(torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
+            self._buffers.append(torch.empty(PIECE_BYTES + SLACK_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
             self._read.append(None)
         event = self._read[self._next]
         if event is not None:
             event.synchronize()
         return self._buffers[self._next]
+
+
+class _Run:
+    """Tensors that lie side by side in RAM, as those of a file do that was read in one piece; or one that has gaps in it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensors, self.is_contiguous = [tensor], tensor.is_contiguous()
+        self.start, self.size = tensor.data_ptr(), tensor.nbytes
+
+    def take(self, tensor: torch.Tensor) -> bool:
+        """Adds a tensor if it begins where the last one ends, or a few bytes behind."""
+        gap = tensor.data_ptr() - self.start - self.size
+        is_near = self.is_contiguous and tensor.is_contiguous() and -self.size <= gap <= MOST_GAP_BYTES
+        same = tensor.untyped_storage().data_ptr() == self.tensors[0].untyped_storage().data_ptr()
+        if not is_near or not same or self.offset_of(tensor) % tensor.element_size():
+            return False
+        self.tensors.append(tensor)
+        self.size = max(self.size, self.offset_of(tensor) + tensor.nbytes)
+        return True
+
+    def offset_of(self, tensor: torch.Tensor) -> int:
+        return tensor.data_ptr() - self.start
+
+    def raw(self) -> torch.Tensor:
+        """Returns the bytes, `(size,)`."""
+        storage = self.tensors[0].untyped_storage()
+        return torch.empty(0, dtype=torch.uint8).set_(storage, self.start - storage.data_ptr(), (self.size,), (1,))
+
+
+def _runs(tensors: Sequence[torch.Tensor]) -> list[_Run]:
+    """Puts tensors in RAM together that one copy can take: a copy each takes longer than the bytes of most."""
+    runs: list[_Run] = []
+    for tensor in sorted({id(one): one for one in tensors}.values(), key=lambda one: one.data_ptr()):
+        if not runs or not runs[-1].take(tensor):
+            runs.append(_Run(tensor))
+    return runs
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def has_ram_for_pinned() -> bool:
@@ -135,7 +181,7 @@ def _pieces(terms: Sequence[JoinedLowRank]) -> Iterator[list[JoinedLowRank]]:
     group: list[JoinedLowRank] = []
     size = 0
     for joined in terms:
-        own = sum(-(-t.numel() * t.element_size() // ALIGNMENT) * ALIGNMENT for t in joined.factor_tensors())
+        own = sum(_aligned(tensor.nbytes) for tensor in joined.factor_tensors())
         if group and size + own > PIECE_BYTES:
             yield group
             group, size = [], 0
@@ -146,5 +192,5 @@ def _pieces(terms: Sequence[JoinedLowRank]) -> Iterator[list[JoinedLowRank]]:
 
 
 def _view(memory: torch.Tensor, place: int, like: torch.Tensor) -> torch.Tensor:
-    size = like.numel() * like.element_size()
-    return memory[place : place + size].view(like.dtype).view(like.shape)
+    there = memory[place : place + like.nbytes].view(like.dtype).view(like.shape)
+    return there.clone() if place % KERNELS_ALIGNMENT and memory.device.type != "cpu" else there

@@ -33,6 +33,34 @@ def test_every_tensor_arrives_with_its_bits(dtype, pinned):
     )
 
 
+def test_tensors_that_a_file_has_side_by_side_go_in_one_copy(monkeypatch):
+    """With alphas of two bytes between them, parts of one tensor, one that comes twice, and one that begins between two values."""
+    whole = torch.randint(0, 255, (4000,), dtype=torch.uint8)
+
+    def at(start, dtype, *shape):
+        return whole[start : start + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+    half, full = torch.float16, torch.float32
+    up = at(130, half, 8, 4)
+    tensors = [
+        at(0, half, 4, 16),
+        up,
+        up[2:4],
+        at(196, half, 3, 5),
+        at(0, half, 4, 16),
+        at(1100, half, 50),
+        at(1204, full, 7),
+    ]
+    far, odd = torch.randn(3), at(1236, half, 6, 4).t()
+    copied, view = [], staging._Run.raw
+    monkeypatch.setattr(staging._Run, "raw", lambda run: copied.append(run.size) or view(run))
+    found = Ring(CPU, pinned=False).send([*tensors, far, odd])
+    for own, there in zip([*tensors, far, odd], found, strict=True):
+        assert own.dtype == there.dtype
+        assert torch.equal(own.contiguous().view(torch.uint8), there.contiguous().view(torch.uint8))
+    assert sorted(copied) == [12, 132, 226]
+
+
 def test_a_second_piece_does_not_change_the_first():
     ring, (one, two) = Ring(CPU, pinned=False), torch.randn(2, 500)
     first = ring.send([one])[0]
