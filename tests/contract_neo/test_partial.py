@@ -66,16 +66,17 @@ def test_for_another_model_the_factors_leave_first_and_less_of_the_model(guarded
     monkeypatch.setattr(engine, "drop_device_copies", lambda: on_card.update(factors=0))
     monkeypatch.setattr(guarded.memory, "get_free_memory", lambda dev=None: size * 2 - on_card["factors"])
 
-    def left_by(shrink):
+    def left_by(shrink, factors=size // 4):
         guarded.place(changed, size * 2)
-        on_card["factors"], before = size // 4, patcher.model.model_loaded_weight_memory
+        on_card["factors"], before = factors, patcher.model.model_loaded_weight_memory
         shrink()
         assert on_card["factors"] == 0
         return before - patcher.model.model_loaded_weight_memory
 
     freed = []
-    alone = left_by(lambda: freed.append(changed.partially_unload(CPU, size // 2)))
-    assert size // 4 <= alone < size // 2 <= freed[0] == alone + size // 4
+    without = left_by(lambda: changed.partially_unload(CPU, size // 2 - size // 4), factors=0)
+    assert left_by(lambda: freed.append(changed.partially_unload(CPU, size // 2))) == without > 0
+    assert freed == [without + size // 4]
     assert left_by(lambda: freed.append(changed.partially_unload(CPU, size // 5))) == 0
     assert freed[1] == size // 4
     assert left_by(lambda: changed.partially_load(CPU, -(size // 2))) >= size // 2
