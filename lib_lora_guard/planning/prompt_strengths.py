@@ -31,7 +31,11 @@ def times(prompt: str, factor: float) -> str:
         except ScheduleError:
             return found[0]
 
-    return prompt if factor == 1 else _TAG.sub(tag, prompt)
+    if factor == 1:
+        return prompt
+    # Behind the last ">" no tag ends. Looked for there, the end would be looked for anew at every "<lora:".
+    tags, end, rest = prompt.rpartition(">")
+    return _TAG.sub(tag, tags + end) + rest
 
 
 def _words(words: Sequence[str], factor: float) -> list[str]:

@@ -1,5 +1,7 @@
 """The strengths of a prompt's tags times a number, in every way to write them."""
 
+import time
+
 import pytest
 
 from lib_lora_guard.planning.prompt_strengths import times
@@ -22,6 +24,9 @@ from lib_lora_guard.planning.schedule import read_strengths
         ("<lora:a:0,8> <lora:a:x> <lora:a:1e999>", "<lora:a:0,8> <lora:a:x> <lora:a:1e999>"),
         ("<lora:a=b=c:1>", "<lora:a=b=c:0.5>"),
         ("<b>x</b> <lora:>", "<b>x</b> <lora:>"),
+        ("<lora:a:1> <lora:b:1", "<lora:a:0.5> <lora:b:1"),
+        ("<lora:a <lora:b:1>", "<lora:a <lora:b:1>"),
+        ("<lora:a:1>> <b:1", "<lora:a:0.5>> <b:1"),
     ],
 )
 def test_every_strength_is_multiplied_and_nothing_else(tags, half):
@@ -39,3 +44,12 @@ def test_a_schedule_is_that_many_times_as_strong_at_each_step(words):
     (after,) = times(f"<lora:a:{words}>", 0.25)[8:-1].split(":")
     before, scaled = read_strengths([words], {}).model, read_strengths([after], {}).model
     assert [scaled.at(n, 10) for n in range(9)] == pytest.approx([before.at(n, 10) / 4 for n in range(9)])
+
+
+@pytest.mark.parametrize("part", ["<lora:", "<lora:<", "<lora:a:1", "<lora", "<", "<lora:>"])
+def test_tags_without_an_end_are_read_once(part):
+    """Milliseconds of the processor; a minute or more where the end of the prompt is read anew at each of them."""
+    prompt = part * (300_000 // len(part))
+    started = time.process_time()
+    assert times(prompt, 0.5) == prompt
+    assert time.process_time() - started < 5
