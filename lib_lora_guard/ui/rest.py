@@ -13,7 +13,7 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from .access import is_of_other_site
+from .access import is_of_other_site, is_own_name
 from .panel import Panel
 from .route import Doings, FitAnswer
 
@@ -30,6 +30,7 @@ def add_rest(
     doings: Doings,
     credentials: Mapping[str, str] | None = None,
     is_for_other_sites: bool = False,
+    is_opened: bool = False,
 ) -> None:
     """Adds the addresses to `app`, once.
 
@@ -39,12 +40,15 @@ def add_rest(
         doings: Carries out what is asked.
         credentials: Passwords by user; None if the WebUI's own API has none.
         is_for_other_sites: True if the user has opened the API to pages of other sites (CORS).
+        is_opened: True if the user has opened the WebUI to other machines by its own flags.
     """
     if any(getattr(route, "path", "").startswith(ROOT) for route in app.routes):
         return
     guards = [] if is_for_other_sites else [Depends(_own_site)]
     if credentials is not None:
         guards.append(Depends(_login(credentials)))
+    elif not is_opened:
+        guards.append(Depends(_own_name))
 
     def add(path: str, answer: Callable[..., Any], method: str = "GET") -> None:
         summary, _, description = (answer.__doc__ or "").partition("\n\n")
@@ -102,6 +106,15 @@ def _own_site(request: Request) -> None:
     """Refuses what a page of another site makes the user's browser ask."""
     if is_of_other_site(request.headers):
         raise HTTPException(403, "only for the WebUI's own page; --cors-allow-origins opens the API to others")
+
+
+def _own_name(request: Request) -> None:
+    """Refuses what comes under a name that another site may have pointed to this machine (DNS rebinding).
+
+    A page under that name has no password: where the API asks for one, the name does not matter.
+    """
+    if not is_own_name(request.headers.get("host", "")):
+        raise HTTPException(403, "only under the name of this machine; --api-auth or --listen opens the API to others")
 
 
 def _login(credentials: Mapping[str, str]) -> Callable[..., bool]:

@@ -112,7 +112,8 @@ def ask(app, path, method="GET", client=("127.0.0.1", 1), **headers):
     async def send(message):
         sent.append(message)
 
-    raw = [(b"host", b"localhost:7860"), *((n.replace("_", "-").encode(), v.encode()) for n, v in headers.items())]
+    headers = {"host": "localhost:7860", **headers}
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
         "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "scheme": "http", "headers": raw,
@@ -223,3 +224,32 @@ def test_the_api_answers_pages_of_other_sites_only_where_the_user_has_opened_it(
         assert ask(app, ROOT + "/free", "POST", origin="http://evil.example")[0] == status
         assert ask(app, ROOT + "/status", origin="http://localhost:7860")[0] == 200
     assert host.done == ["free_vram"] * 2
+
+
+EVIL = {"host": "evil.example:7860", "origin": "http://evil.example:7860", "sec_fetch_site": "same-origin"}
+"""A page of another site under a name that the site has pointed to this machine: for the browser they are one site."""
+
+
+@pytest.mark.parametrize(
+    ("credentials", "opened", "headers", "status"),
+    [
+        (None, CLOSED, EVIL, 403),
+        (None, CLOSED, {"host": "localhost.evil.example"}, 403),
+        (None, CLOSED, {"host": ""}, 403),
+        (None, CLOSED, {"host": "127.0.0.1:7860"}, 200),
+        (None, CLOSED, {"host": "[::1]:7860"}, 200),
+        (None, OPEN, {"host": "forge.example"}, 200),
+        # Where a password is asked for, the page under the other name has none.
+        ({"me": "secret"}, CLOSED, EVIL, 401),
+        ({"me": "secret"}, CLOSED, {"host": "forge.example", "authorization": LOGIN}, 200),
+    ],
+)
+@pytest.mark.parametrize("for_other_sites", [False, True])
+def test_the_api_answers_under_names_of_this_machine(host, credentials, opened, headers, status, for_other_sites):
+    from fastapi import FastAPI
+
+    app = FastAPI()
+    add_rest(app, host.panel, host, credentials, for_other_sites, opened)
+    for path, method in (("/status", "GET"), ("/diagnostics", "GET"), ("/free", "POST")):
+        assert ask(app, ROOT + path, method, **headers)[0] == status, path
+    assert len(host.done) == (status == 200)

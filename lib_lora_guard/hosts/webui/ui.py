@@ -54,7 +54,9 @@ class Face:
         if demo is not None or not flags.api_auth:
             add_route(app, self._panel, doings, lambda: is_opened(flags))
         if has_api(flags):
-            add_rest(app, self._panel, doings, credentials_of(flags.api_auth), is_for_other_sites(flags))
+            add_rest(
+                app, self._panel, doings, credentials_of(flags.api_auth), is_for_other_sites(flags), is_opened(flags)
+            )
         takeover = installed.installed()
         if takeover is not None:
             takeover.app_started()
