@@ -153,9 +153,12 @@ def plot(forge):
     assert len(set(answer["images"][-6:])) >= 3, "a strength shows in the picture"
 
     accordion = {"alwayson_scripts": {"LoRA Guard": {"args": ["Merge"]}}}
-    for how, merged in (({}, False), (accordion, True), ({"override_settings": {"lora_guard_mode": "Merge"}}, True)):
+    staying = {**accordion, "override_settings_restore_afterwards": False}
+    option = {"override_settings": {"lora_guard_mode": "Merge"}}
+    for how, merged in (({}, False), (accordion, True), (staying, True), ({}, False), (option, True), ({}, False)):
         answer = forge.call("/sdapi/v1/txt2img", {**body, **how})
         assert ("LoRA Guard mode: Merge" in json.loads(answer["info"])["infotexts"][0]) is merged, how
+        assert forge.call("/sdapi/v1/options")["lora_guard_mode"] == "Automatic", how
 
 
 def main(server=Server, link=link_extensions, settings=None):

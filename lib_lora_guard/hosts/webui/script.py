@@ -19,7 +19,7 @@ from ...ui.accordion import build
 from ...ui.language import reader_language
 from .accordion import state
 from .infotext import SUMMARY_FIELD, mode_named, mode_to_write
-from .types import MadeRequest, comments_of
+from .types import MadeRequest, comments_of, give_mode, own_options
 from .xyz_axes import Request, restore_prompts, scale_batch
 
 log = logging.getLogger(__name__)
@@ -40,16 +40,16 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
         return [mode]
 
     def before_process(self, p: Request, mode: str | None = AS_SET, *args: str) -> None:
-        """Called before the WebUI takes the options over that a request brings for itself."""
+        """Called before the WebUI makes the images of a request."""
         if not mode:
             return
         wanted = mode_named(str(mode))
         if wanted is None:
             known = Joined(mode.value for mode in LoraMode)
             say(log, logging.WARNING, "accordion.no_such_mode", mode=clean_text(repr(mode)), modes=known)
-        else:
-            # What the request itself brings counts: an axis of the X/Y/Z plot, or options given over the API.
-            p.override_settings.setdefault(MODE_OPTION, wanted.value)
+        elif MODE_OPTION not in own_options(p):
+            # Else the request has one from an axis of the X/Y/Z plot, or from options given over the API.
+            give_mode(p, wanted.value)
 
     def before_process_batch(self, p: Request, *args: str, batch_number: int = 0, **kwargs: Any) -> None:
         """Called before the prompts of a batch are read."""

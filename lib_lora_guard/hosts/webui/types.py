@@ -12,6 +12,7 @@ import torch
 
 from ...runtime.image_words import Comment
 from ...runtime.live_settings import Options
+from ...settings import MODE_OPTION
 
 
 class DenoiserPatcher(Protocol):
@@ -122,13 +123,23 @@ def comments_of(request: Processing | Commented) -> tuple[Comment | None, Commen
     return comment, take_back if isinstance(lines(), dict) else None
 
 
-def own_options(request: Processing) -> Options:
-    """Returns the WebUI's options that a request sets for its own images.
+def own_options(request: object) -> Options:
+    """Returns the WebUI's options that a request sets for its own images, and the LoRA mode that it was given.
 
-    The WebUI has set them before it makes the images; another client may have set others since.
+    The WebUI has set the options before it makes the images; another client may have set others since.
     """
     options = getattr(request, "override_settings", None)
-    return options if isinstance(options, Mapping) else {}
+    mode = getattr(request, MODE_OPTION, None)
+    return {**(options if isinstance(options, Mapping) else {}), **({} if mode is None else {MODE_OPTION: mode})}
+
+
+def give_mode(request: object, mode: str) -> None:
+    """Gives a request a LoRA mode of its own, for `own_options`.
+
+    It is none of the request's options: those the WebUI keeps for all images to come where a request over the API says
+    `"override_settings_restore_afterwards": false`.
+    """
+    setattr(request, MODE_OPTION, mode)
 
 
 class TextEncoder(Protocol):

@@ -8,13 +8,14 @@ Source: `scripts/xyz_grid.py` of the A1111 family, whose scripts add their axes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Protocol
 
 from ...planning.prompt_strengths import times
 from ...runtime import installed
-from ...settings import MODE_OPTION, LoraMode
+from ...settings import LoraMode
+from .types import give_mode
 
 MODE, STRENGTH = "[LoRA Guard] LoRA mode", "[LoRA Guard] LoRA strength (times the prompt's)"
 MODE_COST, STRENGTH_COST = 0.5, 0.2
@@ -29,7 +30,6 @@ _LISTS = ("all_prompts", "all_hr_prompts")
 class Request(Protocol):
     """A request for images, as a cell of the plot has it. One with a second pass has `all_hr_prompts` too."""
 
-    override_settings: MutableMapping[str, str]
     all_prompts: list[str]
     prompts: list[str]
     main_prompt: str
@@ -76,7 +76,7 @@ def _axes(option: Callable[..., Axis]) -> Sequence[Axis]:
 
 
 def _set_mode(request: Request, mode: str, modes: Sequence[str]) -> None:
-    request.override_settings[MODE_OPTION] = mode
+    give_mode(request, mode)
 
 
 def _set_strength(request: Request, factor: float, factors: Sequence[float]) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from lib_lora_guard.hosts.forge.takeover import ForgeTakeover
 from lib_lora_guard.hosts.webui.accordion import state
+from lib_lora_guard.hosts.webui.images import Images
+from lib_lora_guard.hosts.webui.types import own_options
 from lib_lora_guard.planning.mode import Choice, Mode
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.runtime import installed
@@ -121,10 +123,50 @@ def test_a_picture_without_loras_says_nothing(script):
 def test_the_accordions_mode_is_that_of_the_request_unless_it_has_its_own(script, caplog, mode, own, used):
     p = types.SimpleNamespace(override_settings=dict(own))
     script.LoraGuardScript().before_process(p, mode)
-    assert p.override_settings == used
+    assert own_options(p) == used
+    assert p.override_settings == own, "none of the options that the WebUI may keep"
     said = [record.getMessage() for record in caplog.records]
     assert bool(said) is (mode in ("<b>", 7))
     assert all("There are Automatic, fp16 LoRA, Merge, Forge's own" in line for line in said)
+
+
+@pytest.mark.parametrize("restores", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [({}, "Automatic"), ({"lora_guard_mode": "Merge"}, "Merge")],
+    ids=["accordion", "option over the API"],
+)
+def test_the_mode_of_the_accordion_is_that_of_its_images_alone(script, restores, fails, own, kept):
+    """`override_settings_restore_afterwards` is a word of the API: what a client sends as an option may stay, the accordion's not."""
+    options, modes = {"lora_guard_mode": "Automatic"}, []
+    settings = LiveSettings(options)
+    guard_script, images = script.LoraGuardScript(), Images(None, settings=settings)
+
+    def draw(p):
+        modes.append(settings.mode().value)
+        if fails:
+            raise RuntimeError("stopped")
+
+    def process_images(p):
+        """Of the WebUI."""
+        guard_script.before_process(p, p.mode)
+        before = {name: options[name] for name in p.override_settings}
+        options.update(p.override_settings)
+        try:
+            images.process_images_inner(draw, p)
+        except RuntimeError:
+            assert fails
+        finally:
+            if p.override_settings_restore_afterwards:
+                options.update(before)
+
+    request = {"override_settings": own, "override_settings_restore_afterwards": restores}
+    process_images(types.SimpleNamespace(mode="Merge", **request))
+    process_images(types.SimpleNamespace(mode="", override_settings={}, override_settings_restore_afterwards=True))
+    after = "Automatic" if restores else kept
+    assert modes == ["Merge", after]
+    assert options == {"lora_guard_mode": after}
 
 
 class Component:

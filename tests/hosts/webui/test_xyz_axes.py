@@ -6,6 +6,7 @@ from copy import copy
 import pytest
 
 from lib_lora_guard.hosts.webui import xyz_axes
+from lib_lora_guard.hosts.webui.types import own_options
 from lib_lora_guard.hosts.webui.xyz_axes import MODE, STRENGTH, restore_prompts, scale_batch
 from lib_lora_guard.runtime import installed
 
@@ -99,8 +100,12 @@ def test_prompts_of_their_own_and_those_of_the_second_pass(plot):
 
 def test_the_mode_is_that_of_the_request_alone(plot):
     mode, cell = axis(plot, MODE), Request("")
-    mode.apply(cell, "Merge", ["Merge"])
-    assert cell.override_settings == {"lora_guard_mode": "Merge"}
+    cell.override_settings["lora_guard_mode"] = "fp16 LoRA"
+    for name in ("Automatic", "Merge"):
+        one = copy(cell)
+        mode.apply(one, name, ["Automatic", "Merge"])
+        assert own_options(one) == {"lora_guard_mode": name}
+    assert own_options(cell) == cell.override_settings == {"lora_guard_mode": "fp16 LoRA"}
     assert mode.choices() == ["Automatic", "fp16 LoRA", "Merge", "Forge's own"]
     mode.confirm(cell, mode.choices())
     with pytest.raises(RuntimeError, match="Unknown LoRA mode: merge; there are Automatic, fp16 LoRA"):
