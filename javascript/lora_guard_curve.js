@@ -53,8 +53,9 @@
             const { make, term } = guard;
             const key = (name, sample) => make("li", {}, make("span", { class: "lg-key " + sample, "aria-hidden": "true" }),
                 term(this.label(name), this.label("tip_" + name.replace("phase_", ""))));
+            this.promised = key("promised", "lg-key-dashed");
             return make("ul", { class: "lg-legend lg-curve-legend", role: "list" },
-                key("measured", "lg-key-line"), key("promised", "lg-key-dashed"),
+                key("measured", "lg-key-line"), this.promised,
                 ...KINDS.filter((kind) => kind !== "other").map((kind) => key("phase_" + kind, "lg-key-" + kind)));
         }
 
@@ -67,8 +68,11 @@
             }
             const width = Math.max(200, this.place.clientWidth || 600);
             this.xs = this.places(width);
-            const charts = [];
-            if (this.samples.some((sample) => sample[VRAM] !== null)) charts.push(this.chart("vram", VRAM, width));
+            const charts = [], hasVram = this.samples.some((sample) => sample[VRAM] !== null);
+            // Without a card there is one line, RAM's, and nothing was promised.
+            this.element.classList.toggle("lg-without-vram", !hasVram);
+            this.promised.hidden = !hasVram;
+            if (hasVram) charts.push(this.chart("vram", VRAM, width));
             if (this.samples.some((sample) => sample[RAM] !== null)) charts.push(this.chart("ram", RAM, width));
             const hadFocus = this.place.contains(document.activeElement) ? document.activeElement.dataset.name : null;
             this.place.replaceChildren(...charts);

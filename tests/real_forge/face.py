@@ -1,4 +1,5 @@
-"""The face in a browser, on a running Forge: settings, an image whose log is watched, Reload UI, Chinese; with screenshots.
+"""The face in a browser, on a running Forge: settings, an image whose log is watched, buttons, a phone in the dark, Reload UI,
+Chinese; with screenshots.
 
     FORGE_ROOT=... FORGE_PYTHON=... LORA_GUARD_TEST_PORT=7913 $FORGE_PYTHON tests/real_forge/face.py [--pictures docs]
 
@@ -25,11 +26,16 @@ from real_forge.server import Server
 
 LORAS = "<lora:lg_sd15_a:0.8> <lora:lg_sd15_b:-0.5> <lora:lg_flux_a:1>"
 """The third is for another model, so that there is something to refuse."""
-LINES = "#lora_guard_panel .lg-line"
-LIVE = "#lora_guard_panel .lg-state[data-state=live]"
+PANEL = "#lora_guard_panel"
+LINES = f"{PANEL} .lg-line"
+LIVE = f"{PANEL} .lg-state[data-state=live]"
+PHONE = 320
+"""Pixels of a narrow page."""
 STEPS = 60
 EDGE = 10
 """Pixels around a picture."""
+NOT_UP = 404
+"""The status of an address that is not added yet, during "Reload UI"."""
 SETTING = "#setting_lora_guard_{}"
 
 
@@ -104,22 +110,70 @@ def asked(page, seconds):
     return len(requests)
 
 
-def picture(page, pictures, name, selector, height=1150):
+def picture(page, pictures, name, selector, width=1180):
+    """Takes a picture of all of an element."""
     if pictures is None:
         return
-    page.set_viewport_size({"width": 1180, "height": height})
+    page.set_viewport_size({"width": width, "height": 1000})
     page.wait_for_timeout(800)
     box = page.locator(selector).first.bounding_box()
-    clip = {
-        "x": box["x"] - EDGE,
-        "y": box["y"] - EDGE,
-        "width": box["width"] + 2 * EDGE,
-        "height": box["height"] + 2 * EDGE,
-    }
+    page.set_viewport_size({"width": width, "height": max(1000, round(box["y"] + box["height"]) + 2 * EDGE)})
+    page.wait_for_timeout(800)
+    box = page.locator(selector).first.bounding_box()
+    left, top = max(0, box["x"] - EDGE), max(0, box["y"] - EDGE)
+    right = min(width, box["x"] + box["width"] + EDGE)
+    clip = {"x": left, "y": top, "width": right - left, "height": box["y"] + box["height"] + EDGE - top}
     shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
     # Text on flat colours: 256 of them are enough, and a third of the bytes.
     shot.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(pictures / name, optimize=True)
     print(f"{name}: {(pictures / name).stat().st_size // 1024} kB")
+
+
+def use_buttons(page, pictures):
+    """Each button says what came of it, and "Will it fit?" answers in words."""
+    panel = page.locator(PANEL)
+    said = []
+    for name in ("Free VRAM", "Free RAM", "Forget corrections"):
+        before = panel.locator(".lg-told").text_content()
+        panel.get_by_role("button", name=name).click()
+        page.wait_for_function(
+            "([s, before]) => !['', '…', before].includes(document.querySelector(s).textContent)",
+            arg=[f"{PANEL} .lg-told", before],
+        )
+        said.append(panel.locator(".lg-told").text_content())
+    print(*said, sep="\n")
+    assert not any("did not" in one for one in said), said
+    panel.locator(".lg-fit summary").click()
+    for name, wanted in (("checkpoint", "rand_sd15_tiny"), ("fit_loras", "lg_sd15_a")):
+        page.wait_for_selector(f"{PANEL} select[name={name}]")
+        names = panel.locator(f"select[name={name}] option").all_text_contents()
+        panel.locator(f"select[name={name}]").select_option(next(one for one in names if wanted in one))
+    panel.get_by_role("button", name="Calculate").click()
+    page.wait_for_selector(f"{PANEL} .lg-answer:is([data-level=good], [data-level=warning], [data-level=bad])")
+    answer = panel.locator(".lg-answer").inner_text()
+    print(answer)
+    assert "lg_sd15_a" in answer
+    picture(page, pictures, "face-fit.png", f"{PANEL} .lg-doings")
+
+
+def on_a_phone(browser, url, pictures):
+    """In the dark, 320 pixels wide: nothing of the panel lies outside."""
+    page = browser.new_page(viewport={"width": PHONE, "height": 800})
+    page.set_default_timeout(90_000)
+    page.goto(f"{url}/?__theme=dark", wait_until="domcontentloaded")
+    page.wait_for_selector("#txt2img_prompt textarea")
+    page.wait_for_timeout(3000)
+    open_guard(page)
+    assert page.evaluate("document.body.classList.contains('dark')")
+    page.locator(f"{PANEL} .lg-fold").first.click()
+    outside = page.evaluate(
+        "([s, width]) => [...document.querySelectorAll(s + ' *')].filter(e => e.offsetParent &&"
+        " e.getBoundingClientRect().right > width + 1 && !e.closest('.lg-log')).map(e => e.className || e.tagName)",
+        [PANEL, PHONE],
+    )
+    picture(page, pictures, "face-phone.png", PANEL, PHONE)
+    assert outside == [], outside
+    page.close()
 
 
 def main(server=Server, link=link_extensions, settings=None):
@@ -138,6 +192,18 @@ def main(server=Server, link=link_extensions, settings=None):
             )
             page.set_default_timeout(90_000)
             page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on(
+                "console",
+                lambda said: problems.append(f"{said.text} {said.location}") if said.type == "error" else None,
+            )
+            page.on(
+                "response",
+                lambda told: (
+                    problems.append(f"lora_guard: {told.status} {told.url}")
+                    if "/lora-guard/" in told.url and told.status >= 400 and told.status != NOT_UP
+                    else None
+                ),
+            )
             try:
                 look(page, forge, config, pictures)
             except Exception:
@@ -153,7 +219,7 @@ def look(page, forge, config, pictures):
     assert asked(page, 3) == 0, "nobody looks at the tab"
 
     open_settings(page)
-    picture(page, pictures, "face-settings.png", "#settings_lora_guard", height=1500)
+    picture(page, pictures, "face-settings.png", "#settings_lora_guard")
     choose(page, "mode", "Merge")
     apply(page, "lora_guard_mode")
     assert json.loads(config.read_text())["lora_guard_mode"] == "Merge"
@@ -178,13 +244,17 @@ def look(page, forge, config, pictures):
     assert "rand_sd15_tiny is loaded" in page.inner_text("#lora_guard_panel .lg-headline")
     assert "lg_flux_a" in page.inner_text("#lora_guard_panel .lg-problems")
     picture(page, pictures, "face-tab.png", "#lora_guard_panel")
+    on_a_phone(page.context.browser, forge.url, pictures)
 
     click_tab(page, "Txt2img")
     said = page.inner_text("#html_log_txt2img")
     print(said)
     assert said.count("lg_flux_a") == 1, "the LoRA for another model is named once under the image"
     assert 'LoRA Guard: "Merge' in page.inner_text("#txt2img_results"), "the infotext says what was done"
-    picture(page, pictures, "face-image.png", "#txt2img_results", height=1500)
+    picture(page, pictures, "face-image.png", "#txt2img_results")
+
+    open_guard(page)
+    use_buttons(page, pictures)
 
     open_settings(page)
     page.check(SETTING.format("expandable_segments") + " input")
@@ -213,7 +283,7 @@ def look(page, forge, config, pictures):
     click_tab(page, "Settings")
     click_tab(page, "LoRA Guard", "#settings")
     assert "启用 LoRA Guard" in page.inner_text("#column_settings_lora_guard")
-    picture(page, pictures, "face-settings-zh.png", "#settings_lora_guard", height=1500)
+    picture(page, pictures, "face-settings-zh.png", "#settings_lora_guard")
     assert asked(page, 3) == 0, "nobody looks at the tab"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from playwright.sync_api import sync_playwright
 
-from real_forge.face import apply, click_tab, open_settings, wait_for_start
+from real_forge.face import PANEL, apply, click_tab, open_settings, wait_for_start
 from real_forge.reload_ui import ARGUMENTS, CHROMIUM, generate, open_page
 from real_forge.run import link_extensions
 from real_forge.server import FORGE, Server
@@ -92,6 +92,16 @@ def look(page, forge, shot=None):
     assert said.count("lg_flux_a") == 1
     assert f"{HOSTILE}.safetensors NOT applied" in said
     assert markup(page) == [], markup(page)
+
+    # The tab, and back.
+    click_tab(page, "LoRA Guard")
+    page.wait_for_selector(f"{PANEL} .lg-problem >> text={HOSTILE}")
+    shown = page.inner_text(PANEL)
+    assert shown.count(f"{HOSTILE}.safetensors") >= 3, "strip, row and log"
+    assert markup(page) == [], markup(page)
+    if shot is not None:
+        page.locator(PANEL).screenshot(path=shot.with_name("hostile.png"))
+    click_tab(page, "Txt2img")
 
     # The accordion: one request when it is opened, none while it is open.
     opened = requests_of(page, lambda: (page.click(f"{ACCORDION} .label-wrap"), page.wait_for_timeout(3000)))

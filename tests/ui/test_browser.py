@@ -435,6 +435,15 @@ def test_the_curve_has_phases_the_promise_the_peak_and_a_point_to_read(open_page
     assert host.asked > seen
     assert page.locator(".lg-chart").first.locator(".lg-image-number").all_text_contents()[0] == "1"
     assert [row for row in page.locator(ROWS).all_inner_texts() if "——" in row] == ["—— image 1 ——", "—— image 2 ——"]
+    # Without a card the legend has RAM's line alone.
+    assert page.locator(".lg-curve-legend li:visible").count() == 6
+    without_card = page.evaluate(
+        """() => { const curve = new loraGuard.Curve((name) => name, {});
+        const samples = [[1, 0, 1, "load", null, 5, null], [2, 1, 1, "steps", null, 6, null]];
+        curve.add({ samples, images: [], vram_total_mb: null, ram_total_mb: 10 });
+        return [curve.promised.hidden, curve.element.className, curve.place.childNodes.length]; }"""
+    )
+    assert without_card == [True, "lg-curve lg-without-vram", 1]
 
 
 def test_a_line_explains_itself_and_the_search_finds_it(open_page, host):
