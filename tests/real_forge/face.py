@@ -8,7 +8,6 @@ the characters (Debian: fonts-wqy-microhei). docs/hosts.md says what FORGE_ROOT 
 """
 
 import argparse
-import io
 import json
 import sys
 import tempfile
@@ -17,8 +16,8 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from PIL import Image
 from playwright.sync_api import sync_playwright
+from support.small_picture import save
 
 from real_forge.reload_ui import ARGUMENTS, CHROMIUM, open_page
 from real_forge.run import link_extensions
@@ -124,10 +123,7 @@ def picture(page, pictures, name, selector, width=1180):
     left, top = max(0, box["x"] - EDGE), max(0, box["y"] - EDGE)
     right = min(width, box["x"] + box["width"] + EDGE)
     clip = {"x": left, "y": top, "width": right - left, "height": box["y"] + box["height"] + EDGE - top}
-    shot = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
-    # Text on flat colours: 256 of them are enough, and a third of the bytes.
-    shot.quantize(256, method=Image.Quantize.MAXCOVERAGE).save(pictures / name, optimize=True)
-    print(f"{name}: {(pictures / name).stat().st_size // 1024} kB")
+    save(page.screenshot(clip=clip), pictures / name)
 
 
 def use_buttons(page, pictures):
@@ -284,6 +280,9 @@ def look(page, forge, config, pictures):
     click_tab(page, "Settings")
     click_tab(page, "LoRA Guard", "#settings")
     assert "启用 LoRA Guard" in page.inner_text("#column_settings_lora_guard")
+    # As a new user finds it; nothing is applied.
+    choose(page, "mode", "Automatic")
+    page.uncheck(SETTING.format("expandable_segments") + " input")
     picture(page, pictures, "face-settings-zh.png", "#settings_lora_guard")
     assert asked(page, 3) == 0, "nobody looks at the tab"
 

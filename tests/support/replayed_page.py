@@ -1,14 +1,16 @@
 """The tab with the answer of a real WebUI, recorded there, on a page of its own: for the pictures in docs.
 
-    curl -H "Accept-Language: en" http://127.0.0.1:7860/lora-guard/panel > answer.json
-    python tests/support/replayed_page.py answer.json --picture docs/face-tab.png
+    python tests/support/replayed_page.py --picture docs/face-tab.png
+    python tests/support/replayed_page.py --language zh --dark --picture docs/face-tab-zh.png
 
-Record it in the middle of an image, on a machine with a card. A second recording with "Accept-Language: zh" makes the
-Chinese picture. Needs fastapi, uvicorn, playwright and Debian's chromium; Chinese needs a font with the characters.
+Another recording is taken in the middle of an image, on a machine with a card, in one language, and given as `--answer`:
+
+    curl -H "Accept-Language: en" http://127.0.0.1:7860/lora-guard/panel > answer.json
+
+Needs fastapi, uvicorn, playwright and Debian's chromium; Chinese needs a font with the characters.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 
+from lib_lora_guard.messages.catalogue import LANGUAGES
 from lib_lora_guard.reporting.curve import COLUMNS
 from lib_lora_guard.ui.route import PATH
 from support.face_server import Served, chromium, playwright
+from support.recorded_answer import RECORDED, answer_in
+from support.small_picture import save
 from support.standalone import PAGE, ROOT
 
 VRAM, PROMISED = COLUMNS.index("vram_mb"), COLUMNS.index("promised_mb")
@@ -73,20 +78,21 @@ def take(app: FastAPI, picture: Path, width: int, dark: bool, opened: bool) -> N
         page.wait_for_selector("#lora_guard_panel .lg-state[data-state=live]")
         if opened:
             page.locator(".lg-fold").first.click()
-        page.locator("#lora_guard_panel").screenshot(path=picture)
+        save(page.locator("#lora_guard_panel").screenshot(), picture)
         browser.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("answer", type=Path)
+    parser.add_argument("--answer", type=Path, default=RECORDED)
+    parser.add_argument("--language", choices=LANGUAGES, default="en", help="that of the answer, if it has sentences")
     parser.add_argument("--picture", type=Path, required=True)
     parser.add_argument("--width", type=int, default=1100)
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--without-mb", type=float, default=0, help="VRAM of another process, to play a smaller card")
     parser.add_argument("--opened", action="store_true", help="unfold the details of the first LoRA")
     given = parser.parse_args(arguments)
-    answer = json.loads(given.answer.read_text(encoding="utf-8"))
+    answer = answer_in(given.language, given.answer)
     if given.without_mb:
         answer = without(answer, given.without_mb)
     take(replayed(answer), given.picture, given.width, given.dark, given.opened)
