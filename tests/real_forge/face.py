@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -107,6 +108,15 @@ def asked(page, seconds):
     page.on("request", lambda request: requests.append(request.url) if "/lora-guard/" in request.url else None)
     page.wait_for_timeout(1000 * seconds)
     return len(requests)
+
+
+def status(address, **headers):
+    """The HTTP status of a harmless question."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def picture(page, pictures, name, selector, width=1180):
@@ -214,6 +224,9 @@ def main(server=Server, link=link_extensions, settings=None):
 def look(page, forge, config, pictures):
     open_page(page, forge.url)
     assert asked(page, 3) == 0, "nobody looks at the tab"
+    for path in ("/lora-guard/panel", "/lora-guard/v1/status"):
+        assert status(forge.url + path) == 200, path
+        assert status(forge.url + path, Host="another.example:7860") == 403, f"{path} under another site's name"
 
     open_settings(page)
     picture(page, pictures, "face-settings.png", "#settings_lora_guard")
