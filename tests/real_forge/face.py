@@ -124,7 +124,7 @@ def picture(page, pictures, name, selector, width=1180):
     if pictures is None:
         return
     page.set_viewport_size({"width": width, "height": 1000})
-    page.evaluate("window.scrollTo(0, 0)")
+    page.evaluate("window.scrollTo(0, 0); document.activeElement?.blur()")
     page.wait_for_timeout(800)
     box = page.locator(selector).first.bounding_box()
     page.set_viewport_size({"width": width, "height": max(1000, round(box["y"] + box["height"]) + 2 * EDGE)})
