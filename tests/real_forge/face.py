@@ -4,10 +4,12 @@ Chinese; with screenshots.
     FORGE_ROOT=... FORGE_PYTHON=... LORA_GUARD_TEST_PORT=7913 $FORGE_PYTHON tests/real_forge/face.py [--pictures docs]
 
 Needs playwright in FORGE_PYTHON and Debian's chromium (CHROMIUM names another), and for the Chinese picture a font that has
-the characters (Debian: fonts-wqy-microhei). docs/hosts.md says what FORGE_ROOT needs.
+the characters (Debian: fonts-wqy-microhei). With axe-playwright-python it asks axe-core too. docs/hosts.md says what
+FORGE_ROOT needs.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -136,6 +138,24 @@ def picture(page, pictures, name, selector, width=1180):
     save(page.screenshot(clip=clip), pictures / name)
 
 
+def check_access(page):
+    """What axe-core has to say of the panel under the host's own theme: nothing serious."""
+    package = importlib.util.find_spec("axe_playwright_python")
+    if package is None:
+        print("axe-core NOT ASKED: axe-playwright-python is not installed")
+        return
+    page.evaluate((Path(package.origin).parent / "axe.min.js").read_text(encoding="utf-8"))
+    found = page.evaluate("s => axe.run(s)", PANEL)
+    serious = [
+        (one["id"], [node["html"] for node in one["nodes"]])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+    print(f"axe-core: {len(found['passes'])} rules passed, serious: {serious}")
+    assert len(found["passes"]) > 10, "it has looked at something"
+    assert serious == []
+
+
 def use_buttons(page, pictures):
     """Each button says what came of it, and "Will it fit?" answers in words."""
     panel = page.locator(PANEL)
@@ -161,6 +181,7 @@ def use_buttons(page, pictures):
     print(answer)
     assert "This machine's card or RAM cannot be read" in answer, "images are made on the CPU"
     picture(page, pictures, "face-fit.png", f"{PANEL} .lg-doings")
+    check_access(page)
 
 
 def on_a_phone(browser, url, pictures):
@@ -180,6 +201,7 @@ def on_a_phone(browser, url, pictures):
     )
     picture(page, pictures, "face-phone.png", PANEL, PHONE)
     assert outside == [], outside
+    check_access(page)
     page.close()
 
 
@@ -277,6 +299,7 @@ def look(page, forge, config, pictures):
     apply(page, "lora_guard_language")
     open_guard(page)
     page.wait_for_selector("#lora_guard_panel >> text=正在使用的 LoRA")
+    check_access(page)
     lines = page.locator(LINES).count()
     assert lines > 0
     picture(page, pictures, "face-tab-zh.png", "#lora_guard_panel")
