@@ -142,7 +142,10 @@
                 const x = this.xs[place], shown = [draw("line", { class: "lg-image-line", x1: x, x2: x, y1: 0, y2: HEIGHT })];
                 if (x - labelled > 24) {
                     labelled = x;
-                    shown.push(draw("text", { class: "lg-image-number", x: x + 3, y: TOP - 5 }, String(sample[IMAGE])));
+                    // At the end of the curve it stands on the other side.
+                    const isLast = this.xs[this.xs.length - 1] - x < 16;
+                    const at = isLast ? { x: x - 3, "text-anchor": "end" } : { x: x + 3 };
+                    shown.push(draw("text", { class: "lg-image-number", y: TOP - 5, ...at }, String(sample[IMAGE])));
                 }
                 return shown;
             });
