@@ -15,6 +15,10 @@ from .stored import BAKED_BYTES, BLOCKS
 
 BUCKETS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Joined ranks are filled up to one of these, so that few kernels are compiled, and no product is much larger than it must be."""
+OLDEST_TRITON = (3, 2)
+"""Triton 3.1 and older cannot compile what decodes GGUF and four bits; what is left of fp8 and int8 was never run with them."""
+FIRST_WITH_TUPLES = (3, 3)
+"""The first Triton whose kernels can hold tuples of tensors, by which four bits are decoded."""
 LARGEST_CHUNK = 64
 """Ranks of one product in a kernel: more of them would not fit into the shared memory of older cards."""
 
@@ -67,6 +71,11 @@ class Recipe:
     function: str
     constants: Mapping[str, str | int | bool]
     values: str
+
+    @property
+    def oldest_triton(self) -> tuple[int, int]:
+        """The first version of Triton that compiles it (`benchmarks/compile_kernels.py`)."""
+        return FIRST_WITH_TUPLES if self.constants.get("CROSSING") is False else OLDEST_TRITON
 
 
 @cache

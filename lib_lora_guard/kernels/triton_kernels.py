@@ -118,20 +118,10 @@ def scaled(
     _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, EXACT)
 
 
-if hasattr(tl, "gather"):
-
-    @triton.jit
-    def _levels(index, LEVELS, N: tl.constexpr, M: tl.constexpr):
-        """Returns the levels of 4-bit indices `(N, M)`: 16 numbers in the shared memory."""
-        table = tl.load(LEVELS + tl.arange(0, 16))
-        return tl.reshape(tl.gather(table, tl.reshape(index, (N * M,)), 0), (N, M))
-
-else:  # Triton 3.2 and older
-
-    @triton.jit
-    def _levels(index, LEVELS, N: tl.constexpr, M: tl.constexpr):
-        """Returns the levels of 4-bit indices `(N, M)`."""
-        return tl.load(LEVELS + index)
+@triton.jit
+def _levels(index, LEVELS):
+    """Returns the levels of 4-bit indices. Not by `tl.gather`, at which the compiler of Triton 3.3 ends the process."""
+    return tl.load(LEVELS + index)
 
 
 @triton.jit
@@ -209,7 +199,7 @@ def _of_bnb4(
         at = (row + ro).to(tl.int64)[:, None] * cols + (col + ri)[None, :]
         inside = row_in[:, None] & (col + ri < cols)[None, :]
         b = tl.load(DATA + at // 2, mask=inside, other=0).to(tl.int32)
-        w = _levels(tl.where(at % 2 == 0, b >> 4, b & 15), LEVELS, BO, BI)
+        w = _levels(tl.where(at % 2 == 0, b >> 4, b & 15), LEVELS)
         w = w * _absmax(at // BLOCK, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
     else:
         SPAN: tl.constexpr = BLOCK if BLOCK < BI else BI
@@ -228,7 +218,7 @@ def _of_bnb4(
             v = _nibbles(words)
         q = _in_order(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], BO, BI)
         if not SHUFFLE:
-            q = _levels(q, LEVELS, BO, BI)
+            q = _levels(q, LEVELS)
         g = tl.arange(0, G)
         at = (row + ro).to(tl.int64)[:, None] * (cols // BLOCK) + (col // BLOCK + g)[None, :]
         inside = row_in[:, None] & (col + g * SPAN < cols)[None, :]
