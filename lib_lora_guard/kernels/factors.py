@@ -16,9 +16,11 @@ class Factors:
         down: `(rank, in)`.
         alpha: The factor on their product.
         per_rank: `(rank,)` in fp32, where strengths differ; else None.
+        row_scale: `(out,)` in fp32, by which the rows of the stored weight are multiplied first (a DoRA's); None for none.
     """
 
     up: torch.Tensor
     down: torch.Tensor
     alpha: float
     per_rank: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None

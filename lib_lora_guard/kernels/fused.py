@@ -13,7 +13,7 @@ __all__ = ["KERNELS", "Factors", "Kernels", "fused_weight"]
 
 
 def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a new weight `(out, in)` in `dtype`: `dequantised + (up * per_rank) @ down * alpha`, rounded once more.
+    """Returns a new weight `(out, in)` in `dtype`: `dequantised * row_scale + (up * per_rank) @ down * alpha`, rounded once more.
 
     Without factors it is bit for bit the host's dequantisation. A kernel makes it where one has been chosen, else plain torch.
 

@@ -127,8 +127,8 @@ class Kernel:
         if factors is None:
             if self._bucket:
                 raise ValueError(f"{self.kind}: a kernel for {self._bucket} ranks got no factors")
-            tensors += (out, out, out, out)
-            numbers: tuple[Any, ...] = (rows, columns, 0, 0.0)
+            tensors += (out, out, out, out, out)
+            numbers: tuple[Any, ...] = (rows, columns, 0, 0, 0.0)
         else:
             up, down = factors.up, factors.down
             if (
@@ -144,8 +144,11 @@ class Kernel:
             if not (up.is_contiguous() and down.is_contiguous()):
                 up, down = up.contiguous(), down.contiguous()
             per_rank = out if factors.per_rank is None else factors.per_rank.float()
-            tensors += (out, up, down, per_rank)
-            numbers = (rows, columns, down.shape[0], float(factors.alpha))
+            row_scale = _one(data.device) if factors.row_scale is None else factors.row_scale
+            if factors.row_scale is not None and (row_scale.shape != (rows,) or row_scale.dtype != torch.float32):
+                raise ValueError(f"{self.kind}: expected {rows} factors in fp32, found {list(row_scale.shape)}")
+            tensors += (out, up, down, per_rank, row_scale)
+            numbers = (rows, columns, down.shape[0], int(factors.row_scale is not None), float(factors.alpha))
         addresses = [tensor.data_ptr() for tensor in tensors]
         joined = 0
         for address in addresses:
@@ -211,6 +214,12 @@ def _typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Ten
     if isinstance(stored, Bnb4) and not stored.is_crossing:
         data = data.view(torch.int32)
     return (data, second, *rest)
+
+
+@cache
+def _one(device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(1, device=device)
 
 
 @cache

@@ -43,11 +43,14 @@ def probe(kernel: Kernel, rank: int, device: torch.device) -> None:
     step = _column_step(kernel.kind)
     # The tiles of one program and a bit of a second one's in both directions; then less than one tile.
     wide = kernel.tile.columns * kernel.tile.spans
-    for rows, columns in ((kernel.tile.rows + 3, -(-wide // step) * step + step), (5, step)):
+    sizes = ((kernel.tile.rows + 3, -(-wide // step) * step + step, True), (5, step, False))
+    for rows, columns, has_row_scale in sizes:
         stored = sample(kernel.kind, rows, columns, kernel.dtype, generator, CPU)
-        factors = (
-            sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, CPU) if rank else None
-        )
+        factors = None
+        if rank:
+            factors = sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, CPU)
+            row_scale = torch.rand(rows, generator=generator) + 0.5
+            factors = dataclasses.replace(factors, row_scale=row_scale) if has_row_scale else factors
         made = kernel(moved(stored, device), None if factors is None else moved(factors, device))
         compare(made, stored, factors, kernel.dtype)
 
@@ -83,7 +86,8 @@ def compare(made: torch.Tensor | None, stored: Stored, factors: Factors | None, 
     exact = factors.up.double()
     if factors.per_rank is not None:
         exact = exact * factors.per_rank.double()
-    exact = base.double() + exact @ factors.down.double() * factors.alpha
+    scaled = base.double() if factors.row_scale is None else base.double() * factors.row_scale.double().unsqueeze(1)
+    exact = scaled + exact @ factors.down.double() * factors.alpha
     finite = exact.isfinite() & expected.isfinite()
     if not torch.equal(made[~finite].nan_to_num(), expected[~finite].nan_to_num()):
         raise ProbeError("infinities in other places than the twin has them")

@@ -1,13 +1,14 @@
 """The kernels. Imported on first use only: importing this module imports Triton.
 
 Each program makes one tile of the temporary weight: it reads the stored bytes, decodes them with the host's roundings, adds
-the tile of `(up * per_rank) @ down * alpha` and stores once. Offsets inside a tile are int32, the tile's own begins in int64.
+the tile of `(up * per_rank) @ down * alpha` to each row times its factor, and stores once. Offsets inside a tile are int32, the tile's own begins in int64.
 Names in capitals are pointers or compile-time constants. No compiler may join a product and a sum into one operation
 (`enable_fp_fusion=False` at the launch): the host's roundings would be lost.
 
 TAIL, the arguments that all kernels end with:
     OUT: `(rows, cols)`. UP `(rows, rank)`, DOWN `(rank, cols)`, PER_RANK `(rank,)` fp32: the factors; not read where RANKS is 0.
-    rows, cols, rank, alpha: numbers of the call.
+    ROW_SCALE: fp32, what each row is multiplied by before they are added: `(rows,)` where row_step is 1, a single 1.0 where it is 0.
+    rows, cols, rank, row_step, alpha: numbers of the call.
     VALUES: the dtype in which the host's dequantisation calculates and returns.
     RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. EVEN_RANK: the rank is a multiple of 16.
     BO, BI: rows and columns of a tile.
@@ -19,7 +20,7 @@ TAIL, the arguments that all kernels end with:
 import triton
 import triton.language as tl
 
-NUMBERS = ("rows", "cols", "rank", "scale_step")
+NUMBERS = ("rows", "cols", "rank", "scale_step", "row_step")
 """Arguments whose values make no variants of a kernel. `x // 16 * 16` tells the compiler what a constant of the kernel promises."""
 
 
@@ -67,7 +68,7 @@ def _product(
 
 @triton.jit
 def _store(
-    w, product, OUT, row, col, rows, cols, alpha,
+    w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha,
     VALUES: tl.constexpr, RANKS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Rounds a tile of decoded values as the host does, adds the factors' product and stores it. EXACT: they need no rounding."""
@@ -75,14 +76,16 @@ def _store(
     if RANKS == 0 or not EXACT:
         w = w.to(VALUES).to(OUT.dtype.element_ty)
     if RANKS > 0:
-        w = tl.fma(product, tl.full((BO, BI), 0.0, tl.float32) + alpha, w.to(tl.float32)).to(OUT.dtype.element_ty)
+        factor = tl.load(ROW_SCALE + (row + ro) * row_step, mask=row + ro < rows, other=0.0)
+        w = w.to(tl.float32) * factor[:, None]
+        w = tl.fma(product, tl.full((BO, BI), 0.0, tl.float32) + alpha, w).to(OUT.dtype.element_ty)
     tile = OUT + row.to(tl.int64) * cols + col
     tl.store(tile + ro[:, None] * cols + ri[None, :], w, mask=(row + ro < rows)[:, None] & (col + ri < cols)[None, :])
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def scaled(
-    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
+    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, ROW_SCALE, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr,
@@ -115,7 +118,7 @@ def scaled(
     product = _product(
         UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
     )  # fmt: skip
-    _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, EXACT)
+    _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, EXACT)
 
 
 @triton.jit
@@ -230,7 +233,7 @@ def _of_bnb4(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def bnb4(
-    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, ROW_SCALE, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
     SPANS: tl.constexpr, STAGES: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
@@ -250,7 +253,7 @@ def bnb4(
         product = _product(
             UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
         )  # fmt: skip
-        _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
+        _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, False)
     else:
         if EVEN_RANK:
             rank = rank // 16 * 16
@@ -265,7 +268,7 @@ def bnb4(
             product = tl.zeros((BO, BI), dtype=tl.float32)
             for chunk in tl.static_range(0, RANKS // CHUNK):
                 product = tl.dot(ups[chunk], _down(DOWN, at, cols, rank, chunk * CHUNK, CHUNK, BI), product)
-            _store(w, product, OUT, row, at, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
+            _store(w, product, OUT, ROW_SCALE, row, at, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, False)
 
 
 @triton.jit
@@ -410,7 +413,7 @@ def _of_q6_k(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gguf(
-    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
+    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, ROW_SCALE, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, BAKED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
     BO: tl.constexpr, BI: tl.constexpr,
@@ -435,4 +438,20 @@ def gguf(
     product = _product(
         UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
     )  # fmt: skip
-    _store(tl.reshape(w, (BO, BI)), product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
+    _store(
+        tl.reshape(w, (BO, BI)),
+        product,
+        OUT,
+        ROW_SCALE,
+        row,
+        col,
+        rows,
+        cols,
+        row_step,
+        alpha,
+        VALUES,
+        RANKS,
+        BO,
+        BI,
+        False,
+    )

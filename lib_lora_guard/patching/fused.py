@@ -1,5 +1,5 @@
-"""The short way of a layer with low-rank LoRAs on quantised storage: one pass makes its weight with the LoRAs in it, then one
-product makes the output.
+"""The short way of a layer with LoRAs on quantised storage: one pass makes its weight with the LoRAs in it, then one product
+makes the output. It is for stacks that are one low-rank product, after a factor for each row where a DoRA needs one.
 
 It stands in place of the host's work for the layer (a dequantised weight, the product) and of the bypass (two products with the
 whole input). It allocates what the host's own temporary weight takes. Whatever is out of the usual goes the long way: the host's
@@ -20,8 +20,9 @@ import torch
 from ..kernels.fused import Factors, fused_weight
 from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
+from .forward_program import OnePass
+from .forward_steps import Parts
 from .fused_choice import CHOICE, FusedChoice, Key
-from .low_rank import Block, JoinedLowRank, Scale
 
 log = logging.getLogger(__name__)
 
@@ -66,20 +67,24 @@ class Fused:
     Nothing here keeps the memory of a weight: hosts move weights at any time, and count on the memory that they leave.
     """
 
-    def __init__(self, raw: RawWeight, joined: JoinedLowRank | None, choice: FusedChoice | None = None) -> None:
+    def __init__(self, raw: RawWeight, stack: OnePass | None, choice: FusedChoice | None = None) -> None:
         """
         Args:
             raw: How the host holds the layer's weight.
-            joined: The LoRAs on it: one product for the whole weight. None for a layer without any.
+            stack: The LoRAs on it. None for a layer without any.
             choice: None for that of the process.
         """
-        self._raw, self._joined, self._choice = raw, joined, choice or CHOICE
-        self._rank = 0 if joined is None else joined.rank
+        self._raw, self._stack, self._choice = raw, stack, choice or CHOICE
+        self._rank = 0 if stack is None else stack.product.rank
         self._held: dict[Key, bool] | None = None
         self._key: Key | None = None
         self._is_taken = False
         self._facts = _Facts()
-        self._made: tuple[tuple[tuple[Block, Scale], ...], Factors] | None = None
+        self._made: tuple[OnePass, Parts, Factors] | None = None
+
+    def exchange(self, stack: OnePass | None) -> None:
+        """Replaces the stack by one that differs in strengths alone, for the next call of the layer."""
+        self._stack = stack
 
     def key(self, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Key | None:
         """Returns the kernel for calls with activations of `dtype` on `device`; None where there is none for the weight."""
@@ -112,7 +117,8 @@ class Fused:
             if not self._is_taken:
                 return None
         try:
-            factors = None if self._joined is None else self._factors(self._joined, device, dtype)
+            stack = self._stack
+            factors = None if stack is None else self._factors(stack, stored.shape[0], device, dtype)
             if factors is None and self._rank:
                 return None
             weight = fused_weight(stored, factors, dtype)
@@ -130,20 +136,21 @@ class Fused:
         """Frees what refers to factors on a device."""
         self._made = None
 
-    def _factors(self, joined: JoinedLowRank, device: torch.device, dtype: torch.dtype) -> Factors | None:
+    def _factors(self, stack: OnePass, rows: int, device: torch.device, dtype: torch.dtype) -> Factors | None:
         """Returns the factors for the kernels; None in RAM, where several LoRAs are not joined."""
-        parts = joined.known_parts(device, dtype) or joined.parts(device, dtype)
-        made = self._made
-        if made is not None and made[0] is parts:
-            return made[1]
+        product, made = stack.product, self._made
+        parts = product.parts_on(device, dtype)
+        if made is not None and made[0] is stack and made[1] is parts:
+            return made[2]
         if len(parts) != 1:
             return None
         ((block, scale),) = parts
-        factors = Factors(block.whole_up(joined.shape[0]), block.down, scale.alpha, scale.per_rank)
-        if device.type != "cpu" and block.is_whole:
+        row_scale = None if stack.row_scale is None else stack.row_scale.of_rows(rows, device)
+        factors = Factors(block.whole_up(rows), block.down, scale.alpha, scale.per_rank, row_scale)
+        if device.type != "cpu" and block.is_whole and product.keeps_parts:
             # In RAM the factors are made anew for each call. So is an `up` of several parts: it is larger than these, and is done with
             # before the layer's product begins.
-            self._made = parts, factors
+            self._made = stack, parts, factors
         return factors
 
 

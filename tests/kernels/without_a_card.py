@@ -53,6 +53,8 @@ FAULTS = {
                             "d = _scale(WORDS2, block, inside, tl.float16, VALUES) * small"),
     "ranks left out": ("fp8 e4m3", 100, "tl.static_range(0, RANKS, CHUNK)", "tl.static_range(0, CHUNK, CHUNK)"),
     "the first ranks added twice": ("fp8 e4m3", 100, "tl.arange(0, BO), first + tl.arange", "tl.arange(0, BO), tl.arange"),
+    "rows not scaled": ("int8 scaled", 16, "w = w.to(tl.float32) * factor[:, None]", "w = w.to(tl.float32)"),
+    "one row's factor for all": ("fp8 e4m3", 16, "(row + ro) * row_step", "row * row_step + ro * 0"),
     "alpha left out": ("fp8 e4m3", 5, "0.0, tl.float32) + alpha", "1.0, tl.float32)"),
 }  # fmt: skip
 
