@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,7 +247,7 @@ def measure(case, model, steps):
     times = milliseconds(ways, x, 1 if SMOKE else steps)
     ms = {way: round(statistics.median(found), 3) for way, found in times.items()}
     return {
-        "what": "step", "storage": case.storage, "kind": case.kind, "rank": case.rank, "count": case.count, "tokens": case.image_tokens,
+        "what": "step", "storage": case.storage, "kind": case.kind, "ranks": [case.rank] * case.count, "tokens": case.image_tokens,
         "size": case.size, "fused": bool(keys) and all(CHOICE.takes(key) for key in keys), "ms": ms,
         "spread": {way: round((max(found) - min(found)) / ms[way], 3) for way, found in times.items()},
         "ratio": {way: round(ms[way] / ms["host"], 4) for way in ("guard", "plain")}, "off": faults,
@@ -280,7 +280,7 @@ def main():
     torch.manual_seed(0)
     begin = time.monotonic()
     head = {
-        "commit": options.commit, "date": date.today().isoformat(), "device": "cpu" if SMOKE else torch.cuda.get_device_name(),
+        "commit": options.commit, "date": datetime.now().isoformat(timespec="minutes"), "script": "step_gpu.py", "device": "cpu" if SMOKE else torch.cuda.get_device_name(),
         "torch": torch.__version__, "triton": kernels_gpu.triton_version(), "bitsandbytes": kernels_gpu.bnb is not None, "steps": options.steps,
     }  # fmt: skip
     cases = [Case.of(text) for text in options.cases.split(",")]
