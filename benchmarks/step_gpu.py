@@ -34,6 +34,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from lib_lora_guard.adapters import LohaAdapter, LokrAdapter, LoraAdapter, Term
 from lib_lora_guard.kernels.fused import KERNELS
+from lib_lora_guard.kernels.recipes import HADAMARD
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer
 from lib_lora_guard.patching.fused import Fused, Held, RawWeight
 from lib_lora_guard.patching.fused_choice import CHOICE, Key
@@ -148,7 +149,7 @@ def patched(case, layer, stored, tokens, is_fused):
         raw = Known(stored, layer.bias)
         hook.fused = Fused(raw, stack)
         hook.fused._facts.stored = lambda *_: stored
-        made.key = Key(stored.kind, DEVICE, DTYPE, stack.product.rank)
+        made.key = hook.fused.key(made, DEVICE, DTYPE)
         mark(made, "step_gpu", call=call_of_layer)
     hook.attach(made)
     return made
@@ -259,9 +260,9 @@ def prepare(cases, models):
     begin = time.monotonic()
     for case in cases:
         if case.kind != "lokr":
-            rank = case.rank * (case.rank if case.kind == "loha" else case.count)
-            kinds = {stored.kind for stored in models[case.storage].stored.values()}
-            keys = [Key(kind, DEVICE, DTYPE, rank) for kind in kinds]
+            before = HADAMARD if case.kind == "loha" else ""
+            kinds = {before + stored.kind for stored in models[case.storage].stored.values()}
+            keys = [Key(kind, DEVICE, DTYPE, case.rank * case.count) for kind in kinds]
             CHOICE.prepare(key for key in keys if CHOICE.may_take(key))
     KERNELS.wait(120)
     return round(time.monotonic() - begin, 1)

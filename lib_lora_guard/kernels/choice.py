@@ -18,7 +18,7 @@ import torch
 from ..messages import Message, reason, say
 from .launch import Kernel, OldTritonError, interprets, load_triton, triton_version
 from .probe import probe
-from .recipes import OLDEST_TRITON, bucket_of, recipe_of
+from .recipes import HADAMARD, OLDEST_TRITON, bucket_of, recipe_of
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class Kernels:
                 pair = tuple(
                     Kernel(slot.kind, slot.dtype, slot.bucket, slot.even, per_rank) for per_rank in (False, True)
                 )
-                for kernel in pair[: 2 if rank else 1]:
+                for kernel in pair[: 1 if not rank or slot.kind.startswith(HADAMARD) else 2]:
                     probe(kernel, rank, slot.device)
             self._kernels[slot] = pair[0], pair[1]
             return True

@@ -107,6 +107,7 @@ class Kernel:
             "RANKS": bucket,
             "CHUNK": chunk_of(bucket),
             "HAS_PER_RANK": per_rank,
+            "HADAMARD": recipe.is_hadamard,
             "EVEN_RANK": even_rank,
             "BO": self.tile.rows,
             "BI": self.tile.columns,
@@ -127,7 +128,7 @@ class Kernel:
         if factors is None:
             if self._bucket:
                 raise ValueError(f"{self.kind}: a kernel for {self._bucket} ranks got no factors")
-            tensors += (out, out, out, out, out)
+            tensors += (out,) * 7
             numbers: tuple[Any, ...] = (rows, columns, 0, 0, 0.0)
         else:
             up, down = factors.up, factors.down
@@ -147,7 +148,7 @@ class Kernel:
             row_scale = _one(data.device) if factors.row_scale is None else factors.row_scale
             if factors.row_scale is not None and (row_scale.shape != (rows,) or row_scale.dtype != torch.float32):
                 raise ValueError(f"{self.kind}: expected {rows} factors in fp32, found {list(row_scale.shape)}")
-            tensors += (out, up, down, per_rank, row_scale)
+            tensors += (out, up, down, per_rank, row_scale, *self._second(factors, out))
             numbers = (rows, columns, down.shape[0], int(factors.row_scale is not None), float(factors.alpha))
         addresses = [tensor.data_ptr() for tensor in tensors]
         joined = 0
@@ -161,6 +162,18 @@ class Kernel:
         else:
             self._handle(grid, (*addresses[:2], *step, *addresses[2:], *numbers))
         return out
+
+    def _second(self, factors: Factors, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if factors.times is None and not self.constants["HADAMARD"]:
+            return unused, unused
+        up, down = factors.times or (unused, unused)
+        if not self.constants["HADAMARD"] or (up.shape, down.shape) != (factors.up.shape, factors.down.shape):
+            raise ValueError(f"{self.kind}: found a second pair of {list(up.shape)} and {list(down.shape)}")
+        if up.dtype != factors.up.dtype or down.dtype != up.dtype:
+            raise ValueError(
+                f"{self.kind}: expected a second pair in {factors.up.dtype}, found {up.dtype} and {down.dtype}"
+            )
+        return up.contiguous(), down.contiguous()
 
     def _launch_first(
         self,

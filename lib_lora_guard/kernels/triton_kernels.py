@@ -8,9 +8,10 @@ Names in capitals are pointers or compile-time constants. No compiler may join a
 TAIL, the arguments that all kernels end with:
     OUT: `(rows, cols)`. UP `(rows, rank)`, DOWN `(rank, cols)`, PER_RANK `(rank,)` fp32: the factors; not read where RANKS is 0.
     ROW_SCALE: fp32, what each row is multiplied by before they are added: `(rows,)` where row_step is 1, a single 1.0 where it is 0.
+    UP2, DOWN2: where HADAMARD, a second pair, by whose product that of the first one is multiplied, value by value.
     rows, cols, rank, row_step, alpha: numbers of the call.
     VALUES: the dtype in which the host's dequantisation calculates and returns.
-    RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. EVEN_RANK: the rank is a multiple of 16.
+    RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. HADAMARD. EVEN_RANK: the rank is a multiple of 16.
     BO, BI: rows and columns of a tile.
 """
 
@@ -67,6 +68,23 @@ def _product(
 
 
 @triton.jit
+def _change(
+    UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank,
+    RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr, EVEN_RANK: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """Returns what the factors add to a tile, without alpha: their product, or two multiplied value by value."""
+    product = _product(
+        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+    )  # fmt: skip
+    if HADAMARD:
+        product = product * _product(
+            UP2, DOWN2, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, False, EVEN_RANK, BO, BI
+        )  # fmt: skip
+    return product
+
+
+@triton.jit
 def _store(
     w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha,
     VALUES: tl.constexpr, RANKS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, EXACT: tl.constexpr,
@@ -85,10 +103,10 @@ def _store(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def scaled(
-    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, ROW_SCALE, rows, cols, rank, row_step, alpha,
+    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
+    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """fp8 as its bytes, and int8; SCALE fp32, `scale_step` 0 for one, 1 for one a row. EVEN: cols is a multiple of 16."""
     if EVEN:
@@ -115,8 +133,8 @@ def scaled(
     if SCALED:
         s = tl.load(SCALE + (row + ro) * scale_step, mask=row + ro < rows, other=0.0)
         w = w.to(tl.float32) * s[:, None]
-    product = _product(
-        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+    product = _change(
+        UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
     )  # fmt: skip
     _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, EXACT)
 
@@ -233,11 +251,11 @@ def _of_bnb4(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def bnb4(
-    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, ROW_SCALE, rows, cols, rank, row_step, alpha,
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
     SPANS: tl.constexpr, STAGES: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
+    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """bitsandbytes' four bits. NESTED: values of absmax a scale of scales, 0 for none. CROSSING: blocks cross rows.
 
@@ -250,8 +268,8 @@ def bnb4(
         w = _of_bnb4(
             DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, col, rows, cols, BLOCK, NESTED, CROSSING, SHUFFLE, BO, BI
         )  # fmt: skip
-        product = _product(
-            UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+        product = _change(
+            UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
         )  # fmt: skip
         _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, False)
     else:
@@ -413,10 +431,10 @@ def _of_q6_k(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gguf(
-    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, ROW_SCALE, rows, cols, rank, row_step, alpha,
+    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, BAKED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BYTES: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
+    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """GGUF. WORDS2 and WORDS4: the same bytes as words of two and of four. BLOCK, BLOCK_BYTES: of a block."""
     cols = cols // BLOCK * BLOCK
@@ -435,8 +453,8 @@ def gguf(
             w = _of_q4_k_baked(words2, words4, row_words, ro, row_in, col // 32, cols // 32, VALUES, BO, BI // 32)
         else:
             w = _of_k(words2, words4, row_words, ro, row_in, col // 32, cols // 32, FORM, VALUES, BO, BI // 32)
-    product = _product(
-        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+    product = _change(
+        UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
     )  # fmt: skip
     _store(
         tl.reshape(w, (BO, BI)),

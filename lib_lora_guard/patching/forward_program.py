@@ -36,6 +36,11 @@ class OnePass(NamedTuple):
     product: LowRankStep | KhatriRaoStep
     row_scale: ScaleStep | None
 
+    def two_pairs(self, dtype: torch.dtype) -> KhatriRaoStep | None:
+        """Returns the product if it is a LoHa's, of two pairs as they are; None if it is one pair."""
+        product = self.product
+        return product if isinstance(product, KhatriRaoStep) and product.is_two_pairs(dtype) else None
+
 
 @dataclass(frozen=True, eq=False)
 class Program:

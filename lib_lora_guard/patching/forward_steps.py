@@ -241,15 +241,23 @@ class KhatriRaoStep(ProductStep):
         """The rank of the pair."""
         return self.form.rank
 
+    def factors_on(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Returns `a1`, `b1`, `a2` and `b2` on `device`: kept there, in `dtype` or, for fp16, in the file's."""
+
+        def make() -> tuple[torch.Tensor, ...]:
+            # In fp16 small numbers would be subnormal before they are multiplied.
+            return tuple(t.to(device=device, dtype=None if dtype == torch.float16 else dtype) for t in self._factors())
+
+        return self._copies.get(device, dtype, make)
+
+    def is_two_pairs(self, dtype: torch.dtype) -> bool:
+        """Returns True if the two products can be taken as they are, in place of the pair that they equal."""
+        return self.part is None and dtype != torch.float16 and self.form.a1.shape[1] == self.form.a2.shape[1]
+
     def parts_on(self, device: torch.device, dtype: torch.dtype) -> Parts:
         """Returns the pair on `device`, made anew."""
         wide = torch.float32 if dtype == torch.float16 else dtype
-
-        def make() -> tuple[torch.Tensor, ...]:
-            # In the file's dtype: in fp16 small numbers would be subnormal before they are multiplied.
-            return tuple(t.to(device) for t in self._factors())
-
-        a1, b1, a2, b2 = (t.to(wide) for t in self._copies.get(device, dtype, make))
+        a1, b1, a2, b2 = (t.to(wide) for t in self.factors_on(device, dtype))
         up = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
         down = (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
         up, down = balanced(LowRank(up, down, 1.0), device, dtype)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels.fused import Factors, fused_weight
+from ..kernels.recipes import HADAMARD
 from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
 from .forward_program import OnePass
@@ -75,9 +76,10 @@ class Fused:
             choice: None for that of the process.
         """
         self._raw, self._stack, self._choice = raw, stack, choice or CHOICE
-        self._rank = 0 if stack is None else stack.product.rank
         self._held: dict[Key, bool] | None = None
         self._key: Key | None = None
+        self._kind = ""
+        """Of the weight that the key is for."""
         self._is_taken = False
         self._facts = _Facts()
         self._made: tuple[OnePass, Parts, Factors] | None = None
@@ -89,7 +91,15 @@ class Fused:
     def key(self, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Key | None:
         """Returns the kernel for calls with activations of `dtype` on `device`; None where there is none for the weight."""
         stored = self._raw.stored(layer)
-        return None if stored is None else Key(stored.kind, device, dtype, self._rank)
+        return None if stored is None else self._key_of(stored.kind, device, dtype)
+
+    def _key_of(self, kind: str, device: torch.device, dtype: torch.dtype) -> Key:
+        stack = self._stack
+        if stack is None:
+            return Key(kind, device, dtype, 0)
+        if (two_pairs := stack.two_pairs(dtype)) is not None:
+            return Key(HADAMARD + kind, device, dtype, two_pairs.form.a1.shape[1])
+        return Key(kind, device, dtype, stack.product.rank)
 
     def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go."""
@@ -110,8 +120,9 @@ class Fused:
             return None
         if held is None or stored is None:
             return None
-        if not is_known or key is None or stored.kind != key.kind:
-            key = self._key = Key(stored.kind, device, dtype, self._rank)
+        if not is_known or key is None or stored.kind != self._kind:
+            self._kind = stored.kind
+            key = self._key = self._key_of(stored.kind, device, dtype)
             self._is_taken = choice.takes(key)
             self._held = choice.held if key in choice.held else None
             if not self._is_taken:
@@ -119,7 +130,7 @@ class Fused:
         try:
             stack = self._stack
             factors = None if stack is None else self._factors(stack, stored.shape[0], device, dtype)
-            if factors is None and self._rank:
+            if factors is None and stack is not None:
                 return None
             weight = fused_weight(stored, factors, dtype)
         except Exception as error:
@@ -139,6 +150,10 @@ class Fused:
     def _factors(self, stack: OnePass, rows: int, device: torch.device, dtype: torch.dtype) -> Factors | None:
         """Returns the factors for the kernels; None in RAM, where several LoRAs are not joined."""
         product, made = stack.product, self._made
+        if (two_pairs := stack.two_pairs(dtype)) is not None:
+            a1, b1, a2, b2 = two_pairs.factors_on(device, dtype)
+            row_scale = None if stack.row_scale is None else stack.row_scale.of_rows(rows, device)
+            return Factors(a1, b1, two_pairs.strength * two_pairs.form.scale, None, row_scale, (a2, b2))
         parts = product.parts_on(device, dtype)
         if made is not None and made[0] is stack and made[1] is parts:
             return made[2]

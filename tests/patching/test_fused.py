@@ -146,7 +146,8 @@ ROWS_SCALED = {
     # Of diffusers' files: query and value of one layer.
     "DoRAs on parts": ([dora(0.7, 1, (0, 0, 8)), dora(0.5, 2, (0, 16, 8))], 1, 8),
     "a strength of the model": ([[0.8, entries(1.0)[0][1], 0.9, None, None]], 1, 4),
-    "a LoHa": ([loha(0.6)], 0, 4),
+    "a LoHa": ([loha(0.6)], 0, 2),
+    "a LoHa and a strength of the model": ([[0.6, loha(1.0)[1], 0.9, None, None]], 1, 2),
     "a LoHa on a part": ([loha(0.6, (0, 8, 8))], 0, 4),
 }
 
@@ -164,6 +165,7 @@ def test_a_dora_and_a_loha_go_the_short_way(stack, scales, rank, passes, monkeyp
         # The long way: a single token.
         assert_same(layer(one), wanted(layer, terms, one), class_of(layer).forward(layer, one))
     assert [(factors.row_scale is not None, factors.down.shape[0]) for _, factors in passes] == [(scales, rank)] * 2
+    assert {factors.times is None for _, factors in passes} == {rank > 2}
 
 
 @pytest.mark.parametrize(
