@@ -4,10 +4,12 @@
 
 A case is `storage kind rank`, for several LoRAs `storage kind COUNTxRANK`, and `@512` or `@768` for a smaller image; of LoKr the rank is the
 number of blocks a side. Three ways take turns step by step, each with the guard's own code: `host` has no LoRA, `guard` goes as a user's
-step does, with its fused kernels where they are taken, `plain` is the same in plain torch. A step is the sequence of 19 double and 38
+step does, with its fused kernels where they are taken, `plain` is the same in plain torch. Of LoRAs of fp8 and of the first goals two
+more are tried, which the guard does not have: `weight` adds the product to the temporary weight in plain torch, `wider` (fp8) makes that weight with
+the ranks as further columns, so that the layer's own product adds them. A step is the sequence of 19 double and 38
 single blocks on random activations: 304 linear layers in bf16, and 57 attentions; its norms and activation functions are left out, which
 are the same in all ways. Weights are random, one for each shape. Milliseconds are medians of `--steps` steps, by CUDA events, launches
-included. "off" is how far the guard's outputs are from plain torch's, relative to what the LoRA changes: activations in bf16 make a tenth or two.
+included. "off" is how far outputs are from plain torch's, relative to what the LoRA changes: activations in bf16 make a tenth or two.
 
 The cases of the first goals come first; what does not fit into `--time-limit` is left out and named. NF4 needs bitsandbytes.
 The file is one that `benchmarks/plots.py` draws. `--smoke` runs all cases on the CPU with tiny sizes, plain torch in the kernels' place.
@@ -78,6 +80,9 @@ class Case(NamedTuple):
     @property
     def image_tokens(self) -> int:
         return 16 if SMOKE else (self.size // 16) ** 2
+
+
+FIRST = tuple(Case.of(text) for text in CASES[:7])
 
 
 class Layer(torch.nn.Module):
@@ -155,6 +160,36 @@ def patched(case, layer, stored, tokens, is_fused):
     return made
 
 
+class Tried(torch.nn.Module):
+    """A layer that takes its LoRAs in a way that the guard does not have."""
+
+    def __init__(self, case, layer, stored, is_wider):
+        super().__init__()
+        self.host, self.bias, self.data = layer.host, layer.bias, stored.data
+        change = SHARE * layer.host().float().std().item()
+        adapters = adapters_of(case, *stored.shape, change)
+        strengths = [STRENGTH - 0.1 * n for n in range(case.count)]
+        self.up = torch.cat([a.up * s for a, s in zip(adapters, strengths, strict=True)], 1).to(DEVICE)
+        self.down = torch.cat([a.down for a in adapters]).to(DEVICE)
+        self.is_wider = is_wider
+        # A longer input is copied: where it is longer than the output, that is added to instead.
+        self.is_long = is_wider and stored.shape[1] > stored.shape[0]
+
+    def forward(self, x):
+        if not self.is_wider:
+            return linear(x, self.host().addmm_(self.up, self.down), self.bias)
+        inner = linear(x, self.down)
+        if self.is_long:
+            out = linear(x, self.host(), self.bias)
+            out.view(-1, out.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), self.up.t())
+            return out
+        rows, columns = self.data.shape
+        weight = torch.empty(rows, columns + self.up.shape[1], dtype=DTYPE, device=DEVICE)
+        weight[:, :columns].copy_(self.data)
+        weight[:, columns:].copy_(self.up)
+        return linear(torch.cat([x, inner], -1), weight, self.bias)
+
+
 class Model:
     """The linear layers of a storage without LoRAs, one for each shape."""
 
@@ -163,7 +198,12 @@ class Model:
         for name, (rows, columns) in LAYERS.items():
             out, inner = rows * HIDDEN, columns * (512 if SMOKE and storage.startswith("Q") else HIDDEN)
             self.stored[name], host = stored_and_host(storage, out, inner)
-            self.layers[name] = Layer(host, torch.randn(out, device=DEVICE).to(DTYPE))
+            self.layers[name] = Layer(host, (torch.randn(out, device=DEVICE) * 0.01).to(DTYPE))
+
+    def tried(self, case, is_wider):
+        """Returns layers that take the LoRAs of a case in a way that the guard does not have."""
+        torch.manual_seed(1)
+        return {name: Tried(case, layer, self.stored[name], is_wider) for name, layer in self.layers.items()}
 
     def with_loras(self, case, is_fused):
         """Returns layers that share these weights, with the LoRAs of a case on all of them."""
@@ -231,17 +271,24 @@ def milliseconds(ways, x, steps):
 
 
 def off(ways, x):
-    """Returns how far the guard's outputs are from plain torch's, relative to what the LoRA changes: the worst of all shapes."""
-    worst = 0.0
+    """Returns how far the outputs of each way are from plain torch's, relative to what the LoRA changes: the worst of all shapes."""
+    worst = {way: 0.0 for way in ways if way not in ("host", "plain")}
     for (name, _), one in x.of.items():
-        host, guard, plain = (ways[way][name](one).double() for way in ("host", "guard", "plain"))
-        worst = max(worst, ((guard - plain).norm() / (plain - host).norm()).item())
-    return round(worst, 4)
+        host, plain = (ways[way][name](one).double() for way in ("host", "plain"))
+        change = (plain - host).norm()
+        for way in ways:
+            if way not in ("host", "plain"):
+                worst[way] = max(worst[way], ((ways[way][name](one).double() - plain).norm() / change).item())
+    return {way: round(value, 4) for way, value in worst.items()}
 
 
 def measure(case, model, steps):
     """Returns the row of a case."""
     ways = {"host": model.layers, "guard": model.with_loras(case, True), "plain": model.with_loras(case, False)}
+    if case.kind == "lora" and (case.storage == "fp8" or case in FIRST):
+        ways["weight"] = model.tried(case, False)
+    if case.kind == "lora" and case.storage == "fp8":
+        ways["wider"] = model.tried(case, True)
     x = Inputs(case, model)
     keys = {layer.key for layer in ways["guard"].values() if hasattr(layer, "key")}
     faults = off(ways, x)
@@ -251,7 +298,7 @@ def measure(case, model, steps):
         "what": "step", "storage": case.storage, "kind": case.kind, "ranks": [case.rank] * case.count, "tokens": case.image_tokens,
         "size": case.size, "fused": bool(keys) and all(CHOICE.takes(key) for key in keys), "ms": ms,
         "spread": {way: round((max(found) - min(found)) / ms[way], 3) for way, found in times.items()},
-        "ratio": {way: round(ms[way] / ms["host"], 4) for way in ("guard", "plain")}, "off": faults,
+        "ratio": {way: round(ms[way] / ms["host"], 4) for way in ms if way != "host"}, "off": faults,
     }  # fmt: skip
 
 
