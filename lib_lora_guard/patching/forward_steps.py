@@ -388,8 +388,17 @@ class ScaleStep(Step):
 
     def of_rows(self, rows: int, device: torch.device) -> torch.Tensor:
         """Returns the factor of each row of a weight with so many rows, `(rows,)` in fp32 on `device`."""
+        factor = self._on(device).view(-1)
+        if factor.numel() == rows:
+            return factor
         scales = [(self.factor, self.part)]
         return self._of_rows.get(device, torch.float32, lambda: whole_scale(scales, rows).to(device))
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        # fp32 whatever the activations are: near 1 the steps of bf16 are larger than most of the change.
+        return self._copies.get(
+            device, torch.float32, lambda: torch.as_tensor(self.factor, dtype=torch.float32).to(device)
+        )
 
     def on_linear(self, call: LayerCall) -> None:
         self.on_convolution(call)
@@ -397,10 +406,7 @@ class ScaleStep(Step):
     def on_convolution(self, call: LayerCall) -> None:
         target = call.output_of(self.part)
         spatial = [1] * (0 if call.is_linear else target.dim() - 2)
-        # fp32 whatever the activations are: near 1 the steps of bf16 are larger than most of the change.
-        factor = self._copies.get(
-            target.device, torch.float32, lambda: torch.as_tensor(self.factor, dtype=torch.float32).to(target.device)
-        )
+        factor = self._on(target.device)
         per_channel = factor.view(-1, *spatial)
         bias = self._bias_of(call.layer)
         if bias is None:

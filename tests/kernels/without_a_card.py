@@ -28,6 +28,7 @@ CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
 CARDS = (
     (75, "fp8 e4m3", FP16, 16), (86, "nf4 64 nested256 by fp16", FP16, 128),
     (90, "Q4_K baked by bf16", BF16, 64), (120, "nf4 64 by bf16", BF16, 0), (89, "loha fp8 e4m3", BF16, 16),
+    (80, "int8 scaled", BF16, 16),
 )  # fmt: skip
 SMALLEST_SHARED_BYTES = 48 * 1024
 """What every card gives a program."""
