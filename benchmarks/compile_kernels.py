@@ -31,7 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 _POINTERS = {
     "DATA": "*u8", "WORDS2": "*i16", "WORDS4": "*i32", "SCALE": "*fp32", "LEVELS": "*fp32", "ABSMAX": "*fp32", "CODE": "*fp32",
-    "NESTED_SCALE": "*fp32", "OFFSET": "*fp32", "PER_RANK": "*fp32",
+    "NESTED_SCALE": "*fp32", "OFFSET": "*fp32", "PER_RANK": "*fp32", "ROW_SCALE": "*fp32",
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def bypass_of(raw):
     terms = (Term(LoraAdapter(up=torch.randn(WIDTH, 4), down=torch.randn(4, WIDTH), alpha=1.0), 0.7),)
     hook = Bypass("layer.weight", terms, (WIDTH, WIDTH))
     if raw is not None:
-        hook.fused = fused.Fused(raw, hook.low_rank, FusedChoice(Twin()))
+        hook.fused = fused.Fused(raw, hook.program.one_pass, FusedChoice(Twin()))
     return hook
 
 

@@ -57,6 +57,15 @@ DEVICE = torch.device("cpu" if SMOKE else "cuda:0")
 DTYPE = torch.float16 if SMOKE else torch.bfloat16  # Triton's interpreter rounds bf16 wrongly
 
 
+def triton_version():
+    """Returns Triton's version as text; None where there is none."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
 def stored_and_host(name, out, inner):
     """Returns a weight as it is stored, and the host's own dequantisation of it."""
     form, *more = name.split()
@@ -338,12 +347,7 @@ def main():
     torch.manual_seed(0)
     until = time.monotonic() + options.time_limit
     head = {"torch": torch.__version__, "device": "cpu" if SMOKE else torch.cuda.get_device_name()}
-    try:
-        import triton
-
-        head["triton"] = triton.__version__
-    except ImportError:
-        head["triton"] = None
+    head["triton"] = triton_version()
     print(json.dumps(head), flush=True)
     layers = (("small", 96, 512, 3, 2), ("one token", 40, 768, 1, 1)) if SMOKE else LAYERS
     way = "tiles" if options.tiles else "rows"

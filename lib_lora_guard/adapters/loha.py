@@ -36,8 +36,8 @@ class LohaAdapter(RankedAdapter):
         return rank_along(self.w1b)
 
     def patch_cost(self) -> PatchCost:
-        # Two products, one multiplied with the other and added.
-        return PatchCost(passes=8, copies=2) if self.magnitude is None else super().patch_cost()
+        # Two products, multiplied and added in one pass.
+        return PatchCost(passes=6, copies=2) if self.magnitude is None else super().patch_cost()
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         columns: set[int] = set()
@@ -88,7 +88,10 @@ class LohaAdapter(RankedAdapter):
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         first = _product(self.w1a, self.w1b, self.t1, weight)
-        delta = first.mul_(_product(self.w2a, self.w2b, self.t2, weight))
+        second = _product(self.w2a, self.w2b, self.t2, weight)
+        if self.magnitude is None and function is None and first.numel() == weight.numel():
+            return weight.addcmul_(first.view(weight.shape), second.view(weight.shape), value=self.scale * strength)
+        delta = first.mul_(second)
         return self.add(weight, filled(delta, weight.shape), self.scale, strength, function)
 
 

@@ -38,8 +38,8 @@ class LokrAdapter(RankedAdapter):
         return second if second is not None or self.w1 is not None else rank_along(self.w1b)
 
     def patch_cost(self) -> PatchCost:
-        # One product, added.
-        return PatchCost(passes=4, copies=2) if self.magnitude is None else super().patch_cost()
+        # The product is made and added in one pass.
+        return PatchCost(passes=2, copies=0) if self.magnitude is None else super().patch_cost()
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
         for factor in (self.w1b, self.w2b):
@@ -86,6 +86,12 @@ class LokrAdapter(RankedAdapter):
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
         left, right = self._sides(weight)
+        (a, b), (c, d, *kernel) = left.shape, right.shape
+        if self.magnitude is None and function is None and (a * c, b * d, *kernel) == tuple(weight.shape):
+            # Without a tensor of the weight's size: each of `a x b` blocks gets `right` times one number.
+            blocks, left = weight.view(a, c, b, d, *kernel), left.view(a, 1, b, 1, *[1] * len(kernel))
+            blocks.addcmul_(left, right.unsqueeze(1), value=self.scale * strength)
+            return weight
         left = left.reshape(*left.shape, *[1] * (right.dim() - 2))
         delta = filled(torch.kron(left, right.contiguous()), weight.shape)
         return self.add(weight, delta, self.scale, strength, function)

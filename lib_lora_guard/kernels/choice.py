@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from ..messages import Message, reason, say
-from .launch import Kernel, interprets, load_triton
+from .launch import Kernel, OldTritonError, interprets, load_triton, triton_version
 from .probe import probe
-from .recipes import bucket_of, recipe_of
+from .recipes import HADAMARD, OLDEST_TRITON, bucket_of, recipe_of
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Kernels:
 
     def _make(self, slot: Slot) -> bool:
         try:
-            why = _unsuitable(slot)
+            why = _unsuitable(slot) or _needs_newer_triton(slot.kind)
             if why is not None:
                 self.refuse(slot.kind, why)
                 return False
@@ -176,7 +176,7 @@ class Kernels:
                 pair = tuple(
                     Kernel(slot.kind, slot.dtype, slot.bucket, slot.even, per_rank) for per_rank in (False, True)
                 )
-                for kernel in pair[: 2 if rank else 1]:
+                for kernel in pair[: 1 if not rank or slot.kind.startswith(HADAMARD) else 2]:
                     probe(kernel, rank, slot.device)
             self._kernels[slot] = pair[0], pair[1]
             return True
@@ -191,19 +191,16 @@ class Kernels:
 
     def _no_triton(self, error: ImportError) -> None:
         """Gives all kernels up, with one sentence."""
+        sentence = Message("kernels.no_triton", {"error": str(error)})
+        if isinstance(error, OldTritonError):
+            sentence = Message("kernels.old_triton", {"found": str(error), "oldest": _dotted(OLDEST_TRITON)})
+        elif sys.platform == "win32":
+            sentence = Message("kernels.install", {"error": str(error)})
         with self._lock:
-            first = not any(
-                isinstance(why, Message) and why.key == "kernels.no_triton" for why in self._refused.values()
-            )
-            why = Message("kernels.no_triton", {"error": str(error)})
-            self._refused.update((slot.kind, why) for slot in self._asked)
+            first = not any(isinstance(why, Message) and why.key == sentence.key for why in self._refused.values())
+            self._refused.update((slot.kind, sentence) for slot in self._asked)
         if first:
-            say(
-                log,
-                logging.INFO,
-                "kernels.install" if sys.platform == "win32" else "kernels.no_triton",
-                error=str(error),
-            )
+            say(log, logging.INFO, sentence.key, **sentence.facts)
 
 
 KERNELS = Kernels()
@@ -224,8 +221,16 @@ def _unsuitable(slot: Slot) -> str | None:
     return None
 
 
-def _dotted(capability: tuple[int, int]) -> str:
-    return "{}.{}".format(*capability)
+def _needs_newer_triton(kind: str) -> str | None:
+    """Returns why a Triton that is new enough for other kinds is not for this one; None where it is. Imports Triton."""
+    recipe, found = recipe_of(kind), triton_version()
+    if recipe is None or not OLDEST_TRITON <= found < recipe.oldest_triton:
+        return None
+    return Message("kernels.newer_triton", {"found": _dotted(found), "oldest": _dotted(recipe.oldest_triton)})
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return "{}.{}".format(*version)
 
 
 def _with_index(device: torch.device) -> torch.device:

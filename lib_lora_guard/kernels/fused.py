@@ -6,6 +6,7 @@ import torch
 
 from .choice import KERNELS, Kernels
 from .factors import Factors
+from .recipes import HADAMARD
 from .stored import Stored
 from .twin import dequantised, with_factors
 
@@ -13,7 +14,7 @@ __all__ = ["KERNELS", "Factors", "Kernels", "fused_weight"]
 
 
 def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a new weight `(out, in)` in `dtype`: `dequantised + (up * per_rank) @ down * alpha`, rounded once more.
+    """Returns a new weight `(out, in)` in `dtype`: `dequantised * row_scale + (up * per_rank) @ down * alpha`, rounded once more.
 
     Without factors it is bit for bit the host's dequantisation. A kernel makes it where one has been chosen, else plain torch.
 
@@ -27,14 +28,15 @@ def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) ->
             nothing.
     """
     rank, per_rank = (0, False) if factors is None else (factors.down.shape[0], factors.per_rank is not None)
-    kernel = KERNELS.kernel(stored.kind, stored.data.device, dtype, rank, per_rank)
+    kind = stored.kind if factors is None or factors.times is None else HADAMARD + stored.kind
+    kernel = KERNELS.kernel(kind, stored.data.device, dtype, rank, per_rank)
     if kernel is not None:
         try:
             made = kernel(stored, factors)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            KERNELS.refuse(stored.kind, error)
+            KERNELS.refuse(kind, error)
             raise
         if made is not None:
             return made

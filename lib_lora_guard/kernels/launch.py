@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from ..weights.bnb4 import LEVELS
 from .factors import Factors
-from .recipes import Tile, chunk_of, recipe_of, tile_of
+from .recipes import OLDEST_TRITON, Tile, chunk_of, recipe_of, tile_of
 from .stored import Bnb4, Fp8, Gguf, Int8, Stored
 
 ALIGNED_BYTES = 16
@@ -27,14 +28,40 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def load_triton() -> None:
-    """Imports all that a first launch would import: 0.2 s and more of the interpreter's lock.
+class OldTritonError(ImportError):
+    """Triton is older than the kernels. The error's text is its version."""
+
+
+def triton_version() -> tuple[int, int]:
+    """Returns the first two numbers of Triton's version, very large ones where it states none: then a probe decides.
 
     Raises:
         ImportError: There is no Triton, or it fails to load.
     """
-    from . import triton_kernels  # noqa: F401  # imports Triton
+    triton = importlib.import_module("triton")
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    return (int(found[1]), int(found[2])) if found else (9999, 0)
 
+
+def triton_kernels() -> Any:
+    """Imports the kernels, and with them Triton.
+
+    Raises:
+        ImportError: There is no Triton, or it fails to load.
+        OldTritonError: It cannot compile the kernels; not even their import is tried.
+    """
+    if (version := triton_version()) < OLDEST_TRITON:
+        raise OldTritonError("{}.{}".format(*version))
+    return importlib.import_module(".triton_kernels", __package__)
+
+
+def load_triton() -> None:
+    """Imports all that a first launch would import: 0.2 s and more of the interpreter's lock.
+
+    Raises:
+        ImportError: As `triton_kernels` says.
+    """
+    triton_kernels()
     for module in ("triton.compiler", "triton.experimental.gluon"):
         with contextlib.suppress(ImportError):  # not in every Triton
             importlib.import_module(module)
@@ -57,25 +84,22 @@ class Kernel:
         tile: Another tile than `tile_of` gives, to measure.
 
     Raises:
-        ImportError: There is no Triton, or it fails to load.
+        ImportError: As `triton_kernels` says.
         ValueError: The kind has no kernel.
     """
 
     def __init__(
         self, kind: str, dtype: torch.dtype, bucket: int, even_rank: bool, per_rank: bool, tile: Tile | None = None
     ) -> None:
-        from . import triton_kernels  # imports Triton
-
-        recipe = recipe_of(kind)
+        module, recipe = triton_kernels(), recipe_of(kind)
         if recipe is None:
             raise ValueError(f"no kernel for {kind}")
-        module: Any = triton_kernels
-        tl, self._triton = module.tl, module.triton
+        tl = module.tl
         names = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32}
         layer = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
         self.kind, self.dtype, self.has_per_rank = kind, dtype, per_rank
         self._bucket = bucket
-        self.function: Any = getattr(triton_kernels, recipe.function)
+        self.function: Any = getattr(module, recipe.function)
         self.tile = tile or tile_of(recipe, bucket)
         self.constants: dict[str, Any] = {
             **recipe.constants,
@@ -83,6 +107,7 @@ class Kernel:
             "RANKS": bucket,
             "CHUNK": chunk_of(bucket),
             "HAS_PER_RANK": per_rank,
+            "HADAMARD": recipe.is_hadamard,
             "EVEN_RANK": even_rank,
             "BO": self.tile.rows,
             "BI": self.tile.columns,
@@ -103,8 +128,8 @@ class Kernel:
         if factors is None:
             if self._bucket:
                 raise ValueError(f"{self.kind}: a kernel for {self._bucket} ranks got no factors")
-            tensors += (out, out, out, out)
-            numbers: tuple[Any, ...] = (rows, columns, 0, 0.0)
+            tensors += (out,) * 7
+            numbers: tuple[Any, ...] = (rows, columns, 0, 0, 0.0)
         else:
             up, down = factors.up, factors.down
             if (
@@ -120,8 +145,11 @@ class Kernel:
             if not (up.is_contiguous() and down.is_contiguous()):
                 up, down = up.contiguous(), down.contiguous()
             per_rank = out if factors.per_rank is None else factors.per_rank.float()
-            tensors += (out, up, down, per_rank)
-            numbers = (rows, columns, down.shape[0], float(factors.alpha))
+            row_scale = _one(data.device) if factors.row_scale is None else factors.row_scale
+            if factors.row_scale is not None and (row_scale.shape != (rows,) or row_scale.dtype != torch.float32):
+                raise ValueError(f"{self.kind}: expected {rows} factors in fp32, found {list(row_scale.shape)}")
+            tensors += (out, up, down, per_rank, row_scale, *self._second(factors, out))
+            numbers = (rows, columns, down.shape[0], int(factors.row_scale is not None), float(factors.alpha))
         addresses = [tensor.data_ptr() for tensor in tensors]
         joined = 0
         for address in addresses:
@@ -135,6 +163,18 @@ class Kernel:
             self._handle(grid, (*addresses[:2], *step, *addresses[2:], *numbers))
         return out
 
+    def _second(self, factors: Factors, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if factors.times is None and not self.constants["HADAMARD"]:
+            return unused, unused
+        up, down = factors.times or (unused, unused)
+        if not self.constants["HADAMARD"] or (up.shape, down.shape) != (factors.up.shape, factors.down.shape):
+            raise ValueError(f"{self.kind}: found a second pair of {list(up.shape)} and {list(down.shape)}")
+        if up.dtype != factors.up.dtype or down.dtype != up.dtype:
+            raise ValueError(
+                f"{self.kind}: expected a second pair in {factors.up.dtype}, found {up.dtype} and {down.dtype}"
+            )
+        return up.contiguous(), down.contiguous()
+
     def _launch_first(
         self,
         grid: tuple[int, int, int],
@@ -144,8 +184,7 @@ class Kernel:
     ) -> None:
         """Compiles the kernel if Triton has not, launches it as Triton's documentation does, and keeps what it compiled."""
         compiled = self.function[grid](*tensors[:2], *step, *tensors[2:], *numbers, **self.constants, **self.options)
-        version = tuple(int(part) for part in self._triton.__version__.split(".")[:2])
-        if not interprets() and version >= _FIRST_WITH_CONSTANTS:
+        if not interprets() and triton_version() >= _FIRST_WITH_CONSTANTS:
             constants = tuple(self.constants[name] for name in self.function.arg_names if name in self.constants)
             # What Triton does beside this in each launch is to find the compiled kernel again: most of a launch's time.
             self._handle = lambda grid, arguments: compiled[grid](*arguments, *constants)
@@ -188,6 +227,12 @@ def _typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Ten
     if isinstance(stored, Bnb4) and not stored.is_crossing:
         data = data.view(torch.int32)
     return (data, second, *rest)
+
+
+@cache
+def _one(device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(1, device=device)
 
 
 @cache

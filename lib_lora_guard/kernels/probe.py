@@ -43,11 +43,17 @@ def probe(kernel: Kernel, rank: int, device: torch.device) -> None:
     step = _column_step(kernel.kind)
     # The tiles of one program and a bit of a second one's in both directions; then less than one tile.
     wide = kernel.tile.columns * kernel.tile.spans
-    for rows, columns in ((kernel.tile.rows + 3, -(-wide // step) * step + step), (5, step)):
+    sizes = ((kernel.tile.rows + 3, -(-wide // step) * step + step, True), (5, step, False))
+    for rows, columns, has_row_scale in sizes:
         stored = sample(kernel.kind, rows, columns, kernel.dtype, generator, CPU)
-        factors = (
-            sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, CPU) if rank else None
-        )
+        factors = None
+        if rank:
+            factors = sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, CPU)
+            if kernel.constants["HADAMARD"]:
+                second = sample_factors(rows, columns, rank, False, kernel.dtype, generator, CPU)
+                factors = dataclasses.replace(factors, times=(second.up, second.down), alpha=5.0)
+            row_scale = torch.rand(rows, generator=generator) + 0.5
+            factors = dataclasses.replace(factors, row_scale=row_scale) if has_row_scale else factors
         made = kernel(moved(stored, device), None if factors is None else moved(factors, device))
         compare(made, stored, factors, kernel.dtype)
 
@@ -83,7 +89,11 @@ def compare(made: torch.Tensor | None, stored: Stored, factors: Factors | None, 
     exact = factors.up.double()
     if factors.per_rank is not None:
         exact = exact * factors.per_rank.double()
-    exact = base.double() + exact @ factors.down.double() * factors.alpha
+    exact = exact @ factors.down.double()
+    if factors.times is not None:
+        exact = exact * (factors.times[0].double() @ factors.times[1].double())
+    scaled = base.double() if factors.row_scale is None else base.double() * factors.row_scale.double().unsqueeze(1)
+    exact = scaled + exact * factors.alpha
     finite = exact.isfinite() & expected.isfinite()
     if not torch.equal(made[~finite].nan_to_num(), expected[~finite].nan_to_num()):
         raise ProbeError("infinities in other places than the twin has them")
@@ -99,6 +109,8 @@ def moved(thing: Placed, device: torch.device) -> Placed:
     tensors: dict[str, Any] = {
         name: value.to(device) for name, value in fields.items() if isinstance(value, torch.Tensor)
     }
+    if isinstance(pair := fields.get("times"), tuple):
+        tensors["times"] = tuple(one.to(device) for one in pair)
     if isinstance(nested := fields.get("nested"), Nested):
         tensors["nested"] = moved(nested, device)
     return dataclasses.replace(thing, **tensors)

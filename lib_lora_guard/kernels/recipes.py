@@ -6,7 +6,7 @@ Pure: knows names and numbers, neither Triton nor tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
@@ -15,8 +15,16 @@ from .stored import BAKED_BYTES, BLOCKS
 
 BUCKETS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Joined ranks are filled up to one of these, so that few kernels are compiled, and no product is much larger than it must be."""
+OLDEST_TRITON = (3, 2)
+"""Triton 3.1 and older cannot compile what decodes GGUF and four bits; what is left of fp8 and int8 was never run with them."""
+FIRST_WITH_TUPLES = (3, 3)
+"""The first Triton whose kernels can hold tuples of tensors, by which four bits are decoded."""
 LARGEST_CHUNK = 64
 """Ranks of one product in a kernel: more of them would not fit into the shared memory of older cards."""
+
+
+HADAMARD = "loha "
+"""Before the kind of a stored weight: the kernel for factors that are two pairs."""
 
 
 class Tile(NamedTuple):
@@ -62,16 +70,26 @@ class Recipe:
         function: The kernel's name in `triton_kernels`.
         constants: Its own compile-time constants.
         values: The short name of the dtype in which the host calculates; "" for the layer's.
+        is_hadamard: True for factors that are two pairs.
     """
 
     function: str
     constants: Mapping[str, str | int | bool]
     values: str
+    is_hadamard: bool = False
+
+    @property
+    def oldest_triton(self) -> tuple[int, int]:
+        """The first version of Triton that compiles it (`benchmarks/compile_kernels.py`)."""
+        return FIRST_WITH_TUPLES if self.constants.get("CROSSING") is False else OLDEST_TRITON
 
 
 @cache
 def recipe_of(kind: str) -> Recipe | None:
-    """Returns the recipe of `Stored.kind`; None for a kind that has no kernel."""
+    """Returns the recipe of `Stored.kind`, perhaps with HADAMARD before it; None for a kind that has no kernel."""
+    if kind.startswith(HADAMARD):
+        plain = recipe_of(kind.removeprefix(HADAMARD))
+        return None if plain is None else replace(plain, is_hadamard=True)
     words, _, values = kind.partition(" by ")
     form, *rest = words.split()
     if form == "fp8" and rest[0] in ("e4m3", "e5m2"):
@@ -104,7 +122,8 @@ def chunk_of(bucket: int) -> int:
 
 def tile_of(recipe: Recipe, bucket: int) -> Tile:
     """Returns the tile of a kernel, from TILES."""
-    return next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
+    found = next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
+    return found._replace(spans=1, stages=1) if recipe.is_hadamard else found
 
 
 def _family(recipe: Recipe) -> str:

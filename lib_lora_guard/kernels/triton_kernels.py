@@ -1,15 +1,17 @@
 """The kernels. Imported on first use only: importing this module imports Triton.
 
 Each program makes one tile of the temporary weight: it reads the stored bytes, decodes them with the host's roundings, adds
-the tile of `(up * per_rank) @ down * alpha` and stores once. Offsets inside a tile are int32, the tile's own begins in int64.
+the tile of `(up * per_rank) @ down * alpha` to each row times its factor, and stores once. Offsets inside a tile are int32, the tile's own begins in int64.
 Names in capitals are pointers or compile-time constants. No compiler may join a product and a sum into one operation
 (`enable_fp_fusion=False` at the launch): the host's roundings would be lost.
 
 TAIL, the arguments that all kernels end with:
     OUT: `(rows, cols)`. UP `(rows, rank)`, DOWN `(rank, cols)`, PER_RANK `(rank,)` fp32: the factors; not read where RANKS is 0.
-    rows, cols, rank, alpha: numbers of the call.
+    ROW_SCALE: fp32, what each row is multiplied by before they are added: `(rows,)` where row_step is 1, a single 1.0 where it is 0.
+    UP2, DOWN2: where HADAMARD, a second pair, by whose product that of the first one is multiplied, value by value.
+    rows, cols, rank, row_step, alpha: numbers of the call.
     VALUES: the dtype in which the host's dequantisation calculates and returns.
-    RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. EVEN_RANK: the rank is a multiple of 16.
+    RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. HADAMARD. EVEN_RANK: the rank is a multiple of 16.
     BO, BI: rows and columns of a tile.
 """
 
@@ -19,7 +21,7 @@ TAIL, the arguments that all kernels end with:
 import triton
 import triton.language as tl
 
-NUMBERS = ("rows", "cols", "rank", "scale_step")
+NUMBERS = ("rows", "cols", "rank", "scale_step", "row_step")
 """Arguments whose values make no variants of a kernel. `x // 16 * 16` tells the compiler what a constant of the kernel promises."""
 
 
@@ -66,8 +68,25 @@ def _product(
 
 
 @triton.jit
+def _change(
+    UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank,
+    RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr, EVEN_RANK: tl.constexpr,
+    BO: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """Returns what the factors add to a tile, without alpha: their product, or two multiplied value by value."""
+    product = _product(
+        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+    )  # fmt: skip
+    if HADAMARD:
+        product = product * _product(
+            UP2, DOWN2, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, False, EVEN_RANK, BO, BI
+        )  # fmt: skip
+    return product
+
+
+@triton.jit
 def _store(
-    w, product, OUT, row, col, rows, cols, alpha,
+    w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha,
     VALUES: tl.constexpr, RANKS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Rounds a tile of decoded values as the host does, adds the factors' product and stores it. EXACT: they need no rounding."""
@@ -75,17 +94,19 @@ def _store(
     if RANKS == 0 or not EXACT:
         w = w.to(VALUES).to(OUT.dtype.element_ty)
     if RANKS > 0:
-        w = tl.fma(product, tl.full((BO, BI), 0.0, tl.float32) + alpha, w.to(tl.float32)).to(OUT.dtype.element_ty)
+        factor = tl.load(ROW_SCALE + (row + ro) * row_step, mask=row + ro < rows, other=0.0)
+        w = w.to(tl.float32) * factor[:, None]
+        w = tl.fma(product, tl.full((BO, BI), 0.0, tl.float32) + alpha, w).to(OUT.dtype.element_ty)
     tile = OUT + row.to(tl.int64) * cols + col
     tl.store(tile + ro[:, None] * cols + ri[None, :], w, mask=(row + ro < rows)[:, None] & (col + ri < cols)[None, :])
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def scaled(
-    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
+    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
+    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """fp8 as its bytes, and int8; SCALE fp32, `scale_step` 0 for one, 1 for one a row. EVEN: cols is a multiple of 16."""
     if EVEN:
@@ -112,26 +133,16 @@ def scaled(
     if SCALED:
         s = tl.load(SCALE + (row + ro) * scale_step, mask=row + ro < rows, other=0.0)
         w = w.to(tl.float32) * s[:, None]
-    product = _product(
-        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+    product = _change(
+        UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
     )  # fmt: skip
-    _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, EXACT)
+    _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, EXACT)
 
 
-if hasattr(tl, "gather"):
-
-    @triton.jit
-    def _levels(index, LEVELS, N: tl.constexpr, M: tl.constexpr):
-        """Returns the levels of 4-bit indices `(N, M)`: 16 numbers in the shared memory."""
-        table = tl.load(LEVELS + tl.arange(0, 16))
-        return tl.reshape(tl.gather(table, tl.reshape(index, (N * M,)), 0), (N, M))
-
-else:  # Triton 3.2 and older
-
-    @triton.jit
-    def _levels(index, LEVELS, N: tl.constexpr, M: tl.constexpr):
-        """Returns the levels of 4-bit indices `(N, M)`."""
-        return tl.load(LEVELS + index)
+@triton.jit
+def _levels(index, LEVELS):
+    """Returns the levels of 4-bit indices. Not by `tl.gather`, at which the compiler of Triton 3.3 ends the process."""
+    return tl.load(LEVELS + index)
 
 
 @triton.jit
@@ -209,7 +220,7 @@ def _of_bnb4(
         at = (row + ro).to(tl.int64)[:, None] * cols + (col + ri)[None, :]
         inside = row_in[:, None] & (col + ri < cols)[None, :]
         b = tl.load(DATA + at // 2, mask=inside, other=0).to(tl.int32)
-        w = _levels(tl.where(at % 2 == 0, b >> 4, b & 15), LEVELS, BO, BI)
+        w = _levels(tl.where(at % 2 == 0, b >> 4, b & 15), LEVELS)
         w = w * _absmax(at // BLOCK, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
     else:
         SPAN: tl.constexpr = BLOCK if BLOCK < BI else BI
@@ -228,7 +239,7 @@ def _of_bnb4(
             v = _nibbles(words)
         q = _in_order(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], BO, BI)
         if not SHUFFLE:
-            q = _levels(q, LEVELS, BO, BI)
+            q = _levels(q, LEVELS)
         g = tl.arange(0, G)
         at = (row + ro).to(tl.int64)[:, None] * (cols // BLOCK) + (col // BLOCK + g)[None, :]
         inside = row_in[:, None] & (col + g * SPAN < cols)[None, :]
@@ -240,11 +251,11 @@ def _of_bnb4(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def bnb4(
-    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
     SPANS: tl.constexpr, STAGES: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
+    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """bitsandbytes' four bits. NESTED: values of absmax a scale of scales, 0 for none. CROSSING: blocks cross rows.
 
@@ -257,10 +268,10 @@ def bnb4(
         w = _of_bnb4(
             DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, col, rows, cols, BLOCK, NESTED, CROSSING, SHUFFLE, BO, BI
         )  # fmt: skip
-        product = _product(
-            UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+        product = _change(
+            UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
         )  # fmt: skip
-        _store(w, product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
+        _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, False)
     else:
         if EVEN_RANK:
             rank = rank // 16 * 16
@@ -275,7 +286,7 @@ def bnb4(
             product = tl.zeros((BO, BI), dtype=tl.float32)
             for chunk in tl.static_range(0, RANKS // CHUNK):
                 product = tl.dot(ups[chunk], _down(DOWN, at, cols, rank, chunk * CHUNK, CHUNK, BI), product)
-            _store(w, product, OUT, row, at, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
+            _store(w, product, OUT, ROW_SCALE, row, at, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, False)
 
 
 @triton.jit
@@ -420,10 +431,10 @@ def _of_q6_k(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gguf(
-    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, rows, cols, rank, alpha,
+    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
     FORM: tl.constexpr, BAKED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BYTES: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
+    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """GGUF. WORDS2 and WORDS4: the same bytes as words of two and of four. BLOCK, BLOCK_BYTES: of a block."""
     cols = cols // BLOCK * BLOCK
@@ -442,7 +453,23 @@ def gguf(
             w = _of_q4_k_baked(words2, words4, row_words, ro, row_in, col // 32, cols // 32, VALUES, BO, BI // 32)
         else:
             w = _of_k(words2, words4, row_words, ro, row_in, col // 32, cols // 32, FORM, VALUES, BO, BI // 32)
-    product = _product(
-        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
+    product = _change(
+        UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
     )  # fmt: skip
-    _store(tl.reshape(w, (BO, BI)), product, OUT, row, col, rows, cols, alpha, VALUES, RANKS, BO, BI, False)
+    _store(
+        tl.reshape(w, (BO, BI)),
+        product,
+        OUT,
+        ROW_SCALE,
+        row,
+        col,
+        rows,
+        cols,
+        row_step,
+        alpha,
+        VALUES,
+        RANKS,
+        BO,
+        BI,
+        False,
+    )

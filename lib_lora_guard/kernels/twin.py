@@ -25,7 +25,9 @@ def dequantised(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
 
 
 def with_factors(weight: torch.Tensor, factors: Factors) -> torch.Tensor:
-    """Adds `(up * per_rank) @ down * alpha` to a weight `(out, in)`, in place, rounding once; returns it.
+    """Makes `weight * row_scale + (up * per_rank) @ down * alpha` of a weight `(out, in)`, in place, rounding once; returns it.
+
+    With a second pair the product is multiplied by that of the pair.
 
     Args:
         weight: The weight in the factors' dtype.
@@ -34,7 +36,15 @@ def with_factors(weight: torch.Tensor, factors: Factors) -> torch.Tensor:
     up = factors.up
     if factors.per_rank is not None:
         up = (up.float() * factors.per_rank).to(up.dtype)
-    return weight.addmm_(up, factors.down, alpha=factors.alpha)
+    if factors.row_scale is None and factors.times is None:
+        return weight.addmm_(up, factors.down, alpha=factors.alpha)
+    wide = weight.float()
+    if factors.row_scale is not None:
+        wide.mul_(factors.row_scale.unsqueeze(1))
+    if factors.times is None:
+        return weight.copy_(wide.addmm_(up.float(), factors.down.float(), alpha=factors.alpha))
+    second = factors.times[0].float() @ factors.times[1].float()
+    return weight.copy_(wide.addcmul_(up.float() @ factors.down.float(), second, value=factors.alpha))
 
 
 def _of_scaled(stored: Fp8 | Int8, values: torch.dtype) -> torch.Tensor:

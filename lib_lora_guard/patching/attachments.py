@@ -147,9 +147,9 @@ class BypassAttachment(Attachment):
         self.hook.owns_output = access.owns_output(planned.site.layer)
         if older is not None:
             self.hook.share_factors_with(older.hook)
-        joined = self.hook.low_rank
-        if joined is not None and joined.is_one_product and (raw := access.raw_weight(site)) is not None:
-            self.hook.fused = Fused(raw, joined)
+        stack = self.hook.program.one_pass
+        if stack is not None and (raw := access.raw_weight(site)) is not None:
+            self.hook.fused = Fused(raw, stack)
 
     def has_ratios_of(self, planned: PlannedWeight) -> bool:
         """Returns True if the DoRAs of `planned` have the norms that are known here."""

@@ -265,6 +265,8 @@ class Bypass(CallPatch):
     def exchange(self, program: Program) -> Program:
         """Replaces the program by one of `at_strengths`, for the next call of the layer, and returns the earlier one."""
         before, self.program = self.program, program
+        if self.fused is not None:
+            self.fused.exchange(program.one_pass)
         self._scales.drop()
         return before
 

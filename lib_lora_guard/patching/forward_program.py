@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -17,11 +18,28 @@ from ..adapters.forms import (
     OutputScale,
 )
 from ..planning.cheap import Forms
-from .forward_steps import KhatriRaoStep, KroneckerStep, LowRankStep, ScaleStep, Step
+from .forward_steps import KhatriRaoStep, KroneckerStep, LowRankStep, ScaleStep, Step, whole_scale
 from .low_rank import Entry
 
 BiasOf = Callable[[torch.nn.Module], "torch.Tensor | None"]
 """Returns the bias of a layer as its forward pass adds it; None if it has none."""
+
+
+class OnePass(NamedTuple):
+    """A stack as one new weight: its rows times a factor, plus one low-rank product.
+
+    Attributes:
+        product: The step that adds the product.
+        row_scale: The step that scales the rows; None for none.
+    """
+
+    product: LowRankStep | KhatriRaoStep
+    row_scale: ScaleStep | None
+
+    def two_pairs(self, dtype: torch.dtype) -> KhatriRaoStep | None:
+        """Returns the product if it is a LoHa's, of two pairs as they are; None if it is one pair."""
+        product = self.product
+        return product if isinstance(product, KhatriRaoStep) and product.is_two_pairs(dtype) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +52,21 @@ class Program:
 
     steps: tuple[Step, ...]
     input_scale: torch.Tensor | None
+
+    @property
+    def one_pass(self) -> OnePass | None:
+        """The stack as one new weight; None where it is not one product on the whole input of a linear layer."""
+        *before, last = self.steps or (None,)
+        if (
+            self.input_scale is not None
+            or not isinstance(last, (LowRankStep, KhatriRaoStep))
+            or not last.is_one_product
+        ):
+            return None
+        if not before:
+            return OnePass(last, None)
+        scale = before[0]
+        return OnePass(last, scale) if len(before) == 1 and isinstance(scale, ScaleStep) else None
 
 
 def compile_program(
@@ -56,15 +89,25 @@ def compile_program(
         TypeError: A term has no cheap form.
     """
     steps: list[Step] = []
+    scales: list[tuple[torch.Tensor | float, Slice | None]] = []
     low_ranks: list[Entry] = []
     input_scale: torch.Tensor | None = None
 
     def scale_rows(factor: torch.Tensor | float, part: Slice | None) -> None:
-        # Earlier terms are scaled too, so they must be in the output by then.
-        flush()
-        steps.append(ScaleStep(factor, part, bias_of))
+        # Earlier terms on these rows are scaled too, so they must be in the output by then.
+        if any(_overlap(entry.part, part) for entry in low_ranks):
+            flush()
+        scales.append((factor, part))
+
+    def flush_scales() -> None:
+        if scales:
+            # Of query, key and value, for example: one pass over the output.
+            factor, part = scales[0] if len(scales) == 1 else (whole_scale(scales, shape[0]), None)
+            steps.append(ScaleStep(factor, part, bias_of))
+            scales.clear()
 
     def flush() -> None:
+        flush_scales()
         if low_ranks:
             steps.append(LowRankStep(tuple(low_ranks), shape))
             low_ranks.clear()
@@ -76,8 +119,10 @@ def compile_program(
         if isinstance(form, LowRank):
             low_ranks.append(Entry(form, strength, term.part))
         elif isinstance(form, KhatriRao):
-            steps.append(KhatriRaoStep(form, strength, term.part))
+            flush_scales()
+            steps.append(KhatriRaoStep(form, strength, term.part, shape))
         elif isinstance(form, Kronecker):
+            flush_scales()
             steps.append(KroneckerStep(form, strength, term.part))
         elif isinstance(form, OutputScale):
             scale_rows(1 + strength * form.difference.float(), term.part)
@@ -96,3 +141,10 @@ def compile_program(
             raise TypeError(f"a term of kind '{term.adapter.kind}' has no cheap form")
     flush()
     return Program(tuple(steps), input_scale)
+
+
+def _overlap(part: Slice | None, rows: Slice | None) -> bool:
+    """Returns True if a term on `part` of a weight changes some of `rows`."""
+    if part is None or rows is None or part.dim != 0:
+        return True
+    return part.start < rows.start + rows.length and rows.start < part.start + part.length

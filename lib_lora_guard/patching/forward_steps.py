@@ -6,7 +6,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -120,8 +120,25 @@ class LowRankStep(ProductStep):
         shape: The shape of the weight.
     """
 
+    keeps_parts: ClassVar[bool] = True
+    """True if `parts_on` returns the same tensors again."""
+
     def __init__(self, entries: Sequence[Entry], shape: tuple[int, ...]) -> None:
         self.joined = JoinedLowRank(entries, shape)
+
+    @property
+    def is_one_product(self) -> bool:
+        """True if one `up @ down` is what the terms add to the weight, together."""
+        return self.joined.is_one_product
+
+    @property
+    def rank(self) -> int:
+        """The rank of all terms together."""
+        return self.joined.rank
+
+    def parts_on(self, device: torch.device, dtype: torch.dtype) -> Parts:
+        """Returns the blocks on `device`. The same object as long as they and the strengths are the same."""
+        return self.joined.known_parts(device, dtype) or self.joined.parts(device, dtype)
 
     def on_linear(self, call: LayerCall) -> None:
         if not self._add_at_once(call):
@@ -177,10 +194,18 @@ class KhatriRaoStep(ProductStep):
     """A LoHa of small rank, as the low-rank pair that it equals.
 
     Every call makes the pair anew: kept, it would take r times the memory of the file.
+
+    Args:
+        form: The factors.
+        strength: Of the term.
+        part: What it changes of the weight; None for all.
+        shape: The shape of the weight.
     """
 
-    def __init__(self, form: KhatriRao, strength: float, part: Slice | None) -> None:
-        self.form, self.strength, self.part = form, strength, part
+    keeps_parts: ClassVar[bool] = False
+
+    def __init__(self, form: KhatriRao, strength: float, part: Slice | None, shape: tuple[int, ...]) -> None:
+        self.form, self.strength, self.part, self.shape = form, strength, part, shape
         self._copies: DeviceCache[tuple[torch.Tensor, ...]] = DeviceCache()
 
     def share_factors_with(self, older: Step) -> None:
@@ -201,19 +226,38 @@ class KhatriRaoStep(ProductStep):
         return len(self._copies) > 0
 
     def parts(self, call: LayerCall) -> Parts:
-        return self._pair(call.output.device, call.output.dtype)
+        return self.parts_on(call.output.device, call.output.dtype)
 
     def parts_in_ram(self, call: LayerCall) -> Parts:
-        return self._pair(in_ram.CPU, torch.float32)
+        return self.parts_on(in_ram.CPU, torch.float32)
 
-    def _pair(self, device: torch.device, dtype: torch.dtype) -> Parts:
-        wide = torch.float32 if dtype == torch.float16 else dtype
+    @property
+    def is_one_product(self) -> bool:
+        """True if the pair is for the whole input of a linear layer."""
+        return len(self.shape) == 2 and (self.part is None or self.part.dim == 0)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the pair."""
+        return self.form.rank
+
+    def factors_on(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Returns `a1`, `b1`, `a2` and `b2` on `device`: kept there, in `dtype` or, for fp16, in the file's."""
 
         def make() -> tuple[torch.Tensor, ...]:
-            # In the file's dtype: in fp16 small numbers would be subnormal before they are multiplied.
-            return tuple(t.to(device) for t in self._factors())
+            # In fp16 small numbers would be subnormal before they are multiplied.
+            return tuple(t.to(device=device, dtype=None if dtype == torch.float16 else dtype) for t in self._factors())
 
-        a1, b1, a2, b2 = (t.to(wide) for t in self._copies.get(device, dtype, make))
+        return self._copies.get(device, dtype, make)
+
+    def is_two_pairs(self, dtype: torch.dtype) -> bool:
+        """Returns True if the two products can be taken as they are, in place of the pair that they equal."""
+        return self.part is None and dtype != torch.float16 and self.form.a1.shape[1] == self.form.a2.shape[1]
+
+    def parts_on(self, device: torch.device, dtype: torch.dtype) -> Parts:
+        """Returns the pair on `device`, made anew."""
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        a1, b1, a2, b2 = (t.to(wide) for t in self.factors_on(device, dtype))
         up = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)
         down = (b1.unsqueeze(1) * b2.unsqueeze(0)).flatten(0, 1)
         up, down = balanced(LowRank(up, down, 1.0), device, dtype)
@@ -336,9 +380,25 @@ class ScaleStep(Step):
     ) -> None:
         self.factor, self.part, self._bias_of = factor, part, bias_of
         self._copies: DeviceCache[torch.Tensor] = DeviceCache()
+        self._of_rows: DeviceCache[torch.Tensor] = DeviceCache()
 
     def drop_device_copies(self) -> None:
         self._copies.drop()
+        self._of_rows.drop()
+
+    def of_rows(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Returns the factor of each row of a weight with so many rows, `(rows,)` in fp32 on `device`."""
+        factor = self._on(device).view(-1)
+        if factor.numel() == rows:
+            return factor
+        scales = [(self.factor, self.part)]
+        return self._of_rows.get(device, torch.float32, lambda: whole_scale(scales, rows).to(device))
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        # fp32 whatever the activations are: near 1 the steps of bf16 are larger than most of the change.
+        return self._copies.get(
+            device, torch.float32, lambda: torch.as_tensor(self.factor, dtype=torch.float32).to(device)
+        )
 
     def on_linear(self, call: LayerCall) -> None:
         self.on_convolution(call)
@@ -346,18 +406,30 @@ class ScaleStep(Step):
     def on_convolution(self, call: LayerCall) -> None:
         target = call.output_of(self.part)
         spatial = [1] * (0 if call.is_linear else target.dim() - 2)
-        # fp32 whatever the activations are: near 1 the steps of bf16 are larger than most of the change.
-        factor = self._copies.get(
-            target.device, torch.float32, lambda: torch.as_tensor(self.factor, dtype=torch.float32).to(target.device)
-        )
+        factor = self._on(target.device)
         per_channel = factor.view(-1, *spatial)
-        target.mul_(per_channel)
         bias = self._bias_of(call.layer)
-        if bias is not None:
-            bias = bias.to(device=target.device, dtype=torch.float32)
-            if self.part is not None:
-                bias = bias.narrow(0, self.part.start, self.part.length)
-            target.add_(((1 - factor) * bias).view(-1, *spatial))
+        if bias is None:
+            target.mul_(per_channel)
+            return
+        bias = bias.to(device=target.device, dtype=torch.float32)
+        if self.part is not None:
+            bias = bias.narrow(0, self.part.start, self.part.length)
+        shift = ((1 - factor) * bias).view(-1, *spatial)
+        if torch.is_grad_enabled():  # `out=` has no gradient
+            target.mul_(per_channel).add_(shift)
+        else:
+            # One pass over the output instead of two, rounded once.
+            torch.addcmul(shift, target, per_channel, out=target)
+
+
+def whole_scale(scales: Sequence[tuple[torch.Tensor | float, Slice | None]], rows: int) -> torch.Tensor:
+    """Returns the factors on parts of a weight with so many rows as one factor for each row, `(rows,)` in fp32 and in RAM."""
+    whole = torch.ones(rows, device="cpu")
+    for factor, part in scales:
+        of_part = whole if part is None else part.of(whole)
+        of_part.mul_(torch.as_tensor(factor, dtype=torch.float32, device="cpu").reshape(-1))
+    return whole
 
 
 def _nth(parts: Callable[[], Parts], number: int) -> tuple[Block, Scale]:

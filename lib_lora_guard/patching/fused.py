@@ -1,5 +1,5 @@
-"""The short way of a layer with low-rank LoRAs on quantised storage: one pass makes its weight with the LoRAs in it, then one
-product makes the output.
+"""The short way of a layer with LoRAs on quantised storage: one pass makes its weight with the LoRAs in it, then one product
+makes the output. It is for stacks that are one low-rank product, after a factor for each row where a DoRA needs one.
 
 It stands in place of the host's work for the layer (a dequantised weight, the product) and of the bypass (two products with the
 whole input). It allocates what the host's own temporary weight takes. Whatever is out of the usual goes the long way: the host's
@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels.fused import Factors, fused_weight
+from ..kernels.recipes import HADAMARD
 from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
+from .forward_program import OnePass
+from .forward_steps import Parts
 from .fused_choice import CHOICE, FusedChoice, Key
-from .low_rank import Block, JoinedLowRank, Scale
 
 log = logging.getLogger(__name__)
 
@@ -66,25 +68,38 @@ class Fused:
     Nothing here keeps the memory of a weight: hosts move weights at any time, and count on the memory that they leave.
     """
 
-    def __init__(self, raw: RawWeight, joined: JoinedLowRank | None, choice: FusedChoice | None = None) -> None:
+    def __init__(self, raw: RawWeight, stack: OnePass | None, choice: FusedChoice | None = None) -> None:
         """
         Args:
             raw: How the host holds the layer's weight.
-            joined: The LoRAs on it: one product for the whole weight. None for a layer without any.
+            stack: The LoRAs on it. None for a layer without any.
             choice: None for that of the process.
         """
-        self._raw, self._joined, self._choice = raw, joined, choice or CHOICE
-        self._rank = 0 if joined is None else joined.rank
+        self._raw, self._stack, self._choice = raw, stack, choice or CHOICE
         self._held: dict[Key, bool] | None = None
         self._key: Key | None = None
+        self._kind = ""
+        """Of the weight that the key is for."""
         self._is_taken = False
         self._facts = _Facts()
-        self._made: tuple[tuple[tuple[Block, Scale], ...], Factors] | None = None
+        self._made: tuple[OnePass, Parts, Factors] | None = None
+
+    def exchange(self, stack: OnePass | None) -> None:
+        """Replaces the stack by one that differs in strengths alone, for the next call of the layer."""
+        self._stack = stack
 
     def key(self, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Key | None:
         """Returns the kernel for calls with activations of `dtype` on `device`; None where there is none for the weight."""
         stored = self._raw.stored(layer)
-        return None if stored is None else Key(stored.kind, device, dtype, self._rank)
+        return None if stored is None else self._key_of(stored.kind, device, dtype)
+
+    def _key_of(self, kind: str, device: torch.device, dtype: torch.dtype) -> Key:
+        stack = self._stack
+        if stack is None:
+            return Key(kind, device, dtype, 0)
+        if (two_pairs := stack.two_pairs(dtype)) is not None:
+            return Key(HADAMARD + kind, device, dtype, two_pairs.form.a1.shape[1])
+        return Key(kind, device, dtype, stack.product.rank)
 
     def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go."""
@@ -105,15 +120,17 @@ class Fused:
             return None
         if held is None or stored is None:
             return None
-        if not is_known or key is None or stored.kind != key.kind:
-            key = self._key = Key(stored.kind, device, dtype, self._rank)
+        if not is_known or key is None or stored.kind != self._kind:
+            self._kind = stored.kind
+            key = self._key = self._key_of(stored.kind, device, dtype)
             self._is_taken = choice.takes(key)
             self._held = choice.held if key in choice.held else None
             if not self._is_taken:
                 return None
         try:
-            factors = None if self._joined is None else self._factors(self._joined, device, dtype)
-            if factors is None and self._rank:
+            stack = self._stack
+            factors = None if stack is None else self._factors(stack, stored.shape[0], device, dtype)
+            if factors is None and stack is not None:
                 return None
             weight = fused_weight(stored, factors, dtype)
         except Exception as error:
@@ -130,20 +147,25 @@ class Fused:
         """Frees what refers to factors on a device."""
         self._made = None
 
-    def _factors(self, joined: JoinedLowRank, device: torch.device, dtype: torch.dtype) -> Factors | None:
+    def _factors(self, stack: OnePass, rows: int, device: torch.device, dtype: torch.dtype) -> Factors | None:
         """Returns the factors for the kernels; None in RAM, where several LoRAs are not joined."""
-        parts = joined.known_parts(device, dtype) or joined.parts(device, dtype)
-        made = self._made
-        if made is not None and made[0] is parts:
-            return made[1]
+        product, made = stack.product, self._made
+        if (two_pairs := stack.two_pairs(dtype)) is not None:
+            a1, b1, a2, b2 = two_pairs.factors_on(device, dtype)
+            row_scale = None if stack.row_scale is None else stack.row_scale.of_rows(rows, device)
+            return Factors(a1, b1, two_pairs.strength * two_pairs.form.scale, None, row_scale, (a2, b2))
+        parts = product.parts_on(device, dtype)
+        if made is not None and made[0] is stack and made[1] is parts:
+            return made[2]
         if len(parts) != 1:
             return None
         ((block, scale),) = parts
-        factors = Factors(block.whole_up(joined.shape[0]), block.down, scale.alpha, scale.per_rank)
-        if device.type != "cpu" and block.is_whole:
+        row_scale = None if stack.row_scale is None else stack.row_scale.of_rows(rows, device)
+        factors = Factors(block.whole_up(rows), block.down, scale.alpha, scale.per_rank, row_scale)
+        if device.type != "cpu" and block.is_whole and product.keeps_parts:
             # In RAM the factors are made anew for each call. So is an `up` of several parts: it is larger than these, and is done with
             # before the layer's product begins.
-            self._made = parts, factors
+            self._made = stack, parts, factors
         return factors
 
 

@@ -5,6 +5,8 @@ Measured on an H200, all linear layers of a Flux step (`benchmarks/kernels_gpu.p
 
 from __future__ import annotations
 
+from ..kernels.recipes import HADAMARD
+
 LARGEST_RANKS = {"nf4": 128, "fp4": 128, "fp8": 128}
 """By form: joined ranks above have the faster bypass. fp8 with a scale, int8 and GGUF have the slower host's cast, and the faster
 kernel at all ranks."""
@@ -20,9 +22,11 @@ def beats_bypass(kind: str, rank: int) -> bool:
     """Returns True if the pass is faster than the host's way and a bypass.
 
     Args:
-        kind: `Stored.kind`.
+        kind: `Stored.kind`, with HADAMARD before it for a LoHa: two products, not measured, are taken as one of twice the rank.
         rank: Of all LoRAs on the weight together.
     """
+    if kind.startswith(HADAMARD):
+        kind, rank = kind.removeprefix(HADAMARD), 2 * rank
     form, *rest = kind.split()
     return "scaled" in rest or form not in LARGEST_RANKS or rank <= LARGEST_RANKS[form]
 

@@ -150,11 +150,15 @@ def test_a_kernel_that_fails_sends_the_layer_the_long_way(guarded, passes, error
     assert len(calls) == (1 if is_lasting else len(linears(patcher)))
 
 
-def test_a_dora_goes_the_long_way_and_another_strength_the_short_one(guarded, passes):
+def test_a_dora_by_row_goes_the_short_way_and_another_strength_too(guarded, passes):
     patcher, dense = guarded.build("fp8")
-    base, loras = run(patcher), [(FILE, lora_on_everything(dense, 1), 0.8)]
-    run(with_loras(guarded, patcher, ("dora", dora(dense), 0.8)))
-    assert not passes
+    base = run(patcher)
+    for strength in (0.8, 0.3):
+        loras = [("dora", dora(dense), strength)]
+        assert_same(run(with_loras(guarded, patcher, *loras)), reference(patcher, dense, loras), base)
+    by_row = [key for key, (_, factors) in dora(dense).items() if factors[4].shape[1] == 1]
+    assert [factors.row_scale is None for _, factors in passes] == [False] * 2 * len(by_row)
+    passes.clear()
     for strength in (0.8, 0.3, -0.5):
         loras = [(FILE, lora_on_everything(dense, 1), strength)]
         assert_same(run(with_loras(guarded, patcher, *loras)), reference(patcher, dense, loras), base)

@@ -2,13 +2,15 @@
 
 import ast
 import logging
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib_lora_guard.kernels import choice, fused
+from lib_lora_guard.kernels import choice, fused, launch
 from lib_lora_guard.kernels.choice import Kernels
 from lib_lora_guard.kernels.probe import ProbeError, sample
 
@@ -43,6 +45,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(choice, "probe", lambda kernel, rank, device: kernel.raise_of("probe"))
     monkeypatch.setattr(choice, "interprets", lambda: True)
     monkeypatch.setattr(choice, "load_triton", lambda: FakeKernel.made.append("triton"))
+    monkeypatch.setattr(choice, "triton_version", lambda: (3, 9))
     monkeypatch.delenv(choice.SWITCH, raising=False)
     made = Kernels()
     monkeypatch.setattr(fused, "KERNELS", made)
@@ -129,6 +132,42 @@ def test_without_triton_all_are_refused_with_one_sentence(kernels, caplog):
     assert len(caplog.records) == 1
     assert "No module named 'triton'" in caplog.text
     assert all(state.startswith("refused: ") for state in kernels.states().values())
+
+
+@pytest.mark.parametrize(
+    ("version", "states", "words"),
+    [
+        ("3.1.0", ["refused", "refused", "refused"], "Triton 3.1 is older than 3.2, which the fused kernels need"),
+        ("2.3.1+git", ["refused", "refused", "refused"], "Triton 2.3 is older than 3.2"),
+        ("3.2.0", ["works", "refused", "works"], "nf4 64 is not used (it needs Triton 3.3, and 3.2 is installed)"),
+        ("3.3.1.post7", ["works", "works", "works"], "3 fused kernels"),
+        ("main", ["works", "works", "works"], "3 fused kernels"),
+    ],
+)
+def test_a_triton_that_is_too_old_is_said_once_and_never_compiles(kernels, monkeypatch, caplog, version, states, words):
+    class Checked(FakeKernel):
+        def __init__(self, *place):
+            launch.triton_kernels()
+            super().__init__(*place)
+
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    # None: an import of it fails.
+    kernels_module = None if states[0] == "refused" else SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "lib_lora_guard.kernels.triton_kernels", kernels_module)
+    monkeypatch.setattr(choice, "triton_version", launch.triton_version)
+    monkeypatch.setattr(choice, "Kernel", Checked)
+    kinds = ("int8", "nf4 64", "nf4 64 crossing")
+    with caplog.at_level(logging.INFO):
+        prepared(kernels, *kinds)
+        prepared(kernels, *kinds, ranks=(16, 64))
+    assert [kernels.state(kind).partition(":")[0] for kind in kinds] == states
+    said = [record.getMessage() for record in caplog.records if "fused kernels compiled" not in record.getMessage()]
+    assert len(said) == ("refused" in states)
+    assert words in caplog.text
+    stored = sample("int8", 3, 16, FP16, torch.Generator(), CPU)
+    if states[0] == "refused":
+        assert FakeKernel.made == ["triton"]  # the fixture's, in place of an import
+        assert torch.equal(fused.fused_weight(stored, None, FP16), fused.dequantised(stored, FP16))
 
 
 def test_out_of_memory_in_a_probe_is_no_refusal(kernels):

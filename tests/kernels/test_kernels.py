@@ -44,4 +44,6 @@ def test_kernels_compile_for_cards_that_are_not_here(tmp_path):
         "sm_86, nf4 64 nested256 by fp16": "",
         "sm_90, Q4_K baked by bf16": "",
         "sm_120, nf4 64 by bf16": "",
+        "sm_89, loha fp8 e4m3": "",
+        "sm_80, int8 scaled": "",
     }

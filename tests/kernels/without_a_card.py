@@ -27,7 +27,8 @@ from lib_lora_guard.kernels.recipes import Tile, bucket_of  # noqa: E402
 CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
 CARDS = (
     (75, "fp8 e4m3", FP16, 16), (86, "nf4 64 nested256 by fp16", FP16, 128),
-    (90, "Q4_K baked by bf16", BF16, 64), (120, "nf4 64 by bf16", BF16, 0),
+    (90, "Q4_K baked by bf16", BF16, 64), (120, "nf4 64 by bf16", BF16, 0), (89, "loha fp8 e4m3", BF16, 16),
+    (80, "int8 scaled", BF16, 16),
 )  # fmt: skip
 SMALLEST_SHARED_BYTES = 48 * 1024
 """What every card gives a program."""
@@ -38,7 +39,14 @@ KINDS = {
     "Q4_0 baked by fp16": Tile(16, 64, 1), "Q4_K baked by fp16": Tile(16, 256, 1), "Q8_0": Tile(16, 64, 1), "Q4_0": Tile(16, 64, 1),
     "Q4_K": Tile(16, 128, 1), "Q5_0 by fp16": Tile(16, 64, 1), "Q5_K by fp16": Tile(16, 256, 1), "Q6_K by fp16": Tile(16, 256, 1),
 }  # fmt: skip
-WITH_LORA = ("int8 scaled", "nf4 64 by fp16", "Q8_0 baked by fp16", "Q4_K baked by fp16")
+KINDS |= {f"loha {kind}": KINDS[kind] for kind in ("fp8 e4m3", "nf4 64 by fp16", "Q8_0 baked by fp16")}
+WITH_LORA = (
+    "int8 scaled",
+    "nf4 64 by fp16",
+    "Q8_0 baked by fp16",
+    "Q4_K baked by fp16",
+    *(kind for kind in KINDS if kind.startswith("loha")),
+)
 """One of each shape of tile: what adds the factors is the same for all."""
 RANKS = (1, 16, 100, 256)
 SPANS = (("nf4 64 by fp16", 24, True, 2), ("fp4 32 nested256 by fp16", 48, False, 3))
@@ -53,6 +61,10 @@ FAULTS = {
                             "d = _scale(WORDS2, block, inside, tl.float16, VALUES) * small"),
     "ranks left out": ("fp8 e4m3", 100, "tl.static_range(0, RANKS, CHUNK)", "tl.static_range(0, CHUNK, CHUNK)"),
     "the first ranks added twice": ("fp8 e4m3", 100, "tl.arange(0, BO), first + tl.arange", "tl.arange(0, BO), tl.arange"),
+    "rows not scaled": ("int8 scaled", 16, "w = w.to(tl.float32) * factor[:, None]", "w = w.to(tl.float32)"),
+    "one row's factor for all": ("fp8 e4m3", 16, "(row + ro) * row_step", "row * row_step + ro * 0"),
+    "a LoHa's second product left out": ("loha fp8 e4m3", 20, "if HADAMARD:", "if False:"),
+    "a LoHa's pairs mixed": ("loha fp8 e4m3", 20, "UP2, DOWN2, PER_RANK, row", "UP, DOWN2, PER_RANK, row"),
     "alpha left out": ("fp8 e4m3", 5, "0.0, tl.float32) + alpha", "1.0, tl.float32)"),
 }  # fmt: skip
 
@@ -101,10 +113,13 @@ def infinite():
 
 def interpret():
     found = {}
-    for kind in KINDS:
+    for kind in (kind for kind in KINDS if not kind.startswith("loha")):
         found[f"{kind}, no LoRA"] = failure(lambda kind=kind: probe(kernel_of(kind, 0, False), 0, CPU))
     for kind in WITH_LORA:
-        found[f"{kind}, rank 5"] = failure(lambda kind=kind: probe(kernel_of(kind, 5, True), 5, CPU))
+        per_rank = not kind.startswith("loha")
+        found[f"{kind}, rank 5"] = failure(
+            lambda kind=kind, per_rank=per_rank: probe(kernel_of(kind, 5, per_rank), 5, CPU)
+        )
     for rank in RANKS:
         found[f"rank {rank}"] = failure(lambda rank=rank: probe(kernel_of("fp8 e4m3", rank, False), rank, CPU))
     for kind, rank, per_rank, spans in SPANS:

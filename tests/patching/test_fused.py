@@ -44,9 +44,25 @@ def entries(*strengths):
     return [[s, host_value("lora", SHAPE, n + 1), 1.0, None, None] for n, s in enumerate(strengths)]
 
 
+def ratios_of(layer, stack):
+    """Magnitude over norm of each DoRA that is the first term on its rows."""
+    found = {}
+    for index, (_, (kind, values), _, part, _) in enumerate(stack):
+        if kind == "lora" and values[4] is not None:
+            rows = layer.dense if part is None else layer.dense.narrow(*part)
+            found[index] = values[4].flatten() / (rows.norm(dim=1) + torch.finfo(torch.float32).eps)
+    return found
+
+
 def patched(layer, stack):
-    hook = Bypass("layer.weight", tuple(parse_term(one, {}) for one in stack), SHAPE)
-    hook.fused = fused.Fused(ForgeWeight(lambda: False), hook.low_rank)
+    hook = Bypass(
+        "layer.weight",
+        tuple(parse_term(one, {}) for one in stack),
+        SHAPE,
+        ratios_of(layer, stack),
+        lambda layer: layer.bias,
+    )
+    hook.fused = fused.Fused(ForgeWeight(lambda: False), hook.program.one_pass)
     hook.attach(layer)
     mark(layer, "test", call=call_of_layer)
     return hook
@@ -114,10 +130,63 @@ def test_loras_on_parts_of_the_output_go_the_short_way_too(parts, passes, monkey
     assert factors.up.shape == (24, hook.low_rank.rank)
 
 
+def dora(strength, seed=1, part=None):
+    shape = SHAPE if part is None else (part[2], SHAPE[1])
+    return [strength, host_value("lora", shape, seed, dora="output"), 1.0, part, None]
+
+
+def loha(strength, part=None):
+    shape = SHAPE if part is None else (part[2], SHAPE[1])
+    return [strength, host_value("loha", shape, 3, rank=2), 1.0, part, None]
+
+
+ROWS_SCALED = {
+    "a DoRA": ([dora(0.7)], 1, 4),
+    "one with a LoRA after it": ([dora(0.7), *entries(0.4)], 1, 8),
+    # Of diffusers' files: query and value of one layer.
+    "DoRAs on parts": ([dora(0.7, 1, (0, 0, 8)), dora(0.5, 2, (0, 16, 8))], 1, 8),
+    "a strength of the model": ([[0.8, entries(1.0)[0][1], 0.9, None, None]], 1, 4),
+    "a LoHa": ([loha(0.6)], 0, 2),
+    "a LoHa and a strength of the model": ([[0.6, loha(1.0)[1], 0.9, None, None]], 1, 2),
+    "a LoHa on a part": ([loha(0.6, (0, 8, 8))], 0, 4),
+}
+
+
+@pytest.mark.parametrize(("stack", "scales", "rank"), ROWS_SCALED.values(), ids=ROWS_SCALED)
+def test_a_dora_and_a_loha_go_the_short_way(stack, scales, rank, passes, monkeypatch):
+    monkeypatch.setattr(low_rank, "joins_on", lambda device: True)
+    layer, x = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(3, 64, seed=3)
+    base, one = layer(x), rand(1, 64, seed=5)
+    hook = patched(layer, stack)
+    for factor in (1.0, -0.5):
+        terms = [[entry[0] * factor, *entry[1:]] for entry in stack]
+        hook.exchange(hook.at_strengths([parse_term(term, {}) for term in terms]))
+        assert_same(layer(x), wanted(layer, terms, x), base)
+        # The long way: a single token.
+        assert_same(layer(one), wanted(layer, terms, one), class_of(layer).forward(layer, one))
+    assert [(factors.row_scale is not None, factors.down.shape[0]) for _, factors in passes] == [(scales, rank)] * 2
+    assert {factors.times is None for _, factors in passes} == {rank > 2}
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        [*entries(0.4), dora(0.7)],  # rows that are scaled have a LoRA in them
+        [loha(0.6), *entries(0.4)],
+        [[0.7, host_value("lora", SHAPE, 1, dora="input"), 1.0, None, None]],
+    ],
+    ids=["a DoRA after a LoRA", "a LoHa and a LoRA", "a DoRA by column"],
+)
+def test_stacks_that_are_no_one_product_go_the_long_way(stack):
+    terms = tuple(parse_term(one, {}) for one in stack)
+    ratios = {index: torch.ones(64 if len(stack) == 1 else 24) for index in range(2)}
+    assert Bypass("layer.weight", terms, SHAPE, ratios).program.one_pass is None
+
+
 def test_parts_of_the_input_go_the_long_way():
     stack = [[0.8, host_value("lora", (24, 16), 1), 1.0, (1, 8, 16), None]]
-    assert not Bypass("layer.weight", tuple(parse_term(one, {}) for one in stack), SHAPE).low_rank.is_one_product
-    assert Bypass("w", tuple(parse_term(one, {}) for one in entries(1.0)), SHAPE).low_rank.is_one_product
+    assert Bypass("layer.weight", tuple(parse_term(one, {}) for one in stack), SHAPE).program.one_pass is None
+    assert Bypass("w", tuple(parse_term(one, {}) for one in entries(1.0)), SHAPE).program.one_pass is not None
 
 
 def test_a_weight_that_the_host_moves_away_is_freed(passes):

@@ -17,12 +17,21 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Triton is not installed ({error}), so layers with LoRAs keep the ordinary way, which takes longer.",
         "未安装 Triton（{error}），因此带 LoRA 的层仍用较慢的普通方式计算。",
     ),
+    "kernels.old_triton": (
+        "Triton {found} is older than {oldest}, which the fused kernels need, so layers with LoRAs keep the ordinary way, which takes "
+        "longer: see docs/kernels.md for the version that fits your torch.",
+        "Triton {found} 过旧，融合内核需要 {oldest} 或更新的版本，因此带 LoRA 的层仍用较慢的普通方式计算：与您的 torch 匹配的版本见 docs/kernels.md。",
+    ),
     "kernels.install": (
         "LoRAs on fp8, NF4 and GGUF models would cost less time a step with Triton, which Windows lacks ({error}): see docs/kernels.md "
         "for the version that fits your torch.",
         "安装 Triton 后，fp8、NF4 和 GGUF 模型上的 LoRA 每步耗时更少，而 Windows 默认没有 Triton（{error}）：与您的 torch 匹配的版本见 docs/kernels.md。",
     ),
     "kernels.no_kernel": ("there is none for this storage", "此存储格式没有内核"),
+    "kernels.newer_triton": (
+        "it needs Triton {oldest}, and {found} is installed",
+        "它需要 Triton {oldest}，而已安装的是 {found}",
+    ),
     "kernels.only_nvidia": ("kernels are for NVIDIA's cards", "内核仅适用于 NVIDIA 显卡"),
     "kernels.old_card": (
         "this card has compute capability {found}, and Triton needs {oldest}",
