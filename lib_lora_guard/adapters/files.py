@@ -156,18 +156,33 @@ def _with_values_that_follow(
     if size < LARGE_FILE_BYTES or os.environ.get("LORA_GUARD_READ_AHEAD") == "0":
         return None
     formats = {header.tensors[name].format for name in following}
-    if len(formats) > 1 or not formats <= PATTERNS.keys() or any(meaning_of(n, tensors) is None for n in following):
+    if len(formats) > 1 or not formats <= PATTERNS.keys() or not all(_is_plain_factor(n, tensors) for n in following):
         return None
     check_room(header, size, room)
     found = prepare_tensors(header, following, lambda piece, raw: _check(header.path, piece, raw, values))
     if found is None:
         return None
     values, coming = found
-    file = _parsed(header, {**tensors, **values}, settings=settings, unread=set(following))
+    try:
+        file = _parsed(header, {**tensors, **values}, settings=settings, unread=set(following))
+    except LoraFileError:
+        # Said by the usual way, which has looked at everything.
+        return None
     if file.unknown_keys or not holds_only_views(file.adapters.values(), coming):
         return None
     coming.start()
     return replace(file, coming=coming)
+
+
+def _is_plain_factor(name: str, names: Container[str]) -> bool:
+    """True for `up` and `down` of a LoRA: no adapter is made otherwise for the values that they have."""
+    meaning = meaning_of(name, names)
+    return (
+        meaning is not None
+        and meaning.kind is not None
+        and meaning.kind.name == LoraAdapter.kind
+        and meaning.field in ("up", "down")
+    )
 
 
 def holds_only_views(adapters: Iterable[Adapter], coming: Coming) -> bool:
