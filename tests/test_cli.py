@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -552,6 +553,57 @@ def test_debug_shows_the_traceback_before_and_after_the_command(files, tmp_path)
     for words in (["--debug", "inspect", missing], ["inspect", missing, "--debug"]):
         with pytest.raises(ValueError, match="no such file"):
             cli.main(words)
+
+
+def test_a_lora_that_changes_nothing_is_named(files, capsys):
+    assert plan(files / "fp8.safetensors", f"{files / 'small.safetensors'}:0", files / "xl.safetensors") == 0
+    page = capsys.readouterr().out
+    assert page.startswith("Cannot be used on this model: xl.safetensors (why: below); Fits: ")
+    assert "small.safetensors, strength 0: made for Flux, " in page
+    assert page.count("strength 0: it changes nothing in the picture") == 1
+
+
+def test_a_model_alone_is_planned(files, capsys):
+    assert plan(files / "fp8.safetensors") == 0
+    page = capsys.readouterr().out
+    assert page.startswith("Fits: needs ")
+    assert "- LoRA Guard fits: 0.1 GB of VRAM and 7.7 GB of RAM at the peak.\n" in page
+    assert "time to apply" not in page
+    assert "backup" not in page
+    found = document(capsys, files / "fp8.safetensors")
+    assert (found["fits"], found["loras"], len(found["predicted"])) == (True, [], 3)
+
+
+WORDS = re.compile(
+    r"LoRA|DoRA|Guard|Forge|Automatic|GPU|RTX|GB|MB|Flux|SDXL|VAE|CLIP-L|CPU|PCIe|TFLOPS|Weights|NF4|GGUF|gguf|U-Net|transformer|safetensors|lora|"
+    r"alpha|--with|Q4\w*|f?F?p?16|F32|BF16|bf16|fp8\w*|ss_\w+|sdxl_\S+"
+)
+"""Names that Chinese users know by their Latin letters."""
+
+
+def test_pages_in_chinese_are_chinese(files, capsys, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    model, lora, xl = (str(files / name) for name in ("fp8.safetensors", "small.safetensors", "xl.safetensors"))
+    assert plan(model, lora, xl, "--batch", "2", "--mode", "bypass") == 0
+    assert plan(files / "q4.gguf", lora, vram="1MB", ram="1MB") == 0
+    assert cli.main(["inspect", lora, "--model", model]) == 0
+    assert cli.main(["inspect", xl, "--model", model]) == 1
+    out, err = capsys.readouterr()
+    words = re.findall(
+        r"(?<![\w.-])-{0,2}[A-Za-z][\w-]*(?![\w-]*\.(?:safetensors|gguf))", out.replace(".safetensors", "")
+    )
+    assert {word for word in words if len(word) > 2 and not WORDS.fullmatch(word)} <= {"small", "cat", "sitting"}
+    assert (
+        err
+        == "lora-guard: xl.safetensors：此 LoRA 用于 SDXL，当前模型是 Flux；请使用适用于 Flux 的 LoRA，或加载 SDXL 模型\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        plan(model, lora, vram="12000")
+    err = capsys.readouterr().err
+    assert "错误：参数 --vram：应为大小，例如 12GB 或 8192MB，实际为 '12000'：请写成 12000MB（11.7 GB）；" in err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["inspect"])
+    assert "错误：缺少以下参数：LORA；用法见 " in capsys.readouterr().err
 
 
 def test_inspect_says_what_the_file_is(files, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..files import shown
-from ..messages import Joined, Message
+from ..messages import Joined, Message, about
 from ..planning import activations
 from ..planning.formats import smaller_picture
 from ..planning.instead import file_name
@@ -28,10 +28,18 @@ def fits(result: PlanResult) -> bool | None:
 
 
 def answer(result: PlanResult) -> Message | Joined:
-    """Returns the answer."""
+    """Returns the answer, and the LoRAs that have no part in it."""
+    refused = [lora.facts.name for lora in result.stack.loras if lora.fit.refused]
+    if not refused or _guard(result) is None:
+        return _answer(result)
+    without = Message("plan.without", {"names": Joined(refused)})
+    return Joined([without, _answer(result)], "list.semicolon")
+
+
+def _answer(result: PlanResult) -> Message | Joined:
     guard = _guard(result)
     if guard is None:
-        why = "; ".join(f"{lora.facts.name}: {shown(lora.fit.refused or '', 300)}" for lora in result.stack.loras)
+        why = Joined((about(lora.facts.name, lora.fit.refused or "") for lora in result.stack.loras), "list.semicolon")
         return Message("plan.unusable", {"why": why})
     parts = Joined(result.model.not_counted, "list.and")
     if not guard.fits:
