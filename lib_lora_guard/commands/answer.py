@@ -32,7 +32,7 @@ def answer(result: PlanResult) -> Message | Joined:
     refused = [lora.facts.name for lora in result.stack.loras if lora.fit.refused]
     if not refused or _guard(result) is None:
         return _answer(result)
-    without = Message("plan.without", {"names": Joined(refused)})
+    without = Message("plan.without", {"names": Joined(refused, "list.names")})
     return Joined([without, _answer(result)], "list.semicolon")
 
 
@@ -70,7 +70,7 @@ def counted_beside(result: PlanResult) -> Message | None:
         facts = {"name": part.name, "gb": part.bytes / GB}
         parts.append(Message("plan.part_assumed" if part.is_assumed else "plan.part_given", facts))
     key = "plan.beside_assumed" if any(part.is_assumed for part in result.beside) else "plan.beside"
-    return Message(key, {"parts": Joined(parts)})
+    return Message(key, {"parts": Joined(parts, "list.names")})
 
 
 def _guard(result: PlanResult) -> Prediction | None:

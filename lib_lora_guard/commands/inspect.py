@@ -152,7 +152,7 @@ def _rows(facts: LoraFacts) -> list[tuple[str, str]]:
             if facts.dora_modules
             else Message("inspect.no_dora", {"kinds": kinds}),
         ),
-        (Message("inspect.row.parts"), Joined(parts)),
+        (Message("inspect.row.parts"), Joined(parts, "list.names")),
         (Message("inspect.row.rank"), counted(facts.ranks) if facts.ranks else Message("inspect.none")),
         (Message("inspect.row.alpha"), counted(facts.alphas) if facts.alphas else Message("inspect.none_in_file")),
         (Message("inspect.row.scale"), scale),
@@ -160,14 +160,14 @@ def _rows(facts: LoraFacts) -> list[tuple[str, str]]:
     ]
     unknown = facts.file.unknown_keys
     if unknown:
-        first = {"count": len(unknown), "first": Joined(shown(key) for key in unknown[:3])}
+        first = {"count": len(unknown), "first": Joined((shown(key) for key in unknown[:3]), "list.names")}
         rows.append((Message("inspect.row.unknown"), Message("inspect.unknown", first)))
     lost = list(facts.file.lost.items())[:SHOWN_KEYS]
     rows += [(Message("inspect.row.lost"), about(shown(key), why)) for key, why in lost]
     rows += [(Message("inspect.row.note"), note) for note in facts.file.notes]
     rows += metadata_of_interest(facts.file.metadata).items()
     if words := trained_words(facts.file.metadata):
-        rows.append((Message("inspect.row.words"), Joined(words)))
+        rows.append((Message("inspect.row.words"), Joined(words, "list.names")))
     return rows
 
 

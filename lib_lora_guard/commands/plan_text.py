@@ -84,7 +84,7 @@ def _print_predictions(page: Page, result: PlanResult) -> None:
     table.add_row(page.text(Message("plan.row.fits")), *fits)
     page.console.print(table)
     if missing:
-        page.say(Message("plan.not_counted", {"parts": Joined(missing)}))
+        page.say(Message("plan.not_counted", {"parts": Joined(missing, "list.names")}))
     page.say(_assumed(request.rates))
     if request.wish is not Wish.AUTO:
         page.say(Message("plan.asked_mode", {"mode": Message(f"mode.{request.wish.value}")}))
@@ -101,9 +101,12 @@ def _print_model(page: Page, result: PlanResult) -> None:
     size = _gb(checkpoint.header.bytes)
     page.say(Message("plan.model", {**facts, "architecture": architecture, "size": size}), "bold")
     there = Joined(
-        Message("plan.part_size", {"part": Message(f"plan.part.{part}"), "size": _gb(size)})
-        for part, size in part_bytes(checkpoint).items()
-        if size
+        (
+            Message("plan.part_size", {"part": Message(f"plan.part.{part}"), "size": _gb(size)})
+            for part, size in part_bytes(checkpoint).items()
+            if size
+        ),
+        "list.names",
     )
     missing = Joined((Message(f"plan.part.{part}") for part in not_in_file(checkpoint)), "list.and")
     if missing:
@@ -112,7 +115,7 @@ def _print_model(page: Page, result: PlanResult) -> None:
         page.say(Message("plan.parts", {"parts": there}))
     formats = checkpoint.formats()
     whole = sum(formats.values()) or 1  # a file of empty tensors
-    shares = Joined(f"{form} {100 * values / whole:.0f} %" for form, values in formats.most_common(4))
+    shares = Joined((f"{form} {100 * values / whole:.0f} %" for form, values in formats.most_common(4)), "list.names")
     grown = sum(
         weight.bytes - weight.placed_bytes for weight in result.model.weights if weight.placed_bytes is not None
     )
@@ -151,7 +154,7 @@ def _print_lora(page: Page, lora: StackedLora) -> None:
         said = Message("plan.left_out", {"modules": left.modules, "of": left.of})
         page.say(said, "yellow" if left.is_much else "")
     for mode, share in sorted(lora.modes.items()):
-        reasons = Joined(sorted(share.reasons))
+        reasons = Joined(sorted(share.reasons), "list.names")
         carried = {"mode": Message(f"mode.{mode}"), "count": share.count, "reasons": reasons, "size": _mb(share.bytes)}
         page.say(Message("plan.mode", carried))
 

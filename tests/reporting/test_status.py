@@ -122,7 +122,7 @@ def test_every_text_comes_in_the_readers_language():
     told = as_json(status, "zh")
     (on_model,) = told["loras"][0]["models"]
     assert on_model["name"] == told["models"][0]["name"] == "图像模型"
-    assert on_model["modes"][0] == {"way": "bypass", "text": "层旁计算（旁路） 290", "why": "经层调用开销小，低秩"}
+    assert on_model["modes"][0] == {"way": "bypass", "text": "层旁计算（旁路） 290", "why": "经层调用开销小、低秩"}
     assert "更新" in told["loras"][1]["refused"]
     (memory,) = told["memory"]
     assert memory["source"] == "数据来源：NVIDIA 管理库（NVML）"

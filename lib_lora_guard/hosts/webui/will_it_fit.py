@@ -112,7 +112,10 @@ def words(result: PlanResult) -> tuple[bool | None, list[str]]:
     if not result.beside:
         return fits(result), lines
     keys = {True: "plan.part_assumed", False: "plan.part_given"}
-    parts = Joined(Message(keys[part.is_assumed], {"name": part.name, "gb": part.bytes / GB}) for part in result.beside)
+    parts = Joined(
+        (Message(keys[part.is_assumed], {"name": part.name, "gb": part.bytes / GB}) for part in result.beside),
+        "list.names",
+    )
     is_assumed = any(part.is_assumed for part in result.beside)
     return fits(result), [*lines, Message("panel.fit.assumed" if is_assumed else "plan.beside", {"parts": parts})]
 

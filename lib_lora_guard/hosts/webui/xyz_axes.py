@@ -95,7 +95,7 @@ def _confirm_modes(request: Request, modes: Sequence[str]) -> None:
     known = [mode.value for mode in LoraMode]
     for mode in modes:
         if mode not in known:
-            raise _refusal(Message("xyz.unknown_mode", {"mode": shown(mode), "known": Joined(known)}))
+            raise _refusal(Message("xyz.unknown_mode", {"mode": shown(mode), "known": Joined(known, "list.names")}))
 
 
 def _confirm_strengths(request: Request, factors: Sequence[float]) -> None:

@@ -7,18 +7,18 @@ TEXTS: dict[str, tuple[str, str]] = {
     "bake.written": (
         "{name}: {size} written; LoRAs baked into {baked} tensors ({formats}), {copied} copied bit for bit, {converted} "
         "converted",
-        "{name}：已写入 {size}；{baked} 个张量融合了 LoRA（{formats}），{copied} 个原样复制，{converted} 个转换了精度",
+        "{name}：已写入 {size}；{baked} 个张量合并了 LoRA（{formats}），{copied} 个原样复制，{converted} 个转换了精度",
     ),
     "bake.removed_unfinished": (
         "removed what bakes that were killed have left here: {count} files, {size}",
-        "已删除此处被强行终止的融合任务留下的 {count} 个文件，共 {size}",
+        "已删除此处被强行终止的合并任务留下的 {count} 个文件，共 {size}",
     ),
     "bake.lora": (
         "{name}, strength {strength}: {used} modules used, {skipped} keys skipped, {lost} lost",
-        "{name}，强度 {strength}：使用 {used} 个模块，跳过 {skipped} 个键，丢失 {lost} 个键",
+        "{name}，强度 {strength}：使用 {used} 个模块，跳过 {skipped} 个键，无法应用 {lost} 个键",
     ),
     "bake.skipped": ("skipped: {key}", "跳过：{key}"),
-    "bake.lost": ("LOST: {key}", "丢失：{key}"),
+    "bake.lost": ("LOST: {key}", "无法应用：{key}"),
     "bake.more": ("and {count} more; --json lists them all", "另有 {count} 个；加 --json 可列出全部"),
     "bake.effect": (
         "what is left of the LoRAs after rounding: cosine with the exact change {cosine}; 1 is all of it, 0 is noise",
@@ -31,7 +31,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "bake.too_coarse_fp8": (
         "fp8 is too coarse for these LoRAs: bake with --dtype bf16, or keep the LoRA in a file of its own and let LoRA "
         "Guard apply it beside the fp8 weights without loss",
-        "fp8 精度过低，无法承载这些 LoRA：请用 --dtype bf16 融合，或保留独立的 LoRA 文件，由 LoRA Guard 在 fp8 权重之外无损应用",
+        "fp8 精度过低，无法承载这些 LoRA：请用 --dtype bf16 合并，或保留独立的 LoRA 文件，由 LoRA Guard 在 fp8 权重之外无损应用",
     ),
     "bake.too_coarse": (
         "16 bits are coarse for LoRAs as weak as these: --dtype fp32 holds all of them, and so does a LoRA in a file of "

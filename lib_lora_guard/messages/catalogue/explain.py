@@ -41,7 +41,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.ram_death": (
         "the program ended without an error while a model was loaded or patched ({ram}): so it ends where RAM and "
         "page file are full",
-        "程序在加载或修补模型时没有报错就结束了（{ram}）：内存与页面文件用尽时就是这样",
+        "程序在加载模型或应用 LoRA 时没有报错就结束了（{ram}）：内存与页面文件用尽时就是这样",
     ),
     "explain.ram_death_do": (
         "let Windows manage the page file, or give it 30 to 40 GB on an SSD; close other programs; take a smaller text encoder (T5 in fp8) "
@@ -52,7 +52,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.cut_off": (
         "the log ends while a model was loaded, moved or patched ({ram}): if the PC froze or restarted there, or the window was gone, RAM and "
         "page file were full",
-        "日志在加载、移动或修补模型时中断（{ram}）：如果电脑当时卡死、重启，或窗口消失，就是内存与页面文件用尽了",
+        "日志在加载、移动模型或应用 LoRA 时中断（{ram}）：如果电脑当时卡死、重启，或窗口消失，就是内存与页面文件用尽了",
     ),
     "explain.cut_off_do": (
         "let Windows manage the page file, or give it 30 to 40 GB on an SSD; close other programs; take a smaller text encoder (T5 in fp8) "

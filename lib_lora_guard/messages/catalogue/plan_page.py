@@ -52,7 +52,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     # The table.
     "plan.predicted": (
         "Predicted for {card}, {vram} VRAM free, {ram} RAM; {width}x{height}, batch {batch}",
-        "预测：{card}，空闲显存 {vram}，内存 {ram}；{width}x{height}，批次 {batch}",
+        "预测：{card}，空闲显存 {vram}，内存 {ram}；{width}x{height}，每批 {batch} 张",
     ),
     "plan.row.head": ("predicted", "预测"),
     "plan.row.vram": ("VRAM peak while sampling", "采样时的显存峰值"),
