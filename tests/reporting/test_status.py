@@ -126,12 +126,12 @@ def test_every_text_comes_in_the_readers_language():
     assert "更新" in told["loras"][1]["refused"]
     (memory,) = told["memory"]
     assert memory["source"] == "数据来源：NVIDIA 管理库（NVML）"
-    ours = {"name": "本 Forge", "mb": 2.0, "source": "NVIDIA 管理库（NVML）", "missing": None}
+    ours = {"name": "当前 Forge", "mb": 2.0, "source": "NVIDIA 管理库（NVML）", "missing": None}
     assert memory["used"] == told["step"]["parts"] == [ours]
     assert (
         memory["beside"]
         == told["programs"]["largest"]
-        == [{"name": "交换空间剩余", "mb": None, "source": "NVIDIA 管理库（NVML）", "missing": "此处没有对其进行统计"}]
+        == [{"name": "页面文件（交换空间）剩余", "mb": None, "source": "NVIDIA 管理库（NVML）", "missing": "此处没有对其进行统计"}]
     )
     assert memory["numbers"] == memory["used"] + memory["beside"]
     assert (told["step"]["model"], told["step"]["mb"], told["step"]["copied_mb"]) == ("图像模型", 5.0, 1.0)
