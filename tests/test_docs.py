@@ -52,13 +52,21 @@ def test_both_readmes_have_the_same_sections_commands_and_links():
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
     for what in (
         r"^(#+) ",
-        r"^    ((?:python3|lora-guard) .*)$",
+        r"^    ((?:python3|\.\\lora-guard|set|webui-user\.bat) .*)$",
         r"^```(\w*)$",
         r"\]\(([\w/-]+\.md)(?<!README\.md)(?<!CN\.md)",
     ):
         found = [re.findall(what, page, re.MULTILINE) for page in (english, chinese)]
         assert found[0] != []
         assert found[0] == found[1], what
+
+
+def test_the_batch_file_runs_the_package_with_a_webuis_python():
+    lines = (ROOT / "lora-guard.bat").read_bytes().decode("ascii").split("\r\n")
+    assert lines[-2] == '"%WEBUI_PYTHON%" -m lib_lora_guard %*'
+    for place in (r"..\..\venv\Scripts\python.exe", r"..\..\..\system\python\python.exe"):
+        assert f'"%~dp0{place}"' in lines[4]
+    assert not any("\n" in line for line in lines)
 
 
 def test_the_bars_of_the_readmes_are_those_of_the_table():
