@@ -186,7 +186,7 @@ def _add_plan(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     about = "Says what a LoRA file is: kinds, ranks, what it was made for, what its trainer wrote; with --model, what of it fits."
     inspect = commands.add_parser("inspect", help="what a LoRA file is, and whether it fits a model", description=about)
-    inspect.add_argument("lora", metavar="LORA", type=arguments.lora_file)
+    inspect.add_argument("lora", metavar="LORA", type=arguments.any_file)
     inspect.add_argument(
         "--model", metavar="MODEL", type=arguments.model, help="checkpoint or transformer to hold it against"
     )

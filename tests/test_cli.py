@@ -525,7 +525,7 @@ def test_files_in_the_wrong_place_are_named(files, tmp_path, capsys):
     assert plan(files / "fp8.safetensors", files / "fp8.safetensors") == 1
     assert "no LoRA keys found" in error(capsys)
     assert plan(files / "fp8.safetensors", tmp_path / "none.safetensors") == 1
-    assert error(capsys).endswith("none.safetensors: no such file; check the name or refresh the list")
+    assert error(capsys).endswith("none.safetensors: no such file; check its name and folder, or refresh the list")
     assert cli.main(["inspect", str(files / "q4.gguf")]) == 1
     assert (
         error(capsys)
@@ -814,4 +814,4 @@ def test_a_name_that_no_file_can_have_is_a_line(command, capsys):
     name = "x" * 300 + ".safetensors"
     sizes = ["--vram", "12GB", "--ram", "16GB"] if command == "plan" else []
     assert cli.main([command, name, *([name] if command == "plan" else []), *sizes]) == 1
-    assert error(capsys).endswith(".safetensors: no such file; check the name or refresh the list")
+    assert error(capsys).endswith(".safetensors: no such file; check its name and folder, or refresh the list")

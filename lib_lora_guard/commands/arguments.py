@@ -69,6 +69,11 @@ def lora_file(text: str) -> Path:
     return _file(text, webui_files.LORAS)
 
 
+def any_file(text: str) -> Path:
+    """Parses the name of a file to look into: a path, or a name in one of the WebUI's lists, that of LoRAs first."""
+    return _file(text, (*webui_files.LORAS, *webui_files.MODELS, *webui_files.PARTS))
+
+
 def _file(text: str, folders: tuple[str, ...]) -> Path:
     # A path that was copied with its quotes, where the console has not taken them off.
     path = Path(text[1:-1] if len(text) > 2 and text[0] == text[-1] == '"' else text)

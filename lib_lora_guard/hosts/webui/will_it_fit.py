@@ -83,8 +83,6 @@ def _answer(takeover: Takeover | None, checkpoint: str, loras: list[str]) -> tup
     for name, known in [(checkpoint, models), *((lora, networks) for lora in loras)]:
         if name not in known:
             return None, [Message("panel.fit.not_listed", {"name": shown(name, _NAME_CHARACTERS)})]
-    if not loras:
-        return None, [Message("panel.fit.no_lora")]
     if takeover is None:
         return None, [Message("panel.done.off")]
     snapshot = takeover.snapshot()
