@@ -351,7 +351,7 @@ def _bake(options: Any) -> None:
     if options.json:
         _print_json(bake_document(result))
     else:
-        print_baked(_console(), result)
+        print_baked(_console(), result, users_language())
 
 
 def _simulate(options: Any) -> None:

@@ -9,6 +9,24 @@ TEXTS: dict[str, tuple[str, str]] = {
         "converted",
         "{name}：已写入 {size}；{baked} 个张量合并了 LoRA（{formats}），{copied} 个原样复制，{converted} 个转换了精度",
     ),
+    "bake.needs_suffix": (
+        "expected a name that ends in {suffix}, by which programs know what to read",
+        "文件名应以 {suffix} 结尾，其他程序据此识别文件格式",
+    ),
+    "bake.is_read": (
+        "is one of the files that are read; give the new file another name",
+        "这是要读取的文件之一；请为新文件另取名称",
+    ),
+    "bake.is_there": (
+        "is there already; give another name, or --force to replace it",
+        "文件已存在；请另取名称，或加 --force 替换它",
+    ),
+    "bake.lora_gone": ("cannot be read any more ({error}); try again", "已无法读取（{error}）；请重试"),
+    "bake.nothing_fits": (
+        "none of its {count} modules can be applied (first: {first}); use a LoRA made for this model, and a checkpoint that has the parts it "
+        "changes",
+        "其 {count} 个模块都无法应用（第一个：{first}）；请使用适用于此模型的 LoRA，以及包含其所修改部分的模型文件",
+    ),
     "bake.removed_unfinished": (
         "removed what bakes that were killed have left here: {count} files, {size}",
         "已删除此处被强行终止的合并任务留下的 {count} 个文件，共 {size}",
