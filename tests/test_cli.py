@@ -8,6 +8,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.fake_models import (
@@ -24,7 +25,7 @@ from support.fake_models import (
 from support.fake_nvml import Card, library
 
 from lib_lora_guard import cli, memory
-from lib_lora_guard.commands import arguments, plan_machine
+from lib_lora_guard.commands import arguments, page, plan_machine
 from lib_lora_guard.memory import Nvml
 
 GB = 1 << 30
@@ -557,19 +558,19 @@ def test_debug_shows_the_traceback_before_and_after_the_command(files, tmp_path)
 
 def test_a_lora_that_changes_nothing_is_named(files, capsys):
     assert plan(files / "fp8.safetensors", f"{files / 'small.safetensors'}:0", files / "xl.safetensors") == 0
-    page = capsys.readouterr().out
-    assert page.startswith("Cannot be used on this model: xl.safetensors (why: below); Fits: ")
-    assert "small.safetensors, strength 0: made for Flux, " in page
-    assert page.count("strength 0: it changes nothing in the picture") == 1
+    text = capsys.readouterr().out
+    assert text.startswith("Cannot be used on this model: xl.safetensors (why: below); Fits: ")
+    assert "small.safetensors, strength 0: made for Flux, " in text
+    assert text.count("strength 0: it changes nothing in the picture") == 1
 
 
 def test_a_model_alone_is_planned(files, capsys):
     assert plan(files / "fp8.safetensors") == 0
-    page = capsys.readouterr().out
-    assert page.startswith("Fits: needs ")
-    assert "- LoRA Guard fits: 0.1 GB of VRAM and 7.7 GB of RAM at the peak.\n" in page
-    assert "time to apply" not in page
-    assert "backup" not in page
+    text = capsys.readouterr().out
+    assert text.startswith("Fits: needs ")
+    assert "- LoRA Guard fits: 0.1 GB of VRAM and 7.7 GB of RAM at the peak.\n" in text
+    assert "time to apply" not in text
+    assert "backup" not in text
     found = document(capsys, files / "fp8.safetensors")
     assert (found["fits"], found["loras"], len(found["predicted"])) == (True, [], 3)
 
@@ -604,6 +605,13 @@ def test_pages_in_chinese_are_chinese(files, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["inspect"])
     assert "错误：缺少以下参数：LORA；用法见 " in capsys.readouterr().err
+
+
+def test_a_console_without_chinese_letters_is_spoken_to_in_english(monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    for encoding, language in (("utf-8", "zh"), ("gbk", "zh"), ("cp1252", "en"), ("ascii", "en"), ("none", "en")):
+        monkeypatch.setattr(page.sys, "stdout", SimpleNamespace(encoding=encoding))
+        assert page.users_language() == language
 
 
 def test_inspect_says_what_the_file_is(files, capsys):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..files import shown
 from ..messages import in_language
+from ..messages.catalogue import ENGLISH
 from ..messages.languages import AUTO, language_of, system_locale
 
 if TYPE_CHECKING:
@@ -21,8 +23,13 @@ SHOWN_KEYS = 20
 
 
 def users_language() -> str:
-    """Returns the catalogue's language for the user of a command: that of the system."""
-    return language_of(AUTO, system=system_locale())
+    """Returns the catalogue's language for the user of a command: that of the system, if the console has its letters."""
+    language = language_of(AUTO, system=system_locale())
+    try:
+        "内存".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (LookupError, UnicodeEncodeError):
+        return ENGLISH
+    return language
 
 
 def in_users_language(said: str) -> str:

@@ -66,7 +66,19 @@ def _cut_off(seen: Seen) -> Facts | None:
 
 
 _WORK = ("placed", "placed_old", "patching", "loads_old", "loads_neo", "loading", "unloading")
-_WORK_DONE = ("moved", "patched", "model_loaded", "step", "step_fast", "stopped", "traceback", "merge_retry", "crashed")
+_WORK_DONE = (
+    "moved",
+    "loaded_now",
+    "cleaned",
+    "patched",
+    "model_loaded",
+    "step",
+    "step_fast",
+    "stopped",
+    "traceback",
+    "merge_retry",
+    "crashed",
+)
 _OTHER_ENDS = ("cuda_oom", "cuda_oom_bare", "async_oom", "driver_oom", "page_file", "ram_oom", "memory_error")
 
 
@@ -74,7 +86,9 @@ def _is_cut_off(seen: Seen) -> bool:
     """Returns True if the log ends while a model is loaded, moved or patched: no later line shows that it went on."""
     merges = {facts["at"] for facts in seen.all("patching")}
     done = [facts["at"] for name in _WORK_DONE for facts in seen.all(name) if facts["at"] not in merges]
-    begun = [facts["at"] for name in _WORK for facts in seen.all(name)]
+    # The VAE comes last, and Neo says nothing of a move that is quick.
+    work = [facts for name in _WORK for facts in seen.all(name)]
+    begun = [facts["at"] for facts in work if not re.search("Autoencoder|VAE", facts.get("model", ""))]
     return max(map(int, begun), default=0) > max(map(int, done), default=0)
 
 

@@ -156,7 +156,7 @@ LOGS = {
         "cut_off", cut_off={"ram": "16 GB of RAM"},
     ),
     "the pc froze while a model was unloaded": log(
-        start(ram=16335) + "Model loaded in 31.2s (unload existing model: 0.4s, forge model load: 30.8s).\n[Unload] Trying to free 13464.34 MB for cuda:0 with 0 models keep loaded ... ",
+        start(ram=16335) + "Model loaded in 31.2s (unload existing model: 0.4s, forge model load: 30.8s).\n[Unload] Trying to free 13464.34 MB for cuda:0 with 0 models keep loaded ... Current free memory is 851.00 MB ... Unload model KModel ",
         "cut_off", "evict_all",
     ),
     "the pc froze in the merge": log(
@@ -188,6 +188,13 @@ LOGS = {
         NEO + 'Failed to load LoRA: "stile"\n[LORA] LoRA mismatch for KModel: E:\\neo\\models\\Lora\\flux.safetensors\n'
         "[LORA] Loading half.safetensors for KModel with 24 unmatched keys\nMemory Leak with model JointTextEncoder !\n",
         "missing", "other_model", "unmatched", "leak", missing={"names": "stile"}, unmatched={"keys": 24},
+    ),
+    "neo: the vae is moved quickly": log(
+        NEO + "Requested to load KModel\nloaded partially; 8469.73 MB usable, 8101.22 MB loaded, 0.00 MB offloaded, 144.02 MB buffer reserved, lowvram patches: 0\n"
+        "100%|##########| 20/20 [00:09<00:00,  2.1it/s]\nRequested to load IntegratedAutoencoderKL\n",
+    ),
+    "neo: the pc froze while a text encoder was loaded": log(
+        NEO + "Requested to load KModel\nloaded completely; 8469.73 MB usable, 1946.80 MB loaded, full load: True\nRequested to load JointTextEncoder\n", "cut_off",
     ),
     "neo: all is well": log(
         NEO + "Requested to load KModel\nloaded completely; 8469.73 MB usable, 1946.80 MB loaded, full load: True\nMoving model(s) has taken 1.20 seconds\n"
