@@ -63,7 +63,7 @@ LINES: tuple[HostLine, ...] = (
     _line("swapped", "Swap Loaded", r"(?P<where>CPU|Shared) Swap Loaded \((?P<how>\w+) method\): <swapped> MB, GPU Loaded: <loaded> MB"),
     _line("swapped", "loaded partially;", r"loaded partially; (?:<usable> MB usable, )?<loaded> MB loaded, <swapped> MB offloaded"),
     _line("unloads", "Trying to free", r"Trying to free (?P<wanted>\d+(?:\.\d+)?|all memory)(?: MB)?"),
-    _line("unloading", "Trying to free", r"Trying to free (?!.{0,600}(?:Done\.|HTTP))"),
+    _line("unloading", "Trying to free", r"^.{0,200}?Trying to free (?!.{0,600}(?:Done\.|HTTP))"),
     _line("moved", "Moving model(s) has taken", r"Moving model\(s\) has taken <seconds> seconds"),
     _line("loaded_now", "loaded completely;"),
     _line("loaded_now", "loaded partially;"),

@@ -111,9 +111,9 @@ def test_what_is_no_log_says_so(raw):
     ["[LORA] Loaded " * 1500, "Trying to free " * 2000, "ERROR lora " + "x " * 9000, "9" * 20_000 + "s/it", "by PyTorch, and" + "9" * 19_000, "Mismatch " * 2000, "%|" * 9000],
 )  # fmt: skip
 def test_lines_made_to_be_slow_are_not(line):
-    started = time.perf_counter()
+    started = time.process_time()
     explain((line + "\n").encode() * 10)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_log_of_many_megabytes_is_read_at_both_ends():

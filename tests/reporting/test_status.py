@@ -131,7 +131,14 @@ def test_every_text_comes_in_the_readers_language():
     assert (
         memory["beside"]
         == told["programs"]["largest"]
-        == [{"name": "页面文件（交换空间）剩余", "mb": None, "source": "NVIDIA 管理库（NVML）", "missing": "此处没有对其进行统计"}]
+        == [
+            {
+                "name": "页面文件（交换空间）剩余",
+                "mb": None,
+                "source": "NVIDIA 管理库（NVML）",
+                "missing": "此处没有对其进行统计",
+            }
+        ]
     )
     assert memory["numbers"] == memory["used"] + memory["beside"]
     assert (told["step"]["model"], told["step"]["mb"], told["step"]["copied_mb"]) == ("图像模型", 5.0, 1.0)
