@@ -49,6 +49,7 @@ def test_only_a_webui_is_looked_into(models, tmp_path):
 def test_what_is_typed_is_a_path_first_then_a_name(models):
     assert arguments.model("flux") == models / "Stable-diffusion/flux.safetensors"
     assert arguments.any_file("flux") == models / "Stable-diffusion/flux.safetensors"
+    assert arguments.model("flux.safetensors [be9881f4]") == models / "Stable-diffusion/flux.safetensors"
     assert arguments.part("ae") == models / "VAE/ae.safetensors"
     assert arguments.lora("xl:0.8") == (models / "Lora/xl.safetensors", 0.8)
     assert arguments.lora('"../../models/Lora/xl.safetensors":-1') == (Path("../../models/Lora/xl.safetensors"), -1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 MODELS = ("Stable-diffusion", "diffusion_models", "unet")
@@ -14,6 +15,8 @@ ENDS = ("", ".safetensors", ".gguf")
 MOST_FOLDERS = 2000
 """Folders that are looked into."""
 
+_HASH = re.compile(r" \[[0-9a-f]{8,64}\]$")
+"""A list of checkpoints shows the beginning of each file's hash."""
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -37,7 +40,8 @@ def find(name: Path, folders: tuple[str, ...], models: Path | None) -> Path | No
     """
     if models is None or name.is_absolute() or ".." in name.parts or not name.name:
         return None
-    wanted = [str(name).lower() + end for end in ENDS]
+    bare = _HASH.sub("", str(name)).lower()
+    wanted = [bare + end for end in ENDS]
     for folder in folders:
         for number, (inside, _, files) in enumerate(os.walk(models / folder, followlinks=True)):
             if number >= MOST_FOLDERS:
