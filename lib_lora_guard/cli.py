@@ -6,13 +6,15 @@ import argparse
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .commands import arguments
-from .errors import LoraGuardError
+from .commands.page import in_users_language, users_language
+from .errors import LoraGuardError, Message, reason
 from .planning.rates import DEFAULT_GPU
 from .version import __version__
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: With 2 for wrong usage, with 0 after help and the version, as argparse does.
     """
     parser = _parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments.joined(sys.argv[1:] if argv is None else argv))
     if options.command is None:
         parser.print_help()
         return 0
@@ -69,10 +71,12 @@ def _program() -> str:
 
 def _said(error: Exception) -> str:
     """Returns the error as a sentence with the next step, also where the system refuses a file that is written."""
-    if not isinstance(error, OSError):
-        return str(error)
-    from .messages import Message
+    return in_users_language(_sentence(error))
 
+
+def _sentence(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return reason(error)
     file = str(error.filename) if error.filename else "the output"
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return Message("command.disk_full", {"file": file})
@@ -90,7 +94,17 @@ class _Parser(argparse.ArgumentParser):
     """Says wrong usage in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {_one_line(message)}; {self.prog} --help lists what it takes\n")
+        said = Message("command.usage", {"program": self.prog, "what": _usage(_one_line(message))})
+        self.exit(2, in_users_language(said) + "\n")
+
+
+def _usage(message: str) -> str:
+    """Returns argparse's sentence as one of the catalogue, where it is a usual one."""
+    if found := re.fullmatch(r"argument (.+?): (.*)", message):
+        return Message("command.argument", {"name": found[1], "what": found[2]})
+    start, _, names = message.partition(": ")
+    key = {"the following arguments are required": "command.required", "unrecognized arguments": "command.unrecognized"}
+    return Message(key[start], {"names": names}) if start in key else message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,11 +133,13 @@ def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan", help="what LoRAs on a model will cost, before anything is loaded", description=about
     )
-    plan.add_argument("model", metavar="MODEL", type=Path, help="checkpoint or transformer, safetensors or GGUF")
+    plan.add_argument(
+        "model", metavar="MODEL", type=arguments.model, help="checkpoint or transformer, safetensors or GGUF"
+    )
     plan.add_argument(
         "loras",
         metavar="LORA[:STRENGTH]",
-        nargs="+",
+        nargs="*",
         type=arguments.typed(arguments.lora),
         help="LoRA file, and its strength after a colon (default 1)",
     )
@@ -133,7 +149,7 @@ def _add_plan(commands: Any) -> None:
         metavar="FILE",
         nargs="+",
         action="extend",
-        type=Path,
+        type=arguments.part,
         default=[],
         help="text encoders and VAE that lie in files of their own; without it the usual ones are counted",
     )
@@ -170,8 +186,10 @@ def _add_plan(commands: Any) -> None:
 def _add_inspect(commands: Any) -> None:
     about = "Says what a LoRA file is: kinds, ranks, what it was made for, what its trainer wrote; with --model, what of it fits."
     inspect = commands.add_parser("inspect", help="what a LoRA file is, and whether it fits a model", description=about)
-    inspect.add_argument("lora", metavar="LORA", type=Path)
-    inspect.add_argument("--model", metavar="MODEL", type=Path, help="checkpoint or transformer to hold it against")
+    inspect.add_argument("lora", metavar="LORA", type=arguments.any_file)
+    inspect.add_argument(
+        "--model", metavar="MODEL", type=arguments.model, help="checkpoint or transformer to hold it against"
+    )
     _add_common(inspect, _inspect)
 
 
@@ -191,7 +209,9 @@ def _add_bake(commands: Any) -> None:
         "the LoRAs is enough. Weights are computed in fp32 and rounded once, everything else is copied bit for bit."
     )
     bake = commands.add_parser("bake", help="merge LoRAs into a new checkpoint file", description=about)
-    bake.add_argument("model", metavar="MODEL", type=Path, help="checkpoint or transformer, safetensors or GGUF")
+    bake.add_argument(
+        "model", metavar="MODEL", type=arguments.model, help="checkpoint or transformer, safetensors or GGUF"
+    )
     bake.add_argument(
         "loras",
         metavar="LORA[:STRENGTH]",
@@ -275,7 +295,7 @@ def _plan(options: Any) -> None:
     try:
         machine = machine_for(options.vram, options.ram, options.gpu)
     except ValueError as error:
-        options.usage_error(str(error))
+        options.usage_error(in_users_language(reason(error)))
     request = PlanRequest(
         options.model,
         options.loras,
@@ -294,7 +314,7 @@ def _plan(options: Any) -> None:
     else:
         from .commands.plan_text import print_plan
 
-        print_plan(_console(), result, machine.notes, _language())
+        print_plan(_console(), result, machine.notes, users_language())
     result.check_usable()
 
 
@@ -305,7 +325,7 @@ def _inspect(options: Any) -> None:
     if options.json:
         _print_json(inspect_document(*found))
     else:
-        print_facts(_console(), *found, _language())
+        print_facts(_console(), *found, users_language())
     check_fits(*found)
 
 
@@ -317,7 +337,7 @@ def _explain(options: Any) -> None:
     if options.json:
         _print_json(explain_document(explanation))
     else:
-        print_explanation(_console(), explanation, _language())
+        print_explanation(_console(), explanation, users_language())
 
 
 def _bake(options: Any) -> None:
@@ -331,7 +351,7 @@ def _bake(options: Any) -> None:
     if options.json:
         _print_json(bake_document(result))
     else:
-        print_baked(_console(), result)
+        print_baked(_console(), result, users_language())
 
 
 def _simulate(options: Any) -> None:
@@ -339,9 +359,9 @@ def _simulate(options: Any) -> None:
     from .replay.guard_case import guard_outcome
 
     if options.write is not None and not options.markdown:
-        options.usage_error("argument --write: give --markdown with it")
+        options.usage_error(in_users_language(Message("command.page_flag")))
     if options.markdown and (options.row is not None or options.json):
-        options.usage_error("argument --markdown: the page is whole, leave --row and --json out")
+        options.usage_error(in_users_language(Message("command.whole_page")))
     replays = simulate(options.row, guard_outcome)
     if options.json:
         _print_json(simulate_document(replays))
@@ -370,14 +390,14 @@ def _page(replays: Any, target: Path | None) -> None:
 def _demo(options: Any) -> None:
     from .demo.run import run_demo
 
-    run_demo(_console(), options.markdown, language=_language())
+    run_demo(_console(), options.markdown, language=users_language())
 
 
 def _doctor(options: Any) -> None:
     from .commands import doctor
 
     data = options.data or doctor.DATA
-    language = _language()
+    language = users_language()
     if options.reset:
         forgotten = doctor.forget(data)
         if options.json:
@@ -390,12 +410,6 @@ def _doctor(options: Any) -> None:
         _print_json(doctor.examination_document(found))
     else:
         doctor.print_examination(_console(), found, language)
-
-
-def _language() -> str:
-    from .messages.languages import AUTO, language_of, system_locale
-
-    return language_of(AUTO, system=system_locale())
 
 
 def _console() -> Any:

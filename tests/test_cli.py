@@ -5,8 +5,10 @@ import io
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.fake_models import (
@@ -23,7 +25,7 @@ from support.fake_models import (
 from support.fake_nvml import Card, library
 
 from lib_lora_guard import cli, memory
-from lib_lora_guard.commands import arguments, plan_machine
+from lib_lora_guard.commands import arguments, page, plan_machine
 from lib_lora_guard.memory import Nvml
 
 GB = 1 << 30
@@ -524,7 +526,7 @@ def test_files_in_the_wrong_place_are_named(files, tmp_path, capsys):
     assert plan(files / "fp8.safetensors", files / "fp8.safetensors") == 1
     assert "no LoRA keys found" in error(capsys)
     assert plan(files / "fp8.safetensors", tmp_path / "none.safetensors") == 1
-    assert error(capsys).endswith("none.safetensors: no such file; check the name or refresh the list")
+    assert error(capsys).endswith("none.safetensors: no such file; check its name and folder, or refresh the list")
     assert cli.main(["inspect", str(files / "q4.gguf")]) == 1
     assert (
         error(capsys)
@@ -552,6 +554,64 @@ def test_debug_shows_the_traceback_before_and_after_the_command(files, tmp_path)
     for words in (["--debug", "inspect", missing], ["inspect", missing, "--debug"]):
         with pytest.raises(ValueError, match="no such file"):
             cli.main(words)
+
+
+def test_a_lora_that_changes_nothing_is_named(files, capsys):
+    assert plan(files / "fp8.safetensors", f"{files / 'small.safetensors'}:0", files / "xl.safetensors") == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Cannot be used on this model: xl.safetensors (why: below); Fits: ")
+    assert "small.safetensors, strength 0: made for Flux, " in text
+    assert text.count("strength 0: it changes nothing in the picture") == 1
+
+
+def test_a_model_alone_is_planned(files, capsys):
+    assert plan(files / "fp8.safetensors") == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Fits: needs ")
+    assert "- LoRA Guard fits: 0.1 GB of VRAM and 7.7 GB of RAM at the peak.\n" in text
+    assert "time to apply" not in text
+    assert "backup" not in text
+    found = document(capsys, files / "fp8.safetensors")
+    assert (found["fits"], found["loras"], len(found["predicted"])) == (True, [], 3)
+
+
+WORDS = re.compile(
+    r"LoRA|DoRA|Guard|Forge|Automatic|GPU|RTX|GB|MB|Flux|SDXL|VAE|CLIP-L|CPU|PCIe|TFLOPS|Weights|NF4|GGUF|gguf|U-Net|transformer|safetensors|lora|"
+    r"alpha|--with|Q4\w*|f?F?p?16|F32|BF16|bf16|fp8\w*|ss_\w+|sdxl_\S+"
+)
+"""Names that Chinese users know by their Latin letters."""
+
+
+def test_pages_in_chinese_are_chinese(files, capsys, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    model, lora, xl = (str(files / name) for name in ("fp8.safetensors", "small.safetensors", "xl.safetensors"))
+    assert plan(model, lora, xl, "--batch", "2", "--mode", "bypass") == 0
+    assert plan(files / "q4.gguf", lora, vram="1MB", ram="1MB") == 0
+    assert cli.main(["inspect", lora, "--model", model]) == 0
+    assert cli.main(["inspect", xl, "--model", model]) == 1
+    out, err = capsys.readouterr()
+    words = re.findall(
+        r"(?<![\w.-])-{0,2}[A-Za-z][\w-]*(?![\w-]*\.(?:safetensors|gguf))", out.replace(".safetensors", "")
+    )
+    assert {word for word in words if len(word) > 2 and not WORDS.fullmatch(word)} <= {"small", "cat", "sitting"}
+    assert (
+        err
+        == "lora-guard: xl.safetensors：此 LoRA 用于 SDXL，当前模型是 Flux；请使用适用于 Flux 的 LoRA，或加载 SDXL 模型\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        plan(model, lora, vram="12000")
+    err = capsys.readouterr().err
+    assert "错误：参数 --vram：应为大小，例如 12GB 或 8192MB，实际为 '12000'：请写成 12000MB（11.7 GB）；" in err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["inspect"])
+    assert "错误：缺少以下参数：LORA；用法见 " in capsys.readouterr().err
+
+
+def test_a_console_without_chinese_letters_is_spoken_to_in_english(monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    for encoding, language in (("utf-8", "zh"), ("gbk", "zh"), ("cp1252", "en"), ("ascii", "en"), ("none", "en")):
+        monkeypatch.setattr(page.sys, "stdout", SimpleNamespace(encoding=encoding))
+        assert page.users_language() == language
 
 
 def test_inspect_says_what_the_file_is(files, capsys):
@@ -762,4 +822,4 @@ def test_a_name_that_no_file_can_have_is_a_line(command, capsys):
     name = "x" * 300 + ".safetensors"
     sizes = ["--vram", "12GB", "--ram", "16GB"] if command == "plan" else []
     assert cli.main([command, name, *([name] if command == "plan" else []), *sizes]) == 1
-    assert error(capsys).endswith(".safetensors: no such file; check the name or refresh the list")
+    assert error(capsys).endswith(".safetensors: no such file; check its name and folder, or refresh the list")

@@ -161,5 +161,5 @@ def test_as_a_program(folder):
     assert (bad.returncode, bad.stdout) == (1, b"")
     assert bad.stderr.count(b"\n") == 1
     assert bad.stderr.endswith(
-        b"none.safetensors: no such file; check the name or refresh the list" + os.linesep.encode()
+        b"none.safetensors: no such file; check its name and folder, or refresh the list" + os.linesep.encode()
     )

@@ -50,15 +50,25 @@ def test_the_version_is_in_the_changelog_and_in_the_readme():
 def test_both_readmes_have_the_same_sections_commands_and_links():
     """The Chinese page is a translation: what is not prose is the same."""
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+    chinese = chinese.replace("除 [docs/low-vram.zh-CN.md](docs/low-vram.zh-CN.md) 外，", "")
+    chinese = chinese.replace("docs/low-vram.zh-CN.md", "docs/low-vram.md")
     for what in (
         r"^(#+) ",
-        r"^    ((?:python3|lora-guard) .*)$",
+        r"^    ((?:python3|\.\\lora-guard|set|webui-user\.bat) .*)$",
         r"^```(\w*)$",
         r"\]\(([\w/-]+\.md)(?<!README\.md)(?<!CN\.md)",
     ):
         found = [re.findall(what, page, re.MULTILINE) for page in (english, chinese)]
         assert found[0] != []
         assert found[0] == found[1], what
+
+
+def test_the_batch_file_runs_the_package_with_a_webuis_python():
+    lines = (ROOT / "lora-guard.bat").read_bytes().decode("ascii").split("\r\n")
+    assert lines[-2] == '"%WEBUI_PYTHON%" -m lib_lora_guard %*'
+    for place in (r"..\..\venv\Scripts\python.exe", r"..\..\..\system\python\python.exe"):
+        assert f'"%~dp0{place}"' in lines[4]
+    assert not any("\n" in line for line in lines)
 
 
 def test_the_bars_of_the_readmes_are_those_of_the_table():
@@ -70,17 +80,34 @@ def test_the_bars_of_the_readmes_are_those_of_the_table():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == bars.picture(table, language), name
 
 
-def test_the_lines_of_the_log_in_the_page_for_little_memory_are_in_the_catalogue():
+PAGES_FOR_LITTLE_MEMORY = [("low-vram.md", "en"), ("low-vram.zh-CN.md", "zh")]
+
+
+@pytest.mark.parametrize(("name", "language"), PAGES_FOR_LITTLE_MEMORY)
+def test_the_lines_of_the_log_in_the_page_for_little_memory_are_in_the_catalogue(name, language):
     """With numbers in place of the placeholders; the number of a rule before the sentence is left out."""
     sentences = [
-        "".join(re.escape(word) + (".+" if name else "") for word, name, _, _ in string.Formatter().parse(texts["en"]))
+        "".join(
+            re.escape(word) + (".+" if name else "") for word, name, _, _ in string.Formatter().parse(texts[language])
+        )
         for texts in TEXTS.values()
         if len(texts["en"]) > 30
     ]
-    page = (ROOT / "docs/low-vram.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     shown = [
         line for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for line in re.findall(r"`([^`]+)`", cell)
     ]
     assert len(shown) == 12
-    unknown = [line for line in shown if not any(re.fullmatch(r"(LG-R\d\d: )?" + known, line) for known in sentences)]
+    unknown = [
+        line for line in shown if not any(re.fullmatch(r"(LG-R\d\d(?:: |：))?" + known, line) for known in sentences)
+    ]
     assert unknown == []
+
+
+def test_both_pages_for_little_memory_have_the_same_numbers_and_links():
+    english, chinese = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name, _ in PAGES_FOR_LITTLE_MEMORY)
+    numbers = [sorted(re.findall(r"\d[\d.,]*\d|\d", re.sub(r"\]\([^)]*\)", "", page))) for page in (english, chinese)]
+    assert numbers[0] == numbers[1]
+    links = [re.findall(r"\]\(((?:http|replay|memory)[^)]*)\)", page) for page in (english, chinese)]
+    assert len(links[0]) == 5
+    assert links[0] == links[1]

@@ -284,9 +284,9 @@ def test_in_the_readers_language(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LANGUAGE", "zh_CN")
     measured(tmp_path)
     shown = run(capsys, "--data", tmp_path)
-    assert "显卡：没有 torch 可用于 CUDA 的显卡" in shown
+    assert "显卡：没有可供 torch 使用的 CUDA 显卡" in shown
     assert "Flux（nf4）带 LoRA 的一步采样，2 行" in shown
-    assert "已清除 3 项内存估算修正" in run(capsys, "--reset", "--data", tmp_path)
+    assert "已清除 3 项对显存与内存估算值的修正" in run(capsys, "--reset", "--data", tmp_path)
 
 
 def test_every_reading_has_a_name():

@@ -356,7 +356,7 @@ def parse_tensors(
         if weight is not None and weight.covers_bias:
             put(one.module, "bias", weight)
     if not adapters:
-        raise _refusal(name, Message("lora.none", {"count": len(tensors)}))
+        raise _refusal(name, Message("lora.none", {"count": len(tensors), "first": shown(next(iter(tensors), "-"))}))
     for settle in {kind.settle for one in groups for kind in one.kinds if kind.settle is not None}:
         adapters = dict(settle(adapters))
     if (completed := with_ranks(settings, adapters)) is not settings:

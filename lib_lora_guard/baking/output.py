@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import LoraGuardError
+from ..errors import LoraGuardError, Message, about
 from ..files import FileHeader, shown
 from ..version import __version__
 
@@ -32,19 +32,16 @@ def check_output(output: Path, inputs: Sequence[Path], force: bool) -> None:
     Raises:
         LoraGuardError: The suffix is wrong, the file is one of `inputs`, or it exists and `force` is False.
     """
+    name = shown(output.name)
     if output.suffix.lower() != SUFFIX:
-        raise LoraGuardError(
-            f"{shown(output.name)}: expected a name that ends in {SUFFIX}, by which programs know what to read"
-        )
+        raise LoraGuardError(about(name, Message("bake.needs_suffix", {"suffix": SUFFIX})))
     if not output.exists():
         return
     for path in inputs:
         if path.exists() and output.samefile(path):
-            raise LoraGuardError(
-                f"{shown(output.name)}: is one of the files that are read; give the new file another name"
-            )
+            raise LoraGuardError(about(name, Message("bake.is_read")))
     if not force:
-        raise LoraGuardError(f"{shown(output.name)}: is there already; give another name, or --force to replace it")
+        raise LoraGuardError(about(name, Message("bake.is_there")))
 
 
 def metadata_for(header: FileHeader, loras: Sequence[tuple[Path, float, str]]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from ..adapters import Term
 from ..adapters.files import LoraFile
 from ..checkpoints.lora_header import damaged_where_torch_refuses
 from ..checkpoints.model_header import Checkpoint
-from ..errors import LoraMismatchError, about
+from ..errors import LoraMismatchError, Message, about
 from ..files import shown
 from ..models.fit import Fit, fit_file
 
@@ -56,9 +56,6 @@ def match_stack(checkpoint: Checkpoint, loras: Sequence[tuple[LoraFile, float]])
     return Stack(baked, merged)
 
 
-def _nothing_fits(name: str, file: LoraFile, fit: Fit) -> str:
-    first = shown(next(iter([*fit.lost, *fit.skipped]), "nothing"))
-    return (
-        f"{name}: none of its {len(file.adapters)} modules can be applied (first: {first}); use a LoRA made "
-        "for this model, and a checkpoint that has the parts it changes"
-    )
+def _nothing_fits(name: str, file: LoraFile, fit: Fit) -> Message:
+    first = shown(next(iter([*fit.lost, *fit.skipped]), "-"))
+    return about(name, Message("bake.nothing_fits", {"count": len(file.adapters), "first": first}))

@@ -20,7 +20,7 @@ KIND_NAMES = {
     "clip_h": "OpenCLIP-H",
     CLIP: "CLIP",
     T5: "T5",
-    LLM: "language model",
+    LLM: Message("plan.kind.language_model"),
 }
 """The kinds of text encoders with their names for users."""
 
@@ -120,5 +120,5 @@ def _prompt_width(checkpoint: Checkpoint) -> int | None:
 
 def kind_names(kinds: Iterable[str]) -> list[str]:
     """Returns the names of parts for users."""
-    names = {**KIND_NAMES, ANY: "text encoder", VAE_KIND: "VAE"}
+    names = {**KIND_NAMES, ANY: Message("plan.kind.text_encoder"), VAE_KIND: "VAE"}
     return [names[kind] for kind in kinds]

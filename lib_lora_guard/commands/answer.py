@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..files import shown
-from ..messages import Joined, Message
+from ..messages import Joined, Message, about
 from ..planning import activations
 from ..planning.formats import smaller_picture
 from ..planning.instead import file_name
@@ -28,10 +28,18 @@ def fits(result: PlanResult) -> bool | None:
 
 
 def answer(result: PlanResult) -> Message | Joined:
-    """Returns the answer."""
+    """Returns the answer, and the LoRAs that have no part in it."""
+    refused = [lora.facts.name for lora in result.stack.loras if lora.fit.refused]
+    if not refused or _guard(result) is None:
+        return _answer(result)
+    without = Message("plan.without", {"names": Joined(refused, "list.names")})
+    return Joined([without, _answer(result)], "list.semicolon")
+
+
+def _answer(result: PlanResult) -> Message | Joined:
     guard = _guard(result)
     if guard is None:
-        why = "; ".join(f"{lora.facts.name}: {shown(lora.fit.refused or '', 300)}" for lora in result.stack.loras)
+        why = Joined((about(lora.facts.name, lora.fit.refused or "") for lora in result.stack.loras), "list.semicolon")
         return Message("plan.unusable", {"why": why})
     parts = Joined(result.model.not_counted, "list.and")
     if not guard.fits:
@@ -62,7 +70,7 @@ def counted_beside(result: PlanResult) -> Message | None:
         facts = {"name": part.name, "gb": part.bytes / GB}
         parts.append(Message("plan.part_assumed" if part.is_assumed else "plan.part_given", facts))
     key = "plan.beside_assumed" if any(part.is_assumed for part in result.beside) else "plan.beside"
-    return Message(key, {"parts": Joined(parts)})
+    return Message(key, {"parts": Joined(parts, "list.names")})
 
 
 def _guard(result: PlanResult) -> Prediction | None:

@@ -17,13 +17,14 @@ from ..baking.output import metadata_for, sha256_of
 from ..baking.unfinished import remove_abandoned
 from ..checkpoints.model_header import read_checkpoint
 from ..demo.measure import Measured, measured
-from ..errors import LoraFileError
+from ..errors import LoraFileError, about
 from ..files import read_unchanged, shown
-from ..messages import Message
+from ..messages import Joined, Message
+from ..messages.catalogue import ENGLISH
 from ..patching.room_to_read import room_now_bytes
 from ..units import GB, MB
 from ..version import __version__
-from .page import MESSAGE_CHARACTERS, say
+from .page import MESSAGE_CHARACTERS, Page, in_users_language, say
 
 SCHEMA = "lora-guard/bake/1"
 FAITHFUL = 0.95
@@ -81,7 +82,7 @@ def make_baked(request: BakeRequest, console: Console) -> BakeResult:
     check_output(request.output, [request.model, *(path for path, _ in request.loras)], request.force)
     count, size = remove_abandoned(request.output.parent)
     if count:
-        say(console, Message("bake.removed_unfinished", {"count": count, "size": _size(size)}))
+        say(console, in_users_language(Message("bake.removed_unfinished", {"count": count, "size": _size(size)})))
     with measured() as cost:
         checkpoint = read_checkpoint(request.model)
         loras = [(path, strength, *_read(path)) for path, strength in request.loras]
@@ -116,7 +117,7 @@ def _read(path: Path) -> tuple[LoraFile, str]:
         try:
             return file, sha256_of(path)
         except OSError as error:
-            raise LoraFileError(f"a LoRA file cannot be read any more ({error}); try again") from error
+            raise LoraFileError(about(shown(path.name), Message("bake.lora_gone", {"error": error}))) from error
 
     return read_unchanged(path, both)
 
@@ -159,42 +160,44 @@ def bake_document(result: BakeResult) -> dict[str, Any]:
     }
 
 
-def print_baked(console: Console, result: BakeResult) -> None:
+def print_baked(console: Console, result: BakeResult, language: str = ENGLISH) -> None:
     """Prints the result as a page of text."""
-    report = result.report
+    page, report = Page(console, language), result.report
     for lora in result.loras:
         facts = {"name": lora.name, "strength": f"{lora.strength:g}", "used": lora.fit.used}
-        say(console, Message("bake.lora", {**facts, "skipped": len(lora.fit.skipped), "lost": len(lora.fit.lost)}))
+        page.say(Message("bake.lora", {**facts, "skipped": len(lora.fit.skipped), "lost": len(lora.fit.lost)}))
         for sentence, keys in (("bake.skipped", lora.fit.skipped), ("bake.lost", lora.fit.lost)):
             for key in keys[:SHOWN_KEYS]:
-                say(console, f"  {Message(sentence, {'key': shown(key, MESSAGE_CHARACTERS)})}")
+                said = shown(page.text(Message(sentence, {"key": key})), MESSAGE_CHARACTERS)
+                page.say(f"  {said}")
             if len(keys) > SHOWN_KEYS:
-                say(console, f"  {Message('bake.more', {'count': len(keys) - SHOWN_KEYS})}")
+                page.say(f"  {page.text(Message('bake.more', {'count': len(keys) - SHOWN_KEYS}))}")
     whole = sum(report.formats.values())
+    formats = (f"{form} {100 * values / whole:.0f} %" for form, values in report.formats.most_common())
     facts = {
         "name": shown(result.request.output.name),
         "size": _size(report.bytes),
         "baked": report.baked,
         "copied": report.copied,
         "converted": report.converted,
-        "formats": ", ".join(f"{form} {100 * values / whole:.0f} %" for form, values in report.formats.most_common()),
+        "formats": Joined(formats, "list.names"),
     }
-    say(console, Message("bake.written", facts), "bold")
+    page.say(Message("bake.written", facts), "bold")
     if report.cosine is None:
-        say(console, Message("bake.no_effect"), "yellow")
+        page.say(Message("bake.no_effect"), "yellow")
     else:
         by_dtype = [f"{form} {cosine:.4f}" for form, cosine in report.cosines.items()]
         cosine = f"{report.cosine:.4f}" + (f" ({', '.join(by_dtype)})" if len(by_dtype) > 1 else "")
-        say(console, Message("bake.effect", {"cosine": cosine}))
+        page.say(Message("bake.effect", {"cosine": cosine}))
     for line in result.advice():
-        say(console, line, "yellow")
+        page.say(line, "yellow")
     cost = {
         "seconds": f"{result.cost.seconds:.1f}",
         "peak": _size(int(result.cost.ram_peak_mb * MB)),
         "largest": _size(report.largest_bytes),
         "factors": _size(result.factor_bytes),
     }
-    say(console, Message("bake.cost", cost))
+    page.say(Message("bake.cost", cost))
 
 
 def _size(count: int) -> str:

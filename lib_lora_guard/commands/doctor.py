@@ -270,7 +270,7 @@ def _by_reason(reasons: Iterable[tuple[str, Message | None]]) -> list[tuple[Mess
     names: dict[Message | None, list[str]] = {}
     for name, why in reasons:
         names.setdefault(why, []).append(name)
-    return [(why, Joined(found)) for why, found in names.items()]
+    return [(why, Joined(found, "list.names")) for why, found in names.items()]
 
 
 def _title(name: str) -> Message:

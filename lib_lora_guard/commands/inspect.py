@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.lora_header import LoraFacts, counted, metadata_of_interest, read_facts, trained_words
 from ..errors import LoraMismatchError, about
 from ..files import shown
-from ..messages import Message
+from ..messages import Joined, Message
 from ..messages.catalogue import ENGLISH
 from ..units import MB
 from ..version import __version__
-from .page import MESSAGE_CHARACTERS, SHOWN_KEYS, counts, say
+from .page import MESSAGE_CHARACTERS, SHOWN_KEYS, Page, counts, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +75,7 @@ def inspect_document(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit |
         "first_unknown": [shown(key) for key in unknown[:SHOWN_KEYS]],
         "metadata": metadata_of_interest(facts.file.metadata),
         "trained_words": trained_words(facts.file.metadata),
-        "answer": str(answer(facts, checkpoint, fit)),
+        "answer": shown(answer(facts, checkpoint, fit), ANSWER_CHARACTERS),
         "fit": None if fit is None or checkpoint is None else _fit(facts, checkpoint, fit),
     }
 
@@ -101,7 +101,7 @@ def check_fits(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None)
         LoraMismatchError: The model can use nothing of it.
     """
     if fit is not None and checkpoint is not None and fit.refused is not None:
-        raise LoraMismatchError(about(facts.name, shown(fit.refused, MESSAGE_CHARACTERS)))
+        raise LoraMismatchError(about(facts.name, fit.refused))
 
 
 def answer(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> Message:
@@ -109,7 +109,7 @@ def answer(facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None) -> 
     if fit is not None and checkpoint is not None:
         model = shown(checkpoint.header.path.name)
         if fit.refused is not None:
-            return Message("inspect.misfit", {"model": model, "why": shown(fit.refused, MESSAGE_CHARACTERS)})
+            return Message("inspect.misfit", {"model": model, "why": fit.refused})
         return Message("inspect.fits", {"model": model, "used": fit.used, "of": len(facts.file.adapters)})
     made_for = facts.made_for.value if facts.made_for else Message("inspect.not_shown")
     return Message("inspect.is", {"name": facts.name, "made_for": made_for})
@@ -119,47 +119,76 @@ def print_facts(
     console: Console, facts: LoraFacts, checkpoint: Checkpoint | None, fit: Fit | None, language: str = ENGLISH
 ) -> None:
     """Prints the answer in one line, then the facts as a page of text."""
-    say(console, answer(facts, checkpoint, fit).text(language), "bold")
+    page = Page(console, language)
+    page.say(answer(facts, checkpoint, fit), "bold", limit=ANSWER_CHARACTERS)
     if fit is not None:
-        say(console, answer(facts, None, None).text(language), "bold")
-    rows = [
-        ("file", f"{facts.header.container}, {_mb(facts.header.bytes)}, {len(facts.header.tensors)} tensors"),
-        ("kinds", counted(facts.kinds) + (f", DoRA on {facts.dora_modules}" if facts.dora_modules else ", no DoRA")),
-        ("parts", ", ".join(f"{part} ({count} modules)" for part, count in facts.parts.most_common())),
-        ("rank", counted(facts.ranks) if facts.ranks else "none"),
-        ("alpha", counted(facts.alphas) if facts.alphas else "none in the file"),
-        ("scale", f"{counted(facts.scales)} (alpha / rank)" if facts.scales else "1"),
-        ("dtype", counted(facts.dtypes)),
+        page.say(answer(facts, None, None), "bold")
+    for name, value in _rows(facts):
+        # A Chinese character is as wide as two others.
+        label = page.text(name)
+        width = NAME_WIDTH - sum(not c.isascii() for c in label)
+        say(console, f"  {label + ':':<{width}} {page.text(value)}")
+    if fit is not None and checkpoint is not None:
+        _print_fit(page, facts, checkpoint, fit)
+
+
+NAME_WIDTH = 24
+"""Columns of the names of the facts."""
+ANSWER_CHARACTERS = 600
+
+
+def _rows(facts: LoraFacts) -> list[tuple[str, str]]:
+    size = {"size": _mb(facts.header.bytes), "count": len(facts.header.tensors)}
+    kinds = counted(facts.kinds)
+    parts = (Message("inspect.part", {"part": part, "count": count}) for part, count in facts.parts.most_common())
+    scale: str = "1"
+    if facts.scales:
+        scale = Message("inspect.scale", {"scales": counted(facts.scales)})
+    rows: list[tuple[str, str]] = [
+        (Message("inspect.row.file"), Message("inspect.file", {"container": facts.header.container, **size})),
+        (
+            Message("inspect.row.kinds"),
+            Message("inspect.dora", {"kinds": kinds, "count": facts.dora_modules})
+            if facts.dora_modules
+            else Message("inspect.no_dora", {"kinds": kinds}),
+        ),
+        (Message("inspect.row.parts"), Joined(parts, "list.names")),
+        (Message("inspect.row.rank"), counted(facts.ranks) if facts.ranks else Message("inspect.none")),
+        (Message("inspect.row.alpha"), counted(facts.alphas) if facts.alphas else Message("inspect.none_in_file")),
+        (Message("inspect.row.scale"), scale),
+        (Message("inspect.row.dtype"), counted(facts.dtypes)),
     ]
     unknown = facts.file.unknown_keys
     if unknown:
-        first = ", ".join(shown(key) for key in unknown[:3])
-        rows.append(("not known", f"{len(unknown)} keys, first: {first}"))
-    rows += [("not applied", f"{shown(key)}: {why}") for key, why in list(facts.file.lost.items())[:SHOWN_KEYS]]
-    rows += [("note", str(note)) for note in facts.file.notes]
+        first = {"count": len(unknown), "first": Joined((shown(key) for key in unknown[:3]), "list.names")}
+        rows.append((Message("inspect.row.unknown"), Message("inspect.unknown", first)))
+    lost = list(facts.file.lost.items())[:SHOWN_KEYS]
+    rows += [(Message("inspect.row.lost"), about(shown(key), why)) for key, why in lost]
+    rows += [(Message("inspect.row.note"), note) for note in facts.file.notes]
     rows += metadata_of_interest(facts.file.metadata).items()
     if words := trained_words(facts.file.metadata):
-        rows.append(("trained words", ", ".join(words)))
-    for name, value in rows:
-        say(console, f"  {name + ':':<24} {value}")
-    if fit is not None and checkpoint is not None:
-        _print_fit(console, facts, checkpoint, fit)
+        rows.append((Message("inspect.row.words"), Joined(words, "list.names")))
+    return rows
 
 
-def _print_fit(console: Console, facts: LoraFacts, checkpoint: Checkpoint, fit: Fit) -> None:
-    architecture = checkpoint.architecture.value if checkpoint.architecture else "architecture not known"
-    say(console, f"On {shown(checkpoint.header.path.name)} ({architecture})", "bold")
+def _print_fit(page: Page, facts: LoraFacts, checkpoint: Checkpoint, fit: Fit) -> None:
+    known = checkpoint.architecture
+    architecture = known.value if known else Message("plan.unknown_architecture")
+    on = {"model": shown(checkpoint.header.path.name), "architecture": architecture}
+    page.say(Message("inspect.on", on), "bold")
     if fit.refused is not None:
-        say(console, f"  does NOT fit: {shown(fit.refused, MESSAGE_CHARACTERS)}", "red")
+        page.say(Message("inspect.does_not_fit", {"why": fit.refused}), "red", limit=MESSAGE_CHARACTERS)
         return
-    say(console, f"  fits: {fit.used} modules used, {len(fit.skipped)} keys skipped, {len(fit.lost)} lost")
-    skipped = [facts.file.spelled(key) for key in fit.skipped[:3]]
-    for word, keys in (("skipped", skipped), ("lost", fit.lost[:3])):
-        for key in keys:
-            say(console, f"  {word}: {shown(key, MESSAGE_CHARACTERS)}")
+    counts = {"used": fit.used, "skipped": len(fit.skipped), "lost": len(fit.lost)}
+    page.say(Message("inspect.does_fit", counts))
+    for skipped in fit.skipped[:3]:
+        page.say(Message("inspect.skipped", {"key": facts.file.spelled(skipped)}), limit=MESSAGE_CHARACTERS)
+    for lost in fit.lost[:3]:
+        page.say(Message("inspect.lost", {"key": lost}), limit=MESSAGE_CHARACTERS)
     if fit.left_out.modules:
         share = fit.left_out
-        say(console, f"  left out: {share.modules} of {share.of} modules", "yellow" if share.is_much else "")
+        said = Message("plan.left_out", {"modules": share.modules, "of": share.of})
+        page.say(said, "yellow" if share.is_much else "")
 
 
 def _mb(count: int) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from ..checkpoints.lora_header import read_facts
 from ..checkpoints.model_header import DENOISER, TEXT, VAE, Checkpoint, read_checkpoint
 from ..checkpoints.part_files import PartBeside, kind_names, parts_beside, read_parts
-from ..errors import LoraMismatchError
-from ..files import shown
+from ..errors import LoraMismatchError, about
+from ..messages import Message
 from ..models.text import T5, find_encoders, missing_encoders
 from ..planning import activations
 from ..planning.advice import advice
@@ -62,7 +62,7 @@ class PlanResult:
     unknown: list[str]
     predictions: tuple[Prediction, ...]
     instead: Instead | None
-    advice: list[str]
+    advice: list[Message]
 
     def check_usable(self) -> None:
         """Checks that a LoRA can be used.
@@ -70,10 +70,10 @@ class PlanResult:
         Raises:
             LoraMismatchError: The model can use none of them.
         """
-        reasons = [f"{lora.facts.name}: {lora.fit.refused}" for lora in self.stack.loras if lora.fit.refused]
+        reasons = [about(lora.facts.name, lora.fit.refused) for lora in self.stack.loras if lora.fit.refused]
         if reasons and len(reasons) == len(self.stack.loras):
-            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            raise LoraMismatchError(reasons[0] + more)
+            more = {"message": reasons[0], "count": len(reasons) - 1}
+            raise LoraMismatchError(Message("log.alike", more) if len(reasons) > 1 else reasons[0])
 
 
 def make_plan(request: PlanRequest) -> PlanResult:
@@ -93,16 +93,14 @@ def make_plan(request: PlanRequest) -> PlanResult:
     beside, unknown = parts_beside(checkpoint, given)
     model = model_facts(checkpoint, tokens, request.picture, compute_bytes, beside, unknown)
     predictions: tuple[Prediction, ...] = ()
-    lines: list[str] = []
+    lines: list[Message] = []
     other = None
-    if stack.patches:
+    if stack.patches or not request.loras:
         predictions = predict(
             model, stack.patches, request.vram_bytes, request.ram_bytes, request.rates, sys.platform == "win32"
         )
         other = _instead(request, checkpoint, model, stack, beside, predictions[0])
-        lines = advice(model, stack.patches, predictions) + [
-            shown(line, LINE_CHARACTERS) for line in _beside(checkpoint, stack)
-        ]
+        lines = [*advice(model, stack.patches, predictions), *_beside(checkpoint, stack)]
     latent = Latent.of(request.picture.width, request.picture.height, request.picture.batch)
     estimate = int(unet_estimate_bytes(latent, compute_bytes))
     return PlanResult(request, checkpoint, model, tokens, estimate, stack, beside, unknown, predictions, other, lines)
@@ -199,31 +197,26 @@ def encoders_missing(checkpoint: Checkpoint) -> list[str]:
     return missing_encoders(checkpoint.architecture, find_encoders(checkpoint.shapes).values())
 
 
-LINE_CHARACTERS = 300
-"""Characters shown of a line with names from a file in it."""
 MOST_UNMATCHED = 12
 """Forge drops a LoRA that has more keys left over than this."""
 
 
-def _beside(checkpoint: Checkpoint, stack: Stack) -> list[str]:
+def _beside(checkpoint: Checkpoint, stack: Stack) -> list[Message]:
     """Returns warnings that the numbers do not show."""
     lines = []
     for lora in stack.loras:
+        name = lora.facts.name
         if lora.fit.refused:
-            lines.append(f"{lora.facts.name} cannot be used: {lora.fit.refused}.")
+            lines.append(Message("advice.cannot_be_used", {"name": name, "why": lora.fit.refused}))
         if lora.unknown_to_forge:
-            lines.append(
-                f"Forge's own reader does not know {', '.join(lora.unknown_to_forge)} ({lora.facts.name}); the guard does."
-            )
+            lines.append(Message("advice.unknown_to_forge", {"kinds": ", ".join(lora.unknown_to_forge), "name": name}))
         if lora.fit.lost:
-            lines.append(f"{lora.facts.name}: {len(lora.fit.lost)} keys are lost on this model.")
+            lines.append(Message("advice.lost", {"name": name, "count": len(lora.fit.lost)}))
         if len(lora.fit.skipped) > MOST_UNMATCHED and not lora.fit.refused:
-            lines.append(
-                f"{lora.facts.name}: {len(lora.fit.skipped)} keys have no place in this file. Forge leaves out a LoRA with more "
-                f"than {MOST_UNMATCHED} such keys; keys of a text encoder that lies in another file do not count."
-            )
+            facts = {"name": name, "count": len(lora.fit.skipped), "most": MOST_UNMATCHED}
+            lines.append(Message("advice.unmatched", facts))
     if checkpoint.is_scaled_fp8:
-        lines.append("The model is scaled fp8: Forge's merge forgets its scales, the guard and 'fp16 LoRA' do not.")
+        lines.append(Message("advice.scaled_fp8"))
     if checkpoint.architecture is None:
-        lines.append("The architecture is not known: tokens are counted as for Flux, the numbers are rough.")
+        lines.append(Message("advice.unknown_architecture"))
     return lines

@@ -12,7 +12,7 @@ from ..planning.rates import BANDWIDTH_EFFICIENCY, CPU_MERGE_VALUES, EFFICIENCY,
 from ..planning.usual_parts import VAE_KIND
 from ..version import __version__
 from .answer import answer, fits
-from .page import SHOWN_KEYS, counts
+from .page import MESSAGE_CHARACTERS, SHOWN_KEYS, counts
 from .plan import PlanResult, encoders_missing, not_counted, not_in_file
 from .stack import StackedLora
 
@@ -42,7 +42,7 @@ def plan_document(result: PlanResult) -> dict[str, Any]:
         "mode": request.wish.value,
         "loras": [_lora(lora) for lora in result.stack.loras],
         "predicted": [_prediction(prediction, result.model.not_counted) for prediction in result.predictions],
-        "advice": result.advice,
+        "advice": [shown(line, MESSAGE_CHARACTERS) for line in result.advice],
         "fits": fits(result),
         "answer": str(answer(result)),
         "beside": [

@@ -10,14 +10,14 @@ from rich.table import Table
 
 from ..checkpoints.lora_header import counted
 from ..files import shown
-from ..messages import Message
+from ..messages import Joined, Message
 from ..messages.catalogue import ENGLISH
 from ..planning.mode import Wish
 from ..planning.predict import INFERENCE_BYTES, Prediction
 from ..planning.rates import CPU_MERGE_VALUES, EFFICIENCY, GIGA, GpuRates
 from ..units import GB, MB
 from .answer import answer, counted_beside
-from .page import MESSAGE_CHARACTERS, say
+from .page import MESSAGE_CHARACTERS, Page
 from .plan import PlanResult, not_in_file
 from .plan_json import part_bytes
 from .stack import StackedLora
@@ -25,20 +25,20 @@ from .stack import StackedLora
 ANSWER_CHARACTERS = 600
 """Characters shown of the answer."""
 
-_PARTS = {"denoiser": "U-Net or transformer", "text_encoders": "text encoders", "vae": "VAE", "other": "other"}
-
 _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
-    ("VRAM peak while sampling", lambda p: _gb(p.vram_peak_bytes)),
-    ("model on the GPU", lambda p: _gb(p.weights_on_gpu_bytes)),
-    ("model swapped to RAM", lambda p: _gb(p.swapped_bytes)),
-    ("LoRA on the GPU", lambda p: _gb(p.factor_bytes)),
-    ("RAM peak", lambda p: _gb(p.ram_peak_bytes)),
-    ("of it backups", lambda p: _gb(p.backup_bytes)),
-    ("time to apply", lambda p: f"{p.apply_seconds:.1f} s"),
-    ("time to change a strength", lambda p: f"{p.change_seconds:.1f} s"),
-    ("extra time per step", lambda p: f"{p.extra_step_seconds:.3f} s"),
-    ("of the LoRA is left", lambda p: p.effect.value),
+    ("vram", lambda p: _gb(p.vram_peak_bytes)),
+    ("on_gpu", lambda p: _gb(p.weights_on_gpu_bytes)),
+    ("swapped", lambda p: _gb(p.swapped_bytes)),
+    ("lora", lambda p: _gb(p.factor_bytes)),
+    ("ram", lambda p: _gb(p.ram_peak_bytes)),
+    ("backups", lambda p: _gb(p.backup_bytes)),
+    ("apply", lambda p: Message("plan.seconds", {"seconds": f"{p.apply_seconds:.1f}"})),
+    ("change", lambda p: Message("plan.seconds", {"seconds": f"{p.change_seconds:.1f}"})),
+    ("step", lambda p: Message("plan.seconds", {"seconds": f"{p.extra_step_seconds:.3f}"})),
+    ("left", lambda p: Message(f"plan.effect.{p.effect.value.replace(' ', '_')}")),
 )
+_WITHOUT_LORAS = ("vram", "on_gpu", "swapped", "ram")
+"""Rows of a plan that was asked for a model alone."""
 
 
 def print_plan(console: Console, result: PlanResult, notes: Sequence[Message] = (), language: str = ENGLISH) -> None:
@@ -48,106 +48,129 @@ def print_plan(console: Console, result: PlanResult, notes: Sequence[Message] = 
         console: The console.
         result: The plan.
         notes: What was read from the machine or taken for what was asked.
-        language: Of the answer and the notes.
+        language: Of the page.
     """
-    say(console, shown(answer(result).text(language), ANSWER_CHARACTERS), "bold")
+    page = Page(console, language)
+    page.say(answer(result), "bold", limit=ANSWER_CHARACTERS)
     for note in (counted_beside(result), *notes):
         if note is not None:
-            say(console, note.text(language))
-    say(console, "")
-    _print_model(console, result)
+            page.say(note)
+    page.gap()
+    _print_model(page, result)
     for lora in result.stack.loras:
-        _print_lora(console, lora)
-    if not result.predictions:
-        return
+        page.gap()
+        _print_lora(page, lora)
+    if result.predictions:
+        page.gap()
+        _print_predictions(page, result)
+
+
+def _print_predictions(page: Page, result: PlanResult) -> None:
     request = result.request
-    say(
-        console,
-        f"\nPredicted for {request.rates.name}, {_gb(request.vram_bytes)} VRAM free, {_gb(request.ram_bytes)} RAM; "
-        f"{request.picture.width}x{request.picture.height}, batch {request.picture.batch}",
-        "bold",
-    )
+    sizes = {"vram": _gb(request.vram_bytes), "ram": _gb(request.ram_bytes)}
+    picture = {"width": request.picture.width, "height": request.picture.height, "batch": request.picture.batch}
+    page.say(Message("plan.predicted", {"card": request.rates.name, **sizes, **picture}), "bold")
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("predicted")
+    table.add_column(page.text(Message("plan.row.head")))
     for prediction in result.predictions:
         table.add_column(prediction.way.value, justify="right")
     for name, cell in _ROWS:
-        table.add_row(name, *(cell(prediction) for prediction in result.predictions))
+        if not result.stack.loras and name not in _WITHOUT_LORAS:
+            continue
+        cells = (page.text(cell(prediction)) for prediction in result.predictions)
+        table.add_row(page.text(Message(f"plan.row.{name}")), *cells)
     missing = result.model.not_counted
-    table.add_row("fits", *(_fits(prediction, missing) for prediction in result.predictions))
-    console.print(table)
+    fits = (page.text(_fits(prediction, missing)) for prediction in result.predictions)
+    table.add_row(page.text(Message("plan.row.fits")), *fits)
+    page.console.print(table)
     if missing:
-        say(
-            console,
-            f"Not counted, because nothing is known of it: {', '.join(missing)}. Whether all of it fits is open.",
-        )
-    say(console, _assumed(request.rates))
+        page.say(Message("plan.not_counted", {"parts": Joined(missing, "list.names")}))
+    page.say(_assumed(request.rates))
     if request.wish is not Wish.AUTO:
-        say(console, f"LoRA Guard was asked for mode {request.wish.value}; nothing is asked of Forge.")
-    say(console, "")
+        page.say(Message("plan.asked_mode", {"mode": Message(f"mode.{request.wish.value}")}))
+    page.gap()
     for line in result.advice:
-        say(console, f"- {shown(line, MESSAGE_CHARACTERS)}")
+        page.say(Message("plan.advice", {"line": line}), limit=MESSAGE_CHARACTERS)
 
 
-def _print_model(console: Console, result: PlanResult) -> None:
+def _print_model(page: Page, result: PlanResult) -> None:
     checkpoint = result.checkpoint
-    architecture = checkpoint.architecture.value if checkpoint.architecture else "architecture not known"
-    name = shown(checkpoint.header.path.name)
-    say(console, f"{name}: {architecture}, {checkpoint.header.container}, {_gb(checkpoint.header.bytes)}", "bold")
-    sizes = part_bytes(checkpoint)
-    there = ", ".join(f"{_PARTS[part]} {_gb(size)}" for part, size in sizes.items() if size)
-    missing = " and ".join(_PARTS[part] for part in not_in_file(checkpoint))
-    say(console, f"  {there}" + (f"; {missing} not or not all in this file" if missing else ""))
+    known = checkpoint.architecture
+    facts = {"name": shown(checkpoint.header.path.name), "container": checkpoint.header.container}
+    architecture = known.value if known else Message("plan.unknown_architecture")
+    size = _gb(checkpoint.header.bytes)
+    page.say(Message("plan.model", {**facts, "architecture": architecture, "size": size}), "bold")
+    there = Joined(
+        (
+            Message("plan.part_size", {"part": Message(f"plan.part.{part}"), "size": _gb(size)})
+            for part, size in part_bytes(checkpoint).items()
+            if size
+        ),
+        "list.names",
+    )
+    missing = Joined((Message(f"plan.part.{part}") for part in not_in_file(checkpoint)), "list.and")
+    if missing:
+        page.say(Message("plan.parts_missing", {"parts": there, "missing": missing}))
+    else:
+        page.say(Message("plan.parts", {"parts": there}))
     formats = checkpoint.formats()
     whole = sum(formats.values()) or 1  # a file of empty tensors
-    shares = ", ".join(f"{form} {100 * values / whole:.0f} %" for form, values in formats.most_common(4))
+    shares = Joined((f"{form} {100 * values / whole:.0f} %" for form, values in formats.most_common(4)), "list.names")
     grown = sum(
         weight.bytes - weight.placed_bytes for weight in result.model.weights if weight.placed_bytes is not None
     )
-    growth = f", {_mb(grown)} larger once Forge has loaded it" if grown else ""
-    say(console, f"  stored as {shares}" + (" (scaled)" if checkpoint.is_scaled_fp8 else "") + growth)
-    say(
-        console,
-        f"  a step needs {_gb(result.model.activation_bytes)} beside weights (Forge's own estimate: "
-        f"{_gb(result.forge_activation_bytes)}, of which its placement sees {_gb(INFERENCE_BYTES)})",
-    )
+    form = Message("plan.stored_scaled" if checkpoint.is_scaled_fp8 else "plan.stored", {"shares": shares})
+    page.say(Message("plan.grown", {"stored": form, "size": _mb(grown)}) if grown else form)
+    needs = {"size": _gb(result.model.activation_bytes), "forge": _gb(result.forge_activation_bytes)}
+    page.say(Message("plan.step", {**needs, "seen": _gb(INFERENCE_BYTES)}))
 
 
-def _print_lora(console: Console, lora: StackedLora) -> None:
+def _print_lora(page: Page, lora: StackedLora) -> None:
     facts = lora.facts
-    made_for = (
-        f"made for {facts.made_for.value}" if facts.made_for else "made for an architecture that it does not show"
-    )
-    say(console, f"\n{facts.name}, strength {lora.strength:g}: {made_for}, {_mb(facts.header.bytes)}", "bold")
-    ranks = f", rank {counted(facts.ranks)}" if facts.ranks else ""
-    dora = f", DoRA on {facts.dora_modules}" if facts.dora_modules else ""
-    say(console, f"  {counted(facts.kinds)}{dora}{ranks}, {counted(facts.dtypes)}, {_mb(facts.bytes)} of tensors")
+    made_for = Message("plan.made_for_unknown")
+    if facts.made_for:
+        made_for = Message("plan.made_for", {"architecture": facts.made_for.value})
+    head = {"name": facts.name, "strength": f"{lora.strength:g}", "made_for": made_for, "size": _mb(facts.header.bytes)}
+    page.say(Message("plan.lora", head), "bold")
+    kinds: list[str] = [counted(facts.kinds)]
+    if facts.dora_modules:
+        kinds.append(Message("plan.dora", {"count": facts.dora_modules}))
+    if facts.ranks:
+        kinds.append(Message("plan.rank", {"ranks": counted(facts.ranks)}))
+    page.say(Message("plan.kinds", {"facts": Joined([*kinds, counted(facts.dtypes)]), "size": _mb(facts.bytes)}))
     if lora.fit.refused is not None:
-        say(console, f"  CANNOT BE USED: {shown(lora.fit.refused, MESSAGE_CHARACTERS)}", "red")
+        page.say(Message("plan.refused", {"why": lora.fit.refused}), "red", limit=MESSAGE_CHARACTERS)
         return
-    say(console, f"  {lora.fit.used} modules used, {len(lora.fit.skipped)} keys skipped, {len(lora.fit.lost)} lost")
-    for word, keys in (("skipped", [facts.file.spelled(key) for key in lora.fit.skipped[:1]]), ("lost", lora.fit.lost)):
-        if keys:
-            say(console, f"  first {word}: {shown(keys[0], MESSAGE_CHARACTERS)}", "yellow" if word == "lost" else "")
+    if lora.strength == 0:
+        page.say(Message("plan.no_strength"), "yellow")
+    keys = {"skipped": len(lora.fit.skipped), "lost": len(lora.fit.lost)}
+    page.say(Message("plan.used", {"used": lora.fit.used, **keys}))
+    for key in lora.fit.skipped[:1]:
+        page.say(Message("plan.first_skipped", {"key": facts.file.spelled(key)}), limit=MESSAGE_CHARACTERS)
+    for lost in lora.fit.lost[:1]:
+        page.say(Message("plan.first_lost", {"key": lost}), "yellow", limit=MESSAGE_CHARACTERS)
     left = lora.fit.left_out
     if left.modules:
-        say(console, f"  left out: {left.modules} of {left.of} modules", "yellow" if left.is_much else "")
+        said = Message("plan.left_out", {"modules": left.modules, "of": left.of})
+        page.say(said, "yellow" if left.is_much else "")
     for mode, share in sorted(lora.modes.items()):
-        say(console, f"  {mode} on {share.count} weights ({', '.join(sorted(share.reasons))}): {_mb(share.bytes)}")
+        reasons = Joined(sorted(share.reasons), "list.names")
+        carried = {"mode": Message(f"mode.{mode}"), "count": share.count, "reasons": reasons, "size": _mb(share.bytes)}
+        page.say(Message("plan.mode", carried))
 
 
-def _fits(prediction: Prediction, missing: Sequence[str]) -> str:
+def _fits(prediction: Prediction, missing: Sequence[str]) -> Message:
     if not prediction.fits:
-        return "NO"
-    return "open" if missing else "yes"
+        return Message("plan.fits.no")
+    return Message("plan.fits.open" if missing else "plan.fits.yes")
 
 
-def _assumed(rates: GpuRates) -> str:
-    return (
-        f"Assumed for {rates.name}: memory {rates.memory_bytes_per_second / GIGA:.0f} GB/s, 16-bit matrices {rates.matrix_flops / 1e12:.0f} "
-        f"TFLOPS of which {100 * EFFICIENCY:.0f} % are reached, PCIe {rates.pinned / GIGA:.0f} GB/s pinned, {rates.pageable_to_gpu / GIGA:.1f} "
-        f"from and {rates.pageable_to_ram / GIGA:.1f} to ordinary RAM, {CPU_MERGE_VALUES / GIGA:g} G weights/s merged on the CPU. "
-        "GB are 2^30 bytes except in rates. Times are good to a factor of 2 or 3, and know no page file."
+def _assumed(rates: GpuRates) -> Message:
+    card = {"card": rates.name, "stream": rates.memory_bytes_per_second / GIGA, "tflops": rates.matrix_flops / 1e12}
+    moves = {"pinned": rates.pinned, "to_gpu": rates.pageable_to_gpu, "to_ram": rates.pageable_to_ram}
+    per_second = {name: rate / GIGA for name, rate in moves.items()}
+    return Message(
+        "plan.assumed", {**card, **per_second, "percent": 100 * EFFICIENCY, "merged": CPU_MERGE_VALUES / GIGA}
     )
 
 

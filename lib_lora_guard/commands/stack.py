@@ -12,8 +12,9 @@ from ..adapters import Term
 from ..adapters.kinds import KINDS
 from ..checkpoints.lora_header import LoraFacts, damaged_where_torch_refuses
 from ..checkpoints.model_header import DENOISER, TEXT, Checkpoint, Parameter
-from ..errors import ModeError
+from ..errors import ModeError, about, reason
 from ..files import shown
+from ..messages import Message
 from ..models.fit import Fit, fit_file
 from ..planning.costs import bypass_bytes, bypass_cost, forge_on_the_fly_cost, on_the_fly_cost
 from ..planning.mode import Choice, Mode, WeightFacts, Wish, choose_mode
@@ -89,9 +90,9 @@ def plan_stack(
             choice = choose_mode(_facts(parameter), terms, wish)
         except ModeError as error:
             if wish is Wish.MERGE:
-                raise ModeError(f"{shown(checkpoint.header.path.name)}: {error}") from None
+                raise ModeError(about(shown(checkpoint.header.path.name), reason(error))) from None
             for origin in {term.origin for term in terms}:
-                stacked[origin].fit.lost.append(str(error))
+                stacked[origin].fit.lost.append(reason(error))
             continue
         _count(stacked, terms, choice, compute_bytes)
         patches.append(_patch(parameter, terms, choice, tokens, compute_bytes))
@@ -100,9 +101,9 @@ def plan_stack(
 
 def _nothing_fits(checkpoint: Checkpoint, facts: LoraFacts, fit: Fit) -> str:
     if all(part not in ("U-Net", "transformer") for part in facts.parts) and not checkpoint.of_part(TEXT):
-        return "it changes text encoders alone and this file has none; give a checkpoint that has them"
-    first = next(iter(fit.lost or sorted(fit.skipped)), "nothing")
-    return f"none of its {len(facts.file.adapters)} modules can be applied (first: {first}); use a LoRA made for this model"
+        return Message("advice.no_text_encoder")
+    first = next(iter(fit.lost or sorted(fit.skipped)), Message("host.nothing"))
+    return Message("advice.nothing_fits", {"count": len(facts.file.adapters), "first": first})
 
 
 def _facts(parameter: Parameter) -> WeightFacts:

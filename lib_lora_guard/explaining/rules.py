@@ -26,6 +26,8 @@ UNUSED_SHARE_MB = 1024
 LONG_SECONDS = 20.0
 """Patching or moving that takes longer than this is what a user complains of."""
 SLOW_STEP_SECONDS, SLOWER_TIMES = 5.0, 3.0
+STUCK_STEP_SECONDS = 30.0
+"""A step that takes longer than this is no first step that warms up."""
 OFTEN = 3
 """Loads of one model from which they count as repeated."""
 _NAMES_SHOWN = 3
@@ -51,14 +53,55 @@ class Rule:
 
 
 def _ram_death(seen: Seen) -> Facts | None:
-    ends = [int(facts["at"]) for facts in (*seen.all("ended"), *seen.all("killed"))]
-    work = ("placed", "placed_old", "patching", "loaded", "loads_old", "loads_neo", "loading")
-    begun = [int(facts["at"]) for name in work for facts in seen.all(name)]
-    if not ends or not begun or seen.has("cuda_oom") or seen.has("driver_oom") or seen.has("page_file"):
+    killed = seen.has("killed") and any(map(seen.has, (*_WORK, "loaded")))
+    if not killed and not (seen.has("ended") and _is_cut_off(seen)):
         return None
+    return None if any(map(seen.has, _OTHER_ENDS)) else {"ram": _ram(seen)}
+
+
+def _cut_off(seen: Seen) -> Facts | None:
+    if seen.has("ended") or seen.has("killed") or any(map(seen.has, _OTHER_ENDS)) or not _is_cut_off(seen):
+        return None
+    return {"ram": _ram(seen)}
+
+
+_WORK = ("placed", "placed_old", "patching", "loads_old", "loads_neo", "loading", "unloading")
+_WORK_DONE = (
+    "moved",
+    "loaded_now",
+    "cleaned",
+    "patched",
+    "model_loaded",
+    "step",
+    "step_fast",
+    "stopped",
+    "traceback",
+    "merge_retry",
+    "crashed",
+)
+_OTHER_ENDS = ("cuda_oom", "cuda_oom_bare", "async_oom", "driver_oom", "page_file", "ram_oom", "memory_error")
+
+
+def _is_cut_off(seen: Seen) -> bool:
+    """Returns True if the log ends while a model is loaded, moved or patched: no later line shows that it went on."""
+    merges = {facts["at"] for facts in seen.all("patching")}
+    done = [facts["at"] for name in _WORK_DONE for facts in seen.all(name) if facts["at"] not in merges]
+    # The VAE comes last, and Neo says nothing of a move that is quick.
+    work = [facts for name in _WORK for facts in seen.all(name)]
+    begun = [facts["at"] for facts in work if not re.search("Autoencoder|VAE", facts.get("model", ""))]
+    return max(map(int, begun), default=0) > max(map(int, done), default=0)
+
+
+def _ram(seen: Seen) -> Message:
     machine = seen.all("machine")
-    known = Message("explain.ram_known", {"gb": float(machine[0]["ram"]) / 1024}) if machine else None
-    return {"ram": known or Message("explain.ram_unknown")}
+    if not machine:
+        return Message("explain.ram_unknown")
+    return Message("explain.ram_known", {"gb": float(machine[0]["ram"]) / 1024})
+
+
+def _crashed(seen: Seen) -> Facts | None:
+    found = seen.texts("crashed", "what")
+    return {"what": shown(found[0].strip())} if found else None
 
 
 def _page_file(seen: Seen) -> Facts | None:
@@ -68,6 +111,10 @@ def _page_file(seen: Seen) -> Facts | None:
 def _ram_oom(seen: Seen) -> Facts | None:
     sizes = seen.numbers("ram_oom", "bytes")
     return {"mb": max(sizes) / 2**20} if sizes else None
+
+
+def _memory_error(seen: Seen) -> Facts | None:
+    return {} if seen.has("memory_error") and not seen.has("ram_oom") else None
 
 
 def _driver_oom(seen: Seen) -> Facts | None:
@@ -113,6 +160,7 @@ def _oom(seen: Seen) -> Facts | None:
         float(facts["wanted"]) * _MB_OF[facts["unit"]] for facts in seen.all("cuda_oom") if facts["at"] not in in_merges
     ]
     others = [facts for facts in seen.all("async_oom") if facts["at"] not in in_merges]
+    others += seen.all("cuda_oom_bare")
     if seen.has("driver_oom") and _driver_oom(seen) is None:
         others += seen.all("driver_oom")
     if not wanted and not others:
@@ -126,10 +174,11 @@ def _sysmem(seen: Seen) -> Facts | None:
 
 
 def _slow_steps(seen: Seen) -> Facts | None:
-    finals = [float(facts["seconds"]) for facts in seen.all("step") if facts["percent"] == "100"]
+    steps = _steps(seen)
+    finals = [float(facts["seconds"]) for facts in steps if facts["percent"] == "100"]
     # A step below a second is written the other way round.
     fast = [1 / rate for rate in seen.numbers("step_fast", "rate") if rate > 0]
-    readings = finals if finals else seen.numbers("step", "seconds")
+    readings = finals if finals else [float(facts["seconds"]) for facts in steps]
     if not readings:
         return None
     least, most = min([*readings, *(fast if not finals else [])]), max(readings)
@@ -138,6 +187,19 @@ def _slow_steps(seen: Seen) -> Facts | None:
     if len(slow) < (1 if finals else OFTEN):
         return None
     return {"least": least, "most": most}
+
+
+def _stuck_step(seen: Seen) -> Facts | None:
+    steps = _steps(seen)
+    if not steps or _slow_steps(seen) or float(steps[-1]["seconds"]) < STUCK_STEP_SECONDS:
+        return None
+    return {"seconds": float(steps[-1]["seconds"])}
+
+
+def _steps(seen: Seen) -> Sequence[Mapping[str, str]]:
+    """Returns the progress of sampling; the bar of a merge is another."""
+    merges = {facts["at"] for facts in seen.all("patching")}
+    return [facts for facts in seen.all("step") if facts["at"] not in merges]
 
 
 def _patch_slow(seen: Seen) -> Facts | None:
@@ -288,8 +350,11 @@ def _leak(seen: Seen) -> Facts | None:
 
 RULES: Sequence[Rule] = (
     Rule("ram_death", _ram_death),
+    Rule("cut_off", _cut_off),
     Rule("page_file", _page_file),
     Rule("ram_oom", _ram_oom),
+    Rule("memory_error", _memory_error),
+    Rule("crashed", _crashed),
     Rule("driver_oom", _driver_oom),
     Rule("merge_oom", _merge_oom),
     Rule("merge_failed", _merge_failed),
@@ -297,6 +362,7 @@ RULES: Sequence[Rule] = (
     Rule("fragments", _fragments),
     Rule("sysmem", _sysmem),
     Rule("slow_steps", _slow_steps),
+    Rule("stuck_step", _stuck_step),
     Rule("patch_slow", _patch_slow),
     Rule("moving_slow", _moving_slow),
     Rule("stage_failed", _stage_failed),

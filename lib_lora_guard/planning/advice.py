@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..messages import Joined, Message
 from ..units import GB, MB
 from .limits import RAM_FLOOR_BYTES
 from .predict import Effect, ModelFacts, Patch, Prediction, Way
@@ -12,92 +13,75 @@ SLIDER_MB = 64
 """Advice for "GPU Weights" is rounded up to multiples of this."""
 
 
-def advice(model: ModelFacts, patches: Sequence[Patch], predictions: Sequence[Prediction]) -> list[str]:
-    """Returns the advice as lines of text.
+def advice(model: ModelFacts, patches: Sequence[Patch], predictions: Sequence[Prediction]) -> list[Message]:
+    """Returns the advice as sentences.
 
     Args:
         model: The model.
-        patches: The weights with LoRAs.
+        patches: The weights with LoRAs; without any, nothing is said of Forge's ways to apply them.
         predictions: As `predict` returns them: the guard first.
     """
     guard, merge, on_the_fly = predictions
-    return [*_guard(model, guard), *_merging(model, patches, merge, guard), *_on_the_fly(model, on_the_fly, guard)]
+    lines = [*_guard(model, guard, has_loras=bool(patches))]
+    return (
+        [*lines, *_merging(model, patches, merge, guard), *_on_the_fly(model, on_the_fly, guard)] if patches else lines
+    )
 
 
-def _guard(model: ModelFacts, guard: Prediction) -> Iterator[str]:
+def _guard(model: ModelFacts, guard: Prediction, *, has_loras: bool) -> Iterator[Message]:
     if guard.problem:
-        yield f"{guard.problem}, and the guard works inside it: use the model in another quantisation."
+        yield Message("advice.other_quantisation", {"problem": guard.problem})
         return
     if guard.fits:
-        numbers = (
-            f"{_gb(guard.vram_peak_bytes)} of VRAM and {_gb(guard.ram_peak_bytes)} of RAM at the peak, applied in "
-            f"{_seconds(guard.apply_seconds)}"
-        )
+        gb = {"vram": guard.vram_peak_bytes / GB, "ram": guard.ram_peak_bytes / GB}
+        peak = Message("advice.peak_alone", gb)
+        if has_loras:
+            peak = Message("advice.peak", {**gb, "seconds": guard.apply_seconds})
         if model.not_counted:
-            missing = " and ".join(model.not_counted)
-            yield (
-                f"LoRA Guard needs {numbers}, without {missing}: not in this file and not counted. Add the size of their files "
-                "to the RAM, and compare with what is there."
-            )
+            yield Message("advice.needs", {"peak": peak, "missing": Joined(model.not_counted, "list.and")})
         else:
-            yield f"LoRA Guard fits: {numbers}."
+            yield Message("advice.fits", {"peak": peak})
     yield from _memory(guard)
     if guard.swapped_bytes:
-        smaller = "fp8, NF4 or GGUF" if model.wide else "NF4 or GGUF Q4"
-        yield f"{_gb(guard.swapped_bytes)} of the model are swapped and copied in every step: {smaller} would be faster."
+        smaller = Message("advice.smaller_wide" if model.wide else "advice.smaller")
+        yield Message("advice.swapped", {"gb": guard.swapped_bytes / GB, "smaller": smaller})
 
 
-def _memory(prediction: Prediction) -> Iterator[str]:
+def _memory(prediction: Prediction) -> Iterator[Message]:
+    way = prediction.way.value
     if prediction.excess_bytes:
         lower = -(-prediction.excess_bytes // (SLIDER_MB * MB)) * SLIDER_MB
         if prediction.weights_on_gpu_bytes >= lower * MB:
-            yield f"{prediction.way.value}: lower GPU Weights by {lower} MB, or the peak will not fit into VRAM."
+            yield Message("advice.lower", {"way": way, "mb": lower})
         else:
-            yield f"{prediction.way.value}: VRAM too small even without weights on the GPU: draw a smaller picture."
+            yield Message("advice.smaller_picture", {"way": way})
     if prediction.ram_short_bytes and not prediction.backup_bytes:
-        yield (
-            f"{prediction.way.value}: RAM too small: it would need {_gb(prediction.ram_peak_bytes)} and {_gb(RAM_FLOOR_BYTES)} for "
-            "the system; use a smaller model file, or expect the page file to be used."
-        )
+        gb = {"needed": prediction.ram_peak_bytes / GB, "system": RAM_FLOOR_BYTES / GB}
+        yield Message("advice.ram", {"way": way, **gb})
 
 
-def _merging(model: ModelFacts, patches: Sequence[Patch], merge: Prediction, guard: Prediction) -> Iterator[str]:
+def _merging(model: ModelFacts, patches: Sequence[Patch], merge: Prediction, guard: Prediction) -> Iterator[Message]:
     if merge.problem:
         if merge.problem != guard.problem:
-            yield f"{merge.problem}. Use LoRA Guard or 'Automatic (fp16 LoRA)'."
+            yield Message("advice.not_merged", {"problem": merge.problem})
         return
     formats = ", ".join(sorted({patch.format for patch in patches if not patch.wide}))
     if merge.effect is Effect.MOSTLY_LOST:
-        yield (
-            f"This LoRA has little or no effect when merged into {formats} (Forge's 'Automatic'), which rounds it away: use LoRA Guard "
-            "or 'Automatic (fp16 LoRA)'."
-        )
-    if merge.ram_short_bytes:
-        yield (
-            f"RAM too small for Forge's backup ({_gb(merge.backup_bytes)}): 'Automatic' would need {_gb(merge.ram_peak_bytes)} and "
-            f"{_gb(RAM_FLOOR_BYTES)} for the system. Without them it takes minutes in the page file, or the process dies."
-        )
+        yield Message("advice.rounded", {"formats": formats})
+    backup = merge.backup_bytes / GB
+    if merge.ram_short_bytes and merge.backup_bytes:
+        gb = {"needed": merge.ram_peak_bytes / GB, "system": RAM_FLOOR_BYTES / GB}
+        yield Message("advice.backup", {"backup": backup, **gb})
     yield from (line for line in _memory(merge) if merge.excess_bytes > guard.excess_bytes)
     if model.wide:
-        yield (
-            f"Forge merges into 16-bit models whatever is chosen, and keeps the backup of {_gb(merge.backup_bytes)} in RAM while "
-            "the model is on the GPU."
-        )
+        yield Message("advice.always_merged", {"backup": backup})
 
 
-def _on_the_fly(model: ModelFacts, on_the_fly: Prediction, guard: Prediction) -> Iterator[str]:
+def _on_the_fly(model: ModelFacts, on_the_fly: Prediction, guard: Prediction) -> Iterator[Message]:
     if model.wide or on_the_fly.problem:
         return
     if on_the_fly.excess_bytes > guard.excess_bytes:
         yield from _memory(on_the_fly)
     if guard.extra_step_seconds > 0 and on_the_fly.extra_step_seconds > 2 * guard.extra_step_seconds:
         times = on_the_fly.extra_step_seconds / guard.extra_step_seconds
-        yield f"{Way.FORGE_ON_THE_FLY.value} costs about {times:.0f} times as much extra time per step as the guard."
-
-
-def _gb(count: int) -> str:
-    return f"{count / GB:.1f} GB"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s"
+        yield Message("advice.slower", {"way": Way.FORGE_ON_THE_FLY.value, "times": times})

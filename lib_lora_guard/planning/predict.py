@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from ..messages import Message
 from ..units import FP32_BYTES
 from ..units import GB as GB
 from ..units import MB as MB
@@ -385,11 +386,11 @@ class _Room:
     def _unreadable(self) -> str | None:
         """Returns the problem if Forge treats a GGUF type as plain bytes."""
         odd = sorted({p.format for p in self.patches if p.format[:2] in ("IQ", "TQ") or p.format in ("MXFP4", "NVFP4")})
-        return f"Forge cannot read {', '.join(odd)}" if odd else None
+        return Message("advice.unreadable", {"formats": ", ".join(odd)}) if odd else None
 
     def _unwritable(self) -> str | None:
         odd = sorted({p.format for p in self.patches if p.format in FORGE_READS and p.format not in FORGE_QUANTISES})
-        return f"Forge cannot merge into {', '.join(odd)}: it stops with an error" if odd else None
+        return Message("advice.unwritable", {"formats": ", ".join(odd)}) if odd else None
 
     def _effect_of_merging(self) -> Effect:
         """Measured: layers show 0.1 % of a LoRA merged into fp8, 1.5 % in NF4, 95 % in Q8_0, all of it in 16 bit."""

@@ -104,7 +104,7 @@ def _facts(crash: Crash) -> list[Message]:
         kind = " ".join(part for part in (crash.architecture, crash.storage) if part)
         messages.append(Message("flight.model", {"model": f"{crash.model} ({kind})" if kind else crash.model}))
     if crash.loras:
-        names = Joined([*crash.loras, *(["..."] if crash.lora_count > len(crash.loras) else [])])
+        names = Joined([*crash.loras, *(["..."] if crash.lora_count > len(crash.loras) else [])], "list.names")
         messages.append(Message("flight.loras", {"count": crash.lora_count, "names": names}))
     if numbers := _memory(crash):
         messages.append(Message("flight.memory", {"numbers": Joined(numbers)}))

@@ -62,7 +62,7 @@ class LoraReport:
         numbers = {"name": name, "strength": self.strength, "used": self.used, "skipped": len(self.skipped)}
         parts = [Message("report.lora", numbers)]
         for mode, count in sorted(self.modes.items()):
-            reasons = Joined(sorted(self.reasons[mode]))
+            reasons = Joined(sorted(self.reasons[mode]), "list.names")
             word = mode_word(mode, count, self.fused)
             parts.append(Message("report.mode", {"count": count, "mode": word, "reasons": reasons}))
         if self.lost:

@@ -232,7 +232,7 @@ def _weights(lora: OnModel, mode: str, language: str) -> dict[str, Any]:
     return {
         "way": mode if f"panel.way.{mode}" in TEXTS else "",
         "text": _text(Message("panel.weights", {"count": lora.modes[mode], "mode": name}), language),
-        "why": _text(Joined(lora.reasons.get(mode, ())), language),
+        "why": _text(Joined(lora.reasons.get(mode, ()), "list.names"), language),
     }
 
 

@@ -79,7 +79,7 @@ class Advice:
             said.append(Message("preflight.smaller_picture", facts))
         names, saved = to_leave_out(self._loras(), 1)
         if saved >= LORA_BYTES:
-            said.append(Message("preflight.leave_out", {"names": Joined(names), "saved_gb": saved / GB}))
+            said.append(Message("preflight.leave_out", {"names": Joined(names, "list.names"), "saved_gb": saved / GB}))
         if device.type == "cuda":
             storages = {name: storage_of(parameter) for name, parameter in model.named_parameters()}
             shapes = {name: one.shape for name, one in storages.items()}
@@ -101,7 +101,7 @@ class Advice:
         nvml = self._nvml()
         found = nvml.other_processes(device).processes
         nvml.close()
-        names = Joined(dict.fromkeys(one.name for one in found if one.name))
+        names = Joined(dict.fromkeys(one.name for one in found if one.name), "list.names")
         known = sum(one.bytes or 0 for one in found)
         if known > OTHERS_BYTES:
             return [Message("preflight.others_hold", {"names": names, "size_mb": known / MB})]
@@ -116,4 +116,8 @@ def _formats(
     fits = that_fit(shapes, now_bytes, beside_bytes, total_bytes)
     chosen = dict.fromkeys([*fits[:1], *fits[-1:]])
     numbers = [Message("preflight.format", {"format": one.format, "need_gb": one.need_bytes / GB}) for one in chosen]
-    return [Message("preflight.formats", {"formats": Joined(numbers), "total_gb": total_bytes / GB})] if numbers else []
+    return (
+        [Message("preflight.formats", {"formats": Joined(numbers, "list.names"), "total_gb": total_bytes / GB})]
+        if numbers
+        else []
+    )

@@ -150,7 +150,7 @@ def joined(sentences: Sequence[Message], message: Message) -> list[Message]:
     """Returns the sentences with one more; the same sentence on two models is one that names both."""
     for place, other in enumerate(sentences):
         if other.key == message.key and _but_model(other) == _but_model(message):
-            models = Joined([other.facts.get("model", ""), message.facts.get("model", "")])
+            models = Joined([other.facts.get("model", ""), message.facts.get("model", "")], "list.names")
             return [
                 *sentences[:place],
                 Message(message.key, {**message.facts, "model": models}),

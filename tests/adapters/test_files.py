@@ -78,10 +78,13 @@ def test_what_is_no_lora_is_refused_with_its_name_and_what_to_do(tmp_path, name,
 
 
 def test_a_missing_file_a_checkpoint_and_an_incomplete_lora_are_refused(tmp_path):
-    with pytest.raises(LoraFileError, match="no such file; check the name"):
+    with pytest.raises(LoraFileError, match="no such file; check its name and folder"):
         read_lora_file(tmp_path / "gone.safetensors")
     save_file({"model.weight": rand(2, 2, seed=1)}, str(tmp_path / "c.safetensors"))
-    with pytest.raises(LoraFileError, match="no LoRA keys found among 1 tensors; is this a checkpoint"):
+    with pytest.raises(
+        LoraFileError,
+        match=r"no LoRA keys found among 1 tensors \(first: model\.weight\), so it can change nothing; load a checkpoint",
+    ):
         read_lora_file(tmp_path / "c.safetensors")
     save_file({"m.lora_up.weight": rand(2, 2, seed=1)}, str(tmp_path / "i.safetensors"))
     with pytest.raises(LoraFileError, match=r"m is incomplete .*'down'"):

@@ -263,5 +263,7 @@ def test_a_name_that_no_file_can_have_is_a_line(name, guard):
     said = refused(guard, name)
     # No name at all is the folder that the program is in.
     assert said.endswith(
-        "no such file; check the name or refresh the list" if name else "this is a folder; give a file in it"
+        "no such file; check its name and folder, or refresh the list"
+        if name
+        else "this is a folder; give a file in it"
     )

@@ -58,6 +58,17 @@ def test_bake_writes_the_tensors_it_reports(files, tmp_path, capsys):
     assert all(same_bits(baked[name], (wanted.get(name, stored[name])).bfloat16()) for name in stored)
 
 
+def test_bake_speaks_chinese(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "zh_CN")
+    out = tmp_path / "baked.safetensors"
+    assert bake(files / "model.safetensors", files / "style.safetensors", "-o", out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "style.safetensors，强度 1：使用 7 个模块，跳过 0 个键，无法应用 0 个键"
+    assert lines[1].endswith("；7 个张量合并了 LoRA（bf16 100 %），77 个原样复制，0 个转换了精度")
+    assert bake(files / "model.safetensors", files / "style.safetensors", "-o", out) == 1
+    assert error(capsys) == "lora-guard: baked.safetensors：文件已存在；请另取名称，或加 --force 替换它"
+
+
 def test_the_metadata_names_the_baked_loras(files, tmp_path):
     style, faint = files / "style.safetensors", files / "faint.safetensors"
     assert bake(files / "model.safetensors", f"{style}:-0.5", faint, "-o", tmp_path / "one.safetensors", "--json") == 0

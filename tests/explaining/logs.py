@@ -151,6 +151,29 @@ LOGS = {
         start("RTX A6000", 48676, 128000) + "Environment vars changed: {'stream': False, 'inference_memory': -31528.0, 'pin_shared_memory': False}\n",
         "bad_setting", bad_setting={"mb": -31528.0, "card": ", of 48676 MB on the card"},
     ),
+    "the pc froze while a checkpoint was read": log(
+        start(ram=16335) + "Loading Model: {'checkpoint_info': {'filename': 'C:\\\\x\\\\flux1-dev-fp8.safetensors'}, 'unet_storage_dtype': None}\n" + "\0" * 512,
+        "cut_off", cut_off={"ram": "16 GB of RAM"},
+    ),
+    "the pc froze while a model was unloaded": log(
+        start(ram=16335) + "Model loaded in 31.2s (unload existing model: 0.4s, forge model load: 30.8s).\n[Unload] Trying to free 13464.34 MB for cuda:0 with 0 models keep loaded ... Current free memory is 851.00 MB ... Unload model KModel ",
+        "cut_off", "evict_all",
+    ),
+    "the pc froze in the merge": log(
+        start() + created("torch.bfloat16") + loaded() + placed("All loaded to GPU.\n") + "Patching LoRAs for KModel:  43%|####3     | 130/304 [10:48<14:11, 32.43s/it]",
+        "cut_off",
+    ),
+    "the first step does not end": log(
+        start() + placed("All loaded to GPU.\n") + "Moving model(s) has taken 12.10 seconds\n  0%|          | 0/20 [00:00<?, ?it/s]\r  5%|5         | 1/20 [02:11<41:35, 131.34s/it]",
+        "stuck_step", stuck_step={"seconds": 131.34},
+    ),
+    "a chinese windows closes": log(
+        start("RTX 3060", 12287, 16384) + placed("", ask="9145.00") + "\n请按任意键继续. . . \n", "ram_death", ram_death={"ram": "16 GB of RAM"},
+    ),
+    "ended by hand after an image": log(
+        start() + placed("All loaded to GPU.\n") + "Moving model(s) has taken 1.10 seconds\n100%|##########| 20/20 [00:30<00:00,  1.5s/it]\n"
+        "Interrupted with signal 2 in <frame at 0x0000>\nTerminate batch job (Y/N)? y\nPress any key to continue . . .\n",
+    ),
     "windows has no page file": log(
         start(ram=16384) + "Loading Model: {}\nOSError: The paging file is too small for this operation to complete. (os error 1455)\nPress any key to continue . . .\n",
         "page_file",
@@ -165,6 +188,13 @@ LOGS = {
         NEO + 'Failed to load LoRA: "stile"\n[LORA] LoRA mismatch for KModel: E:\\neo\\models\\Lora\\flux.safetensors\n'
         "[LORA] Loading half.safetensors for KModel with 24 unmatched keys\nMemory Leak with model JointTextEncoder !\n",
         "missing", "other_model", "unmatched", "leak", missing={"names": "stile"}, unmatched={"keys": 24},
+    ),
+    "neo: the vae is moved quickly": log(
+        NEO + "Requested to load KModel\nloaded partially; 8469.73 MB usable, 8101.22 MB loaded, 0.00 MB offloaded, 144.02 MB buffer reserved, lowvram patches: 0\n"
+        "100%|##########| 20/20 [00:09<00:00,  2.1it/s]\nRequested to load IntegratedAutoencoderKL\n",
+    ),
+    "neo: the pc froze while a text encoder was loaded": log(
+        NEO + "Requested to load KModel\nloaded completely; 8469.73 MB usable, 1946.80 MB loaded, full load: True\nRequested to load JointTextEncoder\n", "cut_off",
     ),
     "neo: all is well": log(
         NEO + "Requested to load KModel\nloaded completely; 8469.73 MB usable, 1946.80 MB loaded, full load: True\nMoving model(s) has taken 1.20 seconds\n"

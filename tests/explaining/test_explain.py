@@ -56,9 +56,26 @@ TEXT = LOGS["patching of 190 seconds"].text
         b"\xfe\xff" + TEXT.encode("utf-16-be"),
         "".join(f"\x1b[32m{line}\x1b[0m\n" for line in TEXT.splitlines()).encode(),
         b"\x1b]0;webui\x07" + TEXT.encode() + b"\xff\xfe\x00\x9b",
+        TEXT.encode("utf-16-le"),
+        "".join(f"\u2190[32m{line}\u2190[0m\n" for line in TEXT.splitlines()).encode(),
+        "".join(f"[1;31m{line}[0m\n" for line in TEXT.splitlines()).encode(),
+        "".join(f"{line[at : at + 80]}\n" for line in TEXT.splitlines() for at in range(0, len(line), 80)).encode(),
         ("2026-11-29 10:00:00 " + TEXT.replace("\n", "\n2026-11-29 10:00:01 | ")).encode(),
     ],
-    ids=["windows", "old mac", "bom", "powershell", "utf-16-be", "colours", "binary end", "with times"],
+    ids=[
+        "windows",
+        "old mac",
+        "bom",
+        "powershell",
+        "utf-16-be",
+        "colours",
+        "binary end",
+        "utf-16 without a mark",
+        "colours of an old console",
+        "pasted colours",
+        "80 columns",
+        "with times",
+    ],
 )
 def test_every_spelling_of_a_log_says_the_same(raw):
     assert [finding.name for finding in explain(raw).findings] == LOGS["patching of 190 seconds"].names
@@ -66,7 +83,7 @@ def test_every_spelling_of_a_log_says_the_same(raw):
 
 def test_names_in_any_letters_are_read():
     text = LOGS["a lora without effect on nf4"].text.replace("style", "风格")
-    for raw in (text.encode(), b"\xff\xfe" + text.encode("utf-16-le")):
+    for raw in (text.encode(), b"\xff\xfe" + text.encode("utf-16-le"), text.encode("gbk")):
         assert explain(raw).findings[0].said.facts["files"] == "风格.safetensors"
 
 
@@ -94,9 +111,9 @@ def test_what_is_no_log_says_so(raw):
     ["[LORA] Loaded " * 1500, "Trying to free " * 2000, "ERROR lora " + "x " * 9000, "9" * 20_000 + "s/it", "by PyTorch, and" + "9" * 19_000, "Mismatch " * 2000, "%|" * 9000],
 )  # fmt: skip
 def test_lines_made_to_be_slow_are_not(line):
-    started = time.perf_counter()
+    started = time.process_time()
     explain((line + "\n").encode() * 10)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_log_of_many_megabytes_is_read_at_both_ends():
@@ -120,6 +137,19 @@ def test_names_of_folders_are_not_repeated():
 
 def test_a_first_step_that_is_slow_is_no_finding():
     text = NEO + "  5%|5         | 1/20 [00:06<02:00,  6.30s/it]\n 10%|#  | 2/20 [00:07<00:30,  1.7s/it]\n"
+    assert explain(text.encode()).findings == []
+
+
+@pytest.mark.parametrize("last", ["[10:00:01] Killed", "2026-11-29 | Killed "])
+def test_a_killed_program_is_seen_behind_a_time(last):
+    assert [one.name for one in explain(f"Loading Model: {{}}\n{last}\n".encode()).findings] == ["ram_death"]
+
+
+def test_an_error_that_stopped_the_program_is_not_called_full_memory():
+    text = (
+        start()
+        + "Loading Model: {}\nTraceback (most recent call last):\nKeyError: 'x'\nPress any key to continue . . .\n"
+    )
     assert explain(text.encode()).findings == []
 
 
@@ -150,12 +180,16 @@ def test_our_own_warnings_are_repeated_once():
         "LG-L01: style.safetensors NOT applied: made for SDXL, this is Flux; use a LoRA for Flux, or load a SDXL model"
     ]
     assert found.has_guard
+    assert explain("[LoRA Guard] 0.2.0 已接管 Forge Neo 的 LoRA 补丁功能\n".encode()).has_guard
     assert found.answer() == "Nothing went wrong in the WebUI; LoRA Guard itself warns 1 times (below)"
 
 
 def test_every_rule_is_shown_by_a_log():
     shown = {finding.name for one in LOGS.values() for finding in explain(one.text.encode()).findings}
     others = {
+        "memory_error": "numpy.core._exceptions._ArrayMemoryError: Unable to allocate 2.25 GiB for an array",
+        "crashed": "Windows fatal exception: access violation",
+        "oom": "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "ram_oom": "RuntimeError: [enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 75497472 bytes.",
         "moving_slow": "Moving model(s) has taken 221.23 seconds",
         "damaged": "safetensors_rust.SafetensorError: Error while deserializing header: HeaderTooLarge",

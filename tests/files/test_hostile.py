@@ -95,12 +95,16 @@ def test_real_pickles(tmp_path):
 
 
 def test_missing_and_unreadable(tmp_path, monkeypatch):
-    assert refused(tmp_path / "none.gguf").endswith("none.gguf: no such file; check the name or refresh the list")
+    assert refused(tmp_path / "none.gguf").endswith(
+        "none.gguf: no such file; check its name and folder, or refresh the list"
+    )
     assert refused(tmp_path).endswith(f"{tmp_path.name}: this is a folder; give a file in it")
     (tmp_path / "style.safetensors").touch()
     assert refused(tmp_path / "stile.safetensors").endswith("no such file; is style.safetensors meant?")
     (tmp_path / "loop.gguf").symlink_to(tmp_path / "loop.gguf")
-    assert refused(tmp_path / "loop.gguf").endswith("loop.gguf: no such file; check the name or refresh the list")
+    assert refused(tmp_path / "loop.gguf").endswith(
+        "loop.gguf: no such file; check its name and folder, or refresh the list"
+    )
     path = write(tmp_path, b"x", "a\u202eb.gguf")
 
     def denied(*args, **options):

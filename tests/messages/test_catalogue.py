@@ -184,10 +184,13 @@ def test_facts_of_another_kind_stop_nothing():
 
 
 def test_errors_carry_sentences_and_say_why():
-    error = LoraFileError.of("lora.none", count=3)
+    error = LoraFileError.of("lora.none", count=3, first="a.weight")
     assert isinstance(error, ValueError)
-    assert str(error) == "no LoRA keys found among 3 tensors; is this a checkpoint?"
-    assert error.message.text("zh") == "3 个张量中没有任何 LoRA 键；这是不是完整的模型（checkpoint）？"
+    assert str(error) == (
+        "no LoRA keys found among 3 tensors (first: a.weight), so it can change nothing; load a checkpoint as the model, else "
+        "download the file again"
+    )
+    assert error.message.text("zh").startswith("3 个张量中没有任何 LoRA 键（第一个：a.weight），因此不会有任何效果；")
     assert reason(error) is error.message
     assert reason(pickle.loads(pickle.dumps(error))).key == "lora.none"
     assert reason(MemoryError(Message("memory.ram"))).key == "memory.ram"

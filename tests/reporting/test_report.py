@@ -29,8 +29,8 @@ def test_the_line_in_english():
 
 def test_the_line_in_chinese():
     assert stack().line().text("zh") == (
-        "Net：style.safetensors 强度 0.8：使用 3 个键，跳过 2 个，旁路 2 个（按设置，低秩），合并 1 个（小参数），"
-        "丢失 1 个（b: what?[0m） | bad.safetensors 未应用（此 LoRA 用于 SDXL，当前模型是 Flux；"
+        "Net：style.safetensors 强度 0.8：使用 3 个键，跳过 2 个，旁路 2 个（按设置、低秩），合并 1 个（小参数），"
+        "无法应用 1 个（b: what?[0m） | bad.safetensors 未应用（此 LoRA 用于 SDXL，当前模型是 Flux；"
         "请使用适用于 Flux 的 LoRA，或加载 SDXL 模型） | cuda:0 占用 1.5 MB，内存 1.0 MB，耗时 12.3 毫秒"
     )
 

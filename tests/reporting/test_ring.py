@@ -142,8 +142,8 @@ def test_the_error_is_named_and_translated_where_it_is_ours(log, ring):
             say(log, logging.ERROR, "host.apply_failed", exc_info=True, model="Flux")
     ours, other = ring.since(0)
     assert ours.error.key == "file.missing"
-    assert ours.text() == "Flux: applying LoRAs failed (no such file; check the name or refresh the list)"
-    assert ours.text("zh") == "Flux：应用 LoRA 失败（文件不存在；请检查名称，或刷新列表）"
+    assert ours.text() == "Flux: applying LoRAs failed (no such file; check its name and folder, or refresh the list)"
+    assert ours.text("zh") == "Flux：应用 LoRA 失败（文件不存在；请检查文件名与所在文件夹，或刷新列表）"
     assert other.error == "KeyError: 'lora_up'"
     assert other.text("zh") == "Flux：应用 LoRA 失败（KeyError: 'lora_up'）"
 

@@ -122,16 +122,23 @@ def test_every_text_comes_in_the_readers_language():
     told = as_json(status, "zh")
     (on_model,) = told["loras"][0]["models"]
     assert on_model["name"] == told["models"][0]["name"] == "图像模型"
-    assert on_model["modes"][0] == {"way": "bypass", "text": "层旁计算（旁路） 290", "why": "经层调用开销小，低秩"}
+    assert on_model["modes"][0] == {"way": "bypass", "text": "层旁计算（旁路） 290", "why": "经层调用开销小、低秩"}
     assert "更新" in told["loras"][1]["refused"]
     (memory,) = told["memory"]
     assert memory["source"] == "数据来源：NVIDIA 管理库（NVML）"
-    ours = {"name": "本 Forge", "mb": 2.0, "source": "NVIDIA 管理库（NVML）", "missing": None}
+    ours = {"name": "当前 Forge", "mb": 2.0, "source": "NVIDIA 管理库（NVML）", "missing": None}
     assert memory["used"] == told["step"]["parts"] == [ours]
     assert (
         memory["beside"]
         == told["programs"]["largest"]
-        == [{"name": "交换空间剩余", "mb": None, "source": "NVIDIA 管理库（NVML）", "missing": "此处没有对其进行统计"}]
+        == [
+            {
+                "name": "页面文件（交换空间）剩余",
+                "mb": None,
+                "source": "NVIDIA 管理库（NVML）",
+                "missing": "此处没有对其进行统计",
+            }
+        ]
     )
     assert memory["numbers"] == memory["used"] + memory["beside"]
     assert (told["step"]["model"], told["step"]["mb"], told["step"]["copied_mb"]) == ("图像模型", 5.0, 1.0)

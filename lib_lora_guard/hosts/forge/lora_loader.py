@@ -229,4 +229,4 @@ def _at(patches: Patches, places: set[int]) -> Patches:
 
 
 def _names(identifiers: Iterable[Identifier]) -> Joined:
-    return Joined(clean_text(describe(identifier)[0]) for identifier in identifiers)
+    return Joined((clean_text(describe(identifier)[0]) for identifier in identifiers), "list.names")

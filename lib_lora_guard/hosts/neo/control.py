@@ -322,9 +322,9 @@ def _slow_products(stack: NeoStack, model: str) -> Message | None:
     slow = [one for one in attached if isinstance(one, OnTheFlyAttachment)]
     if not slow:
         return None
-    formats = Joined(sorted({one.site.storage.format for one in slow}))
+    formats = Joined(sorted({one.site.storage.format for one in slow}), "list.names")
     return Message("neo.products_off", {"model": model, "count": len(slow), "of": len(attached), "formats": formats})
 
 
 def _names(requests: list[LoraRequest]) -> Joined:
-    return Joined(clean_text(request.label) for request in requests)
+    return Joined((clean_text(request.label) for request in requests), "list.names")

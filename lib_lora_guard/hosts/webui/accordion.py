@@ -32,7 +32,11 @@ def applied(reports: Sequence[ApplyReport], left_out: Mapping[str, str]) -> list
     loras = [lora for report in reports for lora in report.loras]
     at_work = dict.fromkeys(clean_text(lora.label) for lora in loras if lora.used and lora.refused is None)
     missing = {lora.label: lora.refused for lora in loras if lora.refused is not None} | dict(left_out)
-    first = Message("accordion.active", {"names": Joined(at_work)}) if at_work else Message("accordion.nothing")
+    first = (
+        Message("accordion.active", {"names": Joined(at_work, "list.names")})
+        if at_work
+        else Message("accordion.nothing")
+    )
     return [
         first,
         *(

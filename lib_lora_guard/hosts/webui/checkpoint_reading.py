@@ -47,7 +47,7 @@ class CheckpointReading:
         """
         files = [path for path in _files(args, kwargs) if path.is_file()]
         self.files = tuple(dict.fromkeys((*files, *self.files)))[:MOST_FILES]
-        what = Message("preflight.reading", {"files": Joined(shown(path.name) for path in files)})
+        what = Message("preflight.reading", {"files": Joined((shown(path.name) for path in files), "list.names")})
         with self._preflight.careful("reading"):
             try:
                 self._preflight.check(sum(_bytes_in_ram(path) for path in files), what)

@@ -45,7 +45,7 @@ class LoraGuardScript(scripts.Script):  # type: ignore[misc]  # Forge's classes 
             return
         wanted = mode_named(str(mode))
         if wanted is None:
-            known = Joined(mode.value for mode in LoraMode)
+            known = Joined((mode.value for mode in LoraMode), "list.names")
             say(log, logging.WARNING, "accordion.no_such_mode", mode=clean_text(repr(mode)), modes=known)
         elif MODE_OPTION not in own_options(p):
             # Else the request has one from an axis of the X/Y/Z plot, or from options given over the API.

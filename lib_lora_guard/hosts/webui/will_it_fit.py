@@ -83,8 +83,6 @@ def _answer(takeover: Takeover | None, checkpoint: str, loras: list[str]) -> tup
     for name, known in [(checkpoint, models), *((lora, networks) for lora in loras)]:
         if name not in known:
             return None, [Message("panel.fit.not_listed", {"name": shown(name, _NAME_CHARACTERS)})]
-    if not loras:
-        return None, [Message("panel.fit.no_lora")]
     if takeover is None:
         return None, [Message("panel.done.off")]
     snapshot = takeover.snapshot()
@@ -101,10 +99,7 @@ def _answer(takeover: Takeover | None, checkpoint: str, loras: list[str]) -> tup
 
 def words(result: PlanResult) -> tuple[bool | None, list[str]]:
     """Returns whether a plan fits, and the answer in sentences, without the flags of the command line."""
-    said: Message | Joined = answer(result)
-    if isinstance(said, Message) and said.key == "plan.open":
-        said = Message("panel.fit.open", said.facts)
-    lines: list[str] = [said]
+    lines: list[str] = [_without_flags(answer(result))]
     if result.predictions:
         # Else the answer names them.
         lines += [
@@ -115,9 +110,20 @@ def words(result: PlanResult) -> tuple[bool | None, list[str]]:
     if not result.beside:
         return fits(result), lines
     keys = {True: "plan.part_assumed", False: "plan.part_given"}
-    parts = Joined(Message(keys[part.is_assumed], {"name": part.name, "gb": part.bytes / GB}) for part in result.beside)
+    parts = Joined(
+        (Message(keys[part.is_assumed], {"name": part.name, "gb": part.bytes / GB}) for part in result.beside),
+        "list.names",
+    )
     is_assumed = any(part.is_assumed for part in result.beside)
     return fits(result), [*lines, Message("panel.fit.assumed" if is_assumed else "plan.beside", {"parts": parts})]
+
+
+def _without_flags(said: str) -> str:
+    if isinstance(said, Joined):
+        return Joined(map(_without_flags, said.parts), said.between)
+    if isinstance(said, Message) and said.key == "plan.open":
+        return Message("panel.fit.open", said.facts)
+    return said
 
 
 def _rates() -> GpuRates:

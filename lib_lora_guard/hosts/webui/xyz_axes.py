@@ -12,8 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Protocol
 
+from ...files import shown
+from ...messages import Joined, Message
 from ...planning.prompt_strengths import times
 from ...runtime import installed
+from ...runtime.live_settings import LiveSettings
 from ...settings import LoraMode
 from .types import give_mode
 
@@ -92,19 +95,30 @@ def _confirm_modes(request: Request, modes: Sequence[str]) -> None:
     known = [mode.value for mode in LoraMode]
     for mode in modes:
         if mode not in known:
-            raise RuntimeError(f"Unknown LoRA mode: {mode}; there are {', '.join(known)}")
+            raise _refusal(Message("xyz.unknown_mode", {"mode": shown(mode), "known": Joined(known, "list.names")}))
 
 
 def _confirm_strengths(request: Request, factors: Sequence[float]) -> None:
     _confirm_guard()
     for factor in factors:
         if not abs(factor) <= LARGEST_FACTOR:
-            raise RuntimeError(f"LoRA strength: {factor} is no number from -{LARGEST_FACTOR} to {LARGEST_FACTOR}")
+            raise _refusal(Message("xyz.strength", {"factor": factor, "largest": LARGEST_FACTOR}))
 
 
 def _confirm_guard() -> None:
     if installed.installed() is None:
-        raise RuntimeError("LoRA Guard is switched off: Settings > LoRA Guard > Use LoRA Guard")
+        raise _refusal(Message("xyz.off"))
+
+
+def _refusal(said: Message) -> RuntimeError:
+    """Returns the error in the reader's language: the page shows its text."""
+    try:
+        from modules import shared
+
+        options = shared.opts.data
+    except (ImportError, AttributeError):
+        options = {}
+    return RuntimeError(said.text(LiveSettings(options).language()))
 
 
 # The prompts of a request.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from . import (
     accordion,
+    advice,
     allocator,
     baking,
     calibration,
@@ -19,6 +20,7 @@ from . import (
     files,
     flight,
     hosts,
+    inspect,
     kernels,
     log,
     lora_reading,
@@ -35,6 +37,7 @@ from . import (
     panel_loras,
     panel_memory,
     plan,
+    plan_page,
     preflight,
     private_files,
     readings,
@@ -45,6 +48,7 @@ from . import (
     settings,
     spill,
     why,
+    xyz,
 )
 
 ENGLISH, CHINESE = "en", "zh"
@@ -52,6 +56,7 @@ LANGUAGES = (ENGLISH, CHINESE)
 
 SUBJECTS = (
     accordion,
+    advice,
     allocator,
     baking,
     calibration,
@@ -64,6 +69,7 @@ SUBJECTS = (
     files,
     flight,
     hosts,
+    inspect,
     kernels,
     log,
     lora_reading,
@@ -80,6 +86,7 @@ SUBJECTS = (
     panel_loras,
     panel_memory,
     plan,
+    plan_page,
     preflight,
     private_files,
     readings,
@@ -90,6 +97,7 @@ SUBJECTS = (
     settings,
     spill,
     why,
+    xyz,
 )
 
 TEXTS: dict[str, dict[str, str]] = {

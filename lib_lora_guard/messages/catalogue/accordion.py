@@ -23,7 +23,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "没有名为 {mode} 的 LoRA 模式；这张图片使用设置中的模式。可用的模式：{modes}",
     ),
     "accordion.badge.active": ("active", "已应用"),
-    "accordion.badge.left_out": ("left out", "有未应用"),
+    "accordion.badge.left_out": ("left out", "有 LoRA 未应用"),
     "accordion.badge.otherwise": ("active, see below the image", "已应用，详见图片下方"),
     "accordion.badge.off": ("off", "已关闭"),
 }

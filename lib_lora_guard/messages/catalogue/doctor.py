@@ -9,7 +9,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "版本：LoRA Guard {guard}，Python {python}，torch {torch}，{system}",
     ),
     "doctor.card": ("Card: {name}", "显卡：{name}"),
-    "doctor.no_card": ("Card: none that torch can use for CUDA", "显卡：没有 torch 可用于 CUDA 的显卡"),
+    "doctor.no_card": ("Card: none that torch can use for CUDA", "显卡：没有可供 torch 使用的 CUDA 显卡"),
     "doctor.not_started": ("Card: CUDA does not start ({error})", "显卡：CUDA 无法启动（{error}）"),
     "doctor.memory": ("Memory now", "当前内存与显存"),
     "doctor.reading": ("{name}: {gb:.2f} GB ({source})", "{name}：{gb:.2f} GB（{source}）"),
@@ -58,15 +58,15 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "doctor.no_corrections": (
         "No memory estimate is corrected: nothing was measured yet",
-        "没有对内存估算的修正：尚未进行任何测量",
+        "尚无对显存与内存估算值的修正：还没有测量过",
     ),
     "doctor.corrections": (
         "{count} memory estimates were measured; the largest corrections:",
-        "已测量 {count} 项内存估算，其中最大的修正：",
+        "已测量 {count} 项显存与内存估算值，其中最大的修正：",
     ),
     "doctor.all_right": (
         "{count} memory estimates were measured; none needs a correction",
-        "已测量 {count} 项内存估算，均无需修正",
+        "已测量 {count} 项显存与内存估算值，均无需修正",
     ),
     "doctor.crash": ("The last process that died", "上一个异常终止的进程"),
     "doctor.no_crash": (
@@ -75,7 +75,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "doctor.forgotten": (
         "{count} corrections of memory estimates forgotten ({file})",
-        "已清除 {count} 项内存估算修正（{file}）",
+        "已清除 {count} 项对显存与内存估算值的修正（{file}）",
     ),
     "doctor.links_forgotten": (
         "speeds between RAM and the card forgotten for {count} cards ({file}); a WebUI that runs measures them again after its restart",

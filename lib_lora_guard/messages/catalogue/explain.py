@@ -41,13 +41,24 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.ram_death": (
         "the program ended without an error while a model was loaded or patched ({ram}): so it ends where RAM and "
         "page file are full",
-        "程序在加载或修补模型时没有报错就结束了（{ram}）：内存与页面文件用尽时就是这样",
+        "程序在加载模型或应用 LoRA 时没有报错就结束了（{ram}）：内存与页面文件用尽时就是这样",
     ),
     "explain.ram_death_do": (
         "let Windows manage the page file, or give it 30 to 40 GB on an SSD; close other programs; take a smaller text encoder (T5 in fp8) "
         "or model file. Forge's merge keeps a copy of every patched weight in RAM; LoRA Guard keeps none",
         "让 Windows 自动管理页面文件（虚拟内存），或在固态硬盘上设为 30 至 40 GB；关闭其他程序；换用更小的文本编码器（fp8 的 T5）或模型文件。"
         "Forge 合并 LoRA 时会在内存中为每个被修改的权重保留一份副本；LoRA Guard 不保留",
+    ),
+    "explain.cut_off": (
+        "the log ends while a model was loaded, moved or patched ({ram}): if the PC froze or restarted there, or the window was gone, RAM and "
+        "page file were full",
+        "日志在加载、移动模型或应用 LoRA 时中断（{ram}）：如果电脑当时卡死、重启，或窗口消失，就是内存与页面文件用尽了",
+    ),
+    "explain.cut_off_do": (
+        "let Windows manage the page file, or give it 30 to 40 GB on an SSD; close other programs; take a smaller text encoder (T5 in fp8) "
+        "or model file. If it was still at work when you copied the log, copy it again later",
+        "让 Windows 自动管理页面文件（虚拟内存），或在固态硬盘上设为 30 至 40 GB；关闭其他程序；换用更小的文本编码器（fp8 的 T5）或模型文件。"
+        "如果复制日志时程序仍在工作，请稍后重新复制",
     ),
     "explain.page_file": (
         "Windows refused memory, because its page file is too small",
@@ -65,6 +76,23 @@ TEXTS: dict[str, tuple[str, str]] = {
     "explain.ram_oom_do": (
         "close other programs, enlarge the page file, or take a smaller model file or text encoder (T5 in fp8)",
         "关闭其他程序、增大页面文件（虚拟内存），或换用更小的模型文件或文本编码器（fp8 的 T5）",
+    ),
+    "explain.memory_error": (
+        "Python got no more RAM from the system (MemoryError)",
+        "系统无法再为 Python 分配内存（MemoryError）",
+    ),
+    "explain.memory_error_do": (
+        "close other programs, enlarge the page file, or take a smaller model file or text encoder (T5 in fp8)",
+        "关闭其他程序、增大页面文件（虚拟内存），或换用更小的模型文件或文本编码器（fp8 的 T5）",
+    ),
+    "explain.crashed": (
+        "the program crashed ({what}): a fault in a driver or in a compiled library, not in a setting",
+        "程序崩溃（{what}）：问题出在驱动或编译的库中，而不是设置",
+    ),
+    "explain.crashed_do": (
+        "update the graphics driver and take out what was installed last (triton, xformers, an extension); if it happens only while large "
+        "files are read, enlarge the page file",
+        "请更新显卡驱动，并移除最近安装的内容（triton、xformers 或某个扩展）；如果只在读取大文件时发生，请增大页面文件（虚拟内存）",
     ),
     # Memory of the card.
     "explain.driver_oom": (
@@ -131,6 +159,15 @@ TEXTS: dict[str, tuple[str, str]] = {
         "VRAM spilled into system RAM, or more of the model is swapped than before: lower 'GPU Weights' by 1000 MB, turn NVIDIA's sysmem "
         "fallback off, or take a model file in fewer bits",
         "显存溢出到了系统内存，或有更多模型权重被换出：把“GPU Weights”调低 1000 MB，关闭 NVIDIA 的系统内存回退，或换用量化位数更低的模型文件",
+    ),
+    "explain.stuck_step": (
+        "a step took {seconds:.0f} s, where some seconds are usual",
+        "有一步用了 {seconds:.0f} 秒，而通常只需几秒",
+    ),
+    "explain.stuck_step_do": (
+        "VRAM spilled into system RAM: lower 'GPU Weights' by 1000 MB (in Neo: --reserve-vram 2), turn NVIDIA's sysmem fallback off, or take a "
+        "model file in fewer bits",
+        "显存溢出到了系统内存：把“GPU Weights”调低 1000 MB（Neo：--reserve-vram 2），关闭 NVIDIA 的系统内存回退，或换用量化位数更低的模型文件",
     ),
     # Time.
     "explain.patch_slow": (

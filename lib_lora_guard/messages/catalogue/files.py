@@ -5,8 +5,8 @@ from __future__ import annotations
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
     "file.missing": (
-        "no such file; check the name or refresh the list",
-        "文件不存在；请检查名称，或刷新列表",
+        "no such file; check its name and folder, or refresh the list",
+        "文件不存在；请检查文件名与所在文件夹，或刷新列表",
     ),
     "file.missing_near": (
         "no such file; is {near} meant?",

@@ -10,6 +10,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "log.unreadable": ("a log line could not be kept ({kind})", "有一条日志无法保存（{kind}）"),
     "about.one": ("{subject}: {what}", "{subject}：{what}"),
     "list.comma": (", ", "，"),
+    "list.names": (", ", "、"),
     "list.semicolon": ("; ", "；"),
     "list.bar": (" | ", " | "),
     "list.and": (" and ", "和"),

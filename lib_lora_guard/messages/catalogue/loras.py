@@ -10,8 +10,9 @@ TEXTS: dict[str, tuple[str, str]] = {
         "应为 safetensors 格式的 LoRA，但该文件是 {container} 模型；请选择 LoRA，或将此文件作为模型加载",
     ),
     "lora.none": (
-        "no LoRA keys found among {count} tensors; is this a checkpoint?",
-        "{count} 个张量中没有任何 LoRA 键；这是不是完整的模型（checkpoint）？",
+        "no LoRA keys found among {count} tensors (first: {first}), so it can change nothing; load a checkpoint as the model, else download "
+        "the file again",
+        "{count} 个张量中没有任何 LoRA 键（第一个：{first}），因此不会有任何效果；如果这是完整的模型（checkpoint），请作为模型加载，否则请重新下载",
     ),
     "lora.too_large": (
         "its tensors take {needed_mb:.0f} MB of RAM and {room_mb:.0f} MB are left; close other programs, make the page file at least "

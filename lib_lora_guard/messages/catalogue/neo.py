@@ -15,7 +15,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "neo.products_off": (
         "{model}: {count} of {of} patched {formats} weights run without the fast product of their format while these LoRAs are on: LoRAs of low rank keep it, other kinds need the weight decoded",
-        "{model}：应用这些 LoRA 期间，{of} 个被修补的 {formats} 权重中有 {count} 个不使用该格式的快速乘法：低秩 LoRA 会保留它，其他类型需要解码权重",
+        "{model}：应用这些 LoRA 期间，{of} 个应用了 LoRA 的 {formats} 权重中有 {count} 个不使用该格式的快速乘法：低秩 LoRA 会保留它，其他类型需要解码权重",
     ),
     "neo.on_the_fly": ("Forge's (fp16 LoRA) way", " Forge 的 (fp16 LoRA) 方式"),
     "neo.both_ways": (

@@ -29,7 +29,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{name} is in no list of the WebUI; refresh the list and choose again",
         "{name} 不在 WebUI 的列表中；请刷新列表后重新选择",
     ),
-    "panel.fit.no_lora": ("Choose at least one LoRA", "请至少选择一个 LoRA"),
     "panel.fit.no_card": (
         "This machine's card or RAM cannot be read, so there is nothing to compare with",
         "无法读取本机的显卡或内存，因此无从比较",

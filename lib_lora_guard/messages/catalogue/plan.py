@@ -18,6 +18,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "plan.misfit": ("Does not fit: {why}", "放不下：{why}"),
     "plan.unusable": ("Does not fit: {why}", "不适用：{why}"),
+    "plan.without": (
+        "Cannot be used on this model: {names} (why: below)",
+        "无法用于此模型：{names}（原因见下）",
+    ),
     "plan.misfit_open": (
         "Does not fit, even without {parts}: {why}",
         "放不下（还未计入{parts}）：{why}",

@@ -19,6 +19,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "{name} 强度 {strength:g}：使用 {used} 个键，跳过 {skipped} 个",
     ),
     "report.mode": ("{count} {mode} ({reasons})", "{mode} {count} 个（{reasons}）"),
-    "report.lost": ("{count} LOST ({first})", "丢失 {count} 个（{first}）"),
+    "report.lost": ("{count} LOST ({first})", "无法应用 {count} 个（{first}）"),
     "report.refused": ("{name} NOT applied ({why})", "{name} 未应用（{why}）"),
 }

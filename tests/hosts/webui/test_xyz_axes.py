@@ -1,5 +1,6 @@
 """The axes of the X/Y/Z plot, on a copy of how the WebUI makes its cells."""
 
+import sys
 import types
 from copy import copy
 
@@ -110,6 +111,15 @@ def test_the_mode_is_that_of_the_request_alone(plot):
     mode.confirm(cell, mode.choices())
     with pytest.raises(RuntimeError, match="Unknown LoRA mode: merge; there are Automatic, fp16 LoRA"):
         mode.confirm(cell, ["Merge", "merge"])
+
+
+def test_what_they_refuse_is_said_in_the_readers_language(plot, monkeypatch):
+    shared = types.SimpleNamespace(opts=types.SimpleNamespace(data={"localization": "zh-Hans (Stable)"}))
+    monkeypatch.setitem(sys.modules, "modules", types.SimpleNamespace(shared=shared))
+    with pytest.raises(RuntimeError, match=r"^未知的 LoRA 模式：merge；可用的有：Automatic"):
+        axis(plot, MODE).confirm(Request(""), ["merge"])
+    with pytest.raises(RuntimeError, match=r"^LoRA 强度：200\.0 不是 -100 到 100 之间的数字$"):
+        axis(plot, STRENGTH).confirm(None, [200.0])
 
 
 def test_a_page_that_has_them_still_is_told_that_the_guard_is_off(plot, monkeypatch):
