@@ -7,6 +7,7 @@ of either sign: two passes for the largest number tell.
 
 from __future__ import annotations
 
+from ..files import memory_of
 from ..lazy_torch import torch
 
 PATTERNS = {"F16": (16, 0x7C00), "BF16": (16, 0x7F80), "F32": (32, 0x7F80_0000)}
@@ -20,10 +21,14 @@ def may_not_be_finite(raw: torch.Tensor, form: str) -> bool:
         raw: Bytes of neighbouring tensors and of what lies between them, `(size,)`, uint8 in RAM.
         form: The format of the tensors, one of `PATTERNS`. All begin a whole number of values after the first one.
     """
+    # Commands that read headers alone do without it.
+    import numpy
+
     bits, infinite = PATTERNS[form]
     size = bits // 8
-    words = raw[: raw.numel() // size * size].numpy()
-    if not len(words):
+    words = memory_of(raw[: raw.numel() // size * size])
+    if not words:
         return False
-    positive = int(words.view(f"i{size}").max()) >= infinite
-    return positive or int(words.view(f"u{size}").max()) >= infinite + (1 << (bits - 1))
+    # Not by `Tensor.numpy`: an older torch has none where numpy is a newer one.
+    positive = int(numpy.frombuffer(words, f"i{size}").max()) >= infinite
+    return positive or int(numpy.frombuffer(words, f"u{size}").max()) >= infinite + (1 << (bits - 1))

@@ -25,7 +25,7 @@ from .header import (
     shown,
     state_of,
 )
-from .reading import LARGE_FILE_BYTES, Coming, read_bytes
+from .reading import LARGE_FILE_BYTES, Coming, memory_of, read_bytes
 from .safetensors_file import prepare_tensors
 from .safetensors_writer import Entry, write_safetensors
 
@@ -39,6 +39,7 @@ __all__ = [
     "TensorEntry",
     "container_of",
     "is_file",
+    "memory_of",
     "open_header",
     "prepare_tensors",
     "read_bytes",

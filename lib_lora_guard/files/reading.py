@@ -72,7 +72,7 @@ class Coming:
         """True if the values will never be there."""
         return self.is_done and self._error is not None
 
-    def memory_of(self, name: str) -> torch.Tensor:
+    def place_of(self, name: str) -> torch.Tensor:
         """Returns the memory of a tensor."""
         return self._memory[name]
 
@@ -135,7 +135,7 @@ class Coming:
     def _read_piece(self, piece: Sequence[TensorEntry], file: FileIO) -> None:
         for entry in piece:
             if entry.bytes:
-                _fill(_writable(self._memory[entry.name]), self._header, entry, file)
+                _fill(memory_of(self._memory[entry.name]), self._header, entry, file)
 
 
 class ComingInOnePiece(Coming):
@@ -162,7 +162,7 @@ class ComingInOnePiece(Coming):
         start, end = piece[0].start, piece[-1].start + piece[-1].bytes
         part = self._whole[start - self._start : end - self._start]
         file.seek(start)
-        if part.numel() and file.readinto(_writable(part)) < part.numel():
+        if part.numel() and file.readinto(memory_of(part)) < part.numel():
             # Again tensor by tensor, which says where the file ends.
             super()._read_piece(piece, file)
         self._check(piece, part)
@@ -191,7 +191,7 @@ def prepare_entries(
     whole = _memory(header, max(entry.start + entry.bytes for entry in entries) - start)
     coming = ComingInOnePiece(header, whole, start, names, check)
     try:
-        return {entry.name: typed(entry, coming.memory_of(entry.name)) for entry in entries}, coming
+        return {entry.name: typed(entry, coming.place_of(entry.name)) for entry in entries}, coming
     except RuntimeError:
         # torch: a tensor begins between two places for values of its type.
         return None
@@ -283,9 +283,10 @@ def _memory(header: FileHeader, size: int, name: str | None = None) -> torch.Ten
         raise refusal(header.path, Message("file.no_memory", {"needed_mb": size / MB}), name) from None
 
 
-def _writable(memory: torch.Tensor) -> memoryview:
-    """Returns the memory of a flat uint8 tensor. A bytearray under the tensor would be filled with zeros first."""
-    return memoryview((ctypes.c_ubyte * memory.numel()).from_address(memory.data_ptr())).cast("B")
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """Returns the memory of a flat uint8 tensor in RAM, to read into: a bytearray under the tensor would be filled with zeros
+    first. The caller keeps the tensor meanwhile."""
+    return memoryview((ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())).cast("B")
 
 
 def _fill(view: memoryview, header: FileHeader, entry: TensorEntry, file: FileIO) -> None:
