@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Concatenate
 
 import torch
 
-from ...memory.probe import BackupBudget, measure_budget
-from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
+from ...patching.access import Site, find_owner, is_linear, is_plain_convolution
 from ...patching.fused import RawWeight
 from ...patching.marked_class import class_of
 from ...patching.on_the_fly import WeightTerms
-from ...planning.limits import RAM_FLOOR_BYTES
 from ...runtime.hooks import P
 from ...weights.storage import storage_of
+from ..webui.access import WebuiAccess
 from ..webui.raw_weights import is_hosts_own, is_low_bit, streams_of
-from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
 from .api import ForgeApi
-from .facts import compute_dtype, loader_of_model
+from .facts import loader_of_model
 from .lora_loader_state import state_of
 from .raw_weights import ForgeWeight
 from .types import PatchEntry
@@ -57,7 +54,7 @@ def merge_lora_to_weight(
     return original(patches, weight, *args, **kwargs)
 
 
-class ForgeAccess(ModuleAccess):
+class ForgeAccess(WebuiAccess):
     """One of Forge's models. It is held weakly: Forge frees models by counting references."""
 
     def __init__(self, api: ForgeApi, model: torch.nn.Module) -> None:
@@ -96,30 +93,6 @@ class ForgeAccess(ModuleAccess):
             dense *= scale if scale.numel() == 1 else scale.narrow(0, start, length)
         return dense
 
-    def decoded_rows(self, site: Site, start: int, length: int, device: torch.device) -> torch.Tensor:
-        """Returns `length` rows from `start` as plain numbers, without the layer's scale."""
-        parameter = site.parameter
-        if is_gguf(parameter):
-            return gguf_rows(parameter, start, length, device)
-        if is_bnb(parameter):
-            return bnb_rows(parameter, start, length, device)
-        return parameter.data.narrow(0, start, length)
-
-    def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
-        """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
-        return stored_bias(layer)
-
-    def raw_weight(self, site: Site) -> RawWeight | None:
-        """Returns how the weight is held, if it is of low bits and the layer computes by Forge's own code."""
-        return self._raw_weight(site.layer) if site.name == "weight" else None
-
-    def raw_weights(self) -> Iterator[tuple[torch.nn.Module, RawWeight]]:
-        """Yields the layers with weights of low bits that compute by Forge's own code."""
-        for layer in self.model.modules():
-            raw = self._raw_weight(layer)
-            if raw is not None:
-                yield layer, raw
-
     def _raw_weight(self, layer: torch.nn.Module) -> RawWeight | None:
         kind, weight = class_of(layer), layer._parameters.get("weight")
         if weight is None or kind not in self._api.linear_classes or not is_hosts_own(kind):
@@ -138,16 +111,6 @@ class ForgeAccess(ModuleAccess):
             # Its mere presence makes Forge's bnb layers dequantise the whole weight.
             attributes.pop("forge_online_loras", None)
 
-    def device(self) -> torch.device:
-        """Returns the GPU that parts of the model are on, or the CPU."""
-        devices = {parameter.device for parameter in self.model.parameters()}
-        return next((d for d in sorted(devices, key=str) if d.type not in ("cpu", "meta")), torch.device("cpu"))
-
-    def backup_budget(self) -> BackupBudget:
-        """Measures how much memory backups of merged weights may take now."""
-        # Forge plans with all VRAM that is free: none of it is spare.
-        return replace(measure_budget(self.device(), RAM_FLOOR_BYTES), vram_spare_bytes=0)
-
     def is_in_force(self) -> bool:
         """Returns False while another extension patches this model itself. Asked at every call of a layer."""
         # A copy of Forge's refresh, in another extension, may run in the middle of a model's forward pass. It replaces the
@@ -157,7 +120,3 @@ class ForgeAccess(ModuleAccess):
         if loader is None or state is None or state.published is None:
             return True
         return not state.is_patched_by_other(loader)
-
-    def compute_dtype(self) -> torch.dtype:
-        """Returns the dtype of the model's activations."""
-        return compute_dtype(self.model)

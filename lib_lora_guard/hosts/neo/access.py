@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.compiler import is_compiling
 
-from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
 from ...patching.backup import moved
 from ...patching.fused import RawWeight
 from ...patching.marked_class import Forward, class_of, mark, unmark
 from ...patching.on_the_fly import WeightTerms
 from ...patching.operators import WEIGHT_PATCH, number_of, patched_weight
-from ...planning.limits import RAM_FLOOR_BYTES
 from ...weights.kitchen import is_quantized, rows_of
 from ...weights.storage import storage_of
-from ..webui.models import compute_dtype
+from ..webui.access import WebuiAccess
 from ..webui.raw_weights import is_hosts_own, is_low_bit, streams_of
-from ..webui.stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
 from .api import FAMILIES, NeoApi
 from .raw_weights import NeoQuantized, NeoWeight
 from .types import WeightLayer
@@ -47,7 +43,7 @@ class WeightFunction:
         return self.terms.apply(weight, None if parameter is None or is_quantized(parameter) else parameter)
 
 
-class NeoAccess(ModuleAccess):
+class NeoAccess(WebuiAccess):
     """One of Neo's models. It is held weakly: Neo frees models by counting references."""
 
     def __init__(self, api: NeoApi, model: torch.nn.Module) -> None:
@@ -84,31 +80,12 @@ class NeoAccess(ModuleAccess):
         parameter = site.parameter
         if is_quantized(parameter):
             return rows_of(parameter, start, length, device)
-        if is_gguf(parameter):
-            return gguf_rows(parameter, start, length, device)
-        if is_bnb(parameter):
-            return bnb_rows(parameter, start, length, device)
-        return parameter.data.narrow(0, start, length)
-
-    def bias(self, layer: torch.nn.Module) -> torch.Tensor | None:
-        """Returns the bias as the layer's forward pass adds it, on any device; None if the layer has none."""
-        return stored_bias(layer)
+        return super().decoded_rows(site, start, length, device)
 
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`. Neo finds the pinned ones by their address, so this one is unpinned first."""
         self._api.memory.unpin_memory(site.parameter)
         super().set_parameter(site, value)
-
-    def raw_weight(self, site: Site) -> RawWeight | None:
-        """Returns how the weight is held, if it is of low bits and the layer makes a temporary weight by Neo's own code."""
-        return self._raw_weight(site.layer) if site.name == "weight" else None
-
-    def raw_weights(self) -> Iterator[tuple[torch.nn.Module, RawWeight]]:
-        """Yields the layers with weights of low bits that make a temporary weight by Neo's own code."""
-        for layer in self.model.modules():
-            raw = self._raw_weight(layer)
-            if raw is not None:
-                yield layer, raw
 
     def _raw_weight(self, layer: torch.nn.Module) -> RawWeight | None:
         kind, weight, families = class_of(layer), layer._parameters.get("weight"), vars(self._api.operations)
@@ -155,23 +132,9 @@ class NeoAccess(ModuleAccess):
         if own_class is not None:
             site.layer.__class__ = own_class
 
-    def device(self) -> torch.device:
-        """Returns the GPU that parts of the model are on, or the CPU."""
-        devices = {parameter.device for parameter in self.model.parameters()}
-        return next((d for d in sorted(devices, key=str) if d.type not in ("cpu", "meta")), torch.device("cpu"))
-
-    def backup_budget(self) -> BackupBudget:
-        """Measures how much memory backups of merged weights may take now."""
-        # Neo plans with all VRAM that is free: none of it is spare.
-        return replace(measure_budget(self.device(), RAM_FLOOR_BYTES), vram_spare_bytes=0)
-
     def is_in_force(self) -> bool:
         """Returns True: what other extensions add is Neo's to apply, beside the guard's."""
         return True
-
-    def compute_dtype(self) -> torch.dtype:
-        """Returns the dtype of the model's activations."""
-        return compute_dtype(self.model)
 
 
 def _is_a(layer: torch.nn.Module, name: str) -> bool:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lib_lora_guard.errors import MemoryShortError
-from lib_lora_guard.hosts.forge.access import RAM_FLOOR_BYTES
 from lib_lora_guard.hosts.forge.vae import ForgeVae
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.planning import activations
 from lib_lora_guard.planning.host_memory import Latent
+from lib_lora_guard.planning.limits import RAM_FLOOR_BYTES
 from lib_lora_guard.recorder.crash_report import Precaution, avoid
 from lib_lora_guard.recorder.flight_recorder import Phase
 from lib_lora_guard.runtime.hooks import HookSet
