@@ -43,8 +43,9 @@ from lib_lora_guard.files.safetensors_file import read_header  # noqa: E402
 from lib_lora_guard.hosts.plain.access import PlainAccess  # noqa: E402
 from lib_lora_guard.memory.probe import BackupBudget  # noqa: E402
 from lib_lora_guard.patching import attachments, backup, file_backup, file_reader  # noqa: E402
-from lib_lora_guard.patching.engine import Engine, LoraRequest  # noqa: E402
+from lib_lora_guard.patching.engine import Engine  # noqa: E402
 from lib_lora_guard.patching.file_reader import FileReader, Piece  # noqa: E402
+from lib_lora_guard.patching.lora_request import LoraRequest  # noqa: E402
 from lib_lora_guard.planning.mode import Wish  # noqa: E402
 
 MB, GB = 1 << 20, 1 << 30

@@ -19,7 +19,8 @@ from support.reference import merge_reference
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Wish
 from lib_lora_guard.weights import Nf4Codec, Q8_0Codec, ScaledFp8Codec, StoredLinear
 

@@ -30,7 +30,8 @@ from support.reference import merge_reference
 
 from lib_lora_guard.errors import LoraGuardError
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Mode, Wish
 
 OUT, IN = 256, 512

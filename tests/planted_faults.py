@@ -92,6 +92,7 @@ FAULTS = [
     Fault("the original is not put back", "            self.state = MergeState.UNKNOWN\n        self.access.set_parameter(self.site, value)\n", "            self.state = MergeState.UNKNOWN\n        if done is MergeState.MERGED:\n            self.access.set_parameter(self.site, value)\n", "patching", "patching/test_engine.py"),
     Fault("a merge's original is the earlier merge", "under = old.backup if isinstance(old, MergeAttachment) and old.site.layer is site.layer else None", "under = None", "patching faults", "patching/test_engine.py"),
     Fault("a merge's original is the earlier merge", "        if isinstance(old, MergeAttachment) and old.site.layer is site.layer:\n            backup = old.backup\n", "        if False:\n            backup = old.backup\n", "patching faults", "patching/test_engine.py"),
+    Fault("a merge's original is the earlier merge", "        if is_merged(old, site):\n            return old.backup\n", "", "patching faults", "patching/test_engine.py"),
     Fault("all or nothing is broken", "            self.rollback()\n", "            pass\n", "patching faults", "patching/test_transaction.py"),
     Fault("an undo is dropped", "        self._undo.append(undo)\n        change()\n", "        change()\n        self._undo.append(undo)\n", "patching faults", "patching/test_transaction.py"),
     Fault("a failed undo is forgotten", "self.failed.append(undo)", "pass", "patching faults", "patching/test_transaction.py"),

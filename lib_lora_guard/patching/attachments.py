@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 
@@ -428,6 +428,11 @@ class MergeAttachment(Attachment):
             why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
             raise UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
         return torch.nn.Parameter(merged, requires_grad=False)
+
+
+def is_merged(old: Attachment | None, site: Site) -> TypeGuard[MergeAttachment]:
+    """Returns True if `old`, the attachment of the same name, is a merge of this very weight."""
+    return isinstance(old, MergeAttachment) and old.site.layer is site.layer
 
 
 KEPT_BYTES = 1 * MB

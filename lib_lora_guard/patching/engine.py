@@ -13,8 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -22,10 +21,8 @@ import torch
 
 from ..adapters import Term
 from ..adapters.base import Shape
-from ..adapters.left_out import LeftOut
 from ..errors import BusyError, LoraMismatchError, Message, ModeError, RestoreError, about, reason
 from ..messages import say
-from ..models.fit import Fit, fit_terms
 from ..planning.mode import Mode, Wish
 from ..recorder.flight_recorder import Phase
 from ..reporting.report import ApplyReport, LoraReport
@@ -38,17 +35,19 @@ from .attachments import (
     MergeState,
     OnTheFlyAttachment,
     UnusableTermsError,
+    is_merged,
 )
-from .backup import Backup, BackupStore, Budget, Originals
-from .file_backup import FileBackups
-from .fused_choice import CHOICE, Key
-from .host_casts import HostCasts
+from .backup import Backup, Originals
+from .change_pairs import Coming, attachments_of, difference, going, pairs_of, place_of, replan, strays
+from .lora_request import Fitting, LoraRequest, fit_stack
 from .merge_room import only_from_files, with_room
+from .model_backups import ModelBackups
 from .neighbours import Neighbours, Place
 from .placed import Found
 from .plan import Plan, PlannedWeight, plan_weights
+from .short_ways import ShortWays, kernels_of
 from .staging import bring, waiting
-from .transaction import Pair, Step, Transaction
+from .transaction import Step, Transaction
 from .watching import Watch, merges_in, ram_for_backups, ram_for_merges, unwatched
 
 log = logging.getLogger(__name__)
@@ -57,39 +56,6 @@ T = TypeVar("T")
 
 SETTLE_ATTEMPTS = 8
 """How often an undo starts again because of a further interrupt. What is left then is undone before the next change."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoraRequest:
-    """One LoRA of a stack: its terms for each parameter, or the reason why it could not be read.
-
-    Args:
-        label: The LoRA's name for the user.
-        strength: The strength the user asked for, for the report; each term has its own.
-        terms: The terms by parameter name.
-        skipped_keys: Keys of the file that the model has no place for.
-        lost: Keys, with reasons, that the model has and that cannot be applied.
-        refused: A sentence for the user. A refused LoRA is left out as a whole.
-        left_out: The part of the file that is not applied.
-    """
-
-    label: str
-    strength: float
-    terms: Mapping[str, Sequence[Term]] = field(default_factory=dict)
-    skipped_keys: tuple[str, ...] = ()
-    lost: tuple[str, ...] = ()
-    refused: str | None = None
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    @classmethod
-    def of(cls, label: str, strength: float, fit: Fit) -> LoraRequest:
-        """Makes the request from the part of a file that fits the model."""
-        return cls(label, strength, fit.terms, tuple(fit.skipped), tuple(fit.lost), fit.refused, fit.left_out)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the factors in RAM."""
-        return sum(term.adapter.bytes for terms in self.terms.values() for term in terms)
 
 
 class State(NamedTuple):
@@ -130,14 +96,9 @@ class Engine:
         self.name = "model"
         self._lock = threading.RLock()
         self._state = State({}, {})
-        self._budget = Budget()
-        self._backups = BackupStore(self._budget)
-        self._files = FileBackups(weight_files)
-        self._offloaded: Mapping[str, torch.Tensor] = {}
+        self._backups = ModelBackups(weight_files)
         self._neighbours = neighbours
-        self._casts = HostCasts()
-        self._labels: tuple[str, ...] = ()
-        """The LoRAs of the last stack that may use kernels."""
+        self._short_ways = ShortWays()
         if neighbours is not None:
             neighbours.add(self)
 
@@ -164,8 +125,8 @@ class Engine:
     def places(self) -> set[Place]:
         """Returns the parameters that have a LoRA, or may get one by the change that is under way."""
         state = self._state
-        present = [*state.attached.values(), *state.suspended.values(), *_attachments_of(state.unfinished)]
-        return {_place(attachment) for attachment in present}
+        present = [*state.attached.values(), *state.suspended.values(), *attachments_of(state.unfinished)]
+        return {place_of(attachment) for attachment in present}
 
     def originals(self) -> Originals:
         """Returns the unpatched parameters of everything merged, by name."""
@@ -176,7 +137,7 @@ class Engine:
         if self._backups.is_empty:
             return
         if not self.is_unfinished:
-            self._backups.release_all_but(a.backup for a in self.attached.values() if isinstance(a, MergeAttachment))
+            self._backups.release_all_but(a.backup for a in merges_in(self.attached.values()))
 
     def exclusively(self, work: Callable[[], T]) -> T:
         """Runs a change of the model with no other beside it, and undoes what is under way if it ends in an exception.
@@ -238,23 +199,23 @@ class Engine:
 
     def _change(self, access: ModelAccess, stack: Sequence[LoraRequest], wish: Wish, leave_out: bool) -> ApplyReport:
         started = time.perf_counter()
-        self._budget.start(access.backup_budget)
+        self._backups.budget.start(access.backup_budget)
         device, self.name = access.device(), access.name
         self.finish_undoing()
         self._forget_replaced()
-        accepted, reports = self._validate(access, stack)
+        accepted, reports = self._fit(access, stack)
         for report in reports:
             if report.refused is not None and not leave_out:
                 raise LoraMismatchError(about(report.label, report.refused))
         in_files: dict[str, Backup] = {}
         while True:
             plan, otherwise = self._plan(accepted, reports, wish, leave_out), list[Message]()
-            self._prove(plan, in_files, access.name)
+            in_files |= self._backups.prove(plan, self.attached, in_files, access.name)
             if wish is Wish.MERGE_FROM_FILE:
                 plan = only_from_files(plan, self.attached, in_files)
-            backed_up = {*self._offloaded, *in_files}
+            backed_up = {*self._backups.host_copies, *in_files}
             if wish is not Wish.MERGE:
-                plan = with_room(plan, self.attached, backed_up, self._budget, device, access.name, otherwise)
+                plan = with_room(plan, self.attached, backed_up, self._backups.budget, device, access.name, otherwise)
             try:
                 to_back_up = ram_for_backups(plan.values(), self.attached, backed_up)
                 with self.watch(Phase.BACKUP, to_back_up) if to_back_up else contextlib.nullcontext():
@@ -270,7 +231,7 @@ class Engine:
                 )
                 for report in reports:
                     report.forget_counts()
-                kernels = _kernels(prepared, device)
+                kernels = kernels_of(prepared, device)
                 for key, planned in plan.items():
                     for origin in planned.origins:
                         reports[origin].count(planned.choice, key in kernels)
@@ -278,7 +239,7 @@ class Engine:
                 moved = [
                     (kept, kept.planned, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]
                 ]
-                self.commit(prepared, [_replan(moved)], whole)
+                self.commit(prepared, [replan(moved)], whole)
                 break
             except UnusableTermsError as error:
                 if not leave_out:
@@ -289,11 +250,8 @@ class Engine:
                     accepted.pop(origin, None)
                     reports[origin].refused = reason(error)
                     reports[origin].forget_counts()
-        if kernels:
-            labels = tuple(lora.label for lora in reports)
-            CHOICE.prepare(set(kernels.values()), are_new_files=labels != self._labels)
-            self._labels = labels
-        self._casts.settle(access, {one.site.layer for one in self.attached.values()}, device)
+        labels = tuple(lora.label for lora in reports)
+        self._short_ways.settle(access, self.attached, kernels.values(), labels, device)
         whole.milliseconds = (time.perf_counter() - started) * 1000
         return whole
 
@@ -315,12 +273,12 @@ class Engine:
         if not merges:
             return False
         others = {key: a for key, a in before.attached.items() if key not in merges}
-        waiting = _pairs_of(before.unfinished)
+        waiting = pairs_of(before.unfinished)
         # An interrupt finds them as what is to be taken off: on its way out it takes off those that are left.
         self._state = before._replace(
             attached=others,
             suspended={**before.suspended, **merges},
-            unfinished=Transaction([*waiting, *_strays(merges.values())]),
+            unfinished=Transaction([*waiting, *strays(merges.values())]),
         )
         try:
             with self.watch(Phase.RESTORE, 0):
@@ -330,7 +288,7 @@ class Engine:
             stay = {key: a for key, a in merges.items() if a.state is MergeState.MERGED}
             half = [a for a in merges.values() if a.state in (MergeState.UNKNOWN, MergeState.STRAYED)]
             off = {key: a for key, a in merges.items() if key not in stay}
-            left = [*waiting, *_strays(half)]
+            left = [*waiting, *strays(half)]
             self._state = before._replace(
                 attached={**others, **stay},
                 suspended={**before.suspended, **off},
@@ -340,26 +298,21 @@ class Engine:
         self._state = self._state._replace(unfinished=before.unfinished)
         return True
 
-    @contextlib.contextmanager
-    def offloaded(self, copies: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def offloaded(self, copies: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
         """Makes merges inside the block keep `copies` as their backups, instead of copying.
 
         `copies`: parameters in RAM, by name, as they were before the host moved them to its device.
         """
         # A weight that could not be restored yet is no original.
-        self._offloaded = {} if self.is_unfinished else copies
-        try:
-            yield
-        finally:
-            self._offloaded = {}
+        return self._backups.offloaded({} if self.is_unfinished else copies)
 
     def fitting(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> set[int]:
         """Returns the places in `stack` of the LoRAs that could be read and fit the model. Changes nothing."""
-        return set(self._validate(access, stack)[0])
+        return set(self._fit(access, stack)[0])
 
     def refusals(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> dict[int, str]:
         """Returns the reasons for the LoRAs of `stack` that `fitting` leaves out, by place. Changes nothing."""
-        reports = self._validate(access, stack)[1]
+        reports = self._fit(access, stack)[1]
         return {place: report.refused for place, report in enumerate(reports) if report.refused is not None}
 
     def unpatched_shapes(self) -> dict[str, Shape]:
@@ -403,12 +356,12 @@ class Engine:
     def _detach_all(self) -> bool:
         self._forget_replaced()
         # Attachments that an undo was still to put back go as well: put back later, no stack would hold them.
-        leaving = dict.fromkeys((*self.attached.values(), *_attachments_of(self._state.unfinished)))
-        self._casts.take_all({one.site.layer for one in leaving})
-        self._state = State({}, {}, unfinished=Transaction(_strays(leaving)) if leaving else None)
+        leaving = dict.fromkeys((*self.attached.values(), *attachments_of(self._state.unfinished)))
+        self._short_ways.take_all(leaving)
+        self._state = State({}, {}, unfinished=Transaction(strays(leaving)) if leaving else None)
         with self.watch(Phase.RESTORE, 0) if merges_in(leaving) else contextlib.nullcontext():
             self._undo()
-        for attachment in _attachments_of(self._state.unfinished):
+        for attachment in attachments_of(self._state.unfinished):
             say(log, logging.ERROR, "memory.key_not_restored", key=attachment.site.key)
         return not self.is_unfinished
 
@@ -440,43 +393,17 @@ class Engine:
                 dtype=dtype,
             )
 
-    def _validate(
-        self, access: ModelAccess, stack: Sequence[LoraRequest]
-    ) -> tuple[dict[int, dict[str, tuple[Site, list[Term]]]], list[LoraReport]]:
-        accepted: dict[int, dict[str, tuple[Site, list[Term]]]] = {}
-        reports = []
-        for index, lora in enumerate(stack):
-            report = LoraReport(
-                lora.label,
-                lora.strength,
-                bytes=lora.bytes,
-                skipped=[*lora.skipped_keys, *lora.lost],
-                lost=list(lora.lost),
-                refused=lora.refused,
-                left_out=lora.left_out,
-            )
-            reports.append(report)
-            if lora.refused is not None:
-                continue
-            sites = {key: site for key in lora.terms if (site := self._site(access, key)) is not None}
-            fit = fit_terms(lora.terms, {key: site.shape for key, site in sites.items()})
-            report.skipped += [*fit.skipped, *fit.lost]
-            report.lost += fit.lost
-            report.refused = fit.refused
-            if fit.refused is None:
-                accepted[index] = {key: (sites[key], terms) for key, terms in fit.terms.items()}
-        return accepted, reports
+    def _fit(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> tuple[Fitting, list[LoraReport]]:
+        return fit_stack(stack, lambda key: self._site(access, key))
 
     def _site(self, access: ModelAccess, key: str) -> Site | None:
         """Returns the site as it is without LoRAs: a merge may have given the parameter another shape or dtype."""
         site, old = access.site(key), self.attached.get(key)
-        if site is not None and isinstance(old, MergeAttachment) and old.site.layer is site.layer:
-            return site._replace(storage=old.site.storage)
-        return site
+        return site._replace(storage=old.site.storage) if site is not None and is_merged(old, site) else site
 
     def _plan(
         self,
-        accepted: Mapping[int, Mapping[str, tuple[Site, list[Term]]]],
+        accepted: Fitting,
         reports: Sequence[LoraReport],
         wish: Wish,
         leave_out: bool,
@@ -494,18 +421,6 @@ class Engine:
 
         present = {key: one.planned for key, one in ({**self.suspended, **self.attached}).items()}
         return plan_weights(stacks, wish, present, report_lost if leave_out else None)
-
-    def _prove(self, plan: Plan, in_files: dict[str, Backup], model: str) -> None:
-        """Adds the backups of weights that the file of the model is proven to have, where they are merged anew."""
-        new = {
-            key: one.site.parameter
-            for key, one in plan.items()
-            if one.mode is Mode.MERGE and key not in in_files and not _is_merged(self.attached.get(key), one.site)
-        }
-        if new:
-            for key, backup in self._files.prove(new, model).items():
-                self._backups.add(backup)
-                in_files[key] = backup
 
     def _prepare(
         self, access: ModelAccess, plan: Plan, device: torch.device, in_files: Mapping[str, Backup]
@@ -530,15 +445,7 @@ class Engine:
             return BypassAttachment(access, planned, device, old)
         if planned.mode is Mode.ON_THE_FLY:
             return OnTheFlyAttachment(access, planned)
-        key, site = planned.site.key, planned.site
-        if isinstance(old, MergeAttachment) and old.site.layer is site.layer:
-            backup = old.backup
-        elif key in in_files:
-            backup = in_files[key]
-        else:
-            backup = self._backups.keep(key, site.parameter, self._offloaded.get(key))
-            self._budget.take(backup)
-        return MergeAttachment(access, planned, device, backup)
+        return MergeAttachment(access, planned, device, self._backups.of(planned.site, old, in_files))
 
     def commit(
         self, target: Mapping[str, Attachment], also: Sequence[Step] = (), report: ApplyReport | None = None
@@ -554,7 +461,7 @@ class Engine:
             BusyError: LoRAs of another engine are on a weight.
         """
         before = self._state
-        leaving, coming = _difference(before.attached, target)
+        leaving, coming = difference(before.attached, target)
         change = Transaction([*leaving, *coming], also)
         # From here on an undo finds in the state whatever may be on the model, and so do other engines.
         self._state = before._replace(unfinished=change)
@@ -562,7 +469,7 @@ class Engine:
             if coming and self._neighbours is not None:
                 self._refuse_shared(self._neighbours, coming)
             has_merges = any(old.mode is Mode.MERGE for old, _ in leaving)
-            self._files.expect(a.backup for a in merges_in([*(old for old, _ in leaving), *_replaced_in(coming)]))
+            self._backups.expect(merges_in(going(leaving, coming)))
             with self.watch(Phase.RESTORE, 0) if has_merges else contextlib.nullcontext():
                 change.do(0, len(leaving))
             merges = merges_in([new for _, new in coming])
@@ -574,8 +481,8 @@ class Engine:
             self._settle()
             raise
 
-    def _refuse_shared(self, neighbours: Neighbours, coming: Sequence[tuple[Attachment | None, Attachment]]) -> None:
-        keys = {_place(new): new.site.key for old, new in coming if old is None or not new.is_beside(old)}
+    def _refuse_shared(self, neighbours: Neighbours, coming: Sequence[Coming]) -> None:
+        keys = {place_of(new): new.site.key for old, new in coming if old is None or not new.is_beside(old)}
         found = neighbours.in_the_way(self, keys)
         if found is not None:
             other, shared = found
@@ -610,60 +517,3 @@ class Engine:
         rest, error = unfinished.undo()
         self._state = self._state._replace(unfinished=rest)
         return error
-
-
-def _kernels(attachments: Mapping[str, Attachment], device: torch.device) -> dict[str, Key]:
-    """Returns the kernels that a stack may use, by the name of the weight."""
-    found = {key: one.kernel(device) for key, one in attachments.items() if isinstance(one, BypassAttachment)}
-    may_take = {kernel for kernel in set(found.values()) if kernel is not None and CHOICE.may_take(kernel)}
-    return {key: kernel for key, kernel in found.items() if kernel is not None and kernel in may_take}
-
-
-def _difference(
-    present: Mapping[str, Attachment], target: Mapping[str, Attachment]
-) -> tuple[list[tuple[Attachment, None]], list[tuple[Attachment | None, Attachment]]]:
-    """Returns what leaves without another, and pairs of what is replaced (or None) and what comes."""
-    if target is present:
-        return [], []
-    leaving = [(old, None) for key, old in present.items() if key not in target]
-    coming = [(old, new) for key, new in target.items() if (old := present.get(key)) is not new]
-    return leaving, coming
-
-
-def _replaced_in(coming: Iterable[tuple[Attachment | None, Attachment]]) -> list[Attachment]:
-    return [old for old, _ in coming if old is not None]
-
-
-def _is_merged(old: Attachment | None, site: Site) -> bool:
-    return isinstance(old, MergeAttachment) and old.site.layer is site.layer
-
-
-def _strays(attachments: Iterable[Attachment]) -> list[tuple[None, Attachment]]:
-    """Returns pairs whose undo takes off what may be on the model and is not of its stack."""
-    return [(None, attachment) for attachment in attachments]
-
-
-def _replan(moved: Sequence[tuple[Attachment, PlannedWeight, PlannedWeight]]) -> Step:
-    """Returns the step that gives attachments that stay another plan; `moved` has each with the old and the new one."""
-
-    def do() -> None:
-        for attachment, _, new in moved:
-            attachment.planned = new
-
-    def undo() -> None:
-        for attachment, old, _ in moved:
-            attachment.planned = old
-
-    return Step(do, undo)
-
-
-def _pairs_of(change: Transaction[Attachment] | None) -> Sequence[Pair[Attachment]]:
-    return () if change is None else change.pairs
-
-
-def _attachments_of(change: Transaction[Attachment] | None) -> list[Attachment]:
-    return [one for pair in _pairs_of(change) for one in pair if one is not None]
-
-
-def _place(attachment: Attachment) -> Place:
-    return id(attachment.site.layer), attachment.site.name

@@ -14,7 +14,7 @@ from ..messages import Message
 from ..planning.mode import Choice, Mode, Wish, choose_mode
 from ..units import MB
 from .access import Site
-from .attachments import Attachment, MergeAttachment
+from .attachments import Attachment, is_merged
 from .backup import Where, lies_in_ram, parameter_bytes
 from .plan import Plan, PlannedWeight, facts_of
 
@@ -50,7 +50,7 @@ def with_room(
     needs = {
         key: parameter_bytes(one.site.parameter)
         for key, one in plan.items()
-        if one.mode is Mode.MERGE and not _is_merged(attached.get(key), one.site) and not _has_copy(one.site, backed_up)
+        if one.mode is Mode.MERGE and not is_merged(attached.get(key), one.site) and not _has_copy(one.site, backed_up)
     }
     total = sum(needs.values())
     if total < LEAST_BYTES:
@@ -93,17 +93,11 @@ def only_from_files(plan: Plan, attached: Mapping[str, Attachment], in_files: Co
     result = dict(plan)
     for key, one in plan.items():
         old = attached.get(key)
-        has_file = (
-            isinstance(old, MergeAttachment) and old.backup.place.where is Where.FILE and _is_merged(old, one.site)
-        )
+        has_file = is_merged(old, one.site) and old.backup.place.where is Where.FILE
         if one.mode is Mode.MERGE and key not in in_files and not has_file:
             choice = choose_mode(facts_of(one.site), one.terms, Wish.AUTO, one.forms)
             result[key] = PlannedWeight(one.site, one.terms, choice)
     return result
-
-
-def _is_merged(old: Attachment | None, site: Site) -> bool:
-    return isinstance(old, MergeAttachment) and old.site.layer is site.layer
 
 
 def _has_copy(site: Site, backed_up: Collection[str]) -> bool:

@@ -18,7 +18,8 @@ from ..errors import RestoreError, named
 from ..memory.out_of_memory import is_out_of_memory
 from ..messages import Message
 from ..patching.access import ModelAccess
-from ..patching.engine import Engine, LoraRequest
+from ..patching.engine import Engine
+from ..patching.lora_request import LoraRequest
 from ..patching.merge_loss import merge_loss
 from ..patching.watching import Watch
 from ..planning.mode import Wish

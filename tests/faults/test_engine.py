@@ -13,7 +13,8 @@ from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.strengths import set_strengths
 from lib_lora_guard.planning.mode import Wish
 

@@ -6,7 +6,8 @@ from support.make import host_value, rand
 from lib_lora_guard.adapters import LoraAdapter, parse_term
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching import plan
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning import cheap
 from lib_lora_guard.planning.mode import Wish
 

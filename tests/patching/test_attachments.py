@@ -16,7 +16,8 @@ from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.patching import attachments, backup
 from lib_lora_guard.patching.attachments import MergeAttachment, MergeState
 from lib_lora_guard.patching.backup import HeldBackup, Place, Where
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.plan import PlannedWeight
 from lib_lora_guard.planning.mode import Choice, Mode, Wish
 from lib_lora_guard.units import MB

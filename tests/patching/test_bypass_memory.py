@@ -13,7 +13,8 @@ from support.make import rand
 
 from lib_lora_guard.adapters import Ia3Adapter, Term
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.low_rank import JoinedLowRank
 from lib_lora_guard.planning.mode import Mode, Wish
 from lib_lora_guard.units import MB

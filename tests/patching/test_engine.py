@@ -21,7 +21,8 @@ from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching import attachments
 from lib_lora_guard.patching.attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.backup import BackupStore
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Wish
 from lib_lora_guard.weights import Nf4Codec, PlainCodec, Q8_0Codec, ScaledFp8Codec, StoredLinear
 

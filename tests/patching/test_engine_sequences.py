@@ -39,9 +39,10 @@ from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup, file_backup, file_reader, merging, norms, transaction
 from lib_lora_guard.patching.attachments import BypassAttachment, MergeAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.backup import BackupStore
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.file_backup import FileBackup, WeightFile
 from lib_lora_guard.patching.file_reader import FileReader
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.marked_class import class_of
 from lib_lora_guard.patching.operators import NUMBER, WEIGHT_PATCH
 from lib_lora_guard.patching.spool import Spool

@@ -17,8 +17,9 @@ from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import attachments, backup, file_backup, file_reader, file_sums
 from lib_lora_guard.patching.backup import Where
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.file_reader import FileReader, Piece
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Mode, Wish
 from lib_lora_guard.units import GB
 

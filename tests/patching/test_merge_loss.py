@@ -7,7 +7,8 @@ from support.make import rand
 
 from lib_lora_guard.adapters import apply_terms
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.merge_loss import merge_loss
 from lib_lora_guard.weights import Nf4Codec, PlainCodec, Q8_0Codec, ScaledFp8Codec, StoredLinear
 

@@ -16,7 +16,8 @@ from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import backup, merge_room, watching
 from lib_lora_guard.patching.attachments import MergeAttachment
 from lib_lora_guard.patching.backup import Where
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Mode, Wish
 
 X = rand(2, 16, 64, seed=5)

@@ -14,7 +14,8 @@ from lib_lora_guard.adapters import apply_terms, parse_term
 from lib_lora_guard.files import Entry, write_safetensors
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching.attachments import UnusableTermsError
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.merged_state import Kept, MergedState
 from lib_lora_guard.planning.mode import Mode, Wish
 from lib_lora_guard.weights import Nf4Codec, Q8_0Codec, ScaledFp8Codec, StoredLinear

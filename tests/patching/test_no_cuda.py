@@ -21,7 +21,8 @@ from lib_lora_guard.memory.out_of_memory import give_back_cached_memory, is_out_
 from lib_lora_guard.memory.probe import measure_budget
 from lib_lora_guard.patching import merging, norms
 from lib_lora_guard.patching.device_cache import DeviceCache
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Mode, Wish
 from lib_lora_guard.weights import Nf4Codec, PlainCodec, Q8_0Codec, ScaledFp8Codec, StoredLinear
 from lib_lora_guard.weights.storage import widest_float

@@ -12,7 +12,8 @@ from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching import watching
 from lib_lora_guard.patching.backup import BackupStore
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Wish
 from lib_lora_guard.recorder.flight_recorder import Phase
 

@@ -17,7 +17,8 @@ from lib_lora_guard.adapters.ia3 import Ia3Adapter
 from lib_lora_guard.adapters.oft import OftAdapter, PeftOftAdapter
 from lib_lora_guard.adapters.patch_tuples import OWN_KIND
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Wish
 from lib_lora_guard.weights import (
     GGUF_DECODERS,

@@ -11,7 +11,8 @@ from support.make import host_value
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.watching import unwatched
 from lib_lora_guard.planning.mode import Mode, Wish
 from lib_lora_guard.recorder.crash_report import Precaution

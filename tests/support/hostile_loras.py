@@ -10,7 +10,8 @@ from lib_lora_guard.errors import LoraFileError, LoraGuardError, LoraMismatchErr
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.models.matching import match_file
 from lib_lora_guard.models.names import NameMap
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Wish
 
 from .live_memory import LiveMemory

@@ -15,7 +15,7 @@ import torch
 from ...errors import RestoreError, named
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import Joined, Message, say
-from ...patching.engine import LoraRequest
+from ...patching.lora_request import LoraRequest
 from ...reporting.report import clean_text
 from ...runtime.live_settings import LiveSettings
 from ...settings import LoraMode

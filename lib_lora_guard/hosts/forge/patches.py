@@ -10,7 +10,7 @@ from ...adapters import Adapter, Term
 from ...adapters.patch_tuples import AdapterTuple, PatchValue, parse_value, term_of
 from ...errors import LoraMismatchError, Message, about, named, reason
 from ...memory.out_of_memory import is_out_of_memory
-from ...patching.engine import LoraRequest
+from ...patching.lora_request import LoraRequest
 from ...runtime.factor_copies import OwnAdapters
 from .identifiers import describe
 from .types import Identifier, LoraModule, PatchEntry, Patches

@@ -15,7 +15,7 @@ from ...errors import RestoreError, named
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import Joined, Message, say
 from ...patching.attachments import OnTheFlyAttachment
-from ...patching.engine import LoraRequest
+from ...patching.lora_request import LoraRequest
 from ...recorder.flight_recorder import Phase
 from ...reporting.report import clean_text
 from ...runtime.hooks import P, R

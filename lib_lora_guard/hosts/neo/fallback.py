@@ -16,7 +16,7 @@ from ...adapters.patch_tuples import PatchValue
 from ...memory.snapshot import available_ram_bytes
 from ...messages import Message
 from ...patching.access import ModelAccess, Site
-from ...patching.engine import LoraRequest
+from ...patching.lora_request import LoraRequest
 from ...planning.limits import RAM_FLOOR_BYTES
 from .api import NeoApi
 from .types import HostPatch, Patcher, WeightChange

@@ -19,7 +19,7 @@ from ...adapters import Term
 from ...adapters.base import Slice
 from ...errors import LoraFileError, reason
 from ...messages import Message, say, without
-from ...patching.engine import LoraRequest
+from ...patching.lora_request import LoraRequest
 from ...runtime.hooks import P
 from ...runtime.host import Entries, FittedLora, PatcherObject
 from .types import HostPatch, Loras, Patcher, PatchFunction, WeightChange

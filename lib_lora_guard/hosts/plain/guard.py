@@ -15,7 +15,8 @@ from ...errors import LoraMismatchError, ModeError, about
 from ...files import FileState, shown, state_of
 from ...inference_mode import outside_inference
 from ...models.fit import Target, fit_file
-from ...patching.engine import Engine, LoraRequest
+from ...patching.engine import Engine
+from ...patching.lora_request import LoraRequest
 from ...patching.neighbours import Neighbours
 from ...patching.operators import is_compilable
 from ...patching.room_to_read import room_now_bytes

@@ -206,10 +206,10 @@ def test_parameters_in_ram_are_the_backups_of_what_is_merged_after_a_load(stacks
     patcher = Patcher(model, STYLE)
     patcher.lora_patches[STYLE] = {"layer.weight": [], "not.there": []}
     with stacks.loading(patcher):
-        copies = dict(state_of(model.lora_loader).engine._offloaded)
+        copies = dict(state_of(model.lora_loader).engine._backups.host_copies)
         assert list(copies) == ["layer.weight"]
         assert copies["layer.weight"].data_ptr() == model.layer.weight.data_ptr()
-    assert not state_of(model.lora_loader).engine._offloaded
+    assert not state_of(model.lora_loader).engine._backups.host_copies
 
 
 @pytest.mark.parametrize("why", ["no stack", "own mode", "no loader"])

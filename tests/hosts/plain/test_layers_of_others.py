@@ -15,7 +15,8 @@ from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import LoraGuardError, ModeError
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.hosts.plain.guard import LoraGuard
-from lib_lora_guard.patching.engine import Engine, LoraRequest
+from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.marked_class import class_of
 from lib_lora_guard.planning.mode import Mode, Wish
 
