@@ -14,6 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from support.any_signs import ANY_SIGNS
 from support.raw_files import (
     ARRAY,
     BOOL,
@@ -415,9 +416,9 @@ def test_random_bytes(scratch, head, tail):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["F32", "U8"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(ANY_SIGNS, max_size=5) | st.sampled_from(["F32", "U8"]),
     lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "a"]) | st.text(max_size=3), inner, max_size=4),
+    | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__", "a"]) | st.text(ANY_SIGNS, max_size=3), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.any_signs import ANY_SIGNS
 
 from lib_lora_guard.recorder import crash as crash_module
 from lib_lora_guard.recorder.crash import KEPT_FILES, last_crash
@@ -234,8 +235,8 @@ def test_a_flipped_bit_costs_at_most_its_own_record(bit):
 
 
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(ANY_SIGNS, max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(ANY_SIGNS, max_size=5), inner, max_size=3),
     max_leaves=5,
 )
 KEYS = ("time", "open", "plan", "memory", "memory_time", "model", "architecture", "storage", "loras", "lora_count")
