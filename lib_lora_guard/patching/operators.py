@@ -137,7 +137,9 @@ def _gradients(function: Any, gradient: torch.Tensor, *inputs: torch.Tensor) -> 
 def define_operators() -> bool:
     """Defines the operators, once, for any thread; returns False if there are none. It takes a tenth of a second."""
     with _defining:
-        return _are_there()
+        _are_there()
+    # Known by now. Returned from inside, an interrupt between the call and the end of the block would leave the lock locked.
+    return _are_there()
 
 
 @functools.cache
