@@ -98,8 +98,8 @@ def measure(device: torch.device, clock: Callable[[], float] = time.perf_counter
         RuntimeError: the card has no room for it.
     """
     with torch.inference_mode(False), torch.no_grad():
-        in_ram = torch.ones(PROBE_BYTES, dtype=torch.uint8)
         on_card = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+        in_ram = torch.ones(PROBE_BYTES, dtype=torch.uint8)
         on_card.copy_(in_ram)
         to_card = _rate(lambda: on_card.copy_(in_ram), device, clock)
         to_ram = _rate(lambda: on_card.to("cpu"), device, clock)

@@ -24,7 +24,18 @@ class Weight(torch.Tensor):
     def __new__(cls, machine, shape, dtype, device=RAM):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self.machine, self.size_bytes = machine, self.nelement() * self.element_size()
+        self.card_bytes = self.size_bytes if self.is_cuda else 0
         return self
+
+    @property
+    def data(self):
+        # There are no values to take apart from it, and the guard asks a layer's size of it all the time.
+        return self
+
+    @data.setter
+    def data(self, value):
+        torch.Tensor.data.__set__(self, value)
+        self.card_bytes = self.size_bytes if self.is_cuda else 0
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -75,13 +86,8 @@ class Machine:
 
 
 def bytes_on_card(model):
-    # Asked all the time, so not through `Module.parameters`.
-    total = 0
-    for module in model.parts:
-        for p in module._parameters.values():
-            if p is not None and p.is_cuda:
-                total += p.size_bytes
-    return total
+    # Asked all the time, so neither through `Module.parameters` nor of torch.
+    return sum([p.card_bytes for module in model.parts for p in module._parameters.values() if p is not None])
 
 
 def size_of(model):

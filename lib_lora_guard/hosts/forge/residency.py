@@ -207,7 +207,8 @@ def _bytes_in_ram(layer: torch.nn.Module) -> int:
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
-    return parameter.data.numel() * parameter.data.element_size() + scales_bytes(parameter)
+    data = parameter.data
+    return data.numel() * data.element_size() + scales_bytes(parameter)
 
 
 def _bytes_on(layer: torch.nn.Module, device: torch.device) -> int:

@@ -3,8 +3,16 @@ import logging
 import pytest
 from contract.host import Host
 from support.card_scene import parts_of, scene_of
+from support.still_ram import keep_ram_still
 
 from lib_lora_guard.planning import on_card
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _still_ram():
+    with pytest.MonkeyPatch.context() as patch:
+        keep_ram_still(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
