@@ -2,9 +2,12 @@ import functools
 import gc
 import importlib.machinery
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+
+from lib_lora_guard.files import header
 
 # Collecting imports all of torch and of the libraries: a million objects that all stay.
 gc.disable()
@@ -15,6 +18,28 @@ def _same_threads_and_seed():
     # Not torch.manual_seed: for every kind of GPU there could be, that one writes down where it was called from.
     torch.default_generator.manual_seed(0)
     torch.set_num_threads(1)
+
+
+WRITTEN_ONCE = [
+    Path(__file__).parent / name
+    for name in (
+        "adapters",
+        "baking",
+        "models",
+        "references",
+        "hosts/plain/test_large_factors.py",
+        "hosts/plain/test_what_files_say.py",
+    )
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_wait_for_the_clock(request):
+    """Tests in `WRITTEN_ONCE` write no file again that was read: none has to be older than a step of the clock for that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not {request.path, *request.path.parents}.isdisjoint(WRITTEN_ONCE):
+            patch.setattr(header, "CLOCK_STEP_NS", 0)
+        yield
 
 
 @pytest.fixture
