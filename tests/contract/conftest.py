@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from support.still_ram import keep_ram_still
 
 from contract.host import REAL, Host
 
@@ -13,6 +14,14 @@ _real_host = None
 def _quiet(monkeypatch):
     # The real backend reads sys.argv at import; pytest's own arguments are not Forge's.
     monkeypatch.setattr(sys, "argv", ["contract", "--always-cpu"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _still_ram():
+    with pytest.MonkeyPatch.context() as patch:
+        if not REAL:
+            keep_ram_still(patch)
+        yield
 
 
 @pytest.fixture
