@@ -152,11 +152,14 @@ def test_a_failure_at_any_step_leaves_the_old_stack_applied(owner, name, after):
     failures, model = 0, build("fp8")
     base = output(model)
     for first, second in (([], new), (old, new), (old, [])):
+        wanted, bits = None, []
         for k in range(1, 200):
             engine = Engine()
             engine.change(PlainAccess(model), first)
-            wanted, attached = output(model), dict(engine.attached)
-            bits = [p.data.clone() for p in model.parameters()]
+            attached = dict(engine.attached)
+            if wanted is None:
+                # The same for every k.
+                wanted, bits = output(model), [p.data.clone() for p in model.parameters()]
             with pytest.MonkeyPatch.context() as patch:
                 countdown = [k, after]
                 count_and_fail(patch, owner, name, countdown)
