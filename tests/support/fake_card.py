@@ -20,6 +20,9 @@ class Weight(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
+    __slots__ = ("card_bytes",)
+    """Not among `vars`: hosts copy these from one parameter to the one in its place."""
+
     @staticmethod
     def __new__(cls, machine, shape, dtype, device=RAM):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
