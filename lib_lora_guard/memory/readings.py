@@ -76,10 +76,7 @@ class MemorySnapshot:
 
     def readings(self) -> Iterator[tuple[str, Reading]]:
         """Yields the name of each field and its reading."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Reading):
-                yield field.name, value
+        return ((name, getattr(self, name)) for name in _READINGS)
 
     @property
     def usable_vram_bytes(self) -> int | None:
@@ -112,6 +109,10 @@ class MemorySnapshot:
         swap = self.swap_free.bytes or 0
         total = None if self.ram_total.bytes is None else self.ram_total.bytes + (self.swap_total.bytes or 0)
         return _least([self.ram_available.bytes + swap, self.ram_and_swap_cgroup_room.bytes], total)
+
+
+_READINGS = tuple(field.name for field in fields(MemorySnapshot) if field.name != "system")
+"""Worked out once: a snapshot is taken around every phase."""
 
 
 def usable_vram_bytes(
