@@ -43,18 +43,31 @@ class Spelling(NamedTuple):
 
 
 class Model(Protocol):
-    """The host's loaded checkpoint: compared by identity."""
+    """The host's entry for a checkpoint, which outlives a model that is given up and read again; or the loaded model."""
 
 
 class PromptCache:
     """The encoded prompts of every model that lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_bytes: int = REMEMBERED_BYTES) -> None:
+        self._limit_bytes = limit_bytes
         self._memories: weakref.WeakKeyDictionary[Model, PromptMemory] = weakref.WeakKeyDictionary()
 
     def of(self, model: Model) -> PromptMemory:
-        """Returns the prompts of one model; models are compared by identity and held weakly."""
-        return self._memories.setdefault(model, PromptMemory())
+        """Returns the prompts of one model; those of others give way to it, those asked for longest ago first.
+
+        Models are compared by identity and held weakly.
+        """
+        memory = self._memories.pop(model, None)
+        if memory is None:
+            memory = PromptMemory(self._limit_bytes)
+        total_bytes = memory.bytes + sum(other.bytes for other in self._memories.values())
+        for other in list(self._memories.values()):
+            if total_bytes > self._limit_bytes:
+                total_bytes -= other.bytes
+                other.clear()
+        self._memories[model] = memory
+        return memory
 
     def forget(self) -> int:
         """Gives back everything; returns the bytes."""

@@ -10,13 +10,14 @@ that differs from one of them in blanks alone, as where a `<lora:...>` was taken
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,10 +25,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...adapters.base import Adapter
 from ...runtime.hooks import Row
 from ...runtime.host import LoraPatchers
-from ...runtime.prompt_cache import PromptCache, Spelling, without_blanks
+from ...runtime.prompt_cache import Model, PromptCache, Spelling, without_blanks
+from .cond_caches import SharedCaches
 from .patchers import TuplePatchers
-from .prompt_tokens import Encoding, PromptTokens
-from .types import CondCache, Patched, PromptProcessing, Tags, TextEncoder
+from .prompt_tokens import Code, Encoding, PromptTokens
+from .types import CondCache, FromPicture, Patched, PromptProcessing, Tags, TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +45,24 @@ _NETWORK_NAMES = ("lora", "lyco")
 _OWN_ARGUMENTS = ("te", "unet", "dyn")
 
 
+class _Asked(NamedTuple):
+    """The arguments of `get_conds_with_caching`."""
+
+    function: Code
+    prompts: Sequence[str]
+    steps: int
+    caches: Sequence[CondCache]
+    tags: Tags
+    hires_steps: int | None
+
+
 class Conditioning:
     """The two hooks on Forge's `StableDiffusionProcessing`."""
 
     def __init__(
         self,
         shared: ModuleType,
+        caches: SharedCaches,
         meaning: Callable[[], Hashable],
         has_applied: Callable[[Patched], bool] = lambda patcher: True,
         encoding: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -56,10 +70,12 @@ class Conditioning:
         patchers: LoraPatchers | None = None,
         tokens: PromptTokens | None = None,
         is_left_to_host: Callable[[], bool] = lambda: False,
+        loaded: Callable[[], Hashable] = lambda: None,
     ) -> None:
         """
         Args:
             shared: the WebUI's `modules.shared`.
+            caches: the WebUI's own, of one conditioning each.
             meaning: returns what else decides how LoRAs act on the text encoder (the guard's mode).
             has_applied: says of a patcher whether its LoRAs lie on the model.
             encoding: is entered while a prompt is encoded.
@@ -67,11 +83,12 @@ class Conditioning:
             patchers: tells what lies on the text encoder; None for those of Forge.
             tokens: compares two ways to write a prompt; None: another text is another prompt.
             is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
+            loaded: returns which files the present model was made of.
         """
-        self._is_more_than_encoding = is_left_to_host
+        self._is_more_than_encoding, self._loaded = is_left_to_host, loaded
         self._tokens = None if os.environ.get("LORA_GUARD_BLANKS") == "0" else tokens
         self._patchers = patchers or TuplePatchers()
-        self._shared, self._meaning, self._has_applied = shared, meaning, has_applied
+        self._shared, self._caches, self._meaning, self._has_applied = shared, caches, meaning, has_applied
         self._encoding, self._cache = encoding, cache or PromptCache()
         self._numbers = _Numbers()
 
@@ -99,11 +116,13 @@ class Conditioning:
                 [getattr(required_prompts, name, None) for name in ("width", "height")],
                 [getattr(self._shared.opts, name, None) for name in _AESTHETIC_SCORES],
                 self._foreign_hooks(),
+                # A hires pass may have text encoders of its own, for the same checkpoint.
+                self._loaded(),
             )
         except Exception:
             log.debug("the host's own key for the conditioning is used", exc_info=True)
             data = extra_network_data
-        return original(processing, required_prompts, steps, data, *args, **kwargs)
+        return original(_from_no_picture(processing), required_prompts, steps, data, *args, **kwargs)
 
     def get_conds_with_caching(
         self,
@@ -119,48 +138,67 @@ class Conditioning:
         **kwargs: Any,
     ) -> Conds:
         """Stands in place of `get_conds_with_caching`, which finds in its cache what the guard remembers."""
-        everything = (function, required_prompts, steps, caches, extra_network_data, hires_steps)
-        if self._is_left_to_host():
-            return original(processing, *everything, *args, **kwargs)
+        asked = _Asked(function, required_prompts, steps, caches, extra_network_data, hires_steps)
+        if self._caches.look():
+            # The prompt is to be encoded anew, or the host's option says that nothing is kept.
+            self._cache.forget()
+        host = functools.partial(original, processing, *asked, *args, **kwargs)
+        try:
+            if self._is_left_to_host():
+                return host()
+            if not self._caches.are_shared(caches):
+                return self._encoded(host, asked)
+            return self._remembered(host, processing, asked)
+        finally:
+            self._caches.look()
+
+    def _remembered(self, host: Callable[[], Conds], processing: PromptProcessing, asked: _Asked) -> Conds:
+        """Returns a conditioning out of the host's caches, out of the memory, or a new one, which is kept."""
+        memory, prompts, caches = self._cache.of(self._checkpoint()), asked.prompts, asked.caches
         # Forge Neo has no old scheduling any more.
         knows_old = "use_old_scheduling" in inspect.signature(processing.cached_params).parameters
-        how = Encoding(function, steps, hires_steps, (self._shared.opts.use_old_scheduling,) if knows_old else ())
+        old_scheduling = (self._shared.opts.use_old_scheduling,) if knows_old else ()
+        how = Encoding(asked.function, asked.steps, asked.hires_steps, old_scheduling)
 
-        def params_of(prompts: Sequence[str]) -> Key:
-            return processing.cached_params(prompts, steps, extra_network_data, hires_steps, *how.old_scheduling)
+        def params_of(texts: Sequence[str]) -> Key:
+            return processing.cached_params(texts, asked.steps, asked.tags, asked.hires_steps, *old_scheduling)
 
         def key_of(params: Key) -> Key:
-            return _name_of(function), getattr(required_prompts, "is_negative_prompt", None), params
+            return _name_of(asked.function), getattr(prompts, "is_negative_prompt", None), params
 
-        memory = self._cache.of(self._shared.sd_model)
-        params = None
-        if all(cache[0] is None for cache in caches):
-            # Emptied: the prompt is to be encoded anew, or the host's option says that nothing is kept.
-            memory.clear()
-        else:
-            params = params_of(required_prompts)
-            if any(cache[0] is not None and cache[0] == params for cache in caches):
-                return original(processing, *everything, *args, **kwargs)
-        known, spelling = None if params is None else memory.find(key_of(params)), None
+        params = params_of(prompts)
+        if any(cache[0] is not None and cache[0] == params for cache in caches):
+            return host()
+        known, spelling = memory.find(key_of(params)), None
         if known is None and (tokens := self._tokens) is not None:
-            blankless = _blankless(required_prompts)
+            blankless = _blankless(prompts)
             if blankless is not None:
-                spelling = Spelling(key_of(params_of(blankless)), list(required_prompts))
-                known = memory.find_respelled(spelling, lambda texts: tokens.are_same(texts, required_prompts, how))
+                spelling = Spelling(key_of(params_of(blankless)), list(prompts))
+                known = memory.find_respelled(spelling, lambda texts: tokens.are_same(texts, prompts, how))
         if known is not None:
             caches[0][:2] = [params, known[0]]
             if len(caches[0]) > 2:
                 caches[0][2] = known[1] or {}
-            return original(processing, *everything, *args, **kwargs)
-        with self._encoding():
-            conds = original(processing, *everything, *args, **kwargs)
+            return host()
+        conds = self._encoded(host, asked)
         made = caches[0]
-        if not self._is_encoded_as_asked():
-            # The next image tries again, and must not find this one's.
-            made[0] = None
-        elif made[0] is not None and getattr(self._shared.opts, "persistent_cond_cache", True):
+        if made[0] is not None and getattr(self._shared.opts, "persistent_cond_cache", True):
             memory.keep(key_of(made[0]), conds, made[2] if len(made) > 2 else None, spelling)
         return conds
+
+    def _encoded(self, host: Callable[[], Conds], asked: _Asked) -> Conds:
+        with self._encoding():
+            conds = host()
+        if not self._is_encoded_as_asked():
+            # The next image tries again, and must not find this one's.
+            asked.caches[0][0] = None
+        return conds
+
+    def _checkpoint(self) -> Model:
+        """Returns the host's entry for the present checkpoint: a refiner takes the model away, and the next image reads it again."""
+        model: Model = self._shared.sd_model
+        entry: Model | None = getattr(model, "sd_checkpoint_info", None)
+        return model if entry is None else entry
 
     def _text_encoder(self) -> TextEncoder | None:
         found: TextEncoder | None = getattr(self._shared.sd_model.forge_objects, "clip", None)
@@ -179,7 +217,7 @@ class Conditioning:
         ]
 
     def _is_left_to_host(self) -> bool:
-        return self._is_more_than_encoding() or self._is_extension_at_work()
+        return not self._caches.is_used or self._is_more_than_encoding() or self._is_extension_at_work()
 
     def _is_extension_at_work(self) -> bool:
         """True if another extension has replaced the forward pass of a layer in the text encoder.
@@ -224,6 +262,19 @@ class Conditioning:
                 if foreign or named:
                     others.append((network, use.items))
         return others
+
+
+def _from_no_picture(processing: PromptProcessing) -> PromptProcessing:
+    """Returns a request whose key does not tell which picture an image begins with.
+
+    Forge Neo's does, and a VAE encodes the picture with noise: it is another one each time. The text encoders that see a
+    picture are left to the host.
+    """
+    if not isinstance(processing, FromPicture) or processing.init_latent is None:
+        return processing
+    other = copy.copy(processing)
+    other.init_latent = torch.zeros(1)
+    return other
 
 
 def _blankless(prompts: Sequence[str]) -> Sequence[str] | None:

@@ -24,6 +24,7 @@ from ...runtime.live_settings import LiveSettings
 from ...runtime.prompt_cache import PromptCache
 from ...runtime.rule_log import RuleLog
 from . import conditioning, images, lora_cards, networks, schedules, unload, xyz_axes
+from .cond_caches import SharedCaches
 from .lora_files import LoraFiles
 from .probe import check_networks, check_processing
 from .prompt_tokens import PromptTokens
@@ -99,7 +100,9 @@ class WebTakeover:
         lay(lora_cards.ROWS, self.cards, modules, hooks)
         processing, sd_models = modules.get("modules.processing"), modules.get("modules.sd_models")
         if processing is not None and sd_models is not None:
-            requests = unload.UnloadRequests(processing, lambda: self._memory_settings(modules), self._rule_log.tell)
+            requests = unload.UnloadRequests(
+                processing, lambda: self._memory_settings(modules), self._rule_log.tell, SharedCaches(processing)
+            )
             lay(unload.ROWS, requests, modules, hooks)
             lay(images.ROWS, self._images, modules, hooks)
         xyz_axes.add(modules)
@@ -136,8 +139,10 @@ class WebTakeover:
             return
         check_processing(modules["modules.processing"])
         shared, parser = modules["modules.shared"], modules.get("modules.prompt_parser")
+        models = modules.get("modules.sd_models")
         conditions = conditioning.Conditioning(
             shared,
+            SharedCaches(modules["modules.processing"]),
             lambda: (self._settings.mode(), self._settings.as_trained),
             self._stacks.is_current,
             lambda: self._journal.phase(Phase.ENCODE_PROMPT),
@@ -145,5 +150,6 @@ class WebTakeover:
             self._files.patchers,
             None if parser is None else PromptTokens(parser, shared),
             self._is_left_to_host,
+            lambda: None if models is None else models.model_data.forge_hash,
         )
         lay(conditioning.ROWS, conditions, modules, hooks)

@@ -181,3 +181,11 @@ class PromptProcessing(Protocol):
         hires_steps: int | None,
         use_old_scheduling: bool,
     ) -> tuple[Any, ...]: ...
+
+
+@runtime_checkable
+class FromPicture(Protocol):
+    """A request of img2img."""
+
+    init_latent: torch.Tensor | None
+    """The picture that the image begins with, as the VAE encodes it; None until it is."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from ...memory import rules
 from ...memory.rules import Finding
 from ...runtime.hooks import P, R, Row
+from .cond_caches import SharedCaches
 
 
 class ProcessingModule(Protocol):
@@ -30,14 +31,16 @@ class UnloadRequests:
         processing: ProcessingModule,
         settings: Callable[[], Hashable],
         tell: Callable[[Finding | None], None],
+        caches: SharedCaches,
     ) -> None:
         """
         Args:
             processing: the WebUI's `modules.processing`.
             settings: returns everything that decides how models are loaded and placed, as one value to compare.
             tell: logs what a sanity rule has found.
+            caches: of conditionings, which an unload empties.
         """
-        self._processing, self._settings, self._tell = processing, settings, tell
+        self._processing, self._settings, self._tell, self._caches = processing, settings, tell, caches
         self._of_last_image: Hashable = None
 
     def before_image(self, original: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -50,7 +53,7 @@ class UnloadRequests:
                 self._processing.need_global_unload = False
                 self._tell(finding)
         try:
-            result = original(*args, **kwargs)
+            result = self._caches.emptied_in_place(original, *args, **kwargs)
         except BaseException:
             # What is loaded now is not known: the next image is the host's.
             self._processing.need_global_unload = is_wished

@@ -6,6 +6,7 @@ import pytest
 
 from lib_lora_guard.hosts.neo import reference_images
 from lib_lora_guard.hosts.neo.patchers import NeoPatchers
+from lib_lora_guard.hosts.webui.cond_caches import SharedCaches
 from lib_lora_guard.hosts.webui.conditioning import Conditioning
 
 
@@ -52,10 +53,15 @@ def world(monkeypatch):
     shared = types.SimpleNamespace(sd_model=model, opts=types.SimpleNamespace(persistent_cond_cache=True))
     monkeypatch.setitem(reference_images.sys.modules, "backend.args", types.SimpleNamespace(dynamic_args=arguments))
     monkeypatch.setitem(reference_images.sys.modules, "modules.shared", shared)
-    conditioning = Conditioning(
-        shared, lambda: "Automatic", patchers=NeoPatchers(), is_left_to_host=reference_images.are_there
-    )
     cache = [["other", None, None]]
+    host = types.SimpleNamespace(StableDiffusionProcessing=type("Shared", (), {"cached_c": cache[0]}))
+    conditioning = Conditioning(
+        shared,
+        SharedCaches(host),
+        lambda: "Automatic",
+        patchers=NeoPatchers(),
+        is_left_to_host=reference_images.are_there,
+    )
 
     def image(prompt, picture=None):
         """Makes an image out of another; returns what the denoiser looks at."""

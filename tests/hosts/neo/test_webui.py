@@ -9,6 +9,7 @@ from support.make import write_kohya
 
 from lib_lora_guard.hosts.neo.patchers import LORAS, NeoPatchers, loras_of
 from lib_lora_guard.hosts.neo.unread_file import UnreadFile
+from lib_lora_guard.hosts.webui.cond_caches import SharedCaches
 from lib_lora_guard.hosts.webui.conditioning import Conditioning
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
 from lib_lora_guard.hosts.webui.networks import ROWS, LoraStack
@@ -170,15 +171,30 @@ class Processing:
     """Neo's: there is no old scheduling any more."""
 
     width = height = 64
+    cached_c = ["nothing yet", None]  # noqa: RUF012
 
     def cached_params(self, required_prompts, steps, extra_network_data, hires_steps):
-        return required_prompts, steps, hires_steps, extra_network_data
+        picture = self.init_latent.tolist() if isinstance(self, Img2Img) else None
+        return (
+            required_prompts,
+            steps,
+            hires_steps,
+            extra_network_data,
+            picture,
+        )
 
     def get_conds_with_caching(self, function, required_prompts, steps, caches, extra_network_data, hires_steps=None):
         params = self.cached_params(required_prompts, steps, extra_network_data, hires_steps)
         if caches[0][0] != params:
             caches[0][:2] = [params, function(required_prompts)]
         return caches[0][1]
+
+
+class Img2Img(Processing):
+    """An image out of another, which a VAE encodes with noise."""
+
+    def __init__(self, init_latent):
+        self.init_latent = init_latent
 
 
 def test_a_prompt_is_encoded_again_only_where_the_text_encoders_loras_change(web):
@@ -190,21 +206,27 @@ def test_a_prompt_is_encoded_again_only_where_the_text_encoders_loras_change(web
         forge_objects = model.forge_objects
 
     shared = types.SimpleNamespace(sd_model=Model(), opts=opts)
-    conditioning = Conditioning(shared, lambda: "Automatic", patchers=NeoPatchers())
+    caches = SharedCaches(types.SimpleNamespace(StableDiffusionProcessing=Processing))
+    conditioning = Conditioning(shared, caches, lambda: "Automatic", patchers=NeoPatchers())
     hooks = HookSet()
     hooks.add(Processing, "cached_params", conditioning.cached_params)
     hooks.add(Processing, "get_conds_with_caching", conditioning.get_conds_with_caching)
-    caches = [[["nothing yet"], None]]
 
-    def image(strength):
+    def image(strength, processing=None):
         web.prompt(("a", strength))
         setattr(clip.patcher, LORAS, loras_of(web.result) if strength > 1 else ())
         uses = [types.SimpleNamespace(items=["a", str(strength)], positional=["a", str(strength)], named={})]
-        return Processing().get_conds_with_caching(
-            lambda prompts: encoded.append(prompts) or len(encoded), ["a cat"], 20, caches, {"lora": uses}
+        return (processing or Processing()).get_conds_with_caching(
+            lambda prompts: encoded.append(prompts) or len(encoded),
+            ["a cat"],
+            20,
+            [Processing.cached_c],
+            {"lora": uses},
         )
 
     try:
         assert [image(0.5), image(0.25), image(2.0), image(2.0), image(3.0), image(0.5)] == [1, 1, 2, 2, 3, 1]
+        assert [image(0.25, Img2Img(picture)) for picture in (torch.ones(1), torch.rand(1))] == [4, 4]
+        assert [image(2.0, Img2Img(torch.rand(1))), image(0.25)] == [5, 1]
     finally:
         hooks.restore()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from support.make import host_value, rand
 
+from lib_lora_guard.hosts.webui.cond_caches import SharedCaches
 from lib_lora_guard.hosts.webui.conditioning import Conditioning
 from lib_lora_guard.runtime.hooks import HookSet
-from lib_lora_guard.runtime.prompt_cache import PromptMemory
+from lib_lora_guard.runtime.prompt_cache import PromptCache, PromptMemory
 
 Scheduled = namedtuple("Scheduled", ["end_at_step", "cond"])
 
@@ -43,9 +44,15 @@ class Use:
 
 class Processing:
     cached_c = [None, None, None]  # noqa: RUF012  # shared by all images, as in Forge
+    cached_uc = [None, None, None]  # noqa: RUF012
 
     def __init__(self, shared):
         self.shared = shared
+        self.cached_c, self.cached_uc = Processing.cached_c, Processing.cached_uc
+
+    def clear_prompt_cache(self):
+        self.cached_c, self.cached_uc = [None, None, None], [None, None, None]
+        Processing.cached_c, Processing.cached_uc = [None, None, None], [None, None, None]
 
     def cached_params(self, required_prompts, steps, extra_network_data, hires_steps=None, use_old_scheduling=False):
         return (required_prompts, steps, hires_steps, use_old_scheduling, extra_network_data)
@@ -61,6 +68,14 @@ class Processing:
         return caches[0][1]
 
 
+class Txt2Img(Processing):
+    cached_hr_c = [None, None, None]  # noqa: RUF012
+    cached_hr_uc = [None, None, None]  # noqa: RUF012
+
+
+MODULE = types.SimpleNamespace(StableDiffusionProcessing=Processing, StableDiffusionProcessingTxt2Img=Txt2Img)
+
+
 class World:
     """A model, its text encoder's patches, and the two hooks."""
 
@@ -70,24 +85,31 @@ class World:
         self.model.forge_objects = types.SimpleNamespace(clip=clip)
         opts = types.SimpleNamespace(use_old_scheduling=False, persistent_cond_cache=True)
         self.shared = types.SimpleNamespace(sd_model=self.model, opts=opts, infotext={})
-        self.mode, self.encoded = "Automatic", []
+        self.mode, self.encoded, self.way = "Automatic", [], ""
         self.hooks = HookSet()
-        self.conditioning = Conditioning(self.shared, lambda: self.mode, tokens=tokens)
+        self.loaded = "a.safetensors, its own text encoder"
+        self.conditioning = Conditioning(
+            self.shared, SharedCaches(MODULE), lambda: self.mode, tokens=tokens, loaded=lambda: self.loaded
+        )
         self.hooks.add(Processing, "cached_params", self.conditioning.cached_params)
         self.hooks.add(Processing, "get_conds_with_caching", self.conditioning.get_conds_with_caching)
-        Processing.cached_c[:] = [None, None, None]
+        for owner, name in ((Processing, "cached_c"), (Processing, "cached_uc"), (Txt2Img, "cached_hr_c")):
+            setattr(owner, name, [None, None, None])
 
     def patch(self, patches):
         self.model.forge_objects.clip.patcher.lora_patches = patches
 
     def encode(self, prompts):
-        self.encoded.append(prompts[0])
+        self.encoded.append(self.way + prompts[0])
         cond = {"crossattn": rand(8, 16, seed=len(self.encoded)), "guidance": None, "scale": 3.5}
         return Multicond([[Scheduled(20, cond)]] * 2)
 
     def image(self, prompt, network_data=None, caches=None):
-        conds = Processing(self.shared).get_conds_with_caching(
-            self.encode, Prompts([prompt]), 20, caches or [Processing.cached_c], network_data or {}
+        return self.part_of(Processing(self.shared), prompt, network_data, caches)
+
+    def part_of(self, processing, prompt, network_data=None, caches=None):
+        conds = processing.get_conds_with_caching(
+            self.encode, Prompts([prompt]), 20, caches or [processing.cached_c], network_data or {}
         )
         return conds.batch[0][0].cond["crossattn"]
 
@@ -228,7 +250,8 @@ def test_hires_and_negative_prompts_do_not_answer_for_each_other(world):
     negative = Prompts(["a"])
     negative.is_negative_prompt = True
     processing = Processing(world.shared)
-    caches = [["x", None, None]]
+    caches = [processing.cached_c]
+    caches[0][0] = "x"
     processing.get_conds_with_caching(world.encode, Prompts(["a"]), 20, caches, {})
     caches[0][0] = "y"
     processing.get_conds_with_caching(world.encode, negative, 20, caches, {})
@@ -374,7 +397,7 @@ def test_the_newest_of_several_is_looked_at_first_and_others_too(words):
 
 def test_blanks_hide_nothing_else_of_the_key(words):
     """Another text encoder's LoRA, other sizes, steps, a negative prompt, other arguments, another model."""
-    processing, cache = Processing(words.shared), [["other", None, None]]
+    processing, cache = Processing(words.shared), [Processing.cached_c]
 
     def image(prompts, data=None, hires_steps=None):
         cache[0][0] = "other"
@@ -412,17 +435,148 @@ def test_an_emptied_cache_forgets_other_ways_to_write_a_prompt_too(words):
 
 def test_prompts_that_are_no_list_of_texts_are_encoded_as_by_the_host(words):
     for prompts in (("a cat",), ["a cat", 1]):
-        for caches in ([["x", None, None]], [["y", None, None]]):
-            Processing(words.shared).get_conds_with_caching(words.encode, prompts, 20, caches, {})
+        for mark in ("x", "y"):
+            Processing.cached_c[0] = mark
+            Processing(words.shared).get_conds_with_caching(words.encode, prompts, 20, [Processing.cached_c], {})
     assert words.encoded == ["a cat", "a cat"]
 
 
-def test_the_switch_for_bug_reports(monkeypatch):
-    monkeypatch.setenv("LORA_GUARD_BLANKS", "0")
-    world = World(Words())
-    try:
-        for prompt in ("a cat", "a cat ", "a cat"):
-            world.image(prompt)
-        assert world.encoded == ["a cat", "a cat "]
-    finally:
-        world.hooks.restore()
+def test_the_switches_for_bug_reports(monkeypatch):
+    encoded = {"LORA_GUARD_BLANKS": ["a cat", "a cat "], "LORA_GUARD_PROMPTS": ["a cat", "a cat ", "a cat", "a cat"]}
+    for name, wanted in encoded.items():
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "0")
+            world = World(Words())
+        try:
+            for prompt in ("a cat", "a cat ", "a cat"):
+                world.image(prompt)
+            world.image("a cat", lora("style", "1"))
+            assert world.encoded == wanted
+        finally:
+            world.hooks.restore()
+
+
+def emptied(processing):
+    """Forge's `manage_model_and_prompt_cache` after a setting has changed, with the guard around it."""
+    SharedCaches(MODULE).emptied_in_place(lambda p: p.clear_prompt_cache(), processing)
+    return processing
+
+
+@pytest.mark.parametrize("then", ["a cat", "a cat "])
+def test_what_the_first_image_after_an_unload_encodes_is_there_for_the_next(words, then):
+    """As at the begin of each session: the next one has the first LoRA."""
+    words.image("a cat")
+    first = emptied(Processing(words.shared))
+    made = words.part_of(first, "a cat").clone()
+    assert first.cached_c is Processing.cached_c
+    assert torch.equal(words.image(then, lora("style", "1")), made)
+    assert words.encoded == ["a cat", "a cat"], "once before and once after"
+
+
+def test_the_switch_leaves_an_unload_to_the_host(world, monkeypatch):
+    monkeypatch.setenv("LORA_GUARD_PROMPTS", "0")
+    first = emptied(Processing(world.shared))
+    assert first.cached_c is not Processing.cached_c
+
+
+def test_an_unload_empties_the_caches_of_the_hires_pass_as_well(world):
+    Txt2Img.cached_hr_c[:] = ["key of another text encoder", object(), {}]
+    caches = Txt2Img.cached_hr_c, Processing.cached_c
+    emptied(Txt2Img(world.shared))
+    assert Txt2Img.cached_hr_c == [None, None, None]
+    assert (Txt2Img.cached_hr_c, Processing.cached_c) == caches
+    Txt2Img.cached_hr_c[:] = mine = ["key", object(), {}]
+    SharedCaches(MODULE).emptied_in_place(lambda p: None, Txt2Img(world.shared))
+    assert Txt2Img.cached_hr_c == mine, "nothing was emptied"
+
+
+def test_a_cache_that_was_never_filled_says_nothing_of_what_is_remembered(words):
+    """CFG 1 makes no negative conditioning, and the first image has its negative prompt encoded first."""
+    for text in ("ugly", "blurred", "ugly"):
+        words.image(text, caches=[Processing.cached_uc])
+    assert words.encoded == ["ugly", "blurred"]
+    words.image("a cat")
+    words.image("a cat ", lora("style", "1"))
+    words.image("blurred", caches=[Processing.cached_uc])
+    assert words.encoded == ["ugly", "blurred", "a cat"]
+
+
+def test_a_pass_with_caches_of_its_own_neither_gives_nor_takes_nor_empties(words):
+    """A detailer's pass has them; and an image whose encoding an extension has changed in a way that no key tells."""
+    plain = words.image("a cat").clone()
+    own, words.way = [[None, None]], "changed "
+    for prompt in ("a cat", "a cat"):
+        assert not torch.equal(words.image(prompt, caches=own), plain)
+    words.image("a dog", caches=own)
+    words.way = ""
+    assert torch.equal(words.image("a cat ", lora("style", "1")), plain)
+    words.image("a dog")
+    assert torch.equal(words.image("a cat"), plain)
+    assert words.encoded == ["a cat", "changed a cat", "changed a dog", "a dog"]
+
+
+def test_what_an_image_encodes_after_an_extension_has_emptied_the_caches_is_its_own(world):
+    """The extension empties them for this image alone; the next one is encoded as the host does."""
+    world.image("a cat")
+    changed = Processing(world.shared)
+    changed.clear_prompt_cache()
+    world.part_of(changed, "a cat")
+    world.image("a dog")
+    world.image("a cat")
+    assert world.encoded == ["a cat", "a cat", "a dog", "a cat"]
+
+
+def test_a_detailers_pass_whose_image_is_unloaded_for_keeps_its_own_caches(world):
+    inner = Processing(world.shared)
+    inner.cached_c = [None, None]
+    emptied(inner)
+    assert inner.cached_c is not Processing.cached_c
+    assert inner.cached_uc is Processing.cached_uc
+
+
+def test_a_host_without_a_hires_pass_and_one_without_caches():
+    module = types.SimpleNamespace(StableDiffusionProcessing=type("P", (), {"cached_c": ["key", 1, {}]}))
+    caches = SharedCaches(module)
+    assert not caches.look()
+    assert caches.are_shared([module.StableDiffusionProcessing.cached_c])
+    module.StableDiffusionProcessing.cached_c = [None, None, None]
+    assert caches.look()
+    assert not caches.look()
+    assert SharedCaches(types.SimpleNamespace()).emptied_in_place(lambda p, q: p + q, 1, q=2) == 3
+
+
+def read_again(world, entry):
+    """Another model object for a checkpoint of the host's list."""
+    world.shared.sd_model = type(
+        "Model", (), {"forge_objects": world.model.forge_objects, "sd_checkpoint_info": entry}
+    )()
+
+
+def test_a_checkpoint_that_a_refiner_took_away_and_that_is_read_again_has_its_prompts(words):
+    base, refiner = type("CheckpointInfo", (), {})(), type("CheckpointInfo", (), {})()
+    for prompt in ("a cat", "a cat ", " a cat"):
+        for words.loaded, entry in (("base", base), ("refiner", refiner)):
+            read_again(words, entry)
+            words.image(prompt, lora("style", "1"))
+    assert words.encoded == ["a cat", "a cat"], "once for each"
+    read_again(words, type("CheckpointInfo", (), {})())
+    words.image("a cat  ")
+    assert len(words.encoded) == 3, "the file's entry is another one: the list was read anew"
+
+
+def test_other_text_encoders_for_the_same_checkpoint_encode_anew(words):
+    """A hires pass may ask for them, and the host's key does not hold them."""
+    read_again(words, type("CheckpointInfo", (), {})())
+    for words.loaded, prompt in (("own", "a cat"), ("t5 fp8", "a cat"), ("own", "a cat "), ("t5 fp8", " a cat")):
+        words.image(prompt)
+    assert words.encoded == ["a cat", "a cat"]
+
+
+def test_the_prompts_of_other_models_give_way_the_oldest_first():
+    cache, models = PromptCache(limit_bytes=10_000), [type("Model", (), {})() for _ in range(3)]
+    for model in models:
+        cache.of(model).keep("key", torch.zeros(1000), {})
+    assert [len(cache.of(model)) for model in models] == [1, 0, 1], "12 kB were one too many"
+    cache.of(models[1]).keep("key", torch.zeros(1000), {})
+    assert [len(cache.of(models[place])) for place in (1, 2, 0)] == [1, 1, 0], "the first was asked for before the last"
+    assert cache.forget() == 8000

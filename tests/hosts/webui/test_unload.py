@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lib_lora_guard.hosts.webui.cond_caches import SharedCaches
 from lib_lora_guard.hosts.webui.unload import UnloadRequests
 from lib_lora_guard.memory.rules import Finding
 from lib_lora_guard.runtime.rule_log import RuleLog
@@ -35,7 +36,9 @@ class Scene:
         self.processing = Processing()
         self.settings = {"inference": 1024, "pinned": False, "stream": False, "checkpoint": "a.safetensors"}
         self.told = []
-        self.requests = UnloadRequests(self.processing, lambda: tuple(self.settings.items()), self.told.append)
+        self.requests = UnloadRequests(
+            self.processing, lambda: tuple(self.settings.items()), self.told.append, SharedCaches(self.processing)
+        )
 
     def image(self, wants_unload=True):
         """How often Forge unloads for it."""
@@ -148,7 +151,7 @@ def test_arguments_and_result_pass_through(scene):
 def test_it_is_said_once_while_it_stays_the_same(caplog):
     caplog.set_level(logging.DEBUG, logger="lib_lora_guard")
     processing = Processing()
-    requests = UnloadRequests(processing, lambda: 1, RuleLog().tell)
+    requests = UnloadRequests(processing, lambda: 1, RuleLog().tell, SharedCaches(processing))
     for _ in range(4):
         processing.need_global_unload = True
         requests.before_image(processing.manage_model_and_prompt_cache, None)
