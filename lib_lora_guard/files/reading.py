@@ -42,7 +42,8 @@ class Coming:
             memory: A flat uint8 tensor for each name.
         """
         self._header, self._memory = header, memory
-        self._entries = sorted((header.tensors[name] for name in memory), key=lambda entry: entry.start)
+        # Of two that begin at the same place, the first has no values: the last one of some ends behind all of them.
+        self._entries = sorted((header.tensors[name] for name in memory), key=lambda entry: (entry.start, entry.bytes))
         self._pieces = _Pieces(self._entries)
         self._error: BaseException | None = None
         self._started = 0

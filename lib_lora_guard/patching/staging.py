@@ -87,7 +87,10 @@ class Ring:
         elsewhere are returned as they are."""
         runs = _runs([tensor for tensor in tensors if tensor.device.type == "cpu"])
         size = sum(_aligned(run.size) for run in runs)
-        buffer, place, places = self._buffer(size), 0, dict[int, int]()
+        # One term of a size that no usual LoRA has goes through ordinary memory.
+        is_large = size > PIECE_BYTES + SLACK_BYTES
+        buffer = torch.empty(size, dtype=torch.uint8) if is_large else self._buffer()
+        place, places = 0, dict[int, int]()
         for run in runs:
             if not run.size:
                 pass
@@ -98,8 +101,9 @@ class Ring:
             places.update((id(tensor), place + run.offset_of(tensor)) for tensor in run.tensors)
             place += _aligned(run.size)
         piece = torch.empty(size, dtype=torch.uint8, device=self._device)
-        piece.copy_(buffer[:size], non_blocking=self._pinned)
-        if self._pinned:
+        is_pinned = self._pinned and not is_large
+        piece.copy_(buffer[:size], non_blocking=is_pinned)
+        if is_pinned:
             event = self._read[self._next] = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
             event.record(torch.cuda.current_stream(self._device))
             self._next = (self._next + 1) % PINNED_PIECES
@@ -111,11 +115,8 @@ class Ring:
             if event is not None:
                 event.synchronize()
 
-    def _buffer(self, size: int) -> torch.Tensor:
+    def _buffer(self) -> torch.Tensor:
         """Returns a buffer that the device does not read any more."""
-        if size > PIECE_BYTES + SLACK_BYTES:
-            # One tensor of a size that no usual LoRA has.
-            return torch.empty(size, dtype=torch.uint8)
         while len(self._buffers) <= self._next:
             self._buffers.append(torch.empty(PIECE_BYTES + SLACK_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
             self._read.append(None)

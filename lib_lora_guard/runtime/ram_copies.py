@@ -157,9 +157,10 @@ class RamCopies:
         Returns:
             The bytes that were pinned. It ends where RAM or the driver has no more room; the rest stays as it is.
         """
+        # Once refused there are no new ones; those before are given back all the same.
+        self._prune()
         if not self.works:
             return 0
-        self._prune()
         room, done = self._room_bytes(), 0
         for layer in layers:
             for parameter in list(layer.parameters(recurse=False)):
@@ -256,9 +257,12 @@ class RamCopies:
         for parameter in list(layer.parameters(recurse=False)):
             data = parameter.data
             if _lies_on_card(data) and data.nbytes >= SMALLEST_BYTES and _is_plain(parameter):
-                if data.nbytes <= self._room_for_leaving_bytes and self._pin(layer, parameter):
-                    self._room_for_leaving_bytes -= data.nbytes
-                    continue
+                if data.nbytes <= self._room_for_leaving_bytes:
+                    if self._pin(layer, parameter):
+                        self._room_for_leaving_bytes -= data.nbytes
+                        continue
+                    # The others need not try: each would be zeroed twice.
+                    self._room_for_leaving_bytes = 0
                 with torch.inference_mode(data.is_inference()), torch.no_grad():
                     memory = _zeroed(data.nbytes)
                     if memory is None:

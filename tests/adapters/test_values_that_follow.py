@@ -179,3 +179,21 @@ def test_tensors_that_begin_between_two_values_are_read_at_once(gate, tmp_path):
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
     assert file.coming is None
     assert [one.alpha for one in file.adapters.values()] == [4.0] * 3
+
+
+def test_a_tensor_without_values_hides_none_that_begins_where_it_does(gate, tmp_path):
+    """It has the same start as the next one, and may come behind it in the header."""
+    x, y = "lora_unet_x.lora_{}.weight", "lora_unet_y.lora_{}.weight"
+    header = {
+        x.format("up"): entry("F32", (8, 4), (0, 128)),
+        x.format("down"): entry("F32", (4, 8), (128, 256)),
+        y.format("up"): entry("F32", (8, 0), (128, 128)),
+        y.format("down"): entry("F32", (0, 8), (128, 128)),
+    }
+    data = rand(64, seed=1)
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, data.numpy().tobytes()))
+    gate.set()
+    file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
+    file.wait()
+    assert equal(values(file), values(read_lora_file(tmp_path / "a.safetensors")))
+    assert torch.equal(file.adapters["lora_unet_x", "weight"].down.flatten(), data[32:])

@@ -2,6 +2,7 @@
 
 import threading
 import types
+from pathlib import Path
 
 import pytest
 from contract.lora_files import MODULES, load
@@ -12,8 +13,9 @@ from support.measure import assert_same, fp32_limit
 
 from lib_lora_guard.adapters import files as lora_files
 from lib_lora_guard.files import reading
-from lib_lora_guard.hosts.neo.patchers import NeoPatchers
+from lib_lora_guard.hosts.neo.patchers import NeoPatchers, requests_of
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
+from lib_lora_guard.runtime.host import FittedLora
 
 
 @pytest.fixture
@@ -85,3 +87,15 @@ def test_a_file_that_turns_out_to_be_spoiled_is_left_out_by_name(slow, guarded, 
     again, _ = load(files, patcher, tmp_path / "bad.safetensors")
     assert again is patcher
     assert files.left_out["bad.safetensors"].startswith(why)
+
+
+def test_any_error_of_a_thread_that_reads_leaves_one_lora_out_and_not_the_image():
+    def wait():
+        raise MemoryError("no more")
+
+    failed = lora_files.LoraFile(Path("bad.safetensors"), {}, (), coming=types.SimpleNamespace(wait=wait))
+    stack = (FittedLora("bad.safetensors", {}, 0.5, file=failed), FittedLora("good.safetensors", {}, 0.7))
+    assert [(one.label, one.strength, one.refused) for one in requests_of(stack)] == [
+        ("bad.safetensors", 0.5, "MemoryError: no more"),
+        ("good.safetensors", 0.7, None),
+    ]

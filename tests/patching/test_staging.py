@@ -69,10 +69,13 @@ def test_a_second_piece_does_not_change_the_first():
     assert torch.equal(second, two)
 
 
-def test_a_tensor_larger_than_a_buffer_goes_alone(monkeypatch):
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_tensor_larger_than_a_buffer_goes_alone_and_needs_none(monkeypatch, pinned):
     monkeypatch.setattr(staging, "PIECE_BYTES", 1024)
-    large = torch.randn(5_000)
-    assert torch.equal(Ring(CPU, pinned=False).send([large])[0], large)
+    monkeypatch.setattr(staging, "SLACK_BYTES", 64)
+    large, ring = torch.randn(5_000), Ring(CPU, pinned)
+    assert torch.equal(ring.send([large])[0], large)
+    ring.settle()
 
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16, torch.float32])

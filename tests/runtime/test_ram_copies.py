@@ -350,6 +350,26 @@ def test_what_leaves_a_denoiser_goes_to_pinned_ram_in_one_copy(ram, monkeypatch)
     assert not is_locked(layers[1], driver)
 
 
+def test_a_driver_that_refuses_on_the_way_from_the_card_is_asked_once_and_keeps_nothing_locked(ram, monkeypatch):
+    layers, driver, asked = [linear() for _ in range(4)], Driver(most=2), []
+    copies, bits = RamCopies(lambda: True, driver), [layer.weight.clone() for layer in layers]
+    register = driver.register
+    driver.register = lambda memory: asked.append(memory.nbytes) or register(memory)
+    # Locked before, but the host has moved its weight since: of no use any more.
+    copies.pin(layers[:1])
+    all_to_card(layers[0])
+    on_card = {layer.weight.data_ptr() for layer in layers[1:]}
+    monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: values.data_ptr() in on_card)
+    with copies.pinning():
+        assert all(copies.to_ram(layer) for layer in layers[1:])
+    assert copies.pin(layers) == 0
+    assert asked == [layers[0].weight.nbytes] * 3
+    assert [is_locked(layer, driver) for layer in layers] == [False, True, False, False]
+    assert list(driver.locked) == [layers[1].weight.data_ptr()]
+    assert copies.bytes == layers[1].weight.nbytes
+    assert all(map(torch.equal, [layer.weight for layer in layers], bits))
+
+
 def test_without_ram_for_the_short_way_the_host_s_own_move_goes(ram, monkeypatch):
     layer = linear()
     monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: True)

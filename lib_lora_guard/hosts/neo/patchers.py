@@ -17,7 +17,7 @@ from typing import Concatenate, TypeVar
 
 from ...adapters import Term
 from ...adapters.base import Slice
-from ...errors import LoraFileError, reason
+from ...errors import named
 from ...messages import Message, say, without
 from ...patching.lora_request import LoraRequest
 from ...runtime.hooks import P
@@ -60,8 +60,10 @@ def _request(lora: FittedLora, place: int, as_trained: bool) -> LoraRequest:
     try:
         # Threads may have read the file while Neo has placed the model.
         lora.wait()
-    except LoraFileError as error:
-        return LoraRequest(label_of(lora), strength, refused=without(label_of(lora), reason(error)))
+    except Exception as error:
+        # Of the file, or of a thread that read it: the other LoRAs are of use all the same.
+        log.debug("%s never comes", lora.filename, exc_info=True)
+        return LoraRequest(label_of(lora), strength, refused=without(label_of(lora), named(error)))
     terms = {
         key: [_term(term, strength, place, as_trained) for term in on_key] for key, on_key in lora.asked_terms().items()
     }

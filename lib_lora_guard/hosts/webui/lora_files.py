@@ -340,9 +340,11 @@ class LoraFiles:
         target = self._targets.get(model)
         if target is None or target.shapes != shapes:
             target = self._targets[model] = Target(shapes)
+        # Asked before: what is computed while the last values come may be computed from other ones.
+        coming = None if file.coming is None or file.coming.is_done else file.coming
         match = _match(file, target)
         terms = [term.adapter for on_key in match.terms.values() for term in on_key]
-        if file.coming is not None and not file.coming.is_done and not holds_only_views(terms, file.coming):
+        if coming is not None and not holds_only_views(terms, coming):
             file.wait()
             match = _match(file, target)
         _own(term.adapter for terms in match.terms.values() for term in terms)

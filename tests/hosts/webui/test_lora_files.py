@@ -1,13 +1,17 @@
 """LoRA files that are kept in RAM: which stay, and how many bytes are given back. (What they do to models: tests/contract.)"""
 
 import os
+import threading
+from dataclasses import replace
 
 import pytest
+import torch
 from contract.lora_files import MODULES
 from support.make import write_kohya
 
 from lib_lora_guard.adapters import files as lora_reading
 from lib_lora_guard.errors import LoraFileError
+from lib_lora_guard.files import reading
 from lib_lora_guard.hosts.webui import lora_files
 from lib_lora_guard.hosts.webui.lora_files import LazyState, LoraFiles
 from lib_lora_guard.runtime.file_sheet import sheet_of
@@ -81,3 +85,33 @@ def test_the_sheets_are_of_the_present_stack_and_made_once(tmp_path, monkeypatch
     assert len(made) == 2
     files._last_stack, files._in_stack = files._in_stack, set()
     assert files.sheets() == {}
+
+
+def test_what_was_computed_while_the_last_values_came_is_computed_again(tmp_path, monkeypatch):
+    """As where a file has the halves of a layer the other way round: these are copies, made before all values are there."""
+    write_kohya(tmp_path / "a.safetensors", MODULES)
+    for module in (lora_reading, reading):
+        monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
+    gate, read_piece, match = threading.Event(), reading.ComingInOnePiece._read_piece, lora_files._match
+    monkeypatch.setattr(reading.ComingInOnePiece, "_read_piece", lambda *args: gate.wait(10) and read_piece(*args))
+
+    def slow_match(file, target):
+        fit = match(file, target)
+        for terms in fit.terms.values():
+            terms[:] = [replace(term, adapter=term.adapter.map(torch.clone)) for term in terms]
+        gate.set()
+        file.wait()
+        return fit
+
+    monkeypatch.setattr(lora_files, "_match", slow_match)
+    model = torch.nn.Module()
+    layers = {"qkv": torch.nn.Linear(32, 96), "proj": torch.nn.Linear(32, 32)}
+    model.blocks = torch.nn.ModuleList([torch.nn.ModuleDict(layers)])
+    files = LoraFiles()
+    file = files._read(str(tmp_path / "a.safetensors"), LazyState(str(tmp_path / "a.safetensors"), dict))
+    assert not file.coming.is_done
+    found = files._match(file, model).terms
+    wanted = {f"blocks.0.{name.rpartition('_')[2]}.weight": one for (name, _), one in file.adapters.items()}
+    assert found.keys() == wanted.keys()
+    for key, (term,) in found.items():
+        assert all(map(torch.equal, term.adapter.tensors(), wanted[key].tensors()))
