@@ -27,8 +27,7 @@ def child():
 
     from lib_lora_guard.adapters import LoraAdapter, Term
     from lib_lora_guard.hosts.plain.access import PlainAccess
-    from lib_lora_guard.patching.engine import Engine
-    from lib_lora_guard.patching.lora_request import LoraRequest
+    from lib_lora_guard.patching.engine import Engine, LoraRequest  # here in every version
     from lib_lora_guard.patching.strengths import set_strengths
     from lib_lora_guard.planning.mode import Wish
 
