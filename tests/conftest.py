@@ -28,6 +28,7 @@ WRITTEN_ONCE = [
         "models",
         "references",
         "hosts/plain/test_large_factors.py",
+        "hosts/plain/test_stack_argument.py",
         "hosts/plain/test_what_files_say.py",
     )
 ]
