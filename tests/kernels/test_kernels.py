@@ -1,5 +1,6 @@
 """Every kernel gives its twin's values (by Triton's interpreter, on the CPU), and compiles for cards that are not here."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,24 +13,36 @@ FIRST = (3, 3)
 """The first Triton that compiles all kernels as this test does. Where an older one cannot, plain torch is used."""
 
 
-def found(folder, interpreted):
-    """Returns what the checks of one process have found: "" for each, or how it failed."""
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Returns what the checks of one process have found: "" for each, or how it failed. The two processes run beside each other."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("there is no Triton")
     if tuple(int(part) for part in version.split(".")[:2]) < FIRST:
         pytest.skip(f"Triton {version} cannot compile the kernels")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": "1" if interpreted else "0"}
     script = str(Path(__file__).parent / "without_a_card.py")
     code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    run = warm.run(code, script, folder / "found.json", env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    with contextlib.ExitStack() as processes:
+        started = {}
+        for interpreted in (True, False):
+            folder = tmp_path_factory.mktemp("kernels")
+            environment = {**os.environ, "TRITON_CACHE_DIR": str(folder), "TRITON_INTERPRET": str(int(interpreted))}
+            process = processes.enter_context(warm.start(code, script, folder / "found.json", env=environment))
+            started[interpreted] = process, folder / "found.json"
+
+        def ended(interpreted):
+            process, file = started[interpreted]
+            _, error = process.communicate()
+            assert process.returncode == 0, error[-2000:]
+            return json.loads(file.read_text(encoding="utf-8"))
+
+        yield ended
 
 
-def test_kernels_give_their_twins_values_and_planted_faults_are_seen(tmp_path):
-    checks = found(tmp_path, interpreted=True)
+def test_kernels_give_their_twins_values_and_planted_faults_are_seen(found):
+    checks = found(interpreted=True)
     faults = {name.removeprefix("fault: "): failure for name, failure in checks.items() if name.startswith("fault: ")}
     assert (len(checks) > 30, len(faults) > 8) == (True, True)
     assert {name: failure for name, failure in checks.items() if failure and not name.startswith("fault: ")} == {}
@@ -38,8 +51,8 @@ def test_kernels_give_their_twins_values_and_planted_faults_are_seen(tmp_path):
     assert faults["NaN lost"] == "NaN in other places than the twin has it"
 
 
-def test_kernels_compile_for_cards_that_are_not_here(tmp_path):
-    assert found(tmp_path, interpreted=False) == {
+def test_kernels_compile_for_cards_that_are_not_here(found):
+    assert found(interpreted=False) == {
         "sm_75, fp8 e4m3": "",
         "sm_86, nf4 64 nested256 by fp16": "",
         "sm_90, Q4_K baked by bf16": "",
