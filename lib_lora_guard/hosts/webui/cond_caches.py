@@ -61,9 +61,11 @@ class SharedCaches:
         """
         before = list(self._caches())
         images = (*args, *kwargs.values())
-        sharing = [(image, name, cache) for image in images for _, name, cache in before if _of(image, name) is cache]
+        sharing = [
+            (image, name, cache) for image in images for _, name, cache in before if getattr(image, name, None) is cache
+        ]
         result = original(*args, **kwargs)
-        if self.is_used and any(_of(owner, name) is not cache for owner, name, cache in before):
+        if self.is_used and any(getattr(owner, name, None) is not cache for owner, name, cache in before):
             for owner, name, cache in before:
                 cache[:] = [None] * len(cache)
                 setattr(owner, name, cache)
@@ -74,11 +76,6 @@ class SharedCaches:
     def _caches(self) -> Iterator[tuple[type, str, CondCache]]:
         for kind, name in _PLACES:
             owner = getattr(self._processing, kind, None)
-            cache = _of(owner, name)
+            cache: CondCache | None = getattr(owner, name, None)
             if owner is not None and cache:
                 yield owner, name, cache
-
-
-def _of(holder: object, name: str) -> CondCache | None:
-    cache: CondCache | None = getattr(holder, name, None)
-    return cache
