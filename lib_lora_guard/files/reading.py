@@ -180,6 +180,7 @@ class ComingInOnePiece(Coming):
 
 
 _STARTED: weakref.WeakValueDictionary[int, Coming] = weakref.WeakValueDictionary()
+"""By their ids, for as long as something has them."""
 
 
 def unread_bytes() -> int:
