@@ -358,7 +358,9 @@ def test_a_driver_that_refuses_on_the_way_from_the_card_is_asked_once_and_keeps_
     # Locked before, but the host has moved its weight since: of no use any more.
     copies.pin(layers[:1])
     all_to_card(layers[0])
-    on_card = {layer.weight.data_ptr() for layer in layers[1:]}
+    # Held, so that no other memory gets their addresses.
+    there = [layer.weight.data for layer in layers[1:]]
+    on_card = {data.data_ptr() for data in there}
     monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: values.data_ptr() in on_card)
     with copies.pinning():
         assert all(copies.to_ram(layer) for layer in layers[1:])
