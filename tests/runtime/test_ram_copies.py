@@ -65,6 +65,15 @@ def test_a_large_weight_goes_to_pinned_ram_and_a_bias_stays(ram):
     assert pinned.pin([layer]) == 0
 
 
+def test_ram_is_ram_whatever_device_torch_takes_otherwise(ram):
+    layer, driver = linear(), Driver()
+    bits = layer.weight.clone()
+    with torch.device("meta"):
+        assert RamCopies(lambda: True, driver).pin([layer])
+    assert is_locked(layer, driver)
+    assert torch.equal(layer.weight, bits)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_weights_made_in_inference_mode_are_pinned_too(ram, inference):
     with torch.inference_mode(inference):
