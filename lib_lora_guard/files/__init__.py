@@ -25,7 +25,7 @@ from .header import (
     shown,
     state_of,
 )
-from .reading import LARGE_FILE_BYTES, Coming, memory_of, read_bytes
+from .reading import LARGE_FILE_BYTES, Coming, memory_of, read_bytes, unread_bytes
 from .safetensors_file import prepare_tensors
 from .safetensors_writer import Entry, write_safetensors
 
@@ -47,6 +47,7 @@ __all__ = [
     "read_unchanged",
     "shown",
     "state_of",
+    "unread_bytes",
     "write_safetensors",
 ]
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
 from queue import Empty, SimpleQueue
@@ -44,16 +45,19 @@ class Coming:
         self._header, self._memory = header, memory
         # Of two that begin at the same place, the first has no values: the last one of some ends behind all of them.
         self._entries = sorted((header.tensors[name] for name in memory), key=lambda entry: (entry.start, entry.bytes))
+        self._bytes = sum(entry.bytes for entry in self._entries)
         self._pieces = _Pieces(self._entries)
         self._error: BaseException | None = None
         self._started = 0
         self._ended: list[None] = []
+        self._read_bytes: list[int] = []
         self._wake: SimpleQueue[None] = SimpleQueue()
 
     def start(self) -> None:
         """Begins to read. To be called once."""
+        _STARTED[id(self)] = self
         try:
-            if len(self._entries) > 1 and sum(entry.bytes for entry in self._entries) >= LARGE_FILE_BYTES:
+            if len(self._entries) > 1 and self._bytes >= LARGE_FILE_BYTES:
                 self._start_threads()
             if not self._started:
                 self._started = 1
@@ -72,6 +76,11 @@ class Coming:
     def has_failed(self) -> bool:
         """True if the values will never be there."""
         return self.is_done and self._error is not None
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes that threads are still to read."""
+        return 0 if self.is_done else self._bytes - sum(self._read_bytes)
 
     def place_of(self, name: str) -> torch.Tensor:
         """Returns the memory of a tensor."""
@@ -131,6 +140,7 @@ class Coming:
             check_unchanged(self._header, facts)
             while piece := self._pieces.take():
                 self._read_piece(piece, file)
+                self._read_bytes.append(sum(entry.bytes for entry in piece))
             check_unchanged(self._header, os.fstat(file.fileno()))
 
     def _read_piece(self, piece: Sequence[TensorEntry], file: FileIO) -> None:
@@ -167,6 +177,15 @@ class ComingInOnePiece(Coming):
             # Again tensor by tensor, which says where the file ends.
             super()._read_piece(piece, file)
         self._check(piece, part)
+
+
+_STARTED: weakref.WeakValueDictionary[int, Coming] = weakref.WeakValueDictionary()
+"""By their ids, for as long as something has them."""
+
+
+def unread_bytes() -> int:
+    """Returns the bytes that are still to be read for all files: memory that is allocated, but not written to."""
+    return sum(one.unread_bytes for get in _STARTED.valuerefs() if (one := get()) is not None)
 
 
 @outside_inference

@@ -89,7 +89,7 @@ class Ring:
         size = sum(_aligned(run.size) for run in runs)
         # One term of a size that no usual LoRA has goes through ordinary memory.
         is_large = size > PIECE_BYTES + SLACK_BYTES
-        buffer = torch.empty(size, dtype=torch.uint8) if is_large else self._buffer()
+        buffer = _in_ram(size) if is_large else self._buffer()
         place, places = 0, dict[int, int]()
         for run in runs:
             if not run.size:
@@ -118,7 +118,7 @@ class Ring:
     def _buffer(self) -> torch.Tensor:
         """Returns a buffer that the device does not read any more."""
         while len(self._buffers) <= self._next:
-            self._buffers.append(torch.empty(PIECE_BYTES + SLACK_BYTES, dtype=torch.uint8, pin_memory=self._pinned))
+            self._buffers.append(_in_ram(PIECE_BYTES + SLACK_BYTES, self._pinned))
             self._read.append(None)
         event = self._read[self._next]
         if event is not None:
@@ -150,7 +150,7 @@ class _Run:
     def raw(self) -> torch.Tensor:
         """Returns the bytes, `(size,)`."""
         storage = self.tensors[0].untyped_storage()
-        return torch.empty(0, dtype=torch.uint8).set_(storage, self.start - storage.data_ptr(), (self.size,), (1,))
+        return _in_ram(0).set_(storage, self.start - storage.data_ptr(), (self.size,), (1,))
 
 
 def _runs(tensors: Sequence[torch.Tensor]) -> list[_Run]:
@@ -160,6 +160,11 @@ def _runs(tensors: Sequence[torch.Tensor]) -> list[_Run]:
         if not runs or not runs[-1].take(tensor):
             runs.append(_Run(tensor))
     return runs
+
+
+def _in_ram(size_bytes: int, pinned: bool = False) -> torch.Tensor:
+    """Returns bytes in RAM, `(size,)`, whatever torch's default device is."""
+    return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def _aligned(size_bytes: int) -> int:

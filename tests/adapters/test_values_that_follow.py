@@ -2,6 +2,7 @@
 
 import struct
 import threading
+import types
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from lib_lora_guard.adapters import files
 from lib_lora_guard.adapters.files import read_lora_file
 from lib_lora_guard.errors import LoraFileError
 from lib_lora_guard.files import reading
+from lib_lora_guard.patching import room_to_read
+from lib_lora_guard.units import GB
 
 MODULES = {"lora_unet_blocks_0_qkv": (96, 32), "lora_unet_blocks_0_proj": (32, 32)}
 OTHERS = {
@@ -197,3 +200,18 @@ def test_a_tensor_without_values_hides_none_that_begins_where_it_does(gate, tmp_
     file.wait()
     assert equal(values(file), values(read_lora_file(tmp_path / "a.safetensors")))
     assert torch.equal(file.adapters["lora_unet_x", "weight"].down.flatten(), data[32:])
+
+
+@pytest.mark.parametrize(("system", "counts"), [("Linux", True), ("Darwin", True), ("Windows", False)])
+def test_what_is_still_to_be_read_is_no_room_for_another_file(gate, tmp_path, monkeypatch, system, counts):
+    """Linux gives any address, and kills the process once it writes there."""
+    snapshot = types.SimpleNamespace(alive_ram_bytes=10 * GB, system=system)
+    monkeypatch.setattr(room_to_read, "take_snapshot", lambda _: snapshot)
+    room = room_to_read.room_now_bytes(0)
+    write_kohya(tmp_path / "a.safetensors", MODULES)
+    file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
+    size = sum(adapter.bytes for adapter in file.adapters.values())
+    assert room - room_to_read.room_now_bytes(0) == size * counts
+    gate.set()
+    file.wait()
+    assert room_to_read.room_now_bytes(0) == room

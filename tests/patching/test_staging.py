@@ -69,6 +69,16 @@ def test_a_second_piece_does_not_change_the_first():
     assert torch.equal(second, two)
 
 
+@pytest.mark.parametrize("size", [500, 20_000])
+def test_another_default_device_of_torch_changes_nothing(monkeypatch, size):
+    """An extension may have set it for the whole process."""
+    monkeypatch.setattr(staging, "PIECE_BYTES", 1024)
+    whole = torch.randn(size)
+    with torch.device("meta"):
+        found = Ring(CPU, pinned=False).send([whole[:100], whole[100:]])
+    assert torch.equal(torch.cat(found), whole)
+
+
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_tensor_larger_than_a_buffer_goes_alone_and_needs_none(monkeypatch, pinned):
     monkeypatch.setattr(staging, "PIECE_BYTES", 1024)

@@ -65,6 +65,15 @@ def test_a_large_weight_goes_to_pinned_ram_and_a_bias_stays(ram):
     assert pinned.pin([layer]) == 0
 
 
+def test_ram_is_ram_whatever_device_torch_takes_otherwise(ram):
+    layer, driver = linear(), Driver()
+    bits = layer.weight.clone()
+    with torch.device("meta"):
+        assert RamCopies(lambda: True, driver).pin([layer])
+    assert is_locked(layer, driver)
+    assert torch.equal(layer.weight, bits)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_weights_made_in_inference_mode_are_pinned_too(ram, inference):
     with torch.inference_mode(inference):
@@ -358,7 +367,9 @@ def test_a_driver_that_refuses_on_the_way_from_the_card_is_asked_once_and_keeps_
     # Locked before, but the host has moved its weight since: of no use any more.
     copies.pin(layers[:1])
     all_to_card(layers[0])
-    on_card = {layer.weight.data_ptr() for layer in layers[1:]}
+    # Held, so that no other memory gets their addresses.
+    there = [layer.weight.data for layer in layers[1:]]
+    on_card = {data.data_ptr() for data in there}
     monkeypatch.setattr(ram_copies, "_lies_on_card", lambda values: values.data_ptr() in on_card)
     with copies.pinning():
         assert all(copies.to_ram(layer) for layer in layers[1:])

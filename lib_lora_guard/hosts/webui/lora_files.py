@@ -281,6 +281,12 @@ class LoraFiles:
             room = room_now_bytes(needed_bytes)
         return room
 
+    def has_failed(self, path: Path) -> bool:
+        """Returns True if a file of the present stack could not be read after all. It may be there when it is read again."""
+        with self._lock:
+            found = [file.coming for key, file in self._kept.items() if key in self._in_stack and key[0] == str(path)]
+        return any(one is not None and one.has_failed for one in found)
+
     def is_host_reading(self) -> bool:
         """True if the host reads LoRA files itself."""
         return self._settings.is_host_reading()

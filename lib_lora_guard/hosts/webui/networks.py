@@ -125,7 +125,7 @@ class LoraStack:
         if is_changed:
             self._on_changed_files()
         model = self._networks.sd_models.model_data.get_sd_model()
-        if model is not None and (is_changed or reading != before):
+        if model is not None and (is_changed or reading != before or any(map(self.files.has_failed, files))):
             model.current_lora_hash = STALE
 
 

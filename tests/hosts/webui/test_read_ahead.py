@@ -6,6 +6,8 @@ import pytest
 from contract.lora_files import MODULES
 from support.make import write_kohya
 
+from lib_lora_guard.adapters import files
+from lib_lora_guard.files import reading
 from lib_lora_guard.hosts.webui import lora_files, read_ahead
 
 
@@ -87,6 +89,32 @@ def test_a_file_that_changes_while_it_is_hashed_counts_as_it_is_then(world, tmp_
     world.image("<lora:a:1>")
     assert value(world) == of_b
     assert world.read[1:] == [("a", AHEAD), ("a", HERE)]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_failed_while_it_came_is_read_once_more_for_the_same_prompt(world, monkeypatch, times):
+    """From a share that was away for a moment, or that stays away."""
+    for module in (files, reading):
+        monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
+    errors = [OSError(5, "the share is away")] * times
+
+    def fail(self, piece, file):
+        if errors:
+            raise errors.pop()
+        read_piece(self, piece, file)
+
+    read_piece = reading.Coming._read_piece
+    monkeypatch.setattr(reading, "READERS", 1)
+    monkeypatch.setattr(reading.ComingInOnePiece, "_read_piece", fail)
+    monkeypatch.setattr(reading.Coming, "_read_piece", fail)
+    (said,) = world.image("<lora:a:1>").comments
+    assert "the share is away" in said
+    again = world.image("<lora:a:1>").comments
+    assert world.read == [("a", AHEAD), ("a", HERE)]
+    assert list(again) == [said] * (times - 1)
+    assert world.strengths() == [("a", 1.0)] * (2 - times)
+    world.image("<lora:a:1>")
+    assert len(world.read) == 2, "not in each image"
 
 
 def test_without_memory_for_it_now_a_file_is_read_when_others_are_given_back(world, monkeypatch):
