@@ -83,7 +83,7 @@ class Conditioning:
             patchers: tells what lies on the text encoder; None for those of Forge.
             tokens: compares two ways to write a prompt; None: another text is another prompt.
             is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
-            loaded: returns which files the present model was made of.
+            loaded: returns which files the present model was made of, where the host's key does not tell.
         """
         self._is_more_than_encoding, self._loaded = is_left_to_host, loaded
         self._tokens = None if os.environ.get("LORA_GUARD_BLANKS") == "0" else tokens

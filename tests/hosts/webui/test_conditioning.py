@@ -1,6 +1,7 @@
 """When a prompt is encoded anew: a small copy of what Forge does around it, with a text encoder that counts."""
 
 import functools
+import sys
 import types
 from collections import namedtuple
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from support.make import host_value, rand
 
+from lib_lora_guard.hosts.forge.parts import _loaded
 from lib_lora_guard.hosts.webui.cond_caches import SharedCaches
 from lib_lora_guard.hosts.webui.conditioning import Conditioning
 from lib_lora_guard.runtime.hooks import HookSet
@@ -570,6 +572,14 @@ def test_other_text_encoders_for_the_same_checkpoint_encode_anew(words):
     for words.loaded, prompt in (("own", "a cat"), ("t5 fp8", "a cat"), ("own", "a cat "), ("t5 fp8", " a cat")):
         words.image(prompt)
     assert words.encoded == ["a cat", "a cat"]
+
+
+def test_forge_names_the_files_of_its_present_model(monkeypatch):
+    data = types.SimpleNamespace(forge_hash="{'additional_modules': ['t5 fp8']}")
+    monkeypatch.setitem(sys.modules, "modules.sd_models", types.SimpleNamespace(model_data=data))
+    assert _loaded() == "{'additional_modules': ['t5 fp8']}"
+    monkeypatch.delitem(sys.modules, "modules.sd_models")
+    assert _loaded() is None
 
 
 def test_the_prompts_of_other_models_give_way_the_oldest_first():
