@@ -42,7 +42,8 @@ IMG2IMG = {
     "init_images": [png_base64(np.full((64, 64, 3), 90, np.uint8))],
     "denoising_strength": 0.6,
 }
-REFINER = {"refiner_checkpoint": OTHER, "refiner_switch_at": 0.5, "steps": 3}
+REFINER = {"refiner_checkpoint": OTHER, "refiner_switch_at": 5 if IS_NEO else 0.5, "steps": 4}
+"""Neo's switch is a noise level."""
 SCHEDULE = "a [cat:dog:0.5] here"
 CHECKPOINTS = ("sd_model_checkpoint", "refiner_checkpoint", "hr_checkpoint_name")
 DAY = (
@@ -84,7 +85,8 @@ DAY = (
     ("detailed with a prompt of its own", 2, {"prompt": f"{TEXT} {B}", "detail": f"a face {A}"}),
     ("A after the detailer", 0, {"prompt": f"{TEXT} {A}"}),
     ("four steps, A", 2, {"prompt": f"{TEXT} {A}", "steps": 4}),
-    ("refiner, A: its own", 2, {"prompt": f"{TEXT} {A}", **REFINER}),
+    # Neo gives a refiner the conditionings of the checkpoint before it: a Wan 2.2 has one text encoder for both.
+    ("refiner, A: its own", 0 if IS_NEO else 2, {"prompt": f"{TEXT} {A}", **REFINER}),
     ("refiner, B", 0, {"prompt": f"{TEXT} {B}", **REFINER}),
     ("hires by another checkpoint, A", 2, {"prompt": f"{TEXT} {A}", **HIRES, "hr_checkpoint_name": OTHER}),
     ("hires by another checkpoint, B", 0, {"prompt": f"{TEXT} {B}", **HIRES, "hr_checkpoint_name": OTHER}),
