@@ -4,7 +4,8 @@ Forge keeps the conditioning of the last prompt, and its key holds every LoRA of
 without text-encoder keys brings the text encoder onto the GPU, encodes the same prompt to the same numbers, and sends it
 away again. Here the key holds what lies on the text encoder instead, and more than one prompt is remembered. A prompt
 that differs from one of them in blanks alone, as where a `<lora:...>` was taken out, is that one if the tokenizers say so.
-`LORA_GUARD_BLANKS=0` in the environment takes that away, for bug reports.
+A prompt that is the same in all steps is encoded alike for any number of them. `LORA_GUARD_BLANKS=0` in the environment takes
+both away, for bug reports.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ Conds = TypeVar("Conds")
 """Encoded prompts, as the WebUI's samplers take them."""
 Key: TypeAlias = tuple[Any, ...]
 """A part of the key under which a conditioning is kept: compared, never looked into."""
+_Steps: TypeAlias = tuple[int, int | None]
+"""The steps of an image, and those of its hires pass where it is for that one."""
+ANY_STEPS: _Steps = (0, None)
+"""In the key of what counts in all steps, however many there are."""
 
 _OWN_PACKAGE = __name__.partition(".")[0]
 _AESTHETIC_SCORES = ("sdxl_refiner_low_aesthetic_score", "sdxl_refiner_high_aesthetic_score")
@@ -155,35 +160,46 @@ class Conditioning:
     def _remembered(self, host: Callable[[], Conds], processing: PromptProcessing, asked: _Asked) -> Conds:
         """Returns a conditioning out of the host's caches, out of the memory, or a new one, which is kept."""
         memory, prompts, caches = self._cache.of(self._checkpoint()), asked.prompts, asked.caches
+        steps = asked.steps, asked.hires_steps
         # Forge Neo has no old scheduling any more.
         knows_old = "use_old_scheduling" in inspect.signature(processing.cached_params).parameters
         old_scheduling = (self._shared.opts.use_old_scheduling,) if knows_old else ()
         how = Encoding(asked.function, asked.steps, asked.hires_steps, old_scheduling)
 
-        def params_of(texts: Sequence[str]) -> Key:
-            return processing.cached_params(texts, asked.steps, asked.tags, asked.hires_steps, *old_scheduling)
+        def params_of(texts: Sequence[str], steps: _Steps) -> Key:
+            return processing.cached_params(texts, steps[0], asked.tags, steps[1], *old_scheduling)
 
         def key_of(params: Key) -> Key:
             return _name_of(asked.function), getattr(prompts, "is_negative_prompt", None), params
 
-        params = params_of(prompts)
+        def spelling_of(steps: _Steps) -> Spelling | None:
+            blankless = None if self._tokens is None else _blankless(prompts)
+            return None if blankless is None else Spelling(key_of(params_of(blankless, steps)), list(prompts))
+
+        params = params_of(prompts, steps)
         if any(cache[0] is not None and cache[0] == params for cache in caches):
             return host()
-        known, spelling = memory.find(key_of(params)), None
-        if known is None and (tokens := self._tokens) is not None:
-            blankless = _blankless(prompts)
-            if blankless is not None:
-                spelling = Spelling(key_of(params_of(blankless)), list(prompts))
-                known = memory.find_respelled(spelling, lambda texts: tokens.are_same(texts, prompts, how))
-        if known is not None:
-            caches[0][:2] = [params, known[0]]
-            if len(caches[0]) > 2:
-                caches[0][2] = known[1] or {}
-            return host()
+        may_be_of_all_steps = self._tokens is not None and _has_no_schedule(prompts)
+        for counts in (ANY_STEPS, steps) if may_be_of_all_steps else (steps,):
+            known = memory.find(key_of(params_of(prompts, counts)))
+            if known is None and (tokens := self._tokens) and (spelling := spelling_of(counts)):
+                known = memory.find_respelled(spelling, functools.partial(_are_same, tokens, prompts, how))
+            if known is not None:
+                conds = known[0]
+                if counts is ANY_STEPS:
+                    _end_at(conds, steps[0] if steps[1] is None or any(old_scheduling) else steps[1])
+                caches[0][:2] = [params, conds]
+                if len(caches[0]) > 2:
+                    caches[0][2] = known[1] or {}
+                return host()
         conds = self._encoded(host, asked)
         made = caches[0]
         if made[0] is not None and getattr(self._shared.opts, "persistent_cond_cache", True):
-            memory.keep(key_of(made[0]), conds, made[2] if len(made) > 2 else None, spelling)
+            # What lies on the text encoder may have become another while it was encoded.
+            is_of_all_steps = may_be_of_all_steps and made[0] == params and _is_of_all_steps(conds)
+            key = params_of(prompts, ANY_STEPS) if is_of_all_steps else made[0]
+            spelling = spelling_of(ANY_STEPS if is_of_all_steps else steps)
+            memory.keep(key_of(key), conds, made[2] if len(made) > 2 else None, spelling)
         return conds
 
     def _encoded(self, host: Callable[[], Conds], asked: _Asked) -> Conds:
@@ -275,6 +291,36 @@ def _from_no_picture(processing: PromptProcessing) -> PromptProcessing:
     other = copy.copy(processing)
     other.init_latent = torch.zeros(1)
     return other
+
+
+def _are_same(tokens: PromptTokens, prompts: Sequence[str], how: Encoding, texts: Sequence[str]) -> bool:
+    return tokens.are_same(texts, prompts, how)
+
+
+def _has_no_schedule(prompts: Sequence[str]) -> bool:
+    """True if no prompt has a bracket, without which the WebUI's own schedules (`[from:to:when]`, `[a|b]`) are not written."""
+    return isinstance(prompts, list) and all(isinstance(text, str) and "[" not in text for text in prompts)
+
+
+def _schedules(conds: Any) -> Iterator[list[Any]]:
+    """Yields the conditionings of each part of each prompt: what is encoded, and the step until which it counts."""
+    for of_prompt in getattr(conds, "batch", conds):
+        parts: list[list[Any]] = [part.schedules for part in of_prompt if hasattr(part, "schedules")]
+        yield from parts or [of_prompt]
+
+
+def _is_of_all_steps(conds: Any) -> bool:
+    """True if every prompt has one conditioning: extensions may read schedules out of other signs than brackets."""
+    try:
+        return all(len(schedule) == 1 and hasattr(schedule[0], "end_at_step") for schedule in _schedules(conds))
+    except TypeError:
+        return False
+
+
+def _end_at(conds: Any, step: int) -> None:
+    """Lets conditionings that count in all steps end with the last one of `step`."""
+    for schedule in _schedules(conds):
+        schedule[0] = schedule[0]._replace(end_at_step=step)
 
 
 def _blankless(prompts: Sequence[str]) -> Sequence[str] | None:

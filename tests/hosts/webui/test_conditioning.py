@@ -411,7 +411,8 @@ def test_blanks_hide_nothing_else_of_the_key(words):
     for prompts, data, hires_steps in (
         (Sized("a cat ", 1536), None, None),
         (Sized(" a cat", 1024), lora("style", "1", "lbw=MIDD"), None),
-        (Sized("a cat  ", 1024), None, 40),
+        (Sized("a [cat]  ", 1024), None, None),
+        (Sized("a [cat]", 1024), None, 40),
         (negative, None, None),
     ):
         image(prompts, data, hires_steps)
@@ -423,8 +424,58 @@ def test_blanks_hide_nothing_else_of_the_key(words):
     words.mode = "Automatic"
     words.shared.sd_model = type("Model", (), {"forge_objects": words.model.forge_objects})()
     image(Sized("  a cat", 1024))
-    assert len(words.encoded) == 8
+    assert len(words.encoded) == 9
     assert words.conditioning._tokens.asked == []
+
+
+class Part:
+    """A part of a prompt, as the WebUI's class with the long name."""
+
+    def __init__(self, *schedules):
+        self.schedules = list(schedules)
+
+
+Part.__module__ = "modules.prompt_parser"
+
+
+def of_parts(*ends):
+    """What is encoded of a positive prompt that has one part with so many conditionings."""
+    return lambda prompts: Multicond(
+        [[Part(*(Scheduled(end, {"crossattn": torch.full((2, 2), end)}) for end in ends))]]
+    )
+
+
+def of_list(*ends):
+    """The same of a negative prompt."""
+    return lambda prompts: [[Scheduled(end, {"crossattn": torch.full((2, 2), end)}) for end in ends]]
+
+
+@pytest.mark.parametrize("made_of", [of_parts, of_list])
+@pytest.mark.parametrize(
+    ("prompt", "ends", "is_encoded_again"),
+    [("a cat", (20,), False), ("a [cat:dog:9]", (9, 20), True), ("a [cat]", (20,), True), ("{cat|dog}", (9, 20), True)],
+    ids=["the same in all steps", "a schedule", "brackets", "an extension's own signs"],
+)
+def test_other_steps_encode_only_what_changes_between_steps(words, prompt, ends, is_encoded_again, made_of):
+    encoded = []
+
+    def image(steps, hires_steps=None, text=prompt):
+        def encode(prompts):
+            encoded.append(steps)
+            return made_of(*ends)(prompts)
+
+        processing = Processing(words.shared)
+        processing.cached_c[0] = processing.cached_c[0] and "another prompt's"
+        conds = processing.get_conds_with_caching(
+            encode, Prompts([text]), steps, [processing.cached_c], {}, hires_steps
+        )
+        found = conds.batch[0][0].schedules if made_of is of_parts else conds[0]
+        assert [int(one.cond["crossattn"][0, 0]) for one in found] == list(ends)
+        return found[-1].end_at_step
+
+    ended = [image(20), image(50), image(20, 30), image(4, text=f"{prompt} ")]
+    assert encoded == ([20, 50, 20, 4] if is_encoded_again else [20])
+    assert ended == ([20] * 4 if is_encoded_again else [20, 50, 30, 4])
 
 
 def test_an_emptied_cache_forgets_other_ways_to_write_a_prompt_too(words):
