@@ -23,6 +23,8 @@ READERS = min(4, max(2, (os.cpu_count() or 2) // 2))
 before, page by page: 2 GB/s a core."""
 READ_AT_ONCE_BYTES = 8 * MB
 """What a thread reads before it takes the next piece: the threads stay close together, so that a disk that turns need not seek."""
+READ_AT_ONCE_MEANWHILE_BYTES = 32 * MB
+"""The same while the caller goes on: after each piece a thread waits up to 5 ms for the interpreter, three times."""
 LARGE_FILE_BYTES = 64 * MB
 """From here on threads are worth what they cost."""
 POLL_SECONDS = 0.05
@@ -46,12 +48,16 @@ class Coming:
         # Of two that begin at the same place, the first has no values: the last one of some ends behind all of them.
         self._entries = sorted((header.tensors[name] for name in memory), key=lambda entry: (entry.start, entry.bytes))
         self._bytes = sum(entry.bytes for entry in self._entries)
-        self._pieces = _Pieces(self._entries)
+        self._pieces = _Pieces(self._entries, self._at_once_bytes)
         self._error: BaseException | None = None
         self._started = 0
         self._ended: list[None] = []
         self._read_bytes: list[int] = []
         self._wake: SimpleQueue[None] = SimpleQueue()
+
+    @property
+    def _at_once_bytes(self) -> int:
+        return READ_AT_ONCE_BYTES
 
     def start(self) -> None:
         """Begins to read. To be called once."""
@@ -154,6 +160,10 @@ class ComingInOnePiece(Coming):
 
     Each call of many that threads make waits for the interpreter, which is the caller's meanwhile.
     """
+
+    @property
+    def _at_once_bytes(self) -> int:
+        return READ_AT_ONCE_MEANWHILE_BYTES
 
     def __init__(self, header: FileHeader, whole: torch.Tensor, start: int, names: Iterable[str], check: Check) -> None:
         """
@@ -267,8 +277,8 @@ def read_bytes(header: FileHeader, names: Iterable[str] | None = None) -> dict[s
 class _Pieces:
     """The parts of a file that are still to be read, in the order of the file. For several threads."""
 
-    def __init__(self, entries: Iterable[TensorEntry]) -> None:
-        self._left, self._lock = iter(entries), threading.Lock()
+    def __init__(self, entries: Iterable[TensorEntry], at_once_bytes: int) -> None:
+        self._left, self._lock, self._at_once_bytes = iter(entries), threading.Lock(), at_once_bytes
 
     def take(self) -> list[TensorEntry]:
         """Returns the next tensors; an empty list when there are no more."""
@@ -278,7 +288,7 @@ class _Pieces:
             for entry in self._left:
                 piece.append(entry)
                 size += entry.bytes
-                if size >= READ_AT_ONCE_BYTES:
+                if size >= self._at_once_bytes:
                     break
         return piece
 
