@@ -72,11 +72,19 @@ DAY = (
     ("two images at once, B", 0, {"prompt": f"{TEXT} {B}", "batch_size": 2}),
     ("img2img, A", 2 if IS_NEO else 0, {"prompt": f"{TEXT} {A}", **IMG2IMG}),  # no "Hires Distilled CFG Scale" in Neo
     ("img2img, B", 0, {"prompt": f"{TEXT} {B}", **IMG2IMG}),
-    ("hires", 0, HIRES),
+    ("hires", 0 if IS_NEO else 2, HIRES),  # Forge's key tells the two passes apart
     ("hires, A", 0, {"prompt": f"{TEXT} {A}", **HIRES}),
     ("hires, B in the second pass", 0, {"prompt": f"{TEXT} {A}", "hr_prompt": f"{TEXT} {B}", **HIRES}),
-    ("hires, text in the second pass", 0, {"prompt": f"{TEXT} {A}", "hr_prompt": f"{TEXT} {ON_TEXT}", **HIRES}),
-    ("hires, another prompt there", 0, {"prompt": f"{TEXT} {A}", "hr_prompt": f"two horses {A}", **HIRES}),
+    (
+        "hires, text in the second pass",
+        0 if IS_NEO else 2,
+        {"prompt": f"{TEXT} {A}", "hr_prompt": f"{TEXT} {ON_TEXT}", **HIRES},
+    ),
+    (
+        "hires, another prompt there",
+        0 if IS_NEO else 1,
+        {"prompt": f"{TEXT} {A}", "hr_prompt": f"two horses {A}", **HIRES},
+    ),
     ("clip skip, A", 2, {"prompt": f"{TEXT} {A}", "options": {"CLIP_stop_at_last_layers": 3}}),
     ("first clip skip, B", 0, {"prompt": f"{TEXT} {B}", "options": {"CLIP_stop_at_last_layers": CLIP_SKIP}}),
     ("another emphasis, A", 2, {"prompt": f"{TEXT} {A}", "options": {"emphasis": "No norm"}}),

@@ -123,6 +123,7 @@ class Conditioning:
                 self._foreign_hooks(),
                 # A hires pass may have text encoders of its own, for the same checkpoint.
                 self._loaded(),
+                _hires_checkpoint(processing),
             )
         except Exception:
             log.debug("the host's own key for the conditioning is used", exc_info=True)
@@ -291,6 +292,15 @@ def _from_no_picture(processing: PromptProcessing) -> PromptProcessing:
     other = copy.copy(processing)
     other.init_latent = torch.zeros(1)
     return other
+
+
+def _hires_checkpoint(processing: PromptProcessing) -> str | None:
+    """Returns the checkpoint of the hires pass that is under way, where it is another one than the image's.
+
+    Forge Neo's key names the image's by then, and finds what was encoded for that one.
+    """
+    other = getattr(processing, "hr_checkpoint_info", None) if getattr(processing, "is_hr_pass", False) else None
+    return None if other is None else str(getattr(other, "filename", other))
 
 
 def _are_same(tokens: PromptTokens, prompts: Sequence[str], how: Encoding, texts: Sequence[str]) -> bool:

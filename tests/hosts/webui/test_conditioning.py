@@ -428,6 +428,20 @@ def test_blanks_hide_nothing_else_of_the_key(words):
     assert words.conditioning._tokens.asked == []
 
 
+def test_a_hires_pass_with_another_checkpoint_takes_nothing_of_the_first_one(words):
+    """Neo's own key names the image's checkpoint by then."""
+    processing, other = Txt2Img(words.shared), types.SimpleNamespace(filename="other.safetensors")
+    first = words.part_of(processing, "a cat").clone()
+    processing.hr_checkpoint_info = other
+    assert torch.equal(words.part_of(processing, "a cat"), first), "the first pass"
+    processing.is_hr_pass = True
+    second = words.part_of(processing, "a cat").clone()
+    assert not torch.equal(second, first)
+    assert torch.equal(words.part_of(processing, "a cat"), second)
+    processing.hr_checkpoint_info = None
+    assert torch.equal(words.part_of(processing, "a cat"), first)
+
+
 class Part:
     """A part of a prompt, as the WebUI's class with the long name."""
 
