@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Hashable, Mapping
 from types import ModuleType
 
@@ -86,7 +85,6 @@ class ForgeParts:
             self.jobs,
             folder=lambda: corrections.folder,
             after_image=self.first_lora.after_image,
-            loaded=_loaded,
         )
         self.copies = RamCopies(settings.pins_swapped)
         self.quant_states = QuantStates(settings.pins_swapped)
@@ -133,9 +131,3 @@ class ForgeParts:
             getattr(stream, "stream_activated", None),
             str(modules["modules.sd_models"].model_data.forge_loading_parameters),
         )
-
-
-def _loaded() -> Hashable:
-    """Returns which files the present model was made of, as Forge names them. A hires pass may have text encoders of its own."""
-    models = sys.modules.get("modules.sd_models")
-    return None if models is None else models.model_data.forge_hash

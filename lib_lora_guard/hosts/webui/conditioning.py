@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...adapters.base import Adapter
 from ...runtime.hooks import Row
 from ...runtime.host import LoraPatchers
+from ...runtime.prompt_cache import Conds as Encoded
 from ...runtime.prompt_cache import Model, PromptCache, Spelling, without_blanks
 from .cond_caches import SharedCaches
 from .patchers import TuplePatchers
@@ -88,7 +89,7 @@ class Conditioning:
             patchers: tells what lies on the text encoder; None for those of Forge.
             tokens: compares two ways to write a prompt; None: another text is another prompt.
             is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
-            loaded: returns which files the present model was made of, where the host's key does not tell.
+            loaded: returns which files the present model was made of.
         """
         self._is_more_than_encoding, self._loaded = is_left_to_host, loaded
         self._tokens = None if os.environ.get("LORA_GUARD_BLANKS") == "0" else tokens
@@ -104,12 +105,13 @@ class Conditioning:
         required_prompts: Sequence[str],
         steps: int,
         extra_network_data: Tags,
+        hires_steps: int | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Key:
         """Stands in place of `cached_params`: the host's key, with what lies on the text encoder instead of the prompt's LoRAs."""
         if self._is_left_to_host():
-            return original(processing, required_prompts, steps, extra_network_data, *args, **kwargs)
+            return original(processing, required_prompts, steps, extra_network_data, hires_steps, *args, **kwargs)
         try:
             on_text_encoder = self._on_text_encoder()
             data: Key | Tags = (
@@ -121,14 +123,13 @@ class Conditioning:
                 [getattr(required_prompts, name, None) for name in ("width", "height")],
                 [getattr(self._shared.opts, name, None) for name in _AESTHETIC_SCORES],
                 self._foreign_hooks(),
-                # A hires pass may have text encoders of its own, for the same checkpoint.
-                self._loaded(),
-                _hires_checkpoint(processing),
+                # A hires pass may have a checkpoint or text encoders of its own, which the host's key does not tell.
+                None if hires_steps is None else self._loaded(),
             )
         except Exception:
             log.debug("the host's own key for the conditioning is used", exc_info=True)
             data = extra_network_data
-        return original(_from_no_picture(processing), required_prompts, steps, data, *args, **kwargs)
+        return original(_from_no_picture(processing), required_prompts, steps, data, hires_steps, *args, **kwargs)
 
     def get_conds_with_caching(
         self,
@@ -161,7 +162,7 @@ class Conditioning:
     def _remembered(self, host: Callable[[], Conds], processing: PromptProcessing, asked: _Asked) -> Conds:
         """Returns a conditioning out of the host's caches, out of the memory, or a new one, which is kept."""
         memory, prompts, caches = self._cache.of(self._checkpoint()), asked.prompts, asked.caches
-        steps = asked.steps, asked.hires_steps
+        steps, loaded = (asked.steps, asked.hires_steps), self._loaded()
         # Forge Neo has no old scheduling any more.
         knows_old = "use_old_scheduling" in inspect.signature(processing.cached_params).parameters
         old_scheduling = (self._shared.opts.use_old_scheduling,) if knows_old else ()
@@ -171,7 +172,7 @@ class Conditioning:
             return processing.cached_params(texts, steps[0], asked.tags, steps[1], *old_scheduling)
 
         def key_of(params: Key) -> Key:
-            return _name_of(asked.function), getattr(prompts, "is_negative_prompt", None), params
+            return _name_of(asked.function), getattr(prompts, "is_negative_prompt", None), loaded, params
 
         def spelling_of(steps: _Steps) -> Spelling | None:
             blankless = None if self._tokens is None else _blankless(prompts)
@@ -294,15 +295,6 @@ def _from_no_picture(processing: PromptProcessing) -> PromptProcessing:
     return other
 
 
-def _hires_checkpoint(processing: PromptProcessing) -> str | None:
-    """Returns the checkpoint of the hires pass that is under way, where it is another one than the image's.
-
-    Forge Neo's key names the image's by then, and finds what was encoded for that one.
-    """
-    other = getattr(processing, "hr_checkpoint_info", None) if getattr(processing, "is_hr_pass", False) else None
-    return None if other is None else str(getattr(other, "filename", other))
-
-
 def _are_same(tokens: PromptTokens, prompts: Sequence[str], how: Encoding, texts: Sequence[str]) -> bool:
     return tokens.are_same(texts, prompts, how)
 
@@ -312,22 +304,23 @@ def _has_no_schedule(prompts: Sequence[str]) -> bool:
     return isinstance(prompts, list) and all(isinstance(text, str) and "[" not in text for text in prompts)
 
 
-def _schedules(conds: Any) -> Iterator[list[Any]]:
+def _schedules(conds: Encoded) -> Iterator[list[Encoded]]:
     """Yields the conditionings of each part of each prompt: what is encoded, and the step until which it counts."""
-    for of_prompt in getattr(conds, "batch", conds):
-        parts: list[list[Any]] = [part.schedules for part in of_prompt if hasattr(part, "schedules")]
+    of_all: Encoded = conds if isinstance(conds, list) else conds.batch
+    for of_prompt in of_all:
+        parts: list[list[Encoded]] = [part.schedules for part in of_prompt if hasattr(part, "schedules")]
         yield from parts or [of_prompt]
 
 
-def _is_of_all_steps(conds: Any) -> bool:
+def _is_of_all_steps(conds: Encoded) -> bool:
     """True if every prompt has one conditioning: extensions may read schedules out of other signs than brackets."""
     try:
         return all(len(schedule) == 1 and hasattr(schedule[0], "end_at_step") for schedule in _schedules(conds))
-    except TypeError:
+    except (TypeError, AttributeError):
         return False
 
 
-def _end_at(conds: Any, step: int) -> None:
+def _end_at(conds: Encoded, step: int) -> None:
     """Lets conditionings that count in all steps end with the last one of `step`."""
     for schedule in _schedules(conds):
         schedule[0] = schedule[0]._replace(end_at_step=step)

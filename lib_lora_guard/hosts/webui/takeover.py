@@ -53,7 +53,6 @@ class WebTakeover:
         is_left_to_host: Callable[[], bool] = lambda: False,
         folder: Callable[[], Path | None] = lambda: None,
         after_image: Callable[[Processing], None] = lambda request: None,
-        loaded: Callable[[], Hashable] = lambda: None,
     ) -> None:
         """
         Args:
@@ -69,9 +68,8 @@ class WebTakeover:
             after_image: is told each request whose images have been made.
             is_left_to_host: True where the host's encoding of the next prompt does more than encode it.
             folder: of the guard's own files; None until it is known.
-            loaded: returns which files the present model was made of, where the host's key of a conditioning does not tell.
         """
-        self._is_left_to_host, self._loaded = is_left_to_host, loaded
+        self._is_left_to_host = is_left_to_host
         self._settings, self._files, self._stacks, self._journal = settings, files, stacks, journal
         self._rule_log, self._images, self._memory_settings = (
             rule_log,
@@ -141,6 +139,7 @@ class WebTakeover:
             return
         check_processing(modules["modules.processing"])
         shared, parser = modules["modules.shared"], modules.get("modules.prompt_parser")
+        models = modules.get("modules.sd_models")
         conditions = conditioning.Conditioning(
             shared,
             SharedCaches(modules["modules.processing"]),
@@ -151,6 +150,6 @@ class WebTakeover:
             self._files.patchers,
             None if parser is None else PromptTokens(parser, shared),
             self._is_left_to_host,
-            self._loaded,
+            lambda: None if models is None else models.model_data.forge_hash,
         )
         lay(conditioning.ROWS, conditions, modules, hooks)

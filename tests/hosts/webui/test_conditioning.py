@@ -1,7 +1,6 @@
 """When a prompt is encoded anew: a small copy of what Forge does around it, with a text encoder that counts."""
 
 import functools
-import sys
 import types
 from collections import namedtuple
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from support.make import host_value, rand
 
-from lib_lora_guard.hosts.forge.parts import _loaded
 from lib_lora_guard.hosts.webui.cond_caches import SharedCaches
 from lib_lora_guard.hosts.webui.conditioning import Conditioning
 from lib_lora_guard.runtime.hooks import HookSet
@@ -428,20 +426,6 @@ def test_blanks_hide_nothing_else_of_the_key(words):
     assert words.conditioning._tokens.asked == []
 
 
-def test_a_hires_pass_with_another_checkpoint_takes_nothing_of_the_first_one(words):
-    """Neo's own key names the image's checkpoint by then."""
-    processing, other = Txt2Img(words.shared), types.SimpleNamespace(filename="other.safetensors")
-    first = words.part_of(processing, "a cat").clone()
-    processing.hr_checkpoint_info = other
-    assert torch.equal(words.part_of(processing, "a cat"), first), "the first pass"
-    processing.is_hr_pass = True
-    second = words.part_of(processing, "a cat").clone()
-    assert not torch.equal(second, first)
-    assert torch.equal(words.part_of(processing, "a cat"), second)
-    processing.hr_checkpoint_info = None
-    assert torch.equal(words.part_of(processing, "a cat"), first)
-
-
 class Part:
     """A part of a prompt, as the WebUI's class with the long name."""
 
@@ -623,28 +607,35 @@ def test_a_checkpoint_that_a_refiner_took_away_and_that_is_read_again_has_its_pr
     base, refiner = type("CheckpointInfo", (), {})(), type("CheckpointInfo", (), {})()
     for prompt in ("a cat", "a cat ", " a cat"):
         for words.loaded, entry in (("base", base), ("refiner", refiner)):
+            Processing.cached_c[0] = "the other checkpoint's"
             read_again(words, entry)
             words.image(prompt, lora("style", "1"))
     assert words.encoded == ["a cat", "a cat"], "once for each"
     read_again(words, type("CheckpointInfo", (), {})())
+    Processing.cached_c[0] = "the other checkpoint's"
     words.image("a cat  ")
     assert len(words.encoded) == 3, "the file's entry is another one: the list was read anew"
 
 
-def test_other_text_encoders_for_the_same_checkpoint_encode_anew(words):
-    """A hires pass may ask for them, and the host's key does not hold them."""
+@pytest.mark.parametrize("text", ["a cat", "a [cat]"])
+def test_a_hires_pass_with_other_text_encoders_encodes_anew(words, text):
+    """The host's key does not hold them. A refiner may have the same ones: what the host's own cache gives it is the host's business."""
     read_again(words, type("CheckpointInfo", (), {})())
-    for words.loaded, prompt in (("own", "a cat"), ("t5 fp8", "a cat"), ("own", "a cat "), ("t5 fp8", " a cat")):
-        words.image(prompt)
-    assert words.encoded == ["a cat", "a cat"]
+    processing = Processing(words.shared)
 
+    def image(hires_steps, loaded, prompt):
+        words.loaded = loaded
+        processing.get_conds_with_caching(words.encode, Prompts([prompt]), 20, [Processing.cached_c], {}, hires_steps)
+        return len(words.encoded)
 
-def test_forge_names_the_files_of_its_present_model(monkeypatch):
-    data = types.SimpleNamespace(forge_hash="{'additional_modules': ['t5 fp8']}")
-    monkeypatch.setitem(sys.modules, "modules.sd_models", types.SimpleNamespace(model_data=data))
-    assert _loaded() == "{'additional_modules': ['t5 fp8']}"
-    monkeypatch.delitem(sys.modules, "modules.sd_models")
-    assert _loaded() is None
+    first = image(None, "own", text)
+    assert image(None, "refiner", text) == first == 1, "the host's own cache"
+    assert image(40, "t5 fp8", text) == 2
+    assert image(40, "own", text) == (2 if text == "a cat" else 3), "without a schedule it is the first pass's"
+    count = len(words.encoded)
+    for loaded in ("t5 fp8", "own"):
+        assert image(40, loaded, f"{text} ") == count
+    assert image(None, "t5 fp8", f" {text}") == (count if text == "a cat" else count + 1)
 
 
 def test_the_prompts_of_other_models_give_way_the_oldest_first():
