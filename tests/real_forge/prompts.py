@@ -110,6 +110,10 @@ DAY = (
 )
 """What is asked for, the prompts that have to be encoded for it, and the settings of the image."""
 
+HOST_IS_WRONG = {"hires by another checkpoint, A"} if IS_NEO else set()
+"""Neo's key names the first checkpoint in both passes: a hires pass takes the negative prompt that was encoded for that one. The
+next image has it right, and is compared."""
+
 
 def make_loras():
     """Writes A and B: LoRAs of make_loras.py without what they have for the text encoder."""
@@ -206,7 +210,7 @@ def main():
     print("| image | needed | guard | host |", flush=True)
     for (name, needed, _), (found, pictures), host in zip(DAY, day(options.guard, {}), by_host, strict=True):
         faults = [] if len(found) == needed else [f"encoded: {found}"]
-        if host and not np.array_equal(pictures, host[1]):
+        if host and name not in HOST_IS_WRONG and not np.array_equal(pictures, host[1]):
             faults.append("another picture than with the host's conditioning")
         wrong += bool(faults)
         told = f" WRONG: {'; '.join(faults)}" if faults else ""
