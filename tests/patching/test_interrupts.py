@@ -104,7 +104,8 @@ def test_an_undo_that_ends_at_a_second_interrupt_is_seen(files, monkeypatch):
 
     monkeypatch.setattr(Engine, "_settle", once)
     case = Case(files, "change", "bypass")
-    sweep_twice(case, max(1, count_places(case) // 3), 5)
+    # The number of places differs with what ran before: a few first ones may all be between two changes.
+    sweep_twice(case, max(1, count_places(case) // 10), 5)
     assert case.found["half patched"] > 0
 
 
