@@ -42,6 +42,7 @@ DAYS = {
         Case("same again", (A,), same_as="first LoRA"),
         Case("strength", (WEAK,), changes=True),
         Case("two LoRAs", BOTH, changes=True),
+        Case("two again", BOTH, same_as="two LoRAs"),
         Case("removed", same_as="no LoRA", changes=True),
         Case("another LoRA", (B,), changes=True),
         Case("new prompt", (B,), OTHER_PROMPT),
@@ -90,7 +91,7 @@ DAYS = {
         Case("removed", same_as="no LoRA", changes=True),
     ),
 }
-"""`ten`: an ordinary day. `six`: a shorter one, for a host that is warm. `long`: two images whose preparation was made by short ones. `three` and `big`: one stack.
+"""`ten`: an ordinary day; an eleventh image tells what two LoRAs cost in any image. `six`: a shorter one, for a host that is warm. `long`: two images whose preparation was made by short ones. `three` and `big`: one stack.
 `changes`: what differs from the image before, for a host that is warm. `cold`: the first image of a host, which loads all. `bare`: what a host does
 without LoRAs, which the others are measured by. Where the time may end, the images that most depends on come first.
 """

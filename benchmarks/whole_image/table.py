@@ -222,6 +222,11 @@ def change(guard, *_):
     return most(divided(row["seconds"], again[row["loras"] > 0]) for row in guard.changed())
 
 
+def change_beside_its_own(guard, *_):
+    """The same for two LoRAs, beside the same two again: more LoRAs cost more in each image."""
+    return divided(guard.get("two LoRAs"), guard.get("two again"))
+
+
 def steps_after_change(guard, stock, fp16):
     return divided(least(steps_a_second(row) for row in guard.changed()), plain_rate(stock, fp16))
 
@@ -293,6 +298,7 @@ def most_of_a_change(part):
 
 RATIOS = (
     Ratio("image after a change / same again", change, most_of_a_change),
+    Ratio("two LoRAs / two again", change_beside_its_own, most_of_a_change),
     Ratio("steps/s after any change / stock's without LoRA", steps_after_change, always(0.92), at_least=True),
     Ratio("steps/s with a LoRA / stock's without LoRA", steps_with_lora, always(0.92), at_least=True),
     Ratio("image after a change / stock fp16's", change_beside_fp16, at_steps(20, 0.5)),

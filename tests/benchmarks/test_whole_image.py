@@ -46,6 +46,7 @@ def test_the_ratios_that_are_promised():
     found = table.ratios(ROWS)["guard"]
     expected = {
         "image after a change / same again": 6.0 / 5.0,
+        "two LoRAs / two again": None,
         "steps/s after any change / stock's without LoRA": 0.5 / 0.625,
         "steps/s with a LoRA / stock's without LoRA": 0.5 / 0.625,
         "image after a change / stock fp16's": 6.0 / 12.0,
@@ -60,6 +61,11 @@ def test_the_ratios_that_are_promised():
         "with a LoRA: mean levels from stock fp16's picture": 0.2,
     }
     assert found == pytest.approx(expected)
+    two = [
+        image("guard", name, seconds, 0.5, loras=2, changes=seconds > 5)
+        for name, seconds in (("two LoRAs", 6.6), ("two again", 5.0))
+    ]
+    assert table.ratios([*ROWS, *two])["guard"]["two LoRAs / two again"] == pytest.approx(1.32)
     other = image("guard", "other strengths", 5.2, 0.5, first=1.2, loras=1, changes=True)
     found = table.ratios([*ROWS, other])["guard"]
     assert found["the same, files that were used before, s"] == pytest.approx(1.2 + 0.6 - (1.0 + 0.5))
@@ -71,6 +77,7 @@ def test_a_ratio_whose_part_is_missing_is_none_and_the_table_leaves_it_out():
     found = table.ratios(alone)["guard"]
     assert found["image after a change / same again"] == pytest.approx(1.2)
     assert [label for label, value in found.items() if value is None] == [
+        "two LoRAs / two again",
         "steps/s after any change / stock's without LoRA",
         "steps/s with a LoRA / stock's without LoRA",
         "image after a change / stock fp16's",
