@@ -29,20 +29,20 @@ class LastPlans:
         noted = self._noted
         return None if noted is None or noted[0]() is None else noted[1]
 
-    def note(self, model: torch.nn.Module, device: torch.device, needs: Needs, resident_bytes: int) -> None:
+    def note(self, model: torch.nn.Module, device: torch.device, needs: Needs, factor_bytes: int) -> None:
         """Keeps the plan of a load, once its LoRAs are in place.
 
         Args:
             model: the denoiser.
             device: where it runs.
-            needs: of the load.
-            resident_bytes: LoRA factors on the device. Those of `needs` come in the model's first call.
+            needs: of the load. Its factors were foreseen before it, and count as `factor_bytes` alone.
+            factor_bytes: what LoRA factors take in a step: those on the device by now, and those that are still to come.
         """
         plan = LastPlan(
             type(model).__name__,
             self._memory.size_bytes(model),
             self._memory.size_bytes(model, on=device),
-            needs.factor_bytes + resident_bytes,
+            factor_bytes,
             max(needs.inference_bytes, needs.estimate_bytes),
             max(0, needs.hard_bytes - needs.factor_bytes),
         )

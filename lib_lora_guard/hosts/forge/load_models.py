@@ -96,7 +96,7 @@ class Loading:
             for patcher in denoisers:
                 self._residency.pin(patcher.model)
         if plan is not None and denoisers:
-            self.plans.note(denoisers[0].model, plan.device, plan.needs, self._loras.resident_bytes(denoisers[0]))
+            self.plans.note(denoisers[0].model, plan.device, plan.needs, self._loras.step_bytes(denoisers[0]))
         return result
 
     def model_unload(

@@ -78,9 +78,12 @@ class LoraLoading:
         elements = self._stacks.reader.device_elements(patches, merges)
         return max(0, elements * element_bytes - self._stacks.resident_bytes(loader))
 
-    def resident_bytes(self, patcher: Patcher) -> int:
-        """Returns the VRAM that the factors on a patcher's model take."""
-        return self._stacks.resident_bytes(loader_of(patcher))
+    def step_bytes(self, patcher: Patcher) -> int:
+        """Returns the VRAM that the factors of `patcher` take in a step: those on the device, and those still to come."""
+        applied = self._stacks.applied_bytes(patcher)
+        if applied is not None:
+            return applied
+        return self._stacks.resident_bytes(loader_of(patcher)) + self.factor_bytes(patcher)
 
     def handed_over(self, patchers: Iterable[Patcher]) -> None:
         """Called for models that another patcher had: its LoRAs must not pass for those of the new one."""

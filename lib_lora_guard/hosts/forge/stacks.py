@@ -123,6 +123,11 @@ class ForgeStacks(ModelStacks):
         state = state_of(loader)
         return 0 if state is None else state.engine.resident_bytes()
 
+    def applied_bytes(self, patcher: Patcher) -> int | None:
+        """Returns the bytes of LoRA factors on the device while the model runs; None unless the guard has applied them."""
+        state = state_of(loader_of(patcher))
+        return None if state is None or not self.is_current(patcher) else state.engine.device_bytes()
+
     # Who applies it.
 
     def is_left_to_host(self, patcher: Patcher) -> bool:

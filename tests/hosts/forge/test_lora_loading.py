@@ -91,6 +91,19 @@ def test_factors_that_are_on_the_card_already_are_not_reserved_again(scene, stac
         assert scene.guard.loras.factor_bytes(patcher) == coming
 
 
+def test_a_step_has_its_factors_once_wherever_they_are(scene, stacked, monkeypatch):
+    patcher, resident = stacked(lora(), lora()), [0]
+    monkeypatch.setattr(scene.guard.stacks, "resident_bytes", lambda loader: resident[0])
+    foreseen = 2 * FACTORS * 2
+    for resident[0], in_step in ((0, foreseen), (300, foreseen), (foreseen, foreseen), (9_999, 9_999)):
+        assert scene.guard.loras.step_bytes(patcher) == in_step
+    engine = scene.guard.stacks.state(patcher.lora_loader).engine
+    monkeypatch.setattr(engine, "device_bytes", lambda: 777)
+    assert scene.guard.loras.step_bytes(patcher) == 9_999, "they are not applied yet"
+    monkeypatch.setattr(scene.guard.stacks, "is_current", lambda patcher: True)
+    assert scene.guard.loras.step_bytes(patcher) == 777, "what was foreseen is known now"
+
+
 def test_a_patch_that_cannot_be_read_takes_nothing(scene, stacked):
     patcher = stacked(lora(), ("unheard of", (1, 2)), None, ("lora", ()))
     assert scene.guard.loras.factor_bytes(patcher) == FACTORS * 2

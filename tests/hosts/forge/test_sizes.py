@@ -157,6 +157,16 @@ def test_factors_on_the_card_are_in_the_plan(scene, monkeypatch):
     assert (scene.guard.loading.plans.last.factor_bytes, scene.guard.loading.plans.last.other_bytes) == (123, 50)
 
 
+def test_factors_that_came_in_the_load_are_in_the_plan_once(scene, monkeypatch):
+    loras, on_card = scene.guard.loras, [0]
+    monkeypatch.setattr(scene.guard.stacks, "resident_bytes", lambda loader: on_card[0])
+    monkeypatch.setattr(loras, "factor_bytes", lambda patcher: 300 - on_card[0])
+    monkeypatch.setattr(loras, "after_load", lambda *args: on_card.__setitem__(0, 250))
+    scene.load(flux(scene, 5), hard=50)
+    plan = scene.guard.loading.plans.last
+    assert (plan.factor_bytes, plan.other_bytes) == (300, 50)
+
+
 class FourBit(torch.nn.Module):
     """One weight as bitsandbytes keeps it: `values` of 16 bits before it is packed, half as many bytes after."""
 
