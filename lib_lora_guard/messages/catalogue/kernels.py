@@ -10,7 +10,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "未使用 {kind} 的融合内核（{why}）；这些层仍用普通方式计算，结果正确，只是较慢。设置 {switch}=0 可停用全部内核。",
     ),
     "kernels.ready": (
-        "{count} fused kernels compiled and checked in {seconds:.0f} s; new stacks of LoRAs take them.",
+        "fused kernels compiled and checked: {count}, in {seconds:.0f} s; new stacks of LoRAs take them.",
         "已用 {seconds:.0f} 秒编译并检查 {count} 个融合内核；新选用的 LoRA 将使用它们。",
     ),
     "kernels.no_triton": (
