@@ -32,7 +32,7 @@ class JobCosts:
         self._decode_bytes = 0
         self._new_prompts, self._has_new_prompt = NEW_PROMPTS, False
         self._unloads, self._has_unloaded = 0.0, False
-        self._said = ""
+        self._said: set[str] = set()
 
     def note_decode(self, size_bytes: int) -> None:
         """Called with the VRAM that a decode takes, its weights included: the next image takes about the same."""
@@ -65,13 +65,13 @@ class JobCosts:
         return choice
 
     def _say(self, model: str, state: State, job: Job, links: Links, choice: Choice) -> None:
-        """Logs a choice, once while it stays about the same."""
+        """Logs a choice, each about the same once: an image of two passes makes two in turn."""
         if not choice.swapped_bytes and not any(choice.leaving_bytes):
             return
         slowest = max(way.seconds for way in ways(state, job, links))
         line = f"{model} {job.calls} {choice.swapped_bytes >> 26} {choice.grows}"
-        level = logging.DEBUG if line == self._said else logging.INFO
-        self._said = line
+        level = logging.DEBUG if line in self._said else logging.INFO
+        self._said.add(line)
         say(
             log,
             level,

@@ -85,7 +85,8 @@ class Reservations:
             factor_bytes: for LoRA factors that are still to come.
         """
         total = self._memory.total_bytes(device)
-        self._rule_log.tell(rules.with_factors(0, factor_bytes)[1])
+        about = models[0].model if models else None
+        self._rule_log.tell(rules.with_factors(0, factor_bytes)[1], about)
         estimate, finding = rules.request_bytes(float(estimate_bytes), total)
         self._rule_log.tell(finding)
         inference, finding = rules.inference_bytes(float(self._memory.inference_bytes()), total)
@@ -97,7 +98,7 @@ class Reservations:
         needs = Needs(inference, int(min(estimate, total)), int(min(hard, total)), factor_bytes)
         needs = self._corrected(needs, models, device, total)
         step = needs.estimate_bytes + needs.estimate_correction_bytes
-        self._rule_log.tell(rules.room_for_a_step(needs.inference_bytes, step, names_of(models))[1])
+        self._rule_log.tell(rules.room_for_a_step(needs.inference_bytes, step, names_of(models))[1], about)
         return needs
 
     def _corrected(self, needs: Needs, models: Sequence[HostModel], device: torch.device, total_bytes: int) -> Needs:

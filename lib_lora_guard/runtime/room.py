@@ -25,6 +25,7 @@ from .job_costs import JobCosts
 from .needs import Needs, names_of
 from .preflight import Preflight
 from .rule_log import RuleLog
+from .told_sizes import ToldSizes
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Room:
         self._memory, self._ram, self._rule_log, self._costs = memory, ram, rule_log, costs
         self._shares: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         """Bytes of each model on the device after its last load."""
+        self._told = ToldSizes()
 
     def prepare(self, models: Sequence[HostModel], device: torch.device, needs: Needs) -> None:
         """Makes room for `models`, of which some may be placed already, and brings back what had to leave before."""
@@ -63,8 +65,9 @@ class Room:
         self._note(coming, models, needs)
         plan = self.make_room(device, coming, needs.free_bytes, models)
         if plan.swapped_bytes and coming.passes is not None:
+            level = self._told.level(models[0].model, "memory.swapped", plan.swapped_bytes)
             size_mb = plan.swapped_bytes / MB
-            say(log, logging.INFO, "memory.swapped", model=names_of(models), size_mb=size_mb, passes=coming.passes)
+            say(log, level, "memory.swapped", model=names_of(models), size_mb=size_mb, passes=coming.passes)
         for one in models:
             placed = self._memory.placed(one)
             if placed is not None:
@@ -178,7 +181,7 @@ class Room:
             before = self._shares.get(one.model)
             if before is not None:
                 name = type(one.model).__name__
-                self._rule_log.tell(rules.share_on_device(before, now, was_needed=False, model=name))
+                self._rule_log.tell(rules.share_on_device(before, now, was_needed=False, model=name), one.model)
             self._shares[one.model] = now
 
     def forget_share(self, model: torch.nn.Module | None) -> None:
@@ -239,7 +242,8 @@ class Room:
                 # Layer by layer first: if RAM runs out on the way, the model can still run.
                 placed.shrink(wanted_bytes)
                 placed.unload()
-                say(log, logging.INFO, "memory.left", model=name, size_mb=resident.on_device_bytes / MB)
+                level = self._told.level(placed.module, "memory.left", resident.on_device_bytes)
+                say(log, level, "memory.left", model=name, size_mb=resident.on_device_bytes / MB)
             except Exception as error:
                 _log_or_raise(error, name)
             return True
@@ -256,7 +260,8 @@ class Room:
             _log_or_raise(error, name)
             return True
         if moved:
-            say(log, logging.INFO, "memory.shrunk", model=name, size_mb=moved / MB)
+            level = self._told.level(placed.module, "memory.shrunk", moved)
+            say(log, level, "memory.shrunk", model=name, size_mb=moved / MB)
         return moved > 0
 
     def _fits_in_ram(self, name: str, size_bytes: int) -> bool:

@@ -12,11 +12,12 @@ from lib_lora_guard.runtime.rule_log import RuleLog
 class Told(RuleLog):
     def __init__(self):
         super().__init__()
-        self.rules = []
+        self.rules, self.models = [], []
 
-    def tell(self, finding):
+    def tell(self, finding, model=None):
         if finding is not None:
             self.rules.append(finding.rule)
+            self.models.append(model)
 
 
 class Corrections:
@@ -95,6 +96,13 @@ def test_a_step_above_the_setting_is_logged_with_its_correction():
     assert needs(estimate=1_000)[1] == []
     assert needs(estimate=1_001)[1] == ["LG-R05"]
     assert needs(estimate=900, corrections=Corrections(decode=101))[1] == ["LG-R05"]
+
+
+def test_a_finding_about_a_load_is_of_its_model():
+    told = Told()
+    Reservations(Memory(total=10_000, rest=-1.0), told, Corrections()).needs([MODEL], CARD, 2_000, 50, 50)
+    of_model = dict(zip(told.rules, told.models, strict=True))
+    assert of_model == {"LG-R04": None, "LG-R05": MODEL.model, "LG-R06": MODEL.model}
 
 
 def test_corrections_are_kept_apart_from_predictions():

@@ -21,7 +21,8 @@ NO_RAM = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried t
 
 @pytest.fixture
 def lines(caplog):
-    caplog.set_level(logging.INFO, logger="lib_lora_guard")
+    # The sizes here are those of a toy: too small for a line that all read.
+    caplog.set_level(logging.DEBUG, logger="lib_lora_guard")
     return lambda: [record.getMessage() for record in caplog.records]
 
 
@@ -163,7 +164,7 @@ def test_a_model_of_few_passes_runs_swapped_beside_one_that_returns(lines):
     memory.passes_of_models = 2
     room.prepare([coming], CARD, needs(500))
     assert denoiser.module.on == 8_000
-    assert any("Module comes for 2 calls" in line for line in lines())
+    assert any("Module comes for a short while (calls: 2)" in line for line in lines())
 
 
 def room_by_cost(*found, **memory):
@@ -219,6 +220,15 @@ def test_a_job_says_its_last_pass_and_a_host_that_unloads_all_shortens_the_next(
         costs.choose("Flux", CARD, state)
     assert made[-1].images == 3
     Room(Memory(), Ram(), RuleLog()).note_unloaded()
+
+
+def test_an_image_of_two_passes_says_each_choice_once(caplog):
+    caplog.set_level(logging.INFO, logger="lib_lora_guard")
+    _, costs, jobs = room_by_cost(placed(3_000))
+    for calls in (20, 8) * 3:
+        with jobs.job(lambda calls=calls: Pass(calls)):
+            costs.choose("Flux", CARD, State(2_000, 4_000, 0, 700, 500, 100, []))
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == ["Flux, calls: 20", "Flux, calls: 8"]
 
 
 def test_caches_in_ram_are_given_back_before_a_load_after_a_crash_in_one():

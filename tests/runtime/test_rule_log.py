@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 
 from lib_lora_guard.memory.rules import Finding
 from lib_lora_guard.messages import Message
@@ -36,6 +37,37 @@ def test_each_rule_is_remembered_apart(logged):
         rules.tell(negative(-5))
         rules.tell(negative(-5, rule="LG-R02"))
     assert [line.split(":")[0] for _, line in logged()] == ["LG-R03", "LG-R02"]
+
+
+def step(megabytes, rule="LG-R05"):
+    return Finding(rule, Message("rule.step", {"model": "A", "needed_mb": megabytes, "left_mb": 1.0}))
+
+
+@pytest.mark.parametrize("rule", ["LG-R05", "LG-R06", "LG-R09"])
+def test_two_models_of_an_image_do_not_repeat_each_others_findings(logged, rule):
+    rules, denoiser, vae = RuleLog(), torch.nn.Module(), torch.nn.Module()
+    for _ in range(3):
+        rules.tell(step(1_500, rule), denoiser)
+        rules.tell(step(3_300, rule), vae)
+    assert len(logged()) == 2
+
+
+def test_two_works_do_not_repeat_each_others_findings(logged):
+    rules = RuleLog()
+    for _ in range(3):
+        for what in ("reading", "moving"):
+            rules.tell(Finding("LG-R08", Message("rule.ram_slow", {"what": what, "needed_mb": 2.0, "fast_mb": 1.0})))
+    assert len(logged()) == 2
+
+
+@pytest.mark.parametrize(("rule", "again"), [("LG-R05", "DEBUG"), ("LG-R06", "DEBUG"), ("LG-R09", "WARNING")])
+def test_room_that_is_kept_is_told_once_of_each_model(logged, caplog, rule, again):
+    caplog.set_level(logging.DEBUG, logger="lib_lora_guard")
+    rules, model, other = RuleLog(), torch.nn.Module(), torch.nn.Module()
+    for megabytes, about in ((1_500, model), (3_000, model), (1_500, model), (1_500, other)):
+        rules.tell(step(megabytes, rule), about)
+    first = "WARNING" if rule == "LG-R09" else "INFO"
+    assert [level for level, _ in logged()] == [first, again, again, first]
 
 
 def test_a_rule_that_changed_nothing_is_not_logged(logged):

@@ -17,6 +17,7 @@ import torch
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import say
 from ...runtime.ram_copies import WORTH_A_LINE_BYTES, RamCopies
+from ...runtime.told_sizes import ToldSizes
 from ...weights.storage import MB, scales_bytes
 from .facts import is_denoiser, is_forges_text_encoder, loaded_module
 from .types import LoadedModel
@@ -40,6 +41,7 @@ class Residency:
             copies: keeps copies of layers in RAM.
         """
         self._merged_layers, self._copies = merged_layers, copies
+        self._told = ToldSizes()
 
     def swappable_bytes(self, loaded: LoadedModel) -> int:
         """Returns the bytes that `shrink` can take of a loaded model at most."""
@@ -134,7 +136,8 @@ class Residency:
             moved += size
         if moved:
             loaded.model_accelerated = next(_swapped(model), None) is not None
-            say(log, logging.INFO, "memory.grown", model=type(model).__name__, size_mb=moved / MB)
+            level = self._told.level(model, "memory.grown", moved)
+            say(log, level, "memory.grown", model=type(model).__name__, size_mb=moved / MB)
         return moved
 
     def _away(self, model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:

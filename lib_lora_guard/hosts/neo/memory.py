@@ -73,7 +73,7 @@ class NeoMemory:
         """Stands in place of `load_models_gpu`. Neo frees room for the first number, and places weights beside the second."""
         memory_required = self._checked(models, memory_required)
         factors = sum(map(self.factor_bytes, models))
-        self._rule_log.tell(rules.with_factors(0, factors)[1])
+        self._rule_log.tell(rules.with_factors(0, factors)[1], models[0].model if models else None)
         least = None if minimum_memory_required is None else minimum_memory_required + factors
         loras = tuple(label_of(lora) for patcher in models for lora in loras_of(patcher))
         first = models[0].model if len(models) == 1 else None

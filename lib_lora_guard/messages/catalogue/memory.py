@@ -14,7 +14,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "memory.grown": ("{size_mb:.0f} MB of {model} are back on the card", "{model} 的 {size_mb:.0f} MB 已回到显卡"),
     "memory.chosen": (
-        "{model}, {calls} calls: {comes_mb:.0f} MB of it come to the card, {left_mb:.0f} MB of others leave, {swapped_mb:.0f} MB are "
+        "{model}, calls: {calls}; {comes_mb:.0f} MB of it come to the card, {left_mb:.0f} MB of others leave, {swapped_mb:.0f} MB are "
         "copied in each call; {seconds:.1f} s of copying until the next image, another way {other_seconds:.1f} s "
         "({to_card:.1f} GB/s to the card, {to_ram:.1f} to RAM)",
         "{model}，{calls} 次运行：{comes_mb:.0f} MB 移到显卡，其他模型让出 {left_mb:.0f} MB，每次运行复制 {swapped_mb:.0f} MB；"
@@ -30,8 +30,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "memory.left": ("{model} leaves the card, {size_mb:.0f} MB", "{model} 已移出显卡，{size_mb:.0f} MB"),
     "memory.swapped": (
-        "{model} comes for {passes} calls: {size_mb:.0f} MB of it stay in RAM and are copied in each, which moves less than making "
-        "room would",
+        "{model} comes for a short while (calls: {passes}); {size_mb:.0f} MB of it stay in RAM and are copied in each call, which "
+        "moves less than making room would",
         "{model} 只运行 {passes} 次：其中 {size_mb:.0f} MB 留在内存并在每次运行时复制，这比腾出显存所移动的数据更少",
     ),
     "memory.not_moved": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
     "why.memory.chosen": (
-        "{model} does not fit beside everything else. Of the ways to place it for {calls} calls, this one copies for {seconds:.1f} s; "
+        "{model} does not fit beside everything else. Of the ways to place it (calls: {calls}), this one copies for {seconds:.1f} s; "
         "another would copy for {other_seconds:.1f} s. A smaller picture, a smaller model file or fewer LoRAs make more of it fit.",
         "{model} 与其余内容无法同时放入显存。在运行 {calls} 次的各种放置方式中，此方式复制用时 {seconds:.1f} 秒，另一种需要 "
         "{other_seconds:.1f} 秒。缩小图片、使用更小的模型文件或减少 LoRA，可以让更多部分放入显存。",
@@ -25,7 +25,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "其他程序或比计划更大的图片占用了 {key} 的 LoRA 所需的显存。",
     ),
     "why.memory.swapped": (
-        "{model} runs {passes} times and is then not needed for a while. Making room for all of it would move more than the "
+        "{model} runs for a short while (calls: {passes}) and is then not needed. Making room for all of it would move more than the "
         "{size_mb:.0f} MB that are copied to the card as they are used.",
         "{model} 只运行 {passes} 次，之后暂时不再需要。为整个模型腾出空间所移动的数据，比使用时复制到显卡的 {size_mb:.0f} MB 更多。",
     ),

@@ -122,9 +122,22 @@ def test_one_line_says_the_choice_with_its_numbers(parts, lines):
     with images_on(parts, 12) as images:
         for _ in range(3):
             images.image(is_new_stack=True)
-        said = [line for line in lines() if line.startswith("Denoiser, 20 calls: ")]
+        said = [line for line in lines() if line.startswith("Denoiser, calls: 20; ")]
         assert 1 <= len(said) <= 2
         assert "(6.5 GB/s to the card, 1.5 to RAM)" in said[0]
+
+
+def test_an_image_like_the_last_one_adds_no_line(parts, lines):
+    with images_on(parts, 12) as images:
+        for _ in range(2):
+            images.image(is_new_prompt=True, factors=150 * MB)
+        before = lines()
+        assert any(line.startswith("Denoiser, calls: 20; ") for line in before)
+        assert any("of Denoiser leave the card" in line for line in before)
+        moved = images.scene.machine.moved
+        images.image(is_new_prompt=True, factors=150 * MB)
+        assert images.scene.machine.moved > moved
+        assert lines() == before
 
 
 def test_a_model_that_fits_is_not_chosen_for_and_no_link_is_measured(parts, monkeypatch):

@@ -1,5 +1,6 @@
 """The moves of a load: models leave, shrink and come back on a card that is not there (`support.fake_card`)."""
 
+import logging
 import math
 from dataclasses import replace
 
@@ -62,7 +63,9 @@ def test_changing_prompts_moves_less_than_forge_alone_does(parts):
     assert by_guard < 0.35 * by_host
 
 
-def test_a_text_encoder_runs_swapped_beside_a_large_denoiser(parts, lines):
+def test_a_text_encoder_runs_swapped_beside_a_large_denoiser(parts, lines, caplog):
+    caplog.set_level(logging.DEBUG, logger="lib_lora_guard")
+
     def moved(guarded):
         with scene_of(parts, guarded=guarded) as scene:
             denoiser, text = flux(scene, 18), t5(scene, 10)
@@ -83,7 +86,8 @@ def test_a_text_encoder_runs_swapped_beside_a_large_denoiser(parts, lines):
     by_guard, stays = moved(True)
     assert stays
     assert by_guard < by_host / 2
-    assert any("JointTextEncoder comes for 2 calls" in line for line in lines())
+    # Toy sizes, too small for a line that all read.
+    assert any("JointTextEncoder comes for a short while (calls: 2)" in line for line in lines())
     assert not any("leaves the card" in line for line in lines())
 
 

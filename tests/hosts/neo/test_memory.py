@@ -88,6 +88,13 @@ def test_both_of_neos_numbers_grow_by_the_factors(memory):
     assert asked == [(1064, False, 564), (74, False, None)]
 
 
+def test_factors_are_told_once_of_each_model(memory, lines):
+    models = [patcher(LOW_RANK), patcher(LOW_RANK, LOW_RANK)]
+    for model in models * 3:
+        memory.load_models_gpu(lambda *args: None, [model])
+    assert len(lines.about("LG-R06")) == len(models)
+
+
 @pytest.mark.parametrize(("wanted", "given"), [(-5.0, 0), (float("nan"), 0), (1e9, 1 << 20), (1e30, 1e30)])
 def test_no_request_is_larger_than_the_card_negative_or_no_number(memory, lines, wanted, given):
     asked = []
