@@ -172,7 +172,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--batch", type=arguments.typed(arguments.batch), default=1, metavar="1", help="pictures at once")
     plan.add_argument(
         "--gpu",
-        type=arguments.typed(arguments.gpu_of),
+        type=arguments.typed(arguments.gpu),
         metavar="NAME",
         help=f"card whose rates are assumed, or the known one nearest to it (default: this machine's; with --vram {DEFAULT_GPU})",
     )

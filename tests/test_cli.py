@@ -712,7 +712,8 @@ def test_sizes(text, size):
     "words",
     [
         ["--vram", "many"], ["--vram", "0"], ["--vram", "-4GB"], ["--ram", "12TB"], ["--resolution", "1024"],
-        ["--ram", "12000"], ["--resolution", "1x1"], ["--batch", "0"], ["--batch", "1000"], ["--gpu", "RTX 9999"], ["--mode", "fast"],
+        ["--ram", "12000"], ["--resolution", "1x1"], ["--batch", "0"], ["--batch", "1000"], ["--gpu", "9999"], ["--gpu", ""], ["--gpu", "?!"],
+        ["--mode", "fast"],
     ],
 )  # fmt: skip
 def test_wrong_usage_is_code_2_and_says_what_was_expected(capsys, words):
@@ -760,6 +761,7 @@ def test_the_machine_is_read_where_it_is_not_given(files, capsys, monkeypatch):
         "Read from this machine: 11.0 GB of VRAM that Forge will find free, 32.0 GB of RAM, NVIDIA GeForce RTX 4070 SUPER\n"
         "NVIDIA GeForce RTX 4070 SUPER is not among the known cards: counted as RTX 4070, the nearest of them." in text
     )
+    assert "they are those of RTX 4070.\n" in text
     assert cli.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["machine"]["vram_bytes"], found["machine"]["ram_bytes"]) == (11 * GB, 32 * GB)
@@ -768,6 +770,30 @@ def test_the_machine_is_read_where_it_is_not_given(files, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert (stop.value.code, "no NVIDIA card answers here" in error(capsys)) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("card", "counted", "english", "chinese"),
+    [
+        ("RTX 9999", "RTX 5090", "counted as RTX 5090, the nearest of them. ", "按最接近的 RTX 5090 计算。"),
+        ("Radeon RX 7900 XTX", "RTX 3060", "counted as RTX 3060, a usual card for 12.0 GB of VRAM. ", "按 RTX 3060 计算，"),
+    ],
+)  # fmt: skip
+def test_a_card_that_is_not_known_is_counted_as_another_and_said(
+    files, capsys, monkeypatch, card, counted, english, chinese
+):
+    monkeypatch.setenv("COLUMNS", "300")
+    words = [files / "fp8.safetensors", files / "small.safetensors", "--gpu", card]
+    found = document(capsys, *words)
+    assert found["machine"]["assumed_rates"]["gpu"] == counted
+    known = document(capsys, *words[:-1], counted)
+    assert {**found, "notes": []} == known
+    for language, said in (("en", english), ("zh", chinese)):
+        monkeypatch.setattr(cli, "users_language", lambda language=language: language)
+        assert plan(*words) == 0
+        text = capsys.readouterr().out
+        assert card in text
+        assert said in text
 
 
 def test_a_card_says_what_forge_will_find_free(monkeypatch):

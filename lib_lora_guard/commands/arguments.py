@@ -6,13 +6,12 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ..files.header import is_file, shown
 from ..messages import Message, reason
-from ..planning.rates import GpuRates, nearest_rates, rates_of
+from ..planning.rates import nearest_rates
 from ..units import GB, MB
 from . import webui_files
 from .page import in_users_language
@@ -100,29 +99,14 @@ def lora(text: str) -> tuple[Path, float]:
     return lora_file(path), strength
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A card: its name as it was given, and the rates that it is counted with."""
-
-    name: str
-    rates: GpuRates
-
-    @property
-    def is_known(self) -> bool:
-        """True if the rates are this card's own."""
-        try:
-            return rates_of(self.name) is self.rates
-        except ValueError:
-            return False
-
-
-def gpu_of(text: str) -> Gpu:
-    """Parses the name of a card. One that is not known is counted as the known one nearest to it.
+def gpu(text: str) -> str:
+    """Parses the name of a card, known or not.
 
     Raises:
-        ValueError: No known card is near it.
+        ValueError: The text is no name of a card.
     """
-    return Gpu(text, nearest_rates(text))
+    nearest_rates(text)
+    return text
 
 
 def resolution(text: str) -> tuple[int, int]:

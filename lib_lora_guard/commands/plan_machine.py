@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from ..files import shown
 from ..messages import Joined, Message
-from ..planning.rates import DEFAULT_GPU, GpuRates, rates_of
+from ..planning.rates import DEFAULT_GPU, RATES, GpuRates, nearest_rates, rates_of, relative_of
 from ..units import GB
-from .arguments import Gpu, gpu_of
 
 FREE_SHARE = 0.9
 """Share of a card that Forge finds free when it starts: some 11 GB of a 12 GB card with a desktop on it."""
@@ -24,13 +23,13 @@ class Machine:
     notes: tuple[Message, ...]
 
 
-def machine_for(vram_bytes: int | None, ram_bytes: int | None, gpu: Gpu | None) -> Machine:
+def machine_for(vram_bytes: int | None, ram_bytes: int | None, gpu: str | None) -> Machine:
     """Returns the machine. What is None is read here; the card is read only where the VRAM is read too.
 
     Args:
         vram_bytes: VRAM that the host finds free; None to read it.
         ram_bytes: Installed RAM; None to read it.
-        gpu: The card; None for this machine's, or the default one where the VRAM was given.
+        gpu: The card's name; None for this machine's, or the default one where the VRAM was given.
 
     Raises:
         ValueError: A number can be read nowhere.
@@ -47,13 +46,28 @@ def machine_for(vram_bytes: int | None, ram_bytes: int | None, gpu: Gpu | None) 
         ram_bytes = _ram_bytes()
         read.append(Message("plan.machine_ram", {"gb": ram_bytes / GB}))
     if gpu is None and card:
-        gpu = _gpu_here(card)
+        gpu = card
         read.append(Message("plan.machine_card", {"name": shown(card)}))
-    gpu = gpu or Gpu(DEFAULT_GPU, rates_of(DEFAULT_GPU))
     notes = [Message("plan.machine", {"facts": Joined(read)})] if read else []
-    if not gpu.is_known:
-        notes.append(Message("plan.counted_as", {"card": shown(gpu.name), "known": gpu.rates.name}))
-    return Machine(vram_bytes, ram_bytes, gpu.rates, tuple(notes))
+    rates, counted = _rates(gpu or DEFAULT_GPU, vram_bytes)
+    return Machine(vram_bytes, ram_bytes, rates, (*notes, *counted))
+
+
+def _rates(gpu: str, vram_bytes: int) -> tuple[GpuRates, list[Message]]:
+    """Returns the rates of a card, and the line that says which other card's they are."""
+    try:
+        return rates_of(gpu), []
+    except ValueError:
+        pass
+    try:
+        rates = nearest_rates(gpu, vram_bytes)
+    except ValueError:
+        # A driver that gives a card no proper name.
+        rates = RATES[DEFAULT_GPU]
+    facts = {"card": shown(gpu), "known": rates.name}
+    if relative_of(gpu) is None:
+        return rates, [Message("plan.counted_by_memory", {**facts, "gb": vram_bytes / GB})]
+    return rates, [Message("plan.counted_as", facts)]
 
 
 def this_card() -> tuple[str, int | None]:
@@ -79,10 +93,3 @@ def _ram_bytes() -> int:
     if found is None:
         raise ValueError(Message("plan.no_ram"))
     return found
-
-
-def _gpu_here(card: str) -> Gpu:
-    try:
-        return gpu_of(card)
-    except ValueError:
-        return Gpu(card, rates_of(DEFAULT_GPU))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..units import GB
+
 GIGA = 1e9
 
 EFFICIENCY = 0.5
@@ -126,10 +128,18 @@ _RELATIVES = {
     "titanrtx": "RTX 2080 Ti", "6000ada": "RTX 4090", "pro6000": "RTX 5090", "h800": "H100", "h100": "H100", "h200": "H200",
 }  # fmt: skip
 """Cards for computers of another kind, with the listed card whose memory is about as fast."""
-_MODEL = re.compile(r"(rtx|gtx)?(\d{4})(ti)?")
+_MODEL = re.compile(r"(rtx|gtx)?(\d{3,4})(ti)?")
 _MEMORY_SIZE = re.compile(r"\d+\s*gb", re.IGNORECASE)
-_NEAR = 1000
-"""Model numbers further apart than this say nothing about each other: one generation."""
+_USUAL_BY_GB = (
+    (6, "RTX 2060"),
+    (8, "RTX 4060"),
+    (12, "RTX 3060"),
+    (16, "RTX 4060 Ti"),
+    (24, "RTX 3090"),
+    (32, "RTX 5090"),
+)
+"""The slower of the cards that many people have, by memory: a name that says nothing promises no speed."""
+_LARGEST = "H100"
 
 
 def rates_of(name: str) -> GpuRates:
@@ -145,20 +155,39 @@ def rates_of(name: str) -> GpuRates:
     raise ValueError(f"expected one of {', '.join(RATES)}, found {name!r}; take the one nearest to yours")
 
 
-def nearest_rates(name: str) -> GpuRates:
+def nearest_rates(name: str, vram_bytes: int | None = None) -> GpuRates:
     """Returns the rates of a card, or of the known card nearest to it: "RTX 4070 Super" is counted as "RTX 4070".
 
+    A name that tells no relative, such as that of another maker's card, is counted as a usual card with as much memory.
+
+    Args:
+        name: The card, in any spelling.
+        vram_bytes: Memory of it that is free; None: not known, and the default card is taken.
+
     Raises:
-        ValueError: No known card is near it.
+        ValueError: The name is none: it has no letters, and is no model number either.
     """
     try:
         return rates_of(name)
     except ValueError:
-        short = _short(_MEMORY_SIZE.sub("", name))
-        near = _relative(short) or _by_number(short)
-        if near is None:
+        if (near := relative_of(name)) is not None:
+            return near
+        if not any(letter.isalpha() for letter in name):
             raise
-        return RATES[near]
+        return RATES[_by_memory(vram_bytes)]
+
+
+def relative_of(name: str) -> GpuRates | None:
+    """Returns the rates of the known card that the name of another shows to be near: same maker, nearest number."""
+    short = _short(_MEMORY_SIZE.sub("", name))
+    near = _relative(short) or _by_number(short)
+    return RATES[near] if near else None
+
+
+def _by_memory(vram_bytes: int | None) -> str:
+    if vram_bytes is None:
+        return DEFAULT_GPU
+    return next((card for gb, card in _USUAL_BY_GB if vram_bytes <= gb * GB), _LARGEST)
 
 
 def _relative(short: str) -> str | None:
@@ -169,16 +198,22 @@ def _by_number(short: str) -> str | None:
     found = _MODEL.match(short)
     if found is None:
         return None
-    line, number, is_ti = found[1], int(found[2]), bool(found[3])
+    line, (series, place), is_ti = found[1], divmod(int(found[2]), 100), bool(found[3])
+    if place == 0 or (line is None and not _is_series(series)):
+        # "RTX 6000" is a card for workstations, which are not numbered by series; "123" is no card.
+        return None
     # A GTX and an RTX with one number are no relatives; without the letters the number tells.
-    line = line or ("gtx" if number < 2000 else "rtx")
+    line = line or ("gtx" if series < 20 else "rtx")
 
-    def distance(card: str) -> tuple[int, bool]:
-        return abs(number - int(card[4:8])), card.endswith(" Ti") is not is_ti
+    def distance(card: str) -> tuple[int, int, bool]:
+        known_series, known_place = divmod(int(card[4:8]), 100)
+        return abs(series - known_series), abs(place - known_place), card.endswith(" Ti") is not is_ti
 
-    of_line = [card for card in RATES if card[:4].lower() == f"{line} "]
-    near = min(of_line, key=distance)
-    return near if distance(near)[0] <= _NEAR else None
+    return min((card for card in RATES if card[:4].lower() == f"{line} "), key=distance)
+
+
+def _is_series(series: int) -> bool:
+    return any(card[4:6] == str(series) for card in RATES)
 
 
 def _short(name: str) -> str:

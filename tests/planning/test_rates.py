@@ -50,14 +50,26 @@ def test_an_unknown_card_is_an_error_with_the_list(written):
         ("NVIDIA L40S", "RTX 4090"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("RTX 3060 12GB", "RTX 3060"),
+        ("RTX 9999", "RTX 5090"),
+        ("RTX 6060", "RTX 5060"),
+        ("GTX 970", "GTX 1060"),
     ],
 )
 def test_the_known_card_nearest_to_another_is_taken(written, name):
-    assert nearest_rates(written).name == name
+    assert nearest_rates(written, 8 << 30).name == name
 
 
-@pytest.mark.parametrize("written", ["", "RTX", "RTX 9999", "RX 7900 XTX", "Arc A770", "60"])
-def test_a_card_without_a_near_one_is_an_error(written):
+@pytest.mark.parametrize("written", ["RTX", "RX 7900 XTX", "Arc A770", "Quadro RTX 6000", "RTX 6000", "显卡"])
+@pytest.mark.parametrize(
+    ("vram_gb", "name"),
+    [(None, "RTX 3060"), (0.5, "RTX 2060"), (6, "RTX 2060"), (7, "RTX 4060"), (24, "RTX 3090"), (24.1, "RTX 5090"), (80, "H100")],
+)  # fmt: skip
+def test_a_name_that_tells_no_relative_is_counted_by_its_memory(written, vram_gb, name):
+    assert nearest_rates(written, None if vram_gb is None else int(vram_gb * 2**30)).name == name
+
+
+@pytest.mark.parametrize("written", ["", " ", "60", "9999", "970", "-7", "!?"])
+def test_what_is_no_name_is_an_error(written):
     with pytest.raises(ValueError, match="expected one of"):
         nearest_rates(written)
 

@@ -85,8 +85,14 @@ TEXTS: dict[str, tuple[str, str]] = {
     "plan.machine_ram": ("{gb:.1f} GB of RAM", "内存 {gb:.1f} GB"),
     "plan.machine_card": ("{name}", "{name}"),
     "plan.counted_as": (
-        "{card} is not among the known cards: counted as {known}, the nearest of them. Times alone depend on it.",
-        "未知的显卡 {card}：按最接近的 {known} 计算。只有时间受其影响。",
+        "{card} is not among the known cards: counted as {known}, the nearest of them. Only the times depend on that: they are "
+        "those of {known}.",
+        "未知的显卡 {card}：按最接近的 {known} 计算。受影响的只有时间：所示时间是 {known} 的。",
+    ),
+    "plan.counted_by_memory": (
+        "{card} is not among the known cards, and its name does not say how fast it is: counted as {known}, a usual card for "
+        "{gb:.1f} GB of VRAM. Only the times depend on that: they are those of {known}.",
+        "未知的显卡 {card}，从名称也看不出速度：按 {known} 计算，它是显存 {gb:.1f} GB 时的常见显卡。受影响的只有时间：所示时间是 {known} 的。",
     ),
     "plan.no_card": (
         "no NVIDIA card answers here; say how much VRAM is meant, such as --vram 12GB",
