@@ -34,7 +34,7 @@ def read_log(name: str) -> bytes:
     """
     if name == PIPED:
         return sys.stdin.buffer.read(MOST_PIPED_BYTES)
-    with opened(Path(name)) as (file, facts):
+    with opened(Path(name), is_listed=False) as (file, facts):
         if facts.st_size <= HEAD_BYTES + TAIL_BYTES + 1:
             return file.read()
         head = file.read(HEAD_BYTES)

@@ -166,14 +166,18 @@ def damaged(path: Path, detail: str, key: str | None = None) -> FileFormatError:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[FileIO, os.stat_result]]:
+def opened(path: Path, is_listed: bool = True) -> Iterator[tuple[FileIO, os.stat_result]]:
     """Opens a file and reads its facts.
+
+    Args:
+        path: The file.
+        is_listed: True if the WebUI's lists name such files, and may be out of date where it is missing.
 
     Raises:
         FileFormatError: The system cannot open or read it.
     """
     if not is_file(path):
-        raise FileFormatError(about(shown(str(path)), _why_no_file(path)))
+        raise FileFormatError(about(shown(str(path)), _why_no_file(path, is_listed)))
     try:
         with path.open("rb", buffering=0) as file:
             yield file, os.fstat(file.fileno())
@@ -181,8 +185,9 @@ def opened(path: Path) -> Iterator[tuple[FileIO, os.stat_result]]:
         raise refusal(path, Message("file.unreadable", {"error": error.strerror or str(error)})) from error
 
 
-def _why_no_file(path: Path) -> Message:
+def _why_no_file(path: Path, is_listed: bool) -> Message:
     """Returns the reason why there is no file at `path`, with the file that may be meant."""
+    missing = Message("file.missing" if is_listed else "file.missing_unlisted")
     try:
         if path.is_dir():
             first = min((name for name in _names_in(path) if name.lower().endswith(_MODEL_ENDS)), default="")
@@ -192,8 +197,8 @@ def _why_no_file(path: Path) -> Message:
         names = [name for name in _names_in(path.parent) if name != path.name]
         near = difflib.get_close_matches(path.name, names, n=1, cutoff=_NEAR_NAME)
     except (OSError, ValueError):
-        return Message("file.missing")
-    return Message("file.missing_near", {"near": shown(near[0])}) if near else Message("file.missing")
+        return missing
+    return Message("file.missing_near", {"near": shown(near[0])}) if near else missing
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from explaining.logs import LOGS, NEO, loaded, start
 
 from lib_lora_guard import cli
 from lib_lora_guard.commands import explain as command
+from lib_lora_guard.commands import page
 from lib_lora_guard.explaining import explain
 from lib_lora_guard.explaining.host_lines import LINES
 from lib_lora_guard.explaining.reading import HEAD_BYTES, TAIL_BYTES, lines_of
@@ -235,3 +236,13 @@ def test_the_command_reads_a_file_and_a_pipe(tmp_path, capsys, monkeypatch):
     assert "took 190 s" in capsys.readouterr().out
     assert cli.main(["explain", str(tmp_path)]) == 1
     assert "this is a folder" in capsys.readouterr().err
+
+
+def test_a_log_that_is_missing_is_in_no_list_to_refresh(tmp_path, capsys, monkeypatch):
+    for language, end in (
+        ("en", ": no such file; check its name and folder\n"),
+        ("zh", "文件不存在；请检查文件名与所在文件夹\n"),
+    ):
+        monkeypatch.setattr(page, "users_language", lambda language=language: language)
+        assert cli.main(["explain", str(tmp_path / "none.txt")]) == 1
+        assert capsys.readouterr().err.endswith(end)

@@ -8,6 +8,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "no such file; check its name and folder, or refresh the list",
         "文件不存在；请检查文件名与所在文件夹，或刷新列表",
     ),
+    "file.missing_unlisted": (
+        "no such file; check its name and folder",
+        "文件不存在；请检查文件名与所在文件夹",
+    ),
     "file.missing_near": (
         "no such file; is {near} meant?",
         "文件不存在；是否指 {near}？",
