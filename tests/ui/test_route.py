@@ -1,7 +1,9 @@
 """The tab's address: what it answers, and to whom. Through a real server on the loopback."""
 
 import re
+import sys
 import urllib.parse
+from pathlib import Path
 
 import pytest
 from support.face_server import Served
@@ -13,6 +15,10 @@ from lib_lora_guard.settings import Language
 from lib_lora_guard.ui.language import reader_language
 from lib_lora_guard.ui.panel import PAGE_LINES, labels
 from lib_lora_guard.ui.route import PATH, add_route
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import panel_poll
 
 
 @pytest.fixture
@@ -191,3 +197,12 @@ def test_the_last_error_of_the_log_is_a_problem_until_another_comes(host, ask):
     (other,) = ask({"Accept-Language": "zh-CN"})[2]["status"]["problems"]
     assert other["id"] != problem["id"]
     assert other["text"].startswith("内存或显存耗尽")
+
+
+def test_an_open_tab_takes_less_than_a_hundredth_of_a_core():
+    """At one request a second, which is what the page is made for; the processor's time, whatever else the machine does."""
+    assert "const EVERY_MS = 1000;" in (ROOT / "javascript/lora_guard.js").read_text(encoding="utf-8")
+    cost = panel_poll.measure(20)
+    assert 0.1 < cost.percent < 1
+    assert cost.percent == pytest.approx(cost.poll_ms / 10)
+    assert cost.bytes < 6000
