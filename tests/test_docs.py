@@ -98,6 +98,9 @@ def test_the_lines_of_the_log_in_the_page_for_little_memory_are_in_the_catalogue
         line for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for line in re.findall(r"`([^`]+)`", cell)
     ]
     assert len(shown) == 12
+    of_cards = re.findall(r"^- (?:The log: |日志：)`([^`]+)`", page, re.MULTILINE)
+    assert len(of_cards) == len(re.findall(r"^### \d+ GB$", page, re.MULTILINE)) == 4
+    shown += of_cards
     unknown = [
         line for line in shown if not any(re.fullmatch(r"(LG-R\d\d(?:: |：))?" + known, line) for known in sentences)
     ]
