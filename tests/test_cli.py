@@ -266,6 +266,21 @@ def test_the_example_of_the_readme_does_not_fit_and_names_the_file_that_would(fi
     assert capsys.readouterr().out.startswith(
         "Fits, but slowly: 0.9 GB of the model lie in RAM and are copied to the card"
     )
+    whole = {f"model.diffusion_model.{name}": shape for name, shape in SHAPES.items()} | t5_shapes()
+    write_safetensors(model, stored(whole, "F8_E4M3"))
+    in_the_file = document(capsys, *words)
+    assert [one["name"] for one in in_the_file["beside"]] == ["CLIP-L", "VAE"]
+    assert in_the_file["predicted"][0]["ram_peak_bytes"] / 2**20 == pytest.approx(replayed, rel=0.001)
+
+
+def t5_shapes():
+    """T5-XXL's encoder without its norms, which a checkpoint may hold too."""
+    t5 = "text_encoders.t5xxl.transformer"
+    block = {f"0.SelfAttention.{name}": (4096, 4096) for name in "qkvo"}
+    block |= {"1.DenseReluDense.wi_0": (10240, 4096), "1.DenseReluDense.wi_1": (10240, 4096)}
+    block |= {"1.DenseReluDense.wo": (4096, 10240)}
+    blocks = {f"{t5}.encoder.block.{n}.layer.{name}.weight": shape for n in range(24) for name, shape in block.items()}
+    return {f"{t5}.shared.weight": (32128, 4096), **blocks}
 
 
 FUSED = "diffusion_model.double_blocks.0.img_attn.qkv"

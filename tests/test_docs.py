@@ -87,12 +87,19 @@ PAGES_FOR_LITTLE_MEMORY = [("low-vram.md", "en"), ("low-vram.zh-CN.md", "zh")]
 def test_the_lines_of_the_log_in_the_page_for_little_memory_are_in_the_catalogue(name, language):
     """With numbers in place of the placeholders; the number of a rule before the sentence is left out."""
     sentences = [
-        "".join(
-            re.escape(word) + (".+" if name else "") for word, name, _, _ in string.Formatter().parse(texts[language])
-        )
+        [(word, bool(name)) for word, name, _, _ in string.Formatter().parse(texts[language])]
         for texts in TEXTS.values()
         if len(texts["en"]) > 30
     ]
+
+    def is_known(line):
+        """Makes patterns of those sentences only whose words are all in the line: most are not, and patterns cost."""
+        like_it = (parts for parts in sentences if all(word in line for word, _ in parts))
+        patterns = (
+            "".join(re.escape(word) + (".+" if has_fact else "") for word, has_fact in parts) for parts in like_it
+        )
+        return any(re.fullmatch(r"(LG-R\d\d(?:: |：))?" + pattern, line) for pattern in patterns)
+
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     shown = [
         line for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for line in re.findall(r"`([^`]+)`", cell)
@@ -101,10 +108,7 @@ def test_the_lines_of_the_log_in_the_page_for_little_memory_are_in_the_catalogue
     of_cards = re.findall(r"^- (?:The log: |日志：)`([^`]+)`", page, re.MULTILINE)
     assert len(of_cards) == len(re.findall(r"^### \d+ GB$", page, re.MULTILINE)) == 4
     shown += of_cards
-    unknown = [
-        line for line in shown if not any(re.fullmatch(r"(LG-R\d\d(?:: |：))?" + known, line) for known in sentences)
-    ]
-    assert unknown == []
+    assert [line for line in shown if not is_known(line)] == []
 
 
 def test_both_pages_for_little_memory_have_the_same_numbers_and_links():

@@ -131,10 +131,19 @@ def _about_rows(computed: Sequence[Replay]) -> list[str]:
         lines.append(
             f"Close calls: in {', '.join(close)} Forge lacks less than {CLOSE_MB} MB of RAM by this arithmetic."
         )
+    lines += [
+        f"Row {row} in other units: {guard.numbers['RAM needed']:.0f} MB are the {guard.numbers['RAM needed'] / 1024:.1f} GB (of "
+        "1024 MB) that `lora-guard plan` says for such files in the README. With T5 and CLIP-L in the model file itself `plan` says so "
+        "too. The 16.7 GB that it said there before counted T5's token table as stored (376 MB less than in fp32) and no VAE (160 MB)."
+        for row, guard in judged
+        if row == README_ROW
+    ]
     return lines
 
 
 CLOSE_MB = 512
+README_ROW = "1"
+"""The configuration that the README's example of `plan` takes up."""
 
 
 def _copies_more_mb(outcome: GuardOutcome) -> float:
