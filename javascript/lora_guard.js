@@ -116,6 +116,7 @@
         draw(labels) {
             const least = this.log ? this.log.levels.value : "debug";
             this.labels = labels;
+            this.tips.hide();
             const label = (name) => this.label(name);
             this.strip = new guard.Strip(label, this.place);
             this.curve = new guard.Curve(label, this.tips);

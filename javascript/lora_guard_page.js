@@ -50,7 +50,11 @@
             this.place = place;
             this.box = guard.make("div", { class: "lg-tip", role: "tooltip", id: "lora_guard_tip" });
             this.box.hidden = true;
-            const over = (event) => this.show(event.target.closest("[data-tip]"));
+            const over = (event) => {
+                const target = event.target.closest("[data-tip]");
+                // A chart shows its own, whichever line in it the pointer is on.
+                if (target || !this.target || !this.target.contains(event.target)) this.show(target);
+            };
             place.addEventListener("pointerover", over);
             place.addEventListener("focusin", over);
             place.addEventListener("pointerleave", () => this.hide());
@@ -64,13 +68,14 @@
             if (!target) return this.hide();
             if (target === this.target) return;
             this.hide();
-            this.target = target;
             target.setAttribute("aria-describedby", this.box.id);
-            this.at(target.dataset.tip, target.getBoundingClientRect());
+            this.say(target, target.dataset.tip, target.getBoundingClientRect());
         }
 
-        /** Shows a text beside a rectangle of the window. */
-        at(text, near) {
+        /** Shows a text of an element beside a rectangle of the window. */
+        say(target, text, near) {
+            if (target !== this.target) this.hide();
+            this.target = target;
             this.box.textContent = text;
             this.place.append(this.box);
             this.box.hidden = false;

@@ -446,6 +446,43 @@ def test_the_curve_has_phases_the_promise_the_peak_and_a_point_to_read(open_page
     assert without_card == [True, "lg-curve lg-without-vram", 1]
 
 
+def test_a_chosen_point_stays_while_samples_arrive(open_page, host):
+    host.step_seconds = 0
+    host.generate(3)
+    page = open_page()
+    vram = page.locator(".lg-chart").first
+    vram.focus()
+    page.keyboard.press("Home")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    chosen = page.inner_text(".lg-tip")
+    assert chosen.endswith("image 1, load: VRAM 5.96 GB of 12.0 GB")
+    host.generate(1)
+    wait_for(page, ".lg-peak >> text=Image 2")
+    assert (page.inner_text(".lg-tip:visible"), vram.get_attribute("aria-valuetext")) == (chosen, chosen)
+    place = "() => { const c = document.querySelector('.lg-chart .lg-cursor'); return [c.style.display, +c.getAttribute('x1')] }"
+    shown, x = page.evaluate(place)
+    assert shown == ""
+    assert page.locator(".lg-tip").bounding_box()["x"] == pytest.approx(vram.bounding_box()["x"] + x + 6, abs=1)
+    page.keyboard.press("ArrowRight")
+    assert ", image 1, between: VRAM 6.88 GB of 12.0 GB" in page.inner_text(".lg-tip"), "the one behind it, not the end"
+    page.keyboard.press("Escape")
+    host.generate(1)
+    wait_for(page, ".lg-peak >> text=Image 3")
+    assert not page.is_visible(".lg-tip"), "closed stays closed"
+    assert page.evaluate(place)[0] == "none"
+    box = vram.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 3, box["y"] + 50)
+    chosen = page.inner_text(".lg-tip:visible")
+    host.generate(1)
+    wait_for(page, ".lg-peak >> text=Image 4")
+    page.wait_for_timeout(100)
+    assert page.inner_text(".lg-tip:visible") == chosen
+    assert page.evaluate(place)[0] == ""
+    page.mouse.move(0, 0)
+    assert not page.is_visible(".lg-tip")
+
+
 def test_a_line_explains_itself_and_the_search_finds_it(open_page, host):
     host.log.info("%s", Message("memory.shrunk", {"size_mb": 730.0, "model": "KModel"}))
     host.log.info("another line")
