@@ -120,7 +120,7 @@
             const label = (name) => this.label(name);
             this.strip = new guard.Strip(label, this.place);
             this.curve = new guard.Curve(label, this.tips);
-            this.status = new guard.Status(label);
+            this.status = new guard.Status(label, this.tips);
             this.tools = new guard.Tools(label);
             this.log = new guard.LogSection(label, this, least);
             this.place.replaceChildren(this.strip.element, this.curve.element, this.status.loras, this.status.memory, this.tools.element, this.status.inForce, this.log.element);

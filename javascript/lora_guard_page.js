@@ -68,8 +68,25 @@
             if (!target) return this.hide();
             if (target === this.target) return;
             this.hide();
-            target.setAttribute("aria-describedby", this.box.id);
+            this.described(target).setAttribute("aria-describedby", this.box.id);
             this.say(target, target.dataset.tip, target.getBoundingClientRect());
+        }
+
+        /** Returns the element that a screen reader is on: a label explains its field. */
+        described(target) {
+            return target.control || target;
+        }
+
+        /** Redraws a place. The focus stays on the same file or the same position, and its explanation stays open. */
+        redraw(place, children) {
+            const stops = () => [...place.querySelectorAll("[tabindex], button")];
+            const at = stops().indexOf(document.activeElement), isOpen = place.contains(this.target);
+            const { file } = document.activeElement.dataset;
+            place.replaceChildren(...children);
+            if (at < 0) return;
+            const same = file === undefined ? stops()[at] : stops().find((one) => one.dataset.file === file);
+            if (same) same.focus({ preventScroll: true });
+            if (!isOpen) this.hide();
         }
 
         /** Shows a text of an element beside a rectangle of the window. */
@@ -87,7 +104,7 @@
         }
 
         hide() {
-            if (this.target) this.target.removeAttribute("aria-describedby");
+            if (this.target) this.described(this.target).removeAttribute("aria-describedby");
             this.target = null;
             this.box.hidden = true;
         }

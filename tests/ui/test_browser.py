@@ -483,6 +483,74 @@ def test_a_chosen_point_stays_while_samples_arrive(open_page, host):
     assert not page.is_visible(".lg-tip")
 
 
+EXPLAINED = {
+    *("VRAM", "RAM", "this Forge", "other programs and the driver", "kept by torch, free for the next step"),
+    *("the model", "LoRAs beside it", "kept free for computing", "everything else", "page file (swap) left"),
+    *("Every number and where it comes from", "measured", "promised", "load", "encode", "steps", "decode", "LoRA mode"),
+    *("LoRA", "Made for", "Rank", "Size", "Strength", "Applied", "Cost", "Kind", "290 beside the layer (bypass)"),
+    *("Free VRAM", "Free RAM", "Forget corrections", "Copy for a bug report", "Will it fit?", "Calculate"),
+    *("Search", "Resume", "Copy", "Download", "why?", "↓ To the newest line", "×"),
+    *("Checkpoint", "LoRAs (several with Ctrl)", "Show"),
+}
+"""Words of the page with an explanation, beside those with a number in them."""
+TERMS = """() => [...document.querySelectorAll("#lora_guard_panel :is(.lg-term, [data-tip], button, select, input, summary, [role=meter])")]
+    .filter((one) => !one.matches(".lg-fold"))
+    .map((one) => {
+        const word = one.matches("label") ? one.firstChild.textContent.trim() : one.textContent || one.placeholder || one.role;
+        const from = one.closest("[data-tip]"), stop = one.control || one, box = document.getElementById("lora_guard_tip");
+        const term = { word, tip: from ? from.dataset.tip : "", isStop: stop.tabIndex >= 0 };
+        if (!one.checkVisibility() || one.closest("[hidden]")) return { ...term, isHidden: true };
+        document.activeElement.blur();
+        stop.focus();
+        const told = box.hidden ? "" : box.textContent, isTold = stop.getAttribute("aria-describedby") === box.id;
+        stop.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+        return { ...term, told, isTold, isClosed: box.hidden };
+    })"""
+
+
+@pytest.mark.parametrize("locale", ["en", "zh-CN"])
+def test_every_term_is_explained_to_the_pointer_and_the_keyboard(open_page, host, locale):
+    host.step_seconds = 0
+    host.generate(1)
+    host.log.info("%s", Message("memory.shrunk", {"size_mb": 730.0, "model": "KModel"}))
+    page = open_page(locale=locale)
+    page.locator(".lg-fold").first.click()
+    page.locator(".lg-fit summary").click()
+    page.wait_for_selector(".lg-form select")
+    page.click(".lg-pause")
+    page.hover("nav")
+    terms = page.evaluate(TERMS)
+    shown = [term for term in terms if "isHidden" not in term]
+    assert [term for term in terms if not term["tip"] or not term["isStop"]] == []
+    wrong = [term for term in shown if (term["told"], term["isTold"], term["isClosed"]) != (term["tip"], True, True)]
+    assert wrong == []
+    assert len(shown) > 50
+    if locale == "en":
+        tips = {term["word"]: term["tip"] for term in terms}
+        assert EXPLAINED - set(tips) == set()
+        assert tips["kept by torch, free for the next step"] == (
+            "VRAM that torch has got from the driver and does not use now. Other programs see it as taken; the next step "
+            "uses it first. Source of the number: torch's CUDA allocator."
+        )
+    else:
+        assert [term for term in terms if not re.search("[\u4e00-\u9fff]", term["tip"])] == []
+
+
+def test_a_term_in_focus_stays_explained_while_its_number_changes(open_page, host):
+    page = open_page()
+    free = page.locator(".lg-free").first
+    free.focus()
+    assert page.inner_text(".lg-tip:visible") == "8.19 GB of 12.0 GB in use"
+    host.vram_free_mb = 1900
+    wait_for(page, ".lg-tip:visible >> text=10.1 GB of 12.0 GB in use")
+    assert page.evaluate("document.activeElement.className") == "lg-term lg-free"
+    page.keyboard.press("Escape")
+    host.vram_free_mb = 3900
+    wait_for(page, ".lg-free >> text=3.81 GB free")
+    assert not page.is_visible(".lg-tip"), "closed stays closed"
+    assert page.evaluate("document.activeElement.className") == "lg-term lg-free"
+
+
 def test_a_line_explains_itself_and_the_search_finds_it(open_page, host):
     host.log.info("%s", Message("memory.shrunk", {"size_mb": 730.0, "model": "KModel"}))
     host.log.info("another line")
