@@ -15,6 +15,7 @@ from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.settings import Language
+from lib_lora_guard.ui import accordion
 
 ROWS = "#lora_guard_panel .lg-line"
 STATE = "#lora_guard_panel .lg-state"
@@ -674,6 +675,50 @@ def grey(colour):
     red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
     level = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     return level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4
+
+
+ACCORDION = """(told) => {
+    const add = (parent, tag, attributes, text = "") => {
+        const made = Object.assign(document.createElement(tag), attributes, { textContent: text });
+        parent.append(made);
+        return made;
+    };
+    for (const id of ["html_info_txt2img", "html_log_txt2img"]) add(document.body, "div", { id });
+    const accordion = add(document.body, "div", { id: "lora_guard_txt2img" });
+    const name = add(accordion, "button", { className: "label-wrap" });
+    add(name, "span", {}, "LoRA Guard");
+    name.addEventListener("click", () => name.classList.toggle("open"));
+    add(accordion, "div", {}).innerHTML = told;
+    window.asked = 0;
+    add(accordion, "button", { id: "lora_guard_txt2img_opened" }).addEventListener("click", () => { window.asked += 1; });
+    window.gradioApp = () => document;
+    window.onUiLoaded = (start) => start();
+}"""
+"""The parts of the WebUI's page that the accordion's script reads, with the button that gradio sends to the server."""
+
+
+def test_the_accordion_asks_nothing_while_it_is_closed(open_page):
+    page = open_page(shown=False)
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.evaluate(ACCORDION, accordion.place("en"))
+    page.add_script_tag(path=standalone.ROOT / "javascript" / "lora_guard_accordion.js")
+
+    def image(summary):
+        page.evaluate("(said) => { html_info_txt2img.textContent = said }", f"Steps: 30, LoRA Guard: {summary}")
+        page.clock.run_for(1000)
+        return page.inner_text(".lora_guard_badge"), page.evaluate("asked")
+
+    assert image("style bypass") == ("active", 0)
+    assert image('"style bypass, without pose (made for SDXL)"') == ("left out", 0)
+    for _ in range(2):  # opened, and closed again at once
+        page.click("#lora_guard_txt2img .label-wrap")
+    page.clock.run_for(1000)
+    assert (page.evaluate("asked"), requests) == (0, [])
+    page.click("#lora_guard_txt2img .label-wrap")
+    page.clock.run_for(1000)
+    assert page.evaluate("asked") == 1
+    assert image("style bypass") == ("active", 2)
 
 
 def playwright_axe():
