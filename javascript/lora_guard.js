@@ -116,10 +116,11 @@
         draw(labels) {
             const least = this.log ? this.log.levels.value : "debug";
             this.labels = labels;
+            this.tips.hide();
             const label = (name) => this.label(name);
             this.strip = new guard.Strip(label, this.place);
             this.curve = new guard.Curve(label, this.tips);
-            this.status = new guard.Status(label);
+            this.status = new guard.Status(label, this.tips);
             this.tools = new guard.Tools(label);
             this.log = new guard.LogSection(label, this, least);
             this.place.replaceChildren(this.strip.element, this.curve.element, this.status.loras, this.status.memory, this.tools.element, this.status.inForce, this.log.element);

@@ -17,6 +17,7 @@
             const { make } = guard;
             this.label = label;
             this.tips = tips;
+            this.charts = {};
             this.forget();
             this.place = make("div", { class: "lg-charts" });
             this.peak = make("p", { class: "lg-peak" });
@@ -31,7 +32,7 @@
             this.images = [];
             this.last = 0;
             this.total = { vram: null, ram: null };
-            this.at = null;
+            this.chosen = null;  // the number of the sample under the cursor
             if (this.place) this.draw();
         }
 
@@ -45,7 +46,6 @@
             this.total = { vram: curve.vram_total_mb || this.total.vram, ram: curve.ram_total_mb || this.total.ram };
             const oldest = Math.max(0, ...this.samples.slice(-1).map((sample) => sample[IMAGE])) - IMAGES;
             this.samples = this.samples.filter((sample) => sample[IMAGE] > oldest).slice(-SAMPLES);
-            this.at = null;
             this.draw();
         }
 
@@ -62,6 +62,7 @@
         draw() {
             const { make } = guard;
             if (!this.samples.length) {
+                this.charts = {};
                 this.place.replaceChildren(make("p", { class: "lg-quiet" }, this.label("curve_empty")));
                 this.peak.textContent = "";
                 return;
@@ -72,11 +73,13 @@
             // Without a card there is one line, RAM's, and nothing was promised.
             this.element.classList.toggle("lg-without-vram", !hasVram);
             this.promised.hidden = !hasVram;
-            if (hasVram) charts.push(this.chart("vram", VRAM, width));
-            if (this.samples.some((sample) => sample[RAM] !== null)) charts.push(this.chart("ram", RAM, width));
-            const hadFocus = this.place.contains(document.activeElement) ? document.activeElement.dataset.name : null;
-            this.place.replaceChildren(...charts);
-            if (hadFocus) this.place.querySelector('svg[data-name="' + hadFocus + '"]')?.focus();
+            if (hasVram) charts.push(this.chart("vram", VRAM));
+            if (this.samples.some((sample) => sample[RAM] !== null)) charts.push(this.chart("ram", RAM));
+            const shown = [...this.place.children];
+            if (shown.length !== charts.length || shown.some((one, place) => one !== charts[place].element)) {
+                this.place.replaceChildren(...charts.map((chart) => chart.element));
+            }
+            for (const chart of charts) this.fill(chart, width);
             this.peak.textContent = this.peakText();
         }
 
@@ -96,27 +99,65 @@
             return along.map((share) => LEFT + share * (width - LEFT - RIGHT));
         }
 
-        chart(name, column, width) {
-            const { make, draw, size } = guard;
-            const known = this.samples.map((sample) => sample[column]).filter((mb) => mb !== null);
-            const total = this.total[name] || Math.max(...known);
-            const y = (mb) => TOP + (HEIGHT - TOP) * (1 - Math.max(0, Math.min(1, mb / total)));
+        /** Returns a chart, which stays the same element: the focus and the pointer are on it while samples arrive. */
+        chart(name, column) {
+            if (this.charts[name]) return this.charts[name];
+            const { make, draw } = guard;
             const drawing = draw("svg", {
-                class: "lg-chart", viewBox: "0 0 " + width + " " + HEIGHT, width, height: HEIGHT, tabindex: "0", role: "slider",
-                "data-name": name, "aria-label": this.label("curve") + ": " + this.label("tip_" + name),
-                "aria-valuemin": "0", "aria-valuemax": String(this.samples.length - 1), "aria-valuenow": String(this.samples.length - 1),
-                "aria-valuetext": this.text(this.samples.length - 1, column, total),
-            }, ...this.bands(), ...this.dividers(),
-            draw("line", { class: "lg-limit", x1: 0, x2: width, y1: TOP, y2: TOP }),
-            ...this.lines(column, y).map((points) => draw("polyline", { class: "lg-used lg-used-" + name, points })),
-            ...(name === "vram" ? this.lines(PROMISED, y, true).map((points) => draw("polyline", { class: "lg-promised", points })) : []));
-            const cursor = draw("line", { class: "lg-cursor", y1: TOP, y2: HEIGHT });
-            cursor.style.display = "none";
-            drawing.append(cursor);
-            this.listen(drawing, cursor, column, total, y);
-            const head = make("div", { class: "lg-chart-head" }, make("strong", {}, this.label("name_" + name)), " ",
+                class: "lg-chart", height: HEIGHT, tabindex: "0", role: "slider", "data-name": name,
+                "aria-label": this.label("curve") + ": " + this.label("tip_" + name), "aria-valuemin": "0",
+            });
+            const head = make("div", { class: "lg-chart-head" });
+            const chart = { name, column, drawing, head, element: make("div", { class: "lg-chart-place" }, head, drawing) };
+            this.listen(chart);
+            return (this.charts[name] = chart);
+        }
+
+        /** Draws the samples into a chart. A sample whose tip is shown keeps it, at its new place. */
+        fill(chart, width) {
+            const { make, draw, size } = guard;
+            const { name, column, drawing } = chart;
+            const known = this.samples.map((sample) => sample[column]).filter((mb) => mb !== null);
+            const total = (chart.total = this.total[name] || Math.max(...known));
+            const y = (mb) => TOP + (HEIGHT - TOP) * (1 - Math.max(0, Math.min(1, mb / total)));
+            chart.cursor = draw("line", { class: "lg-cursor", y1: TOP, y2: HEIGHT });
+            for (const [attribute, value] of Object.entries({ viewBox: "0 0 " + width + " " + HEIGHT, width })) drawing.setAttribute(attribute, value);
+            drawing.setAttribute("aria-valuemax", String(this.samples.length - 1));
+            drawing.replaceChildren(...this.bands(), ...this.dividers(),
+                draw("line", { class: "lg-limit", x1: 0, x2: width, y1: TOP, y2: TOP }),
+                ...this.lines(column, y).map((points) => draw("polyline", { class: "lg-used lg-used-" + name, points })),
+                ...(name === "vram" ? this.lines(PROMISED, y, true).map((points) => draw("polyline", { class: "lg-promised", points })) : []),
+                chart.cursor);
+            chart.head.replaceChildren(make("strong", {}, this.label("name_" + name)), " ",
                 make("span", { class: "lg-quiet" }, guard.fill(this.label("limit_" + name), { used: size(known[known.length - 1]), total: size(total) })));
-            return make("div", { class: "lg-chart-place" }, head, drawing);
+            this.point(chart);
+            if (this.tips.target === drawing && drawing.isConnected) this.tell(chart);
+            else chart.cursor.style.display = "none";
+        }
+
+        /** Returns the place of the chosen sample, or that of the newest. Of one that was let go, the oldest has the place. */
+        get at() {
+            const last = this.samples.length - 1;
+            if (this.chosen === null) return last;
+            const place = this.samples.findIndex((sample) => sample[NUMBER] >= this.chosen);
+            return place < 0 ? last : place;
+        }
+
+        /** Moves a chart's value and cursor to the chosen sample. */
+        point({ drawing, cursor, column, total }) {
+            drawing.setAttribute("aria-valuenow", String(this.at));
+            drawing.setAttribute("aria-valuetext", this.text(this.at, column, total));
+            cursor.setAttribute("x1", this.xs[this.at]);
+            cursor.setAttribute("x2", this.xs[this.at]);
+        }
+
+        /** Shows the chosen sample. */
+        tell(chart) {
+            this.point(chart);
+            chart.cursor.style.display = "";
+            const box = chart.drawing.getBoundingClientRect();
+            const near = { left: box.left + this.xs[this.at] + 6, top: box.top + TOP, bottom: box.bottom };
+            this.tips.say(chart.drawing, this.text(this.at, chart.column, chart.total), near);
         }
 
         /** A band for each phase, from its first sample to the next phase. */
@@ -169,33 +210,28 @@
             return stretches.map((one) => one.join(" "));
         }
 
-        listen(drawing, cursor, column, total, y) {
-            const show = (place) => {
-                this.at = place;
-                cursor.setAttribute("x1", this.xs[place]);
-                cursor.setAttribute("x2", this.xs[place]);
-                cursor.style.display = "";
-                const text = this.text(place, column, total), box = drawing.getBoundingClientRect();
-                drawing.setAttribute("aria-valuenow", String(place));
-                drawing.setAttribute("aria-valuetext", text);
-                this.tips.at(text, { left: box.left + this.xs[place] + 6, top: box.top + TOP, bottom: box.bottom });
+        listen(chart) {
+            const { drawing } = chart;
+            const choose = (place) => {
+                this.chosen = this.samples[place][NUMBER];
+                this.tell(chart);
             };
             const hide = () => {
-                cursor.style.display = "none";
+                chart.cursor.style.display = "none";
                 this.tips.hide();
             };
             drawing.addEventListener("pointermove", (event) => {
                 const x = event.clientX - drawing.getBoundingClientRect().left;
-                show(this.xs.reduce((best, one, place) => (Math.abs(one - x) < Math.abs(this.xs[best] - x) ? place : best), 0));
+                choose(this.xs.reduce((best, one, place) => (Math.abs(one - x) < Math.abs(this.xs[best] - x) ? place : best), 0));
             });
             drawing.addEventListener("pointerleave", hide);
             drawing.addEventListener("blur", hide);
             drawing.addEventListener("keydown", (event) => {
+                if (event.key === "Escape") hide();
                 const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
                 if (by === undefined) return;
                 event.preventDefault();
-                const from = this.at === null ? this.samples.length - 1 : this.at;
-                show(Math.max(0, Math.min(this.samples.length - 1, from + by)));
+                choose(Math.max(0, Math.min(this.samples.length - 1, this.at + by)));
             });
         }
 

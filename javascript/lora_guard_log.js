@@ -18,7 +18,7 @@
             this.following = true;
             this.wanted = "";
             this.list = make("div", { class: "lg-lines", role: "log", tabindex: "0", "aria-label": label("log"), dir: "ltr" });
-            this.newest = make("button", { type: "button", class: "lg-button lg-newest" }, "↓ " + label("newest"));
+            this.newest = make("button", { type: "button", class: "lg-button lg-newest", "data-tip": label("tip_newest") }, "↓ " + label("newest"));
             this.newest.hidden = true;
             this.box = make("div", { class: "lg-log-box" }, this.list, this.newest);
             this.list.addEventListener("scroll", () => {
@@ -88,7 +88,7 @@
             const { make } = guard;
             const told = make("div", { class: "lg-why" }, text);
             told.hidden = true;
-            const button = make("button", { type: "button", class: "lg-link", "aria-expanded": "false" }, this.label("why"));
+            const button = make("button", { type: "button", class: "lg-link", "aria-expanded": "false", "data-tip": this.label("tip_why") }, this.label("why"));
             button.addEventListener("click", () => {
                 told.hidden = !told.hidden;
                 button.setAttribute("aria-expanded", String(!told.hidden));
@@ -145,19 +145,19 @@
                 ...LEVELS.map((level) => make("option", { value: level }, label("level_" + level))));
             this.levels.value = least;
             this.levels.addEventListener("change", () => this.log.filter(this.levels.value));
-            this.word = make("input", { type: "search", class: "lg-select lg-search", placeholder: label("search"), "aria-label": label("search") });
+            this.word = make("input", { type: "search", class: "lg-select lg-search", "data-tip": label("tip_search"), placeholder: label("search"), "aria-label": label("search") });
             this.word.addEventListener("input", () => this.log.search(this.word.value));
             this.pause = this.button("pause", () => panel.pause());
             this.copy = this.button("copy", () => this.copyText());
             this.state = make("span", { class: "lg-state", role: "status", "data-state": "live" });
             const tools = make("div", { class: "lg-tools", role: "toolbar", "aria-label": label("log") },
-                make("label", { class: "lg-label" }, label("level") + " ", this.levels), this.word,
+                make("label", { class: "lg-label", "data-tip": label("tip_level") }, label("level") + " ", this.levels), this.word,
                 this.pause, this.copy, this.button("download", () => this.download()), this.state);
             this.element = make("section", { class: "lg-log", "aria-label": label("log") }, make("h3", {}, label("log")), tools, this.log.box);
         }
 
         button(name, action) {
-            const made = guard.make("button", { type: "button", class: "lg-button lg-" + name }, this.label(name));
+            const made = guard.make("button", { type: "button", class: "lg-button lg-" + name, "data-tip": this.label("tip_" + name) }, this.label(name));
             made.addEventListener("click", action);
             return made;
         }

@@ -50,7 +50,11 @@
             this.place = place;
             this.box = guard.make("div", { class: "lg-tip", role: "tooltip", id: "lora_guard_tip" });
             this.box.hidden = true;
-            const over = (event) => this.show(event.target.closest("[data-tip]"));
+            const over = (event) => {
+                const target = event.target.closest("[data-tip]");
+                // A chart shows its own, whichever line in it the pointer is on.
+                if (target || !this.target || !this.target.contains(event.target)) this.show(target);
+            };
             place.addEventListener("pointerover", over);
             place.addEventListener("focusin", over);
             place.addEventListener("pointerleave", () => this.hide());
@@ -64,13 +68,31 @@
             if (!target) return this.hide();
             if (target === this.target) return;
             this.hide();
-            this.target = target;
-            target.setAttribute("aria-describedby", this.box.id);
-            this.at(target.dataset.tip, target.getBoundingClientRect());
+            this.described(target).setAttribute("aria-describedby", this.box.id);
+            this.say(target, target.dataset.tip, target.getBoundingClientRect());
         }
 
-        /** Shows a text beside a rectangle of the window. */
-        at(text, near) {
+        /** Returns the element that a screen reader is on: a label explains its field. */
+        described(target) {
+            return target.control || target;
+        }
+
+        /** Redraws a place. The focus stays on the same file or the same position, and its explanation stays open. */
+        redraw(place, children) {
+            const stops = () => [...place.querySelectorAll("[tabindex], button")];
+            const at = stops().indexOf(document.activeElement), isOpen = place.contains(this.target);
+            const { file } = document.activeElement.dataset;
+            place.replaceChildren(...children);
+            if (at < 0) return;
+            const same = file === undefined ? stops()[at] : stops().find((one) => one.dataset.file === file);
+            if (same) same.focus({ preventScroll: true });
+            if (!isOpen) this.hide();
+        }
+
+        /** Shows a text of an element beside a rectangle of the window. */
+        say(target, text, near) {
+            if (target !== this.target) this.hide();
+            this.target = target;
             this.box.textContent = text;
             this.place.append(this.box);
             this.box.hidden = false;
@@ -82,7 +104,7 @@
         }
 
         hide() {
-            if (this.target) this.target.removeAttribute("aria-describedby");
+            if (this.target) this.described(this.target).removeAttribute("aria-describedby");
             this.target = null;
             this.box.hidden = true;
         }

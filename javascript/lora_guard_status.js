@@ -7,16 +7,17 @@
     const COLUMNS = ["lora", "base", "rank", "size", "strength", "share", "cost"];
 
     guard.Status = class {
-        constructor(label) {
+        constructor(label, tips) {
             const { make } = guard;
             this.label = label;
+            this.tips = tips;
             this.drawn = {};
             this.opened = new Set();
             this.facts = make("dl", { class: "lg-facts" });
             this.figures = make("div", { class: "lg-memory" });
             this.numbers = make("tbody", {});
             this.rows = make("div", {});
-            const numbers = make("details", { class: "lg-numbers" }, make("summary", {}, label("numbers")),
+            const numbers = make("details", { class: "lg-numbers" }, make("summary", { "data-tip": label("tip_numbers") }, label("numbers")),
                 make("div", { class: "lg-scroll", tabindex: "0", role: "region", "aria-label": label("numbers") },
                     make("table", { class: "lg-table", "aria-label": label("numbers") }, this.numbers)));
             this.loras = this.section("loras", this.rows);
@@ -36,9 +37,7 @@
             const text = JSON.stringify(told);
             if (text === this.drawn[name]) return;
             this.drawn[name] = text;
-            const focused = place.contains(document.activeElement) ? document.activeElement.dataset.file : null;
-            place.replaceChildren(...children(told));
-            if (focused) [...place.querySelectorAll("[data-file]")].find((one) => one.dataset.file === focused)?.focus();
+            this.tips.redraw(place, children(told));
         }
 
         section(name, ...children) {
@@ -74,27 +73,35 @@
             const used = fill(this.label("used_of"), { used: size(used_mb), total });
             const free = fill(this.label("free"), { free: size(figure.free_mb), total });
             const share = (mb) => (figure.total_mb ? Math.max(0, Math.min(100, (100 * mb) / figure.total_mb)) : 0).toFixed(1) + "%";
+            const parts = figure.used.map((amount) => amount.name + " " + size(amount.mb)).join(this.label("between"));
             const bar = make("span", {
-                class: "lg-bar", role: "meter", "aria-label": figure.name, "aria-valuemin": "0",
+                class: "lg-bar", role: "meter", tabindex: "0", "data-tip": used + this.label("colon") + parts, "aria-label": figure.name, "aria-valuemin": "0",
                 "aria-valuemax": String(figure.total_mb), "aria-valuenow": String(used_mb), "aria-valuetext": used,
             }, ...figure.used.map((amount, place) => {
-                const part = make("span", { class: "lg-bar-used lg-part-" + place, "data-tip": amount.name + " " + size(amount.mb) });
+                const part = make("span", { class: "lg-bar-used lg-part-" + place });
                 part.style.width = share(amount.mb);
                 return part;
             }));
             const legend = make("span", { class: "lg-legend" },
                 ...figure.used.map((amount, place) => this.amount(amount, "lg-key lg-part-" + place)),
                 ...figure.beside.map((amount) => this.amount(amount, null)));
-            return make("div", { class: "lg-figure" }, name, bar, make("span", { class: "lg-free", "data-tip": used }, free),
+            return make("div", { class: "lg-figure" }, name, bar, term(free, used, { class: "lg-term lg-free" }),
                 legend, make("span", { class: "lg-source" }, figure.source));
         }
 
-        /** Shows a name with its size. The tooltip has its origin, or why it is not known. */
+        /** Shows a name with its size. The tooltip has its meaning and its origin, or why it is not known. */
         amount(amount, key) {
-            const { make, size } = guard;
+            const { make, term, size } = guard;
             const mark = key ? make("span", { class: key, "aria-hidden": "true" }) : null;
-            return make("span", { class: "lg-amount", "data-tip": amount.missing || amount.source || null }, mark,
-                amount.name + " ", make("span", { class: "lg-number" }, amount.mb === 0 ? this.label("none") : size(amount.mb)));
+            const tip = this.explained(amount);
+            return make("span", { class: "lg-amount" }, mark, tip ? term(amount.name, tip) : amount.name, " ",
+                make("span", { class: "lg-number" }, amount.mb === 0 ? this.label("none") : size(amount.mb)));
+        }
+
+        explained(amount) {
+            const about = amount.about || "";
+            if (amount.missing) return guard.fill(this.label("tip_missing"), { about, reason: amount.missing }).trim();
+            return amount.source ? guard.fill(this.label("tip_sourced"), { about, source: amount.source }).trim() : about;
         }
 
         step(step) {
@@ -128,7 +135,7 @@
             const { make, term } = guard;
             if (!status.loras.length) return [make("p", { class: "lg-quiet" }, this.label("nothing"))];
             const titles = COLUMNS.map((name) => make("th", { scope: "col" },
-                name === "lora" ? this.label(name) : term(this.label(name), this.label("tip_" + name))));
+                term(this.label(name), this.label("tip_" + name))));
             return [make("table", { class: "lg-table lg-loras", "aria-label": this.label("loras") },
                 make("thead", {}, make("tr", {}, ...titles)),
                 ...status.loras.map((lora) => this.lora(lora, status.models)))];

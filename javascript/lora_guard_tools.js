@@ -63,7 +63,7 @@
         async unfold() {
             if (!this.fit.open || this.form) return;
             const { make } = guard;
-            const choice = (name, several, names) => make("label", { class: "lg-choice" }, this.label(name),
+            const choice = (name, several, names) => make("label", { class: "lg-choice", "data-tip": this.label("tip_" + name) }, this.label(name),
                 make("select", { class: "lg-select", name, ...(several ? { multiple: "", size: "6" } : {}) },
                     ...names.map((one) => make("option", { value: one }, one))));
             this.form = make("form", { class: "lg-form" });
@@ -71,7 +71,7 @@
                 const lists = await ask("/files");
                 this.answer = make("div", { class: "lg-answer", role: "status" });
                 this.form.append(choice("checkpoint", false, lists.checkpoints), choice("fit_loras", true, lists.loras),
-                    make("button", { type: "submit", class: "lg-button" }, this.label("ask")), this.answer);
+                    make("button", { type: "submit", class: "lg-button", "data-tip": this.label("tip_ask") }, this.label("ask")), this.answer);
                 this.fit.append(this.form);
             } catch (error) {
                 this.form = null;

@@ -217,10 +217,17 @@ def _programs(programs: OtherPrograms, language: str) -> dict[str, Any]:
 def _amount(amount: Amount, language: str) -> dict[str, Any]:
     return {
         "name": _text(amount.name, language),
+        "about": _about(amount.name, language),
         "mb": _mb(amount.mb),
         "source": _text(amount.source, language),
         "missing": _text(amount.missing, language),
     }
+
+
+def _about(name: str, language: str) -> str | None:
+    """Returns the explanation of a name of the catalogue; None if there is none."""
+    key = f"panel.about.{name.key.removeprefix('panel.')}" if isinstance(name, Message) else ""
+    return _text(Message(key), language) if key in TEXTS else None
 
 
 def _mb(value: float | None) -> float | None:

@@ -127,6 +127,7 @@ def test_every_text_comes_in_the_readers_language():
     (memory,) = told["memory"]
     assert memory["source"] == "数据来源：NVIDIA 管理库（NVML）"
     ours = {"name": "当前 Forge", "mb": 2.0, "source": "NVIDIA 管理库（NVML）", "missing": None}
+    ours["about"] = "当前 Forge 占用的部分：模型、LoRA 和正在生成的图片。"
     assert memory["used"] == told["step"]["parts"] == [ours]
     assert (
         memory["beside"]
@@ -134,6 +135,7 @@ def test_every_text_comes_in_the_readers_language():
         == [
             {
                 "name": "页面文件（交换空间）剩余",
+                "about": "磁盘上代替内存的空间。放在其中的模型读取很慢。",
                 "mb": None,
                 "source": "NVIDIA 管理库（NVML）",
                 "missing": "此处没有对其进行统计",

@@ -1,6 +1,7 @@
 """The stand-alone page behind a real server on the loopback, and a browser to look at it."""
 
 import asyncio
+import importlib
 import json
 import os
 import shutil
@@ -88,9 +89,12 @@ def chromium():
 
 
 def playwright():
-    """playwright.sync_api; skips where it is not installed, unless LORA_GUARD_BROWSER=required."""
-    if os.environ.get("LORA_GUARD_BROWSER") == "required":
-        import playwright.sync_api
+    """playwright.sync_api."""
+    return package("playwright.sync_api")
 
-        return playwright.sync_api
-    return pytest.importorskip("playwright.sync_api", reason="needs playwright (in the extra `test`)")
+
+def package(name):
+    """A package of the extra `test`; skips where it is not installed, unless LORA_GUARD_BROWSER=required."""
+    if os.environ.get("LORA_GUARD_BROWSER") == "required":
+        return importlib.import_module(name)
+    return pytest.importorskip(name, reason=f"needs {name} (in the extra `test`)")

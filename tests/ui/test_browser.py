@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 from support import standalone
-from support.face_server import Served, chromium, playwright, wait_until
+from support.face_server import Served, chromium, package, playwright, wait_until
 from support.standalone import Standalone, made_up_report
 
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.messages import Message
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.settings import Language
+from lib_lora_guard.ui import accordion
 
 ROWS = "#lora_guard_panel .lg-line"
 STATE = "#lora_guard_panel .lg-state"
@@ -43,20 +44,35 @@ def server(host):
         yield served
 
 
+def watch(page, broken=None):
+    """Gathers in `page.problems` what goes wrong in a page.
+
+    `broken`: What the test itself breaks, a pattern of the browser's complaint with the address.
+    """
+    page.problems = []
+
+    def console(message):
+        said = f"{message.text} {message.location.get('url', '')}"
+        if message.type == "error" and not (broken and re.search(broken, said)):
+            page.problems.append(said)
+
+    page.on("console", console)
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("dialog", lambda dialog: (page.problems.append(dialog.message), dialog.dismiss()))
+
+
 @pytest.fixture
 def open_page(browser, server):
-    """Opens the page; `page.problems` gathers what went wrong in it."""
+    """Opens the page and watches it; nothing may go wrong in it, except what `broken` says."""
     contexts = []
 
-    def open_(shown=True, path="/", **options):
+    def open_(shown=True, path="/", broken=None, **options):
         context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}, **options})
         context.set_default_timeout(8000)
         contexts.append(context)
         page = context.new_page()
         page.clock.install()
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on("dialog", lambda dialog: (page.problems.append(dialog.message), dialog.dismiss()))
+        watch(page, broken)
         page.goto(server.url + path)
         if shown:
             page.click("#show_guard")
@@ -209,6 +225,7 @@ def test_the_log_goes_on_after_a_restart_of_the_server(browser):
     context = browser.new_context()
     page = context.new_page()
     page.clock.install()
+    watch(page, broken="ERR_(CONNECTION_REFUSED|EMPTY_RESPONSE|CONNECTION_RESET).*/lora-guard/panel")
     with Served(first.app) as server:
         port = server.port
         first.log.info("of the first server")
@@ -229,6 +246,7 @@ def test_the_log_goes_on_after_a_restart_of_the_server(browser):
         second.log.info("and on")
         wait_for_line(page, "and on")
         assert texts(page)[-2:] == ["of the second server", "and on"]
+        assert page.problems == []
         context.close()
 
 
@@ -347,7 +365,7 @@ def test_a_line_said_again_takes_the_place_of_the_first(open_page, host):
 
 
 def test_the_page_says_when_the_login_is_missing(open_page, host):
-    page = open_page()
+    page = open_page(broken="401.*/lora-guard/panel")
     host.app.auth = {"somebody": "password"}
     wait_for(page, STATE + "[data-state=log_in]")
     assert page.inner_text(STATE) == "not logged in; reload the page"
@@ -446,6 +464,111 @@ def test_the_curve_has_phases_the_promise_the_peak_and_a_point_to_read(open_page
     assert without_card == [True, "lg-curve lg-without-vram", 1]
 
 
+def test_a_chosen_point_stays_while_samples_arrive(open_page, host):
+    host.step_seconds = 0
+    host.generate(3)
+    page = open_page()
+    vram = page.locator(".lg-chart").first
+    vram.focus()
+    page.keyboard.press("Home")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    chosen = page.inner_text(".lg-tip")
+    assert chosen.endswith("image 1, load: VRAM 5.96 GB of 12.0 GB")
+    host.generate(1)
+    wait_for(page, ".lg-peak >> text=Image 2")
+    assert (page.inner_text(".lg-tip:visible"), vram.get_attribute("aria-valuetext")) == (chosen, chosen)
+    place = "() => { const c = document.querySelector('.lg-chart .lg-cursor'); return [c.style.display, +c.getAttribute('x1')] }"
+    shown, x = page.evaluate(place)
+    assert shown == ""
+    assert page.locator(".lg-tip").bounding_box()["x"] == pytest.approx(vram.bounding_box()["x"] + x + 6, abs=1)
+    page.keyboard.press("ArrowRight")
+    assert ", image 1, between: VRAM 6.88 GB of 12.0 GB" in page.inner_text(".lg-tip"), "the one behind it, not the end"
+    page.keyboard.press("Escape")
+    host.generate(1)
+    wait_for(page, ".lg-peak >> text=Image 3")
+    assert not page.is_visible(".lg-tip"), "closed stays closed"
+    assert page.evaluate(place)[0] == "none"
+    box = vram.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 3, box["y"] + 50)
+    chosen = page.inner_text(".lg-tip:visible")
+    host.generate(1)
+    wait_for(page, ".lg-peak >> text=Image 4")
+    page.wait_for_timeout(100)
+    assert page.inner_text(".lg-tip:visible") == chosen
+    assert page.evaluate(place)[0] == ""
+    page.mouse.move(0, 0)
+    assert not page.is_visible(".lg-tip")
+
+
+EXPLAINED = {
+    *("VRAM", "RAM", "this Forge", "other programs and the driver", "kept by torch, free for the next step"),
+    *("the model", "LoRAs beside it", "kept free for computing", "everything else", "page file (swap) left"),
+    *("Every number and where it comes from", "measured", "promised", "load", "encode", "steps", "decode", "LoRA mode"),
+    *("LoRA", "Made for", "Rank", "Size", "Strength", "Applied", "Cost", "Kind", "290 beside the layer (bypass)"),
+    *("Free VRAM", "Free RAM", "Forget corrections", "Copy for a bug report", "Will it fit?", "Calculate"),
+    *("Search", "Resume", "Copy", "Download", "why?", "↓ To the newest line", "×"),
+    *("Checkpoint", "LoRAs (several with Ctrl)", "Show"),
+}
+"""Words of the page with an explanation, beside those with a number in them."""
+TERMS = """() => [...document.querySelectorAll("#lora_guard_panel :is(.lg-term, [data-tip], button, select, input, summary, [role=meter])")]
+    .filter((one) => !one.matches(".lg-fold"))
+    .map((one) => {
+        const word = one.matches("label") ? one.firstChild.textContent.trim() : one.textContent || one.placeholder || one.role;
+        const from = one.closest("[data-tip]"), stop = one.control || one, box = document.getElementById("lora_guard_tip");
+        const term = { word, tip: from ? from.dataset.tip : "", isStop: stop.tabIndex >= 0 };
+        if (!one.checkVisibility() || one.closest("[hidden]")) return { ...term, isHidden: true };
+        document.activeElement.blur();
+        stop.focus();
+        const told = box.hidden ? "" : box.textContent, isTold = stop.getAttribute("aria-describedby") === box.id;
+        stop.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+        return { ...term, told, isTold, isClosed: box.hidden };
+    })"""
+
+
+@pytest.mark.parametrize("locale", ["en", "zh-CN"])
+def test_every_term_is_explained_to_the_pointer_and_the_keyboard(open_page, host, locale):
+    host.step_seconds = 0
+    host.generate(1)
+    host.log.info("%s", Message("memory.shrunk", {"size_mb": 730.0, "model": "KModel"}))
+    page = open_page(locale=locale)
+    page.locator(".lg-fold").first.click()
+    page.locator(".lg-fit summary").click()
+    page.wait_for_selector(".lg-form select")
+    page.click(".lg-pause")
+    page.hover("nav")
+    terms = page.evaluate(TERMS)
+    shown = [term for term in terms if "isHidden" not in term]
+    assert [term for term in terms if not term["tip"] or not term["isStop"]] == []
+    wrong = [term for term in shown if (term["told"], term["isTold"], term["isClosed"]) != (term["tip"], True, True)]
+    assert wrong == []
+    assert len(shown) > 50
+    if locale == "en":
+        tips = {term["word"]: term["tip"] for term in terms}
+        assert EXPLAINED - set(tips) == set()
+        assert tips["kept by torch, free for the next step"] == (
+            "VRAM that torch has got from the driver and does not use now. Other programs see it as taken; the next step "
+            "uses it first. Source of the number: torch's CUDA allocator."
+        )
+    else:
+        assert [term for term in terms if not re.search("[\u4e00-\u9fff]", term["tip"])] == []
+
+
+def test_a_term_in_focus_stays_explained_while_its_number_changes(open_page, host):
+    page = open_page()
+    free = page.locator(".lg-free").first
+    free.focus()
+    assert page.inner_text(".lg-tip:visible") == "8.19 GB of 12.0 GB in use"
+    host.vram_free_mb = 1900
+    wait_for(page, ".lg-tip:visible >> text=10.1 GB of 12.0 GB in use")
+    assert page.evaluate("document.activeElement.className") == "lg-term lg-free"
+    page.keyboard.press("Escape")
+    host.vram_free_mb = 3900
+    wait_for(page, ".lg-free >> text=3.81 GB free")
+    assert not page.is_visible(".lg-tip"), "closed stays closed"
+    assert page.evaluate("document.activeElement.className") == "lg-term lg-free"
+
+
 def test_a_line_explains_itself_and_the_search_finds_it(open_page, host):
     host.log.info("%s", Message("memory.shrunk", {"size_mb": 730.0, "model": "KModel"}))
     host.log.info("another line")
@@ -479,7 +602,7 @@ def test_the_buttons_say_what_came_of_them(open_page, host):
 
 
 def test_will_it_fit_asks_with_names_of_the_lists(open_page, host):
-    page = open_page()
+    page = open_page(broken="401.*/lora-guard/panel")
     page.locator(".lg-fit summary").press("Enter")
     page.get_by_label("Checkpoint").select_option("sdxl")
     page.get_by_label("LoRAs (several").select_option(["style", "pose_xl"])
@@ -503,22 +626,101 @@ def test_axe_finds_nothing_serious_and_nothing_overflows(open_page, host, path, 
     axe = playwright_axe()
     host.step_seconds, host.crash = 0, ["the last run was cut off"]
     host.generate(3)
-    page = open_page(path=path, **options)
-    page.locator(".lg-fold").first.click()
+    host.log.info("%s", Message("memory.shrunk", {"size_mb": 730.0, "model": "KModel"}))
+    page = open_page(path=path, broken="ERR_FAILED.*/lora-guard/panel", **options)
+    wait_for(page, ".lg-link")
+    page.locator(".lg-link").first.click()
+    for fold in page.locator(".lg-fold").all():
+        fold.click()
     page.locator(".lg-fit summary").click()
     page.wait_for_selector(".lg-form select")
+    page.locator(".lg-form .lg-button").click()
+    page.wait_for_selector(".lg-answer p")
+    page.mouse.move(0, 0)  # axe scrolls, and what comes under the pointer would show its own
+    page.locator(".lg-figure .lg-term").first.focus()
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     page.evaluate(axe)
     found = page.evaluate("axe.run('#lora_guard_panel')")
-    assert [
+    assert serious(found) == []
+    assert len(found["passes"]) > 10, "it has looked at something"
+    page.route("**/lora-guard/panel?*", lambda route: route.abort())
+    wait_for(page, "#lora_guard_panel.lg-gone")
+    assert page.is_visible(".lg-tip")
+    gone = page.evaluate("axe.run('#lora_guard_panel', { runOnly: ['color-contrast'] })")
+    assert serious(gone) == []
+    for part in (".lg-tip", ".lg-why", ".lg-answer", ".lg-why-not", ".lg-refused", ".lg-headline", ".lg-state"):
+        assert page.locator(part + ":visible").count(), f"{part} is not open"
+    for looked in (found, gone):
+        colours = [check for one in looked["passes"] for check in one["nodes"] if one["id"] == "color-contrast"]
+        seen = " ".join(str(check["target"]) + check["html"] for check in colours)
+        for part in ("lg-tip", "lg-why", "lg-answer", "lg-why-not", "lg-headline"):
+            assert part in seen, f"axe has not looked at {part}"
+    # A server that is gone takes the colours away; axe does not see that.
+    greys = [[grey(check["any"][0]["data"][name]) for name in ("fgColor", "bgColor")] for check in colours]
+    assert len(greys) > 30
+    assert [pair for pair in greys if (max(pair) + 0.05) / (min(pair) + 0.05) < 4.5] == []
+
+
+def serious(found):
+    """What axe finds that keeps a reader out."""
+    return [
         (one["id"], [node["html"] for node in one["nodes"]])
         for one in found["violations"]
         if one["impact"] in ("serious", "critical")
-    ] == []
-    assert len(found["passes"]) > 10, "it has looked at something"
+    ]
+
+
+def grey(colour):
+    """The luminance of a colour under the CSS filter `grayscale(1)`."""
+    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    level = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4
+
+
+ACCORDION = """(told) => {
+    const add = (parent, tag, attributes, text = "") => {
+        const made = Object.assign(document.createElement(tag), attributes, { textContent: text });
+        parent.append(made);
+        return made;
+    };
+    for (const id of ["html_info_txt2img", "html_log_txt2img"]) add(document.body, "div", { id });
+    const accordion = add(document.body, "div", { id: "lora_guard_txt2img" });
+    const name = add(accordion, "button", { className: "label-wrap" });
+    add(name, "span", {}, "LoRA Guard");
+    name.addEventListener("click", () => name.classList.toggle("open"));
+    add(accordion, "div", {}).innerHTML = told;
+    window.asked = 0;
+    add(accordion, "button", { id: "lora_guard_txt2img_opened" }).addEventListener("click", () => { window.asked += 1; });
+    window.gradioApp = () => document;
+    window.onUiLoaded = (start) => start();
+}"""
+"""The parts of the WebUI's page that the accordion's script reads, with the button that gradio sends to the server."""
+
+
+def test_the_accordion_asks_nothing_while_it_is_closed(open_page):
+    page = open_page(shown=False)
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.evaluate(ACCORDION, accordion.place("en"))
+    page.add_script_tag(path=standalone.ROOT / "javascript" / "lora_guard_accordion.js")
+
+    def image(summary):
+        page.evaluate("(said) => { html_info_txt2img.textContent = said }", f"Steps: 30, LoRA Guard: {summary}")
+        page.clock.run_for(1000)
+        return page.inner_text(".lora_guard_badge"), page.evaluate("asked")
+
+    assert image("style bypass") == ("active", 0)
+    assert image('"style bypass, without pose (made for SDXL)"') == ("left out", 0)
+    for _ in range(2):  # opened, and closed again at once
+        page.click("#lora_guard_txt2img .label-wrap")
+    page.clock.run_for(1000)
+    assert (page.evaluate("asked"), requests) == (0, [])
+    page.click("#lora_guard_txt2img .label-wrap")
+    page.clock.run_for(1000)
+    assert page.evaluate("asked") == 1
+    assert image("style bypass") == ("active", 2)
 
 
 def playwright_axe():
-    """The script of axe-core; skips where there is none."""
-    package = pytest.importorskip("axe_playwright_python", reason="needs axe-playwright-python (in the extra `test`)")
-    return (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    """The script of axe-core."""
+    return (Path(package("axe_playwright_python").__file__).parent / "axe.min.js").read_text(encoding="utf-8")

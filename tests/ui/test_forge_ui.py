@@ -231,7 +231,15 @@ def test_the_numbers_are_those_of_the_takeovers_snapshot(monkeypatch):
     assert asked == [torch.device("cpu")] * 2
     assert told["programs"] == {
         "mb": 900.0,
-        "largest": [{"name": "game", "mb": 900.0, "source": "NVIDIA's management library (NVML)", "missing": None}],
+        "largest": [
+            {
+                "name": "game",
+                "about": None,
+                "mb": 900.0,
+                "source": "NVIDIA's management library (NVML)",
+                "missing": None,
+            }
+        ],
         "more": False,
     }
 

@@ -26,11 +26,17 @@ def test_the_recording_is_told_in_the_words_of_the_catalogue():
         assert not any("{" in text for text in said)
         assert TEXTS["allocator.off"][language] in said
     lines = {line["number"]: (line["text"], line["why"]) for line in answer["lines"]}
-    assert lines[31] == ("LG-R06：LoRA 占用 292 MB 显存，已为其预留", None)
+    assert lines[31][0] == "LG-R06：LoRA 占用 292 MB 显存，已为其预留"
+    assert "此处占用 292 MB" in lines[31][1]
+    assert lines[34][1] is None
     assert lines[33][0].startswith(
         "KModel：style.safetensors 强度 0.8：使用 304 个键，跳过 0 个，旁路（融合） 304 个（低秩） | pose"
     )
     assert "KModel 的 LoRA 已更改，用时 42 毫秒" in lines[33][1]
+    card, _ = answer["status"]["memory"]
+    assert [part["about"] for part in card["used"]] == [
+        TEXTS[f"panel.about.part.{part}"]["zh"] for part in ("ours", "others", "cache")
+    ]
 
 
 def test_the_parts_of_the_recorded_card_make_the_whole():

@@ -10,8 +10,20 @@ TEXTS: dict[str, tuple[str, str]] = {
         "读取文件头，计算在本机生成 1024x1024 图片所需的资源，不加载任何内容。",
     ),
     "panel.label.checkpoint": ("Checkpoint", "模型"),
+    "panel.label.tip_checkpoint": (
+        "The model file to calculate with. It need not be the loaded one.",
+        "用于计算的模型文件，不必是已加载的模型。",
+    ),
     "panel.label.fit_loras": ("LoRAs (several with Ctrl)", "LoRA（按住 Ctrl 可多选）"),
+    "panel.label.tip_fit_loras": (
+        "The LoRAs to calculate with; none is a choice too.",
+        "用于计算的 LoRA，也可以不选。",
+    ),
     "panel.label.ask": ("Calculate", "计算"),
+    "panel.label.tip_ask": (
+        "Answers for one image of 1024x1024 with these files on this machine.",
+        "计算在本机使用这些文件生成一张 1024x1024 图片的结果。",
+    ),
     "panel.label.asking": ("Calculating…", "正在计算……"),
     "panel.fit.open": (
         "Open: {vram:.1f} GB of VRAM and {ram:.1f} GB of RAM with the system's {system:.0f} GB without {parts}, whose size is not "

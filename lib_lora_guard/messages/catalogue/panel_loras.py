@@ -10,6 +10,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "尚未应用任何 LoRA。在提示词中加入 LoRA 并生成一张图片即可。",
     ),
     "panel.label.lora": ("LoRA", "LoRA"),
+    "panel.label.tip_lora": (
+        "A file of the last prompt. Press its name for details.",
+        "上一次提示词中的文件。点击名称可查看详情。",
+    ),
     "panel.label.base": ("Made for", "适用底模"),
     "panel.label.tip_base": (
         "The kind of model that the file was trained for, as its tensors show it.",
