@@ -26,8 +26,8 @@ def test_the_recording_is_told_in_the_words_of_the_catalogue():
         assert not any("{" in text for text in said)
         assert TEXTS["allocator.off"][language] in said
     lines = {line["number"]: (line["text"], line["why"]) for line in answer["lines"]}
-    assert lines[31][0] == "LG-R06：LoRA 占用 292 MB 显存，已为其预留"
-    assert "此处占用 292 MB" in lines[31][1]
+    assert lines[12][0] == "LG-R06：LoRA 占用 146 MB 显存，已为其预留"
+    assert "此处占用 146 MB" in lines[12][1]
     assert lines[34][1] is None
     assert lines[33][0].startswith(
         "KModel：style.safetensors 强度 0.8：使用 304 个键，跳过 0 个，旁路（融合） 304 个（低秩） | pose"
