@@ -205,4 +205,5 @@ def test_an_open_tab_takes_less_than_a_hundredth_of_a_core():
     cost = panel_poll.measure(20)
     assert 0.1 < cost.percent < 1
     assert cost.percent == pytest.approx(cost.poll_ms / 10)
-    assert cost.bytes < 6000
+    # The explanations of its numbers are in each answer.
+    assert cost.bytes < 7000
