@@ -196,6 +196,11 @@ def instructions(code):
     return {one.offset: one.opname for one in dis.get_instructions(code)}
 
 
+CALLBACKS_ALONE = ("torch/_dynamo/utils.py",)
+"""Of this file only callbacks of weak references run in a change, where models were compiled before: the collector calls them, and
+Python ends an interrupt there itself."""
+
+
 class Tracer:
     """Raises KeyboardInterrupt at places counted from 1: at `first`, and at the place `second` after that one.
 
@@ -232,6 +237,8 @@ class Tracer:
                 return None
             self.armed = True
             self._trace_callers(frame)
+        if frame.f_code.co_filename.endswith(CALLBACKS_ALONE):
+            return None
         frame.f_trace_opcodes = True
         return self._step
 
