@@ -3,8 +3,8 @@
 #           and in a file that is saved from it.
 # Versions: torch==2.13.0 numpy==2.4.6 peft==0.21.2 transformers==5.24.0 accelerate==1.15.0 safetensors==0.8.0
 #           diffusers==0.42.1, any build of torch, on a CPU
-# Seen:     True until then. set_adapters() multiplies by alpha / rank of the adapter that was swapped out. With alpha 16
-#           for 4 in its place, a strength of 1 gives 0.25 of the LoRA; swapped the other way round it gives 4. The
+# Seen:     True until then. set_adapters() multiplies by alpha / rank of the adapter that was swapped out. With alpha
+#           16 in place of 4, a strength of 1 gives 0.25 of the LoRA; swapped the other way round it gives 4. The
 #           saved file has the old alpha as well, and loads as 0.25 of the LoRA.
 # Matters:  To swap and then set a strength is what a server does with each request. Every LoRA then has a strength that
 #           depends on which one was loaded first, and a comparison of strengths compares nothing.
