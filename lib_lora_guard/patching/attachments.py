@@ -29,7 +29,7 @@ from .merging import CPU, SLICE_BYTES, is_finite, merge
 from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
 from .placed import Found, Placed, compare
-from .plan import PlannedWeight, is_same_term
+from .plan import PlannedWeight, has_same_factors, is_same_term
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,21 @@ class Attachment:
             and self.site.layer is planned.site.layer
             and len(self.terms) == len(planned.terms)
             and all(map(is_same_term, self.terms, planned.terms))
+        )
+
+    def differs_in_strengths(self, access: ModelAccess, planned: PlannedWeight) -> bool:
+        """Returns True if `planned` is this very weight, stored as before, in the same mode with the same factors.
+
+        Args:
+            access: The model as the change of now sees it.
+            planned: The weight with its coming stack.
+        """
+        return (
+            self.mode is planned.mode
+            and self.site.layer is planned.site.layer
+            and self.site.storage == planned.site.storage
+            and len(self.terms) == len(planned.terms)
+            and all(map(has_same_factors, self.terms, planned.terms))
         )
 
     def attach(self) -> None:
@@ -150,6 +165,14 @@ class BypassAttachment(Attachment):
         stack = self.hook.program.one_pass
         if stack is not None and (raw := access.raw_weight(site)) is not None:
             self.hook.fused = Fused(raw, stack)
+
+    def differs_in_strengths(self, access: ModelAccess, planned: PlannedWeight) -> bool:
+        if not super().differs_in_strengths(access, planned):
+            return False
+        # What the layer's own code allows may be another answer by now: its class can change.
+        hook, site = self.hook, planned.site
+        may_be_fused = access.raw_weight(site) is not None and hook.program.one_pass is not None
+        return may_be_fused == (hook.fused is not None) and access.owns_output(site.layer) == hook.owns_output
 
     def has_ratios_of(self, planned: PlannedWeight) -> bool:
         """Returns True if the DoRAs of `planned` have the norms that are known here."""

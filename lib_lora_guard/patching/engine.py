@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ from .attachments import (
 )
 from .backup import Backup, Originals
 from .change_pairs import Coming, attachments_of, difference, going, pairs_of, place_of, replan, strays
+from .exchanges import Exchanges
 from .lora_request import Fitting, LoraRequest, fit_stack
 from .merge_room import only_from_files, with_room
 from .model_backups import ModelBackups
@@ -53,6 +55,9 @@ from .watching import Watch, merges_in, ram_for_backups, ram_for_merges, unwatch
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+SWITCH = "LORA_GUARD_STRENGTHS"
+"""0 in the environment: a change makes the attachments of every weight anew on which a strength is another."""
 
 SETTLE_ATTEMPTS = 8
 """How often an undo starts again because of a further interrupt. What is left then is undone before the next change."""
@@ -219,7 +224,7 @@ class Engine:
             try:
                 to_back_up = ram_for_backups(plan.values(), self.attached, backed_up)
                 with self.watch(Phase.BACKUP, to_back_up) if to_back_up else contextlib.nullcontext():
-                    prepared = self._prepare(access, plan, device, in_files)
+                    prepared, exchanges = self._prepare(access, plan, device, in_files)
                 whole = ApplyReport(
                     model=access.name,
                     loras=reports,
@@ -239,7 +244,7 @@ class Engine:
                 moved = [
                     (kept, kept.planned, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]
                 ]
-                self.commit(prepared, [replan(moved)], whole)
+                self.commit(prepared, [exchanges.step, replan(moved)], whole)
                 break
             except UnusableTermsError as error:
                 if not leave_out:
@@ -424,13 +429,20 @@ class Engine:
 
     def _prepare(
         self, access: ModelAccess, plan: Plan, device: torch.device, in_files: Mapping[str, Backup]
-    ) -> dict[str, Attachment]:
+    ) -> tuple[dict[str, Attachment], Exchanges]:
+        """Returns the attachments of the new stack, and the strengths that those of the old one among them are to get."""
         target: dict[str, Attachment] = {}
+        exchanges, may_exchange = Exchanges(), os.environ.get(SWITCH) != "0"
         for key, planned in plan.items():
             old = self.attached.get(key)
-            keeps = old is not None and old.carries_out(planned)
-            target[key] = old if old is not None and keeps else self._attachment(access, planned, device, old, in_files)
-        return target
+            if old is not None and (
+                old.carries_out(planned)
+                or (may_exchange and old.differs_in_strengths(access, planned) and exchanges.take(old, planned))
+            ):
+                target[key] = old
+            else:
+                target[key] = self._attachment(access, planned, device, old, in_files)
+        return target, exchanges
 
     def _attachment(
         self,

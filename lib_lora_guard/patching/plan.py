@@ -124,7 +124,7 @@ def _taken_over(
 
 def _place_of(term: Term, place: int, present: Sequence[Term]) -> int | None:
     """Returns where `present` has the same factors in the same role; None if nowhere."""
-    return next((p for p in _places(place, len(present)) if _has_same_factors(present[p], term)), None)
+    return next((p for p in _places(place, len(present)) if has_same_factors(present[p], term)), None)
 
 
 def _places(place: int, count: int) -> Iterator[int]:
@@ -137,10 +137,10 @@ def _places(place: int, count: int) -> Iterator[int]:
 
 def is_same_term(old: Term, new: Term) -> bool:
     """Returns True if the two do the same to a weight. They may come from different places in the stack."""
-    return old.strength == new.strength and _has_same_factors(old, new)
+    return old.strength == new.strength and has_same_factors(old, new)
 
 
-def _has_same_factors(old: Term, new: Term) -> bool:
+def has_same_factors(old: Term, new: Term) -> bool:
     """Returns True if the two differ in strength alone."""
     return (
         (old.adapter is new.adapter or old.adapter.identity() == new.adapter.identity())

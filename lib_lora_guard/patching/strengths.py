@@ -12,12 +12,11 @@ from collections.abc import Mapping
 import torch
 
 from ..adapters import Term
-from .attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
+from .attachments import Attachment, BypassAttachment, MergeAttachment
+from .change_pairs import replan
 from .engine import Engine
-from .forward_program import Program
-from .low_rank import JoinedLowRank, ScaleVectors, Scaling
+from .exchanges import Exchanges
 from .plan import PlannedWeight
-from .transaction import Step
 
 
 def set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
@@ -32,7 +31,8 @@ def set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
 
 def _set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
     engine.finish_undoing()
-    exchanges, anew = _Exchanges(), dict[str, Attachment]()
+    exchanges, anew = Exchanges(), dict[str, Attachment]()
+    moved: list[tuple[Attachment, PlannedWeight, PlannedWeight]] = []
     device: torch.device | None = None
     for key, attachment in engine.attached.items():
         old = attachment.planned
@@ -40,54 +40,14 @@ def _set_strengths(engine: Engine, strengths: Mapping[int, float]) -> None:
         if all(map(operator.is_, terms, old.terms)):
             continue
         new = old.with_terms(terms)
-        if isinstance(attachment, OnTheFlyAttachment):
-            exchanges.on_the_fly.append((attachment, old, new))
-        elif isinstance(attachment, BypassAttachment) and (joined := attachment.hook.low_rank) is not None:
-            scales = joined.scales_at([term.strength for term in terms])
-            exchanges.low_rank.append((attachment, old, new, joined, joined.scaling, scales))
-        elif isinstance(attachment, BypassAttachment) and attachment.has_ratios_of(new):
-            hook = attachment.hook
-            exchanges.programs.append((attachment, old, new, hook.program, hook.at_strengths(terms)))
+        if exchanges.take(attachment, new):
+            moved.append((attachment, old, new))
         else:
             # Called once: it looks at every parameter of the model.
             device = attachment.access.device() if device is None else device
             anew[key] = _anew(attachment, new, device)
     target = {**engine.attached, **anew} if anew else engine.attached
-    engine.commit(target, [Step(exchanges.make, exchanges.undo)])
-
-
-class _Exchanges:
-    """The exchanges inside attachments that stay, with the old strengths beside the new ones."""
-
-    def __init__(self) -> None:
-        self.low_rank: list[
-            tuple[BypassAttachment, PlannedWeight, PlannedWeight, JoinedLowRank, Scaling, tuple[float, ...]]
-        ] = []
-        self.programs: list[tuple[BypassAttachment, PlannedWeight, PlannedWeight, Program, Program]] = []
-        self.on_the_fly: list[tuple[OnTheFlyAttachment, PlannedWeight, PlannedWeight]] = []
-
-    def make(self) -> None:
-        vectors = ScaleVectors()
-        for bypass, _, new, joined, _, scales in self.low_rank:
-            joined.exchange(Scaling(scales, vectors))
-            bypass.planned = new
-        for bypass, _, new, _, program in self.programs:
-            bypass.hook.exchange(program)
-            bypass.planned = new
-        for on_the_fly, _, new in self.on_the_fly:
-            on_the_fly.weight_terms.exchange(new.terms)
-            on_the_fly.planned = new
-
-    def undo(self) -> None:
-        for bypass, old, _, joined, scaling, _ in self.low_rank:
-            joined.exchange(scaling)
-            bypass.planned = old
-        for bypass, old, _, program, _ in self.programs:
-            bypass.hook.exchange(program)
-            bypass.planned = old
-        for on_the_fly, old, _ in self.on_the_fly:
-            on_the_fly.weight_terms.exchange(old.terms)
-            on_the_fly.planned = old
+    engine.commit(target, [exchanges.step, replan(moved)])
 
 
 def _at(term: Term, strengths: Mapping[int, float]) -> Term:
