@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LoraMismatchError, Message
@@ -76,6 +77,10 @@ class PatchCost:
     passes: int
     copies: int
     in_fp32: bool = False
+
+
+_FITS = "fits"
+"""The attribute of an adapter that holds what it was last compared with and fits: a weight's shape, and whether that may grow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,9 +171,9 @@ class Adapter(ABC):
         changed = {f.name: convert(v) for f in fields(self) if is_tensor(v := getattr(self, f.name))}
         return replace(self, **changed)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
-        """Bytes of its tensors in their present dtypes."""
+        """Bytes of its tensors in their dtypes."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def identity(self) -> tuple[object, ...]:
@@ -225,7 +230,10 @@ class Term:
             raise UnusableStrengthError.of("lora.no_usable_strength", name=_STRENGTH, number=self.strength)
         if self.part is not None:
             shape, may_expand = self.part.shape_in(shape), False
-        self.adapter.check(shape, may_expand=may_expand)
+        # Every change asks again, mostly for the same weight.
+        if self.adapter.__dict__.get(_FITS) != (shape, may_expand):
+            self.adapter.check(shape, may_expand=may_expand)
+            self.adapter.__dict__[_FITS] = shape, may_expand
 
 
 def apply_terms(weight: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:

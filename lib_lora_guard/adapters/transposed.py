@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..lazy_torch import torch
 from .base import Adapter, PatchCost, RowFunction, Shape, mismatch
@@ -43,7 +44,7 @@ class TransposedAdapter(Adapter):
     def is_dora(self) -> bool:
         return self.inner.is_dora
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return self.inner.bytes
 

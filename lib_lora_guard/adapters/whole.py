@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ..lazy_torch import torch
@@ -104,9 +105,9 @@ class NestedAdapter(Adapter):
         inner = tuple(replace(t, adapter=t.adapter.map(convert)) for t in self.terms)
         return replace(self, base=convert(self.base), terms=inner)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
-        return super().bytes + sum(t.adapter.bytes for t in self.terms)
+        return self.base.numel() * self.base.element_size() + sum(t.adapter.bytes for t in self.terms)
 
     def identity(self) -> tuple[object, ...]:
         return type(self), id(self.base), *(t.identity() for t in self.terms)

@@ -149,8 +149,9 @@ def fit_terms(
         else:
             unfit.append((key, wrong))
     found.lost = [about(key, wrong.why) for key, wrong in unfit]
-    factors = sum(any(not term.adapter.stands_alone for term in on_key) for on_key in found.terms.values())
-    found.refused = found.refused or _refusal(unfit, factors)
+    if found.refused is None and unfit:
+        factors = sum(any(not term.adapter.stands_alone for term in on_key) for on_key in found.terms.values())
+        found.refused = _refusal(unfit, factors)
     return found if found.refused is None else Fit(skipped=found.skipped, lost=found.lost, refused=found.refused)
 
 

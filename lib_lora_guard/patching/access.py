@@ -209,7 +209,11 @@ def find_owner(model: torch.nn.Module, key: str) -> tuple[torch.nn.Module, str] 
     path, _, name = key.rpartition(".")
     owner: object = model
     for part in path.split(".") if path else ():
-        owner = getattr(owner, part, None)
+        # Most are children, which torch finds last, after an error inside the interpreter.
+        child = owner._modules.get(part) if isinstance(owner, torch.nn.Module) else None
+        owner = getattr(owner, part, None) if child is None else child
+    if isinstance(owner, torch.nn.Module) and owner._parameters.get(name) is not None:
+        return owner, name
     if isinstance(owner, torch.nn.Module) and isinstance(getattr(owner, name, None), torch.nn.Parameter):
         return owner, name
     return None

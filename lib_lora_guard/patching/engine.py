@@ -10,6 +10,7 @@ may have some of both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -399,7 +400,8 @@ class Engine:
             )
 
     def _fit(self, access: ModelAccess, stack: Sequence[LoraRequest]) -> tuple[Fitting, list[LoraReport]]:
-        return fit_stack(stack, lambda key: self._site(access, key))
+        # Several LoRAs ask for the same parameters.
+        return fit_stack(stack, functools.cache(lambda key: self._site(access, key)))
 
     def _site(self, access: ModelAccess, key: str) -> Site | None:
         """Returns the site as it is without LoRAs: a merge may have given the parameter another shape or dtype."""

@@ -182,12 +182,11 @@ class JoinedLowRank:
 
     def device_bytes(self, dtype: torch.dtype) -> int:
         """Returns the bytes of the joined factors on a device, in `dtype`."""
-        size = torch.empty(0, dtype=dtype).element_size()
         total = 0
         for factors in self._all_factors():
             kernel = 1 if factors.mid is None else product_of(factors.mid.shape[2:])
             total += factors.up.numel() + factors.rank * factors.down.shape[1] * kernel
-        return total * size
+        return total * dtype.itemsize
 
     def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Block, Scale], ...]:
         """Returns the blocks and their scales on `device`."""

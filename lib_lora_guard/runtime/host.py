@@ -15,6 +15,7 @@ from ..adapters import Term
 from ..adapters.files import LoraFile
 from ..adapters.patch_tuples import PatchValue
 from ..messages import Message
+from ..models.fit import Fit
 
 PatcherT = TypeVar("PatcherT", contravariant=True)
 """The host's object for a model with a stack of LoRAs that the model shall have, as a caller knows it."""
@@ -211,6 +212,7 @@ class FittedLora:
         weight: a factor of the strength that another extension has set.
         keys: the parameters that it has set it for; None for all of `terms`.
         file: the file, whose values may still be on their way.
+        fit: what of the file fits the model; the same object as long as file and model are the same.
     """
 
     filename: str
@@ -220,6 +222,7 @@ class FittedLora:
     weight: float = 1.0
     keys: tuple[str, ...] | None = None
     file: LoraFile | None = None
+    fit: Fit | None = None
 
     def wait(self) -> None:
         """Waits until the values of the terms are there.

@@ -10,7 +10,7 @@ import torch
 
 from ..memory.step_times import driver_spills
 from ..planning import on_card
-from ..weights.storage import storage_of
+from ..weights.storage import shape_of
 from .host import ModelFormats
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class SwappingRoom:
         return self._known[model]
 
     def _bytes(self, model: torch.nn.Module) -> int:
-        shapes = [storage_of(parameter).shape for parameter in model.parameters()]
+        shapes = [shape_of(parameter) for parameter in model.parameters()]
         value_bytes = torch.empty(0, dtype=self._formats.compute_dtype(model)).element_size()
         largest = max((math.prod(shape) for shape in shapes), default=0) * value_bytes
         is_unet = sum(len(shape) == 4 for shape in shapes) > MANY_CONVOLUTIONS

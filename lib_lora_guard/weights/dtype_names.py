@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ WIDE_DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
 _SHORT = (("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32"), ("float64", "fp64"), ("float8", "fp8"))
 
 
+@functools.lru_cache(maxsize=64)
 def dtype_name(dtype: torch.dtype | str) -> str:
     """Returns the short name that people use: bf16, fp16, fp32, fp8_e4m3fn.
 

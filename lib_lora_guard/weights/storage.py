@@ -51,19 +51,31 @@ def storage_of(parameter: torch.Tensor) -> Storage:
         size = sum(part.numel() * part.element_size() for part in kitchen.parts_of(parameter))
         return Storage(kitchen.format_of(parameter), tuple(parameter.shape), size, wide=False)
     any_parameter: Any = parameter
-    size = parameter.data.numel() * parameter.data.element_size()
+    size, shape = parameter.numel() * parameter.element_size(), _shape_of(parameter)
     if hasattr(parameter, "gguf_cls"):
         gguf_class = any_parameter.gguf_cls
-        shape = tuple(int(size) for size in any_parameter.real_shape)  # the reader gives numpy numbers
         if gguf_class is not None:
             return Storage(gguf_class.__name__, shape, size, wide=False)
         return Storage(dtype_name(parameter.dtype), shape, size, wide=parameter.dtype in WIDE_DTYPES)
     if hasattr(parameter, "bnb_quantized"):
-        state = getattr(parameter, "quant_state", None)
-        shape = tuple(parameter.shape) if state is None else tuple(state.shape)
         form = str(getattr(parameter, "quant_type", "4bit"))
         return Storage(form, shape, size + scales_bytes(parameter), wide=False)
-    return Storage(dtype_name(parameter.dtype), tuple(parameter.shape), size, wide=parameter.dtype in WIDE_DTYPES)
+    return Storage(dtype_name(parameter.dtype), shape, size, wide=parameter.dtype in WIDE_DTYPES)
+
+
+def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Returns the real shape of a parameter, `storage_of(parameter).shape`, in a tenth of the time: models have hundreds."""
+    return tuple(parameter.shape) if kitchen.is_quantized(parameter) else _shape_of(parameter)
+
+
+def _shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+    any_parameter: Any = parameter
+    if hasattr(parameter, "gguf_cls"):
+        return tuple(int(size) for size in any_parameter.real_shape)  # the reader gives numpy numbers
+    if hasattr(parameter, "bnb_quantized"):
+        state = getattr(parameter, "quant_state", None)
+        return tuple(parameter.shape) if state is None else tuple(state.shape)
+    return tuple(parameter.shape)
 
 
 def scales_bytes(parameter: torch.Tensor) -> int:

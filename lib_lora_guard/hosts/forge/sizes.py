@@ -14,6 +14,7 @@ from typing import Concatenate, TypeAlias
 
 import torch
 
+from ...patching.parameters import named_parameters
 from ...planning.gguf_baked import growth_bytes
 from ...runtime.hooks import P
 from ...weights.storage import scales_bytes
@@ -53,7 +54,7 @@ def module_size(
     found = original(module, exclude_device, include_device, return_split, *args, **kwargs)
     is_baked = bool(getattr(module, "gguf_baked", False))
     whole, weight = 0.0, 0.0
-    for name, parameter in [] if is_baked else module.named_parameters():
+    for name, parameter in () if is_baked else named_parameters(module).items():
         more = _more_bytes(parameter)
         if more and parameter.device != exclude_device and include_device in (None, parameter.device):
             whole += more

@@ -11,6 +11,7 @@ import torch
 from ...memory.probe import BackupBudget, measure_budget
 from ...patching.access import ModuleAccess, Site
 from ...patching.fused import RawWeight
+from ...patching.parameters import named_parameters
 from ...planning.limits import RAM_FLOOR_BYTES
 from .models import compute_dtype
 from .stored_rows import bnb_rows, gguf_rows, is_bnb, is_gguf, stored_bias
@@ -49,7 +50,7 @@ class WebuiAccess(ModuleAccess):
 
     def device(self) -> torch.device:
         """Returns the GPU that parts of the model are on, or the CPU."""
-        devices = {parameter.device for parameter in self.model.parameters()}
+        devices = {parameter.device for parameter in named_parameters(self.model).values()}
         return next((d for d in sorted(devices, key=str) if d.type not in ("cpu", "meta")), torch.device("cpu"))
 
     def backup_budget(self) -> BackupBudget:

@@ -26,6 +26,7 @@ from ...errors import LoraFileError, LoraMismatchError, Message, about, reason
 from ...files import is_file, shown, state_of
 from ...messages import Joined, say, without
 from ...models.fit import Fit, Target, fit_file
+from ...patching.parameters import named_parameters
 from ...patching.room_to_read import room_now_bytes
 from ...reporting.lora_rows import FileSheet
 from ...reporting.report import clean_text
@@ -35,7 +36,7 @@ from ...runtime.host import FittedLora, LoraPatchers
 from ...runtime.image_words import ImageWords
 from ...runtime.left_out import Remainder, applied_in_part, nothing_applied, remainder_of
 from ...runtime.live_settings import LiveSettings
-from ...weights.storage import storage_of
+from ...weights.storage import shape_of
 from .patchers import TuplePatchers
 from .read_ahead import FileKey, ReadAhead
 
@@ -119,6 +120,8 @@ class LoraFiles:
         )
         self._sheets: weakref.WeakKeyDictionary[LoraFile, FileSheet] = weakref.WeakKeyDictionary()
         self._ahead = ReadAhead()
+        self._shapes: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, Shape]] = weakref.WeakKeyDictionary()
+        """Those of the models that get the present stack, while its files are read: each file asks for them."""
         self._targets: weakref.WeakKeyDictionary[torch.nn.Module, Target] = weakref.WeakKeyDictionary()
         """The names of each model, worked out once for all files."""
 
@@ -188,7 +191,7 @@ class LoraFiles:
             if match is None or not match.terms:
                 patched.append(patcher)
                 continue
-            lora_of_side = FittedLora(filename, match.terms, strength, online_mode, file=file)
+            lora_of_side = FittedLora(filename, match.terms, strength, online_mode, file=file, fit=match)
             patched.append(self.patchers.with_lora(patcher, lora_of_side))
             count = sum(len(terms) for terms in match.terms.values())
             say(log, logging.DEBUG, "host.keys_for", name=name, count=count, side=side)
@@ -203,12 +206,14 @@ class LoraFiles:
         """Wraps the host's `load_networks`, which reads the files of a new stack, or none where the stack is the
         same."""
         self.missing, self._stack = dict(missing), "announced"
+        self._shapes.clear()
         if is_empty:
             self.left_out, self._in_part = {}, {}
         try:
             yield
         finally:
             self._stack = ""
+            self._shapes.clear()
 
     def read_ahead(self, paths: Iterable[Path]) -> contextlib.AbstractContextManager[None]:
         """Reads files of the coming stack in a thread while the host does something else with them first."""
@@ -333,8 +338,14 @@ class LoraFiles:
         return target.work_out
 
     def _shapes_of(self, model: torch.nn.Module) -> dict[str, Shape]:
-        shapes: dict[str, Shape] = {name: storage_of(parameter).shape for name, parameter in model.named_parameters()}
-        return {**shapes, **self._unpatched_shapes(model)}
+        known = self._shapes.get(model)
+        if known is not None:
+            return known
+        shapes: dict[str, Shape] = {name: shape_of(parameter) for name, parameter in named_parameters(model).items()}
+        shapes |= self._unpatched_shapes(model)
+        if self._stack:
+            self._shapes[model] = shapes
+        return shapes
 
     def _match(self, file: LoraFile, model: torch.nn.Module) -> Fit:
         """Returns the part of the file that fits one model; worked out once, for nothing in it depends on the

@@ -5,12 +5,14 @@ Source: Forge's `backend/patcher/base.py` (`ModelPatcher.add_patches`, `lora_pat
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...adapters import Term
 from ...adapters.patch_tuples import PatchValue, value_of
 from ...messages import Message
+from ...models.fit import Fit
 from ...runtime.host import Entries, FittedLora, PatcherObject
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ class TuplePatchers:
     values_may_follow = False
     """Other extensions may read the tuples."""
 
+    def __init__(self) -> None:
+        self._written: weakref.WeakKeyDictionary[Fit, dict[Hashable, PatchValue]] = weakref.WeakKeyDictionary()
+        """The patches of what fits a model of a file, for as long as that is known: nothing in them depends on a strength."""
+
     def has_loras(self, patcher: PatcherObject) -> bool:
         """Returns True if a patcher has LoRAs already."""
         return bool(getattr(patcher, "lora_patches", None))
@@ -33,11 +39,20 @@ class TuplePatchers:
         clone = patcher.clone()
         clone.add_patches(
             filename=lora.filename,
-            patches=_patches(lora.terms),
+            patches=self._patches(lora),
             strength_patch=lora.strength,
             online_mode=lora.is_online,
         )
         return clone
+
+    def _patches(self, lora: FittedLora) -> dict[Hashable, PatchValue]:
+        if lora.fit is None:
+            return _patches(lora.terms)
+        written = self._written.get(lora.fit)
+        if written is None:
+            written = self._written[lora.fit] = _patches(lora.terms)
+        # The values are tuples, but the dictionary is another extension's to change.
+        return dict(written)
 
     def entries(self, patcher: Patched) -> Iterable[tuple[str, Entries]]:
         """Returns the patches that a patcher asks for, by the name of each LoRA."""
