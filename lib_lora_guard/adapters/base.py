@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LoraMismatchError, Message
@@ -77,6 +77,12 @@ class PatchCost:
     passes: int
     copies: int
     in_fp32: bool = False
+
+
+@cache
+def field_names(kind: type[Adapter]) -> tuple[str, ...]:
+    """The names of the fields of a class of adapters. Each file asks for them thousands of times."""
+    return tuple(field.name for field in fields(kind))
 
 
 _FITS = "fits"
@@ -161,8 +167,8 @@ class Adapter(ABC):
 
     def tensors(self) -> Iterable[torch.Tensor]:
         """The tensors it holds."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in field_names(type(self)):
+            value = getattr(self, name)
             if is_tensor(value):
                 yield value
 
@@ -176,9 +182,19 @@ class Adapter(ABC):
         """Bytes of its tensors in their dtypes."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
+    @cached_property
+    def elements(self) -> int:
+        """How many numbers its tensors have."""
+        return sum(t.numel() for t in self.tensors())
+
+    @cached_property
+    def known_identity(self) -> tuple[object, ...]:
+        """What `identity` returns, worked out once: neither tensors nor numbers of an adapter ever change."""
+        return self.identity()
+
     def identity(self) -> tuple[object, ...]:
         """Equal for two adapters that hold the same tensor objects and numbers: a change need not redo these."""
-        values = (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, name) for name in field_names(type(self)))
         return type(self), *(v if v is None or isinstance(v, (int, float, str)) else id(v) for v in values)
 
 

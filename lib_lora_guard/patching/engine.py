@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -238,9 +239,13 @@ class Engine:
                 for report in reports:
                     report.forget_counts()
                 kernels = kernels_of(prepared, device)
-                for key, planned in plan.items():
-                    for origin in planned.origins:
-                        reports[origin].count(planned.choice, key in kernels)
+                # Most weights are alike in this.
+                alike = Counter(
+                    (one.choice.mode, one.choice.reason, key in kernels, one.places) for key, one in plan.items()
+                )
+                for (mode, why, is_fused, places), weights in alike.items():
+                    for origin in set(places):
+                        reports[origin].count(mode, why, weights, is_fused)
                 # An attachment that stays may have terms that came from other places in the stack.
                 moved = [
                     (kept, kept.planned, plan[key]) for key, kept in prepared.items() if kept.planned is not plan[key]

@@ -38,9 +38,9 @@ class PlannedWeight(NamedTuple):
         return self.choice.forms
 
     @property
-    def origins(self) -> set[int]:
-        """The places in the stack of the LoRAs that the terms come from."""
-        return {term.origin for term in self.terms}
+    def places(self) -> tuple[int, ...]:
+        """The places in the stack of the LoRAs that the terms come from, a LoRA's as often as it has terms here."""
+        return tuple([term.origin for term in self.terms])
 
     def with_terms(self, terms: tuple[Term, ...]) -> PlannedWeight:
         """Returns the same plan for terms that differ from the present ones in strengths alone."""
@@ -109,6 +109,10 @@ def _taken_over(
     """
     if present is None:
         return terms, None
+    if len(terms) == len(present.terms) and all(map(has_same_factors, present.terms, terms)):
+        # The usual case: other strengths, or nothing else on this weight.
+        kept = tuple(map(_with_adapter_of, terms, present.terms))
+        return kept, present.forms if present.site.shape == site.shape else None
     places = [_place_of(term, place, present.terms) for place, term in enumerate(terms)]
     kept = tuple(
         [t if p is None else _with_adapter_of(t, present.terms[p]) for t, p in zip(terms, places, strict=True)]
@@ -143,7 +147,7 @@ def is_same_term(old: Term, new: Term) -> bool:
 def has_same_factors(old: Term, new: Term) -> bool:
     """Returns True if the two differ in strength alone."""
     return (
-        (old.adapter is new.adapter or old.adapter.identity() == new.adapter.identity())
+        (old.adapter is new.adapter or old.adapter.known_identity == new.adapter.known_identity)
         and old.strength_model == new.strength_model
         and old.part == new.part
         and old.function == new.function

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..adapters.left_out import LeftOut
 from ..files import shown
 from ..messages import Joined, Message
-from ..planning.mode import Choice, Mode
+from ..planning.mode import Mode
 from ..units import MB
 
 
@@ -36,12 +36,12 @@ class LoraReport:
     fused: int = 0
     """Number of weights in bypass that fast kernels are there for, or are being compiled for."""
 
-    def count(self, choice: Choice, is_fused: bool = False) -> None:
-        """Counts one weight."""
-        self.used += 1
-        self.fused += is_fused
-        self.modes[choice.mode.value] += 1
-        self.reasons.setdefault(choice.mode.value, set()).add(choice.reason)
+    def count(self, mode: Mode, reason: Message, weights: int = 1, is_fused: bool = False) -> None:
+        """Counts weights that are in the same mode for the same reason."""
+        self.used += weights
+        self.fused += weights if is_fused else 0
+        self.modes[mode.value] += weights
+        self.reasons.setdefault(mode.value, set()).add(reason)
 
     def forget_counts(self) -> None:
         """Forgets the weights that were counted: the change was planned anew."""

@@ -1,14 +1,14 @@
 """The report of an applied stack, in both languages."""
 
 from lib_lora_guard.messages import Message
-from lib_lora_guard.planning.mode import Choice, Mode
+from lib_lora_guard.planning.mode import Mode
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport, clean_text
 
 
 def stack():
     style = LoraReport("style.safetensors", 0.8, skipped=["a", "b"], lost=["b: what\x1b[0m"])
     for mode, why in ((Mode.BYPASS, "reason.low_rank"), (Mode.BYPASS, "reason.asked"), (Mode.MERGE, "reason.small")):
-        style.count(Choice(mode, Message(why)))
+        style.count(mode, Message(why))
     bad = LoraReport("bad.safetensors", 1.0, refused=Message("lora.made_for", {"lora": "SDXL", "model": "Flux"}))
     return ApplyReport("Net", [style, bad], 3 << 19, 1 << 20, 12.34, "cuda:0")
 

@@ -61,7 +61,7 @@ class PatchReader:
                     with contextlib.suppress(Exception):
                         adapter = self._count(entry[1])
                         if not (merges_whole_tensors and adapter.is_whole_tensor):
-                            total += sum(tensor.numel() for tensor in adapter.tensors())
+                            total += adapter.elements
         return total
 
     def _count(self, value: PatchValue) -> Adapter:

@@ -364,7 +364,8 @@ class LoraFiles:
         if coming is not None and not holds_only_views(terms, coming):
             file.wait()
             match = _match(file, target)
-        _own(term.adapter for terms in match.terms.values() for term in terms)
+        read = set(map(id, file.adapters.values()))
+        _own(term.adapter for terms in match.terms.values() for term in terms if id(term.adapter) not in read)
         known[model] = (shapes, match)
         return match
 

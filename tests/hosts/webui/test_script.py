@@ -13,7 +13,7 @@ from lib_lora_guard.hosts.forge.takeover import ForgeTakeover
 from lib_lora_guard.hosts.webui.accordion import state
 from lib_lora_guard.hosts.webui.images import Images
 from lib_lora_guard.hosts.webui.types import own_options
-from lib_lora_guard.planning.mode import Choice, Mode
+from lib_lora_guard.planning.mode import Mode
 from lib_lora_guard.reporting.report import ApplyReport, LoraReport
 from lib_lora_guard.runtime import installed
 from lib_lora_guard.runtime.image_words import ImageWords
@@ -44,9 +44,9 @@ def report(*loras):
 def applied(label, bypass, merge=0):
     lora = LoraReport(label, 1.0)
     for _ in range(bypass):
-        lora.count(Choice(Mode.BYPASS, "low rank"))
+        lora.count(Mode.BYPASS, "low rank")
     for _ in range(merge):
-        lora.count(Choice(Mode.MERGE, "small parameter"))
+        lora.count(Mode.MERGE, "small parameter")
     return lora
 
 
