@@ -166,7 +166,10 @@ class JoinedLowRank:
 
     def share_factors_with(self, older: JoinedLowRank) -> None:
         """Takes the device copies over from a stack that differs in strengths alone."""
-        if self._factor_identity() == older._factor_identity():
+        if len(self._entries) == len(older._entries) and all(
+            mine == theirs and (new is old or _identity(new) == _identity(old))
+            for (*mine, new), (*theirs, old) in zip(self._in_order(), older._in_order(), strict=True)
+        ):
             self._blocks = older._blocks
 
     def drop_device_copies(self) -> None:
@@ -268,12 +271,11 @@ class JoinedLowRank:
     def _all_factors(self) -> Iterator[LowRank]:
         yield from (entry.factors for entry in self._entries)
 
-    def _factor_identity(self) -> list[object]:
-        return [
-            (in_part, out_part, [_identity(self._entries[number].factors) for number in entries])
-            for in_part, outputs in self._groups.items()
-            for out_part, entries in outputs.items()
-        ]
+    def _in_order(self) -> Iterator[tuple[Slice | None, Slice | None, LowRank]]:
+        """Yields the factors in the order of the blocks, each with its parts of the input and the output."""
+        for in_part, outputs in self._groups.items():
+            for out_part, numbers in outputs.items():
+                yield from ((in_part, out_part, self._entries[number].factors) for number in numbers)
 
 
 def joins_on(device: torch.device) -> bool:
