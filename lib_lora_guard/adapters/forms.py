@@ -88,6 +88,11 @@ class LowRank(CheapForward):
         return self.up.shape[1]
 
     @property
+    def is_pair(self) -> bool:
+        """True if the delta is these two matrices as they are."""
+        return self.mid is None and self.row_scale is None and self.column_scale is None
+
+    @property
     def columns(self) -> int:
         """Input channels times kernel size."""
         kernel = 1 if self.mid is None else math.prod(self.mid.shape[2:])

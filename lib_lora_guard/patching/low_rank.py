@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -183,6 +183,12 @@ class JoinedLowRank:
         """True while copies on a device exist."""
         return len(self._blocks) > 0
 
+    @property
+    def is_ready(self) -> bool:
+        """True if the next call on a device makes nothing: the copies are there, with the present strengths beside them."""
+        made = self._made
+        return made is not None and made[1] is self.scaling and self.is_resident
+
     def device_bytes(self, dtype: torch.dtype) -> int:
         """Returns the bytes of the joined factors on a device, in `dtype`."""
         total = 0
@@ -227,6 +233,11 @@ class JoinedLowRank:
         join = joins_on(device)
         self._blocks.get(device, dtype, lambda: tuple(self._make_blocks(device, dtype, join, there)))
 
+    def make_scales(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Puts the present strengths beside the copies on a device, if there are any."""
+        if self._blocks.known(device, dtype) is not None:
+            self.parts(device, dtype)
+
     def parts_in_ram(self, join: bool) -> tuple[tuple[Block, Scale], ...]:
         """Returns the blocks and their scales in RAM and in fp32. Nothing of them is kept.
 
@@ -243,15 +254,15 @@ class JoinedLowRank:
             made: list[Output] = []
             downs: list[torch.Tensor] = []
             rank = 0
-            for out_part, entries in outputs.items():
-                pairs = [balanced(_there(self._entries[number].factors, there), device, dtype) for number in entries]
-                ups, new_downs = [up for up, _ in pairs], [down for _, down in pairs]
+            for out_part, numbers in outputs.items():
+                factors = [_there(self._entries[number].factors, there) for number in numbers]
                 if join:
-                    made.append(Output(torch.cat(ups, 1) if len(ups) > 1 else ups[0], rank, out_part))
-                    downs += new_downs
-                    rank += sum(d.shape[0] for d in new_downs)
+                    up, down = _joined(factors, device, dtype)
+                    made.append(Output(up, rank, out_part))
+                    downs.append(down)
+                    rank += down.shape[0]
                 else:
-                    for up, down in zip(ups, new_downs, strict=True):
+                    for up, down in (balanced(one, device, dtype) for one in factors):
                         yield Block(down, in_part, (Output(up, 0, out_part),))
             if join:
                 yield Block(torch.cat(downs) if len(downs) > 1 else downs[0], in_part, tuple(made))
@@ -281,6 +292,29 @@ class JoinedLowRank:
 def joins_on(device: torch.device) -> bool:
     """Returns True if terms are joined on `device`. On the CPU they are not: joining is a copy."""
     return device.type != "cpu"
+
+
+def _joined(factors: Sequence[LowRank], device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the `up` and `down` of several terms on `device`, in `dtype`, side by side along the rank."""
+    first = factors[0]
+    if len(factors) == 1:
+        up, down = balanced(first, device, dtype)
+        return _settled(up), _settled(down)
+    if all(one.is_pair and one.up.dtype == one.down.dtype == first.up.dtype for one in factors):
+        # Joined before they are converted: that is a few calls of the device for a layer, and not for each term.
+        up = torch.cat([one.up.to(device) for one in factors], 1)
+        return balanced(LowRank(up, torch.cat([one.down.to(device) for one in factors]), 1.0), device, dtype)
+    pairs = [balanced(one, device, dtype) for one in factors]
+    return torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs])
+
+
+KERNELS_ALIGNMENT = 16
+"""Bytes: kernels read from such places in the largest steps."""
+
+
+def _settled(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor that begins at such a place on a device: a view of what was brought there in one piece may not."""
+    return tensor.clone() if tensor.device.type != "cpu" and tensor.data_ptr() % KERNELS_ALIGNMENT else tensor
 
 
 LARGEST_ACTIVATION = 3e4
@@ -313,23 +347,25 @@ def shift_for_fp16(matrix: torch.Tensor) -> torch.Tensor:
     return torch.exp2((torch.finfo(torch.float16).max / largest).log2().floor()).clamp(max=1.0)
 
 
-_FACTORS = ("up", "down", "mid", "row_scale", "column_scale")
+def _extra(factors: LowRank) -> tuple[torch.Tensor | None, ...]:
+    return factors.mid, factors.row_scale, factors.column_scale
 
 
 def _tensors(factors: LowRank) -> list[torch.Tensor]:
-    found = (getattr(factors, name) for name in _FACTORS)
-    return [tensor for tensor in found if tensor is not None]
+    return [factors.up, factors.down, *(tensor for tensor in _extra(factors) if tensor is not None)]
 
 
 def _there(factors: LowRank, there: Mapping[int, torch.Tensor] | None) -> LowRank:
     """Returns the factors with the tensors that lie on a device already."""
     if not there:
         return factors
-    return replace(factors, **{name: there.get(id(own := getattr(factors, name)), own) for name in _FACTORS})
+    up, down = (there.get(id(own), own) for own in (factors.up, factors.down))
+    others = [None if own is None else there.get(id(own), own) for own in _extra(factors)]
+    return LowRank(up, down, factors.scale, *others)
 
 
 def _identity(factors: LowRank) -> tuple[object, ...]:
-    extra = id(factors.mid), id(factors.row_scale), id(factors.column_scale)
+    extra = map(id, _extra(factors))
     return factors.up.data_ptr(), factors.down.data_ptr(), factors.up.shape, factors.down.shape, *extra
 
 

@@ -2,7 +2,7 @@
 
 Made one by one at the first call, the thousands of factors of three LoRAs are as many copies, each of which waits for the
 card, and the CPU converts each to the dtype of the model before. Here they are put together in RAM as they are stored, go to
-the card in pieces of 16 MB, and are converted and joined there. Two pinned buffers of that size make a ring: one is filled
+the card in pieces of 16 MB, and are joined and converted there. Two pinned buffers of that size make a ring: one is filled
 while the card reads the other. Where RAM is scarce they are ordinary memory, and one is enough.
 """
 
@@ -26,8 +26,6 @@ LEAST_RAM_FOR_PINNED_BYTES = 32 * GB
 RESERVED_SHARE = 0.05
 ALIGNMENT = 256
 """Bytes: a view of any dtype may begin there."""
-KERNELS_ALIGNMENT = 16
-"""Bytes: kernels read from such places in the largest steps. Tensors that begin elsewhere are copied once more on the device."""
 MOST_GAP_BYTES = 64
 """What may lie between two tensors of one copy: an alpha of a few bytes."""
 SLACK_BYTES = 1 << 16
@@ -35,13 +33,13 @@ SLACK_BYTES = 1 << 16
 
 
 def waiting(attachments: Iterable[Attachment]) -> list[JoinedLowRank]:
-    """Returns the low-rank terms of a stack that have no copies on a device yet."""
-    return [joined for joined in _low_rank(attachments) if not joined.is_resident]
+    """Returns the low-rank terms of a stack whose copies on a device, or the strengths beside these, are still to be made."""
+    return [joined for joined in _low_rank(attachments) if not joined.is_ready]
 
 
 @outside_inference
 def bring(terms: Sequence[JoinedLowRank], device: torch.device, dtype: torch.dtype) -> int:
-    """Makes the device copies of low-rank terms.
+    """Makes the device copies of low-rank terms, and what their strengths are there.
 
     Args:
         terms: From `waiting`.
@@ -57,13 +55,15 @@ def bring(terms: Sequence[JoinedLowRank], device: torch.device, dtype: torch.dty
     if device.type == "cpu":
         return 0
     ring, brought = Ring(device), 0
-    for group in _pieces(terms):
+    for group in _pieces([joined for joined in terms if not joined.is_resident]):
         tensors = {id(tensor): tensor for joined in group for tensor in joined.factor_tensors()}
         there = dict(zip(tensors, ring.send(list(tensors.values())), strict=True))
         for joined in group:
             joined.make(device, dtype, there)
         brought += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     ring.settle()
+    for joined in terms:
+        joined.make_scales(device, dtype)
     return brought
 
 
@@ -107,7 +107,8 @@ class Ring:
             event = self._read[self._next] = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
             event.record(torch.cuda.current_stream(self._device))
             self._next = (self._next + 1) % PINNED_PIECES
-        return [_view(piece, places[id(one)], one) if id(one) in places else one for one in tensors]
+        of_dtypes: dict[torch.dtype, torch.Tensor] = {}
+        return [_there(piece, of_dtypes, places[id(one)], one) if id(one) in places else one for one in tensors]
 
     def settle(self) -> None:
         """Waits until the device has read the buffers."""
@@ -198,5 +199,17 @@ def _pieces(terms: Sequence[JoinedLowRank]) -> Iterator[list[JoinedLowRank]]:
 
 
 def _view(memory: torch.Tensor, place: int, like: torch.Tensor) -> torch.Tensor:
-    there = memory[place : place + like.nbytes].view(like.dtype).view(like.shape)
-    return there.clone() if place % KERNELS_ALIGNMENT and memory.device.type != "cpu" else there
+    return memory[place : place + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _there(
+    piece: torch.Tensor, of_dtypes: dict[torch.dtype, torch.Tensor], place: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Returns the view of a piece, in one call of torch for most of the thousands of them. `of_dtypes`: the piece in each dtype."""
+    size = like.element_size()
+    if place % size or piece.numel() % size or not like.is_contiguous():
+        return _view(piece, place, like)
+    numbers = of_dtypes.get(like.dtype)
+    if numbers is None:
+        numbers = of_dtypes[like.dtype] = piece.view(like.dtype)
+    return numbers.as_strided(like.shape, like.stride(), place // size)

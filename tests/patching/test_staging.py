@@ -1,11 +1,21 @@
 """Factors go to the card before the first call, many in one copy, with every bit as it was."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from lib_lora_guard.adapters import LowRank
 from lib_lora_guard.patching import staging
-from lib_lora_guard.patching.low_rank import Entry, JoinedLowRank
+from lib_lora_guard.patching.low_rank import (
+    Entry,
+    JoinedLowRank,
+    ScaleVectors,
+    Scaling,
+    _joined,
+    _settled,
+    balanced,
+)
 from lib_lora_guard.patching.staging import Ring, bring
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -111,6 +121,21 @@ def test_copies_made_from_staged_factors_are_those_of_the_first_call(terms, comp
         assert all(torch.equal(a.up, b.up) for a, b in zip(mine.outputs, other.outputs, strict=True))
 
 
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_terms_joined_before_they_are_converted_are_those_joined_after_it(stored, compute):
+    """With rows that have to be made smaller for fp16, and columns of `up` that leave no room for it."""
+    terms = [factors(24, 4, 16, stored), factors(24, 8, 16, stored), factors(24, 2, 16, stored)]
+    terms[0].down[1] *= 3e3
+    terms[1].down[:3] *= 500
+    terms[1].up[:, 2] *= 2e4
+    up, down = _joined(terms, CPU, compute)
+    pairs = [balanced(one, CPU, compute) for one in terms]
+    assert torch.equal(up, torch.cat([one for one, _ in pairs], 1))
+    assert torch.equal(down, torch.cat([one for _, one in pairs]))
+    assert up.dtype == down.dtype == compute
+
+
 def test_what_fits_into_a_piece_goes_at_once(monkeypatch):
     sent = []
     real = Ring.send
@@ -122,6 +147,30 @@ def test_what_fits_into_a_piece_goes_at_once(monkeypatch):
     assert sent == [16, 16, 8]
     assert all(stack.is_resident for stack in stacks)
     assert staging.waiting([]) == []
+
+
+def test_the_first_call_after_other_strengths_makes_nothing_and_nothing_is_brought_again():
+    stack = joined(factors(32, 4, 32), factors(32, 2, 32))
+    bring([stack], META, torch.bfloat16)
+    assert stack.is_ready
+    assert stack.known_parts(META, torch.bfloat16)[0][1].per_rank is None, "one strength"
+    block = stack.known_parts(META, torch.bfloat16)[0][0]
+    stack.exchange(Scaling(stack.scales_at((0.5, 0.2)), ScaleVectors()))
+    assert not stack.is_ready
+    assert bring([stack], META, torch.bfloat16) == 0
+    ((same, scale),) = stack.known_parts(META, torch.bfloat16)
+    assert same is block
+    assert scale.per_rank.shape == (6,)
+    stack.exchange(Scaling(stack.scales_at((0.1, 0.2)), ScaleVectors()))
+    bring([stack], META, torch.float16)
+    assert stack.known_parts(META, torch.float16) is None, "a second copy of the factors, for a model of another dtype"
+
+
+@pytest.mark.parametrize(("device", "place", "copied"), [(META, 4096, False), (META, 4098, True), (CPU, 4098, False)])
+def test_a_kept_factor_begins_where_kernels_read_fast(device, place, copied):
+    tensor = Mock(device=device, data_ptr=lambda: place)
+    assert (_settled(tensor) is tensor.clone()) is copied
+    assert (_settled(tensor) is tensor) is not copied
 
 
 def test_nothing_is_copied_for_the_cpu():
