@@ -169,7 +169,7 @@ class Adapter(ABC):
         """The tensors it holds."""
         for name in field_names(type(self)):
             value = getattr(self, name)
-            if is_tensor(value):
+            if value is not None and is_tensor(value):
                 yield value
 
     def map(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> Self:

@@ -89,9 +89,12 @@ def settle(model: torch.nn.Module, keys: Iterable[str]) -> None:
             continue
         layer, name = owner
         parameter: torch.nn.Parameter = getattr(layer, name)
-        is_linear = any(kind.__name__ in ("Linear", "Conv2d") for kind in type(layer).__mro__)
-        if is_linear and hasattr(parameter, "gguf_cls") and not is_gguf(parameter) and parameter.dtype != dtype:
+        if hasattr(parameter, "gguf_cls") and not is_gguf(parameter) and parameter.dtype != dtype and _is_linear(layer):
             setattr(layer, name, torch.nn.Parameter(parameter.data.to(dtype), requires_grad=False))
+
+
+def _is_linear(layer: torch.nn.Module) -> bool:
+    return any(kind.__name__ in ("Linear", "Conv2d") for kind in type(layer).__mro__)
 
 
 def stored_bias(layer: torch.nn.Module) -> torch.Tensor | None:
