@@ -212,11 +212,12 @@ def find_owner(model: torch.nn.Module, key: str) -> tuple[torch.nn.Module, str] 
         # Most are children, which torch finds last, after an error inside the interpreter.
         child = owner._modules.get(part) if isinstance(owner, torch.nn.Module) else None
         owner = getattr(owner, part, None) if child is None else child
-    if isinstance(owner, torch.nn.Module) and owner._parameters.get(name) is not None:
-        return owner, name
-    if isinstance(owner, torch.nn.Module) and isinstance(getattr(owner, name, None), torch.nn.Parameter):
-        return owner, name
-    return None
+    if not isinstance(owner, torch.nn.Module):
+        return None
+    kept = owner._parameters.get(name)
+    return (
+        (owner, name) if isinstance(getattr(owner, name, None) if kept is None else kept, torch.nn.Parameter) else None
+    )
 
 
 def is_linear(layer: torch.nn.Module) -> bool:

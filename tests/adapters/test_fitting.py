@@ -44,3 +44,18 @@ def test_a_file_that_contradicts_itself_is_not_for_another_model():
     factors = Term(LoraAdapter(up=torch.zeros(8, 3), down=torch.zeros(2, 4)), 1.0)
     assert misfit([factors], (8, 4), may_expand=False).blame is Blame.FILE
     assert misfit([Term(lora(8, 4).adapter, float("nan"))], (8, 4), may_expand=False).blame is Blame.STRENGTH
+
+
+def test_an_adapter_is_compared_once_with_weights_of_one_shape_and_anew_with_others(monkeypatch):
+    term, asked, check = lora(8, 4), [], LoraAdapter.check
+    monkeypatch.setattr(
+        LoraAdapter, "check", lambda self, shape, **more: (asked.append(shape), check(self, shape, **more))
+    )
+    assert misfit([term], (8, 4), may_expand=False) is None
+    assert misfit([Term(term.adapter, 0.5)], (8, 4), may_expand=False) is None
+    assert asked == [(8, 4)]
+    for _ in range(2):
+        assert misfit([term], (8, 5), may_expand=False).blame is Blame.MODEL, "what does not fit is said each time"
+    assert misfit([term], (8, 4), may_expand=True) is None
+    assert asked == [(8, 4), (8, 5), (8, 5), (8, 4)]
+    assert misfit([Term(term.adapter, float("inf"))], (8, 4), may_expand=True).blame is Blame.STRENGTH

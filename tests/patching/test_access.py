@@ -8,6 +8,7 @@ from support.make import rand
 
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching.access import ModuleAccess, find_owner, is_linear, is_plain_convolution
+from lib_lora_guard.patching.parameters import named_parameters
 
 
 @pytest.fixture
@@ -74,3 +75,12 @@ def test_an_access_does_not_keep_its_model_alive(access_class, text):
     gc.collect()
     with pytest.raises(ReferenceError, match=f"^{text}$"):
         _ = access.model
+
+
+def test_parameters_come_as_torch_gives_them(model):
+    model["shared"] = model["a"][0]
+    model["tied"] = torch.nn.Linear(3, 4, bias=False)
+    model["tied"].weight = model["a"][0].weight
+    model["gap"] = None
+    model.scale = torch.nn.Parameter(torch.ones(1))
+    assert list(named_parameters(model).items()) == list(model.named_parameters())

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.lora_files import MODULES
+from contract.lora_files import MODULES, load
 from support.make import write_kohya
 
 from lib_lora_guard.adapters import files as lora_reading
@@ -115,3 +115,72 @@ def test_what_was_computed_while_the_last_values_came_is_computed_again(tmp_path
     assert found.keys() == wanted.keys()
     for key, (term,) in found.items():
         assert all(map(torch.equal, term.adapter.tensors(), wanted[key].tensors()))
+
+
+@pytest.fixture
+def two_files(tmp_path):
+    for name in "ab":
+        write_kohya(tmp_path / f"{name}.safetensors", MODULES)
+    return [tmp_path / f"{name}.safetensors" for name in "ab"]
+
+
+class NotingPatcher:
+    """A patcher like Forge's."""
+
+    def __init__(self, model, lora_patches=()):
+        self.model, self.lora_patches = model, dict(lora_patches)
+
+    def clone(self):
+        return NotingPatcher(self.model, self.lora_patches)
+
+    def add_patches(self, *, filename, patches, strength_patch, online_mode):
+        self.lora_patches[filename, strength_patch] = patches
+
+
+def model_of_two_layers(columns=32):
+    model = torch.nn.Module()
+    layers = {"qkv": torch.nn.Linear(columns, 96), "proj": torch.nn.Linear(columns, 32)}
+    model.blocks = torch.nn.ModuleList([torch.nn.ModuleDict(layers)])
+    return model
+
+
+def test_a_stack_looks_at_the_model_once_and_the_next_one_anew(two_files):
+    files, looks = LoraFiles(unpatched_shapes=lambda model: looks.append(model) or {}), []
+    model = model_of_two_layers()
+
+    def stack():
+        patcher = NotingPatcher(model)
+        with files.announced_stack({}, is_empty=False):
+            for path in two_files:
+                patcher, _ = load(files, patcher, path)
+        return patcher
+
+    assert len(stack().lora_patches) == 2
+    assert looks == [model]
+    model.blocks[0] = model_of_two_layers(columns=40).blocks[0]
+    assert stack().lora_patches == {}, "the model has other sizes by now"
+    assert looks == [model, model]
+    assert set(files.left_out) == {"a.safetensors", "b.safetensors"}
+    load(files, NotingPatcher(model), two_files[0])
+    load(files, NotingPatcher(model), two_files[0])
+    assert len(looks) == 4, "outside a stack nothing is taken for the same"
+
+
+def test_patches_are_written_once_for_a_file_and_a_model_and_are_the_hosts_to_change(two_files):
+    files, model, path = LoraFiles(), model_of_two_layers(), two_files[0]
+
+    def patches(model):
+        (found,) = load(files, NotingPatcher(model), path)[0].lora_patches.values()
+        return found
+
+    first = patches(model)
+    again = patches(model)
+    assert first.keys() == again.keys() == {"blocks.0.qkv.weight", "blocks.0.proj.weight"}
+    assert all(first[key] is again[key] for key in first)
+    first.clear()
+    assert patches(model) == again
+    assert not any(one is again[key] for key, one in patches(model_of_two_layers()).items()), "another model's"
+    os.utime(path, (1e9, 1e9))
+    read_anew = patches(model)
+    assert read_anew.keys() == again.keys()
+    assert not any(read_anew[key] is again[key] for key in again), "another file"
