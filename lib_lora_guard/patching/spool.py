@@ -128,7 +128,7 @@ class Spool:
     @property
     def bytes(self) -> int:
         """Bytes of the tensors in the file."""
-        return sum(region.bytes for region in self._live)
+        return sum([region.bytes for region in self._live.copy()])
 
     def _open(self) -> FileIO:
         if self._file is None:
@@ -148,8 +148,8 @@ class Spool:
 
     def _free_start(self, size: int) -> int:
         """Returns the offset of `size` free bytes: the first gap that is large enough, or the end."""
-        # Copied at once: the collector may free a region at any moment.
-        start, live = 0, tuple(self._live)
+        # The collector may free a region whenever an object is made; a copy of the set makes none in the middle.
+        start, live = 0, self._live.copy()
         for region in sorted(live, key=lambda r: r.start):
             if region.start - start >= size:
                 return start

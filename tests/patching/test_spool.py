@@ -1,6 +1,7 @@
 """Backups on the disk: the same bits come back, and no file outlives its process."""
 
 import gc
+import itertools
 import os
 import time
 from collections import namedtuple
@@ -376,3 +377,33 @@ def test_a_stale_file_that_cannot_be_deleted_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "unlink", in_use)
     spool.remove_stale_files(tmp_path)
     spool.remove_stale_files(tmp_path / "no such folder")
+
+
+def test_a_region_that_the_collector_frees_while_a_place_is_looked_for_does_no_harm(tmp_path):
+    """Copying a set to a tuple allocates in the middle, where the collector may run; so does adding up its members."""
+    disk, tensor = Spool(tmp_path), parameter()
+
+    class Holder:
+        def __init__(self, region):
+            self.region, self.itself = region, self
+
+        def __del__(self):
+            disk.free(self.region)
+
+    usual = gc.get_threshold()
+    for find, allocations in itertools.product((lambda: disk._free_start(8), lambda: disk.bytes), range(6)):
+        regions = [disk.write("key", tensor) for _ in range(24)]
+        gc.disable()
+        for region in regions[::2]:
+            Holder(region)
+        try:
+            gc.set_threshold(gc.get_count()[0] + allocations)
+            gc.enable()
+            find()
+        finally:
+            gc.set_threshold(*usual)
+            gc.enable()
+            gc.collect(0)
+        for region in regions:
+            disk.free(region)
+    assert disk.bytes == 0
