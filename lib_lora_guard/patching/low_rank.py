@@ -300,8 +300,10 @@ def _joined(factors: Sequence[LowRank], device: torch.device, dtype: torch.dtype
     if len(factors) == 1:
         up, down = balanced(first, device, dtype)
         return _settled(up), _settled(down)
-    if all(one.is_pair and one.up.dtype == one.down.dtype == first.up.dtype for one in factors):
-        # Joined before they are converted: that is a few calls of the device for a layer, and not for each term.
+    stored = first.up.dtype
+    if stored.itemsize > 1 and all(one.is_pair and one.up.dtype == one.down.dtype == stored for one in factors):
+        # Joined before they are converted: that is a few calls of the device for a layer, and not for each term. Not every torch
+        # can join fp8.
         up = torch.cat([one.up.to(device) for one in factors], 1)
         return balanced(LowRank(up, torch.cat([one.down.to(device) for one in factors]), 1.0), device, dtype)
     pairs = [balanced(one, device, dtype) for one in factors]

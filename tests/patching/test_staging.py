@@ -122,13 +122,14 @@ def test_copies_made_from_staged_factors_are_those_of_the_first_call(terms, comp
 
 
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("stored", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_terms_joined_before_they_are_converted_are_those_joined_after_it(stored, compute):
     """With rows that have to be made smaller for fp16, and columns of `up` that leave no room for it."""
-    terms = [factors(24, 4, 16, stored), factors(24, 8, 16, stored), factors(24, 2, 16, stored)]
-    terms[0].down[1] *= 3e3
-    terms[1].down[:3] *= 500
-    terms[1].up[:, 2] *= 2e4
+    wide = [factors(24, 4, 16, torch.float32), factors(24, 8, 16, torch.float32), factors(24, 2, 16, torch.float32)]
+    wide[0].down[1] *= 3e3
+    wide[1].down[:3] *= 500
+    wide[1].up[:, 2] *= 2e4
+    terms = [LowRank(one.up.to(stored), one.down.to(stored), one.scale) for one in wide]
     up, down = _joined(terms, CPU, compute)
     pairs = [balanced(one, CPU, compute) for one in terms]
     assert torch.equal(up, torch.cat([one for one, _ in pairs], 1))
