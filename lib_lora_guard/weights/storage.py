@@ -82,11 +82,18 @@ def scales_bytes(parameter: torch.Tensor) -> int:
     """Returns the bytes of the tensors that bitsandbytes keeps with a quantized weight and moves with it; 0 for other
     weights.
     """
-    state = getattr(parameter, "quant_state", None)
+    state: Any = getattr(parameter, "quant_state", None)
+    if state is None:
+        return 0
+    # Written out: hosts ask for the size of a model a dozen times in each load, and models have hundreds of weights.
+    size = _tensor_bytes(state, "absmax") + _tensor_bytes(state, "code") + _tensor_bytes(state, "offset")
     nested = getattr(state, "state2", None)
-    kept = [getattr(one, name, None) for one in (state, nested) for name in ("absmax", "code")]
-    tensors = [one for one in (*kept, getattr(state, "offset", None)) if isinstance(one, torch.Tensor)]
-    return sum(one.numel() * one.element_size() for one in tensors)
+    return size if nested is None else size + _tensor_bytes(nested, "absmax") + _tensor_bytes(nested, "code")
+
+
+def _tensor_bytes(state: object, name: str) -> int:
+    kept = getattr(state, name, None)
+    return kept.numel() * kept.element_size() if isinstance(kept, torch.Tensor) else 0
 
 
 def shares_storage(a: torch.Tensor, b: torch.Tensor | None) -> bool:
