@@ -72,6 +72,8 @@ def child():
                 found[f"{name}: {step}"] = timed(lambda: engine.change(access, stack, wish))  # noqa: B023  # called at once
             found[f"{name}: forward"] = timed(forward)
             found[f"{name}: between steps"] = timed(lambda: set_strengths(engine, {0: 0.6, 1: 0.2}))  # noqa: B023  # the same
+            one = requests(0.6)
+            found[f"{name}: take one off"] = timed(lambda: engine.change(access, one, wish))  # noqa: B023  # the same
             found[f"{name}: remove"] = timed(lambda: engine.change(access, []))  # noqa: B023  # the same
         return found
 
