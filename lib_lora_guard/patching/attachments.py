@@ -76,7 +76,8 @@ class Attachment:
         )
 
     def differs_in_strengths(self, access: ModelAccess, planned: PlannedWeight) -> bool:
-        """Returns True if `planned` is this very weight, stored as before, in the same mode with the same factors.
+        """Returns True if `planned` is this very weight, stored as before, in the same mode with the same factors, and calls in
+        other threads may go on beside an exchange of the strengths.
 
         Args:
             access: The model as the change of now sees it.
@@ -169,8 +170,11 @@ class BypassAttachment(Attachment):
     def differs_in_strengths(self, access: ModelAccess, planned: PlannedWeight) -> bool:
         if not super().differs_in_strengths(access, planned):
             return False
-        # What the layer's own code allows may be another answer by now: its class can change.
         hook, site = self.hook, planned.site
+        if hook.scales_input:
+            # Two hooks: a call in another thread, begun with the old scale, would go on with the new strengths.
+            return False
+        # What the layer's own code allows may be another answer by now: its class can change.
         may_be_fused = access.raw_weight(site) is not None and hook.program.one_pass is not None
         return may_be_fused == (hook.fused is not None) and access.owns_output(site.layer) == hook.owns_output
 

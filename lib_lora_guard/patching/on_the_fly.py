@@ -46,7 +46,8 @@ class WeightTerms(WeightPatch):
     def exchange(self, terms: Sequence[Term]) -> None:
         """Replaces the terms by `terms`, which differ from them in strengths alone. The factors on a device stay."""
         self.terms = tuple(terms)
-        self._copies.drop()
+        # Another one, after that: a call in another thread may be about to keep the old ones in the present one.
+        self._copies = DeviceCache()
 
     def drop_device_copies(self) -> None:
         """Frees the factors' copies on devices; the next forward pass makes them again."""

@@ -68,3 +68,22 @@ def test_the_error_when_memory_ends_names_the_layer(stack, monkeypatch):
     monkeypatch.setattr(on_the_fly, "apply_terms", no_memory)
     with pytest.raises(LayerError, match=r"^blocks\.0\.weight: "):
         WeightTerms("blocks.0.weight", stack).apply(rand(*SHAPE, seed=5), None)
+
+
+def test_terms_that_a_call_is_about_to_keep_are_not_kept_beyond_an_exchange(stack, monkeypatch):
+    """In another thread; the meta device stands for a card."""
+    terms, weight = WeightTerms("k", stack), torch.empty(SHAPE, device="meta")
+    others = [dataclasses.replace(one, strength=2 * one.strength) for one in stack]
+    applied, make = [], WeightTerms._on
+
+    def exchanged_meanwhile(self, *on):
+        made = make(self, *on)
+        self.exchange(others)
+        return made
+
+    monkeypatch.setattr(on_the_fly, "apply_terms", lambda weight, on: applied.append([t.strength for t in on]))
+    monkeypatch.setattr(WeightTerms, "_on", exchanged_meanwhile)
+    terms.apply(weight, None)
+    monkeypatch.setattr(WeightTerms, "_on", make)
+    terms.apply(weight, None)
+    assert applied == [[one.strength for one in stack], [one.strength for one in others]]

@@ -105,6 +105,16 @@ def test_a_change_of_strengths_alone_keeps_the_attachments_unless_it_is_switched
     assert not any(counted.engine.attached[key] is before[key] for key in KEYS)
 
 
+def test_a_stack_that_scales_the_input_is_made_anew_for_calls_of_other_threads(counted):
+    """It has two hooks: a call that began with the old scale must not go on with the new strengths."""
+    by_column = lora(90, dora="input")
+    counted.change((by_column, 0.7))
+    before = dict(counted.engine.attached)
+    assert before[KEYS[0]].hook.scales_input
+    counted.change((by_column, 0.2))
+    assert not any(counted.engine.attached[key] is before[key] for key in KEYS)
+
+
 @pytest.mark.parametrize("what", ["storage", "short way", "output"])
 def test_a_weight_that_is_held_otherwise_by_now_gets_a_new_attachment(counted, monkeypatch, what):
     counted.change((FIRST, 0.7))
