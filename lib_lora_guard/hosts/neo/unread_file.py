@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from ...errors import FileFormatError
-from ...files import open_header
 from ..webui.lora_files import LazyState
 
 
 class UnreadFile(LazyState):
-    """The names come from the header, with the prefix as Neo spells it; a file without a readable header has none."""
+    """The names come from the file, with the prefix as Neo spells it; a file without a readable header has none."""
 
     @property
     def state(self) -> Mapping[str, torch.Tensor]:
@@ -26,7 +25,7 @@ class UnreadFile(LazyState):
 
     def __iter__(self) -> Iterator[str]:
         try:
-            return iter([_spelled(name) for name in open_header(self.filename).tensors])
+            return iter([_spelled(name) for name in self.names])
         except FileFormatError:
             # The guard refuses it with a sentence; an error here would leave out all LoRAs of the prompt.
             return iter([])

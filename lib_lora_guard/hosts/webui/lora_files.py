@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ...adapters.base import Adapter, Shape
 from ...adapters.file_settings import FileSettings
 from ...adapters.files import LoraFile, holds_only_views, parse_tensors, read_lora_file
 from ...errors import LoraFileError, LoraMismatchError, Message, about, reason
-from ...files import is_file, shown, state_of
+from ...files import is_file, open_header, shown, state_of
 from ...messages import Joined, say, without
 from ...models.fit import Fit, Target, fit_file
 from ...patching.parameters import named_parameters
@@ -46,9 +46,20 @@ log = logging.getLogger(__name__)
 class LazyState(Mapping[str, torch.Tensor]):
     """Stands for the tensors of a LoRA file. The host reads and maps the file only where something looks inside."""
 
-    def __init__(self, filename: str, load: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        filename: str,
+        load: Callable[[], Mapping[str, torch.Tensor]],
+        names: Callable[[], Iterable[str]] | None = None,
+    ) -> None:
+        """
+        Args:
+            filename: of the file.
+            load: lets the host read it.
+            names: returns the names of its tensors without the host; None: of what `load` returns.
+        """
         self.filename = filename
-        self._load = load
+        self._load, self._names = load, names
         self._state: Mapping[str, torch.Tensor] | None = None
 
     @property
@@ -56,6 +67,11 @@ class LazyState(Mapping[str, torch.Tensor]):
         if self._state is None:
             self._state = self._load()
         return self._state
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of the tensors in the file. They need not the host's reading."""
+        return self.state if self._names is None else self._names()
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.state[key]
@@ -124,6 +140,10 @@ class LoraFiles:
         """Those of the models that get the present stack, while its files are read: each file asks for them."""
         self._targets: weakref.WeakKeyDictionary[torch.nn.Module, Target] = weakref.WeakKeyDictionary()
         """The names of each model, worked out once for all files."""
+        self._named: tuple[FileKey, LoraFile] | None = None
+        """A file that was read when the host asked for the names in it, until the host hands it over."""
+        self._is_patchable = True
+        """False if the last model was one that the host patches itself: its files are not for the guard to read."""
 
     def load_state(self, original: Callable[..., Any], filename: Any) -> Any:
         """Stands in place of `networks.load_lora_state_dict`."""
@@ -134,7 +154,7 @@ class LoraFiles:
             or not is_file(Path(filename))
         ):
             return original(filename)
-        return self._state_class(str(filename), lambda: original(filename))
+        return self._state_class(str(filename), lambda: original(filename), lambda: self._names_in(Path(filename)))
 
     def load_for_models(
         self,
@@ -158,7 +178,9 @@ class LoraFiles:
             self.left_out, self._in_part = {}, {}
         if self.is_host_reading():
             return original(model, clip, _for_host(lora), strength_model, strength_clip, filename, online_mode)
-        if (why := self.patchers.not_patchable(model)) is not None:
+        why = self.patchers.not_patchable(model)
+        self._is_patchable = why is None
+        if why is not None:
             self.words.tell(why)
             # By its name alone.
             return original(model, clip, lora, strength_model, strength_clip, filename, online_mode)
@@ -212,7 +234,7 @@ class LoraFiles:
         try:
             yield
         finally:
-            self._stack = ""
+            self._stack, self._named = "", None
             self._shapes.clear()
 
     def read_ahead(self, paths: Iterable[Path]) -> contextlib.AbstractContextManager[None]:
@@ -260,6 +282,20 @@ class LoraFiles:
             # Another extension hands over tensors that it has made, loaded or changed: these count, not the file.
             return parse_tensors(Path(str(filename)), dict(lora), FileSettings({}))
         path = Path(lora.filename)
+        key, file = self._present(path)
+        with self._lock:
+            self._kept[key] = file
+            self._kept.move_to_end(key)
+        self._in_stack.add(key)
+        self.trim()
+        return file
+
+    def _present(self, path: Path) -> tuple[FileKey, LoraFile]:
+        """Returns a file as it lies on disk now: one that is kept, or that was read for its names, else it is read.
+
+        Raises:
+            LoraFileError: it is missing, broken, no LoRA or too large.
+        """
         # The state before it is read: a file that changes afterwards is another one at the next call.
         state = state_of(path) if is_file(path) else None
         if state is None:
@@ -267,17 +303,30 @@ class LoraFiles:
         key = (str(path), state)
         with self._lock:
             file = self._kept.get(key)
+        named, self._named = self._named, None
+        if file is None and named is not None and named[0] == key:
+            file = named[1]
         # Read again, it is said what is wrong.
         has_failed = file is not None and file.coming is not None and file.coming.has_failed
         if file is None or has_failed:
             file = self._ahead.take(key) or read_lora_file(path, room=self._room, values_may_follow=not has_failed)
-            _own(adapter for adapter in file.adapters.values())
-        with self._lock:
-            self._kept[key] = file
-            self._kept.move_to_end(key)
-        self._in_stack.add(key)
-        self.trim()
-        return file
+            own(tensor for adapter in file.adapters.values() for tensor in adapter.tensors())
+        return key, file
+
+    def _names_in(self, path: Path) -> Iterable[str]:
+        """Returns the names of a file's tensors. The host asks right before it hands the file over, so it is read now.
+
+        Raises:
+            FileFormatError: the file cannot be read.
+        """
+        if self._is_patchable:
+            try:
+                self._named = self._present(path)
+                return self._named[1].shapes
+            except Exception:
+                # Handed over, it is read again, which says what is wrong.
+                log.debug("%s: names from the header", path, exc_info=True)
+        return open_header(path).tensors
 
     def _room(self, needed_bytes: int) -> int | None:
         """Returns the RAM for another file. Where it is too little, files that are not of the present stack go."""
@@ -359,13 +408,13 @@ class LoraFiles:
             target = self._targets[model] = Target(shapes)
         # Asked before: what is computed while the last values come may be computed from other ones.
         coming = None if file.coming is None or file.coming.is_done else file.coming
-        match = _match(file, target)
-        terms = [term.adapter for on_key in match.terms.values() for term in on_key]
-        if coming is not None and not holds_only_views(terms, coming):
+        match, of_file = _match(file, target), set(map(id, file.adapters.values()))
+        made = _made_for(match, of_file)
+        if coming is not None and not holds_only_views(made, coming):
             file.wait()
             match = _match(file, target)
-        read = set(map(id, file.adapters.values()))
-        _own(term.adapter for terms in match.terms.values() for term in terms if id(term.adapter) not in read)
+            made = _made_for(match, of_file)
+        own(tensor for adapter in made for tensor in adapter.tensors())
         known[model] = (shapes, match)
         return match
 
@@ -391,9 +440,10 @@ _READERS = ("load_lora_state_dict", "load_torch_file")
 Matches = weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Shape], Fit]]
 
 
-def _own(adapters: Iterable[Adapter]) -> None:
-    for adapter in adapters:
-        own(adapter.tensors())
+def _made_for(match: Fit, of_file: Container[int]) -> list[Adapter]:
+    """Returns the adapters that were made of those of the file (`of_file`, by their ids): parts of them."""
+    adapters = (term.adapter for on_key in match.terms.values() for term in on_key)
+    return [adapter for adapter in adapters if id(adapter) not in of_file]
 
 
 def _match(file: LoraFile, target: Target) -> Fit:
