@@ -18,7 +18,7 @@ from typing import cast
 from ..errors import FileFormatError, Joined, LoraFileError, LoraMismatchError, Message, about, reason
 from ..files import (
     LARGE_FILE_BYTES,
-    Coming,
+    ComingInOnePiece,
     FileHeader,
     TableLimits,
     TensorEntry,
@@ -84,7 +84,7 @@ class LoraFile:
     lost: Mapping[str, Message] = field(default_factory=dict)
     notes: tuple[Message, ...] = ()
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    coming: Coming | None = None
+    coming: ComingInOnePiece | None = None
 
     def wait(self) -> None:
         """Waits until all values are there.
@@ -185,7 +185,7 @@ def _is_plain_factor(name: str, names: Container[str]) -> bool:
     )
 
 
-def holds_only_views(adapters: Iterable[Adapter], coming: Coming) -> bool:
+def holds_only_views(adapters: Iterable[Adapter], coming: ComingInOnePiece) -> bool:
     """True if adapters have nothing that was computed from values that were not there yet.
 
     Args:
@@ -438,21 +438,26 @@ def _scaled(name: str, kind: Kind, one: Group, adapter: Adapter) -> Adapter:
 
 def _make(name: str, kind: Kind, found: Found) -> Adapter:
     """The adapter of one module. Raises LoraFileError if a field is missing or has an impossible shape."""
-    facts = {"module": shown(found.module), "kind": kind.name}
     try:
         adapter = kind.make(found)
         if not adapter.is_whole_tensor and any(tensor.dim() == 0 for tensor in adapter.tensors()):
             raise LoraMismatchError.of("lora.single_number")
         if kind.parameter == "weight" and "magnitude" in found.shared and getattr(adapter, "magnitude", None) is None:
-            raise LoraFileError.of("lora.no_dora", **facts)
+            raise LoraFileError.of("lora.no_dora", **_facts(kind, found))
     except LoraFileError as error:
         raise LoraFileError(about(name, reason(error))) from None
     except (TypeError, KeyError) as error:
-        raise _refusal(name, Message("lora.incomplete", {**facts, "missing": _missing(error)})) from None
+        facts = {**_facts(kind, found), "missing": _missing(error)}
+        raise _refusal(name, Message("lora.incomplete", facts)) from None
     except (LoraMismatchError, IndexError, RuntimeError, ZeroDivisionError) as error:
         shapes = str([list(tensor.shape) for tensor in found.fields.values()])
-        raise _refusal(name, Message("lora.not_factors", {**facts, "found": shapes, "why": _one_line(error)})) from None
+        facts = {**_facts(kind, found), "found": shapes, "why": _one_line(error)}
+        raise _refusal(name, Message("lora.not_factors", facts)) from None
     return adapter
+
+
+def _facts(kind: Kind, found: Found) -> dict[str, str]:
+    return {"module": shown(found.module), "kind": kind.name}
 
 
 def _refusal(name: str, what: Message) -> LoraFileError:

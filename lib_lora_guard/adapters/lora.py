@@ -52,22 +52,23 @@ class LoraAdapter(RankedAdapter):
         return PatchCost(passes=6, copies=2) if self.magnitude is None else super().forge_patch_cost()
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
-        if self.up.dim() < 2 or self.down.dim() < 2 or not all(self.up.shape) or not all(self.down.shape):
-            raise LoraMismatchError.of("lora.no_pair", up=list(self.up.shape), down=list(self.down.shape))
-        inner_up = product_of(self.up.shape[1:])
+        # Asked of each layer in each change: a size that torch gives is an object that it makes.
+        of_up, of_down = self.up.shape, self.down.shape
+        if len(of_up) < 2 or len(of_down) < 2 or not all(of_up) or not all(of_down):
+            raise LoraMismatchError.of("lora.no_pair", up=list(of_up), down=list(of_down))
+        inner_up, inner_down = product_of(of_up[1:]), of_down[0]
         if self.mid is None:
-            pairs = inner_up == self.down.shape[0]
+            pairs = inner_up == inner_down
         else:
-            pairs = self.mid.dim() > 2 and inner_up == self.mid.shape[0] and self.mid.shape[1] == self.down.shape[0]
+            pairs = self.mid.dim() > 2 and inner_up == self.mid.shape[0] and self.mid.shape[1] == inner_down
         if not pairs:
             self._check_groups(inner_up, shape)
             core = "" if self.mid is None else f" over mid {list(self.mid.shape)}"
-            up, down = list(self.up.shape), list(self.down.shape)
-            raise LoraMismatchError.of("lora.up_down", up=up, down=down, core=core)
-        check_rank(max(inner_up, self.down.shape[0]), shape)
-        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
-        columns = product_of(self.down.shape[1:]) * (1 if self.mid is None else product_of(kernel))
-        rows = self.up.shape[0]
+            raise LoraMismatchError.of("lora.up_down", up=list(of_up), down=list(of_down), core=core)
+        check_rank(max(inner_up, inner_down), shape)
+        kernel = of_down[2:] if self.mid is None else self.mid.shape[2:]
+        columns = product_of(of_down[1:]) * (1 if self.mid is None else product_of(kernel))
+        rows = of_up[0]
         wanted = (shape[0], product_of(shape[1:]))
         if self.reshaped and may_expand and rows > wanted[0]:
             raise UnsuitedLayerError.of("lora.grows_rows", rows=rows, wanted=wanted[0])
@@ -197,10 +198,11 @@ def _make(found: Found) -> LoraAdapter | BdLoraAdapter:
         count, splits_up = blocks
         fields = {**found.fields, "blocks": count, "splits_up": splits_up}
         return make_ranked(BdLoraAdapter, replace(found, fields=fields))
-    fields = dict(found.fields)
-    reshaped = fields.pop("reshape", None) is not None
-    adapter = make_ranked(LoraAdapter, replace(found, fields=fields))
-    adapter = replace(adapter, reshaped=True) if reshaped else adapter
+    if "reshape" in found.fields:
+        fields = {name: value for name, value in found.fields.items() if name != "reshape"}
+        adapter = replace(make_ranked(LoraAdapter, replace(found, fields=fields)), reshaped=True)
+    else:
+        adapter = make_ranked(LoraAdapter, found)
     if adapter.alpha is not None and adapter.rank == 0:
         up, down = list(adapter.up.shape), list(adapter.down.shape)
         raise LoraMismatchError.of("lora.no_pair", up=up, down=down)

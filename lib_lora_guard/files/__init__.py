@@ -25,13 +25,13 @@ from .header import (
     shown,
     state_of,
 )
-from .reading import LARGE_FILE_BYTES, Coming, memory_of, read_bytes, unread_bytes
+from .reading import LARGE_FILE_BYTES, ComingInOnePiece, memory_of, read_bytes, unread_bytes
 from .safetensors_file import prepare_tensors
 from .safetensors_writer import Entry, write_safetensors
 
 __all__ = [
     "LARGE_FILE_BYTES",
-    "Coming",
+    "ComingInOnePiece",
     "Entry",
     "FileHeader",
     "FileState",

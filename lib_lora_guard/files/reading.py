@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
@@ -38,15 +39,16 @@ Check: TypeAlias = "Callable[[Sequence[TensorEntry], torch.Tensor], None]"
 class Coming:
     """The values of tensors that exist already, for threads to read from the file. Those of a small file are read at once."""
 
-    def __init__(self, header: FileHeader, memory: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, header: FileHeader, entries: Iterable[TensorEntry], memory: Mapping[str, torch.Tensor]) -> None:
         """
         Args:
             header: The file's header.
-            memory: A flat uint8 tensor for each name.
+            entries: The tensors.
+            memory: A flat uint8 tensor for each, by name.
         """
         self._header, self._memory = header, memory
         # Of two that begin at the same place, the first has no values: the last one of some ends behind all of them.
-        self._entries = sorted((header.tensors[name] for name in memory), key=lambda entry: (entry.start, entry.bytes))
+        self._entries = sorted(entries, key=attrgetter("start", "bytes"))
         self._bytes = sum(entry.bytes for entry in self._entries)
         self._pieces = _Pieces(self._entries, self._at_once_bytes)
         self._error: BaseException | None = None
@@ -88,14 +90,9 @@ class Coming:
         """Bytes that threads are still to read."""
         return 0 if self.is_done else self._bytes - sum(self._read_bytes)
 
-    def place_of(self, name: str) -> torch.Tensor:
+    def _place_of(self, entry: TensorEntry) -> torch.Tensor:
         """Returns the memory of a tensor."""
-        return self._memory[name]
-
-    def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
-        """Returns True if all of `tensors` lie in the memory that is read into. What was computed from it does not."""
-        places = {memory.untyped_storage().data_ptr() for memory in self._memory.values()}
-        return all(tensor.untyped_storage().data_ptr() in places for tensor in tensors)
+        return self._memory[entry.name]
 
     def wait(self) -> None:
         """Waits until all values are there. May be interrupted and called again.
@@ -152,7 +149,7 @@ class Coming:
     def _read_piece(self, piece: Sequence[TensorEntry], file: FileIO) -> None:
         for entry in piece:
             if entry.bytes:
-                _fill(memory_of(self._memory[entry.name]), self._header, entry, file)
+                _fill(memory_of(self._place_of(entry)), self._header, entry, file)
 
 
 class ComingInOnePiece(Coming):
@@ -165,19 +162,27 @@ class ComingInOnePiece(Coming):
     def _at_once_bytes(self) -> int:
         return READ_AT_ONCE_MEANWHILE_BYTES
 
-    def __init__(self, header: FileHeader, whole: torch.Tensor, start: int, names: Iterable[str], check: Check) -> None:
+    def __init__(
+        self, header: FileHeader, whole: torch.Tensor, start: int, entries: Iterable[TensorEntry], check: Check
+    ) -> None:
         """
         Args:
             header: The file's header.
             whole: Flat, uint8; the bytes of the file from `start`, to the end of the last tensor.
             start: Where the first tensor begins.
-            names: Of the tensors.
+            entries: The tensors.
             check: Called for what is there, in the thread that has read it.
         """
-        entries = [header.tensors[name] for name in names]
-        memory = {one.name: whole[one.start - start : one.start - start + one.bytes] for one in entries}
-        super().__init__(header, memory)
+        super().__init__(header, entries, {})
         self._whole, self._start, self._check = whole, start, check
+
+    def holds(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Returns True if all of `tensors` lie in the memory that is read into. What was computed from it does not."""
+        place = self._whole.untyped_storage().data_ptr()
+        return all(tensor.untyped_storage().data_ptr() == place for tensor in tensors)
+
+    def _place_of(self, entry: TensorEntry) -> torch.Tensor:
+        return self._whole.narrow(0, entry.start - self._start, entry.bytes)
 
     def _read_piece(self, piece: Sequence[TensorEntry], file: FileIO) -> None:
         start, end = piece[0].start, piece[-1].start + piece[-1].bytes
@@ -200,14 +205,14 @@ def unread_bytes() -> int:
 
 @outside_inference
 def prepare_entries(
-    header: FileHeader, names: Sequence[str], typed: Typed, check: Check
-) -> tuple[dict[str, torch.Tensor], Coming] | None:
+    header: FileHeader, names: Sequence[str], dtype_of: Callable[[TensorEntry], torch.dtype], check: Check
+) -> tuple[dict[str, torch.Tensor], ComingInOnePiece] | None:
     """Makes tensors for values that threads can read while the caller goes on, outside inference mode and in one piece of memory.
 
     Args:
         header: The file's header.
-        names: The tensors.
-        typed: Gives a tensor its type and shape.
+        names: The tensors, all of one format.
+        dtype_of: Gives the type of a tensor's values, of which the file has what its shape says.
         check: Called for what is there, in the thread that has read it.
 
     Returns:
@@ -217,14 +222,18 @@ def prepare_entries(
         FileFormatError: A name is not in the header, or there is no memory.
     """
     entries = [_entry(header, name) for name in names]
-    start = min(entry.start for entry in entries)
-    whole = _memory(header, max(entry.start + entry.bytes for entry in entries) - start)
-    coming = ComingInOnePiece(header, whole, start, names, check)
-    try:
-        return {entry.name: typed(entry, coming.place_of(entry.name)) for entry in entries}, coming
-    except RuntimeError:
-        # torch: a tensor begins between two places for values of its type.
+    dtype, start = dtype_of(entries[0]), min(entry.start for entry in entries)
+    if any((entry.start - start) % dtype.itemsize for entry in entries):
+        # A tensor begins between two places for values of its type.
         return None
+    whole = _memory(header, max(entry.start + entry.bytes for entry in entries) - start)
+    values = whole.view(dtype)
+    # In one call of torch for each: slices that get a type and a shape are three.
+    tensors = {
+        one.name: values.as_strided(one.shape, _strides(one.shape), (one.start - start) // dtype.itemsize)
+        for one in entries
+    }
+    return tensors, ComingInOnePiece(header, whole, start, entries, check)
 
 
 @outside_inference
@@ -242,7 +251,7 @@ def read_entries(header: FileHeader, names: Iterable[str] | None, typed: Typed) 
     entries = [_entry(header, name) for name in dict.fromkeys(header.tensors if names is None else names)]
     memory = {entry.name: _memory(header, entry.bytes, entry.name) for entry in entries}
     tensors = {entry.name: typed(entry, memory[entry.name]) for entry in entries}
-    coming = Coming(header, memory)
+    coming = Coming(header, entries, memory)
     try:
         coming.start()
         coming.wait()
@@ -296,6 +305,15 @@ class _Pieces:
         """Leaves nothing to be taken."""
         # Replaced without the lock, which an interrupt may have left locked.
         self._left = iter(())
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Returns the strides of a tensor without gaps."""
+    strides, step = [1] * len(shape), 1
+    for dim in range(len(shape) - 1, -1, -1):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return strides
 
 
 def _entry(header: FileHeader, name: str) -> TensorEntry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from functools import partial
 from io import FileIO
 from operator import attrgetter
 from pathlib import Path
@@ -31,7 +32,7 @@ from .header import (
     refusal,
     shown,
 )
-from .reading import Check, Coming, Typed, prepare_entries, read_bytes, read_entries
+from .reading import Check, ComingInOnePiece, Typed, prepare_entries, read_bytes, read_entries
 from .safetensors_json import Scanner
 
 FORMATS: dict[str, tuple[int, str | None]] = {
@@ -101,12 +102,12 @@ def read_tensors(header: FileHeader, names: Iterable[str] | None = None) -> dict
 
 def prepare_tensors(
     header: FileHeader, names: Sequence[str], check: Check
-) -> tuple[dict[str, torch.Tensor], Coming] | None:
+) -> tuple[dict[str, torch.Tensor], ComingInOnePiece] | None:
     """Makes tensors for values that threads can read while the caller goes on.
 
     Args:
         header: The file's header.
-        names: The tensors.
+        names: The tensors, all of one format that fills whole bytes.
         check: Called for what is there, in the thread that has read it.
 
     Returns:
@@ -115,21 +116,25 @@ def prepare_tensors(
     Raises:
         FileFormatError: A name is not in the header, torch lacks a dtype, or there is no memory.
     """
-    return prepare_entries(header, names, _typed(header), check)
+    return prepare_entries(header, names, partial(_dtype_of, header), check)
 
 
 def _typed(header: FileHeader) -> Typed:
     def typed(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
-        dtype = getattr(torch, FORMATS[entry.format][1] or "", None)
-        if not isinstance(dtype, torch.dtype):
-            why = Message("file.dtype", {"format": entry.format, "torch": str(torch.__version__)})
-            raise refusal(header.path, why, entry.name)
         shape = entry.shape
         if entry.format == "F4":  # two values in a byte: torch counts the bytes
             shape = (*shape[:-1], shape[-1] // 2)
-        return buffer.view(dtype).reshape(shape)
+        return buffer.view(_dtype_of(header, entry)).reshape(shape)
 
     return typed
+
+
+def _dtype_of(header: FileHeader, entry: TensorEntry) -> torch.dtype:
+    dtype = getattr(torch, FORMATS[entry.format][1] or "", None)
+    if not isinstance(dtype, torch.dtype):
+        why = Message("file.dtype", {"format": entry.format, "torch": str(torch.__version__)})
+        raise refusal(header.path, why, entry.name)
+    return dtype
 
 
 def read_numbers(header: FileHeader, names: Iterable[str]) -> dict[str, float | None]:
@@ -226,8 +231,13 @@ def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> Te
 
 
 def _is_sizes(value: object) -> bool:
-    # A JSON truth value is no size, though Python's bool is an int.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_VALUES for item in value)
+    # A JSON truth value is no size, though Python's bool is an int. A loop: it is asked twice for each tensor.
+    if not isinstance(value, list):
+        return False
+    for item in value:
+        if type(item) is not int or not 0 <= item <= MAX_VALUES:
+            return False
+    return True
 
 
 def _check_covered(path: Path, tensors: dict[str, TensorEntry], data_start: int, size: int) -> None:

@@ -25,6 +25,7 @@ _USUAL_ENTRY = re.compile(
 )
 """An entry as the library writes it, for speed: any other valid spelling is read as JSON."""
 _USUAL_STRING = re.compile(r'"([^"\\\x00-\x1f]*)"')
+_USUAL_KEY = re.compile(r'"([^"\\\x00-\x1f]*)":')
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair, which could not be printed or saved."""
 
@@ -56,18 +57,27 @@ class Scanner:
             self.at += 1
             return
         while True:
-            key = self.string("a name")
+            key = self._key()
             if key in seen:
                 raise damaged(self.path, "expected each name once, found it twice", key)
             seen.add(key)
             if len(seen) > most:
                 raise damaged(self.path, f"expected at most {most} names, found more")
-            self._expect(":")
             yield key
             if self._next() == "}":
                 self.at += 1
                 return
             self._expect(",")
+
+    def _key(self) -> str:
+        """Reads a name and the colon behind it."""
+        usual = _USUAL_KEY.match(self.text, self.at)
+        if usual is not None and (key := usual[1]).isascii():
+            self.at = usual.end()
+            return key
+        key = self.string("a name")
+        self._expect(":")
+        return key
 
     def string(self, what: str, key: str | None = None) -> str:
         """Reads a string. `what` and `key` name it in errors."""
@@ -89,7 +99,7 @@ class Scanner:
         if usual := _USUAL_ENTRY.match(self.text, self.at):
             self.at = usual.end()
             dtype, shape, start, end = usual.groups()
-            sizes = [int(size) for size in shape.split(",")] if shape else []
+            sizes = list(map(int, shape.split(","))) if shape else []
             return {"dtype": dtype, "shape": sizes, "data_offsets": [int(start), int(end)]}
         found = _ENTRY.match(self.text, self.at)
         if found is None:
