@@ -8,11 +8,11 @@ The kinds bring their keys (`kinds.Kind`). Trainers whose files they are taken f
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from .kinds import KINDS, MOST_PARTS, Kind
+from .kinds import KINDS, MOST_PARTS, KeyEnd, Kind
 from .other_kinds import other_kind_of
 
 
@@ -37,17 +37,9 @@ def meaning_of(key: str, names: Container[str] = ()) -> KeyMeaning | None:
         key: the name in the file.
         names: all names in the file. Some names mean something only beside others.
     """
-    module, *parts = key.rsplit(".", MOST_PARTS)
-    written = _with_adapter_name(parts)
-    if written is not None:
-        suffix, count = written
-        return KeyMeaning(key.rsplit(".", count)[0], *KINDS.keys[suffix])
-    # The longest end has the say: "lora.up.weight" before "up.weight".
-    for count in range(len(parts), 0, -1):
-        suffix = ".".join(parts[-count:])
-        known = KINDS.keys.get(suffix)
-        if known is not None:
-            return KeyMeaning(key[: -len(suffix) - 1], *known)
+    end = _end_of(tuple(key.rsplit(".", MOST_PARTS)[1:]))
+    if end is not None:
+        return KeyMeaning(key[: -end.characters], end.kind, end.field)
     if without_dot := _without_dot(key):
         return without_dot
     for kind in KINDS.claims:
@@ -58,7 +50,39 @@ def meaning_of(key: str, names: Container[str] = ()) -> KeyMeaning | None:
     return None
 
 
-def _with_adapter_name(parts: list[str]) -> tuple[str, int] | None:
+def _end_of(parts: tuple[str, ...]) -> KeyEnd | None:
+    """Returns the meaning of a name's last parts; None if they are no kind's. A file's thousand names have a few ends."""
+    ends = KINDS.ends
+    try:
+        return ends[parts]
+    except KeyError:
+        found = _known_end(parts)
+    if sum(map(len, parts)) <= _LONGEST_END:
+        if len(ends) >= _MOST_ENDS:
+            ends.clear()
+        ends[parts] = found
+    return found
+
+
+def _known_end(parts: tuple[str, ...]) -> KeyEnd | None:
+    written = _with_adapter_name(parts)
+    if written is not None:
+        suffix, count = written
+        return KeyEnd(sum(len(part) + 1 for part in parts[-count:]), *KINDS.keys[suffix])
+    # The longest end has the say: "lora.up.weight" before "up.weight".
+    for count in range(len(parts), 0, -1):
+        suffix = ".".join(parts[-count:])
+        known = KINDS.keys.get(suffix)
+        if known is not None:
+            return KeyEnd(len(suffix) + 1, *known)
+    return None
+
+
+_LONGEST_END, _MOST_ENDS = 200, 1000
+"""Characters of an end that is remembered, and how many are."""
+
+
+def _with_adapter_name(parts: Sequence[str]) -> tuple[str, int] | None:
     """Finds the adapter's own name that PEFT may put inside: `lora_A.style.weight`, `boft_R.default`.
 
     Returns:

@@ -133,9 +133,9 @@ def read_lora_file(
 def _read(path: str | Path, as_trained: bool, room: Room | None, values_may_follow: bool) -> LoraFile:
     header = open_lora(path)
     settings = settings_of(header.path, header.metadata)
-    tensors = _without_values(header)
-    if values_may_follow and (file := _with_values_that_follow(header, tensors, settings, room)) is not None:
+    if values_may_follow and (file := _with_values_that_follow(header, settings, room)) is not None:
         return file
+    tensors = _without_values(header)
     unknown = _parsed(header, tensors, settings=settings).unknown_keys
     wanted = header.tensors.keys() - set(unknown)
     check_room(header, sum(header.tensors[name].bytes for name in wanted), room)
@@ -143,28 +143,33 @@ def _read(path: str | Path, as_trained: bool, room: Room | None, values_may_foll
     return _parsed(header, {**tensors, **read_tensors(header, wanted)}, as_trained, settings)
 
 
-def _with_values_that_follow(
-    header: FileHeader, tensors: Tensors, settings: FileSettings, room: Room | None
-) -> LoraFile | None:
+def _with_values_that_follow(header: FileHeader, settings: FileSettings, room: Room | None) -> LoraFile | None:
     """Makes the adapters of a large file of plain LoRAs, whose values are being read when it returns; None for others.
 
     Raises:
         LoraFileError: the file contradicts itself, or there is no room for it.
     """
-    following = [name for name, entry in header.tensors.items() if not _is_number(name, entry.shape)]
-    size = sum(header.tensors[name].bytes for name in following)
+    numbers = dict.fromkeys(name for name, entry in header.tensors.items() if _is_number(name, entry.shape))
+    following = [entry for entry in header.tensors.values() if entry.name not in numbers]
+    size = sum(entry.bytes for entry in following)
     if size < LARGE_FILE_BYTES or os.environ.get("LORA_GUARD_READ_AHEAD") == "0":
         return None
-    formats = {header.tensors[name].format for name in following}
-    if len(formats) > 1 or not formats <= PATTERNS.keys() or not all(_is_plain_factor(n, tensors) for n in following):
+    formats = {entry.format for entry in following}
+    if len(formats) > 1 or not formats <= PATTERNS.keys():
+        return None
+    if not all(_is_plain_factor(entry.name, header.tensors) for entry in following):
         return None
     check_room(header, size, room)
-    found = prepare_tensors(header, following, lambda piece, raw: _check(header.path, piece, raw, values))
+    names = [entry.name for entry in following]
+    found = prepare_tensors(header, names, lambda piece, raw: _check(header.path, piece, raw, values))
     if found is None:
         return None
     values, coming = found
+    there = _numbers_of(header, numbers)
     try:
-        file = _parsed(header, {**tensors, **values}, settings=settings, unread=set(following))
+        # In the order of the header.
+        tensors = {name: there[name] if name in there else values[name] for name in header.tensors}
+        file = _parsed(header, tensors, settings=settings, unread=values.keys())
     except LoraFileError:
         # Said by the usual way, which has looked at everything.
         return None
@@ -271,6 +276,12 @@ def _without_values(header: FileHeader) -> Tensors:
         tensors = header_tensors(header, numbers)
     # Adapters take them for tensors of torch: a HeaderTensor acts as one.
     return cast(Tensors, tensors)
+
+
+def _numbers_of(header: FileHeader, numbers: Iterable[str]) -> Tensors:
+    """The tensors that an adapter holds as numbers, alone."""
+    with _as_lora_errors():
+        return cast(Tensors, header_tensors(header, numbers, only_numbers=True))
 
 
 def _parsed(

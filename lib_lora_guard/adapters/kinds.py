@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from .base import Adapter, Shape
 from .file_settings import PeftSettings
@@ -122,6 +122,20 @@ class Kind:
     settle: Callable[[Mapping[tuple[str, str], Adapter]], Mapping[tuple[str, str], Adapter]] | None = None
 
 
+class KeyEnd(NamedTuple):
+    """The end of a tensor's name, which says what it is.
+
+    Attributes:
+        characters: its length, with the dot before it.
+        kind: None for fields that belong to whichever kind the module has.
+        field: of the kind's adapter.
+    """
+
+    characters: int
+    kind: Kind | None
+    field: str
+
+
 class Registry:
     """All kinds, indexed by what readers of files and patches look for."""
 
@@ -129,6 +143,8 @@ class Registry:
         self._kinds: dict[str, Kind] = {}
         self.keys: dict[str, tuple[Kind | None, str]] = {}
         """Kind (None for shared fields) and field by the end of a name."""
+        self.ends: dict[tuple[str, ...], KeyEnd | None] = {}
+        """What the last parts of names mean, as `file_keys` has found; forgotten when a kind comes or goes."""
         self.peft_keys: frozenset[str] = frozenset()
         """The ends into which PEFT may put its adapter's name."""
         self.peft_heads: frozenset[str] = frozenset()
@@ -169,6 +185,7 @@ class Registry:
 
     def _index(self) -> None:
         kinds = tuple(self._kinds.values())
+        self.ends = {}
         self.keys = {key: (None, name) for key, name in (SHARED_KEYS | SHARED_PEFT_KEYS).items()}
         for kind in kinds:
             self.keys.update((key, (kind, name)) for key, name in (*kind.keys.items(), *kind.peft_keys.items()))

@@ -52,8 +52,8 @@ class LoraAdapter(RankedAdapter):
         return PatchCost(passes=6, copies=2) if self.magnitude is None else super().forge_patch_cost()
 
     def check(self, shape: Shape, *, may_expand: bool) -> None:
-        # Asked of each layer in each change: a size that torch gives is an object that it makes.
-        of_up, of_down = self.up.shape, self.down.shape
+        # Asked of each layer in each change: sizes and their slices are objects that torch makes.
+        of_up, of_down = tuple(self.up.shape), tuple(self.down.shape)
         if len(of_up) < 2 or len(of_down) < 2 or not all(of_up) or not all(of_down):
             raise LoraMismatchError.of("lora.no_pair", up=list(of_up), down=list(of_down))
         inner_up, inner_down = product_of(of_up[1:]), of_down[0]
@@ -66,14 +66,14 @@ class LoraAdapter(RankedAdapter):
             core = "" if self.mid is None else f" over mid {list(self.mid.shape)}"
             raise LoraMismatchError.of("lora.up_down", up=list(of_up), down=list(of_down), core=core)
         check_rank(max(inner_up, inner_down), shape)
-        kernel = of_down[2:] if self.mid is None else self.mid.shape[2:]
+        kernel = of_down[2:] if self.mid is None else tuple(self.mid.shape[2:])
         columns = product_of(of_down[1:]) * (1 if self.mid is None else product_of(kernel))
         rows = of_up[0]
         wanted = (shape[0], product_of(shape[1:]))
         if self.reshaped and may_expand and rows > wanted[0]:
             raise UnsuitedLayerError.of("lora.grows_rows", rows=rows, wanted=wanted[0])
         # Without a kernel of its own, the flattened factor has that of the weight.
-        same_kernel = not kernel or tuple(kernel) == tuple(shape[2:])
+        same_kernel = not kernel or kernel == tuple(shape[2:])
         widens = len(shape) == 2 and columns <= WIDEST * shape[1]
         fills = same_kernel and is_narrower(columns, shape)
         if rows != wanted[0] or (columns != wanted[1] and not (may_expand and (widens or fills))):

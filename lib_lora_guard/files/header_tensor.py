@@ -148,12 +148,15 @@ class HeaderTensor:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def header_tensors(header: FileHeader, numbers: Iterable[str]) -> dict[str, HeaderTensor]:
+def header_tensors(
+    header: FileHeader, numbers: Iterable[str], *, only_numbers: bool = False
+) -> dict[str, HeaderTensor]:
     """Returns every tensor of a safetensors file without its values, but for those that hold one number each.
 
     Args:
         header: The file's header.
         numbers: Names of the tensors whose number is read.
+        only_numbers: Leave out the others.
 
     Raises:
         FileFormatError: The numbers cannot be read.
@@ -162,6 +165,7 @@ def header_tensors(header: FileHeader, numbers: Iterable[str]) -> dict[str, Head
     return {
         name: HeaderTensor(entry.shape, FORMATS[entry.format][1] or "uint8", found.get(name))
         for name, entry in header.tensors.items()
+        if not only_numbers or name in found
     }
 
 
