@@ -6,6 +6,7 @@ version 0.8 of the library does: holes and bytes past the last tensor are refuse
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -192,7 +193,7 @@ def _parse(
             # Before the entry is made: what is over the limits takes no more memory than they allow.
             if limits is not None:
                 _check_table(path, limits, len(tensors) + 1, scanner.at - beside)
-            tensors[name] = _entry(path, name, scanner.entry(name), data_start)
+            tensors[name] = _read_entry(scanner, name, data_start)
     scanner.end()
     return tensors, metadata
 
@@ -202,6 +203,19 @@ def _check_table(path: Path, limits: TableLimits, tensors: int, characters: int)
         raise refusal(path, Message("file.too_many_tensors", {"most": limits.tensors}))
     if characters > limits.characters:
         raise refusal(path, Message("file.table_too_long", {"most": limits.characters}))
+
+
+def _read_entry(scanner: Scanner, name: str, data_start: int) -> TensorEntry:
+    """Reads what a tensor is. One that is written as the library does and has values is told by a product; others are judged."""
+    at = scanner.at
+    usual = scanner.usual_entry()
+    if usual is not None:
+        form, shape, start, end = usual
+        bits, count = FORMATS.get(form, (0, None))[0], math.prod(shape)
+        if bits >= 8 and 0 < count <= MAX_VALUES and count * bits == 8 * (end - start) and end <= MAX_VALUES:
+            return TensorEntry(name, form, shape, data_start + start, end - start)
+    scanner.at = at
+    return _entry(scanner.path, name, scanner.entry(name), data_start)
 
 
 def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> TensorEntry:
@@ -231,13 +245,8 @@ def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> Te
 
 
 def _is_sizes(value: object) -> bool:
-    # A JSON truth value is no size, though Python's bool is an int. A loop: it is asked twice for each tensor.
-    if not isinstance(value, list):
-        return False
-    for item in value:
-        if type(item) is not int or not 0 <= item <= MAX_VALUES:
-            return False
-    return True
+    # A JSON truth value is no size, though Python's bool is an int.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= MAX_VALUES for item in value)
 
 
 def _check_covered(path: Path, tensors: dict[str, TensorEntry], data_start: int, size: int) -> None:

@@ -93,14 +93,23 @@ class Scanner:
         self.at = end
         return str(text)
 
+    def usual_entry(self) -> tuple[str, tuple[int, ...], int, int] | None:
+        """Reads the object that describes a tensor if it is written as the library does.
+
+        Returns:
+            dtype, shape, and the two offsets; None for another spelling, of which nothing but blanks is read.
+        """
+        self._next()
+        usual = _USUAL_ENTRY.match(self.text, self.at)
+        if usual is None:
+            return None
+        self.at = usual.end()
+        dtype, shape, start, end = usual.groups()
+        return dtype, tuple(map(int, shape.split(","))) if shape else (), int(start), int(end)
+
     def entry(self, name: str) -> dict[str, Any]:
         """Reads the object that describes the tensor `name`."""
         self._next()
-        if usual := _USUAL_ENTRY.match(self.text, self.at):
-            self.at = usual.end()
-            dtype, shape, start, end = usual.groups()
-            sizes = list(map(int, shape.split(","))) if shape else []
-            return {"dtype": dtype, "shape": sizes, "data_offsets": [int(start), int(end)]}
         found = _ENTRY.match(self.text, self.at)
         if found is None:
             raise damaged(

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from ..inference_mode import outside_inference
+
 T = TypeVar("T")
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """As torch's compiled code asks: without the object of `torch.cuda.current_stream`, which takes longer than all else in `known`."""
@@ -51,10 +53,10 @@ class DeviceCache(Generic[T]):
         return len(self._values)
 
 
+@outside_inference
 def _outside_inference(make: Callable[[], T]) -> T:
     # A tensor made in inference mode cannot be changed outside it.
-    with torch.inference_mode(False), torch.no_grad():
-        return make()
+    return make()
 
 
 def _stream_id(device: torch.device) -> int:
