@@ -2,13 +2,16 @@
 
 import functools
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from support.make import write_kohya
 
+from lib_lora_guard.files import safetensors_file
 from lib_lora_guard.hosts.neo.patchers import LORAS, NeoPatchers, loras_of
 from lib_lora_guard.hosts.neo.unread_file import UnreadFile
+from lib_lora_guard.hosts.webui import lora_files
 from lib_lora_guard.hosts.webui.cond_caches import SharedCaches
 from lib_lora_guard.hosts.webui.conditioning import Conditioning
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
@@ -230,3 +233,59 @@ def test_a_prompt_is_encoded_again_only_where_the_text_encoders_loras_change(web
         assert [image(2.0, Img2Img(torch.rand(1))), image(0.25)] == [5, 1]
     finally:
         hooks.restore()
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    """The names of the files whose headers are read."""
+    read, found = safetensors_file.read_header, []
+
+    def read_header(path, *args):
+        found.append(Path(path).name)
+        return read(path, *args)
+
+    monkeypatch.setattr(safetensors_file, "read_header", read_header)
+    return found
+
+
+def test_the_names_that_neo_asks_for_cost_no_reading_of_their_own(web, headers):
+    web.prompt(("a", 0.5))
+    assert headers == ["a.safetensors"]
+    web.prompt(("a", 0.5), ("b", 1.0))
+    assert headers == ["a.safetensors", "b.safetensors"], "the one that is kept is not read again"
+
+
+def test_a_file_of_which_neo_asks_the_names_alone_is_not_kept(web):
+    with web.files.announced_stack({}, is_empty=False):
+        names = list(web.networks.load_lora_state_dict(web.networks.available_network_aliases["b"].filename))
+    assert len(names) == 6
+    assert all(name.startswith("lora_unet_blocks_0_") for name in names), "as Neo spells them"
+    assert (web.files._named, web.files.bytes) == (None, 0)
+
+
+def test_a_file_that_changes_after_neo_has_seen_its_names_is_read_as_it_is_then(web, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with web.files.announced_stack({}, is_empty=False):
+        state = web.networks.load_lora_state_dict(str(path))
+        assert len(state) == 6
+        write_kohya(path, {"lora_unet_blocks_0_proj": (32, 32)})
+        patcher, _ = web.networks.load_lora_for_models(web.unet, None, state, 1.0, 1.0, filename=str(path))
+    assert [list(lora.terms) for lora in loras_of(patcher)] == [["blocks.0.proj.weight"]]
+
+
+def test_files_for_nunchaku_are_neos_to_read(web, headers, monkeypatch):
+    web.unet.__class__ = type("NunchakuPatcher", (Patcher,), {})
+    web.prompt(("a", 1.0))
+    monkeypatch.setattr(lora_files, "read_lora_file", lambda *args, **options: pytest.fail("read for nothing"))
+    web.prompt(("b", 1.0))
+    assert headers == ["a.safetensors", "b.safetensors"]
+    assert len(web.read) == 2
+
+
+def test_a_model_is_walked_once_for_a_stack_and_again_for_the_next(web, monkeypatch):
+    walked, shape_of = [], lora_files.shape_of
+    monkeypatch.setattr(lora_files, "shape_of", lambda parameter: walked.append(parameter) or shape_of(parameter))
+    parameters = 6  # of the model's two layers, and of the text encoder's one
+    for images in (1, 2):
+        web.prompt(("a", 0.5), ("b", 1.0))
+        assert len(walked) == images * parameters
