@@ -58,6 +58,8 @@ print("ready", flush=True)
 time.sleep(3600)
 """
 WAYS = ("file", "ram", "bypass")
+LEAST_SECONDS, COMPARED_SECONDS = 5, 40
+"""Of the time limit: for the end, and for the comparison of 24 GB with their file before it."""
 HAS_CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if HAS_CARD else "cpu")
 
@@ -261,15 +263,19 @@ class Bench:
         self.step()
         return [self.step() for _ in range(self.options.repeats)]
 
-    def way(self, name, peak):
-        """Measures one way; stops early when the time is up."""
+    def way(self, name, peak, seconds):
+        """Measures one way, in `seconds` where more than one repeat fits into them."""
         wish = Wish.NEVER_MERGE if name == "bypass" else Wish.PREFER_MERGE
         result = {"way": name, "step_before": median(self.steps())}
         times = {"apply": [], "apply_again": [], "change": [], "remove": []}
         ram = {}
         # A copy of a large model takes many seconds.
         repeats = min(2, self.options.repeats) if name == "ram" else self.options.repeats
-        while len(times["apply"]) < repeats and (self.left() > 60 or not times["apply"]):
+        began, longest = time.perf_counter(), 0.0
+        for _ in range(repeats):
+            this = time.perf_counter()
+            if this - began + longest > seconds and times["apply"]:
+                break
             engine = Engine(weight_files=lambda: [self.path] if name == "file" else [])
 
             def change(kind, strength, engine=engine, wish=wish):
@@ -302,19 +308,23 @@ class Bench:
             change("remove", None)
             ram.setdefault("removed", above(memory(), before))
             del engine, change
+            longest = max(longest, time.perf_counter() - this)
         result["step_after"] = median(self.steps())
         without = (result["step_before"] + result["step_after"]) / 2
         result |= {kind: summary(found) for kind, found in times.items()}
         return result | {"ram": ram, "step_ratio": round(result["step"] / without, 4)}
 
     def changed_weights(self):
-        """Returns the parameters that differ from the file."""
-        header = open_header(self.path)
-        return [
-            name
-            for name, parameter in self.model.named_parameters()
-            if not torch.equal(parameter.data.cpu(), read_tensors(header, ["model." + name])["model." + name])
-        ]
+        """Returns the parameters that differ from the file, of those that there is time for, and how many these are."""
+        header, found, count = open_header(self.path), [], 0
+        for name, parameter in self.model.named_parameters():
+            if self.left() < LEAST_SECONDS:
+                break
+            (value,) = read_tensors(header, ["model." + name]).values()
+            count += 1
+            if not torch.equal(parameter.data, value.to(DEVICE)):
+                found.append(name)
+        return {"changed_weights": found, "compared_weights": count}
 
     def rates(self):
         """Returns GB/s: the link out of pinned RAM, the file through the ring, and by one thread into RAM."""
@@ -433,8 +443,15 @@ def for_small():
     file_backup.LEAST_BYTES_PER_SECOND = 0
 
 
+def keep(path, earlier, result):
+    """Writes the line of this run behind those of earlier ones: what is measured is on the disk before the next way begins."""
+    if path is not None:
+        path.write_text(earlier + json.dumps(result) + "\n", encoding="utf-8")
+
+
 def main():
     options = arguments()
+    earlier = options.out.read_text(encoding="utf-8") if options.out and options.out.exists() else ""
     if options.small and not HAS_CARD:
         for_small()
     ballast = None
@@ -460,18 +477,19 @@ def main():
             "ways": [],
         }
         print(json.dumps(result), flush=True)
-        for name in options.ways.split(","):
-            if bench.left() < 60 and result["ways"]:
+        names = options.ways.split(",")
+        for number, name in enumerate(names):
+            # An equal share of what is left, the comparison at the end set aside.
+            share = (bench.left() - COMPARED_SECONDS) / (len(names) - number)
+            if share <= 0 and result["ways"]:
                 result["ways"].append({"way": name, "left_out": "time"})
                 continue
-            result["ways"].append(bench.way(name, peak))
+            result["ways"].append(bench.way(name, peak, share))
             print(json.dumps(result["ways"][-1]), flush=True)
-        result["changed_weights"] = bench.changed_weights()
-        result["seconds"] = round(time.perf_counter() - bench.started, 1)
-        print(json.dumps({name: result[name] for name in ("changed_weights", "seconds")}), flush=True)
-        if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            keep(options.out, earlier, result)
+        compared = bench.changed_weights() | {"seconds": round(time.perf_counter() - bench.started, 1)}
+        print(json.dumps(compared), flush=True)
+        keep(options.out, earlier, result | compared)
     finally:
         if ballast is not None:
             ballast.kill()

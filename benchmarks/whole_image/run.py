@@ -339,6 +339,10 @@ def parse(arguments=None):
         options.ways = [Way.parse(text, options.builds) for text in options.ways]
     except ValueError as error:
         parser.error(str(error))
+    # A host that plays no part would take its start from the others' time.
+    options.ways = [way for way in options.ways if any(part.is_for(way.name) for part in options.plan)]
+    if not options.ways:
+        parser.error("--plan: none of --ways plays a part of it")
     if options.storage == "int8" and options.host != "neo":
         parser.error("int8: only Forge Neo loads int8_tensorwise")
     for name in ("root", "models", "work", "out"):

@@ -207,6 +207,12 @@ def test_ways_are_stock_this_checkout_or_a_build(tmp_path):
 ARGUMENTS = ["--root", "f", "--models", "m", "--work", "w", "--out", "o"]
 
 
+def test_a_way_that_plays_no_part_is_not_started():
+    run_of_promises = ["--plan", "4:ten", "50:long", "--ways", "guard", "stock", "fp16"]
+    made = run.parse([*ARGUMENTS, "--host", "neo", *run_of_promises, "--plan", "4:ten@guard", "4:three@fp16"])
+    assert [way.name for way in made.ways] == ["guard", "fp16"]
+
+
 def test_arguments_name_made_files_or_existing_ones(capsys):
     made = run.parse([*ARGUMENTS, "--host", "neo", "--storage", "q4_k", "--plan", "4", "20:three", "--ways", "stock"])
     assert made.checkpoint == "whole_image_flux_q4_k.gguf"
@@ -222,6 +228,7 @@ def test_arguments_name_made_files_or_existing_ones(capsys):
         (["--host", "forge", "--checkpoint", "tiny", "--loras", "A=one"], "no file for B"),
         (["--host", "forge", "--storage", "int8"], "only Forge Neo"),
         (["--host", "forge", "--plan", "none"], "expected STEPS"),
+        (["--host", "forge", "--plan", "4:ten@guard", "--ways", "stock"], "none of --ways plays a part"),
     ):
         with pytest.raises(SystemExit):
             run.parse([*ARGUMENTS, *wrong])
