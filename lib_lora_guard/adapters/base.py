@@ -85,6 +85,8 @@ def field_names(kind: type[Adapter]) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
+_NO_TENSORS = (type(None), bool, int, float, str)
+"""Types of most fields that hold no tensor: whether another one is a tensor takes longer to tell."""
 _FITS = "fits"
 """The attribute of an adapter that holds what it was last compared with and fits: a weight's shape, and whether that may grow."""
 
@@ -169,7 +171,7 @@ class Adapter(ABC):
         """The tensors it holds."""
         for name in field_names(type(self)):
             value = getattr(self, name)
-            if value is not None and is_tensor(value):
+            if type(value) not in _NO_TENSORS and is_tensor(value):
                 yield value
 
     def map(self, convert: Callable[[torch.Tensor], torch.Tensor]) -> Self:

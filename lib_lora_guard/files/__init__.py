@@ -25,7 +25,7 @@ from .header import (
     shown,
     state_of,
 )
-from .reading import LARGE_FILE_BYTES, ComingInOnePiece, contiguous_strides, memory_of, read_bytes, unread_bytes
+from .reading import LARGE_FILE_BYTES, ComingInOnePiece, memory_of, read_bytes, unread_bytes
 from .safetensors_file import prepare_tensors
 from .safetensors_writer import Entry, write_safetensors
 
@@ -38,7 +38,6 @@ __all__ = [
     "TableLimits",
     "TensorEntry",
     "container_of",
-    "contiguous_strides",
     "is_file",
     "memory_of",
     "open_header",

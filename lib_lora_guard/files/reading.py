@@ -230,7 +230,7 @@ def prepare_entries(
     values = whole.view(dtype)
     # In one call of torch for each: slices that get a type and a shape are three.
     tensors = {
-        one.name: values.as_strided(one.shape, contiguous_strides(one.shape), (one.start - start) // dtype.itemsize)
+        one.name: values.as_strided(one.shape, _strides(one.shape), (one.start - start) // dtype.itemsize)
         for one in entries
     }
     return tensors, ComingInOnePiece(header, whole, start, entries, check)
@@ -322,8 +322,8 @@ def _memory(header: FileHeader, size: int, name: str | None = None) -> torch.Ten
         raise refusal(header.path, Message("file.no_memory", {"needed_mb": size / MB}), name) from None
 
 
-def contiguous_strides(shape: Sequence[int]) -> list[int]:
-    """Returns the strides of a tensor of `shape` without gaps."""
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Returns the strides of a tensor without gaps."""
     strides, step = [1] * len(shape), 1
     for dim in range(len(shape) - 1, -1, -1):
         strides[dim] = step
