@@ -99,6 +99,15 @@
             return along.map((share) => LEFT + share * (width - LEFT - RIGHT));
         }
 
+        /** Returns the place of the sample nearest to a pixel. Where one phase ends the next begins: both samples may have
+         * the same place. From the left the pointer finds the oldest of them, from the right the newest. */
+        nearest(x) {
+            return this.xs.reduce((best, one, place) => {
+                const nearer = Math.abs(this.xs[best] - x) - Math.abs(one - x);
+                return nearer > 0 || (nearer === 0 && x >= one) ? place : best;
+            }, 0);
+        }
+
         /** Returns a chart, which stays the same element: the focus and the pointer are on it while samples arrive. */
         chart(name, column) {
             if (this.charts[name]) return this.charts[name];
@@ -222,7 +231,7 @@
             };
             drawing.addEventListener("pointermove", (event) => {
                 const x = event.clientX - drawing.getBoundingClientRect().left;
-                choose(this.xs.reduce((best, one, place) => (Math.abs(one - x) < Math.abs(this.xs[best] - x) ? place : best), 0));
+                choose(this.nearest(x));
             });
             drawing.addEventListener("pointerleave", hide);
             drawing.addEventListener("blur", hide);

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -81,24 +82,46 @@ PAGE = f"""<!doctype html>
 """
 
 
+class MadeUpTime:
+    """The module `time`, as far as a `Standalone` needs it, for tests: time passes by `sleep` alone, and at once."""
+
+    def __init__(self) -> None:
+        self._now = 1_800_000_000.0
+
+    def time(self) -> float:
+        """Returns seconds since 1970."""
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        """Lets so many seconds pass."""
+        self._now += seconds
+
+
 class Standalone:
     """A host for the tab that owns no model. `asked` counts the tab's requests; `reports`, `left_out`, `vram_free_mb` and
     `language` may be set.
     """
 
-    def __init__(self, language: Language = Language.AUTO) -> None:
+    def __init__(self, language: Language = Language.AUTO, time: Any = time) -> None:
+        """
+        Args:
+            language: The setting.
+            time: Has `time` and `sleep`. The images and the log have their times from here.
+        """
         self.language = language
+        self.time = time
         self.reports: list[ApplyReport] = []
         self.left_out: dict[str, str] = {}
         self.asked = 0
         self.done: list[str] = []
         self.step_seconds = 0.25
         self.vram_free_mb = 3900
-        self.timeline = Timeline()
+        self.timeline = Timeline(time.time)
         self.steps: tuple[int, int] | None = None
         self.crash: list[str] = []
         self._machine = HostMemory()
         self.log = logging.Logger(f"{__name__}.made_up", logging.DEBUG)
+        self.log.addFilter(self._stamp)
         self.ring = LogRing()
         self.log.addHandler(self.ring)
         self.app = FastAPI()
@@ -107,7 +130,9 @@ class Standalone:
     def generate(self, steps: int = 20) -> None:
         """Logs the lines of an image with two LoRAs, one after another, and draws its curve."""
         timeline = self.timeline
+        self._work(steps=0.5)
         timeline.enter("load_checkpoint", levels(1300, 9000))
+        self._work(steps=7)
         timeline.leave("load_checkpoint", levels(1300, 16200))
         timeline.begin_image()
         report = made_up_report()
@@ -115,13 +140,15 @@ class Standalone:
         self.left_out = {"flux_style.safetensors": "made for SD 1.x, this is Flux; use a LoRA for Flux"}
         self.log.info("%s", report.line())
         timeline.enter("encode_prompt", levels(1300, 16300))
+        self._work(steps=2)
         timeline.leave("encode_prompt", levels(6100, 16500))
         timeline.enter("move_to_gpu", levels(6100, 16500))
+        self._work(steps=3)
         timeline.leave("move_to_gpu", levels(7050, 16900), 8600 * MB)
         for step in range(steps):
             self.steps = (step, steps)
             timeline.enter("sampling_step", levels(8020 + 60 * (step > 0), 16900))
-            time.sleep(self.step_seconds)
+            self._work(steps=1)
             self.log.log(
                 logging.WARNING if step % 10 == 7 else logging.DEBUG if step % 3 == 1 else logging.INFO,
                 "step %d of %d",
@@ -129,9 +156,18 @@ class Standalone:
                 steps,
             )
         timeline.enter("vae_decode", levels(8080, 16900))
+        self._work(steps=2.5)
         timeline.leave("vae_decode", levels(9420, 16900))
         timeline.end_image(levels(7100, 16900))
         self.steps = None
+
+    def _work(self, steps: float) -> None:
+        """Lets as much time pass as so many steps of an image take."""
+        self.time.sleep(steps * self.step_seconds)
+
+    def _stamp(self, record: logging.LogRecord) -> bool:
+        record.created = self.time.time()
+        return True
 
     def status(self) -> PanelStatus:
         snapshot = made_up_card(take_snapshot(torch.device("cpu"), host=self._machine), self.vram_free_mb)

@@ -4,12 +4,11 @@ import contextlib
 import re
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support import standalone
 from support.face_server import Served, chromium, package, playwright, wait_until
-from support.standalone import Standalone, made_up_report
+from support.standalone import MadeUpTime, Standalone, made_up_report
 
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.messages import Message
@@ -35,7 +34,7 @@ def browser():
 
 @pytest.fixture
 def host():
-    return Standalone()
+    return Standalone(time=MadeUpTime())
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def let_pass(page, seconds):
 
 def test_the_log_grows_while_an_image_is_made(open_page, host, monkeypatch):
     steps = threading.Semaphore(0)
-    monkeypatch.setattr(standalone, "time", SimpleNamespace(sleep=lambda seconds: steps.acquire()))
+    monkeypatch.setattr(host.time, "sleep", lambda seconds: seconds != host.step_seconds or steps.acquire())
     page = open_page()
     assert texts(page) == []
     assert "No LoRA has been applied yet" in page.inner_text("#lora_guard_panel")
@@ -423,8 +422,14 @@ def test_the_strip_says_what_is_going_on_and_keeps_problems_until_they_are_close
     assert (len(said), said[0][:3], said[-10][:2]) == (29, "a21", "b0"), "the closed one is the 30th"
 
 
+def told_at(page, chart, from_the_right):
+    """What a chart says at so many pixels from its right end."""
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - from_the_right, box["y"] + 50)
+    return page.inner_text(".lg-tip:visible")
+
+
 def test_the_curve_has_phases_the_promise_the_peak_and_a_point_to_read(open_page, host):
-    host.step_seconds = 0
     host.generate(3)
     host.log.info("of the first image")
     page = open_page()
@@ -444,9 +449,10 @@ def test_the_curve_has_phases_the_promise_the_peak_and_a_point_to_read(open_page
     assert page.inner_text(".lg-tip").endswith("image 1, load: VRAM 5.96 GB of 12.0 GB")
     page.keyboard.press("End")
     assert vram.get_attribute("aria-valuetext").endswith("between: VRAM 6.93 GB of 12.0 GB, 8.40 GB promised")
-    box = ram.bounding_box()
-    page.mouse.move(box["x"] + box["width"] - 1, box["y"] + 50)
-    assert page.inner_text(".lg-tip").endswith("RAM 16.5 GB of 32.0 GB")
+    for chart, at_the_end in ((ram, "RAM 16.5 GB of 32.0 GB"), (vram, "VRAM 6.93 GB of 12.0 GB, 8.40 GB promised")):
+        assert told_at(page, chart, from_the_right=1).endswith(f", image 1, between: {at_the_end}")
+    # The peak of the decoding and what is left after it are of one moment.
+    assert told_at(page, vram, from_the_right=3).endswith("between: VRAM 9.20 GB of 12.0 GB, 8.40 GB promised")
     seen = host.asked
     host.generate(1)
     wait_for(page, ".lg-peak >> text=Image 2")
@@ -465,7 +471,6 @@ def test_the_curve_has_phases_the_promise_the_peak_and_a_point_to_read(open_page
 
 
 def test_a_chosen_point_stays_while_samples_arrive(open_page, host):
-    host.step_seconds = 0
     host.generate(3)
     page = open_page()
     vram = page.locator(".lg-chart").first
@@ -528,7 +533,6 @@ TERMS = """() => [...document.querySelectorAll("#lora_guard_panel :is(.lg-term, 
 
 @pytest.mark.parametrize("locale", ["en", "zh-CN"])
 def test_every_term_is_explained_to_the_pointer_and_the_keyboard(open_page, host, locale):
-    host.step_seconds = 0
     host.generate(1)
     host.log.info("%s", Message("memory.shrunk", {"size_mb": 730.0, "model": "KModel"}))
     page = open_page(locale=locale)
@@ -624,7 +628,7 @@ def test_will_it_fit_asks_with_names_of_the_lists(open_page, host):
 )
 def test_axe_finds_nothing_serious_and_nothing_overflows(open_page, host, path, options):
     axe = playwright_axe()
-    host.step_seconds, host.crash = 0, ["the last run was cut off"]
+    host.crash = ["the last run was cut off"]
     host.generate(3)
     host.log.info("%s", Message("memory.shrunk", {"size_mb": 730.0, "model": "KModel"}))
     page = open_page(path=path, broken="ERR_FAILED.*/lora-guard/panel", **options)
