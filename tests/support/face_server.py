@@ -7,11 +7,12 @@ import os
 import shutil
 import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 
 import pytest
+
+from support.waiting import wait_until
 
 fastapi = pytest.importorskip("fastapi", reason="needs fastapi (in the extra `test`)")
 uvicorn = pytest.importorskip("uvicorn", reason="needs uvicorn (in the extra `test`)")
@@ -69,13 +70,6 @@ class Served:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.headers, json.load(error)
-
-
-def wait_until(condition, complaint, seconds=10, step_seconds=0.02):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, complaint
-        time.sleep(step_seconds)
 
 
 def chromium():

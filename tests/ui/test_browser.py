@@ -1,14 +1,15 @@
 """The tab in a real browser, against the stand-alone page: it follows, it rests when hidden, and names stay text."""
 
-import contextlib
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from support import standalone
-from support.face_server import Served, chromium, package, playwright, wait_until
+from support.face_server import Served, chromium, package, playwright
 from support.standalone import MadeUpTime, Standalone, made_up_report
+from support.waiting import LONGEST_WAIT_SECONDS, wait_until
 
 from lib_lora_guard.memory.nvml import GpuProcess, GpuProcesses
 from lib_lora_guard.messages import Message
@@ -43,12 +44,29 @@ def server(host):
         yield served
 
 
-def watch(page, broken=None):
-    """Gathers in `page.problems` what goes wrong in a page.
+ASKED = "/lora-guard/panel?"
+"""What the panel asks for by itself, about once a second."""
 
+
+def watch(page, broken=None):
+    """Gathers in `page.problems` what goes wrong in a page, in `page.asked` what it asked for, and in `page.unanswered` what of
+    that is under way.
+
+    Its clock stands. Only the test lets time pass in it, so its timers do not depend on how fast the machine is.
     `broken`: What the test itself breaks, a pattern of the browser's complaint with the address.
     """
-    page.problems = []
+    page.problems, page.asked, page.unanswered = [], [], set()
+    page.clock.install(time=0)
+    page.clock.pause_at(1000)
+
+    def asked(request):
+        if ASKED in request.url:
+            page.asked.append(request)
+            page.unanswered.add(request)
+
+    page.on("request", asked)
+    page.on("response", lambda response: page.unanswered.discard(response.request))
+    page.on("requestfailed", lambda request: page.unanswered.discard(request))
 
     def console(message):
         said = f"{message.text} {message.location.get('url', '')}"
@@ -67,10 +85,8 @@ def open_page(browser, server):
 
     def open_(shown=True, path="/", broken=None, **options):
         context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}, **options})
-        context.set_default_timeout(8000)
         contexts.append(context)
         page = context.new_page()
-        page.clock.install()
         watch(page, broken)
         page.goto(server.url + path)
         if shown:
@@ -89,22 +105,35 @@ def texts(page):
 
 
 def wait_for(page, selector):
-    """Waits until it is there, and lets the page's seconds pass at once meanwhile."""
-    for _ in range(80):
-        with contextlib.suppress(playwright().TimeoutError):
-            return page.wait_for_selector(selector, timeout=100)
-        page.clock.fast_forward(1000)
-    raise AssertionError(f"there is no {selector}: {page.inner_text('body')}")
+    """Waits until it is there. A second of the page passes at once when the server has answered all that the page asked."""
+    end, place = time.monotonic() + LONGEST_WAIT_SECONDS, page.locator(selector).first
+    while not place.is_visible():
+        assert time.monotonic() < end, f"there is no {selector}: {page.inner_text('body')[:2000]}"
+        if not page.unanswered:
+            page.clock.fast_forward(1000)
+        page.wait_for_timeout(10)
 
 
 def wait_for_line(page, text):
     wait_for(page, f"{ROWS} >> text={text}")
 
 
-def let_pass(page, seconds):
-    """So many seconds of the page; what it asked in them has reached the server."""
-    page.clock.run_for(1000 * seconds)
-    page.wait_for_timeout(100)
+def asked_in(page, seconds):
+    """Lets so many seconds of the page pass, and returns how often it asked in them. Each time it has its answer at once."""
+    before = len(page.asked)
+    for _ in range(10 * seconds):
+        page.clock.run_for(100)
+        wait_until(lambda: page.wait_for_timeout(1) or not page.unanswered, "the server did not answer", step_seconds=0)
+    return len(page.asked) - before
+
+
+def set_shown(page, shown):
+    """Changes to the panel's tab, or to the other; the panel has seen it."""
+    page.click("#show_guard" if shown else "#show_other")
+    page.evaluate("""() => new Promise((seen) => {
+        const watch = new IntersectionObserver(() => { watch.disconnect(); seen(); });
+        watch.observe(document.getElementById("lora_guard_panel"));
+    })""")
 
 
 def test_the_log_grows_while_an_image_is_made(open_page, host, monkeypatch):
@@ -176,10 +205,9 @@ def test_all_numbers_stay_open_while_memory_changes(open_page, host):
     assert any(re.match(r"VRAM held by torch\s+6\.74 GB\s+torch's CUDA allocator", row) for row in rows)
     assert any(re.match(r"pinned RAM\s+not known: CUDA has not been started yet", row) for row in rows)
     told = page.locator(".lg-figure").first.locator(".lg-free").inner_text()
+    assert told == "3.81 GB free of 12.0 GB"
     host.vram_free_mb = 1900
-    let_pass(page, seconds=2)
-    page.wait_for_function("(told) => document.querySelector('.lg-free').innerText !== told", arg=told)
-    assert page.locator(".lg-free").first.inner_text() == "1.86 GB free of 12.0 GB"
+    wait_for(page, ".lg-free >> text=1.86 GB free of 12.0 GB")
     assert table.is_visible()
     assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
 
@@ -187,29 +215,21 @@ def test_all_numbers_stay_open_while_memory_changes(open_page, host):
 def test_a_hidden_tab_asks_nothing_and_catches_up_when_shown(open_page, host):
     page = open_page(shown=False)
     host.log.info("before anybody looked")
-    let_pass(page, seconds=5)
-    assert host.asked == 0
-    page.click("#show_guard")
+    assert asked_in(page, seconds=5) == 0
+    set_shown(page, True)
     wait_for_line(page, "before anybody looked")
     for hide, show in (
-        ("document.getElementById('show_other').click()", "document.getElementById('show_guard').click()"),
-        (set_hidden("true"), set_hidden("false")),
+        (lambda: set_shown(page, False), lambda: set_shown(page, True)),
+        (lambda: page.evaluate(set_hidden("true")), lambda: page.evaluate(set_hidden("false"))),
     ):
-        page.evaluate(hide)
-        page.wait_for_timeout(300)
-        asked = host.asked
-        host.log.info("said in the dark %d", asked)
-        let_pass(page, seconds=5)
-        assert host.asked == asked
-        page.evaluate(show)
-        wait_for_line(page, f"said in the dark {asked}")
-    page.clock.pause_at(page.evaluate("Date.now() + 500"))
-    page.wait_for_timeout(100)
-    seen = host.asked
-    for _ in range(23):
-        page.clock.run_for(100)
-        page.wait_for_timeout(20)
-    assert 1 <= host.asked - seen <= 3, "about once a second"
+        hide()
+        said = f"said in the dark {len(page.asked)}"
+        host.log.info(said)
+        assert asked_in(page, seconds=5) == 0
+        show()
+        wait_for_line(page, said)
+    assert 0 < host.asked <= len(page.asked)
+    assert 2 <= asked_in(page, seconds=3) <= 3, "about once a second"
 
 
 def set_hidden(value):
@@ -223,7 +243,6 @@ def test_the_log_goes_on_after_a_restart_of_the_server(browser):
     first, second = Standalone(), Standalone()
     context = browser.new_context()
     page = context.new_page()
-    page.clock.install()
     watch(page, broken="ERR_(CONNECTION_REFUSED|EMPTY_RESPONSE|CONNECTION_RESET).*/lora-guard/panel")
     with Served(first.app) as server:
         port = server.port
@@ -313,11 +332,8 @@ def test_filter_copy_download_and_pause(open_page, host):
     wait_until(lambda: re.fullmatch(expected, page.evaluate("navigator.clipboard.readText()")), "nothing was copied")
     page.click("text=Pause")
     page.wait_for_selector(STATE + "[data-state=paused]")
-    page.wait_for_timeout(200)
-    asked = host.asked
     host.log.error("said in a pause")
-    let_pass(page, seconds=5)
-    assert host.asked == asked
+    assert asked_in(page, seconds=5) == 0
     page.click("text=Resume")
     wait_for_line(page, "said in a pause")
 
@@ -339,10 +355,8 @@ def test_the_log_follows_its_end_until_the_reader_scrolls_up(open_page, host):
     host.log.info("while the reader reads")
     wait_for_line(page, "while the reader reads")
     assert page.evaluate(gap) > 1000
-    page.click("#show_other")
-    page.wait_for_timeout(300)
-    page.click("#show_guard")
-    page.wait_for_timeout(300)
+    set_shown(page, False)
+    set_shown(page, True)
     assert page.evaluate(gap) > 1000, "still where the reader was"
     page.click(".lg-newest")
     assert page.evaluate(gap) < 2
@@ -453,10 +467,8 @@ def test_the_curve_has_phases_the_promise_the_peak_and_a_point_to_read(open_page
         assert told_at(page, chart, from_the_right=1).endswith(f", image 1, between: {at_the_end}")
     # The peak of the decoding and what is left after it are of one moment.
     assert told_at(page, vram, from_the_right=3).endswith("between: VRAM 9.20 GB of 12.0 GB, 8.40 GB promised")
-    seen = host.asked
     host.generate(1)
     wait_for(page, ".lg-peak >> text=Image 2")
-    assert host.asked > seen
     assert page.locator(".lg-chart").first.locator(".lg-image-number").all_text_contents()[0] == "1"
     assert [row for row in page.locator(ROWS).all_inner_texts() if "——" in row] == ["—— image 1 ——", "—— image 2 ——"]
     # Without a card the legend has RAM's line alone.
@@ -644,13 +656,13 @@ def test_axe_finds_nothing_serious_and_nothing_overflows(open_page, host, path, 
     page.locator(".lg-figure .lg-term").first.focus()
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     page.evaluate(axe)
-    found = page.evaluate("axe.run('#lora_guard_panel')")
+    found = axe_run(page)
     assert serious(found) == []
     assert len(found["passes"]) > 10, "it has looked at something"
     page.route("**/lora-guard/panel?*", lambda route: route.abort())
     wait_for(page, "#lora_guard_panel.lg-gone")
     assert page.is_visible(".lg-tip")
-    gone = page.evaluate("axe.run('#lora_guard_panel', { runOnly: ['color-contrast'] })")
+    gone = axe_run(page, runOnly=["color-contrast"])
     assert serious(gone) == []
     for part in (".lg-tip", ".lg-why", ".lg-answer", ".lg-why-not", ".lg-refused", ".lg-headline", ".lg-state"):
         assert page.locator(part + ":visible").count(), f"{part} is not open"
@@ -663,6 +675,19 @@ def test_axe_finds_nothing_serious_and_nothing_overflows(open_page, host, path, 
     greys = [[grey(check["any"][0]["data"][name]) for name in ("fgColor", "bgColor")] for check in colours]
     assert len(greys) > 30
     assert [pair for pair in greys if (max(pair) + 0.05) / (min(pair) + 0.05) < 4.5] == []
+
+
+def axe_run(page, **options):
+    """What axe finds. Its own timers need a few milliseconds of the page; the panel asks for nothing in them."""
+    page.evaluate(
+        """(options) => {
+        window.found = null;
+        axe.run("#lora_guard_panel", options).then((found) => { window.found = found; }, (error) => { window.found = String(error); });
+    }""",
+        options,
+    )
+    wait_until(lambda: page.clock.run_for(1) or page.evaluate("found !== null"), "axe has not come to an end")
+    return page.evaluate("found")
 
 
 def serious(found):
