@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lib_lora_guard.files import header
 
 # Collecting imports all of torch and of the libraries: a million objects that all stay.
 gc.disable()
+
+# How long an example takes shows what else the machine does.
+settings.register_profile("any machine", settings(), deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +23,17 @@ def _same_threads_and_seed():
     # Not torch.manual_seed: for every kind of GPU there could be, that one writes down where it was called from.
     torch.default_generator.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was():
+    """Where the guard starts, it sets the package's logger up. The next test finds it as this one did."""
+    logger = logging.getLogger("lib_lora_guard")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
 
 
 WRITTEN_ONCE = [

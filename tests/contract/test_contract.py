@@ -162,7 +162,6 @@ def test_a_lora_of_the_wrong_shape_between_two_good_ones_is_left_out_by_name(gua
     }
     good = [("a.safetensors", lora_on_everything(dense, 1), 0.5), ("c.safetensors", lora_on_everything(dense, 40), 0.5)]
     with caplog.at_level(logging.WARNING, "lib_lora_guard"):
-        logging.getLogger("lib_lora_guard").propagate = True
         changed = with_loras(guarded, patcher, good[0], ("C:/x/bad.safetensors", bad, 1.0), good[1])
     assert_same(run(changed), reference(patcher, dense, good), base)
     report = guarded.guard.stacks.report(patcher.lora_loader)

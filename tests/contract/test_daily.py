@@ -391,8 +391,6 @@ def test_a_merge_that_cannot_be_suspended_stays_and_the_next_change_is_right(gua
         original(self)
 
     monkeypatch.setattr(MergeAttachment, "suspend", failing)
-    # Another test may have set up the console, which ends what reaches caplog, or have left caplog on the logger.
-    monkeypatch.setattr(logging.getLogger("lib_lora_guard"), "propagate", True)
     caplog.set_level(logging.ERROR)
     guarded.memory.unload_all_models()
     assert len({id(r) for r in caplog.records if r.levelno >= logging.ERROR}) == 1

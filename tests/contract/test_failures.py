@@ -1,7 +1,5 @@
 """Failures, refusals and interrupts inside Forge: the image has a whole stack or none, and it is said."""
 
-import logging
-
 import pytest
 import torch
 from support.make import host_value, rand
@@ -51,7 +49,6 @@ def test_when_everything_fails_the_image_has_no_lora_and_the_next_refresh_tries_
     layer = patcher.model.blocks[0].proj
     layer.__class__ = type("Stubborn", (type(layer),), {"__setattr__": stubborn})
     monkeypatch.setattr(Engine, "commit", planted)
-    logging.getLogger("lib_lora_guard").propagate = True
     changed = with_loras(guarded, patcher, *loras)
     assert same_bits(run(changed), base)
     assert "WITHOUT the LoRAs style.safetensors" in caplog.text
@@ -62,7 +59,6 @@ def test_when_everything_fails_the_image_has_no_lora_and_the_next_refresh_tries_
 
 
 def test_a_failed_removal_ends_without_loras_and_misses_none(guarded, monkeypatch, caplog):
-    logging.getLogger("lib_lora_guard").propagate = True
     patcher, dense = guarded.build("fp8")
     base = run(patcher)
     with_loras(guarded, patcher, (FILE, lora_on_everything(dense), 0.8))
@@ -88,7 +84,6 @@ def test_a_failed_change_is_tried_again_for_a_patcher_that_stays_loaded(guarded,
 
 def test_a_refused_lora_is_named_again_for_every_image(guarded, caplog):
     patcher, _ = guarded.build("fp8")
-    logging.getLogger("lib_lora_guard").propagate = True
     changed = with_loras(
         guarded, patcher, ("bad.safetensors", {"blocks.0.proj.weight": host_value("lora", (32, 48), 5)}, 1.0)
     )

@@ -308,7 +308,6 @@ def test_tags_that_forge_can_read_are_handed_on_untouched(forge):
 
 def test_a_broken_schedule_is_named_and_left_out_and_the_others_are_applied(forge, caplog):
     host, patcher, dense = forge("bf16", style=lora_on_everything, second=dora)
-    logging.getLogger("lib_lora_guard").propagate = True
     with caplog.at_level(logging.INFO, "lib_lora_guard"):
         outputs = host.picture("style:0@0,one@1", f"second:{RAMP}")
     assert (
@@ -372,7 +371,6 @@ def test_where_strengths_cannot_be_set_in_place_the_whole_stack_is_applied_anew(
         monkeypatch.setattr(step_strengths, "set_strengths", lambda *_: 1 / 0)
     else:
         monkeypatch.setattr(host.host.guard.stacks, "was_left_to_host", lambda _: True)
-    logging.getLogger("lib_lora_guard").propagate = True
     with caplog.at_level(logging.WARNING, "lib_lora_guard"):
         outputs = host.picture(f"style:{RAMP}", "style:1@0,0@1", "second:0.5", steps=4)
     stacks = [[("style", a), ("style", 1 - a), ("second", 0.5)] for a in (0, 0, 0.5, 1)]

@@ -59,7 +59,5 @@ def guarded(host):
 
 @pytest.fixture
 def lines(caplog):
-    logger = logging.getLogger("lib_lora_guard")
-    logger.propagate = True
     caplog.set_level(logging.INFO, "lib_lora_guard")
     return caplog

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
-import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -140,15 +139,10 @@ def host(tmp_path, monkeypatch):
         return tmp_path
 
     forget()
-    logger = logging.getLogger("lib_lora_guard")
-    level, propagate = logger.level, logger.propagate
-    monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(sys, "argv", ["launch.py", "--port", "7860"])
     yield make
     forge.uninstall()
     forget()
-    logger.setLevel(level)
-    logger.propagate = propagate
 
 
 def run(path):

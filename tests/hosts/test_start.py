@@ -209,8 +209,6 @@ def test_an_unexpected_error_at_start_does_not_keep_forge_from_starting(monkeypa
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr(forge, "install", fail)
-    for handler in list(logging.getLogger("lib_lora_guard").handlers):
-        logging.getLogger("lib_lora_guard").removeHandler(handler)
     assert start.start([]) is False
     assert (
         f"error: {__version__} could not start, so nothing is changed (ZeroDivisionError: planted)"
@@ -228,8 +226,6 @@ def test_a_foreign_thing_in_its_folder_does_not_keep_forge_from_starting(monkeyp
     monkeypatch.setattr(of_process, "close_at_the_end", lambda journal: None)
     monkeypatch.setattr(start, "JOURNAL_FOLDER", tmp_path)
     monkeypatch.setattr(start, "keep_calibration", lambda folder: None)
-    for handler in list(logging.getLogger("lib_lora_guard").handlers):
-        logging.getLogger("lib_lora_guard").removeHandler(handler)
     assert start.start([]) is True
     assert journal.is_open
     journal.close()
@@ -259,4 +255,3 @@ def test_the_logger_has_one_handler_and_tracebacks_are_for_debug(capsys):
         text = handler.format(record)
         assert text.startswith("[LoRA Guard] error: applying x failed (ValueError: planted)")
         assert ("Traceback" in text) is traceback
-    reporting_log.set_up("info")

@@ -96,7 +96,7 @@ def test_a_closed_nvml_session_is_not_asked_again():
 def test_a_kept_answer_costs_microseconds():
     scene = Scene()
     scene.free_mb()
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(1000):
         scene.nvml.memory(CUDA)
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import os
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from patching.kept_parameters import CPU, DISK_ONLY, DTYPES, assert_same, parameter, spooled_files
 from support import warm
+from support.waiting import wait_until
 
 from lib_lora_guard.errors import ModeError, RestoreError
 from lib_lora_guard.memory.probe import default_spool_dir
@@ -325,13 +325,13 @@ def test_files_of_running_processes_stay_and_those_of_a_killed_one_are_deleted(o
         mine = BackupStore(lambda: DISK_ONLY, folder).keep("mine", parameter())
         assert set(files) < set(spooled_files(tmp_path)), "files of live processes stay"
         killed.kill()
-        time.sleep(0.2)
-        assert len(spooled_files(tmp_path)) == 3, "a killed process cleans nothing"
         if os.name == "posix":
-            # Nobody has asked after the child: its number is still taken.
-            assert psutil.Process(killed.pid).status() == psutil.STATUS_ZOMBIE
+            # This process has not asked after the child: its number is still taken.
+            dead = psutil.Process(killed.pid)
+            wait_until(lambda: dead.status() == psutil.STATUS_ZOMBIE, "it does not die")
         else:
             killed.wait()
+        assert len(spooled_files(tmp_path)) == 3, "a killed process cleans nothing"
         BackupStore(lambda: DISK_ONLY, folder)
         left = spooled_files(tmp_path)
         assert len(left) == 2

@@ -49,10 +49,9 @@ def image(host, patcher, loads=3):
 
 @pytest.fixture
 def lines():
-    logger, handler = logging.getLogger("lib_lora_guard"), Lines()
-    logger.addHandler(handler)
-    yield handler.lines
-    logger.removeHandler(handler)
+    handler = Lines()
+    logging.getLogger("lib_lora_guard").addHandler(handler)
+    return handler.lines
 
 
 def test_a_refused_lora_is_said_once_in_each_image(host, lines):

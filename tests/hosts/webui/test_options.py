@@ -11,7 +11,6 @@ from lib_lora_guard import settings
 from lib_lora_guard.errors import HostError, Message
 from lib_lora_guard.hosts.webui.options import GuardOptions
 from lib_lora_guard.memory import Reading, shares
-from lib_lora_guard.reporting import log as reporting_log
 from lib_lora_guard.runtime import installed
 from lib_lora_guard.runtime.live_settings import LiveSettings, mode_of
 from lib_lora_guard.runtime.ram_copies import RamCopies
@@ -57,8 +56,7 @@ def guard(monkeypatch):
     guard = Guard()
     for name in ("installed", "install", "uninstall"):
         monkeypatch.setattr(installed, name, getattr(guard, name))
-    yield guard
-    reporting_log.set_up("info")
+    return guard
 
 
 def test_without_options_a_new_user_gets_the_defaults():
