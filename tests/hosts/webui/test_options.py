@@ -11,6 +11,7 @@ from lib_lora_guard import settings
 from lib_lora_guard.errors import HostError, Message
 from lib_lora_guard.hosts.webui.options import GuardOptions
 from lib_lora_guard.memory import Reading, shares
+from lib_lora_guard.reporting import log as reporting_log
 from lib_lora_guard.runtime import installed
 from lib_lora_guard.runtime.live_settings import LiveSettings, mode_of
 from lib_lora_guard.runtime.ram_copies import RamCopies
@@ -56,6 +57,7 @@ def guard(monkeypatch):
     guard = Guard()
     for name in ("installed", "install", "uninstall"):
         monkeypatch.setattr(installed, name, getattr(guard, name))
+    reporting_log.set_up("info")  # as at the start of a host
     return guard
 
 
