@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from support.machine_speed import times_slower
 from support.make import host_value, rand
 from support.measure import assert_same, fp32_limit, same_bits
 
@@ -215,7 +216,7 @@ def test_a_no_op_costs_less_than_a_millisecond(guarded):
         start = time.perf_counter()
         changed.refresh_loras()
         times.append(time.perf_counter() - start)
-    assert min(times) < 1e-3
+    assert min(times) < 1e-3 * times_slower()
 
 
 @pytest.mark.parametrize("storage", WIDE)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.any_signs import ANY_SIGNS
+from support.machine_speed import times_slower
 
 from lib_lora_guard.recorder import crash as crash_module
 from lib_lora_guard.recorder.crash import KEPT_FILES, last_crash
@@ -398,4 +399,4 @@ def test_a_record_costs_less_than_50_microseconds(recorder):
         return (time.perf_counter() - begun) / (2 * count)
 
     # The best of many: the others measure what else the machine does.
-    assert min(per_record() for _ in range(300)) < 50e-6
+    assert min(per_record() for _ in range(300)) < 50e-6 * times_slower()
