@@ -104,6 +104,11 @@ def texts(page):
     return page.locator(ROWS + " .lg-text:visible").all_inner_texts()
 
 
+def let_answer(page):
+    """Waits until the server has answered all that the page asked."""
+    wait_until(lambda: page.wait_for_timeout(10) or not page.unanswered, "the server did not answer", step_seconds=0)
+
+
 def wait_for(page, selector):
     """Waits until it is there. A second of the page passes at once when the server has answered all that the page asked."""
     end, place = time.monotonic() + LONGEST_WAIT_SECONDS, page.locator(selector).first
@@ -111,7 +116,7 @@ def wait_for(page, selector):
         assert time.monotonic() < end, f"there is no {selector}: {page.inner_text('body')[:2000]}"
         if not page.unanswered:
             page.clock.fast_forward(1000)
-        page.wait_for_timeout(10)
+        let_answer(page)
 
 
 def wait_for_line(page, text):
@@ -123,7 +128,8 @@ def asked_in(page, seconds):
     before = len(page.asked)
     for _ in range(10 * seconds):
         page.clock.run_for(100)
-        wait_until(lambda: page.wait_for_timeout(1) or not page.unanswered, "the server did not answer", step_seconds=0)
+        if page.unanswered:
+            let_answer(page)
     return len(page.asked) - before
 
 
