@@ -75,7 +75,10 @@ def children(tmp_path_factory):
     for phase in Phase:
         folder = tmp_path_factory.mktemp(phase.value)
         started[phase] = folder, start(folder, phase)
-    return started
+    yield started
+    for _, child in started.values():
+        with child:  # each is killed by its own test, if that was run
+            child.kill()
 
 
 @pytest.fixture
