@@ -12,8 +12,6 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ..inference_mode import outside_inference
-
 T = TypeVar("T")
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """As torch's compiled code asks: without the object of `torch.cuda.current_stream`, which takes longer than all else in `known`."""
@@ -53,10 +51,11 @@ class DeviceCache(Generic[T]):
         return len(self._values)
 
 
-@outside_inference
 def _outside_inference(make: Callable[[], T]) -> T:
-    # A tensor made in inference mode cannot be changed outside it.
-    return make()
+    # A tensor made in inference mode cannot be changed outside it. Not by `inference_mode.outside_inference`: a compiled
+    # model asks as well, and Dynamo cannot trace that one.
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
 
 
 def _stream_id(device: torch.device) -> int:
