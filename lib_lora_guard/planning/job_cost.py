@@ -86,6 +86,8 @@ class State:
     """In eviction order."""
     placed_by_host_bytes: int = 0
     """Of what lies in RAM: models that the host is about to place, which come as far as there is room, whatever is chosen."""
+    fixed_bytes: int = 0
+    """The part of those that cannot be swapped: it comes, room or not."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _amounts(state: State) -> Iterator[int]:
     total = sum(one.on_card_bytes for one in state.neighbours)
     whole = state.outside_bytes + state.need_bytes - state.free_bytes
     # More is short than all of them have: then what is swapped needs its own room.
-    some = state.need_bytes + state.swapping_bytes - state.free_bytes
+    some = state.fixed_bytes + state.need_bytes + state.swapping_bytes - state.free_bytes
     least = min(max(0, min(some, whole)), total)
     most = min(max(0, whole if whole <= total else whole + state.swapping_bytes), total)
     yield least
@@ -160,8 +162,8 @@ def _comes(state: State, left: int, grows: bool) -> int:
     if room >= state.outside_bytes:
         return wanted
     room -= state.swapping_bytes
-    if room < 0:
-        return -min(state.on_card_bytes, -room)
+    if room < state.fixed_bytes:
+        return state.fixed_bytes - min(state.on_card_bytes, state.fixed_bytes - room)
     return min(room, wanted)
 
 

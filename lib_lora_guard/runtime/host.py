@@ -122,6 +122,11 @@ class DeviceMemory(Protocol):
         """Returns the size of a model, or of its part `on` a device or `outside` of one."""
         ...
 
+    def fixed_bytes(self, model: torch.nn.Module, outside: torch.device) -> int:
+        """Returns the size of a model's part `outside` a device that cannot run swapped: it comes even where the rest stays
+        in RAM."""
+        ...
+
     def inference_bytes(self) -> float:
         """Returns what the user's setting leaves free for computing. It may be out of any range, or NaN."""
         ...

@@ -52,15 +52,16 @@ class Room:
     def prepare(self, models: Sequence[HostModel], device: torch.device, needs: Needs) -> None:
         """Makes room for `models`, of which some may be placed already, and brings back what had to leave before."""
         outside = sum(self._outside_bytes(one, device) for one in models)
-        coming = Coming(outside, outside, self._memory.passes(models))
-        choice = self._choose(models, device, outside, needs) if coming.passes is None else None
+        fixed = min(outside, sum(self._fixed_bytes(one, device) for one in models))
+        coming = Coming(outside, outside - fixed, self._memory.passes(models))
+        choice = self._choose(models, device, coming, needs) if coming.passes is None else None
         if choice is not None:
             by_host = self._by_host_bytes(models, device)
             for one in models:
                 placed = self._memory.placed(one)
                 if placed is not None:
                     is_for = placed.is_for(one)
-                    self._fit(placed, device, needs.free_bytes, is_for, choice.grows, coming_bytes=by_host)
+                    self._fit(placed, device, needs.free_bytes, fixed, is_for, choice.grows, coming_bytes=by_host)
             return
         self._note(coming, models, needs)
         plan = self.make_room(device, coming, needs.free_bytes, models)
@@ -72,7 +73,7 @@ class Room:
             placed = self._memory.placed(one)
             if placed is not None:
                 may_grow = not self.stays_out(models, device)
-                self._fit(placed, device, needs.free_bytes, placed.is_for(one), may_grow)
+                self._fit(placed, device, needs.free_bytes, fixed, placed.is_for(one), may_grow)
 
     def stays_out(self, models: Sequence[HostModel], device: torch.device) -> bool:
         """True for a model of few passes that had better run from RAM: the denoiser lacks the room that it would take, so that
@@ -113,13 +114,14 @@ class Room:
         else:
             self._costs.note_prompt()
 
-    def _choose(self, models: Sequence[HostModel], device: torch.device, outside: int, needs: Needs) -> Choice | None:
+    def _choose(self, models: Sequence[HostModel], device: torch.device, coming: Coming, needs: Needs) -> Choice | None:
         """Chooses by the seconds of the whole job which neighbours leave for the denoiser, and lets them leave. Models that run
         in its calls come with it.
 
         Returns:
             The choice; None where the usual way is right: no denoiser, all on the card, or switched off.
         """
+        outside = coming.outside_bytes
         if self._costs is None or outside <= 0 or self._memory.passes(models[:1]) is not None:
             return None
         model = models[0].model
@@ -141,6 +143,7 @@ class Room:
                 for one, neighbour in zip(residents, neighbours, strict=True)
             ],
             self._by_host_bytes(models, device),
+            outside - coming.swappable_bytes,
         )
         choice = self._costs.choose(names_of(models), device, state)
         if choice is not None:
@@ -196,6 +199,11 @@ class Room:
             return placed.away_bytes()
         return self._memory.size_bytes(model.model, outside=device)
 
+    def _fixed_bytes(self, model: HostModel, device: torch.device) -> int:
+        placed = self._memory.placed(model)
+        is_there = placed is not None and placed.is_for(model)
+        return 0 if is_there else self._memory.fixed_bytes(model.model, device)
+
     def _by_host_bytes(self, models: Sequence[HostModel], device: torch.device) -> int:
         """Returns the bytes of models that the host is about to place."""
         coming = (one for one in models if self._memory.placed(one) is None)
@@ -206,22 +214,25 @@ class Room:
         placed: PlacedModel,
         device: torch.device,
         need_bytes: int,
+        fixed_bytes: int,
         may_leave: bool,
         may_grow: bool = True,
         coming_bytes: int = 0,
     ) -> None:
         """Changes how much of a placed model is on the device. It was placed for a smaller picture or fewer LoRAs and no other
-        model can make room; or it had to shrink, and there is room again that no other model is coming for."""
+        model can make room; or it had to shrink, and there is room again that no other model is coming for. The `fixed_bytes`
+        of models of the same load are still to come."""
         on_card = self._memory.size_bytes(placed.module, on=device)
         outside = self._memory.size_bytes(placed.module, outside=device)
-        room = self._memory.free_bytes(device) - need_bytes
+        free = self._memory.free_bytes(device) - need_bytes
         away = placed.away_bytes()
         swapping = self._memory.swapping_bytes(placed.module)
-        change = change_bytes(on_card, outside, away, room, swapping)
+        change = change_bytes(on_card, outside, away, free - fixed_bytes, swapping)
         if change < 0 and may_leave:
             self._shrink(placed, min(-change, placed.swappable_bytes()))
         elif may_grow:
-            placed.grow(change_bytes(on_card, outside, away, max(0, room - coming_bytes), swapping))
+            room = max(0, free - max(coming_bytes, fixed_bytes))
+            placed.grow(change_bytes(on_card, outside, away, room, swapping))
 
     def _resident(self, placed: PlacedModel, device: torch.device) -> Resident:
         on_device = self._memory.size_bytes(placed.module, on=device)

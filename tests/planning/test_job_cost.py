@@ -81,8 +81,13 @@ def test_a_text_encoder_leaves_where_the_calls_are_worth_it(calls, leaves):
     assert choice.grows is leaves
 
 
-def test_what_the_calls_need_is_free_in_every_way():
-    state = fp8_on_12_gb()
+COMING = {"on_card_bytes": 0, "free_bytes": 2600 * MB, "placed_by_host_bytes": 2754 * MB}
+ONE_THAT_CANNOT_BE_SWAPPED = [COMING | {"fixed_bytes": fixed_mb * MB} for fixed_mb in (1000, 2000, 2754)]
+
+
+@pytest.mark.parametrize("changed", [{}, COMING, *ONE_THAT_CANNOT_BE_SWAPPED])
+def test_what_the_calls_need_is_free_in_every_way(changed):
+    state = fp8_on_12_gb(**changed)
     for way in ways(state, Job(), Links()):
         free = state.free_bytes + sum(way.leaving_bytes) - way.comes_bytes
         assert free >= state.need_bytes + (state.swapping_bytes if way.swapped_bytes else 0)

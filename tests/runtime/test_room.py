@@ -167,6 +167,15 @@ def test_a_model_of_few_passes_runs_swapped_beside_one_that_returns(lines):
     assert any("Module comes for a short while (calls: 2)" in line for line in lines())
 
 
+def test_what_cannot_run_swapped_gets_its_room_beside_a_model_that_returns():
+    """Of 10,000 the denoiser has 8,000; 500 stay free, and 1,800 of what comes are there in any case."""
+    denoiser, coming = placed(8_000, swappable=8_000, returns=True), Model(Module(on=0, outside=4_000, fixed=1_800))
+    room, memory = room_on(denoiser)
+    memory.passes_of_models = 2
+    room.prepare([coming], CARD, needs(500))
+    assert denoiser.module.on == 10_000 - 1_800 - 500
+
+
 def room_by_cost(*found, **memory):
     """Returns a room that chooses by the job, its costs and its jobs."""
     jobs = Jobs()
@@ -201,6 +210,15 @@ def test_a_denoiser_does_not_take_the_room_that_a_controlnet_needs():
     room, _, _ = room_by_cost(there, other)
     room.prepare([there.model, control], CARD, needs(500))
     assert there.module.on + other.module.on == 10_000 - 500
+
+
+def test_a_model_in_the_same_calls_that_cannot_run_swapped_gets_its_room():
+    there, control = placed(8_000, swappable=8_000, returns=True), Model(Module(on=0, outside=3_000, fixed=3_000))
+    for swapping in (0, 200):
+        room, _, _ = room_by_cost(there)
+        room._memory.swapping = swapping
+        room.prepare([there.model, control], CARD, needs(500))
+        assert there.module.on == 10_000 - 3_000 - 500 - swapping
 
 
 def test_a_job_says_its_last_pass_and_a_host_that_unloads_all_shortens_the_next(monkeypatch):

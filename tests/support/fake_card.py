@@ -108,11 +108,11 @@ class Layer(torch.nn.Module):
 
 
 class Norm(torch.nn.Module):
-    runs_where_its_model_runs = True
+    """Cannot run swapped."""
 
     def __init__(self, machine, size):
         super().__init__()
-        self.scale = parameter(machine, (size // 2,))
+        self.weight = parameter(machine, (size // 2,))
 
 
 class _Model(torch.nn.Module):

@@ -8,11 +8,11 @@ CARD = torch.device("cuda", 0)
 
 
 class Module(torch.nn.Module):
-    """`on`: bytes on the card; `outside`: bytes elsewhere."""
+    """`on`: bytes on the card; `outside`: bytes elsewhere, of which `fixed` cannot run swapped."""
 
-    def __init__(self, on=0, outside=0):
+    def __init__(self, on=0, outside=0, fixed=0):
         super().__init__()
-        self.on, self.outside = on, outside
+        self.on, self.outside, self.fixed = on, outside, fixed
 
 
 class Model:
@@ -87,6 +87,9 @@ class Memory:
         if outside is not None:
             return model.outside
         return model.on + (0 if on is not None else model.outside)
+
+    def fixed_bytes(self, model, outside):
+        return model.fixed
 
     def inference_bytes(self):
         return self.rest

@@ -160,8 +160,9 @@ def _loaded_model_class():
             return self.real_model
 
         def _place(self, budget):
-            extras = [m for m in self.real_model.modules() if getattr(m, "runs_where_its_model_runs", False)]
-            layers = [m for m in self.real_model.modules() if hasattr(m, "parameters_manual_cast")]
+            modules = list(self.real_model.modules())
+            layers = [m for m in modules if hasattr(m, "parameters_manual_cast")]
+            extras = [m for m in modules if hasattr(m, "weight") and not hasattr(m, "parameters_manual_cast")]
             used = sum(_bytes(*m.parameters()) for m in extras)
             swapped, with_bias, whole = [], [], []
             for layer in sorted(layers, key=_bias_bytes):

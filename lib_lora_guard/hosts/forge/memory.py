@@ -121,6 +121,10 @@ class ForgeMemory:
         """Returns the size of a model's weights, or of those `on` a device or `outside` of one."""
         return int(self.forges.module_size(model, exclude_device=outside, include_device=on))
 
+    def fixed_bytes(self, model: torch.nn.Module, outside: torch.device) -> int:
+        """Returns the size of a model's part `outside` a device that Forge cannot run swapped."""
+        return self._residency.fixed_bytes(model, outside)
+
     def inference_bytes(self) -> float:
         """Returns what the "GPU Weights" slider leaves, unchecked."""
         return float(self.forges.minimum_inference_memory())

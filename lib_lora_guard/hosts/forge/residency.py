@@ -47,6 +47,13 @@ class Residency:
         """Returns the bytes that `shrink` can take of a loaded model at most."""
         return sum(size for size, _ in self._candidates(loaded))
 
+    def fixed_bytes(self, model: torch.nn.Module, outside: torch.device) -> int:
+        """Returns the bytes of a model `outside` a device that Forge places whatever room there is: norms and other extensions'
+        layers, of which none can be swapped."""
+        layers = set(_layers(model))
+        fixed = (one for one in model.modules() if hasattr(one, "weight") and one not in layers)
+        return sum(_bytes_outside(one, outside) for one in fixed)
+
     def away_bytes(self, model: torch.nn.Module) -> int:
         """Returns the bytes of a model that are copied to the device in each call and that `grow` can bring back."""
         return sum(size for size, _ in self._away(model))
@@ -207,6 +214,10 @@ def _bytes_of(layer: torch.nn.Module) -> int:
 
 def _bytes_in_ram(layer: torch.nn.Module) -> int:
     return sum(_size(p) for p in layer.parameters(recurse=False) if p.device.type == "cpu")
+
+
+def _bytes_outside(layer: torch.nn.Module, device: torch.device) -> int:
+    return sum(_size(p) for p in layer.parameters(recurse=False) if p.device != device)
 
 
 def _size(parameter: torch.nn.Parameter) -> int:

@@ -199,6 +199,15 @@ class Run:
     ],
     [("load", 1, 0, 0), ("load", 3, 0, 0), ("load", 2, 0, 113), ("ballast", 2999), ("load", 2, 0, 96)],
 )
+@example(
+    [
+        (Denoiser, [8, 8, 8, 124, 2016, 3058, 3100], 0, set()),
+        (Denoiser, [1024, 3058, 3100, 3218, 3760], 0, set()),
+        (Denoiser, [8, 8], 0, set()),
+        (JointTextEncoder, [8, 8], 40, set()),
+    ],
+    [("load", 0, 0, 0), ("load", 1, 0, 0), ("load", 3, 0, 479)],
+)
 def test_any_order_of_loading_and_freeing(parts, drawn, todo):
     with scene_of(parts) as scene:
         run = Run(scene, drawn)
