@@ -88,6 +88,18 @@ class State:
     """Of what lies in RAM: models that the host is about to place, which come as far as there is room, whatever is chosen."""
     fixed_bytes: int = 0
     """The part of those that cannot be swapped: it comes, room or not."""
+    stays_bytes: int = 0
+    """Of the model, beside `outside_bytes`: what lies in RAM and is swapped in every way. Its copies need their room."""
+
+    @property
+    def need_in_part_bytes(self) -> int:
+        """To keep free if a part of the model is swapped."""
+        return self.need_bytes + self.swapping_bytes
+
+    @property
+    def need_at_most_bytes(self) -> int:
+        """To keep free if all has come that can."""
+        return self.need_in_part_bytes if self.stays_bytes else self.need_bytes
 
 
 @dataclass(frozen=True)
@@ -129,11 +141,12 @@ def ways(state: State, job: Job, links: Links) -> Iterator[Choice]:
 def _amounts(state: State) -> Iterator[int]:
     """Yields how much the neighbours may be asked for: what the calls need, what makes the model whole, each as a whole."""
     total = sum(one.on_card_bytes for one in state.neighbours)
-    whole = state.outside_bytes + state.need_bytes - state.free_bytes
-    # More is short than all of them have: then what is swapped needs its own room.
-    some = state.fixed_bytes + state.need_bytes + state.swapping_bytes - state.free_bytes
+    whole = state.outside_bytes + state.need_at_most_bytes - state.free_bytes
+    some = state.fixed_bytes + state.need_in_part_bytes - state.free_bytes
     least = min(max(0, min(some, whole)), total)
-    most = min(max(0, whole if whole <= total else whole + state.swapping_bytes), total)
+    # More may be short than all of them have: then what is swapped needs its own room.
+    in_part = state.outside_bytes + state.need_in_part_bytes - state.free_bytes
+    most = min(max(0, whole if whole <= total else in_part), total)
     yield least
     before = 0
     for one in state.neighbours:
@@ -157,11 +170,11 @@ def _leaving(wanted: int, neighbours: Sequence[Neighbour]) -> tuple[int, ...]:
 
 def _comes(state: State, left: int, grows: bool) -> int:
     """Returns the bytes of the model that come; negative if some have to leave."""
-    room = state.free_bytes + left - state.need_bytes
+    free = state.free_bytes + left
     wanted = state.outside_bytes if grows else state.placed_by_host_bytes
-    if room >= state.outside_bytes:
+    if free - state.need_at_most_bytes >= state.outside_bytes:
         return wanted
-    room -= state.swapping_bytes
+    room = free - state.need_in_part_bytes
     if room < state.fixed_bytes:
         return state.fixed_bytes - min(state.on_card_bytes, state.fixed_bytes - room)
     return min(room, wanted)

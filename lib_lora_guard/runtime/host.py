@@ -86,6 +86,10 @@ class PlacedModel(Protocol):
         """Returns the bytes that `shrink` has taken and `grow` has not brought back."""
         ...
 
+    def swapped_bytes(self) -> int:
+        """Returns the bytes that are copied to the device in each call: `away_bytes`, and what only the host brings back."""
+        ...
+
     def copied_bytes(self) -> int:
         """Returns the bytes on the device that have their copy in RAM, so that they leave for nothing."""
         ...

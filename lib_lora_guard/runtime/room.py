@@ -18,7 +18,7 @@ from ..memory.out_of_memory import is_out_of_memory
 from ..messages import Message, say
 from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
 from ..planning.job_cost import Choice, Neighbour, State
-from ..planning.on_card import change_bytes
+from ..planning.on_card import LEAST_SWAPPING_SHARE, change_bytes
 from ..weights.storage import MB
 from .host import DeviceMemory, HostModel, PlacedModel
 from .job_costs import JobCosts
@@ -64,7 +64,8 @@ class Room:
                     self._fit(placed, device, needs.free_bytes, fixed, is_for, choice.grows, coming_bytes=by_host)
             return
         self._note(coming, models, needs)
-        plan = self.make_room(device, coming, needs.free_bytes, models)
+        copies = self._copies_bytes(models, device, needs) if coming.passes is None else 0
+        plan = self.make_room(device, coming, needs.free_bytes + copies, models)
         if plan.swapped_bytes and coming.passes is not None:
             level = self._told.level(models[0].model, "memory.swapped", plan.swapped_bytes)
             size_mb = plan.swapped_bytes / MB
@@ -82,7 +83,7 @@ class Room:
         if self._costs is None or passes is None or passes == DECODE_PASSES:
             return False
         others = self._memory.placed_on(device, but=models)
-        is_short = any(one.returns() and self._memory.size_bytes(one.module, outside=device) for one in others)
+        is_short = any(one.returns() and one.swapped_bytes() for one in others)
         return is_short and self._costs.runs_from_ram(passes, device)
 
     def make_room(
@@ -144,6 +145,7 @@ class Room:
             ],
             self._by_host_bytes(models, device),
             outside - coming.swappable_bytes,
+            sum(map(self._stays_bytes, models)),
         )
         choice = self._costs.choose(names_of(models), device, state)
         if choice is not None:
@@ -204,6 +206,20 @@ class Room:
         is_there = placed is not None and placed.is_for(model)
         return 0 if is_there else self._memory.fixed_bytes(model.model, device)
 
+    def _stays_bytes(self, model: HostModel) -> int:
+        """Returns the bytes of a placed model that run swapped in any case."""
+        placed = self._memory.placed(model)
+        if placed is None or not placed.is_for(model):
+            return 0
+        return placed.swapped_bytes() - placed.away_bytes()
+
+    def _copies_bytes(self, models: Sequence[HostModel], device: torch.device, needs: Needs) -> int:
+        """Returns the room to make for copies of layers that run swapped in any case, or a part of the model had to leave for
+        them while others stay; 0 while enough of it is free."""
+        kept = max((self._memory.swapping_bytes(one.model) for one in models if self._stays_bytes(one)), default=0)
+        room = self._memory.free_bytes(device) - needs.free_bytes
+        return kept if room < kept * LEAST_SWAPPING_SHARE else 0
+
     def _by_host_bytes(self, models: Sequence[HostModel], device: torch.device) -> int:
         """Returns the bytes of models that the host is about to place."""
         coming = (one for one in models if self._memory.placed(one) is None)
@@ -223,7 +239,7 @@ class Room:
         model can make room; or it had to shrink, and there is room again that no other model is coming for. The `fixed_bytes`
         of models of the same load are still to come."""
         on_card = self._memory.size_bytes(placed.module, on=device)
-        outside = self._memory.size_bytes(placed.module, outside=device)
+        outside = placed.swapped_bytes()
         free = self._memory.free_bytes(device) - need_bytes
         away = placed.away_bytes()
         swapping = self._memory.swapping_bytes(placed.module)

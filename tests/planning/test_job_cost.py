@@ -85,12 +85,16 @@ COMING = {"on_card_bytes": 0, "free_bytes": 2600 * MB, "placed_by_host_bytes": 2
 ONE_THAT_CANNOT_BE_SWAPPED = [COMING | {"fixed_bytes": fixed_mb * MB} for fixed_mb in (1000, 2000, 2754)]
 
 
-@pytest.mark.parametrize("changed", [{}, COMING, *ONE_THAT_CANNOT_BE_SWAPPED])
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"stays_bytes": 1}, {"free_bytes": 4200 * MB, "stays_bytes": 1}, COMING, *ONE_THAT_CANNOT_BE_SWAPPED],
+)
 def test_what_the_calls_need_is_free_in_every_way(changed):
     state = fp8_on_12_gb(**changed)
     for way in ways(state, Job(), Links()):
         free = state.free_bytes + sum(way.leaving_bytes) - way.comes_bytes
-        assert free >= state.need_bytes + (state.swapping_bytes if way.swapped_bytes else 0)
+        is_in_part = way.swapped_bytes + state.stays_bytes > 0
+        assert free >= state.need_bytes + (state.swapping_bytes if is_in_part else 0)
         assert way.comes_bytes + way.swapped_bytes == state.outside_bytes
 
 

@@ -221,6 +221,25 @@ def test_a_model_in_the_same_calls_that_cannot_run_swapped_gets_its_room():
         assert there.module.on == 10_000 - 3_000 - 500 - swapping
 
 
+@pytest.mark.parametrize(
+    ("away", "need", "there_on", "text_on"),
+    [
+        (1_000, 700, 6_000, 3_000),  # 1,300 are free for 1,000 that can come, and 200 for copies
+        (1_000, 900, 6_000, 2_900),
+        (0, 1_950, 5_000, 2_850),
+        (0, 1_900, 5_000, 3_000),  # half of the room for copies is free: enough
+    ],
+)
+def test_a_model_of_which_a_part_stays_swapped_gets_the_room_for_copies(away, need, there_on, text_on):
+    """1,000 bytes of it have a LoRA merged into them and stay in RAM; a text encoder leaves what its copies lack."""
+    there, text = placed(5_000, away=away, swappable=5_000, returns=True), placed(3_000, swappable=3_000)
+    there.module.outside = 1_000 + away
+    room, _, _ = room_by_cost(there, text)
+    room._memory.swapping = 200
+    room.prepare([there.model], CARD, needs(need))
+    assert (there.module.on, text.module.on) == (there_on, text_on)
+
+
 def test_a_job_says_its_last_pass_and_a_host_that_unloads_all_shortens_the_next(monkeypatch):
     """Twice in a row for a detailer's checkpoint: what comes is expected to be there for 2.8 images instead of 3, then less."""
     room, costs, jobs = room_by_cost(placed(3_000))

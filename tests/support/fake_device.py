@@ -45,6 +45,9 @@ class Placed:
     def away_bytes(self):
         return self.away
 
+    def swapped_bytes(self):
+        return self.module.outside
+
     def copied_bytes(self):
         return 0
 

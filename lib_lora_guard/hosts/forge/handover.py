@@ -29,14 +29,17 @@ class Placement:
         memory: MemoryManagement,
         make_patcher: Callable[[torch.nn.Module, torch.device, torch.device], Patcher],
         away_bytes: Callable[[torch.nn.Module], int],
+        loose_bytes: Callable[[torch.nn.Module, torch.device], int],
     ) -> None:
         """
         Args:
             memory: Forge's `backend.memory_management`.
             make_patcher: Forge's `ModelPatcher`: from a model, its device, and the device it is offloaded to.
             away_bytes: returns the bytes of a model's swapped layers.
+            loose_bytes: returns the bytes of a model outside a device that need not be on it.
         """
-        self._memory, self._make_patcher, self._away_bytes = memory, make_patcher, away_bytes
+        self._memory, self._make_patcher = memory, make_patcher
+        self._away_bytes, self._loose_bytes = away_bytes, loose_bytes
         self._given_up: weakref.WeakKeyDictionary[torch.nn.Module, LoadedModel] = weakref.WeakKeyDictionary()
         """Forge's record of each model whose patcher it gave up, without references to either."""
         self._is_replacing = False
@@ -149,8 +152,8 @@ class Placement:
             # Moved away without Forge's knowledge.
             return True
         outside = int(self._memory.module_size(patcher.model, exclude_device=loaded.device))
-        swapped = self._away_bytes(patcher.model) if grows else 0
-        return outside > swapped and self._could_be_whole(loaded, patcher.model, needed_bytes, staying)
+        may_stay = self._away_bytes(patcher.model) + self._loose_bytes(patcher.model, loaded.device) if grows else 0
+        return outside > may_stay and self._could_be_whole(loaded, patcher.model, needed_bytes, staying)
 
     def _is_optimised(self) -> bool:
         """True on Intel GPUs: an extension rewrites a model each time Forge loads it, and that stays with Forge."""

@@ -87,6 +87,10 @@ class Loading:
         needed = self._memory.inference_bytes() + given["hard_memory_preservation"]
         handed_over = [p for p in others if self._placement.hand_over(p, needed, patchers, plan is not None)]
         self._loras.handed_over(handed_over)
+        if device is not None:
+            # Forge places one after the other, each in what those before have left: not what the later ones cannot do without.
+            later = [p for p in others if p not in handed_over][1:]
+            given["hard_memory_preservation"] += sum(self._memory.fixed_bytes(p.model, device) for p in later)
         denoisers = [p for p in patchers if is_denoiser(p.model)]
         keeping = self._residency.placing([p.model for p in others if plan is not None])
         with self._loading(patchers, plan, places=len(others) - len(handed_over)), keeping:

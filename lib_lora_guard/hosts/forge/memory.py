@@ -60,6 +60,10 @@ class ForgePlaced:
         """Returns the bytes that are swapped, and that `grow` can bring back."""
         return self._residency.away_bytes(self.module)
 
+    def swapped_bytes(self) -> int:
+        """Returns the bytes that are copied to the card in each call."""
+        return self._residency.swapped_bytes(self.module)
+
     def copied_bytes(self) -> int:
         """Returns the bytes on the card that have their copy in RAM."""
         return self._residency.copied_bytes(self.module)

@@ -93,7 +93,9 @@ class ForgeParts:
         self.stacks.weight_files = lambda: self.reading.files if settings.uses_file_backups() else ()
         self.stacks.merges_from_file = settings.merges_from_file
         self.residency = Residency(self.stacks.merged_layers, self.copies)
-        self.placement = Placement(api.memory, api.base.ModelPatcher, self.residency.away_bytes)
+        self.placement = Placement(
+            api.memory, api.base.ModelPatcher, self.residency.away_bytes, self.residency.loose_bytes
+        )
         self.steps = StepTimer(api.memory, journal, self.stacks.names_on, words=self.words)
         self.calibration = ForgeCalibration(api.memory, corrections)
         self.free = FreeMemory(api.memory, self.rule_log)

@@ -54,9 +54,20 @@ class Residency:
         fixed = (one for one in model.modules() if hasattr(one, "weight") and one not in layers)
         return sum(_bytes_outside(one, outside) for one in fixed)
 
+    def loose_bytes(self, model: torch.nn.Module, outside: torch.device) -> int:
+        """Returns the bytes of a model `outside` a device that Forge leaves where they are unless it places all of the model:
+        raw parameters as the scales of Flux's norms, which the model's own code copies."""
+        layers = set(_layers(model))
+        loose = (one for one in model.modules() if not hasattr(one, "weight") and one not in layers)
+        return sum(_bytes_outside(one, outside) for one in loose)
+
     def away_bytes(self, model: torch.nn.Module) -> int:
         """Returns the bytes of a model that are copied to the device in each call and that `grow` can bring back."""
         return sum(size for size, _ in self._away(model))
+
+    def swapped_bytes(self, model: torch.nn.Module) -> int:
+        """Returns the bytes of a model that are copied to the device in each call, merged layers' too."""
+        return sum(map(_bytes_in_ram, _swapped(model)))
 
     def shrink(self, loaded: LoadedModel, wanted_bytes: int) -> int:
         """Moves layers off the device until `wanted_bytes` have left it, or none is left that may go.

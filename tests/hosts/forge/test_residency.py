@@ -16,6 +16,7 @@ from support.fake_card import (
     Upscaler,
     bytes_on_card,
     is_swapped,
+    parameter,
     sides_of,
     size_of,
 )
@@ -52,6 +53,30 @@ def test_few_layers_leave_and_little_more_than_wanted(scene, wanted, leave):
     assert moved == sum(leave) == scene.away(denoiser)
     assert size_of(denoiser.model.norm) == 10
     assert sides_of(denoiser.model.norm) == {CARD}
+
+
+class Scale(torch.nn.Module):
+    """A raw parameter: Forge leaves it in RAM unless it places all of the model, and the model's own code copies it."""
+
+    def __init__(self, machine):
+        super().__init__()
+        self.scale = parameter(machine, (4,))
+
+
+def test_a_model_is_whole_again_though_the_host_leaves_raw_parameters_in_ram(scene):
+    """700 bytes stay free then, less than what swapped layers would need."""
+    denoiser = scene.patcher(Denoiser, [2_230] * 10)
+    denoiser.model.scales = Scale(scene.machine)
+    scene.machine.ballast = 5_000
+    scene.load(denoiser)
+    model = denoiser.model
+    assert 0 < bytes_on_card(model) < 18_000
+    scene.machine.ballast = 0
+    changed = denoiser.clone()
+    scene.load(changed)
+    assert scene.away(changed) == 0
+    assert bytes_on_card(model) == scene.machine.moved == 22_300, "each byte has come once"
+    assert model.scales.scale.device == RAM
 
 
 def test_a_layer_with_a_merged_lora_leaves_only_with_the_whole_model(scene):
