@@ -47,11 +47,15 @@ class Room:
         self._memory, self._ram, self._rule_log, self._costs = memory, ram, rule_log, costs
         self._shares: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         """Bytes of each model on the device after its last load."""
+        self._needs: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+        """Bytes that each model of many calls last had to have free beside it."""
         self._told = ToldSizes()
 
     def prepare(self, models: Sequence[HostModel], device: torch.device, needs: Needs) -> None:
         """Makes room for `models`, of which some may be placed already, and brings back what had to leave before."""
         outside = sum(self._outside_bytes(one, device) for one in models)
+        if self._memory.passes(models) is None:
+            self._needs.update({one.model: needs.free_bytes for one in models})
         fixed = min(outside, sum(self._fixed_bytes(one, device) for one in models))
         coming = Coming(outside, outside - fixed, self._memory.passes(models))
         choice = self._choose(models, device, coming, needs) if coming.passes is None else None
@@ -73,18 +77,20 @@ class Room:
         for one in models:
             placed = self._memory.placed(one)
             if placed is not None:
-                may_grow = not self.stays_out(models, device)
+                may_grow = not self.stays_out(models, device, needs)
                 self._fit(placed, device, needs.free_bytes, fixed, placed.is_for(one), may_grow)
 
-    def stays_out(self, models: Sequence[HostModel], device: torch.device) -> bool:
+    def stays_out(self, models: Sequence[HostModel], device: torch.device, needs: Needs) -> bool:
         """True for a model of few passes that had better run from RAM: the denoiser lacks the room that it would take, so that
         it would come and leave again."""
         passes = self._memory.passes(models)
         if self._costs is None or passes is None or passes == DECODE_PASSES:
             return False
-        others = self._memory.placed_on(device, but=models)
-        is_short = any(one.returns() and one.swapped_bytes() for one in others)
-        return is_short and self._costs.runs_from_ram(passes, device)
+        others = [one for one in self._memory.placed_on(device, but=models) if one.returns()]
+        lacking = sum(one.swapped_bytes() for one in others)
+        need = max([needs.free_bytes, *(self._needs.get(one.module, 0) for one in others)])
+        room = self._memory.free_bytes(device) - need - sum(self._outside_bytes(one, device) for one in models)
+        return lacking > max(0, room) and self._costs.runs_from_ram(passes, device)
 
     def make_room(
         self, device: torch.device, coming: Coming, need_bytes: int, staying: Sequence[HostModel]

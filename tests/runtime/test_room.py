@@ -240,6 +240,21 @@ def test_a_model_of_which_a_part_stays_swapped_gets_the_room_for_copies(away, ne
     assert (there.module.on, text.module.on) == (there_on, text_on)
 
 
+@pytest.mark.parametrize(
+    ("lacks", "needed", "comes"),
+    [(0, 0, True), (3_000, 0, True), (3_001, 0, False), (1_000, 2_500, True), (1_001, 2_500, False)],
+)
+def test_a_text_encoder_stays_in_ram_only_if_a_denoiser_lacks_its_room(lacks, needed, comes):
+    """Of 10,000 there are 4,000 free: 500 for the text encoder to run, 500 for what has left of it, 3,000 for the denoiser. In
+    its own calls that needs more free, which counts."""
+    there, text = placed(5_000, away=lacks, swappable=5_000, returns=True), placed(1_000, away=500, swappable=1_000)
+    there.module.outside, text.module.outside = lacks, 500
+    room, _, _ = room_by_cost(there, text)
+    room._memory.passes_of_models, room._needs[there.module] = 2, needed
+    room.prepare([text.model], CARD, needs(500))
+    assert (text.module.on == 1_500) is comes
+
+
 def test_a_job_says_its_last_pass_and_a_host_that_unloads_all_shortens_the_next(monkeypatch):
     """Twice in a row for a detailer's checkpoint: what comes is expected to be there for 2.8 images instead of 3, then less."""
     room, costs, jobs = room_by_cost(placed(3_000))

@@ -90,8 +90,9 @@ class Day:
             plan = plan_eviction(Coming(outside, outside, PASSES), SLIDER, self.room(), residents)
             for name, leaves in zip(("denoiser", "control"), plan.leaving_bytes, strict=True):
                 self.move(name, -leaves)
-            is_whole = self.on["denoiser"] in (0, self.denoiser)
-            if self.policy != "guard" or is_whole or not runs_from_ram(PASSES, self.links):
+            lacking = self.denoiser - self.on["denoiser"] if self.on["denoiser"] else 0
+            has_room = lacking <= max(0, self.room() - max(self.step, SLIDER) - outside)
+            if self.policy != "guard" or has_room or not runs_from_ram(PASSES, self.links):
                 self.move("text", max(0, min(outside, self.room() - SLIDER)))
         self.seconds += PASSES * (self.text - self.on["text"]) / self.links.swapping
 

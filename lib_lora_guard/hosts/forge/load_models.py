@@ -162,7 +162,7 @@ class Loading:
         with self._journal.phase(Phase.MOVE_TO_GPU, about, planned):
             self._room.prepare(patchers, plan.device, plan.needs)
             swapping = max(self._memory.swapping_bytes(patcher.model) for patcher in patchers)
-            stays_out = self._room.stays_out(patchers, plan.device)
+            stays_out = self._room.stays_out(patchers, plan.device, plan.needs)
             with self._eviction.planned(places, swapping, stays_out), self._room.moving():
                 yield
             self._room.watch_share(patchers, plan.device)
