@@ -87,13 +87,12 @@ class Loading:
         needed = self._memory.inference_bytes() + given["hard_memory_preservation"]
         handed_over = [p for p in others if self._placement.hand_over(p, needed, patchers, plan is not None)]
         self._loras.handed_over(handed_over)
-        if device is not None:
-            # Forge places one after the other, each in what those before have left: not what the later ones cannot do without.
-            later = [p for p in others if p not in handed_over][1:]
-            given["hard_memory_preservation"] += sum(self._memory.fixed_bytes(p.model, device) for p in later)
+        placing = [p for p in others if p not in handed_over]
         denoisers = [p for p in patchers if is_denoiser(p.model)]
         keeping = self._residency.placing([p.model for p in others if plan is not None])
-        with self._loading(patchers, plan, places=len(others) - len(handed_over)), keeping:
+        with self._loading(patchers, plan, places=len(placing)), keeping:
+            if plan is not None:
+                given["hard_memory_preservation"] += self._fixed_bytes_of_later(placing, plan)
             result = original(*bound.args, **bound.kwargs)
         self._loras.after_load(handed_over, already_loaded)
         if plan is not None:
@@ -148,6 +147,14 @@ class Loading:
         if "memory_required" in given:
             given["memory_required"] = 0
         return _Plan(device, needs)
+
+    def _fixed_bytes_of_later(self, placing: Sequence[Patcher], plan: _Plan) -> int:
+        """Returns what has to stay free while Forge places the first of several models that do not fit: it places one after the
+        other, each in what those before have left, and of the later ones a part cannot be swapped."""
+        outside = sum(self._memory.size_bytes(p.model, outside=plan.device) for p in placing)
+        if outside <= self._memory.free_bytes(plan.device) - plan.needs.free_bytes:
+            return 0
+        return sum(self._memory.fixed_bytes(p.model, plan.device) for p in placing[1:])
 
     @contextlib.contextmanager
     def _loading(self, patchers: Sequence[Patcher], plan: _Plan | None, places: int) -> Iterator[None]:

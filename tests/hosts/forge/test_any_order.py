@@ -240,6 +240,13 @@ class Run:
     [(Denoiser, [8, 8, 8, 1338, 1672], 0, set()), (IntegratedAutoencoderKL, [8, 8], 8, set())],
     [("load_two", 0, 1, 28735)],
 )
+@example(
+    [
+        (Denoiser, [302, 508, 880, 2060, 3606], 1416, set()),
+        (Denoiser, [8, 1404, 1806, 1806, 2376, 3998], 1416, set()),
+    ],
+    [("load_two", 0, 1, 0)],
+)
 def test_any_order_of_loading_and_freeing(parts, drawn, todo):
     with scene_of(parts) as scene:
         run = Run(scene, drawn)
