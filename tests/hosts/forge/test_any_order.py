@@ -36,7 +36,9 @@ def parts_of(layer):
 
 sizes = st.lists(st.integers(8, 4_000), min_size=2, max_size=8)
 
-models = st.tuples(st.sampled_from(KINDS), sizes, st.integers(0, 40), st.sets(st.integers(0, 9), max_size=3))
+fixed = st.one_of(st.integers(0, 40), st.integers(0, 4_000))
+
+models = st.tuples(st.sampled_from(KINDS), sizes, fixed, st.sets(st.integers(0, 9), max_size=3))
 
 amounts = st.one_of(st.just(0), st.integers(0, 6_000), st.integers(0, 60_000), st.just(math.nan), st.just(-100.0))
 
