@@ -6,7 +6,12 @@ import torch
 
 
 def named_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Returns the parameters by name, in the order of `torch.nn.Module.named_parameters`. A shared one has its first name."""
+    """Returns the parameters by name, in the order of `torch.nn.Module.named_parameters`. A shared one has its first name.
+
+    A module with a method of its own for it is asked.
+    """
+    if "named_parameters" in vars(module) or type(module).named_parameters is not torch.nn.Module.named_parameters:
+        return dict(module.named_parameters())
     found: dict[str, torch.nn.Parameter] = {}
     seen: set[int] = set()
     _collect(module, "", found, seen)
@@ -19,6 +24,11 @@ def _collect(module: torch.nn.Module, prefix: str, found: dict[str, torch.nn.Par
     seen.add(id(module))
     # Through the dictionary: attributes of a module that are no plain ones take a call of Python's each.
     kept = module.__dict__
+    if "_parameters" not in kept or "_modules" not in kept:
+        # A module that torch.jit has traced keeps them elsewhere.
+        for name, parameter in module.named_parameters():
+            found.setdefault(prefix + name, parameter)
+        return
     for name, parameter in kept["_parameters"].items():
         if parameter is not None and id(parameter) not in seen:
             seen.add(id(parameter))

@@ -84,3 +84,16 @@ def test_parameters_come_as_torch_gives_them(model):
     model["gap"] = None
     model.scale = torch.nn.Parameter(torch.ones(1))
     assert list(named_parameters(model).items()) == list(model.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_parameters_of_modules_that_keep_them_in_another_way(model):
+    traced = torch.jit.trace(model["a"], torch.ones(1, 3))
+    scripted = torch.jit.script(model["conv"])
+    whole = torch.nn.Sequential(traced, scripted, torch.nn.Linear(1, 1))
+    for one in (traced, scripted, whole):
+        names, found = [name for name, _ in one.named_parameters()], named_parameters(one)
+        assert (list(found), len(found)) == (names, len(names))
+        assert all(map(torch.equal, found.values(), one.parameters()))
+    model.named_parameters = lambda: [("own", torch.nn.Parameter(torch.ones(1)))]
+    assert list(named_parameters(model)) == ["own"]
