@@ -86,7 +86,7 @@ def test_parameters_come_as_torch_gives_them(model):
     assert list(named_parameters(model).items()) == list(model.named_parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_parameters_of_modules_that_keep_them_in_another_way(model):
     traced = torch.jit.trace(model["a"], torch.ones(1, 3))
     scripted = torch.jit.script(model["conv"])
