@@ -209,15 +209,16 @@ def find_owner(model: torch.nn.Module, key: str) -> tuple[torch.nn.Module, str] 
     path, _, name = key.rpartition(".")
     owner: object = model
     for part in path.split(".") if path else ():
-        # Most are children, which torch finds last, after an error inside the interpreter.
-        child = owner._modules.get(part) if isinstance(owner, torch.nn.Module) else None
-        owner = getattr(owner, part, None) if child is None else child
+        # Most are children, which torch finds last, after an error inside the interpreter. A traced module's tables have no `get`.
+        if isinstance(owner, torch.nn.Module) and part in owner._modules:
+            owner = owner._modules[part]
+        else:
+            owner = getattr(owner, part, None)
     if not isinstance(owner, torch.nn.Module):
         return None
-    kept = owner._parameters.get(name)
-    return (
-        (owner, name) if isinstance(getattr(owner, name, None) if kept is None else kept, torch.nn.Parameter) else None
-    )
+    kept = owner._parameters
+    found = kept[name] if name in kept else getattr(owner, name, None)
+    return (owner, name) if isinstance(found, torch.nn.Parameter) else None
 
 
 def is_linear(layer: torch.nn.Module) -> bool:

@@ -95,5 +95,8 @@ def test_parameters_of_modules_that_keep_them_in_another_way(model):
         names, found = [name for name, _ in one.named_parameters()], named_parameters(one)
         assert (list(found), len(found)) == (names, len(names))
         assert all(map(torch.equal, found.values(), one.parameters()))
+        owners = [find_owner(one, name) for name in names]
+        assert all(torch.equal(getattr(*owner), found[name]) for owner, name in zip(owners, names, strict=True))
+        assert [find_owner(one, name) for name in ("0.none", "none.weight")] == [None, None]
     model.named_parameters = lambda: [("own", torch.nn.Parameter(torch.ones(1)))]
     assert list(named_parameters(model)) == ["own"]
