@@ -314,12 +314,12 @@ class LoraFiles:
         return key, file
 
     def _names_in(self, path: Path) -> Iterable[str]:
-        """Returns the names of a file's tensors. The host asks right before it hands the file over, so it is read now.
+        """Returns the names of a file's tensors. In a stack the host hands the file over right after that, so it is read now.
 
         Raises:
             FileFormatError: the file cannot be read.
         """
-        if self._is_patchable:
+        if self._stack and self._is_patchable:
             try:
                 self._named = self._present(path)
                 return self._named[1].shapes

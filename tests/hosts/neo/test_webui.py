@@ -263,6 +263,13 @@ def test_a_file_of_which_neo_asks_the_names_alone_is_not_kept(web):
     assert (web.files._named, web.files.bytes) == (None, 0)
 
 
+def test_names_that_are_asked_for_outside_a_stack_read_no_values(web, headers, monkeypatch):
+    monkeypatch.setattr(lora_files, "read_lora_file", lambda *args, **options: pytest.fail("read for nothing"))
+    state = web.networks.load_lora_state_dict(web.networks.available_network_aliases["b"].filename)
+    assert (len(state), headers) == (6, ["b.safetensors"])
+    assert web.files._named is None
+
+
 def test_a_file_that_changes_after_neo_has_seen_its_names_is_read_as_it_is_then(web, tmp_path):
     path = tmp_path / "a.safetensors"
     with web.files.announced_stack({}, is_empty=False):
