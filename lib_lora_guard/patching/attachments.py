@@ -174,6 +174,9 @@ class BypassAttachment(Attachment):
         if hook.scales_input:
             # Two hooks: a call in another thread, begun with the old scale, would go on with the new strengths.
             return False
+        if not hook.is_on(site.layer):
+            # Made anew, it comes back.
+            return False
         # What the layer's own code allows may be another answer by now: its class can change.
         may_be_fused = access.raw_weight(site) is not None and hook.program.one_pass is not None
         return may_be_fused == (hook.fused is not None) and access.owns_output(site.layer) == hook.owns_output

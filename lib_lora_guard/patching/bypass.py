@@ -86,7 +86,7 @@ class Bypass(CallPatch):
 
     def attach(self, layer: torch.nn.Module) -> None:
         """Hooks `layer`. Idempotent, also after a call that was interrupted."""
-        if self._is_on(layer):
+        if self.is_on(layer):
             return
         self.detach(layer)
         # First, so that the hooks of others get the output of the patched layer, as they would after a merge.
@@ -131,7 +131,8 @@ class Bypass(CallPatch):
         self._takes_calls = True
         return True
 
-    def _is_on(self, layer: torch.nn.Module) -> bool:
+    def is_on(self, layer: torch.nn.Module) -> bool:
+        """Returns True if every hook of this bypass is on `layer`: another extension may have taken them off."""
         after = self._hooks_in(layer._forward_hooks)
         if not after or after[0] not in layer._forward_hooks_with_kwargs:
             return False

@@ -129,6 +129,16 @@ def test_a_weight_that_is_held_otherwise_by_now_gets_a_new_attachment(counted, m
     assert not any(counted.engine.attached[key] is before[key] for key in KEYS)
 
 
+def test_hooks_that_another_extension_has_taken_off_come_back_with_another_strength(counted):
+    counted.change((FIRST, 0.7))
+    counted.model[3]._forward_hooks.clear()
+    counted.change((FIRST, 0.2))
+    patched = counted.picture()
+    counted.change()
+    counted.change((FIRST, 0.2))
+    assert same_bits(counted.picture(), patched)
+
+
 def test_a_failure_after_the_strengths_were_changed_brings_the_old_ones_back(counted, monkeypatch):
     counted.change((FIRST, 0.7), (SECOND, 0.5))
     patched, report, before = counted.picture(), counted.engine.report, dict(counted.engine.attached)
