@@ -301,11 +301,10 @@ class LoraFiles:
         if state is None:
             raise LoraFileError(about(shown(path.name), Message("file.missing")))
         key = (str(path), state)
-        with self._lock:
-            file = self._kept.get(key)
         named, self._named = self._named, None
-        if file is None and named is not None and named[0] == key:
-            file = named[1]
+        with self._lock:
+            # The one that is kept may have failed before this one was read.
+            file = named[1] if named is not None and named[0] == key else self._kept.get(key)
         # Read again, it is said what is wrong.
         has_failed = file is not None and file.coming is not None and file.coming.has_failed
         if file is None or has_failed:

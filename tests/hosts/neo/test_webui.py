@@ -2,6 +2,7 @@
 
 import functools
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,15 @@ def test_a_file_that_changes_after_neo_has_seen_its_names_is_read_as_it_is_then(
         write_kohya(path, {"lora_unet_blocks_0_proj": (32, 32)})
         patcher, _ = web.networks.load_lora_for_models(web.unet, None, state, 1.0, 1.0, filename=str(path))
     assert [list(lora.terms) for lora in loras_of(patcher)] == [["blocks.0.proj.weight"]]
+
+
+def test_a_file_whose_values_never_came_is_read_once_more_and_not_twice(web, headers):
+    web.prompt(("a", 0.5))
+    ((key, file),) = web.files._kept.items()
+    web.files._kept[key] = replace(file, coming=types.SimpleNamespace(has_failed=True))
+    web.prompt(("a", 0.25))
+    assert headers == ["a.safetensors"] * 2
+    assert web.files._kept[key].coming is None
 
 
 def test_files_for_nunchaku_are_neos_to_read(web, headers, monkeypatch):
