@@ -50,15 +50,13 @@ class Residency:
     def fixed_bytes(self, model: torch.nn.Module, outside: torch.device) -> int:
         """Returns the bytes of a model `outside` a device that Forge places whatever room there is: norms and other extensions'
         layers, of which none can be swapped."""
-        layers = set(_layers(model))
-        fixed = (one for one in model.modules() if hasattr(one, "weight") and one not in layers)
+        fixed = (one for one in model.modules() if not hasattr(one, CAST) and hasattr(one, "weight"))
         return sum(_bytes_outside(one, outside) for one in fixed)
 
     def loose_bytes(self, model: torch.nn.Module, outside: torch.device) -> int:
         """Returns the bytes of a model `outside` a device that Forge leaves where they are unless it places all of the model:
-        raw parameters as the scales of Flux's norms, which the model's own code copies."""
-        layers = set(_layers(model))
-        loose = (one for one in model.modules() if not hasattr(one, "weight") and one not in layers)
+        raw parameters of modules that have no weight, as CLIP's scales, which the model's own code copies."""
+        loose = (one for one in model.modules() if not hasattr(one, CAST) and not hasattr(one, "weight"))
         return sum(_bytes_outside(one, outside) for one in loose)
 
     def away_bytes(self, model: torch.nn.Module) -> int:

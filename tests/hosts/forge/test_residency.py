@@ -79,6 +79,16 @@ def test_a_model_is_whole_again_though_the_host_leaves_raw_parameters_in_ram(sce
     assert model.scales.scale.device == RAM
 
 
+def test_what_forge_can_swap_is_not_fixed_though_another_extension_added_a_module_to_it(scene):
+    """Forge asks for its own attribute first, of every module."""
+    denoiser = scene.patcher(Denoiser, [2_000] * 4, fixed=40)
+    model = denoiser.model
+    model.layers()[0].added = torch.nn.Identity()
+    model.scales = Scale(scene.machine)
+    assert scene.residency.fixed_bytes(model, CARD) == size_of(model.norm) == 40
+    assert scene.residency.loose_bytes(model, CARD) == 8
+
+
 def test_a_layer_with_a_merged_lora_leaves_only_with_the_whole_model(scene):
     denoiser = flux(scene, 20)
     merged = set(denoiser.model.layers()[:6])
