@@ -52,6 +52,19 @@ def weights_on_card_bytes(free_bytes: float, need_bytes: float, swapping: int | 
     return max(swap_budget_bytes(free_bytes, need_bytes), int(free_bytes - need_bytes) - left)
 
 
+def one_of_several_bytes(free_bytes: float, need_bytes: float, swapping: int) -> int:
+    """Returns the bytes of weights to place of one of several models that the host places one after the other.
+
+    A share of what is left, as of a model alone, would be taken anew for each: the later ones took the room that swapping needs.
+
+    Args:
+        free_bytes: As above.
+        need_bytes: As above, and what the later models cannot do without.
+        swapping: Bytes to leave for swapping.
+    """
+    return max(0, int(free_bytes - need_bytes) - swapping)
+
+
 def change_bytes(
     on_card_bytes: int, outside_bytes: int, away_bytes: int, room_bytes: int, swapping: int | None = None
 ) -> int:

@@ -9,6 +9,7 @@ from lib_lora_guard.planning.on_card import (
     LEAST_SWAPPING_SHARE,
     SWAPPING_BYTES,
     change_bytes,
+    one_of_several_bytes,
     swapping_bytes,
     weights_on_card_bytes,
 )
@@ -39,6 +40,11 @@ def test_weights_on_the_card_are_never_fewer_than_forges_and_leave_the_needed_ro
     assert swap_budget_bytes(free, need) <= placed <= max(0, free - need)
     assert weights_on_card_bytes(free + more, need) >= placed
     assert weights_on_card_bytes(free, need + more) <= placed
+
+
+@pytest.mark.parametrize(("free", "placed"), [(9_000, 7_232), (2_000, 232), (1_500, 0), (500, 0)])
+def test_of_several_models_each_leaves_the_room_that_swapping_needs(free, placed):
+    assert one_of_several_bytes(free, 1_000, 768) == placed
 
 
 @pytest.mark.parametrize(

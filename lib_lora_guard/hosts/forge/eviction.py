@@ -19,7 +19,7 @@ import torch
 from ...memory import rules
 from ...planning.eviction import Coming
 from ...planning.host_memory import swap_budget_bytes
-from ...planning.on_card import weights_on_card_bytes
+from ...planning.on_card import one_of_several_bytes, weights_on_card_bytes
 from ...runtime.hooks import P, R, signature_of
 from ...runtime.room import Room
 from ...runtime.rule_log import RuleLog
@@ -34,6 +34,8 @@ class _Planned(threading.local):
     """Above 0 if room has been made already."""
     places = 0
     """The number of models that Forge has to place in it."""
+    surplus_bytes: Callable[[], int] | None = None
+    """Of several models: returns what Forge keeps free beyond what the model needs that it is about to place."""
     swapping_bytes: int | None = None
     """To leave for swapped layers; None if the layers are not known."""
     stays_out = False
@@ -78,8 +80,9 @@ class ForgeEviction:
 
     def weights_on_card(self, original: Callable[P, float], *args: P.args, **kwargs: P.kwargs) -> int:
         """Stands in place of `compute_model_gpu_memory_when_using_cpu_swap`: the bytes to place of a model that does not fit."""
-        by_host = int(original(*args, **kwargs))
-        if self._planned.places != 1 or not self._memory.knows_swapping():
+        by_host, planned = int(original(*args, **kwargs)), self._planned
+        surplus = planned.surplus_bytes if planned.places > 1 else None
+        if (planned.places != 1 and surplus is None) or not self._memory.knows_swapping():
             # The guard does not plan this load, or several models each go into what the ones before have left.
             return by_host
         bound = self._budget_signature.bind(*args, **kwargs)
@@ -87,24 +90,35 @@ class ForgeEviction:
         if by_host != swap_budget_bytes(free, need):
             # Another extension's rule, or a fork's.
             return by_host
-        return 0 if self._planned.stays_out else weights_on_card_bytes(free, need, self._planned.swapping_bytes)
+        if surplus is not None and planned.swapping_bytes is not None:
+            return one_of_several_bytes(free, need - surplus(), planned.swapping_bytes)
+        return 0 if planned.stays_out else weights_on_card_bytes(free, need, planned.swapping_bytes)
 
     @contextlib.contextmanager
-    def planned(self, places: int = 1, swapping_bytes: int | None = None, stays_out: bool = False) -> Iterator[None]:
+    def planned(
+        self,
+        places: int = 1,
+        swapping_bytes: int | None = None,
+        stays_out: bool = False,
+        surplus_bytes: Callable[[], int] | None = None,
+    ) -> Iterator[None]:
         """Wraps a load that room has been made for.
 
         Args:
             places: how many models Forge has to place in it.
             swapping_bytes: to leave for swapped layers.
             stays_out: let a model that does not fit run from RAM, whatever room there is.
+            surplus_bytes: of several models, returns what Forge keeps free beyond what the next one needs; None: it places
+                them by its own rule.
         """
         now = self._planned
-        before = now.depth, now.places, now.swapping_bytes, now.stays_out
-        now.depth, now.places, now.swapping_bytes, now.stays_out = before[0] + 1, places, swapping_bytes, stays_out
+        before = now.depth, now.places, now.swapping_bytes, now.stays_out, now.surplus_bytes
+        now.depth, now.places, now.swapping_bytes = before[0] + 1, places, swapping_bytes
+        now.stays_out, now.surplus_bytes = stays_out, surplus_bytes
         try:
             yield
         finally:
-            now.depth, now.places, now.swapping_bytes, now.stays_out = before
+            now.depth, now.places, now.swapping_bytes, now.stays_out, now.surplus_bytes = before
 
     def _free_all(self, original: Callable[P, R], bound: inspect.BoundArguments, device: torch.device) -> R:
         # A model that nothing refers to any more, as after another checkpoint was chosen, is freed where it lies.

@@ -7,6 +7,7 @@ Source: Forge's `backend/memory_management.py` (`load_models_gpu`, `unload_model
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,9 +91,8 @@ class Loading:
         placing = [p for p in others if p not in handed_over]
         denoisers = [p for p in patchers if is_denoiser(p.model)]
         keeping = self._residency.placing([p.model for p in others if plan is not None])
-        with self._loading(patchers, plan, places=len(placing)), keeping:
-            if plan is not None:
-                given["hard_memory_preservation"] += self._fixed_bytes_of_later(placing, plan)
+        with self._loading(patchers, plan, placing) as later_bytes, keeping:
+            given["hard_memory_preservation"] += later_bytes
             result = original(*bound.args, **bound.kwargs)
         self._loras.after_load(handed_over, already_loaded)
         if plan is not None:
@@ -154,26 +154,41 @@ class Loading:
         outside = sum(self._memory.size_bytes(p.model, outside=plan.device) for p in placing)
         if outside <= self._memory.free_bytes(plan.device) - plan.needs.free_bytes:
             return 0
-        return sum(self._memory.fixed_bytes(p.model, plan.device) for p in placing[1:])
+        return self._fixed_bytes(placing[1:], plan)
+
+    def _surplus_bytes(self, placing: Sequence[Patcher], plan: _Plan, later_bytes: int) -> int:
+        """Returns the part of `later_bytes` that the model which Forge is about to place need not leave: it is its own, or of
+        those before."""
+        coming = [p for p in placing if not self._memory.is_loaded(p)]
+        return later_bytes - self._fixed_bytes(coming[1:], plan)
+
+    def _fixed_bytes(self, patchers: Sequence[Patcher], plan: _Plan) -> int:
+        return sum(self._memory.fixed_bytes(p.model, plan.device) for p in patchers)
 
     @contextlib.contextmanager
-    def _loading(self, patchers: Sequence[Patcher], plan: _Plan | None, places: int) -> Iterator[None]:
-        """Wraps Forge's own loading, of which `places` models have to be placed. First Forge makes room, then merges may take
-        some."""
+    def _loading(self, patchers: Sequence[Patcher], plan: _Plan | None, placing: Sequence[Patcher]) -> Iterator[int]:
+        """Wraps Forge's own loading, of which the models `placing` have to be placed. First Forge makes room, then merges may
+        take some.
+
+        Yields:
+            What the first one has to leave free for the others.
+        """
         about = about_patcher(patchers[0]) if patchers else None
         if plan is None:
             with self._journal.phase(Phase.MOVE_TO_GPU, about), self._room.moving():
-                yield
+                yield 0
             return
         planned = moving_plan(self._memory.forges, patchers, plan.device, plan.needs.free_bytes)
         with self._journal.phase(Phase.MOVE_TO_GPU, about, planned):
             self._room.prepare(patchers, plan.device, plan.needs)
             swapping = max(self._memory.swapping_bytes(patcher.model) for patcher in patchers)
             stays_out = self._room.stays_out(patchers, plan.device, plan.needs)
-            with self._eviction.planned(places, swapping, stays_out), self._room.moving():
-                yield
+            later = self._fixed_bytes_of_later(placing, plan)
+            surplus = functools.partial(self._surplus_bytes, placing, plan, later) if later else None
+            with self._eviction.planned(len(placing), swapping, stays_out, surplus), self._room.moving():
+                yield later
             self._room.watch_share(patchers, plan.device)
-            if places:
+            if placing:
                 self._room.give_back_unused(plan.device, plan.needs.free_bytes)
 
 

@@ -246,6 +246,19 @@ def test_more_of_a_model_that_does_not_fit_lies_on_the_card_than_with_forge(part
     assert room / 1.3 - layer < placed[False] <= room / 1.3
 
 
+@pytest.mark.parametrize("fixed", [[3_000], [1_500, 1_500]])
+def test_several_models_use_the_room_though_a_part_of_the_later_ones_cannot_be_swapped(scene, fixed):
+    """As a Flux and ControlNets in torch's own layers: what the first leaves for them is theirs, and no more stays free."""
+    denoiser = flux(scene, 22, layers=44)
+    controls = [scene.patcher(Upscaler, [100] * 8, size) for size in fixed]
+    scene.load(denoiser, *controls)
+    models = [one.model for one in (denoiser, *controls)]
+    layer, room = 500, TOTAL - REST
+    assert room - 768 - layer < sum(map(bytes_on_card, models)) <= room - 768
+    for model in models:
+        assert_sound(model, True)
+
+
 @pytest.mark.parametrize("more", [100, 400, 700, 2_000, 5_000])
 def test_what_is_left_for_swapping_stays_when_more_is_needed(scene, more):
     """A larger picture, or another LoRA: at most half of it is used up before layers leave."""
