@@ -50,14 +50,12 @@ class Residency:
     def fixed_bytes(self, model: torch.nn.Module, outside: torch.device) -> int:
         """Returns the bytes of a model `outside` a device that Forge places whatever room there is: norms and other extensions'
         layers, of which none can be swapped."""
-        fixed = (one for one in model.modules() if not hasattr(one, CAST) and hasattr(one, "weight"))
-        return sum(_bytes_outside(one, outside) for one in fixed)
+        return sum(size for size, one in _others(model, outside) if _has_weight(one))
 
     def loose_bytes(self, model: torch.nn.Module, outside: torch.device) -> int:
         """Returns the bytes of a model `outside` a device that Forge leaves where they are unless it places all of the model:
         raw parameters of modules that have no weight, as CLIP's scales, which the model's own code copies."""
-        loose = (one for one in model.modules() if not hasattr(one, CAST) and not hasattr(one, "weight"))
-        return sum(_bytes_outside(one, outside) for one in loose)
+        return sum(size for size, one in _others(model, outside) if not _has_weight(one))
 
     def away_bytes(self, model: torch.nn.Module) -> int:
         """Returns the bytes of a model that are copied to the device in each call and that `grow` can bring back."""
@@ -215,6 +213,21 @@ def _swapped(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Returns the layers that Forge can run swapped."""
     return (layer for layer in model.modules() if hasattr(layer, CAST) and next(layer.children(), None) is None)
+
+
+def _others(model: torch.nn.Module, outside: torch.device) -> Iterator[tuple[int, torch.nn.Module]]:
+    """Returns the modules that Forge cannot run swapped, with what of each lies `outside` a device."""
+    return (
+        (size, one)
+        for one in model.modules()
+        if one._parameters and not hasattr(one, CAST) and (size := _bytes_outside(one, outside))
+    )
+
+
+def _has_weight(module: torch.nn.Module) -> bool:
+    """True if Forge places a module for its `weight`. That is not asked for its value: a property may compute it, or raise."""
+    places = (vars(module), module._parameters, module._buffers, module._modules)
+    return any("weight" in names for names in places) or hasattr(type(module), "weight")
 
 
 def _bytes_of(layer: torch.nn.Module) -> int:

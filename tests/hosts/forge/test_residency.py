@@ -89,6 +89,28 @@ def test_what_forge_can_swap_is_not_fixed_though_another_extension_added_a_modul
     assert scene.residency.loose_bytes(model, CARD) == 8
 
 
+class OnTheCardAlone(torch.nn.Module):
+    """Another extension's layer: its weight is computed when it is asked for."""
+
+    def __init__(self, machine):
+        super().__init__()
+        self.packed = parameter(machine, (8,))
+
+    @property
+    def weight(self):
+        raise RuntimeError("only on the card")
+
+
+def test_no_load_asks_for_a_weight_that_another_extension_computes(scene):
+    """It counts as fixed all the same, as Forge has it."""
+    denoiser = scene.patcher(Denoiser, [2_000] * 4, fixed=40)
+    denoiser.model.computed = OnTheCardAlone(scene.machine)
+    assert scene.residency.fixed_bytes(denoiser.model, CARD) == 40 + 16
+    scene.load(denoiser)
+    scene.load(denoiser.clone())
+    assert denoiser.model.computed.packed.device == CARD
+
+
 def test_a_layer_with_a_merged_lora_leaves_only_with_the_whole_model(scene):
     denoiser = flux(scene, 20)
     merged = set(denoiser.model.layers()[:6])
