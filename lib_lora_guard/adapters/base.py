@@ -199,6 +199,10 @@ class Adapter(ABC):
         values = (getattr(self, name) for name in field_names(type(self)))
         return type(self), *(v if v is None or isinstance(v, (int, float, str)) else id(v) for v in values)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Returns the fields alone: a deep copy has tensors of its own, and so another identity."""
+        return {name: getattr(self, name) for name in field_names(type(self))}
+
 
 LARGEST_NUMBER = 1e30
 """Limit for strengths and alphas: their product with each other and with the factors must fit into fp32."""

@@ -1,5 +1,7 @@
 """Adapters of every kind as terms of a stack: order, parts, strengths, functions, shapes, identity."""
 
+import copy
+
 import pytest
 import torch
 from support.adapter_contract import CONV, LINEAR, assert_as_reference, entry, run_on
@@ -133,3 +135,13 @@ def test_integers_are_values_only_where_they_are_allowed():
     check_values(torch.ones(2, dtype=torch.int64), whole_numbers=True)
     with pytest.raises(LoraMismatchError, match=r"torch\.int64"):
         check_values(torch.ones(2, dtype=torch.int64))
+
+
+def test_a_deep_copy_has_an_identity_of_its_own():
+    # Tensors that come to lie where the first one's were must not count as those of the copy.
+    adapter = parse_term([1.0, host_value("lora", LINEAR, 1), 1.0, None, None], {}).adapter
+    known = adapter.known_identity
+    copied = copy.deepcopy(adapter)
+    assert copied.known_identity == copied.identity() != known
+    assert (copied.bytes, adapter.known_identity) == (adapter.bytes, known)
+    assert all(map(torch.equal, copied.tensors(), adapter.tensors()))
