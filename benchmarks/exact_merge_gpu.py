@@ -14,6 +14,7 @@ The ways are "file" (the checkpoint is the backup), "ram" (a copy in RAM) and "b
 - first apply: the originals are proven and merged; changes of strength; removal. Only the first proof of the process reads the
   file, so each repeat of "file" has an engine of its own;
 - anonymous and shared RAM of the process at each point, above the model alone, and the peak of the anonymous RAM;
+- how often torch had to ask the driver for memory in the first of each change, and found none;
 - one step of the model with the LoRA, and without (before and after).
 
 Also: the link to the card out of pinned RAM, the file through the ring of `patching/file_reader.py`, and the same file by one
@@ -21,9 +22,12 @@ thread. "patched bytes / link" is the floor of a change. At the end every weight
 """
 
 import argparse
+import contextlib
+import cProfile
 import gc
 import json
 import os
+import pstats
 import statistics
 import subprocess
 import sys
@@ -77,6 +81,9 @@ def arguments():
         "--time-limit", type=float, default=540, help="seconds; what is not reached by then is left out"
     )
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--profile", action="store_true", help="print where Python's time goes in the first of each change"
+    )
     return parser.parse_args()
 
 
@@ -268,7 +275,7 @@ class Bench:
         wish = Wish.NEVER_MERGE if name == "bypass" else Wish.PREFER_MERGE
         result = {"way": name, "step_before": median(self.steps())}
         times = {"apply": [], "apply_again": [], "change": [], "remove": []}
-        ram = {}
+        ram, asked = {}, {}
         # A copy of a large model takes many seconds.
         repeats = min(2, self.options.repeats) if name == "ram" else self.options.repeats
         began, longest = time.perf_counter(), 0.0
@@ -281,11 +288,18 @@ class Bench:
             def change(kind, strength, engine=engine, wish=wish):
                 gc.collect()
                 synchronize()
+                profile = cProfile.Profile() if self.options.profile and not times[kind] else None
+                before = allocations()
                 started = time.perf_counter()
-                engine.change(self.access, self.requests(strength), wish)
-                engine.bring_factors(self.access)
-                synchronize()
+                with profile or contextlib.nullcontext():
+                    engine.change(self.access, self.requests(strength), wish)
+                    engine.bring_factors(self.access)
+                    synchronize()
                 times[kind].append(time.perf_counter() - started)
+                asked.setdefault(kind, {name: count - before[name] for name, count in allocations().items()})
+                if profile is not None:
+                    print(f"{name}: {kind}", flush=True)
+                    pstats.Stats(profile).sort_stats("tottime").print_stats(14)
 
             before = memory()
             peak.restart()
@@ -312,7 +326,7 @@ class Bench:
         result["step_after"] = median(self.steps())
         without = (result["step_before"] + result["step_after"]) / 2
         result |= {kind: summary(found) for kind, found in times.items()}
-        return result | {"ram": ram, "step_ratio": round(result["step"] / without, 4)}
+        return result | {"ram": ram, "asked_of_the_driver": asked, "step_ratio": round(result["step"] / without, 4)}
 
     def changed_weights(self):
         """Returns the parameters that differ from the file, of those that there is time for, and how many these are."""
@@ -398,6 +412,13 @@ def memory():
         "anonymous_mb": found.get("Anonymous", 0.0),
         "other_mb": found.get("Rss", 0.0) - found.get("Anonymous", 0.0),
     }
+
+
+def allocations():
+    """Returns how often torch asked the driver for memory, found none and gave its cache back, and failed."""
+    names = {"segments": "segment.all.allocated", "retries": "num_alloc_retries", "failed": "num_ooms"}
+    found = torch.cuda.memory_stats() if HAS_CARD else {}
+    return {ours: found.get(theirs, 0) for ours, theirs in names.items()}
 
 
 def above(now, before):

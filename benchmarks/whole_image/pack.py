@@ -91,7 +91,12 @@ def to_install(freezes):
     """
     left_out = {*ON_THE_MACHINE, *NOT_NEEDED, "bitsandbytes"}
     found = {host: {**names(text), **REPLACED} for host, text in freezes.items()}
-    kept = {host: {n: v for n, v in pairs.items() if n not in left_out} for host, pairs in found.items()}
+
+    def is_kept(name):
+        # What a torch for cards brings along lies on that machine beside its torch.
+        return name not in left_out and not name.startswith(("nvidia-", "cuda-"))
+
+    kept = {host: {n: v for n, v in pairs.items() if is_kept(n)} for host, pairs in found.items()}
     shared = set.intersection(*(set(pairs.items()) for pairs in kept.values()))
     sites = {"common": sorted(shared), **{h: sorted(set(pairs.items()) - shared) for h, pairs in kept.items()}}
     return {site: [f"{name}=={version}" for name, version in pairs] for site, pairs in sites.items()}

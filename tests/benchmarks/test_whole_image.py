@@ -338,7 +338,7 @@ def test_loras_are_on_the_matrices_of_the_blocks():
 
 def test_packages_are_split_into_shared_and_own():
     freezes = {
-        "forge": "einops==0.4.1\nhttpx==0.24.1\ntorch==2.13\npytest==9\n",
+        "forge": "einops==0.4.1\nhttpx==0.24.1\ntorch==2.13\npytest==9\nnvidia-cublas==13.1\n",
         "neo": "einops==0.8.2\nhttpx==0.24.1\n",
     }
     assert pack.to_install(freezes) == {
