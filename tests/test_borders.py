@@ -8,7 +8,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lib_lora_guard"
 HOSTS = {"backend", "modules", "modules_forge", "networks", "packages_3rdparty"}
-GROUND = {"messages", "errors", "version", "units", "settings", "lazy_torch", "private_files", "inference_mode"}
+GROUND = {
+    "messages",
+    "errors",
+    "version",
+    "units",
+    "settings",
+    "lazy_torch",
+    "private_files",
+    "inference_mode",
+    "large_pages",
+}
 """Free to all."""
 PURE = {"files", "memory", "weights", "kernels", "recorder", "adapters", "models", "planning", "reporting", "patching"}
 BELOW = {

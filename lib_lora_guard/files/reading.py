@@ -13,6 +13,7 @@ from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import TypeAlias
 
+from .. import large_pages
 from ..errors import Message
 from ..inference_mode import outside_inference
 from ..lazy_torch import torch
@@ -316,10 +317,12 @@ def _entry(header: FileHeader, name: str) -> TensorEntry:
 def _memory(header: FileHeader, size: int, name: str | None = None) -> torch.Tensor:
     try:
         # On the CPU whatever the host's default device is: its address must be writable memory.
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     except (RuntimeError, MemoryError):
         # torch's own error says neither which file nor what to do.
         raise refusal(header.path, Message("file.no_memory", {"needed_mb": size / MB}), name) from None
+    large_pages.ask(memory.data_ptr(), size)
+    return memory
 
 
 def _strides(shape: Sequence[int]) -> list[int]:
