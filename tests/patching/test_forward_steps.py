@@ -7,10 +7,12 @@ from support.make import host_value, rand
 from support.measure import contribution_error
 from support.reference import merge_reference
 
-from lib_lora_guard.adapters import parse_term
+from lib_lora_guard.adapters import Slice, parse_term
 from lib_lora_guard.errors import LayerError
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.patching.bypass import Bypass
+from lib_lora_guard.patching.forward_steps import ScaleStep
+from lib_lora_guard.patching.layer_call import LayerCall
 from lib_lora_guard.patching.low_rank import JoinedLowRank
 
 OUT_OF_MEMORY = OutOfMemory[0]
@@ -92,3 +94,34 @@ def test_the_error_when_the_factors_find_no_memory_names_their_size(monkeypatch)
         LayerError, match=r"block\.qkv\.weight: no memory left for 0\.0 MB of LoRA factors\. Use fewer LoRAs"
     ):
         hook(layer, (x,), {}, output)
+
+
+STEP_OF = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
+"""The largest error of one rounding, relative to the number: half of its last bit."""
+
+
+@pytest.mark.parametrize("dtype", STEP_OF, ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("part", [None, Slice(0, 5, 20)], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("spread", [0.001, 0.1, 3.0])
+@pytest.mark.parametrize("shape", [(7, 32), (2, 32, 3, 3)], ids=["linear", "convolution"])
+def test_rows_that_are_scaled_are_as_near_as_one_rounding_allows(dtype, has_bias, part, spread, shape):
+    generator = torch.Generator().manual_seed(5)
+    rows = 32 if part is None else part.length
+    factor = 1 + spread * torch.randn(rows, 1, generator=generator)
+    bias = torch.randn(32, generator=generator).to(dtype) if has_bias else None
+    y = torch.randn(shape, generator=generator).mul_(3).to(dtype)
+    weight_shape = (32, 8) if len(shape) == 2 else (32, 8, 1, 1)
+    call = LayerCall("a", torch.nn.Identity(), y, y.clone(), weight_shape, set())
+    ScaleStep(factor, part, lambda layer: bias).run(call)
+
+    whole = torch.ones(32, dtype=torch.float64)
+    (whole if part is None else part.of(whole)).copy_(factor.flatten())
+    spatial = [1] * (len(shape) - 2)
+    off = (torch.zeros(32, dtype=torch.float64) if bias is None else bias.double()).view(-1, *spatial)
+    wanted = whole.view(-1, *spatial) * (y.double() - off) + off
+    change = wanted - y.double()
+    # The result is rounded once, and the factor's change once before; 1 % for the sums of it in fp32.
+    allowed = STEP_OF[dtype] * 1.01 * (wanted.abs() + change.abs()) + 4 * 2**-24 * (y.abs() + off.abs())
+    assert ((call.output.double() - wanted).abs() <= allowed).all()
+    assert change.abs().max() > 20 * allowed.min()
