@@ -9,7 +9,8 @@ first step and of a usual one; peaks of VRAM and of RAM that no file backs; the 
 picture that should be the same. `OUT/table.md` is made from them (`table.py`), also when the time is up (`--time-limit`): each way
 gets an equal share of what is left, so put the fast one first, and the part of the plan that matters most.
 
-    --ways: stock (Automatic), fp16 ("(fp16 LoRA)"), guard (this checkout), NAME=FOLDER or the name of a folder in --builds
+    --ways: stock (Automatic), fp16 ("(fp16 LoRA)"), guard (this checkout), NAME=FOLDER or the name of a folder in --builds;
+        guard+LORA_GUARD_KERNELS=0 sets a variable of its host
     --plan: STEPS, STEPS:DAY or STEPS:DAY@WAY (for one way), several in one process, e.g. 50:long 4:three@guard 4
     --checkpoint NAME --loras A=NAME B=NAME: existing files instead of made ones; with --cpu a trial without a GPU
 
@@ -226,8 +227,8 @@ class WayRun:
         folder = options.work / "pictures" / kind
         folder.mkdir(parents=True, exist_ok=True)
         name = case.name.replace(" ", "_").replace(",", "")
-        others = {way.name: folder / f"{way.name}.{name}.npy" for way in options.ways if way.name != self.way.name}
-        np.save(folder / f"{self.way.name}.{name}.npy", picture)
+        others = {way.name: folder / f"{way.file_name}.{name}.npy" for way in options.ways if way.name != self.way.name}
+        np.save(folder / f"{self.way.file_name}.{name}.npy", picture)
         apart = {other: levels_apart(picture, np.load(path)) for other, path in others.items() if path.exists()}
         return {"from_ways": apart} if apart else {}
 
@@ -237,14 +238,14 @@ def play_way(options, way, results, card, clock):
     data = options.work / f"data_{options.host}"
     extensions = [HERE / "whole_image_probe", *options.extensions]
     data_folder(data, way, {**KINDS[options.host].config, **options.config}, extensions)
-    environment = {"WHOLE_IMAGE_STEPS": str(options.work / "steps.jsonl")}
+    environment = {**way.environment, "WHOLE_IMAGE_STEPS": str(options.work / "steps.jsonl")}
     if options.slow_link_gb_s:
         environment["WHOLE_IMAGE_LINK_GB_S"] = str(options.slow_link_gb_s)
     if options.profile:
         environment["WHOLE_IMAGE_PROFILE"] = str(
-            options.out / f"{options.host}_{options.storage}_{way.name}.profile.txt"
+            options.out / f"{options.host}_{options.storage}_{way.file_name}.profile.txt"
         )
-    log = options.out / f"{options.host}_{options.storage}_{options.free_gb:g}_{way.name}.log"
+    log = options.out / f"{options.host}_{options.storage}_{options.free_gb:g}_{way.file_name}.log"
     vram_before = card.used_bytes() or 0
     host = Host(
         options.host, options.root, options.python, data, options.models, log, options.port,

@@ -1,8 +1,11 @@
 """The ways that are compared: a host without the guard, with its two settings for LoRAs, and builds of the guard."""
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -18,19 +21,27 @@ class Way(NamedTuple):
         name: What tables call it.
         setting: The host's setting for LoRAs.
         build: The folder of the guard; None for the host alone.
+        environment: Variables that its host gets.
     """
 
     name: str
     setting: str = "Automatic"
     build: Path | None = None
+    environment: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     def parse(cls, text, builds=None):
-        """Reads "stock", "fp16", "guard" (this checkout), the name of a folder in `builds`, or NAME=FOLDER.
+        """Reads "stock", "fp16", "guard" (this checkout), the name of a folder in `builds`, or NAME=FOLDER. What
+        follows as "+VARIABLE=VALUE" is for its host's environment: "guard+LORA_GUARD_KERNELS=0".
 
         Raises:
             ValueError: There is no such build.
         """
+        text, *variables = text.split("+")
+        if variables:
+            environment = dict(one.split("=", 1) for one in variables)
+            way = cls.parse(text, builds)
+            return way._replace(name="+".join([way.name, *variables]), environment=environment)
         name, _, folder = text.partition("=")
         if not folder and name in STOCK:
             return cls(name, STOCK[name])
@@ -43,6 +54,11 @@ class Way(NamedTuple):
         if not (build / "preload.py").is_file():
             raise ValueError(f"{text}: expected {', '.join(STOCK)} or a build of the guard; none is in {build}")
         return cls(name, build=build)
+
+    @property
+    def file_name(self):
+        """The name, of letters that every system takes in a file's."""
+        return re.sub(r"[^A-Za-z0-9._-]", "-", self.name)
 
     @property
     def commit(self):

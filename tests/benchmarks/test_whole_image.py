@@ -188,11 +188,15 @@ def test_ways_are_stock_this_checkout_or_a_build(tmp_path):
     (tmp_path / "before").mkdir()
     (tmp_path / "before" / "preload.py").write_text("")
     (tmp_path / "before" / "COMMIT").write_text("6090d05\n")
-    assert ways.Way.parse("fp16") == ("fp16", "Automatic (fp16 LoRA)", None)
+    assert ways.Way.parse("fp16") == ("fp16", "Automatic (fp16 LoRA)", None, {})
     assert ways.Way.parse("guard").build == ways.PROJECT
     before = ways.Way.parse("before", tmp_path)
-    assert (before, before.commit) == (("before", "Automatic", tmp_path / "before"), "6090d05")
+    assert (before, before.commit) == (("before", "Automatic", tmp_path / "before", {}), "6090d05")
     assert ways.Way.parse(f"old={tmp_path / 'before'}").build == tmp_path / "before"
+    plain = ways.Way.parse("before+LORA_GUARD_KERNELS=0+A=b=c", tmp_path)
+    assert (plain.name, plain.build) == ("before+LORA_GUARD_KERNELS=0+A=b=c", before.build)
+    assert plain.environment == {"LORA_GUARD_KERNELS": "0", "A": "b=c"}
+    assert plain.file_name == "before-LORA_GUARD_KERNELS-0-A-b-c"
     with pytest.raises(ValueError, match="none is in"):
         ways.Way.parse("nothing", tmp_path)
     folder = tmp_path / "data"
