@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ...patching.fused import Held, RawWeight
+from ...patching.on_the_fly import WeightTerms
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 
 
@@ -28,11 +29,19 @@ class ForgeWeight(RawWeight):
         """Returns the factor of scaled fp8."""
         return layer._parameters.get("scale_weight")
 
-    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+    def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: WeightTerms | None = None) -> Held | None:
         """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
         weight = layer._parameters.get("weight")
         if weight is None or not is_in_reach(weight, x, self._is_streaming) or goes_by_vector(weight, x):
             return None
-        if "forge_online_loras" in layer.__dict__:
+        if not _has_on_the_fly(layer, terms):
             return None
         return Held(weight, bias_for(layer, x), layer._parameters.get("scale_weight"))
+
+
+def _has_on_the_fly(layer: torch.nn.Module, terms: WeightTerms | None) -> bool:
+    """Returns True if Forge's call adds `terms` to the layer's temporary weight, and nothing else."""
+    if "forge_online_loras" not in layer.__dict__:
+        return terms is None
+    patches = layer.__dict__["forge_online_loras"] or {}
+    return terms is not None and list(patches) == ["weight"] and getattr(patches["weight"], "terms", None) is terms

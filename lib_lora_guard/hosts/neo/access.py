@@ -104,7 +104,7 @@ class NeoAccess(WebuiAccess):
         """Takes that back."""
         unmark(layer)
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+    def set_weight_terms(self, site: Site, terms: WeightTerms, call: Forward | None = None) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight.
 
         A new list each time: the class's own one is that of every layer. What Neo or an extension has put there stays.
@@ -115,7 +115,7 @@ class NeoAccess(WebuiAccess):
             site.layer.__dict__[OWN_CLASS] = self._api.fast_fp8
             site.layer.__class__ = self._api.plain_linear
         site.layer.__dict__[WEIGHT_PATCH] = terms
-        mark(site.layer, WEIGHT_PATCH)
+        mark(site.layer, (WEIGHT_PATCH, call), call=call)
         layer.weight_function = [*_of_others(layer), WeightFunction(terms, site.layer)]
 
     def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
