@@ -12,7 +12,6 @@ from typing import ClassVar, TypeGuard
 import torch
 
 from ..adapters import Term, apply_terms
-from ..adapters.forms import Kronecker
 from ..errors import LoraMismatchError, Message, about
 from ..inference_mode import outside_inference
 from ..memory.out_of_memory import is_out_of_memory
@@ -24,7 +23,7 @@ from ..weights.storage import storage_of
 from .access import ModelAccess, Site
 from .backup import Backup, HeldBackup, Place, Where, lies_in_ram, moved, parameter_bytes
 from .bypass import Bypass, call_of_layer
-from .forward_program import compile_program
+from .forward_program import lokr_pass
 from .fused import Fused
 from .fused_choice import Key
 from .merging import CPU, SLICE_BYTES, is_finite, merge
@@ -243,11 +242,9 @@ class OnTheFlyAttachment(Attachment):
 
     def _fused(self, access: ModelAccess) -> Fused | None:
         """Returns the short way of a LoKr that is alone on a weight of low bits; None for anything else."""
-        forms = _forms(self.planned)
-        if len(forms) != 1 or not isinstance(forms[0], Kronecker) or (raw := access.raw_weight(self.site)) is None:
-            return None
-        stack = compile_program(self.terms, forms, self.site.shape, {}, access.bias).one_pass
-        return None if stack is None else Fused(raw, stack)
+        stack = lokr_pass(self.terms, _forms(self.planned), self.site.shape, access.bias)
+        raw = None if stack is None else access.raw_weight(self.site)
+        return None if raw is None else Fused(raw, stack)
 
     def differs_in_strengths(self, access: ModelAccess, planned: PlannedWeight) -> bool:
         if not super().differs_in_strengths(access, planned):

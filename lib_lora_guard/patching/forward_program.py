@@ -143,6 +143,20 @@ def compile_program(
     return Program(tuple(steps), input_scale)
 
 
+def lokr_pass(terms: Sequence[Term], forms: Forms, shape: tuple[int, ...], bias_of: BiasOf) -> OnePass | None:
+    """Returns a stack that goes onto the layer's temporary weight as one new weight; None where it is not a LoKr alone.
+
+    Args:
+        terms: The stack.
+        forms: The cheap form of each term; None for one that has none.
+        shape: The shape of the weight.
+        bias_of: Returns the bias of a layer.
+    """
+    if len(terms) != 1 or not isinstance(forms[0], Kronecker):
+        return None
+    return compile_program(terms, forms, shape, {}, bias_of).one_pass
+
+
 def _overlap(part: Slice | None, rows: Slice | None) -> bool:
     """Returns True if a term on `part` of a weight changes some of `rows`."""
     if part is None or rows is None or part.dim != 0:

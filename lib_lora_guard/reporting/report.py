@@ -39,7 +39,7 @@ class LoraReport:
     def count(self, mode: Mode, reason: Message, weights: int = 1, is_fused: bool = False) -> None:
         """Counts weights that are in the same mode for the same reason."""
         self.used += weights
-        self.fused += weights if is_fused else 0
+        self.fused += weights if is_fused and mode is Mode.BYPASS else 0
         self.modes[mode.value] += weights
         self.reasons.setdefault(mode.value, set()).add(reason)
 

@@ -57,7 +57,16 @@ WITH_LOKR = (
 )  # fmt: skip
 KINDS |= {f"lokr {kind}": KINDS[kind] for kind in WITH_LOKR}
 """One of each shape of tile: what adds the factors is the same for all."""
-SIDES = ((4, 4, 24, 40), (8, 8, 5, 8), (16, 16, 3, 4), (3, 5, 7, 16), (1, 6, 40, 24), (9, 1, 8, 64), (7, 2, 1, 32), (2, 64, 30, 1))
+SIDES = (
+    (4, 4, 24, 40),
+    (8, 8, 5, 8),
+    (16, 16, 3, 4),
+    (3, 5, 7, 16),
+    (1, 6, 40, 24),
+    (9, 1, 8, 64),
+    (7, 2, 1, 32),
+    (2, 64, 30, 1),
+)
 """Rows and columns of a LoKr's left side, and of its right one: smaller and larger than tiles, and no part of one."""
 RANKS = (1, 16, 100, 256)
 SPANS = (("nf4 64 by fp16", 24, True, 2), ("fp4 32 nested256 by fp16", 48, False, 3))

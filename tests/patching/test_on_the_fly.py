@@ -87,3 +87,26 @@ def test_terms_that_a_call_is_about_to_keep_are_not_kept_beyond_an_exchange(stac
     monkeypatch.setattr(WeightTerms, "_on", make)
     terms.apply(weight, None)
     assert applied == [[one.strength for one in stack], [one.strength for one in others]]
+
+
+@pytest.mark.parametrize(("kind", "strength"), [("lokr", 0.8), ("lokr_factors", -0.4), ("lokr_left", 0.0)])
+def test_the_sides_of_a_lokr_are_what_its_terms_add_and_a_device_has_one_copy(kind, strength):
+    shape = (24, 16)
+    stack, weight = [term(kind, shape, 3, strength)], rand(24, 16, seed=5)
+    terms = WeightTerms("k", stack)
+    left, right, factor = terms.sides_on(weight.device, weight.dtype)
+    added = terms.apply(weight.clone(), None) - weight
+    assert (added - factor * torch.kron(left, right)).abs().max() <= 1e-6
+    assert (added.abs().max() > 0.02) == (strength != 0.0)
+    terms.exchange([dataclasses.replace(stack[0], strength=0.5)])
+    assert terms.sides_on(weight.device, weight.dtype)[2] == pytest.approx(0.5 * stack[0].adapter.scale)
+    # The meta device stands for a card.
+    card = torch.device("meta")
+    terms.apply(torch.empty(shape, device=card), None)
+    (copies,) = terms._adapters._values.values()
+    sides = terms.sides_on(card, torch.float32)
+    assert list(terms._adapters._values.values()) == [copies]
+    whole = [one for one in (copies[0].w1, copies[0].w2) if one is not None]
+    assert all(any(side._base is one or side is one for side in sides[:2]) for one in whole), (
+        "no copy in the same dtype"
+    )

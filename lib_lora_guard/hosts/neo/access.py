@@ -89,7 +89,8 @@ class NeoAccess(WebuiAccess):
 
     def _raw_weight(self, layer: torch.nn.Module) -> RawWeight | None:
         kind, weight, families = class_of(layer), layer._parameters.get("weight"), vars(self._api.operations)
-        if weight is None or not is_hosts_own(kind):
+        # A layer of `--fast-fp8` has none, and its other class is only for the time of the terms on it.
+        if weight is None or not is_hosts_own(kind) or OWN_CLASS in layer.__dict__:
             return None
         if kind in [families[family].Linear for family in FAMILIES if family in families]:
             return self._raw if is_low_bit(weight) else None
