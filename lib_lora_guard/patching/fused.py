@@ -13,7 +13,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -24,9 +24,6 @@ from ..memory.out_of_memory import is_out_of_memory
 from .forward_program import OnePass
 from .forward_steps import KroneckerStep, Parts
 from .fused_choice import CHOICE, FusedChoice, Key
-
-if TYPE_CHECKING:
-    from .on_the_fly import WeightTerms
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +42,13 @@ class Held(NamedTuple):
     scale: torch.Tensor | None = None
 
 
+class Terms(Protocol):
+    """A LoKr that the host's call adds to its temporary weight (`on_the_fly.WeightTerms`)."""
+
+    def sides_on(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Returns its left and its right side on `device` and in `dtype`, and the factor on their product."""
+
+
 class RawWeight(ABC):
     """How a host's layers of one class hold their weights. It keeps nothing of a layer."""
 
@@ -58,7 +62,7 @@ class RawWeight(ABC):
         return None if weight is None else stored_weight(weight, self.scale(layer), is_laid_out)
 
     @abstractmethod
-    def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: WeightTerms | None = None) -> Held | None:
+    def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, for a call with the input `x`. Asked at every call.
 
         None: the layer's own code has to go this time.
@@ -111,7 +115,7 @@ class Fused:
             return Key(KRONECKER + kind, device, dtype, rank_of_sides(stack.product.columns))
         return Key(kind, device, dtype, stack.product.rank)
 
-    def run(self, layer: torch.nn.Module, x: torch.Tensor, terms: WeightTerms | None = None) -> torch.Tensor | None:
+    def run(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> torch.Tensor | None:
         """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go.
 
         Args:
@@ -164,7 +168,7 @@ class Fused:
         self._made = None
 
     def _change(
-        self, stack: OnePass, rows: int, device: torch.device, dtype: torch.dtype, terms: WeightTerms | None
+        self, stack: OnePass, rows: int, device: torch.device, dtype: torch.dtype, terms: Terms | None
     ) -> Change | None:
         """Returns what the kernels add; None in RAM, where several LoRAs are not joined."""
         product, made = stack.product, self._made

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..adapters import Adapter, LokrAdapter, Term, apply_terms
 from ..weights.storage import shares_storage
 from .device_cache import DeviceCache
+from .fused import Fused
 from .layer_call import naming_the_layer
 from .operators import WeightPatch
-
-if TYPE_CHECKING:
-    from .fused import Fused
 
 
 class WeightTerms(WeightPatch):

@@ -17,6 +17,7 @@ from contract.stacks import (
     run,
     with_loras,
 )
+from lib_lora_guard.hosts.forge.access import ForgeAccess
 from lib_lora_guard.kernels.factors import Sides
 from lib_lora_guard.patching import fused_measured
 from lib_lora_guard.patching.bypass import CAST
@@ -334,3 +335,32 @@ def test_layers_beside_a_lokr_get_their_own_short_way_and_keep_it_from_the_other
         assert sorted(sides is None for _, sides in passes) == sorted(
             n >= len(patches) for n in range(len(linears(patcher)))
         )
+
+
+@pytest.mark.parametrize("place", ["show_bypass", "hide_bypass"])
+def test_an_interrupt_in_the_middle_of_a_layers_change_leaves_nothing_on_it(guarded, passes, monkeypatch, place):
+    patcher, dense = guarded.build("fp8")
+    base, loras = run(patcher), [("lokr", lokr_on_everything(dense), 0.8)]
+    if place == "hide_bypass":
+        with_loras(guarded, patcher, *loras)
+    wanted, calls = reference(patcher, dense, loras), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = getattr(ForgeAccess, place)
+    with monkeypatch.context() as change:
+        change.setattr(ForgeAccess, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            guarded.load(patcher) if place == "hide_bypass" else with_loras(guarded, patcher, *loras)
+    assert len(calls) >= 2
+    assert same_bits(run(guarded.load(patcher)), base)
+    for layer in linears(patcher):
+        assert type(layer) is class_of(layer)
+        assert not {WEIGHT_PATCH, "forge_online_loras"} & set(layer.__dict__)
+    passes.clear()
+    assert_same(run(with_loras(guarded, patcher, *loras)), wanted, base)
+    assert len(passes) == len(linears(patcher))

@@ -105,6 +105,7 @@ def test_a_lokr_goes_the_short_way_on_every_layer(guarded, storage, passes):
         assert_same(run(changed), wanted, base, fp32_limit(wanted, base))
         assert len(passes) == len(layers) > 0
         assert {type(sides) for _, sides in passes} == {Sides}
+        assert f"{len(layers)} on_the_fly, fused (cheaper on the weight)" in str(guarded.report(changed).loras[0])
     # Functions of others beside the terms, and in their place.
     layer = next(layer for layer in layers if WEIGHT_PATCH in layer.__dict__)
     ours = layer.weight_function
