@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -19,12 +20,20 @@ warnings.simplefilter("ignore")  # numpy's, about NaN and infinities
 import torch  # noqa: E402
 from compile_kernels import compiled  # noqa: E402
 
+from lib_lora_guard.adapters import LokrAdapter, Term  # noqa: E402
+from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight  # noqa: E402
 from lib_lora_guard.kernels import triton_kernels  # noqa: E402
+from lib_lora_guard.kernels.choice import KERNELS  # noqa: E402
 from lib_lora_guard.kernels.factors import Sides  # noqa: E402
 from lib_lora_guard.kernels.launch import Kernel  # noqa: E402
 from lib_lora_guard.kernels.probe import ProbeError, compare, probe, sample, sample_factors, sample_sides  # noqa: E402
 from lib_lora_guard.kernels.recipes import Tile, bucket_of, rank_of_sides, split_kind  # noqa: E402
 from lib_lora_guard.kernels.twin import dequantised  # noqa: E402
+from lib_lora_guard.patching.access import plain_bias  # noqa: E402
+from lib_lora_guard.patching.forward_program import lokr_pass  # noqa: E402
+from lib_lora_guard.patching.fused import Fused  # noqa: E402
+from lib_lora_guard.patching.on_the_fly import WeightTerms  # noqa: E402
+from lib_lora_guard.planning.cheap import forms_of  # noqa: E402
 
 CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
 CARDS = (
@@ -154,6 +163,32 @@ def with_sides(kind, a, b, c, d, alpha):
             raise ProbeError(f"error {error:.3g}")
 
 
+def through_a_layer():
+    """A layer of fp8 gives with a LoKr in the kernel what the host's call gives with the terms in it, bit for bit, at any strength."""
+    KERNELS.prepare(["lokr fp8 e4m3"], CPU, FP16, [16, 1])
+    assert KERNELS.wait(60)
+    generator = torch.Generator().manual_seed(5)
+    for width, strength in ((32, 0.8), (32, 0.0), (4, -0.4)):
+        layer = torch.nn.Linear(96, 40, dtype=FP16)
+        layer.weight = torch.nn.Parameter(torch.randn(40, 96).to(torch.float8_e4m3fn), requires_grad=False)
+        x = torch.randn(3, 96, generator=generator).to(FP16)
+        sides = sample_sides(40, 96, 5, width, FP16, generator, CPU)
+        terms = WeightTerms("weight", [Term(LokrAdapter(sides.left, sides.right), strength)])
+        host = torch.nn.functional.linear(x, layer.weight.to(FP16), layer.bias)
+        patched = torch.nn.functional.linear(x, terms.apply(layer.weight.to(FP16), layer.weight), layer.bias)
+        layer.forge_online_loras = {"weight": SimpleNamespace(terms=terms)}
+        forms = forms_of(terms.terms, (40, 96))
+        fused = Fused(ForgeWeight(lambda: False), lokr_pass(terms.terms, forms, (40, 96), plain_bias))
+        with torch.no_grad():
+            found = fused.run(layer, x, terms)
+        change = (patched - host).abs().max().item()
+        if found is None or not torch.equal(found, patched) or (change > 0.1) != (strength != 0.0):
+            raise ProbeError(f"strength {strength}, {width} columns: the layer gives {found}")
+        with torch.no_grad():
+            if fused.run(layer, x) is not None or fused.run(layer, x, WeightTerms("weight", terms.terms)) is not None:
+                raise ProbeError("the short way goes where other terms are on the layer")
+
+
 def interpret():
     found = {}
     for kind in (kind for kind in KINDS if not split_kind(kind)[0]):
@@ -185,6 +220,7 @@ def interpret():
             lambda kernel=kernel, rank=rank: probe(kernel, rank, CPU)
         )
     found["infinities"] = failure(infinite)
+    found["a LoKr through a layer"] = failure(through_a_layer)
     with tempfile.TemporaryDirectory() as folder:
         for name, (kind, rank, old, new) in FAULTS.items():
             kernel = kernel_of(kind, rank, False)
