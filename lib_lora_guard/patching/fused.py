@@ -2,8 +2,8 @@
 makes the output. It is for stacks that are one low-rank product or one LoKr, after a factor for each row where a DoRA needs one.
 
 It stands in place of the host's work for the layer (a dequantised weight, the product) and of the bypass (two products with the
-whole input), or of the terms that the host's call adds to its temporary weight (a LoKr). It allocates what the host's own temporary weight takes. Whatever is out of the usual goes the long way: the host's
-code, with the bypass after it or the terms in it.
+whole input), or of the terms that the host's call adds to its temporary weight (a LoKr). It allocates what the host's own temporary
+weight takes. Whatever is out of the usual goes the long way: the host's code, with the bypass after it or the terms in it.
 """
 
 from __future__ import annotations
@@ -166,6 +166,8 @@ class Fused:
     def drop_device_copies(self) -> None:
         """Frees what refers to factors on a device."""
         self._made = None
+        if self._stack is not None and self._stack.row_scale is not None:
+            self._stack.row_scale.drop_device_copies()
 
     def _change(
         self, stack: OnePass, rows: int, device: torch.device, dtype: torch.dtype, terms: Terms | None

@@ -40,7 +40,8 @@ class ForgeWeight(RawWeight):
 
 def _has_on_the_fly(layer: torch.nn.Module, terms: Terms | None) -> bool:
     """Returns True if Forge's call adds `terms` to the layer's temporary weight, and nothing else."""
-    if "forge_online_loras" not in layer.__dict__:
-        return terms is None
-    patches = layer.__dict__["forge_online_loras"] or {}
-    return terms is not None and list(patches) == ["weight"] and getattr(patches["weight"], "terms", None) is terms
+    attributes = layer.__dict__
+    if terms is None:
+        return "forge_online_loras" not in attributes
+    patches = attributes.get("forge_online_loras") or {}
+    return list(patches) == ["weight"] and getattr(patches["weight"], "terms", None) is terms
