@@ -36,12 +36,14 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from lib_lora_guard.adapters import LohaAdapter, LokrAdapter, LoraAdapter, Term
 from lib_lora_guard.kernels.fused import KERNELS
-from lib_lora_guard.kernels.recipes import HADAMARD
+from lib_lora_guard.kernels.recipes import HADAMARD, KRONECKER, rank_of_sides
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer
+from lib_lora_guard.patching.forward_program import lokr_pass
 from lib_lora_guard.patching.fused import Fused, Held, RawWeight
 from lib_lora_guard.patching.fused_choice import CHOICE, Key
 from lib_lora_guard.patching.marked_class import mark
 from lib_lora_guard.patching.on_the_fly import WeightTerms
+from lib_lora_guard.patching.operators import WEIGHT_PATCH
 from lib_lora_guard.planning.cheap import forms_of, pays
 
 CASES = (
@@ -105,7 +107,9 @@ class Known(RawWeight):
     def __init__(self, stored, bias):
         self._stored, self._bias = stored, bias
 
-    def of(self, layer, x):
+    def of(self, layer, x, terms=None):
+        if layer.weight_terms is not terms:
+            return None
         return Held(self._stored.data, self._bias)
 
     def stored(self, *_):
@@ -145,19 +149,28 @@ def patched(case, layer, stored, tokens, is_fused):
     forms = forms_of(terms, stored.shape)
     if None in forms or not pays(forms, one_token=tokens == 1):
         made.weight_terms = WeightTerms("weight", terms)
+        made.__dict__[WEIGHT_PATCH] = made.weight_terms
+        stack = lokr_pass(terms, forms, stored.shape, lambda layer: layer.bias)
+        if is_fused and stack is not None:
+            made.weight_terms.fused = short_way(made, stored, stack)
         return made
     # As if the norm of each row were 1.
     ratios = {0: terms[0].adapter.magnitude.flatten()} if case.kind == "dora" else {}
     hook = Bypass("weight", tuple(terms), stored.shape, ratios, lambda layer: layer.bias, forms=forms)
     stack = hook.program.one_pass
     if is_fused and stack is not None:
-        raw = Known(stored, layer.bias)
-        hook.fused = Fused(raw, stack)
-        hook.fused._facts.stored = lambda *_: stored
-        made.key = hook.fused.key(made, DEVICE, DTYPE)
-        mark(made, "step_gpu", call=call_of_layer)
+        hook.fused = short_way(made, stored, stack)
     hook.attach(made)
     return made
+
+
+def short_way(made, stored, stack):
+    """Returns the short way of a layer, and has the layer take it."""
+    fused = Fused(Known(stored, made.bias), stack)
+    fused._facts.stored = lambda *_: stored
+    made.key = fused.key(made, DEVICE, DTYPE)
+    mark(made, "step_gpu", call=call_of_layer)
+    return fused
 
 
 class Tried(torch.nn.Module):
@@ -305,12 +318,13 @@ def measure(case, model, steps):
 def prepare(cases, models):
     """Compiles the kernels of all cases; returns the seconds."""
     begin = time.monotonic()
+    before = {"loha": HADAMARD, "lokr": KRONECKER}
     for case in cases:
-        if case.kind != "lokr":
-            before = HADAMARD if case.kind == "loha" else ""
-            kinds = {before + stored.kind for stored in models[case.storage].stored.values()}
-            keys = [Key(kind, DEVICE, DTYPE, case.rank * case.count) for kind in kinds]
-            CHOICE.prepare(key for key in keys if CHOICE.may_take(key))
+        keys = set()
+        for stored in models[case.storage].stored.values():
+            rank = rank_of_sides(stored.shape[1] // case.rank) if case.kind == "lokr" else case.rank * case.count
+            keys.add(Key(before.get(case.kind, "") + stored.kind, DEVICE, DTYPE, rank))
+        CHOICE.prepare(key for key in keys if CHOICE.may_take(key))
     KERNELS.wait(120)
     return round(time.monotonic() - begin, 1)
 

@@ -199,6 +199,8 @@ def instructions(code):
 CALLBACKS_ALONE = ("torch/_dynamo/utils.py",)
 """Of this file only callbacks of weak references run in a change, where models were compiled before: the collector calls them, and
 Python ends an interrupt there itself."""
+CALLBACKS = (("weakref.py", "remove"), ("_weakrefset.py", "_remove"))
+"""The same in files that have more: of dictionaries and sets of weak references, whose layers end in the middle of a change."""
 
 
 class Tracer:
@@ -237,7 +239,8 @@ class Tracer:
                 return None
             self.armed = True
             self._trace_callers(frame)
-        if frame.f_code.co_filename.endswith(CALLBACKS_ALONE):
+        code = frame.f_code
+        if code.co_filename.endswith(CALLBACKS_ALONE) or (Path(code.co_filename).name, code.co_name) in CALLBACKS:
             return None
         frame.f_trace_opcodes = True
         return self._step

@@ -48,7 +48,7 @@ class LokrAdapter(RankedAdapter):
         if self.t2 is not None and self.t2.dim() > 1:
             check_rank(max(self.t2.shape[:2]), shape)
         try:
-            left, right = self._sides(None)
+            left, right = self.sides("meta", None)
         except (RuntimeError, ValueError, IndexError) as error:
             raise LoraMismatchError.of("lora.no_product", what="LoKr factors", found=str(error)) from None
         if left.dim() != 2 or right.dim() < 2 or any(not all(t.shape) for t in self.tensors()):
@@ -85,7 +85,7 @@ class LokrAdapter(RankedAdapter):
         return Kronecker(tuple(sides[0]), tuple(sides[1]), self.scale)
 
     def patch(self, weight: torch.Tensor, strength: float, function: RowFunction | None) -> torch.Tensor:
-        left, right = self._sides(weight)
+        left, right = self.sides(weight.device, weight.dtype)
         (a, b), (c, d, *kernel) = left.shape, right.shape
         if self.magnitude is None and function is None and (a * c, b * d, *kernel) == tuple(weight.shape):
             # Without a tensor of the weight's size: each of `a x b` blocks gets `right` times one number.
@@ -96,13 +96,17 @@ class LokrAdapter(RankedAdapter):
         delta = filled(torch.kron(left, right.contiguous()), weight.shape)
         return self.add(weight, delta, self.scale, strength, function)
 
-    def _sides(self, like: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both sides multiplied out, with the dtype and device of `like`; on the meta device for None."""
+    def sides(self, device: torch.device | str, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both sides multiplied out, `(a, b)` and `(c, d, *kernel)`, on `device` and in `dtype`; None for the factors' own.
+
+        Raises:
+            ValueError: A factor is missing, or two do not multiply.
+        """
 
         def get(tensor: torch.Tensor | None) -> torch.Tensor:
             if tensor is None:
                 raise ValueError("a factor is missing")
-            return tensor.to("meta") if like is None else tensor.to(like)
+            return tensor.to(device=device, dtype=dtype)
 
         left = get(self.w1) if self.w1 is not None else _product(get(self.w1a), get(self.w1b))
         if self.w2 is not None:

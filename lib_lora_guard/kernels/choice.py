@@ -18,7 +18,7 @@ import torch
 from ..messages import Message, reason, say
 from .launch import Kernel, OldTritonError, interprets, load_triton, triton_version
 from .probe import probe
-from .recipes import HADAMARD, OLDEST_TRITON, bucket_of, recipe_of
+from .recipes import BUCKETS, KRONECKER, OLDEST_TRITON, bucket_of, recipe_of, split_kind
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,14 @@ class Kernels:
             return
         device = _with_index(device)
         buckets = dict.fromkeys((bucket, rank % 16 == 0) for rank in ranks if (bucket := bucket_of(rank)) is not None)
-        slots = [Slot(kind, device, dtype, *one) for one in buckets for kind in dict.fromkeys(kinds)]
+        kinds = dict.fromkeys(kinds)
+        # The ranks of others on the model are none of a LoKr's, which has no rank.
+        slots = [
+            Slot(kind, device, dtype, *one)
+            for one in buckets
+            for kind in kinds
+            if one[0] == BUCKETS[0] or split_kind(kind)[0] != KRONECKER
+        ]
         if not soon:
             # What cannot be had is said when a LoRA could use it.
             slots = [slot for slot in slots if _unsuitable(slot) is None]
@@ -176,7 +183,7 @@ class Kernels:
                 pair = tuple(
                     Kernel(slot.kind, slot.dtype, slot.bucket, slot.even, per_rank) for per_rank in (False, True)
                 )
-                for kernel in pair[: 1 if not rank or slot.kind.startswith(HADAMARD) else 2]:
+                for kernel in pair[: 1 if not rank or split_kind(slot.kind)[0] else 2]:
                     probe(kernel, rank, slot.device)
             self._kernels[slot] = pair[0], pair[1]
             return True

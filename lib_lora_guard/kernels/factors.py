@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
+
+from .recipes import HADAMARD, KRONECKER, rank_of_sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,3 +30,44 @@ class Factors:
     per_rank: torch.Tensor | None = None
     row_scale: torch.Tensor | None = None
     times: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def form(self) -> str:
+        """What stands before the kind of the stored weight in the kernel's."""
+        return "" if self.times is None else HADAMARD
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """A LoKr: `left[i // height, j // width] * right[i % height, j % width] * alpha` at row `i` and column `j`.
+
+    Attributes:
+        left: `(out / height, in / width)`, on the weight's device and in the compute dtype.
+        right: `(height, width)`, as left.
+        alpha: The factor on each number.
+        row_scale: As `Factors` has it.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    alpha: float
+    row_scale: torch.Tensor | None = None
+
+    @property
+    def form(self) -> str:
+        """What stands before the kind of the stored weight in the kernel's."""
+        return KRONECKER
+
+    @property
+    def rank(self) -> int:
+        """What stands in a rank's place."""
+        return rank_of_sides(self.right.shape[1])
+
+
+Change: TypeAlias = Factors | Sides
+"""What is added to a stored weight."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 from .choice import KERNELS, Kernels
-from .factors import Factors
-from .recipes import HADAMARD
+from .factors import Change, Factors, Sides
 from .stored import Stored
 from .twin import dequantised, with_factors
 
-__all__ = ["KERNELS", "Factors", "Kernels", "fused_weight"]
+__all__ = ["KERNELS", "Change", "Factors", "Kernels", "Sides", "fused_weight"]
 
 
-def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a new weight `(out, in)` in `dtype`: `dequantised * row_scale + (up * per_rank) @ down * alpha`, rounded once more.
+def fused_weight(stored: Stored, factors: Change | None, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a new weight `(out, in)` in `dtype`: `dequantised * row_scale + (up * per_rank) @ down * alpha`, rounded once more;
+    for a LoKr with what its sides add in the place of the product.
 
     Without factors it is bit for bit the host's dequantisation. A kernel makes it where one has been chosen, else plain torch.
 
@@ -27,8 +27,8 @@ def fused_weight(stored: Stored, factors: Factors | None, dtype: torch.dtype) ->
         Exception: A kernel's. Its kind has been given up then: the next call makes the weight in plain torch. Out of memory changes
             nothing.
     """
-    rank, per_rank = (0, False) if factors is None else (factors.down.shape[0], factors.per_rank is not None)
-    kind = stored.kind if factors is None or factors.times is None else HADAMARD + stored.kind
+    rank, form = (0, "") if factors is None else (factors.rank, factors.form)
+    per_rank, kind = isinstance(factors, Factors) and factors.per_rank is not None, form + stored.kind
     kernel = KERNELS.kernel(kind, stored.data.device, dtype, rank, per_rank)
     if kernel is not None:
         try:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..weights.bnb4 import LEVELS
-from .factors import Factors
-from .recipes import OLDEST_TRITON, Tile, chunk_of, recipe_of, tile_of
+from .factors import Change, Factors, Sides
+from .recipes import HADAMARD, KRONECKER, OLDEST_TRITON, Tile, chunk_of, recipe_of, tile_of
 from .stored import Bnb4, Fp8, Gguf, Int8, Stored
 
 ALIGNED_BYTES = 16
@@ -79,7 +79,7 @@ class Kernel:
         kind: `Stored.kind`.
         dtype: The dtype of the weights it makes.
         bucket: The ranks it counts with, 0 for none.
-        even_rank: True for ranks that are multiples of 16.
+        even_rank: True for ranks that are multiples of 16, and for a LoKr as `rank_of_sides` says.
         per_rank: True for factors with a strength for each rank.
         tile: Another tile than `tile_of` gives, to measure.
 
@@ -107,7 +107,8 @@ class Kernel:
             "RANKS": bucket,
             "CHUNK": chunk_of(bucket),
             "HAS_PER_RANK": per_rank,
-            "HADAMARD": recipe.is_hadamard,
+            "HADAMARD": recipe.form == HADAMARD,
+            "KRONECKER": recipe.form == KRONECKER,
             "EVEN_RANK": even_rank,
             "BO": self.tile.rows,
             "BI": self.tile.columns,
@@ -119,7 +120,7 @@ class Kernel:
         self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": False}
         self._handle: Callable[[tuple[int, int, int], tuple[Any, ...]], None] | None = None
 
-    def __call__(self, stored: Stored, factors: Factors | None) -> torch.Tensor | None:
+    def __call__(self, stored: Stored, factors: Change | None) -> torch.Tensor | None:
         """Returns the weight `(out, in)`, or None where a tensor begins at an address the kernel cannot take."""
         rows, columns = stored.shape
         data = stored.data
@@ -129,11 +130,18 @@ class Kernel:
             if self._bucket:
                 raise ValueError(f"{self.kind}: a kernel for {self._bucket} ranks got no factors")
             tensors += (out,) * 7
-            numbers: tuple[Any, ...] = (rows, columns, 0, 0, 0.0)
+            numbers: tuple[Any, ...] = (rows, columns, 0, 1, 0, 0.0)
+        elif isinstance(factors, Sides):
+            left, right = self._sides(factors, rows, columns)
+            row_scale = self._row_scale(factors, rows, data.device)
+            tensors += (out, left, right, out, row_scale, out, out)
+            has_scale, (height, width) = int(factors.row_scale is not None), right.shape
+            numbers = (rows, columns, width, height, has_scale, float(factors.alpha))
         else:
             up, down = factors.up, factors.down
             if (
-                up.shape != (rows, down.shape[0])
+                self.constants["KRONECKER"]
+                or up.shape != (rows, down.shape[0])
                 or down.shape[1] != columns
                 or up.dtype != down.dtype
                 or up.dtype != out.dtype
@@ -145,11 +153,9 @@ class Kernel:
             if not (up.is_contiguous() and down.is_contiguous()):
                 up, down = up.contiguous(), down.contiguous()
             per_rank = out if factors.per_rank is None else factors.per_rank.float()
-            row_scale = _one(data.device) if factors.row_scale is None else factors.row_scale
-            if factors.row_scale is not None and (row_scale.shape != (rows,) or row_scale.dtype != torch.float32):
-                raise ValueError(f"{self.kind}: expected {rows} factors in fp32, found {list(row_scale.shape)}")
+            row_scale = self._row_scale(factors, rows, data.device)
             tensors += (out, up, down, per_rank, row_scale, *self._second(factors, out))
-            numbers = (rows, columns, down.shape[0], int(factors.row_scale is not None), float(factors.alpha))
+            numbers = (rows, columns, down.shape[0], 1, int(factors.row_scale is not None), float(factors.alpha))
         addresses = [tensor.data_ptr() for tensor in tensors]
         joined = 0
         for address in addresses:
@@ -162,6 +168,23 @@ class Kernel:
         else:
             self._handle(grid, (*addresses[:2], *step, *addresses[2:], *numbers))
         return out
+
+    def _row_scale(self, factors: Change, rows: int, device: torch.device) -> torch.Tensor:
+        scale = factors.row_scale
+        if scale is None:
+            return _one(device)
+        if scale.shape != (rows,) or scale.dtype != torch.float32:
+            raise ValueError(f"{self.kind}: expected {rows} factors in fp32, found {list(scale.shape)}")
+        return scale
+
+    def _sides(self, sides: Sides, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        (a, b), (c, d) = sides.left.shape, sides.right.shape
+        is_mine = self.constants["KRONECKER"] and (d % 8 == 0 or not self.constants["EVEN_RANK"])
+        if not is_mine or (a * c, b * d) != (rows, columns) or {sides.left.dtype, sides.right.dtype} != {self.dtype}:
+            raise ValueError(
+                f"{self.kind}: found sides of {a} x {b} {sides.left.dtype} and {c} x {d} {sides.right.dtype} for {rows} x {columns}"
+            )
+        return sides.left.contiguous(), sides.right.contiguous()
 
     def _second(self, factors: Factors, unused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if factors.times is None and not self.constants["HADAMARD"]:

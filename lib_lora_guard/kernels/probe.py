@@ -7,18 +7,19 @@ libraries there and keep a workspace, more than 100 MB that an image may need.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, TypeVar
 
 import torch
 
 from . import twin
-from .factors import Factors
+from .factors import Change, Factors, Sides
 from .launch import Kernel
 from .recipes import Recipe, recipe_of
 from .stored import Bnb4, Fp8, Gguf, Int8, Nested, Stored
 
 CPU = torch.device("cpu")
-Placed = TypeVar("Placed", Stored, Factors, Nested)
+Placed = TypeVar("Placed", bound=Stored | Factors | Sides | Nested)
 SLACK = 1.1
 """A kernel's error against fp64 may be this many times the twin's: both round once, sums differ in their order."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,21 +45,33 @@ def probe(kernel: Kernel, rank: int, device: torch.device) -> None:
     # The tiles of one program and a bit of a second one's in both directions; then less than one tile.
     wide = kernel.tile.columns * kernel.tile.spans
     sizes = ((kernel.tile.rows + 3, -(-wide // step) * step + step, True), (5, step, False))
+    if kernel.constants["KRONECKER"]:
+        # Blocks of other sizes than tiles, some of them across two; then one whose rows are the weight's.
+        many, few = (24, 8) if kernel.constants["EVEN_RANK"] else (12, 4)
+        columns = math.lcm(step, many)
+        sizes = (
+            (3 * (kernel.tile.rows // 2 + 3), -(-(wide + 1) // columns) * columns, True),
+            (5, math.lcm(step, few), False),
+        )
     for rows, columns, has_row_scale in sizes:
         stored = sample(kernel.kind, rows, columns, kernel.dtype, generator, CPU)
-        factors = None
-        if rank:
+        factors: Change | None = None
+        if kernel.constants["KRONECKER"]:
+            height, width = (rows // 3, many) if has_row_scale else (rows, few)
+            factors = sample_sides(rows, columns, height, width, kernel.dtype, generator, CPU)
+        elif rank:
             factors = sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, CPU)
             if kernel.constants["HADAMARD"]:
                 second = sample_factors(rows, columns, rank, False, kernel.dtype, generator, CPU)
                 factors = dataclasses.replace(factors, times=(second.up, second.down), alpha=5.0)
-            row_scale = torch.rand(rows, generator=generator) + 0.5
-            factors = dataclasses.replace(factors, row_scale=row_scale) if has_row_scale else factors
-        made = kernel(moved(stored, device), None if factors is None else moved(factors, device))
+        if factors is not None and has_row_scale:
+            factors = dataclasses.replace(factors, row_scale=torch.rand(rows, generator=generator) + 0.5)
+        there = None if factors is None else moved(factors, device)
+        made = kernel(moved(stored, device), there)
         compare(made, stored, factors, kernel.dtype)
 
 
-def compare(made: torch.Tensor | None, stored: Stored, factors: Factors | None, dtype: torch.dtype) -> None:
+def compare(made: torch.Tensor | None, stored: Stored, factors: Change | None, dtype: torch.dtype) -> None:
     """Compares a weight with the twin's, on the processor: bit for bit without factors, else by its error against fp64.
 
     Args:
@@ -86,12 +99,7 @@ def compare(made: torch.Tensor | None, stored: Stored, factors: Factors | None, 
                 f"{float(made[row, column])!r} instead of {float(expected[row, column])!r}"
             )
         return
-    exact = factors.up.double()
-    if factors.per_rank is not None:
-        exact = exact * factors.per_rank.double()
-    exact = exact @ factors.down.double()
-    if factors.times is not None:
-        exact = exact * (factors.times[0].double() @ factors.times[1].double())
+    exact = _exact(factors)
     scaled = base.double() if factors.row_scale is None else base.double() * factors.row_scale.double().unsqueeze(1)
     exact = scaled + exact * factors.alpha
     finite = exact.isfinite() & expected.isfinite()
@@ -101,6 +109,19 @@ def compare(made: torch.Tensor | None, stored: Stored, factors: Factors | None, 
     largest, twins_largest = ((x.double() - exact)[finite].abs().max().item() for x in (made, expected))
     if error > SLACK * twins or largest > 2 * twins_largest:
         raise ProbeError(f"error {error:.3g} (largest {largest:.3g}), the twin's {twins:.3g} ({twins_largest:.3g})")
+
+
+def _exact(factors: Change) -> torch.Tensor:
+    """Returns what the factors add to a weight, without alpha, in fp64."""
+    if isinstance(factors, Sides):
+        return torch.kron(factors.left.double(), factors.right.double())
+    up = factors.up.double()
+    if factors.per_rank is not None:
+        up = up * factors.per_rank.double()
+    exact = up @ factors.down.double()
+    if factors.times is not None:
+        exact = exact * (factors.times[0].double() @ factors.times[1].double())
+    return exact
 
 
 def moved(thing: Placed, device: torch.device) -> Placed:
@@ -221,6 +242,23 @@ def sample_factors(
     )
     strengths = (torch.rand(rank, generator=generator) + 0.5).to(device) if per_rank else None
     return Factors(up, down, 0.7, strengths)
+
+
+def sample_sides(
+    rows: int,
+    columns: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Sides:
+    """Makes the sides of a LoKr, the right one `(height, width)`, whose products are as large as the values of `sample`."""
+    left, right = (
+        (torch.randn(shape, generator=generator) * 0.3).to(device, dtype)
+        for shape in ((rows // height, columns // width), (height, width))
+    )
+    return Sides(left, right, 0.7)
 
 
 def _column_step(kind: str) -> int:

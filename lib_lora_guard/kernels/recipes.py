@@ -25,6 +25,9 @@ LARGEST_CHUNK = 64
 
 HADAMARD = "loha "
 """Before the kind of a stored weight: the kernel for factors that are two pairs."""
+KRONECKER = "lokr "
+"""The same: the kernel for the sides of a LoKr."""
+FORMS = (HADAMARD, KRONECKER)
 
 
 class Tile(NamedTuple):
@@ -70,13 +73,13 @@ class Recipe:
         function: The kernel's name in `triton_kernels`.
         constants: Its own compile-time constants.
         values: The short name of the dtype in which the host calculates; "" for the layer's.
-        is_hadamard: True for factors that are two pairs.
+        form: HADAMARD or KRONECKER; "" for factors that are one pair.
     """
 
     function: str
     constants: Mapping[str, str | int | bool]
     values: str
-    is_hadamard: bool = False
+    form: str = ""
 
     @property
     def oldest_triton(self) -> tuple[int, int]:
@@ -86,10 +89,11 @@ class Recipe:
 
 @cache
 def recipe_of(kind: str) -> Recipe | None:
-    """Returns the recipe of `Stored.kind`, perhaps with HADAMARD before it; None for a kind that has no kernel."""
-    if kind.startswith(HADAMARD):
-        plain = recipe_of(kind.removeprefix(HADAMARD))
-        return None if plain is None else replace(plain, is_hadamard=True)
+    """Returns the recipe of `Stored.kind`, perhaps with one of FORMS before it; None for a kind that has no kernel."""
+    form, stored = split_kind(kind)
+    if form:
+        plain = recipe_of(stored)
+        return None if plain is None else replace(plain, form=form)
     words, _, values = kind.partition(" by ")
     form, *rest = words.split()
     if form == "fp8" and rest[0] in ("e4m3", "e5m2"):
@@ -110,6 +114,19 @@ def recipe_of(kind: str) -> Recipe | None:
     return None
 
 
+def split_kind(kind: str) -> tuple[str, str]:
+    """Returns what of FORMS stands before a stored weight's kind, "" for none, and that kind."""
+    form = next((form for form in FORMS if kind.startswith(form)), "")
+    return form, kind.removeprefix(form)
+
+
+def rank_of_sides(columns: int) -> int:
+    """Returns what stands in the place of a LoKr's rank, which it has not: 16 where its right side has a multiple of 8 columns,
+    whose rows are read 16 bytes at once, else 1.
+    """
+    return BUCKETS[0] if columns % 8 == 0 else 1
+
+
 def bucket_of(rank: int) -> int | None:
     """Returns the ranks that a kernel for `rank` counts with; 0 for none, None above the largest."""
     return 0 if rank == 0 else next((bucket for bucket in BUCKETS if rank <= bucket), None)
@@ -123,7 +140,7 @@ def chunk_of(bucket: int) -> int:
 def tile_of(recipe: Recipe, bucket: int) -> Tile:
     """Returns the tile of a kernel, from TILES."""
     found = next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
-    return found._replace(spans=1, stages=1) if recipe.is_hadamard else found
+    return found._replace(spans=1, stages=1) if recipe.form else found
 
 
 def _family(recipe: Recipe) -> str:

@@ -1,7 +1,8 @@
 """The kernels. Imported on first use only: importing this module imports Triton.
 
 Each program makes one tile of the temporary weight: it reads the stored bytes, decodes them with the host's roundings, adds
-the tile of `(up * per_rank) @ down * alpha` to each row times its factor, and stores once. Offsets inside a tile are int32, the tile's own begins in int64.
+the tile of `(up * per_rank) @ down * alpha`, or of a LoHa's or LoKr's change, to each row times its factor, and stores once. Offsets
+inside a tile are int32, the tile's own begins in int64.
 Names in capitals are pointers or compile-time constants. No compiler may join a product and a sum into one operation
 (`enable_fp_fusion=False` at the launch): the host's roundings would be lost.
 
@@ -9,9 +10,11 @@ TAIL, the arguments that all kernels end with:
     OUT: `(rows, cols)`. UP `(rows, rank)`, DOWN `(rank, cols)`, PER_RANK `(rank,)` fp32: the factors; not read where RANKS is 0.
     ROW_SCALE: fp32, what each row is multiplied by before they are added: `(rows,)` where row_step is 1, a single 1.0 where it is 0.
     UP2, DOWN2: where HADAMARD, a second pair, by whose product that of the first one is multiplied, value by value.
-    rows, cols, rank, row_step, alpha: numbers of the call.
+    rows, cols, rank, height, row_step, alpha: numbers of the call.
+    Where KRONECKER, UP is a LoKr's left side `(rows / height, cols / rank)` and DOWN the right one `(height, rank)`.
     VALUES: the dtype in which the host's dequantisation calculates and returns.
-    RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. HADAMARD. EVEN_RANK: the rank is a multiple of 16.
+    RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. HADAMARD. KRONECKER.
+    EVEN_RANK: the rank is a multiple of 16; where KRONECKER, of 8.
     BO, BI: rows and columns of a tile.
 """
 
@@ -21,7 +24,7 @@ TAIL, the arguments that all kernels end with:
 import triton
 import triton.language as tl
 
-NUMBERS = ("rows", "cols", "rank", "scale_step", "row_step")
+NUMBERS = ("rows", "cols", "rank", "height", "scale_step", "row_step")
 """Arguments whose values make no variants of a kernel. `x // 16 * 16` tells the compiler what a constant of the kernel promises."""
 
 
@@ -68,19 +71,45 @@ def _product(
 
 
 @triton.jit
-def _change(
-    UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank,
-    RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr, EVEN_RANK: tl.constexpr,
-    BO: tl.constexpr, BI: tl.constexpr,
+def _kronecker(
+    LEFT, RIGHT, row, col, rows, cols, height, width, EVEN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr
 ):  # fmt: skip
-    """Returns what the factors add to a tile, without alpha: their product, or two multiplied value by value."""
-    product = _product(
-        UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
-    )  # fmt: skip
-    if HADAMARD:
-        product = product * _product(
-            UP2, DOWN2, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, False, EVEN_RANK, BO, BI
+    """Returns a tile of `left (x) right` in fp32. EVEN: width is a multiple of 8, so that 8 columns share a number of left."""
+    if EVEN:
+        width = width // 8 * 8
+    ro, ri = row + tl.arange(0, BO), col + tl.arange(0, BI)
+    inside = (ro < rows)[:, None] & (ri < cols)[None, :]
+    at = (ro % height).to(tl.int64)[:, None] * width + (ri % width)[None, :]
+    right = tl.load(RIGHT + at, mask=inside, other=0.0).to(tl.float32)
+    of_row = (ro // height * (cols // width))[:, None]
+    if EVEN:
+        rs = col + tl.arange(0, BI // 8) * 8
+        inside = (ro < rows)[:, None] & (rs < cols)[None, :]
+        left = tl.load(LEFT + of_row + (rs // width)[None, :], mask=inside, other=0.0).to(tl.float32)
+        product = tl.reshape(right, (BO, BI // 8, 8)) * left[:, :, None]
+        return tl.reshape(product, (BO, BI))
+    else:
+        left = tl.load(LEFT + of_row + (ri // width)[None, :], mask=inside, other=0.0).to(tl.float32)
+        return right * left
+
+
+@triton.jit
+def _change(
+    UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, height,
+    RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr, KRONECKER: tl.constexpr,
+    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """Returns what the factors add to a tile, without alpha: their product, two multiplied value by value, or a LoKr's."""
+    if KRONECKER:
+        product = _kronecker(UP, DOWN, row, col, rows, cols, height, rank, EVEN_RANK, BO, BI)
+    else:
+        product = _product(
+            UP, DOWN, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, EVEN_RANK, BO, BI
         )  # fmt: skip
+        if HADAMARD:
+            product = product * _product(
+                UP2, DOWN2, PER_RANK, row, col, rows, cols, rank, RANKS, CHUNK, False, EVEN_RANK, BO, BI
+            )  # fmt: skip
     return product
 
 
@@ -103,10 +132,10 @@ def _store(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def scaled(
-    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
+    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, row_step, alpha,
     FORM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
-    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """fp8 as its bytes, and int8; SCALE fp32, `scale_step` 0 for one, 1 for one a row. EVEN: cols is a multiple of 16."""
     if EVEN:
@@ -134,7 +163,8 @@ def scaled(
         s = tl.load(SCALE + (row + ro) * scale_step, mask=row + ro < rows, other=0.0)
         w = w.to(tl.float32) * s[:, None]
     product = _change(
-        UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
+        UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, height,
+        RANKS, CHUNK, HAS_PER_RANK, HADAMARD, KRONECKER, EVEN_RANK, BO, BI,
     )  # fmt: skip
     _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, EXACT)
 
@@ -251,11 +281,12 @@ def _of_bnb4(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def bnb4(
-    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET,
+    OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, row_step, alpha,
     FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
     SPANS: tl.constexpr, STAGES: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
-    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """bitsandbytes' four bits. NESTED: values of absmax a scale of scales, 0 for none. CROSSING: blocks cross rows.
 
@@ -269,7 +300,8 @@ def bnb4(
             DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, row, col, rows, cols, BLOCK, NESTED, CROSSING, SHUFFLE, BO, BI
         )  # fmt: skip
         product = _change(
-            UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
+            UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, height,
+            RANKS, CHUNK, HAS_PER_RANK, HADAMARD, KRONECKER, EVEN_RANK, BO, BI,
         )  # fmt: skip
         _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, False)
     else:
@@ -431,10 +463,10 @@ def _of_q6_k(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gguf(
-    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, row_step, alpha,
+    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, row_step, alpha,
     FORM: tl.constexpr, BAKED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
-    EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """GGUF. WORDS2 and WORDS4: the same bytes as words of two and of four. BLOCK, BLOCK_BYTES: of a block."""
     cols = cols // BLOCK * BLOCK
@@ -454,7 +486,8 @@ def gguf(
         else:
             w = _of_k(words2, words4, row_words, ro, row_in, col // 32, cols // 32, FORM, VALUES, BO, BI // 32)
     product = _change(
-        UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, RANKS, CHUNK, HAS_PER_RANK, HADAMARD, EVEN_RANK, BO, BI
+        UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, height,
+        RANKS, CHUNK, HAS_PER_RANK, HADAMARD, KRONECKER, EVEN_RANK, BO, BI,
     )  # fmt: skip
     _store(
         tl.reshape(w, (BO, BI)),

@@ -7,7 +7,7 @@ import torch
 from ..weights.bnb4 import LEVELS
 from ..weights.gguf_blocks import split_last, unpack_bits
 from ..weights.nf4 import values_of_bytes
-from .factors import Factors
+from .factors import Change, Sides
 from .stored import BLOCKS, Bnb4, Fp8, Gguf, Int8, Stored
 
 
@@ -24,15 +24,17 @@ def dequantised(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     return values.to(dtype).view(stored.shape)
 
 
-def with_factors(weight: torch.Tensor, factors: Factors) -> torch.Tensor:
+def with_factors(weight: torch.Tensor, factors: Change) -> torch.Tensor:
     """Makes `weight * row_scale + (up * per_rank) @ down * alpha` of a weight `(out, in)`, in place, rounding once; returns it.
 
-    With a second pair the product is multiplied by that of the pair.
+    With a second pair the product is multiplied by that of the pair. A LoKr's sides are added as `Sides` has it.
 
     Args:
         weight: The weight in the factors' dtype.
-        factors: The joined factors.
+        factors: The joined factors, or the sides.
     """
+    if isinstance(factors, Sides):
+        return _with_sides(weight, factors)
     up = factors.up
     if factors.per_rank is not None:
         up = (up.float() * factors.per_rank).to(up.dtype)
@@ -45,6 +47,18 @@ def with_factors(weight: torch.Tensor, factors: Factors) -> torch.Tensor:
         return weight.copy_(wide.addmm_(up.float(), factors.down.float(), alpha=factors.alpha))
     second = factors.times[0].float() @ factors.times[1].float()
     return weight.copy_(wide.addcmul_(up.float() @ factors.down.float(), second, value=factors.alpha))
+
+
+def _with_sides(weight: torch.Tensor, sides: Sides) -> torch.Tensor:
+    left, right = sides.left, sides.right
+    wide = weight
+    if sides.row_scale is not None:
+        wide = weight.float().mul_(sides.row_scale.unsqueeze(1))
+        left, right = left.float(), right.float()
+    (a, b), (c, d) = left.shape, right.shape
+    # Without a tensor of the weight's size: each of `a x b` blocks gets `right` times one number.
+    wide.view(a, c, b, d).addcmul_(left.view(a, 1, b, 1), right.unsqueeze(1), value=sides.alpha)
+    return weight if wide is weight else weight.copy_(wide)
 
 
 def _of_scaled(stored: Fp8 | Int8, values: torch.dtype) -> torch.Tensor:

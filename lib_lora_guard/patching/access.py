@@ -105,10 +105,15 @@ class ModelAccess(Protocol):
     def set_parameter(self, site: Site, value: torch.nn.Parameter) -> None:
         """Replaces the parameter by `value`."""
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+    def set_weight_terms(self, site: Site, terms: WeightTerms, call: Forward | None = None) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight. Idempotent.
 
         They take the place of earlier ones in one step: a forward pass of another thread has the one or the other.
+
+        Args:
+            site: The weight.
+            terms: The stack on it.
+            call: Is to stand in place of the layer's `__call__`: only where `raw_weight` returns something.
         """
 
     def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:

@@ -23,6 +23,7 @@ from ..weights.storage import storage_of
 from .access import ModelAccess, Site
 from .backup import Backup, HeldBackup, Place, Where, lies_in_ram, moved, parameter_bytes
 from .bypass import Bypass, call_of_layer
+from .forward_program import lokr_pass
 from .fused import Fused
 from .fused_choice import Key
 from .merging import CPU, SLICE_BYTES, is_finite, merge
@@ -211,13 +212,7 @@ class BypassAttachment(Attachment):
 
     def kernel(self, device: torch.device) -> Key | None:
         """Returns the kernel of the layer's short way on `device`; None where there is none."""
-        fused = self.hook.fused
-        try:
-            return None if fused is None else fused.key(self.site.layer, device, self.access.compute_dtype())
-        except Exception:
-            # A weight of a library's other version. No LoRA fails for a way that is only faster.
-            log.debug("%s has no short way", self.site.key, exc_info=True)
-            return None
+        return _kernel(self, self.hook.fused, device)
 
     def drop_device_copies(self) -> None:
         self.hook.drop_device_copies()
@@ -243,9 +238,27 @@ class OnTheFlyAttachment(Attachment):
     def __init__(self, access: ModelAccess, planned: PlannedWeight) -> None:
         super().__init__(access, planned)
         self.weight_terms = WeightTerms(planned.site.key, planned.terms)
+        self.weight_terms.fused = self._fused(access)
+
+    def _fused(self, access: ModelAccess) -> Fused | None:
+        """Returns the short way of a LoKr that is alone on a weight of low bits; None for anything else."""
+        stack = lokr_pass(self.terms, _forms(self.planned), self.site.shape, access.bias)
+        raw = None if stack is None else access.raw_weight(self.site)
+        return None if raw is None else Fused(raw, stack)
+
+    def differs_in_strengths(self, access: ModelAccess, planned: PlannedWeight) -> bool:
+        if not super().differs_in_strengths(access, planned):
+            return False
+        # What the layer's own code allows may be another answer by now: its class can change.
+        return (self._fused(access) is None) == (self.weight_terms.fused is None)
+
+    def kernel(self, device: torch.device) -> Key | None:
+        """Returns the kernel of the layer's short way on `device`; None where there is none."""
+        return _kernel(self, self.weight_terms.fused, device)
 
     def attach(self) -> None:
-        self.access.set_weight_terms(self.site, self.weight_terms)
+        call = None if self.weight_terms.fused is None else call_of_layer
+        self.access.set_weight_terms(self.site, self.weight_terms, call)
 
     def detach(self) -> None:
         # Those of another guard stay.
@@ -470,6 +483,17 @@ KEPT_BYTES = 1 * MB
 MOVED_SLICE_BYTES = 4 * MB
 """Slices of a weight that is patched on the GPU and lies in RAM: smaller ones overlap better with the copies
 (measured: 96 ms against 218 ms for a weight of 126 MB, H200)."""
+
+
+def _kernel(attachment: Attachment, fused: Fused | None, device: torch.device) -> Key | None:
+    """Returns the kernel of a layer's short way on `device`; None where there is none."""
+    site = attachment.site
+    try:
+        return None if fused is None else fused.key(site.layer, device, attachment.access.compute_dtype())
+    except Exception:
+        # A weight of a library's other version. No LoRA fails for a way that is only faster.
+        log.debug("%s has no short way", site.key, exc_info=True)
+        return None
 
 
 def _forms(planned: PlannedWeight) -> Forms:

@@ -21,7 +21,7 @@ from .forward_steps import LowRankStep
 from .fused import Fused
 from .layer_call import LayerCall, naming_the_layer
 from .low_rank import JoinedLowRank
-from .operators import CallPatch, bypass, number_of, scaled_input
+from .operators import WEIGHT_PATCH, CallPatch, bypass, number_of, scaled_input
 
 WAIT_SECONDS = 1.0
 """The longest time that `detach` waits for calls of the layer in other threads. One of them may wait for this thread."""
@@ -314,13 +314,16 @@ def call_of_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands in place of a layer's `__call__` while it has a short way: tries that, then torch's own call.
 
     The bypass's hook is in torch's own call alone, so that no call can get the LoRAs twice, or a half of them. It is also what says
-    that the LoRAs are on the layer: a class without it, in the middle of a change, is the layer as it was.
+    that the LoRAs are on the layer: a class without it, in the middle of a change, is the layer as it was. Where terms on the fly
+    are the long way, their place in the host's own call says it (`RawWeight.of`).
     """
     if len(args) == 1 and not kwargs and not is_compiling():
         hooks, x = layer._forward_hooks, args[0]
         hook: Any = hooks.get(CHANGE)
+        terms: Any = None
         if hook is None:
-            fused = None if hooks else layer.__dict__.get(CAST)
+            terms = layer.__dict__.get(WEIGHT_PATCH)
+            fused = None if hooks else layer.__dict__.get(CAST) if terms is None else terms.fused
         else:
             fused = hook.fused if type(hook) is Bypass and len(hooks) == 1 and hook._in_force() else None
         if (
@@ -332,7 +335,7 @@ def call_of_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             and not torch.is_grad_enabled()
             and torch._C._get_tracing_state() is None
         ):
-            output = fused.run(layer, x)
+            output = fused.run(layer, x, terms)
             if output is not None:
                 return output
     return torch.nn.Module.__call__(layer, *args, **kwargs)

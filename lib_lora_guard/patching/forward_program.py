@@ -26,14 +26,14 @@ BiasOf = Callable[[torch.nn.Module], "torch.Tensor | None"]
 
 
 class OnePass(NamedTuple):
-    """A stack as one new weight: its rows times a factor, plus one low-rank product.
+    """A stack as one new weight: its rows times a factor, plus one product.
 
     Attributes:
-        product: The step that adds the product.
+        product: The step that adds the product, low-rank or a LoKr's.
         row_scale: The step that scales the rows; None for none.
     """
 
-    product: LowRankStep | KhatriRaoStep
+    product: LowRankStep | KhatriRaoStep | KroneckerStep
     row_scale: ScaleStep | None
 
     def two_pairs(self, dtype: torch.dtype) -> KhatriRaoStep | None:
@@ -59,7 +59,7 @@ class Program:
         *before, last = self.steps or (None,)
         if (
             self.input_scale is not None
-            or not isinstance(last, (LowRankStep, KhatriRaoStep))
+            or not isinstance(last, (LowRankStep, KhatriRaoStep, KroneckerStep))
             or not last.is_one_product
         ):
             return None
@@ -123,7 +123,7 @@ def compile_program(
             steps.append(KhatriRaoStep(form, strength, term.part, shape))
         elif isinstance(form, Kronecker):
             flush_scales()
-            steps.append(KroneckerStep(form, strength, term.part))
+            steps.append(KroneckerStep(form, strength, term.part, shape))
         elif isinstance(form, OutputScale):
             scale_rows(1 + strength * form.difference.float(), term.part)
         elif isinstance(form, InputScale):
@@ -141,6 +141,20 @@ def compile_program(
             raise TypeError(f"a term of kind '{term.adapter.kind}' has no cheap form")
     flush()
     return Program(tuple(steps), input_scale)
+
+
+def lokr_pass(terms: Sequence[Term], forms: Forms, shape: tuple[int, ...], bias_of: BiasOf) -> OnePass | None:
+    """Returns a stack that goes onto the layer's temporary weight as one new weight; None where it is not a LoKr alone.
+
+    Args:
+        terms: The stack.
+        forms: The cheap form of each term; None for one that has none.
+        shape: The shape of the weight.
+        bias_of: Returns the bias of a layer.
+    """
+    if len(terms) != 1 or not isinstance(forms[0], Kronecker):
+        return None
+    return compile_program(terms, forms, shape, {}, bias_of).one_pass
 
 
 def _overlap(part: Slice | None, rows: Slice | None) -> bool:

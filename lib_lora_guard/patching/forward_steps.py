@@ -271,10 +271,16 @@ class KroneckerStep(Step):
     """LoKr: with x as `(b, d)`, `(left (x) right) x = left X right^T`: two small products instead of one of weight size.
 
     It is never joined with other terms. A factorised side is multiplied out only if that makes it smaller.
+
+    Args:
+        form: The sides.
+        strength: Of the term.
+        part: What it changes of the weight; None for all.
+        shape: The shape of the weight.
     """
 
-    def __init__(self, form: Kronecker, strength: float, part: Slice | None) -> None:
-        self.form, self.strength, self.part = form, strength, part
+    def __init__(self, form: Kronecker, strength: float, part: Slice | None, shape: tuple[int, ...]) -> None:
+        self.form, self.strength, self.part, self.shape = form, strength, part, shape
         self._copies: DeviceCache[tuple[torch.Tensor, tuple[torch.Tensor, ...], float]] = DeviceCache()
 
     def share_factors_with(self, older: Step) -> None:
@@ -300,9 +306,31 @@ class KroneckerStep(Step):
     def is_resident(self) -> bool:
         return len(self._copies) > 0
 
+    @property
+    def is_one_product(self) -> bool:
+        """True if the sides are for the whole weight of a linear layer."""
+        return len(self.shape) == 2 and self.part is None
+
+    @property
+    def columns(self) -> int:
+        """The columns of the right side."""
+        return self.form.right[-1].shape[1]
+
+    def sides_on(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Returns the left and the right side of a linear layer, in `dtype`, and the factor on their product."""
+        left, (right, *rest), scale = self._sides_on(device, dtype)
+        for matrix in rest:
+            right = matrix @ right
+        return left, right, self.strength * scale
+
     def _sides(self, call: LayerCall) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], float]:
-        """Returns the left matrix, the right matrices in the order they are applied, and the scale of the result."""
         device, dtype = call.output.device, call.output.dtype
+        return _again_without_cache(lambda: self._sides_on(device, dtype), call, lambda: self.device_bytes(dtype))
+
+    def _sides_on(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], float]:
+        """Returns the left matrix, the right matrices in the order they are applied, and the scale of the result."""
 
         def make() -> tuple[torch.Tensor, tuple[torch.Tensor, ...], float]:
             left = _product(self.form.left, device).flatten(1)
@@ -319,13 +347,11 @@ class KroneckerStep(Step):
                     factors[number] = unit * shift
                     scale /= shift * _to_unit(factor)
                 *rights, left = factors
-            if call.shape[2:]:
-                rights[0] = rights[0].reshape(rights[0].shape[0], -1, *call.shape[2:])
+            if self.shape[2:]:
+                rights[0] = rights[0].reshape(rights[0].shape[0], -1, *self.shape[2:])
             return left.to(dtype), tuple(right.to(dtype) for right in rights), scale
 
-        return _again_without_cache(
-            lambda: self._copies.get(device, dtype, make), call, lambda: self.device_bytes(dtype)
-        )
+        return self._copies.get(device, dtype, make)
 
     def on_linear(self, call: LayerCall) -> None:
         left, rights, scale = self._sides(call)

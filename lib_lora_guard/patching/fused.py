@@ -1,9 +1,9 @@
 """The short way of a layer with LoRAs on quantised storage: one pass makes its weight with the LoRAs in it, then one product
-makes the output. It is for stacks that are one low-rank product, after a factor for each row where a DoRA needs one.
+makes the output. It is for stacks that are one low-rank product or one LoKr, after a factor for each row where a DoRA needs one.
 
 It stands in place of the host's work for the layer (a dequantised weight, the product) and of the bypass (two products with the
-whole input). It allocates what the host's own temporary weight takes. Whatever is out of the usual goes the long way: the host's
-code, and the bypass after it.
+whole input), or of the terms that the host's call adds to its temporary weight (a LoKr). It allocates what the host's own temporary
+weight takes. Whatever is out of the usual goes the long way: the host's code, with the bypass after it or the terms in it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..kernels.fused import Factors, fused_weight
-from ..kernels.recipes import HADAMARD
+from ..kernels.fused import Change, Factors, Sides, fused_weight
+from ..kernels.recipes import HADAMARD, KRONECKER, rank_of_sides
 from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
 from .forward_program import OnePass
-from .forward_steps import Parts
+from .forward_steps import KroneckerStep, Parts
 from .fused_choice import CHOICE, FusedChoice, Key
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,13 @@ class Held(NamedTuple):
     scale: torch.Tensor | None = None
 
 
+class Terms(Protocol):
+    """A LoKr that the host's call adds to its temporary weight (`on_the_fly.WeightTerms`)."""
+
+    def sides_on(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Returns its left and its right side on `device` and in `dtype`, and the factor on their product."""
+
+
 class RawWeight(ABC):
     """How a host's layers of one class hold their weights. It keeps nothing of a layer."""
 
@@ -55,10 +62,15 @@ class RawWeight(ABC):
         return None if weight is None else stored_weight(weight, self.scale(layer), is_laid_out)
 
     @abstractmethod
-    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+    def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, for a call with the input `x`. Asked at every call.
 
         None: the layer's own code has to go this time.
+
+        Args:
+            layer: The layer.
+            x: Its input.
+            terms: What its own code adds to the temporary weight, and nothing else. None: nothing at all.
         """
 
 
@@ -99,10 +111,18 @@ class Fused:
             return Key(kind, device, dtype, 0)
         if (two_pairs := stack.two_pairs(dtype)) is not None:
             return Key(HADAMARD + kind, device, dtype, two_pairs.form.a1.shape[1])
+        if isinstance(stack.product, KroneckerStep):
+            return Key(KRONECKER + kind, device, dtype, rank_of_sides(stack.product.columns))
         return Key(kind, device, dtype, stack.product.rank)
 
-    def run(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go."""
+    def run(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> torch.Tensor | None:
+        """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go.
+
+        Args:
+            layer: The layer.
+            x: Its input.
+            terms: The stack, where the long way is the host's call with these terms and not a bypass.
+        """
         device, dtype, choice, key = x.device, x.dtype, self._choice, self._key
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             # Triton launches on the current card: a part that an extension has put on another one goes the long way.
@@ -111,7 +131,7 @@ class Fused:
         if is_known and not self._is_taken:
             return None
         try:
-            held = self._raw.of(layer, x)
+            held = self._raw.of(layer, x, terms)
             stored = None if held is None else self._facts.stored(held, dtype, device)
         except Exception as error:
             # Without room for what comes from RAM the host says so, in its own words.
@@ -129,7 +149,7 @@ class Fused:
                 return None
         try:
             stack = self._stack
-            factors = None if stack is None else self._factors(stack, stored.shape[0], device, dtype)
+            factors = None if stack is None else self._change(stack, stored.shape[0], device, dtype, terms)
             if factors is None and stack is not None:
                 return None
             weight = fused_weight(stored, factors, dtype)
@@ -146,10 +166,17 @@ class Fused:
     def drop_device_copies(self) -> None:
         """Frees what refers to factors on a device."""
         self._made = None
+        if self._stack is not None and self._stack.row_scale is not None:
+            self._stack.row_scale.drop_device_copies()
 
-    def _factors(self, stack: OnePass, rows: int, device: torch.device, dtype: torch.dtype) -> Factors | None:
-        """Returns the factors for the kernels; None in RAM, where several LoRAs are not joined."""
+    def _change(
+        self, stack: OnePass, rows: int, device: torch.device, dtype: torch.dtype, terms: Terms | None
+    ) -> Change | None:
+        """Returns what the kernels add; None in RAM, where several LoRAs are not joined."""
         product, made = stack.product, self._made
+        if isinstance(product, KroneckerStep):
+            left, right, alpha = (product if terms is None else terms).sides_on(device, dtype)
+            return Sides(left, right, alpha, None if stack.row_scale is None else stack.row_scale.of_rows(rows, device))
         if (two_pairs := stack.two_pairs(dtype)) is not None:
             a1, b1, a2, b2 = two_pairs.factors_on(device, dtype)
             row_scale = None if stack.row_scale is None else stack.row_scale.of_rows(rows, device)

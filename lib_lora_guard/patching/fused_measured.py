@@ -5,7 +5,7 @@ Measured on an H200, all linear layers of a Flux step (`benchmarks/kernels_gpu.p
 
 from __future__ import annotations
 
-from ..kernels.recipes import HADAMARD
+from ..kernels.recipes import HADAMARD, split_kind
 
 LARGEST_RANKS = {"nf4": 128, "fp4": 128, "fp8": 128}
 """By form: joined ranks above have the faster bypass. fp8 with a scale, int8 and GGUF have the slower host's cast, and the faster
@@ -23,10 +23,11 @@ def beats_bypass(kind: str, rank: int) -> bool:
 
     Args:
         kind: `Stored.kind`, with HADAMARD before it for a LoHa: two products, not measured, are taken as one of twice the rank.
+            A LoKr has no product: with KRONECKER before the kind, the host's way is that of its call or of a bypass.
         rank: Of all LoRAs on the weight together.
     """
-    if kind.startswith(HADAMARD):
-        kind, rank = kind.removeprefix(HADAMARD), 2 * rank
+    before, kind = split_kind(kind)
+    rank *= 2 if before == HADAMARD else 1
     form, *rest = kind.split()
     return "scaled" in rest or form not in LARGEST_RANKS or rank <= LARGEST_RANKS[form]
 

@@ -20,6 +20,7 @@ from .fused import Fused
 from .fused_choice import CHOICE, Key
 from .fused_measured import beats_host_cast
 from .marked_class import unmark
+from .operators import WEIGHT_PATCH
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +71,13 @@ class HostCasts:
 
 
 def _is_of_lora(layer: torch.nn.Module) -> bool:
-    """Returns True if a LoRA has given the layer its class: one on the weight itself leaves the class that was there."""
+    """Returns True if a LoRA has given the layer its class: one on the weight itself may leave the class that was there."""
     own_call = type(layer).__dict__.get("__call__")
-    return own_call is not call_of_layer or any(isinstance(hook, Bypass) for hook in layer._forward_hooks.values())
+    return (
+        own_call is not call_of_layer
+        or WEIGHT_PATCH in layer.__dict__
+        or any(isinstance(hook, Bypass) for hook in layer._forward_hooks.values())
+    )
 
 
 def _is_faster(kind: str, layer: torch.nn.Module) -> bool:

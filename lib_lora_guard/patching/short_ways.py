@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from .access import ModelAccess
-from .attachments import Attachment, BypassAttachment
+from .attachments import Attachment, BypassAttachment, OnTheFlyAttachment
 from .fused_choice import CHOICE, Key
 from .host_casts import HostCasts
 
@@ -22,7 +22,11 @@ def kernels_of(attachments: Mapping[str, Attachment], device: torch.device) -> d
         attachments: Of the stack, by the name of the weight.
         device: Where the model runs.
     """
-    found = {key: one.kernel(device) for key, one in attachments.items() if isinstance(one, BypassAttachment)}
+    found = {
+        key: one.kernel(device)
+        for key, one in attachments.items()
+        if isinstance(one, (BypassAttachment, OnTheFlyAttachment))
+    }
     may_take = {kernel for kernel in set(found.values()) if kernel is not None and CHOICE.may_take(kernel)}
     return {key: kernel for key, kernel in found.items() if kernel is not None and kernel in may_take}
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..messages import Message
-from ..planning.mode import Mode
 from ..units import MB
 from .report import ApplyReport, LoraReport
 
@@ -44,8 +43,8 @@ class OnModel:
     """Number of weights by mode."""
     reasons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The reasons for each mode."""
-    fused: int = 0
-    """Number of weights in bypass that fast kernels are for."""
+    fused: Mapping[str, int] = field(default_factory=dict)
+    """Number of weights by mode that fast kernels are for."""
     refused: str | None = None
 
 
@@ -104,9 +103,11 @@ def way_name(mode: str, count: int, fused: int) -> Message:
         count: The weights that have it.
         fused: Those of them that fast kernels are for.
     """
-    if mode != Mode.BYPASS.value or not fused:
+    if not fused:
         return Message(f"panel.way.{mode}")
-    return Message("panel.way.fused") if fused == count else Message("panel.way.partly_fused", {"fused": fused})
+    if fused == count:
+        return Message(f"panel.way.{mode}_fused")
+    return Message(f"panel.way.{mode}_partly_fused", {"fused": fused})
 
 
 def _row(name: str, on: Sequence[tuple[ApplyReport, LoraReport]], sheet: FileSheet | None) -> LoraRow:
@@ -135,7 +136,7 @@ def _on_model(report: ApplyReport, lora: LoraReport) -> OnModel:
         len(lora.lost),
         dict(lora.modes),
         {mode: tuple(sorted(reasons, key=str)) for mode, reasons in lora.reasons.items()},
-        lora.fused,
+        dict(lora.fused),
         lora.refused,
     )
 

@@ -33,20 +33,22 @@ class LoraReport:
     """Number of weights by mode."""
     reasons: dict[str, set[str]] = field(default_factory=dict)
     """The reasons for each mode."""
-    fused: int = 0
-    """Number of weights in bypass that fast kernels are there for, or are being compiled for."""
+    fused: Counter[str] = field(default_factory=Counter)
+    """Number of weights by mode that fast kernels are there for, or are being compiled for."""
 
     def count(self, mode: Mode, reason: Message, weights: int = 1, is_fused: bool = False) -> None:
         """Counts weights that are in the same mode for the same reason."""
         self.used += weights
-        self.fused += weights if is_fused else 0
         self.modes[mode.value] += weights
+        if is_fused:
+            self.fused[mode.value] += weights
         self.reasons.setdefault(mode.value, set()).add(reason)
 
     def forget_counts(self) -> None:
         """Forgets the weights that were counted: the change was planned anew."""
-        self.used = self.fused = 0
+        self.used = 0
         self.modes.clear()
+        self.fused.clear()
         self.reasons.clear()
 
     @property
@@ -63,7 +65,7 @@ class LoraReport:
         parts = [Message("report.lora", numbers)]
         for mode, count in sorted(self.modes.items()):
             reasons = Joined(sorted(self.reasons[mode]), "list.names")
-            word = mode_word(mode, count, self.fused)
+            word = mode_word(mode, count, self.fused[mode])
             parts.append(Message("report.mode", {"count": count, "mode": word, "reasons": reasons}))
         if self.lost:
             parts.append(Message("report.lost", {"count": len(self.lost), "first": clean_text(self.lost[0])}))
@@ -83,9 +85,15 @@ def mode_word(mode: str, count: int, fused: int) -> Message:
         count: The weights that have it.
         fused: Those of them that fast kernels are for.
     """
-    if mode != Mode.BYPASS.value or not fused:
-        return Message(f"mode.{mode}")
-    return Message("mode.fused") if fused == count else Message("mode.partly_fused", {"fused": fused})
+    word = Message(f"mode.{mode}")
+    if not fused:
+        return word
+    all_of_them = fused == count
+    return (
+        Message("mode.fused", {"mode": word})
+        if all_of_them
+        else Message("mode.partly_fused", {"mode": word, "fused": fused})
+    )
 
 
 @dataclass

@@ -235,7 +235,7 @@ def _mb(value: float | None) -> float | None:
 
 
 def _weights(lora: OnModel, mode: str, language: str) -> dict[str, Any]:
-    name = way_name(mode, lora.modes[mode], lora.fused) if f"panel.way.{mode}" in TEXTS else mode
+    name = way_name(mode, lora.modes[mode], lora.fused.get(mode, 0)) if f"panel.way.{mode}" in TEXTS else mode
     return {
         "way": mode if f"panel.way.{mode}" in TEXTS else "",
         "text": _text(Message("panel.weights", {"count": lora.modes[mode], "mode": name}), language),

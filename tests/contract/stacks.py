@@ -73,6 +73,12 @@ def other_kinds(dense, seed=1):
     return patches | {key: host_value("loha_mid", shapes(dense)[key], seed + n) for n, key in enumerate(conv)}
 
 
+def lokr_on_everything(dense, seed=1):
+    kinds = ["lokr", "lokr_factors", "lokr_left"]
+    linear = [k for k, s in shapes(dense).items() if len(s) == 2]
+    return {key: host_value(kinds[n % 3], shapes(dense)[key], seed + n) for n, key in enumerate(linear)}
+
+
 def dora(dense, seed=1):
     return {
         k: host_value("lora", s, seed + n, dora=("output", "input")[n % 2])

@@ -6,11 +6,24 @@ from support.measure import assert_same, contribution_error, fp32_limit, same_bi
 from support.short_way import take_short_way
 
 from contract.host import LOW_BIT
-from contract.stacks import FILE, dora, faults, lora_on_everything, other_kinds, reference, run, with_loras
+from contract.stacks import (
+    FILE,
+    dora,
+    faults,
+    lokr_on_everything,
+    lora_on_everything,
+    other_kinds,
+    reference,
+    run,
+    with_loras,
+)
+from lib_lora_guard.hosts.forge.access import ForgeAccess
+from lib_lora_guard.kernels.factors import Sides
 from lib_lora_guard.patching import fused_measured
 from lib_lora_guard.patching.bypass import CAST
 from lib_lora_guard.patching.fused_choice import CHOICE
 from lib_lora_guard.patching.marked_class import class_of
+from lib_lora_guard.patching.operators import WEIGHT_PATCH
 
 WITH_KERNELS = [
     storage for storage in LOW_BIT if storage in ("fp8", "scaled_fp8", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K")
@@ -221,3 +234,133 @@ def test_a_layer_whose_short_way_ends_has_its_own_class_again(guarded, passes, m
             assert type(layer) is class_of(layer), ends
             assert CAST not in layer.__dict__, ends
         passes.clear()
+
+
+@pytest.mark.parametrize("storage", WITH_KERNELS)
+def test_a_lokr_goes_the_short_way_on_every_layer_and_with_other_strengths(guarded, storage, passes):
+    patcher, dense = guarded.build(storage)
+    base = run(patcher)
+    for strength in (0.8, -0.3, 0.0):
+        loras = [("lokr", lokr_on_everything(dense), strength)]
+        wanted = reference(patcher, dense, loras)
+        passes.clear()
+        changed = with_loras(guarded, patcher, *loras)
+        found = run(changed)
+        assert len(passes) == len(linears(patcher)) > 0
+        assert {type(sides) for _, sides in passes} == {Sides}
+        if strength:
+            limit = fp32_limit(wanted, base)
+            assert_same(found, wanted, base, limit)
+            for name, wrong in list(faults([*loras, ("b", {}, 0.0)]))[:2]:
+                error = contribution_error(run(with_loras(guarded, patcher, *wrong[:1])), wanted, base)
+                assert error > 2 * limit, f"fault '{name}' would not be seen ({error:.1e}, limit {limit:.1e})"
+        else:
+            assert same_bits(found, base)
+    passes.clear()
+    assert same_bits(run(guarded.load(patcher)), base)
+    assert not passes
+    for layer in linears(patcher):
+        assert type(layer) is class_of(layer)
+        assert not {WEIGHT_PATCH, "forge_online_loras"} & set(layer.__dict__)
+
+
+def test_a_lokr_on_the_fly_goes_the_long_way_without_a_kernel(guarded, passes, monkeypatch):
+    """The layer's own call has the terms all the time, so that it goes wherever the pass does not."""
+    patcher, dense = guarded.build("fp8")
+    loras = [("lokr", lokr_on_everything(dense), 0.8)]
+    base, wanted = run(patcher), reference(patcher, dense, loras)
+    changed = with_loras(guarded, patcher, *loras)
+    on_the_fly = [layer for layer in linears(patcher) if WEIGHT_PATCH in layer.__dict__]
+    assert on_the_fly
+    short = run(changed)
+    count = len(passes)
+    with monkeypatch.context() as change:
+        change.setattr(CHOICE.compiler, "ready", lambda *key: False, raising=False)
+        change.setattr(CHOICE, "held", {})
+        assert_same(run(changed), wanted, base)
+    assert len(passes) == count
+    for error in (torch.cuda.OutOfMemoryError("CUDA out of memory"), ValueError("a wrong kernel")):
+        monkeypatch.setattr(CHOICE, "_failed", set())
+        monkeypatch.setattr(CHOICE, "held", {})
+        with monkeypatch.context() as change:
+            change.setattr("lib_lora_guard.patching.fused.fused_weight", _raise(error))
+            assert_same(run(changed), wanted, base)
+    monkeypatch.setattr(CHOICE, "_failed", set())
+    monkeypatch.setattr(CHOICE, "held", {})
+    assert same_bits(run(changed), short)
+    # A patch of Forge's own in the place of the terms.
+    layer = on_the_fly[0]
+    ours = layer.__dict__["forge_online_loras"]
+    layer.forge_online_loras = {"weight": []}
+    passes.clear()
+    run(changed)
+    assert len(passes) == len(linears(patcher)) - 1
+    layer.__dict__["forge_online_loras"] = ours
+
+
+def _raise(error):
+    def raised(*args):
+        raise error
+
+    return raised
+
+
+def test_a_lokr_with_others_on_its_weight_goes_the_long_way(guarded, passes):
+    patcher, dense = guarded.build("fp8")
+    base = run(patcher)
+    loras = [("lokr", lokr_on_everything(dense), 0.8), (FILE, lora_on_everything(dense, 1), 0.5)]
+    assert_same(run(with_loras(guarded, patcher, *loras)), reference(patcher, dense, loras), base)
+    assert not passes
+    # In the place of these, on the same layers.
+    loras = loras[:1]
+    assert_same(run(with_loras(guarded, patcher, *loras)), reference(patcher, dense, loras), base)
+    assert len(passes) == len(linears(patcher))
+    passes.clear()
+    loras = [("others", other_kinds(dense), 0.8)]
+    assert_same(run(with_loras(guarded, patcher, *loras)), reference(patcher, dense, loras), base)
+    run(guarded.load(patcher))
+    assert all(type(layer) is class_of(layer) for layer in linears(patcher))
+
+
+def test_layers_beside_a_lokr_get_their_own_short_way_and_keep_it_from_the_others(guarded, passes, monkeypatch):
+    monkeypatch.setattr(CHOICE, "casts_too", lambda: True)
+    monkeypatch.setattr(fused_measured, "FEWEST_VALUES", 0)
+    patcher, dense = guarded.build("fp8")
+    base, key = run(patcher), "blocks.0.qkv.weight"
+    lokr = lokr_on_everything(dense)
+    for patches in ({key: lokr[key]}, lokr, {key: lokr[key]}):
+        loras = [("lokr", patches, 0.7 + 0.1 * len(patches))]
+        passes.clear()
+        assert_same(run(with_loras(guarded, patcher, *loras)), reference(patcher, dense, loras), base)
+        assert sorted(sides is None for _, sides in passes) == sorted(
+            n >= len(patches) for n in range(len(linears(patcher)))
+        )
+
+
+@pytest.mark.parametrize("place", ["show_bypass", "hide_bypass"])
+def test_an_interrupt_in_the_middle_of_a_layers_change_leaves_nothing_on_it(guarded, passes, monkeypatch, place):
+    patcher, dense = guarded.build("fp8")
+    base, loras = run(patcher), [("lokr", lokr_on_everything(dense), 0.8)]
+    if place == "hide_bypass":
+        with_loras(guarded, patcher, *loras)
+    wanted, calls = reference(patcher, dense, loras), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = getattr(ForgeAccess, place)
+    with monkeypatch.context() as change:
+        change.setattr(ForgeAccess, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            guarded.load(patcher) if place == "hide_bypass" else with_loras(guarded, patcher, *loras)
+    assert len(calls) >= 2
+    assert same_bits(run(guarded.load(patcher)), base)
+    for layer in linears(patcher):
+        assert type(layer) is class_of(layer)
+        assert not {WEIGHT_PATCH, "forge_online_loras"} & set(layer.__dict__)
+    passes.clear()
+    assert_same(run(with_loras(guarded, patcher, *loras)), wanted, base)
+    assert len(passes) == len(linears(patcher))

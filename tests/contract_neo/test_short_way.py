@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from contract.stacks import FILE, lora_on_everything, reference, run
+from contract.stacks import FILE, lokr_on_everything, lora_on_everything, reference, run
 from support.measure import assert_same, fp32_limit, same_bits
 from support.short_way import take_short_way
 
 from contract_neo.host import STORAGES
+from lib_lora_guard.kernels.factors import Sides
 from lib_lora_guard.patching.marked_class import class_of
-from lib_lora_guard.patching.operators import is_compilable
+from lib_lora_guard.patching.operators import WEIGHT_PATCH, is_compilable
 
 WITH_KERNELS = [
     storage for storage in STORAGES if storage in ("fp8", "kitchen fp8", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K")
@@ -89,3 +90,49 @@ def test_compiled_code_goes_the_long_way(guarded, passes):
     assert not passes
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert base.shape
+
+
+@pytest.mark.parametrize("storage", WITH_KERNELS)
+def test_a_lokr_goes_the_short_way_on_every_layer(guarded, storage, passes):
+    patcher, dense = guarded.build(storage)
+    layers = quantised(patcher)
+    base = run(patcher)
+    for strength in (0.8, -0.3):
+        loras = [("lokr", lokr_on_everything(dense), strength)]
+        wanted = reference(patcher, dense, loras)
+        passes.clear()
+        changed = guarded.load(guarded.with_loras(patcher, *loras))
+        assert_same(run(changed), wanted, base, fp32_limit(wanted, base))
+        assert len(passes) == len(layers) > 0
+        assert {type(sides) for _, sides in passes} == {Sides}
+        assert f"{len(layers)} on_the_fly, fused (cheaper on the weight)" in str(guarded.report(changed).loras[0])
+    # Functions of others beside the terms, and in their place.
+    layer = next(layer for layer in layers if WEIGHT_PATCH in layer.__dict__)
+    ours = layer.weight_function
+    for functions in ([*ours, lambda weight: weight * 1.0], [lambda weight: weight * 1.0]):
+        layer.weight_function = functions
+        passes.clear()
+        run(changed)
+        assert len(passes) == len(layers) - 1
+    layer.weight_function = ours
+    passes.clear()
+    assert same_bits(run(guarded.load(patcher)), base)
+    assert not passes
+    for layer in layers:
+        assert type(layer) is class_of(layer)
+        assert not layer.weight_function
+        assert WEIGHT_PATCH not in layer.__dict__
+
+
+@pytest.mark.skipif(not is_compilable(), reason="Neo's torch is newer: this one fails on layers with LoRAs")
+def test_compiled_code_of_a_lokr_goes_the_long_way(guarded, passes):
+    patcher, dense = guarded.build("fp8")
+    changed = guarded.load(guarded.with_loras(patcher, ("lokr", lokr_on_everything(dense), 0.8)))
+    layer = next(layer for layer in quantised(changed) if WEIGHT_PATCH in layer.__dict__)
+    x = torch.randn(1, 4, layer.in_features)
+    with torch.inference_mode():
+        wanted = layer(x)
+        passes.clear()
+        found = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert not passes
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

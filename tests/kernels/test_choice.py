@@ -12,6 +12,7 @@ import torch
 
 from lib_lora_guard.kernels import choice, fused, launch
 from lib_lora_guard.kernels.choice import Kernels
+from lib_lora_guard.kernels.factors import Sides
 from lib_lora_guard.kernels.probe import ProbeError, sample
 
 CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
@@ -239,3 +240,18 @@ def test_triton_is_imported_by_one_module_which_is_imported_on_use():
         ]
         names = {alias.name for node in top for alias in node.names}
         assert not {"triton", "triton_kernels"} & names or file.name == "triton_kernels.py", file.name
+
+
+def test_a_lokr_has_kernels_for_two_widths_and_none_for_the_ranks_of_others(kernels):
+    prepared(kernels, "lokr int8", "int8", ranks=(64, 16, 1))
+    assert {place for place in FakeKernel.made if place[0] == "lokr int8"} == {
+        ("lokr int8", 16, even, per_rank) for even in (True, False) for per_rank in (True, False)
+    }
+    assert {place[1] for place in FakeKernel.made if place[0] == "int8"} == {64, 16}
+    stored = sample("int8", 6, 32, FP16, torch.Generator(), CPU)
+    for columns in (16, 4):
+        sides = Sides(torch.ones(3, 32 // columns, dtype=FP16), torch.ones(2, columns, dtype=FP16), 1.0)
+        assert fused.fused_weight(stored, sides, FP16)[0, 0] == 7.0
+    kernels.refuse("lokr int8", "wrong")
+    assert fused.fused_weight(stored, sides, FP16)[0, 1] == stored.data[0, 1] + 1.0
+    assert kernels.ready("int8", CPU, FP16, 16)

@@ -59,4 +59,10 @@ def test_kernels_compile_for_cards_that_are_not_here(found):
         "sm_120, nf4 64 by bf16": "",
         "sm_89, loha fp8 e4m3": "",
         "sm_80, int8 scaled": "",
+        "sm_75, lokr fp8 e4m3": "",
+        "sm_80, lokr int8 scaled": "",
+        "sm_86, lokr nf4 64 by bf16": "",
+        "sm_89, lokr fp8 e4m3 scaled": "",
+        "sm_90, lokr Q8_0 baked by bf16": "",
+        "sm_120, lokr Q4_K baked by bf16": "",
     }

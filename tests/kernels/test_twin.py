@@ -9,7 +9,7 @@ import torch
 from lib_lora_guard.kernels import stored as kinds_of_storage
 from lib_lora_guard.kernels.factors import Factors
 from lib_lora_guard.kernels.fused import fused_weight
-from lib_lora_guard.kernels.probe import sample
+from lib_lora_guard.kernels.probe import sample, sample_sides
 from lib_lora_guard.kernels.recipes import recipe_of
 from lib_lora_guard.kernels.stored import Bnb4, Fp8, Gguf, Int8, Nested, stored_weight
 from lib_lora_guard.kernels.twin import dequantised
@@ -84,6 +84,29 @@ def test_the_weight_is_rounded_as_the_hosts_and_the_sum_once():
     both = fused_weight(stored, Factors(up, down, 0.5, torch.tensor([1.0, 2.0])), BF16)
     exact = plain.double() + (up.double() * torch.tensor([1.0, 2.0])) @ down.double() * 0.5
     assert torch.equal(both, exact.to(BF16))
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lokr_is_added_and_rounded_once(kind, dtype):
+    stored = made(kind, rows=6, dtype=dtype)
+    rows, columns = stored.shape
+    plain = dequantised(stored, dtype)
+    height, width = 3, columns if "odd" in kind else columns // 4
+    for strength, has_scale in ((0.0, False), (0.8, False), (-0.3, True), (0.0, True)):
+        sides = sample_sides(rows, columns, height, width, dtype, torch.Generator().manual_seed(2), CPU)
+        scale = torch.rand(rows) + 0.5 if has_scale else None
+        sides = dataclasses.replace(sides, alpha=strength, row_scale=scale)
+        added = torch.kron(sides.left.double(), sides.right.double()) * strength
+        exact = plain.double() * (1.0 if scale is None else scale.double().unsqueeze(1)) + added
+        found = fused_weight(stored, sides, dtype)
+        if strength == 0.0 and scale is None:
+            assert torch.equal(found.nan_to_num(), plain.nan_to_num())
+        # Half a step of the dtype, and fp32's own roundings: nothing of the LoRA's size.
+        step = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).tiny)
+        finite = exact.isfinite() & found.isfinite()
+        assert finite.sum() > 0.9 * finite.numel()
+        assert ((found.double() - exact).abs() <= 0.51 * step)[finite].all()
 
 
 def test_parameters_of_the_hosts_are_read_and_others_are_left():

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -19,16 +20,28 @@ warnings.simplefilter("ignore")  # numpy's, about NaN and infinities
 import torch  # noqa: E402
 from compile_kernels import compiled  # noqa: E402
 
+from lib_lora_guard.adapters import LokrAdapter, Term  # noqa: E402
+from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight  # noqa: E402
 from lib_lora_guard.kernels import triton_kernels  # noqa: E402
+from lib_lora_guard.kernels.choice import KERNELS  # noqa: E402
+from lib_lora_guard.kernels.factors import Sides  # noqa: E402
 from lib_lora_guard.kernels.launch import Kernel  # noqa: E402
-from lib_lora_guard.kernels.probe import ProbeError, compare, probe, sample, sample_factors  # noqa: E402
-from lib_lora_guard.kernels.recipes import Tile, bucket_of  # noqa: E402
+from lib_lora_guard.kernels.probe import ProbeError, compare, probe, sample, sample_factors, sample_sides  # noqa: E402
+from lib_lora_guard.kernels.recipes import Tile, bucket_of, rank_of_sides, split_kind  # noqa: E402
+from lib_lora_guard.kernels.twin import dequantised  # noqa: E402
+from lib_lora_guard.patching.access import plain_bias  # noqa: E402
+from lib_lora_guard.patching.forward_program import lokr_pass  # noqa: E402
+from lib_lora_guard.patching.fused import Fused  # noqa: E402
+from lib_lora_guard.patching.on_the_fly import WeightTerms  # noqa: E402
+from lib_lora_guard.planning.cheap import forms_of  # noqa: E402
 
 CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
 CARDS = (
     (75, "fp8 e4m3", FP16, 16), (86, "nf4 64 nested256 by fp16", FP16, 128),
     (90, "Q4_K baked by bf16", BF16, 64), (120, "nf4 64 by bf16", BF16, 0), (89, "loha fp8 e4m3", BF16, 16),
-    (80, "int8 scaled", BF16, 16),
+    (80, "int8 scaled", BF16, 16), (75, "lokr fp8 e4m3", FP16, 16), (80, "lokr int8 scaled", BF16, 1),
+    (86, "lokr nf4 64 by bf16", BF16, 16), (89, "lokr fp8 e4m3 scaled", BF16, 16), (90, "lokr Q8_0 baked by bf16", BF16, 16),
+    (120, "lokr Q4_K baked by bf16", BF16, 16),
 )  # fmt: skip
 SMALLEST_SHARED_BYTES = 48 * 1024
 """What every card gives a program."""
@@ -47,7 +60,23 @@ WITH_LORA = (
     "Q4_K baked by fp16",
     *(kind for kind in KINDS if kind.startswith("loha")),
 )
+WITH_LOKR = (
+    "fp8 e4m3", "fp8 e4m3 scaled odd", "fp8 e5m2 scaled", "int8 scaled", "nf4 64 by fp16", "fp4 32 nested256 by fp16",
+    "nf4 64 crossing by fp16", "Q8_0 baked by fp16", "Q4_0 baked by fp16", "Q4_K baked by fp16", "Q4_0",
+)  # fmt: skip
+KINDS |= {f"lokr {kind}": KINDS[kind] for kind in WITH_LOKR}
 """One of each shape of tile: what adds the factors is the same for all."""
+SIDES = (
+    (4, 4, 24, 40),
+    (8, 8, 5, 8),
+    (16, 16, 3, 4),
+    (3, 5, 7, 16),
+    (1, 6, 40, 24),
+    (9, 1, 8, 64),
+    (7, 2, 1, 32),
+    (2, 64, 30, 1),
+)
+"""Rows and columns of a LoKr's left side, and of its right one: smaller and larger than tiles, and no part of one."""
 RANKS = (1, 16, 100, 256)
 SPANS = (("nf4 64 by fp16", 24, True, 2), ("fp4 32 nested256 by fp16", 48, False, 3))
 """Several tiles a program: of ranks in one product and in several."""
@@ -65,6 +94,13 @@ FAULTS = {
     "one row's factor for all": ("fp8 e4m3", 16, "(row + ro) * row_step", "row * row_step + ro * 0"),
     "a LoHa's second product left out": ("loha fp8 e4m3", 20, "if HADAMARD:", "if False:"),
     "a LoHa's pairs mixed": ("loha fp8 e4m3", 20, "UP2, DOWN2, PER_RANK, row", "UP, DOWN2, PER_RANK, row"),
+    "a LoKr's left side turned": ("lokr fp8 e4m3", 16, "of_row + (rs // width)[None, :]",
+                                  "(ro // height)[:, None] + (rs // width * (rows // height))[None, :]"),
+    "a LoKr's left side left out": ("lokr nf4 64 by fp16", 16, " * left[:, :, None]", ""),
+    "a LoKr's width for its height": ("lokr fp8 e4m3", 1, "ro // height * (cols", "ro // width * (cols"),
+    "a LoKr's height for its width": ("lokr int8 scaled", 1, "(ri % width)", "(ri % height)"),
+    "a LoKr without alpha": ("lokr Q8_0 baked by fp16", 16, "0.0, tl.float32) + alpha", "1.0, tl.float32)"),
+    "a LoKr's row of blocks too short": ("lokr fp8 e4m3", 16, "rs // width)[None, :], mask", "rs // (width + 8))[None, :], mask"),
     "alpha left out": ("fp8 e4m3", 5, "0.0, tl.float32) + alpha", "1.0, tl.float32)"),
 }  # fmt: skip
 
@@ -111,15 +147,71 @@ def infinite():
     compare(kernel_of("fp8 e5m2 scaled", 5, True)(stored, factors), stored, factors, FP16)
 
 
+def with_sides(kind, a, b, c, d, alpha):
+    """Compares a LoKr of any strength with the twin, and one of none with the host's dequantisation, bit for bit."""
+    generator = torch.Generator().manual_seed(a)
+    stored = sample(kind, a * c, b * d, FP16, generator, CPU)
+    sides = sample_sides(a * c, b * d, c, d, FP16, generator, CPU)
+    sides = Sides(sides.left, sides.right, alpha)
+    made = kernel_of(f"lokr {kind}", rank_of_sides(d), False)(stored, sides)
+    compare(made, stored, sides if alpha else None, FP16)
+    if alpha:
+        # As an own product of fp64: the twin may be as wrong.
+        exact = dequantised(stored, FP16).double() + alpha * torch.kron(sides.left.double(), sides.right.double())
+        error = ((made.double() - exact).abs() / exact.abs().clamp_min(2.0**-14)).nan_to_num(0.0).max().item()
+        if error > 2.0**-10:
+            raise ProbeError(f"error {error:.3g}")
+
+
+def through_a_layer():
+    """A layer of fp8 gives with a LoKr in the kernel what the host's call gives with the terms in it, bit for bit, at any strength."""
+    KERNELS.prepare(["lokr fp8 e4m3"], CPU, FP16, [16, 1])
+    assert KERNELS.wait(60)
+    generator = torch.Generator().manual_seed(5)
+    for width, strength in ((32, 0.8), (32, 0.0), (4, -0.4)):
+        layer = torch.nn.Linear(96, 40, dtype=FP16)
+        layer.weight = torch.nn.Parameter(torch.randn(40, 96).to(torch.float8_e4m3fn), requires_grad=False)
+        x = torch.randn(3, 96, generator=generator).to(FP16)
+        sides = sample_sides(40, 96, 5, width, FP16, generator, CPU)
+        terms = WeightTerms("weight", [Term(LokrAdapter(sides.left, sides.right), strength)])
+        host = torch.nn.functional.linear(x, layer.weight.to(FP16), layer.bias)
+        patched = torch.nn.functional.linear(x, terms.apply(layer.weight.to(FP16), layer.weight), layer.bias)
+        layer.forge_online_loras = {"weight": SimpleNamespace(terms=terms)}
+        forms = forms_of(terms.terms, (40, 96))
+        fused = Fused(ForgeWeight(lambda: False), lokr_pass(terms.terms, forms, (40, 96), plain_bias))
+        with torch.no_grad():
+            found = fused.run(layer, x, terms)
+        change = (patched - host).abs().max().item()
+        if found is None or not torch.equal(found, patched) or (change > 0.1) != (strength != 0.0):
+            raise ProbeError(f"strength {strength}, {width} columns: the layer gives {found}")
+        with torch.no_grad():
+            if fused.run(layer, x) is not None or fused.run(layer, x, WeightTerms("weight", terms.terms)) is not None:
+                raise ProbeError("the short way goes where other terms are on the layer")
+
+
 def interpret():
     found = {}
-    for kind in (kind for kind in KINDS if not kind.startswith("loha")):
+    for kind in (kind for kind in KINDS if not split_kind(kind)[0]):
         found[f"{kind}, no LoRA"] = failure(lambda kind=kind: probe(kernel_of(kind, 0, False), 0, CPU))
     for kind in WITH_LORA:
         per_rank = not kind.startswith("loha")
         found[f"{kind}, rank 5"] = failure(
             lambda kind=kind, per_rank=per_rank: probe(kernel_of(kind, 5, per_rank), 5, CPU)
         )
+    for kind in WITH_LOKR:
+        for rank in (16, 1):
+            found[f"lokr {kind}, {rank}"] = failure(
+                lambda kind=kind, rank=rank: probe(kernel_of(f"lokr {kind}", rank, False), rank, CPU)
+            )
+    for number, sides in enumerate(SIDES):
+        alpha = (0.0, -0.7, 1.5)[number % 3]
+        for strength in {alpha, -0.7}:
+            kind = "fp8 e4m3" if sides[1] * sides[3] % 16 == 0 else "fp8 e4m3 scaled odd"
+            found[f"{kind}, sides {sides}, {strength}"] = failure(
+                lambda kind=kind, sides=sides, strength=strength: with_sides(kind, *sides, strength)
+            )
+    found["nf4, no strength"] = failure(lambda: with_sides("nf4 64 by fp16", 3, 4, 7, 48, 0.0))
+    found["Q4_K, no strength"] = failure(lambda: with_sides("Q4_K baked by fp16", 2, 4, 5, 64, 0.0))
     for rank in RANKS:
         found[f"rank {rank}"] = failure(lambda rank=rank: probe(kernel_of("fp8 e4m3", rank, False), rank, CPU))
     for kind, rank, per_rank, spans in SPANS:
@@ -128,6 +220,7 @@ def interpret():
             lambda kernel=kernel, rank=rank: probe(kernel, rank, CPU)
         )
     found["infinities"] = failure(infinite)
+    found["a LoKr through a layer"] = failure(through_a_layer)
     with tempfile.TemporaryDirectory() as folder:
         for name, (kind, rank, old, new) in FAULTS.items():
             kernel = kernel_of(kind, rank, False)

@@ -14,6 +14,7 @@ from support.short_way import bnb_parameter, take_short_way
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight
+from lib_lora_guard.kernels.factors import Sides
 from lib_lora_guard.kernels.stored import Fp8
 from lib_lora_guard.patching import fused, low_rank
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer
@@ -168,14 +169,46 @@ def test_a_dora_and_a_loha_go_the_short_way(stack, scales, rank, passes, monkeyp
     assert {factors.times is None for _, factors in passes} == {rank > 2}
 
 
+@pytest.mark.parametrize(("kind", "of_model"), [("lokr", 1.0), ("lokr_factors", 1.0), ("lokr_left", 0.9)])
+def test_a_lokr_in_a_bypass_goes_the_short_way(kind, of_model, passes):
+    layer, x = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(3, 64, seed=3)
+    base, one = layer(x), rand(1, 64, seed=5)
+    stack = [[0.7, host_value(kind, SHAPE, 1, rank=2), of_model, None, None]]
+    hook = patched(layer, stack)
+    assert hook.fused.key(layer, torch.device("cpu"), torch.float32)[::3] == ("lokr nf4 64 by fp32", 16)
+    for factor in (1.0, -0.5):
+        terms = [[entry[0] * factor, *entry[1:]] for entry in stack]
+        hook.exchange(hook.at_strengths([parse_term(term, {}) for term in terms]))
+        assert_same(layer(x), wanted(layer, terms, x), base)
+        # The long way: a single token.
+        assert_same(layer(one), wanted(layer, terms, one), class_of(layer).forward(layer, one))
+    assert [(type(sides), sides.row_scale is None) for _, sides in passes] == [(Sides, of_model == 1.0)] * 2
+    # Columns of the right side that are no multiple of 8 have another kernel.
+    other = [[0.7, ("lokr", (rand(3, 16, seed=1), rand(8, 4, seed=2), *[None] * 7)), 1.0, None, None]]
+    fresh = Layer(*bnb_parameter(rand(*SHAPE, seed=4)))
+    hook = patched(fresh, other)
+    assert_same(fresh(x), wanted(fresh, other, x), base)
+    assert hook.fused.key(fresh, torch.device("cpu"), torch.float32).rank == 1
+
+
 @pytest.mark.parametrize(
     "stack",
     [
+        [[0.7, host_value("lokr", SHAPE, 1), 1.0, None, None], *entries(0.4)],
+        [[0.7, host_value("lokr", (8, 64), 1), 1.0, (0, 8, 8), None]],
+        [[0.7, host_value("lokr", (24, 32), 1), 1.0, (1, 0, 32), None]],
         [*entries(0.4), dora(0.7)],  # rows that are scaled have a LoRA in them
         [loha(0.6), *entries(0.4)],
         [[0.7, host_value("lora", SHAPE, 1, dora="input"), 1.0, None, None]],
     ],
-    ids=["a DoRA after a LoRA", "a LoHa and a LoRA", "a DoRA by column"],
+    ids=[
+        "a LoKr and a LoRA",
+        "a LoKr on rows",
+        "a LoKr on columns",
+        "a DoRA after a LoRA",
+        "a LoHa and a LoRA",
+        "a DoRA by column",
+    ],
 )
 def test_stacks_that_are_no_one_product_go_the_long_way(stack):
     terms = tuple(parse_term(one, {}) for one in stack)

@@ -10,8 +10,9 @@ import torch
 
 from ...patching.access import Site, find_owner, is_linear, is_plain_convolution
 from ...patching.fused import RawWeight
-from ...patching.marked_class import class_of
+from ...patching.marked_class import Forward, class_of
 from ...patching.on_the_fly import WeightTerms
+from ...patching.operators import WEIGHT_PATCH
 from ...runtime.hooks import P
 from ...weights.storage import storage_of
 from ..webui.access import WebuiAccess
@@ -99,9 +100,12 @@ class ForgeAccess(WebuiAccess):
             return None
         return self._raw if is_low_bit(weight) else None
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+    def set_weight_terms(self, site: Site, terms: WeightTerms, call: Forward | None = None) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight."""
-        site.layer.__dict__["forge_online_loras"] = {site.name: GuardPatches(terms, site.layer)}
+        attributes = site.layer.__dict__
+        attributes[WEIGHT_PATCH] = terms
+        attributes["forge_online_loras"] = {site.name: GuardPatches(terms, site.layer)}
+        self.show_bypass(site.layer, False, call)
 
     def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:
         """Takes that back, unless others have taken the place of `terms`."""
@@ -110,6 +114,10 @@ class ForgeAccess(WebuiAccess):
         if isinstance(patches, GuardPatches) and patches.terms is terms:
             # Its mere presence makes Forge's bnb layers dequantise the whole weight.
             attributes.pop("forge_online_loras", None)
+        if attributes.get(WEIGHT_PATCH) is terms:
+            self.hide_bypass(site.layer)
+            # Last: as long as it is there, an interrupted removal is found and finished.
+            attributes.pop(WEIGHT_PATCH, None)
 
     def is_in_force(self) -> bool:
         """Returns False while another extension patches this model itself. Asked at every call of a layer."""

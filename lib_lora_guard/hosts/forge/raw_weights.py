@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...patching.fused import Held, RawWeight
+from ...patching.fused import Held, RawWeight, Terms
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 
 
@@ -28,11 +28,20 @@ class ForgeWeight(RawWeight):
         """Returns the factor of scaled fp8."""
         return layer._parameters.get("scale_weight")
 
-    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+    def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
         weight = layer._parameters.get("weight")
         if weight is None or not is_in_reach(weight, x, self._is_streaming) or goes_by_vector(weight, x):
             return None
-        if "forge_online_loras" in layer.__dict__:
+        if not _has_on_the_fly(layer, terms):
             return None
         return Held(weight, bias_for(layer, x), layer._parameters.get("scale_weight"))
+
+
+def _has_on_the_fly(layer: torch.nn.Module, terms: Terms | None) -> bool:
+    """Returns True if Forge's call adds `terms` to the layer's temporary weight, and nothing else."""
+    attributes = layer.__dict__
+    if terms is None:
+        return "forge_online_loras" not in attributes
+    patches = attributes.get("forge_online_loras") or {}
+    return list(patches) == ["weight"] and getattr(patches["weight"], "terms", None) is terms

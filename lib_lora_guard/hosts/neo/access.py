@@ -89,7 +89,8 @@ class NeoAccess(WebuiAccess):
 
     def _raw_weight(self, layer: torch.nn.Module) -> RawWeight | None:
         kind, weight, families = class_of(layer), layer._parameters.get("weight"), vars(self._api.operations)
-        if weight is None or not is_hosts_own(kind):
+        # A layer of `--fast-fp8` has none, and its other class is only for the time of the terms on it.
+        if weight is None or not is_hosts_own(kind) or OWN_CLASS in layer.__dict__:
             return None
         if kind in [families[family].Linear for family in FAMILIES if family in families]:
             return self._raw if is_low_bit(weight) else None
@@ -104,7 +105,7 @@ class NeoAccess(WebuiAccess):
         """Takes that back."""
         unmark(layer)
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
+    def set_weight_terms(self, site: Site, terms: WeightTerms, call: Forward | None = None) -> None:
         """Makes the layer's forward pass add `terms` to its temporary weight.
 
         A new list each time: the class's own one is that of every layer. What Neo or an extension has put there stays.
@@ -115,7 +116,7 @@ class NeoAccess(WebuiAccess):
             site.layer.__dict__[OWN_CLASS] = self._api.fast_fp8
             site.layer.__class__ = self._api.plain_linear
         site.layer.__dict__[WEIGHT_PATCH] = terms
-        mark(site.layer, WEIGHT_PATCH)
+        mark(site.layer, (WEIGHT_PATCH, call), call=call)
         layer.weight_function = [*_of_others(layer), WeightFunction(terms, site.layer)]
 
     def take_weight_terms(self, site: Site, terms: WeightTerms) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ...kernels.stored import Stored
-from ...patching.fused import Held, RawWeight
+from ...patching.fused import Held, RawWeight, Terms
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 from .types import WeightLayer
 
@@ -26,13 +26,13 @@ class NeoWeight(RawWeight):
         """
         self._is_streaming = is_streaming
 
-    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+    def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
         weight = layer._parameters.get("weight")
         if weight is None or not is_in_reach(weight, x, self._is_streaming) or goes_by_vector(weight, x):
             return None
         neos: WeightLayer = layer  # type: ignore[assignment]  # `NeoAccess.raw_weight` lets no other layer come here
-        if neos.weight_function or neos.bias_function:
+        if neos.bias_function or not _has_on_the_fly(neos, terms):
             return None
         return Held(weight, bias_for(layer, x))
 
@@ -44,9 +44,17 @@ class NeoQuantized(NeoWeight):
         """Returns a layer's weight, where it makes a temporary one of it."""
         return super().stored(layer, is_laid_out) if _makes_a_weight(layer) else None
 
-    def of(self, layer: torch.nn.Module, x: torch.Tensor) -> Held | None:
+    def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, where it makes a temporary weight."""
-        return super().of(layer, x) if _makes_a_weight(layer) else None
+        return super().of(layer, x, terms) if _makes_a_weight(layer) else None
+
+
+def _has_on_the_fly(layer: WeightLayer, terms: Terms | None) -> bool:
+    """Returns True if Neo's call adds `terms` to the layer's temporary weight, and nothing else."""
+    functions = layer.weight_function
+    if terms is None:
+        return not functions
+    return len(functions) == 1 and getattr(functions[0], "terms", None) is terms
 
 
 def _makes_a_weight(layer: torch.nn.Module) -> bool:

@@ -117,8 +117,8 @@ class PlainAccess(ModuleAccess):
         """Takes that back."""
         unmark(layer)
 
-    def set_weight_terms(self, site: Site, terms: WeightTerms) -> None:
-        """Makes the layer's forward pass add `terms` to its weight."""
+    def set_weight_terms(self, site: Site, terms: WeightTerms, call: Forward | None = None) -> None:
+        """Makes the layer's forward pass add `terms` to its weight. There is no `call`: no weight has a fused pass here."""
         layer = site.layer
         if isinstance(layer, StoredLinear):
             layer.weight_terms = terms

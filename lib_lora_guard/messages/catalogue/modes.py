@@ -5,8 +5,8 @@ from __future__ import annotations
 # English, Simplified Chinese.
 TEXTS: dict[str, tuple[str, str]] = {
     "mode.bypass": ("bypass", "旁路"),
-    "mode.fused": ("bypass, fused", "旁路（融合）"),
-    "mode.partly_fused": ("bypass, {fused} of them fused", "旁路（其中 {fused} 个融合）"),
+    "mode.fused": ("{mode}, fused", "{mode}（融合）"),
+    "mode.partly_fused": ("{mode}, {fused} of them fused", "{mode}（其中 {fused} 个融合）"),
     "mode.kernel_failed": (
         "the fast kernel for {kind} failed ({error}); such layers run without it until the WebUI starts again. If images are not as they "
         'should be, switch "Fast kernels" off on the settings page and report this line',

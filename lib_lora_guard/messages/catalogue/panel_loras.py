@@ -69,12 +69,17 @@ TEXTS: dict[str, tuple[str, str]] = {
         "合并：将 LoRA 写入权重，并保留原始权重以便恢复。",
     ),
     "panel.way.bypass": ("beside the layer (bypass)", "层旁计算（旁路）"),
-    "panel.way.fused": ("beside the layer, fused (bypass)", "层旁计算，融合（旁路）"),
-    "panel.way.partly_fused": (
+    "panel.way.bypass_fused": ("beside the layer, fused (bypass)", "层旁计算，融合（旁路）"),
+    "panel.way.bypass_partly_fused": (
         "beside the layer, {fused} of them fused (bypass)",
         "层旁计算，其中 {fused} 个融合（旁路）",
     ),
     "panel.way.on_the_fly": ("on a temporary weight (on the fly)", "临时权重（即时计算）"),
+    "panel.way.on_the_fly_fused": ("on a temporary weight, fused (on the fly)", "临时权重，融合（即时计算）"),
+    "panel.way.on_the_fly_partly_fused": (
+        "on a temporary weight, {fused} of them fused (on the fly)",
+        "临时权重，其中 {fused} 个融合（即时计算）",
+    ),
     "panel.way.merge": ("written into the weight (merge)", "写入权重（合并）"),
     "panel.weights": ("{count} {mode}", "{mode} {count}"),
     "panel.model.image": ("image model", "图像模型"),
