@@ -50,6 +50,7 @@ from lib_lora_guard.patching import attachments, backup, file_backup, file_reade
 from lib_lora_guard.patching.engine import Engine  # noqa: E402
 from lib_lora_guard.patching.file_reader import FileReader, Piece  # noqa: E402
 from lib_lora_guard.patching.lora_request import LoraRequest  # noqa: E402
+from lib_lora_guard.patching.spool import memory_of  # noqa: E402
 from lib_lora_guard.planning.mode import Wish  # noqa: E402
 
 MB, GB = 1 << 20, 1 << 30
@@ -370,7 +371,7 @@ class Bench:
             with open(self.path, "rb", buffering=0) as file:
                 for start in range(0, size, len(here)):
                     length = min(len(here), size - start)
-                    file_reader.read_piece(file, Piece(start, length), here[:length])
+                    file_reader.read_piece(file, Piece(start, length), memory_of(here[:length]))
 
         found["one_thread"] = size / best(by_one, 3) / GB
         return {name: round(rate, 2) for name, rate in found.items()}

@@ -8,6 +8,7 @@ while the card reads the other. Where RAM is scarce they are ordinary memory, an
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 
 import psutil
@@ -70,13 +71,23 @@ def bring(terms: Sequence[JoinedLowRank], device: torch.device, dtype: torch.dty
 class Ring:
     """Buffers in RAM through which tensors go to a device."""
 
-    def __init__(self, device: torch.device, pinned: bool | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        pinned: bool | None = None,
+        piece_bytes: int | None = None,
+        by_one_thread: bool = False,
+    ) -> None:
         """
         Args:
             device: Gets the tensors.
             pinned: Use pinned buffers; None: on CUDA, where there is RAM for it.
+            piece_bytes: Of one buffer; None: PIECE_BYTES.
+            by_one_thread: Fill the buffers by the caller's thread alone, where others need the cores. torch copies with all
+                cores, and the caller then waits until the last of its threads has had a turn.
         """
-        self._device = device
+        self._device, self._by_one_thread = device, by_one_thread
+        self._buffer_bytes = (PIECE_BYTES if piece_bytes is None else piece_bytes) + SLACK_BYTES
         self._pinned = device.type == "cuda" and has_ram_for_pinned() if pinned is None else pinned
         self._buffers: list[torch.Tensor] = []
         self._read: list[torch.cuda.Event | None] = []
@@ -88,14 +99,14 @@ class Ring:
         runs = _runs([tensor for tensor in tensors if tensor.device.type == "cpu"])
         size = sum(_aligned(run.size) for run in runs)
         # One term of a size that no usual LoRA has goes through ordinary memory.
-        is_large = size > PIECE_BYTES + SLACK_BYTES
+        is_large = size > self._buffer_bytes
         buffer = _in_ram(size) if is_large else self._buffer()
         place, places = 0, dict[int, int]()
         for run in runs:
             if not run.size:
                 pass
             elif run.is_contiguous:
-                buffer[place : place + run.size].copy_(run.raw())
+                self._fill(buffer, place, run)
             else:
                 _view(buffer, place, run.tensors[0]).copy_(run.tensors[0])
             places.update((id(tensor), place + run.offset_of(tensor)) for tensor in run.tensors)
@@ -110,6 +121,13 @@ class Ring:
         of_dtypes: dict[torch.dtype, torch.Tensor] = {}
         return [_there(piece, of_dtypes, places[id(one)], one) if id(one) in places else one for one in tensors]
 
+    def _fill(self, buffer: torch.Tensor, place: int, run: _Run) -> None:
+        if self._by_one_thread:
+            # Lets other threads of Python run meanwhile.
+            ctypes.memmove(buffer.data_ptr() + place, run.start, run.size)
+        else:
+            buffer[place : place + run.size].copy_(run.raw())
+
     def settle(self) -> None:
         """Waits until the device has read the buffers."""
         for event in self._read:
@@ -119,7 +137,7 @@ class Ring:
     def _buffer(self) -> torch.Tensor:
         """Returns a buffer that the device does not read any more."""
         while len(self._buffers) <= self._next:
-            self._buffers.append(_in_ram(PIECE_BYTES + SLACK_BYTES, self._pinned))
+            self._buffers.append(_in_ram(self._buffer_bytes, self._pinned))
             self._read.append(None)
         event = self._read[self._next]
         if event is not None:
