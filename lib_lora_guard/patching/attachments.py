@@ -369,8 +369,11 @@ class MergeAttachment(Attachment):
         """On a device, one weight after the other has its original in place: three values of it would not fit there."""
         if self._held is not None and isinstance(other, MergeAttachment) and self.is_beside(other):
             # An undo. The merged value that this one has held takes the place of the original and of what `other` made of it.
-            self._take_back(self._held)
+            if self.state is not MergeState.MERGED:
+                # In this order: wherever it ends, this one is what has to be put right.
+                self.state = MergeState.UNKNOWN
             other.state = MergeState.RESTORED
+            self._take_back(self._held)
             return
         if not (
             isinstance(other, MergeAttachment)
