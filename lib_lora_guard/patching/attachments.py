@@ -358,6 +358,9 @@ class MergeAttachment(Attachment):
         self._put(merged, device, MergeState.MERGED)
 
     def detach(self) -> None:
+        if self._held is not None and self._open() is None:
+            # What an unfinished undo has left in place was never checked.
+            self._take_back(self._held)
         if self.state in (MergeState.NEW, MergeState.RESTORED):
             # Putting the original in its own place could need memory that is not there.
             return

@@ -20,6 +20,7 @@ from lib_lora_guard.patching.file_backup import FileBackup, WeightFile
 from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.merge_factors import FactorsAhead
 from lib_lora_guard.patching.merging_together import SWITCH, MergingTogether
+from lib_lora_guard.patching.transaction import Transaction
 from lib_lora_guard.planning.mode import Wish
 
 CPU = torch.device("cpu")
@@ -258,6 +259,30 @@ def test_an_interrupt_anywhere_leaves_the_stack_of_before(scene, monkeypatch, ow
         scene.damage(scene.keys[3], byte=7)
     scene.remove()
     assert scene.is_original()
+
+
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["", "damaged"])
+def test_what_no_undo_has_reached_is_never_left_unchecked(scene, monkeypatch, is_damaged):
+    """An interrupt at the end of a batch, and one in each attempt to undo it; then everything is taken off."""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    lost = scene.keys[1]
+    if is_damaged:
+        scene.damage(lost, byte=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(MergingTogether, "settle", interrupted)
+        patch.setattr(Transaction, "undo", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            scene.change(0.2)
+    attachments_of_both = [one for pair in scene.engine._state.unfinished.pairs for one in pair]
+    assert any(one._held is not None for one in attachments_of_both)
+    assert scene.engine.detach_all() is not is_damaged
+    now = scene.values()
+    assert same_bits(now.pop(lost), (scene.merged if is_damaged else scene.originals)[lost])
+    assert all(same_bits(value, scene.originals[name]) for name, value in now.items())
+    assert not any(one._held is not None for one in attachments_of_both)
 
 
 @pytest.mark.parametrize("for_good", [False, True])
