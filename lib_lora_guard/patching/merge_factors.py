@@ -10,7 +10,6 @@ rounded alike everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -19,10 +18,10 @@ from ..adapters import Term
 from ..inference_mode import outside_inference
 from ..memory.out_of_memory import is_out_of_memory
 from ..units import MB
-from .staging import Ring
+from .staging import SLACK_BYTES, Ring, aligned
 
-PIECE_BYTES = 8 * MB
-"""Of factors on the card at a time. Twice as much is pinned."""
+PIECE_BYTES = 8 * MB - SLACK_BYTES
+"""Of factors on the card at a time. Two buffers are pinned, of 8 MB each: torch rounds up to a power of two."""
 
 Terms: TypeAlias = tuple[Term, ...]
 
@@ -63,18 +62,26 @@ class FactorsAhead:
         # What was not asked for makes room.
         self._there = {}
         taken: dict[int, torch.Tensor] = {}
-        size, end = 0, start
-        while end < len(self._stacks):
-            new = {id(one): one for term in self._stacks[end] for one in _sent(term)}
-            own = sum(one.nbytes for key, one in new.items() if key not in taken)
-            if end > start and size + own > PIECE_BYTES:
+        size, group = 0, list[list[list[torch.Tensor]]]()
+        for terms in self._stacks[start:]:
+            sent = [_sent(term) for term in terms]
+            new = {id(one): one for tensors in sent for one in tensors if id(one) not in taken}
+            own = sum(aligned(one.nbytes) for one in new.values())
+            if group and size + own > PIECE_BYTES:
                 break
             taken |= new
-            size, end = size + own, end + 1
+            size += own
+            group.append(sent)
         if self._ring is None:
             self._ring = Ring(self._device, piece_bytes=PIECE_BYTES, by_one_thread=True)
         there = dict(zip(taken, self._ring.send(list(taken.values())), strict=True))
-        self._there = {place: tuple(_moved(term, there) for term in self._stacks[place]) for place in range(start, end)}
+        self._there = {
+            place: tuple(
+                _moved(term, there) if tensors else term
+                for term, tensors in zip(self._stacks[place], sent, strict=True)
+            )
+            for place, sent in enumerate(group, start)
+        }
 
 
 def is_card(device: torch.device) -> bool:
@@ -91,6 +98,6 @@ def _sent(term: Term) -> list[torch.Tensor]:
 
 
 def _moved(term: Term, there: dict[int, torch.Tensor]) -> Term:
-    if not _sent(term):
-        return term
-    return replace(term, adapter=term.adapter.map(lambda one: there.get(id(one), one)))
+    adapter = term.adapter.map(lambda one: there.get(id(one), one))
+    # dataclasses.replace would take as long as starting a kernel.
+    return Term(adapter, term.strength, term.strength_model, term.part, term.function, term.origin)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from ..adapters.base import Shape, Slice, Term, apply_terms, mismatch, product_of
+from ..adapters.base import Adapter, Shape, Slice, Term, apply_terms, mismatch, product_of
 from ..errors import LoraMismatchError, Message
 from ..inference_mode import outside_inference
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
@@ -167,6 +167,9 @@ def _slices(
         pieces = []
         for start in range(done, shape[0], rows):
             length = min(rows, shape[0] - start)
+            if length == shape[0] and all(map(_may_be_cut, terms)):
+                # The whole: most weights of small models. The terms are what they would be on its rows.
+                return [(0, length, list(terms))]
             on_rows = [term_rows(term, start, length, shape) for term in terms]
             if any(term is None for term in on_rows):
                 break
@@ -174,6 +177,11 @@ def _slices(
         else:
             return pieces
     return None
+
+
+def _may_be_cut(term: Term) -> bool:
+    """Returns True for a kind of which rows can be told apart, in some slices at least."""
+    return term.function is None and type(term.adapter).rows is not Adapter.rows
 
 
 def _row_counts(total: int, most: int) -> Iterator[int]:

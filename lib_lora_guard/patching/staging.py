@@ -97,7 +97,7 @@ class Ring:
         """Returns `tensors`, which lie in RAM, on the device. They are views of one piece of memory there; tensors that lie
         elsewhere are returned as they are."""
         runs = _runs([tensor for tensor in tensors if tensor.device.type == "cpu"])
-        size = sum(_aligned(run.size) for run in runs)
+        size = sum(aligned(run.size) for run in runs)
         # One term of a size that no usual LoRA has goes through ordinary memory.
         is_large = size > self._buffer_bytes
         buffer = _in_ram(size) if is_large else self._buffer()
@@ -110,7 +110,7 @@ class Ring:
             else:
                 _view(buffer, place, run.tensors[0]).copy_(run.tensors[0])
             places.update((id(tensor), place + run.offset_of(tensor)) for tensor in run.tensors)
-            place += _aligned(run.size)
+            place += aligned(run.size)
         piece = torch.empty(size, dtype=torch.uint8, device=self._device)
         is_pinned = self._pinned and not is_large
         piece.copy_(buffer[:size], non_blocking=is_pinned)
@@ -186,7 +186,8 @@ def _in_ram(size_bytes: int, pinned: bool = False) -> torch.Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
-def _aligned(size_bytes: int) -> int:
+def aligned(size_bytes: int) -> int:
+    """Returns the bytes that a tensor takes in a piece."""
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -206,7 +207,7 @@ def _pieces(terms: Sequence[JoinedLowRank]) -> Iterator[list[JoinedLowRank]]:
     group: list[JoinedLowRank] = []
     size = 0
     for joined in terms:
-        own = sum(_aligned(tensor.nbytes) for tensor in joined.factor_tensors())
+        own = sum(aligned(tensor.nbytes) for tensor in joined.factor_tensors())
         if group and size + own > PIECE_BYTES:
             yield group
             group, size = [], 0

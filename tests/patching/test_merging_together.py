@@ -348,8 +348,8 @@ def stacks():
 
 
 def test_factors_go_ahead_in_pieces_with_their_bits(monkeypatch):
-    # A LoRA of these sizes has 48 bytes.
-    monkeypatch.setattr(merge_factors, "PIECE_BYTES", 100)
+    # A LoRA of these sizes has 48 bytes, and takes 512.
+    monkeypatch.setattr(merge_factors, "PIECE_BYTES", 1100)
     sent = counted(monkeypatch, merge_factors.Ring, "send")
     asked = stacks()
     ahead = FactorsAhead(asked, CPU)
