@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, TypeGuard
+from typing import ClassVar, TypeGuard
 
 import torch
 
@@ -27,13 +27,11 @@ from .file_backup import FileBackup
 from .fused import Fused
 from .fused_choice import Key
 from .merging import CPU, SLICE_BYTES, is_finite, merge, total_of
+from .merging_together import MergingTogether
 from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
 from .placed import Found, Placed, compare
 from .plan import PlannedWeight, has_same_factors, is_same_term
-
-if TYPE_CHECKING:
-    from .merging_together import MergingTogether
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +292,7 @@ class MergeAttachment(Attachment):
     is in place before the checksums of what was read are known, and `_held` has the merged value that it replaces. Either way of
     an undo puts that back.
 
-    `state` changes in `_put` alone:
+    `state` changes in `_put`, and where one merge takes another's place (`replace`):
 
         NEW, RESTORED, UNKNOWN, STRAYED  --attach-->           MERGED
         MERGED, UNKNOWN, STRAYED         --detach, suspend-->  RESTORED
@@ -313,7 +311,7 @@ class MergeAttachment(Attachment):
         super().__init__(access, planned)
         self.backup = backup
         self.state = MergeState.NEW
-        self.together: MergingTogether | None = None
+        self.together: MergingTogether[MergeAttachment] | None = None
         """The change that is under way, or was the last one."""
         self._held: torch.nn.Parameter | None = None
         """The merged value that was in place before the original, until that is known to be right."""
@@ -439,7 +437,7 @@ class MergeAttachment(Attachment):
         self._put(original, device, MergeState.RESTORED)
         self._held = None
 
-    def _restore_unchecked(self, device: torch.device, together: MergingTogether) -> bool:
+    def _restore_unchecked(self, device: torch.device, together: MergingTogether[MergeAttachment]) -> bool:
         """Puts the original in place before its checksums are known, and holds the merged value.
 
         Returns:
@@ -498,7 +496,7 @@ class MergeAttachment(Attachment):
         why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
         return UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
 
-    def _open(self) -> MergingTogether | None:
+    def _open(self) -> MergingTogether[MergeAttachment] | None:
         """Returns the change that is under way, if its merges ask together."""
         return self.together if self.together is not None and self.together.is_open else None
 

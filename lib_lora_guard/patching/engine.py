@@ -51,8 +51,9 @@ from .neighbours import Neighbours, Place
 from .placed import Found
 from .plan import Plan, PlannedWeight, plan_weights
 from .short_ways import ShortWays, kernels_of
-from .staging import bring, waiting
+from .staging import bring
 from .transaction import Step, Transaction
+from .waiting_factors import waiting
 from .watching import Watch, merges_in, ram_for_backups, ram_for_merges, unwatched
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Engine:
         self._lock = threading.RLock()
         self._state = State({}, {})
         self._backups = ModelBackups(weight_files)
-        self._together: MergingTogether | None = None
+        self._together: MergingTogether[MergeAttachment] | None = None
         """The merges of the change that is under way."""
         self._neighbours = neighbours
         self._short_ways = ShortWays()

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from ..inference_mode import outside_inference
 from ..units import MB
+from .file_backup import FileBackup
 from .merge_factors import FactorsAhead, Terms
-
-if TYPE_CHECKING:
-    from .attachments import MergeAttachment
-    from .file_backup import FileBackup
+from .transaction import Replaceable
 
 SWITCH = "LORA_GUARD_MERGE_TOGETHER"
 """0 in the environment: each merge brings its own factors, and waits for its own answers."""
@@ -33,7 +31,30 @@ LARGEST_HELD_BYTES = 32 * MB
 """Of one. The link needs longer for a larger one than the question does."""
 
 
-class MergingTogether:
+class Merge(Replaceable, Protocol):
+    """A merge, as `attachments.MergeAttachment` is one. `compute_device` is where it is computed."""
+
+    together: MergingTogether[Any] | None
+    compute_device: torch.device
+
+    @property
+    def terms(self) -> Terms:
+        """The stack."""
+
+    def is_beside(self, other: Any) -> bool:
+        """Returns True if `other` is on the same parameter."""
+
+    def let_go(self) -> None:
+        """Frees what is held."""
+
+    def refuse_if_it_overflows(self) -> None:
+        """Raises UnusableTermsError for a merged value that is not finite, where its original is."""
+
+
+M = TypeVar("M", bound=Merge)
+
+
+class MergingTogether(Generic[M]):
     """The merges of one change, made by one thread.
 
     Args:
@@ -41,15 +62,15 @@ class MergingTogether:
         coming: Those that are put on, in order.
     """
 
-    def __init__(self, leaving: Iterable[MergeAttachment], coming: Sequence[MergeAttachment]) -> None:
+    def __init__(self, leaving: Iterable[M], coming: Sequence[M]) -> None:
         self.is_open = False
         """False: each one asks for itself."""
         self._factors: FactorsAhead | None = None
         if coming and os.environ.get(SWITCH) != "0":
             self._factors = FactorsAhead([one.terms for one in coming], coming[0].compute_device)
-        self._restored: list[tuple[MergeAttachment, FileBackup, torch.Tensor]] = []
+        self._restored: list[tuple[M, FileBackup, torch.Tensor]] = []
         """With the checksums of what was read for them, where it was read to."""
-        self._merged: list[tuple[MergeAttachment, torch.Tensor | None]] = []
+        self._merged: list[tuple[M, torch.Tensor | None]] = []
         """With the sum of the merged values, where it is still to be looked at."""
         self._held_bytes = 0
         for one in (*leaving, *coming):
@@ -59,7 +80,7 @@ class MergingTogether:
         """Makes the merges ask together. To be called when whoever undoes the change can find this object to close it."""
         self.is_open = os.environ.get(SWITCH) != "0"
 
-    def terms_of(self, merge: MergeAttachment) -> Terms:
+    def terms_of(self, merge: M) -> Terms:
         """Returns the stack of a merge, with its factors on the card if they go there ahead."""
         return merge.terms if self._factors is None else self._factors.of(merge.terms)
 
@@ -71,7 +92,7 @@ class MergingTogether:
             self.settle()
         return True
 
-    def restored(self, merge: MergeAttachment, backup: FileBackup, sums: torch.Tensor) -> None:
+    def restored(self, merge: M, backup: FileBackup, sums: torch.Tensor) -> None:
         """Notes that a merge holds its merged value, and is about to put in place what was read.
 
         Args:
@@ -82,7 +103,7 @@ class MergingTogether:
         self._restored.append((merge, backup, sums))
         self._held_bytes += backup.bytes
 
-    def merged(self, merge: MergeAttachment, total: torch.Tensor | None) -> None:
+    def merged(self, merge: M, total: torch.Tensor | None) -> None:
         """Notes that a merge has put its merged value in place.
 
         Args:
@@ -132,10 +153,12 @@ class MergingTogether:
         self._restored, self._merged, self._held_bytes = [], [], 0
 
 
-def _wrong(restored: Sequence[tuple[MergeAttachment, FileBackup, torch.Tensor]]) -> list[MergeAttachment]:
+def _wrong(restored: Sequence[tuple[M, FileBackup, torch.Tensor]]) -> list[M]:
     if not restored:
         return []
-    found = torch.cat([sums for _, _, sums in restored]).cpu()
+    # A model may lie on two cards.
+    device = restored[0][2].device
+    found = torch.cat([sums.to(device) for _, _, sums in restored]).cpu()
     own = torch.cat([backup.sums for _, backup, _ in restored])
     if torch.equal(found, own):
         return []
@@ -143,15 +166,16 @@ def _wrong(restored: Sequence[tuple[MergeAttachment, FileBackup, torch.Tensor]])
     return [old for (old, backup, _), part in zip(restored, parts, strict=True) if not torch.equal(part, backup.sums)]
 
 
-def _infinite(merged: Sequence[tuple[MergeAttachment, torch.Tensor | None]]) -> list[MergeAttachment]:
+def _infinite(merged: Sequence[tuple[M, torch.Tensor | None]]) -> list[M]:
     asked = [(new, total) for new, total in merged if total is not None]
     if not asked:
         return []
-    is_finite = torch.isfinite(torch.stack([total for _, total in asked])).tolist()
+    device = asked[0][1].device
+    is_finite = torch.isfinite(torch.stack([total.to(device) for _, total in asked])).tolist()
     return [new for (new, _), finite in zip(asked, is_finite, strict=True) if not finite]
 
 
-def _do_again(old: MergeAttachment, new: MergeAttachment | None) -> None:
+def _do_again(old: M, new: M | None) -> None:
     """Puts the merged value back that `old` holds, and does what was done, alone."""
     if new is None:
         old.attach()

@@ -9,15 +9,13 @@ while the card reads the other. Where RAM is scarce they are ordinary memory, an
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import psutil
 import torch
 
 from ..inference_mode import outside_inference
 from ..units import GB, MB
-from .attachments import Attachment, BypassAttachment
-from .forward_steps import LowRankStep
 from .low_rank import JoinedLowRank
 
 PIECE_BYTES = 16 * MB
@@ -33,17 +31,12 @@ SLACK_BYTES = 1 << 16
 """Of a buffer beyond `PIECE_BYTES`, for such gaps."""
 
 
-def waiting(attachments: Iterable[Attachment]) -> list[JoinedLowRank]:
-    """Returns the low-rank terms of a stack whose copies on a device, or the strengths beside these, are still to be made."""
-    return [joined for joined in _low_rank(attachments) if not joined.is_ready]
-
-
 @outside_inference
 def bring(terms: Sequence[JoinedLowRank], device: torch.device, dtype: torch.dtype) -> int:
     """Makes the device copies of low-rank terms, and what their strengths are there.
 
     Args:
-        terms: From `waiting`.
+        terms: From `waiting_factors.waiting`.
         device: Where the model runs. Nothing is done on the CPU, where no copies are kept.
         dtype: Of the model's activations.
 
@@ -194,12 +187,6 @@ def aligned(size_bytes: int) -> int:
 def has_ram_for_pinned() -> bool:
     """Returns True on machines with 32 GB of RAM or more."""
     return bool(psutil.virtual_memory().total >= LEAST_RAM_FOR_PINNED_BYTES * (1 - RESERVED_SHARE))
-
-
-def _low_rank(attachments: Iterable[Attachment]) -> Iterator[JoinedLowRank]:
-    for attachment in attachments:
-        if isinstance(attachment, BypassAttachment):
-            yield from (step.joined for step in attachment.hook.program.steps if isinstance(step, LowRankStep))
 
 
 def _pieces(terms: Sequence[JoinedLowRank]) -> Iterator[list[JoinedLowRank]]:
