@@ -289,18 +289,18 @@ def read_piece(file: FileIO, piece: Piece, into: memoryview) -> None:
         done += count
 
 
-if hasattr(os, "preadv"):
-
-    def _read_at(file: FileIO, start: int, into: memoryview) -> int:
-        """Reads what lies at a place of a file, and returns how many bytes that were. One call, which lets other threads run."""
-        return os.preadv(file.fileno(), (into,), start)
-
-else:
+if sys.platform == "win32" or not hasattr(os, "preadv"):
 
     def _read_at(file: FileIO, start: int, into: memoryview) -> int:
         """Reads what lies at a place of a file, and returns how many bytes that were."""
         file.seek(start)
         return file.readinto(into) or 0
+
+else:
+
+    def _read_at(file: FileIO, start: int, into: memoryview) -> int:
+        """Reads what lies at a place of a file, and returns how many bytes that were. One call, which lets other threads run."""
+        return os.preadv(file.fileno(), (into,), start)
 
 
 def _fill(file: FileIO, piece: Piece, buffer: Buffer) -> None:
