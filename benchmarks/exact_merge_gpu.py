@@ -15,10 +15,16 @@ The ways are "file" (the checkpoint is the backup), "ram" (a copy in RAM) and "b
   file, so each repeat of "file" has an engine of its own;
 - anonymous and shared RAM of the process at each point, above the model alone, and the peak of the anonymous RAM;
 - how often torch had to ask the driver for memory in the first of each change, and found none;
+- where the first of each change waits ("waits"): for the threads that read the file, for the card to free a buffer of the ring, for
+  the answers of the card (checksums, finite values), and how many weights were read alone; the rest is this thread's own work, most
+  of it starting kernels. With `--profile` also how often torch itself waited for the card ("synchronised"), and where Python's
+  time goes. Both cost time: such a run is no measurement;
+- which mappings of the process have grown by anonymous RAM in the first apply ("grown_mb");
 - one step of the model with the LoRA, and without (before and after).
 
-Also: the link to the card out of pinned RAM, the file through the ring of `patching/file_reader.py`, and the same file by one
-thread. "patched bytes / link" is the floor of a change. At the end every weight is compared with the file.
+Also: the link to the card out of pinned RAM, the file through the ring of `patching/file_reader.py`, the same with other numbers of
+threads and buffers ("rings"), and the same file by one thread. `--threads`, `--buffers` and `--piece-mb` change the ring for all
+else. "patched bytes / link" is the floor of a change. At the end every weight is compared with the file.
 """
 
 import argparse
@@ -33,6 +39,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -48,8 +55,12 @@ from lib_lora_guard.hosts.plain.access import PlainAccess  # noqa: E402
 from lib_lora_guard.memory.probe import BackupBudget  # noqa: E402
 from lib_lora_guard.patching import attachments, backup, file_backup, file_reader  # noqa: E402
 from lib_lora_guard.patching.engine import Engine  # noqa: E402
+from lib_lora_guard.patching.file_backup import WeightFile  # noqa: E402
 from lib_lora_guard.patching.file_reader import FileReader, Piece  # noqa: E402
 from lib_lora_guard.patching.lora_request import LoraRequest  # noqa: E402
+from lib_lora_guard.patching.merging_together import MergingTogether  # noqa: E402
+from lib_lora_guard.patching.reading_threads import Task  # noqa: E402
+from lib_lora_guard.patching.spool import memory_of  # noqa: E402
 from lib_lora_guard.planning.mode import Wish  # noqa: E402
 
 MB, GB = 1 << 20, 1 << 30
@@ -62,6 +73,8 @@ print("ready", flush=True)
 time.sleep(3600)
 """
 WAYS = ("file", "ram", "bypass")
+RINGS = ((4, 8, 4), (8, 8, 4), (8, 12, 4), (8, 16, 2), (8, 24, 2), (12, 16, 4), (12, 24, 2), (6, 8, 8))
+"""Threads, buffers, MB of a piece."""
 LEAST_SECONDS, COMPARED_SECONDS = 5, 40
 """Of the time limit: for the end, and for the comparison of 24 GB with their file before it."""
 HAS_CARD = torch.cuda.is_available()
@@ -76,6 +89,9 @@ def arguments():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9, help="of apply, change, remove, and of the steps")
     parser.add_argument("--folder", type=Path, default=Path("."), help="for the checkpoint file: on a disk, not in RAM")
+    parser.add_argument("--threads", type=int, help="that read the file")
+    parser.add_argument("--buffers", type=int, help="of the ring")
+    parser.add_argument("--piece-mb", type=int, help="MB of a buffer")
     parser.add_argument("--small", action="store_true")
     parser.add_argument(
         "--time-limit", type=float, default=540, help="seconds; what is not reached by then is left out"
@@ -275,7 +291,7 @@ class Bench:
         wish = Wish.NEVER_MERGE if name == "bypass" else Wish.PREFER_MERGE
         result = {"way": name, "step_before": median(self.steps())}
         times = {"apply": [], "apply_again": [], "change": [], "remove": []}
-        ram, asked = {}, {}
+        ram, asked, waits, synchronised, grown = {}, {}, {}, {}, None
         # A copy of a large model takes many seconds.
         repeats = min(2, self.options.repeats) if name == "ram" else self.options.repeats
         began, longest = time.perf_counter(), 0.0
@@ -290,20 +306,27 @@ class Bench:
                 synchronize()
                 profile = cProfile.Profile() if self.options.profile and not times[kind] else None
                 before = allocations()
+                noting = contextlib.nullcontext(None) if kind in waits else Waits()
+                counting = contextlib.nullcontext(None) if profile is None else Synchronised()
                 started = time.perf_counter()
-                with profile or contextlib.nullcontext():
+                with noting as found, counting as count, profile or contextlib.nullcontext():
                     engine.change(self.access, self.requests(strength), wish)
                     engine.bring_factors(self.access)
                     synchronize()
+                if found is not None:
+                    waits[kind] = found.summary()
+                if count is not None:
+                    synchronised[kind] = count.count
                 times[kind].append(time.perf_counter() - started)
                 asked.setdefault(kind, {name: count - before[name] for name, count in allocations().items()})
                 if profile is not None:
                     print(f"{name}: {kind}", flush=True)
                     pstats.Stats(profile).sort_stats("tottime").print_stats(14)
 
-            before = memory()
+            before, mapped = memory(), mappings()
             peak.restart()
             change("apply", 1.0)
+            grown = grown_since(mapped) if grown is None else grown
             ram.setdefault("applied", above(memory(), before))
             ram.setdefault("peak_applying_mb", round((peak.mb() - before["anonymous_mb"]), 1))
             peak.restart()
@@ -326,6 +349,12 @@ class Bench:
         result["step_after"] = median(self.steps())
         without = (result["step_before"] + result["step_after"]) / 2
         result |= {kind: summary(found) for kind, found in times.items()}
+        result |= {
+            "waits": waits,
+            "synchronised": synchronised,
+            "grown_mb": grown,
+            "cpu_threads": torch.get_num_threads(),
+        }
         return result | {"ram": ram, "asked_of_the_driver": asked, "step_ratio": round(result["step"] / without, 4)}
 
     def changed_weights(self):
@@ -350,19 +379,32 @@ class Bench:
             there.copy_(here)
             found["link"] = 256 * MB / best(lambda: there.copy_(here, non_blocking=True)) / GB
             del there, here
-        reader = FileReader(self.path, None)
         step = 32 * MB
         parts = [Piece(start, min(step, size - start)) for start in range(0, size, step)]
         scratch = torch.empty(step, dtype=torch.uint8, device=DEVICE)
 
         def through_ring():
+            reader = FileReader(self.path, None)
             reader.reserve(DEVICE)
-            reader.expect(parts)
-            for part in parts:
-                reader.read(part, scratch[: part.bytes])
 
-        found["ring"] = size / best(through_ring, 3) / GB
-        reader.close()
+            def read():
+                reader.expect(parts)
+                for part in parts:
+                    reader.read(part, scratch[: part.bytes])
+
+            rate = size / best(read, 3) / GB
+            reader.close()
+            return rate
+
+        found["ring"] = through_ring()
+        names = ("THREADS", "BUFFERS", "PIECE_BYTES")
+        usual = {name: getattr(file_reader, name) for name in names}
+        for threads, buffers, piece_mb in RINGS:
+            for name, value in zip(names, (threads, buffers, piece_mb * MB), strict=True):
+                setattr(file_reader, name, value)
+            found[f"ring {threads} threads, {buffers} x {piece_mb} MB"] = through_ring()
+        for name, value in usual.items():
+            setattr(file_reader, name, value)
         size = min(size, GB)
         here = torch.empty(file_reader.PIECE_BYTES, dtype=torch.uint8)
 
@@ -370,7 +412,7 @@ class Bench:
             with open(self.path, "rb", buffering=0) as file:
                 for start in range(0, size, len(here)):
                     length = min(len(here), size - start)
-                    file_reader.read_piece(file, Piece(start, length), here[:length])
+                    file_reader.read_piece(file, Piece(start, length), memory_of(here[:length]))
 
         found["one_thread"] = size / best(by_one, 3) / GB
         return {name: round(rate, 2) for name, rate in found.items()}
@@ -397,6 +439,86 @@ class Peak(threading.Thread):
             with self.lock:
                 self.most = max(self.most, memory()["anonymous_mb"])
             time.sleep(0.05)
+
+
+class Waits:
+    """Notes where the thread that changes the model waits: seconds, and how often."""
+
+    PLACES = (
+        (Task, "result", "readers"),
+        (torch.cuda.Event, "synchronize", "buffers"),
+        (MergingTogether, "settle", "answers"),
+        (WeightFile, "read", "alone"),
+    )
+
+    def __enter__(self):
+        self.found, self.originals, self.thread = {}, [], threading.get_ident()
+        for owner, method, name in self.PLACES:
+            self.originals.append((owner, method, owner.__dict__.get(method)))
+            setattr(owner, method, self._noting(getattr(owner, method), name))
+        return self
+
+    def __exit__(self, *_):
+        for owner, method, original in self.originals:
+            if original is None:
+                delattr(owner, method)
+            else:
+                setattr(owner, method, original)
+
+    def _noting(self, original, name):
+        def noting(*args, **more):
+            started = time.perf_counter()
+            try:
+                return original(*args, **more)
+            finally:
+                if threading.get_ident() == self.thread:
+                    seconds, count = self.found.get(name, (0.0, 0))
+                    self.found[name] = seconds + time.perf_counter() - started, count + 1
+
+        return noting
+
+    def summary(self):
+        return {name: {"seconds": round(seconds, 4), "count": count} for name, (seconds, count) in self.found.items()}
+
+
+class Synchronised(warnings.catch_warnings):
+    """Counts how often an operation of torch waits for the card."""
+
+    def __init__(self):
+        super().__init__(record=True)
+
+    def __enter__(self):
+        self.warned = super().__enter__()
+        warnings.simplefilter("always")
+        if HAS_CARD:
+            torch.cuda.set_sync_debug_mode("warn")
+        return self
+
+    def __exit__(self, *error):
+        if HAS_CARD:
+            torch.cuda.set_sync_debug_mode("default")
+        self.count = sum("synchronizing" in str(one.message) for one in self.warned)
+        super().__exit__(*error)
+
+
+def mappings():
+    """Returns the anonymous RAM of each mapping of the process in MB, by its addresses and name."""
+    found, name = {}, ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+            head, _, rest = line.partition(" ")
+            if not head.endswith(":"):
+                # Heaps and stacks grow at one end.
+                name = f"{head.split('-')[0]} {' '.join(rest.split()[4:])}".strip()
+            elif head == "Anonymous:":
+                found[name] = int(rest.split()[0]) / 1024
+    return found
+
+
+def grown_since(before):
+    """Returns the mappings with the most new anonymous RAM, in MB."""
+    grown = {name: round(size - before.get(name, 0.0), 1) for name, size in mappings().items()}
+    return dict(sorted(((name, size) for name, size in grown.items() if size > 0), key=lambda one: -one[1])[:8])
 
 
 def memory():
@@ -475,6 +597,9 @@ def main():
     earlier = options.out.read_text(encoding="utf-8") if options.out and options.out.exists() else ""
     if options.small and not HAS_CARD:
         for_small()
+    file_reader.THREADS = options.threads or file_reader.THREADS
+    file_reader.BUFFERS = options.buffers or file_reader.BUFFERS
+    file_reader.PIECE_BYTES = (options.piece_mb or 0) * MB or file_reader.PIECE_BYTES
     ballast = None
     if options.free_gb and HAS_CARD:
         command = [sys.executable, "-c", BALLAST, str(options.free_gb)]

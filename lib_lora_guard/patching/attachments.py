@@ -23,10 +23,12 @@ from ..weights.storage import storage_of
 from .access import ModelAccess, Site
 from .backup import Backup, HeldBackup, Place, Where, lies_in_ram, moved, parameter_bytes
 from .bypass import Bypass, call_of_layer
+from .file_backup import FileBackup
 from .forward_program import lokr_pass
 from .fused import Fused
 from .fused_choice import Key
-from .merging import CPU, SLICE_BYTES, is_finite, merge
+from .merging import CPU, SLICE_BYTES, is_finite, merge, total_of
+from .merging_together import MergingTogether
 from .norms import has_dora, ratio_identity, ratios_of
 from .on_the_fly import WeightTerms
 from .placed import Found, Placed, compare
@@ -299,7 +301,11 @@ class MergeAttachment(Attachment):
     two patched copies of a whole model would not fit beside it. It keeps the storage dtype of 16-bit and wider weights;
     anything narrower would round the LoRA away, so small fp8 parameters are held in fp32 while a LoRA is on them.
 
-    `state` changes in `_put` alone:
+    While `together` is open, the merges of a change ask the card for many of them at once (`merging_together.py`): an original
+    is in place before the checksums of what was read are known, and `_held` has the merged value that it replaces. Either way of
+    an undo puts that back.
+
+    `state` changes in `_put`, and where one merge takes another's place (`replace`):
 
         NEW, RESTORED, UNKNOWN, STRAYED  --attach-->           MERGED
         MERGED, UNKNOWN, STRAYED         --detach, suspend-->  RESTORED
@@ -318,39 +324,71 @@ class MergeAttachment(Attachment):
         super().__init__(access, planned)
         self.backup = backup
         self.state = MergeState.NEW
-        self._compute_device = device
+        self.together: MergingTogether[MergeAttachment] | None = None
+        """The change that is under way, or was the last one."""
+        self._held: torch.nn.Parameter | None = None
+        """The merged value that was in place before the original, until that is known to be right."""
+        self._total: torch.Tensor | None = None
+        """The sum of the values of the last merge, on their device, where they were not asked for."""
+        self.compute_device = device
         self._home: torch.device | None = None
         """The device that a strayed parameter belongs on."""
         self._placed: Placed | None = None
         """The merged value that this attachment has last put in place."""
         self._ready: torch.nn.Parameter | None = None
         """The merged value of a small parameter, computed before anything is changed."""
-        if parameter_bytes(planned.site.parameter) <= KEPT_BYTES:
+        # A file is read in the order in which the change asks for it.
+        if parameter_bytes(planned.site.parameter) <= KEPT_BYTES and backup.place.where is not Where.FILE:
             # An earlier merge may be in place: the original is in its backup.
             self._ready = self._merge(self._from_backup())
 
     def attach(self) -> None:
         if self.state is MergeState.MERGED:
             # A rollback of a detach that has changed nothing.
+            self._held = None
+            return
+        if self._held is not None:
+            self._take_back(self._held)
             return
         # A new merge finds the original in place: a change takes everything off before it puts anything on. A rollback
         # attaches again, and then the parameter may hold anything.
         is_new, device = self.state is MergeState.NEW, self._device()
+        together = self._open()
         if self._ready is None:
             merged = self._merge(self.site.parameter if is_new else self._from_backup())
+            if merged.device != device and together is not None and together.settle():
+                # What was held has made room on the device.
+                merged = self._merge(self.site.parameter if is_new else self._from_backup())
         else:
             # Moved before anything is changed: if the device has no room for it, nothing has changed.
             merged = moved(self._ready, device)
+        total, self._total = self._total, None
+        if together is not None:
+            # Before it is in place: what is refused or done again later has to be found.
+            together.merged(self, total)
         self._put(merged, device, MergeState.MERGED)
 
     def detach(self) -> None:
+        if self._held is not None and self._open() is None:
+            # What an unfinished undo has left in place was never checked.
+            self._take_back(self._held)
         if self.state in (MergeState.NEW, MergeState.RESTORED):
             # Putting the original in its own place could need memory that is not there.
             return
-        self._restore(self._device())
+        device, together = self._device(), self._open()
+        if together is None or not self._restore_unchecked(device, together):
+            self._restore(device)
 
     def replace(self, other: Attachment) -> None:
         """On a device, one weight after the other has its original in place: three values of it would not fit there."""
+        if self._held is not None and isinstance(other, MergeAttachment) and self.is_beside(other):
+            # An undo. The merged value that this one has held takes the place of the original and of what `other` made of it.
+            if self.state is not MergeState.MERGED:
+                # In this order: wherever it ends, this one is what has to be put right.
+                self.state = MergeState.UNKNOWN
+            other.state = MergeState.RESTORED
+            self._take_back(self._held)
+            return
         if not (
             isinstance(other, MergeAttachment)
             and other.backup is self.backup
@@ -410,6 +448,70 @@ class MergeAttachment(Attachment):
         # A small original needs little room: if there is not even that, nothing has changed yet.
         original = self._original(device) if self._ready is None else self.backup.parameter(device)
         self._put(original, device, MergeState.RESTORED)
+        self._held = None
+
+    def _restore_unchecked(self, device: torch.device, together: MergingTogether[MergeAttachment]) -> bool:
+        """Puts the original in place before its checksums are known, and holds the merged value.
+
+        Returns:
+            False if nothing was changed: it is to be restored alone.
+        """
+        backup, merged = self.backup, self._here()
+        if (
+            self.state is not MergeState.MERGED
+            or not isinstance(backup, FileBackup)
+            or not isinstance(merged, torch.nn.Parameter)
+            or not self._is_in_place()
+            or merged.device != device
+            or lies_in_ram(merged)
+            or not together.may_hold(backup.bytes)
+        ):
+            return False
+        try:
+            original, sums = backup.unchecked(device)
+        except (OSError, ValueError):
+            # It may miss a beat; alone it is read again.
+            return False
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            original = None
+        if original is None:
+            # Out of the handler, the error no longer holds what was allocated.
+            together.settle()
+            return False
+        self._held = merged
+        together.restored(self, backup, sums)
+        self._put(original, device, MergeState.RESTORED)
+        return True
+
+    def _take_back(self, held: torch.nn.Parameter) -> None:
+        """Puts the merged value back that was held: nothing is read or calculated for it."""
+        if self.state is not MergeState.MERGED:
+            self._put(held, held.device, MergeState.MERGED)
+        self._held = None
+
+    def let_go(self) -> None:
+        """Frees the merged value that is held: the original in its place is right."""
+        self._held = None
+
+    def refuse_if_it_overflows(self) -> None:
+        """To be called for a merged value that is not finite.
+
+        Raises:
+            UnusableTermsError: The original is.
+        """
+        original = self._from_backup()
+        if is_finite(original.detach()):
+            raise self._overflow(original.dtype)
+
+    def _overflow(self, dtype: torch.dtype) -> UnusableTermsError:
+        why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
+        return UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
+
+    def _open(self) -> MergingTogether[MergeAttachment] | None:
+        """Returns the change that is under way, if its merges ask together."""
+        return self.together if self.together is not None and self.together.is_open else None
 
     def _put(self, value: torch.nn.Parameter, device: torch.device, done: MergeState) -> None:
         """Makes `value` the parameter, on `device`, and then the state `done`.
@@ -455,21 +557,26 @@ class MergeAttachment(Attachment):
     def _merge(self, original: torch.nn.Parameter) -> torch.nn.Parameter:
         wide = storage_of(original).wide
         dtype = original.dtype if wide else torch.float32
+        together, self._total = self._open(), None
         if wide:
             data = original.detach()
-            on_device = self._compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
+            on_device = self.compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
             small = MOVED_SLICE_BYTES if data.device != on_device else SLICE_BYTES
-            merged = merge(data, self.terms, device=on_device, out_dtype=dtype, slice_bytes=small)
-            # In this order: each question waits for the card, and a finite result answers both.
-            overflows = not is_finite(merged) and is_finite(data)
+            brought = together is not None and on_device == self.compute_device
+            terms = together.terms_of(self) if together is not None and brought else self.terms
+            merged = merge(data, terms, device=on_device, out_dtype=dtype, slice_bytes=small)
+            if together is None or lies_in_ram(merged):
+                # In this order: each question waits for the card, and a finite result answers both.
+                overflows = not is_finite(merged) and is_finite(data)
+            else:
+                overflows, self._total = False, total_of(merged)
         else:
             dense = self.access.dense(site_of(self.site, original))
             was_finite = is_finite(dense)
             merged = apply_terms(dense, self.terms).to(dtype).contiguous()
             overflows = was_finite and not is_finite(merged)
         if overflows:
-            why = Message("lora.overflow", {"dtype": dtype_name(dtype)})
-            raise UnusableTermsError(self.site.key, self.terms, about(self.site.key, why))
+            raise self._overflow(dtype)
         return torch.nn.Parameter(merged, requires_grad=False)
 
 

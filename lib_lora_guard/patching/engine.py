@@ -45,13 +45,15 @@ from .change_pairs import Coming, attachments_of, difference, going, pairs_of, p
 from .exchanges import Exchanges
 from .lora_request import Fitting, LoraRequest, fit_stack
 from .merge_room import only_from_files, with_room
+from .merging_together import MergingTogether
 from .model_backups import ModelBackups
 from .neighbours import Neighbours, Place
 from .placed import Found
 from .plan import Plan, PlannedWeight, plan_weights
 from .short_ways import ShortWays, kernels_of
-from .staging import bring, waiting
+from .staging import bring
 from .transaction import Step, Transaction
+from .waiting_factors import waiting
 from .watching import Watch, merges_in, ram_for_backups, ram_for_merges, unwatched
 
 log = logging.getLogger(__name__)
@@ -104,6 +106,8 @@ class Engine:
         self._lock = threading.RLock()
         self._state = State({}, {})
         self._backups = ModelBackups(weight_files)
+        self._together: MergingTogether[MergeAttachment] | None = None
+        """The merges of the change that is under way."""
         self._neighbours = neighbours
         self._short_ways = ShortWays()
         if neighbours is not None:
@@ -488,13 +492,17 @@ class Engine:
             if coming and self._neighbours is not None:
                 self._refuse_shared(self._neighbours, coming)
             has_merges = any(old.mode is Mode.MERGE for old, _ in leaving)
-            self._backups.expect(merges_in(going(leaving, coming)))
+            merges = merges_in([new for _, new in coming])
+            taken_off = merges_in(going(leaving, coming))
+            self._backups.expect(taken_off)
+            together = self._together = MergingTogether(taken_off, merges)
+            together.open()
             with self.watch(Phase.RESTORE, 0) if has_merges else contextlib.nullcontext():
                 change.do(0, len(leaving))
-            merges = merges_in([new for _, new in coming])
             with self.watch(Phase.MERGE, ram_for_merges(merges)) if merges else contextlib.nullcontext():
                 change.do(len(leaving), len(change.pairs))
             change.do_also()
+            together.finish()
             self._state = State(target, {}, report=before.report if report is None else report)
         except BaseException:
             self._settle()
@@ -530,6 +538,9 @@ class Engine:
 
     def _undo(self) -> Exception | None:
         """Undoes what is unfinished. What could not be undone stays unfinished, and the last error is returned."""
+        if self._together is not None:
+            # What is undone counts as undone when it is: each merge waits for its own answers.
+            self._together.close()
         unfinished = self._state.unfinished
         if unfinished is None:
             return None

@@ -78,6 +78,26 @@ class FileBackup(Backup):
             raise RestoreError(about(self.key, Message("memory.backup_released")))
         return torch.nn.Parameter(self.file.read(self.key, self.region, device), requires_grad=self._requires_grad)
 
+    @outside_inference
+    def unchecked(self, device: torch.device) -> tuple[torch.nn.Parameter, torch.Tensor]:
+        """Returns what the file has now, on a device with memory of its own, and the checksums of that, which lie there too.
+
+        It is the original if they equal `sums`.
+
+        Raises:
+            OSError: It cannot be read.
+            RestoreError: It was released.
+        """
+        if self.is_released:
+            raise RestoreError(about(self.key, Message("memory.backup_released")))
+        data, sums = self.file.read_unchecked(self.region, device)
+        return torch.nn.Parameter(data, requires_grad=self._requires_grad), sums
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """The checksums of the original, in RAM."""
+        return self.region.sums
+
     def release(self) -> None:
         self._free()
 
@@ -174,6 +194,19 @@ class WeightFile:
             problem = reason(OSError(Message("file.rewritten")))
         facts = {"path": str(self.path), "error": problem}
         raise RestoreError(about(key, Message("memory.file_lost", facts)))
+
+    def read_unchecked(self, region: Region, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads a weight once into a new tensor on a device with memory of its own; returns it with its checksums there.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        reader = self._reader
+        if reader is None:
+            raise OSError("it was closed")
+        flat = torch.empty(region.part.bytes, dtype=torch.uint8, device=device)
+        reader.read(region.part, flat)
+        return flat.view(region.dtype).view(region.shape), self._checksums_there(flat)
 
     def _read_into(self, reader: FileReader, part: Piece, flat: torch.Tensor) -> torch.Tensor:
         """Fills `flat` and returns its checksums in RAM."""

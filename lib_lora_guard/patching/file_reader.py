@@ -2,7 +2,7 @@
 
 One thread copies 5 to 8 GB/s out of the system's page cache, and the card takes several times as much. So a few threads
 read pieces of 4 MB into a ring of buffers, in the order in which they will be asked for, also while the card works on
-what it has. The file is read, never mapped: a mapped file that is truncated kills the process.
+what it has. There are more buffers than threads: a thread need not wait for the card, which reads some of them. The file is read, never mapped: a mapped file that is truncated kills the process.
 
 The file stays open from `open` to `close`. Windows refuses to delete, rename or write it meanwhile, and lets others read
 it. Elsewhere a deleted file lives on with the handle; one that is written in place has other bytes.
@@ -34,8 +34,8 @@ from .spool import memory_of
 T = TypeVar("T")
 
 PIECE_BYTES = 4 * MB
-BUFFERS = 8
-"""Of PIECE_BYTES each: 32 MB of RAM are all that it takes."""
+BUFFERS = 12
+"""Of PIECE_BYTES each: 48 MB of RAM are all that it takes."""
 THREADS = 8
 
 if sys.platform == "win32":
@@ -82,6 +82,8 @@ class Buffer:
 
     memory: torch.Tensor
     is_pinned: bool
+    bytes: memoryview
+    """The same memory, for threads that fill it: they are to hold the interpreter for as short as can be."""
     read: torch.cuda.Event | None = None
     """Recorded after the device's copy out of it."""
 
@@ -173,7 +175,7 @@ class FileReader:
         """
 
         def fill(piece: Piece, into: torch.Tensor, file: FileIO) -> T:
-            read_piece(file, piece, into)
+            read_piece(file, piece, memory_of(into))
             return then(into)
 
         with self._lock:
@@ -225,6 +227,7 @@ class FileReader:
         if ahead[: len(wanted)] != wanted:
             self._plan(wanted)
         done = 0
+        stream = torch.cuda.current_stream(into.device) if into.device.type == "cuda" else None
         for piece in wanted:
             self._read_ahead()
             _, buffer, task = self._under_way.popleft()
@@ -234,7 +237,7 @@ class FileReader:
             if buffer.is_pinned:
                 if buffer.read is None:
                     buffer.read = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
-                buffer.read.record(torch.cuda.current_stream(into.device))
+                buffer.read.record(stream)
             self._free.append(buffer)
             done += piece.bytes
         self._read_ahead()
@@ -249,7 +252,8 @@ class FileReader:
                 assert buffer.read is not None
                 buffer.read.synchronize()
             piece = self._planned[0]
-            read = partial(read_piece, piece=piece, into=buffer.memory[: piece.bytes])
+            # The task holds the buffer, whatever happens to the ring.
+            read = partial(_fill, piece=piece, buffer=buffer)
             self._under_way.append((piece, buffer, self._running().submit(read)))
             self._planned.popleft()
             self._free.popleft()
@@ -266,24 +270,41 @@ class FileReader:
         self._read_ahead()
 
 
-def read_piece(file: FileIO, piece: Piece, into: torch.Tensor) -> None:
+def read_piece(file: FileIO, piece: Piece, into: memoryview) -> None:
     """Reads a piece of an open file.
 
     Args:
         file: The file, which no other thread uses.
         piece: The piece.
-        into: A flat byte tensor of its size in RAM.
+        into: Memory of its size.
 
     Raises:
         OSError: It cannot be read, or the file ends before it.
     """
-    file.seek(piece.start)
-    missing = memory_of(into)
-    while len(missing):
-        count = file.readinto(missing)
+    done = 0
+    while done < piece.bytes:
+        count = _read_at(file, piece.start + done, into[done:] if done else into)
         if not count:
-            raise OSError(f"it ends {len(missing)} bytes early")
-        missing = missing[count:]
+            raise OSError(f"it ends {piece.bytes - done} bytes early")
+        done += count
+
+
+if sys.platform == "win32" or not hasattr(os, "preadv"):
+
+    def _read_at(file: FileIO, start: int, into: memoryview) -> int:
+        """Reads what lies at a place of a file, and returns how many bytes that were."""
+        file.seek(start)
+        return file.readinto(into) or 0
+
+else:
+
+    def _read_at(file: FileIO, start: int, into: memoryview) -> int:
+        """Reads what lies at a place of a file, and returns how many bytes that were. One call, which lets other threads run."""
+        return os.preadv(file.fileno(), (into,), start)
+
+
+def _fill(file: FileIO, piece: Piece, buffer: Buffer) -> None:
+    read_piece(file, piece, buffer.bytes[: piece.bytes])
 
 
 def pieces(part: Piece) -> list[Piece]:
@@ -296,5 +317,9 @@ def _buffer(device: torch.device) -> Buffer:
     if device.type == "cuda":
         # Refused where the driver locks no more RAM; ordinary buffers are slower, and right.
         with contextlib.suppress(RuntimeError):
-            return Buffer(torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True), True)
-    return Buffer(torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu"), False)
+            return _buffer_of(torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True), True)
+    return _buffer_of(torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu"), False)
+
+
+def _buffer_of(memory: torch.Tensor, is_pinned: bool) -> Buffer:
+    return Buffer(memory, is_pinned, memory_of(memory))

@@ -35,6 +35,8 @@ def checksums(flat: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         _of_block(flat.narrow(0, start, min(size, flat.numel() - start)), factors)
         for start in range(0, flat.numel(), size)
     ]
+    if len(blocks) == 1:
+        return blocks[0]
     return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int64, device=flat.device)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from ..adapters.base import Shape, Slice, Term, apply_terms, mismatch, product_of
+from ..adapters.base import Adapter, Shape, Slice, Term, apply_terms, mismatch, product_of
 from ..errors import LoraMismatchError, Message
 from ..inference_mode import outside_inference
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
@@ -56,8 +56,8 @@ def merge(
     """
     data, terms = original.detach(), tuple(terms)
     size = min(slice_bytes, data.numel() * _compute_dtype(data).itemsize)
-    if keep_shape(terms, tuple(data.shape)) and _slices(terms, 0, data, size) is not None:
-        return _merge_slices(data, terms, device, out_dtype, size)
+    if keep_shape(terms, tuple(data.shape)) and (first := _slices(terms, 0, data, size)) is not None:
+        return _merge_slices(data, terms, device, out_dtype, size, first)
     return _merge_whole(data, terms, device, out_dtype)
 
 
@@ -86,14 +86,19 @@ def term_rows(term: Term, start: int, length: int, shape: Shape) -> Term | Liter
 
 
 def _merge_slices(
-    data: torch.Tensor, terms: tuple[Term, ...], device: torch.device, out_dtype: torch.dtype, slice_bytes: int
+    data: torch.Tensor,
+    terms: tuple[Term, ...],
+    device: torch.device,
+    out_dtype: torch.dtype,
+    slice_bytes: int,
+    first: list[tuple[int, int, list[Term]]],
 ) -> torch.Tensor:
     result = _room(tuple(data.shape), out_dtype, data.device)
-    done = 0
+    done, cut = 0, first
     for place, size in _attempts(device, slice_bytes):
         try:
             # None: slices of this size would cut through a block of a term. Another size will not.
-            for start, length, row_terms in _slices(terms, done, data, size) or ():
+            for start, length, row_terms in cut or _slices(terms, done, data, size) or ():
                 _merge_rows(data.narrow(0, start, length), row_terms, result.narrow(0, start, length), place)
                 done = start + length
         except Exception as error:
@@ -101,6 +106,7 @@ def _merge_slices(
                 raise
         if done == data.shape[0]:
             return result
+        cut = []
         give_back_cached_memory()
     raise MemoryError(Message("memory.merge_slices", {"shape": list(data.shape)}))
 
@@ -161,6 +167,9 @@ def _slices(
         pieces = []
         for start in range(done, shape[0], rows):
             length = min(rows, shape[0] - start)
+            if length == shape[0] and all(map(_may_be_cut, terms)):
+                # The whole: most weights of small models. The terms are what they would be on its rows.
+                return [(0, length, list(terms))]
             on_rows = [term_rows(term, start, length, shape) for term in terms]
             if any(term is None for term in on_rows):
                 break
@@ -168,6 +177,11 @@ def _slices(
         else:
             return pieces
     return None
+
+
+def _may_be_cut(term: Term) -> bool:
+    """Returns True for a kind of which rows can be told apart, in some slices at least."""
+    return term.function is None and type(term.adapter).rows is not Adapter.rows
 
 
 def _row_counts(total: int, most: int) -> Iterator[int]:
@@ -189,10 +203,15 @@ def keep_shape(terms: Sequence[Term], shape: Shape) -> bool:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Returns True if `tensor` has neither NaN nor infinity. Both survive a sum, which needs no mask of its size."""
+    return math.isfinite(float(total_of(tensor)))
+
+
+def total_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of `tensor`, `()`, on its device: it is finite if all values are. The device is not waited for."""
     # torch has no sum of fp8; every fp8 number is one of fp16.
     summed = tensor.to(torch.float16) if tensor.dtype in FP8_DTYPES else tensor
     # In fp64 no sum of finite fp32 numbers overflows.
-    return math.isfinite(float(summed.sum(dtype=widest_float(tensor.device))))
+    return summed.sum(dtype=widest_float(tensor.device))
 
 
 def _compute_dtype(data: torch.Tensor) -> torch.dtype:

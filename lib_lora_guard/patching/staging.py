@@ -8,15 +8,14 @@ while the card reads the other. Where RAM is scarce they are ordinary memory, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import ctypes
+from collections.abc import Iterator, Sequence
 
 import psutil
 import torch
 
 from ..inference_mode import outside_inference
 from ..units import GB, MB
-from .attachments import Attachment, BypassAttachment
-from .forward_steps import LowRankStep
 from .low_rank import JoinedLowRank
 
 PIECE_BYTES = 16 * MB
@@ -32,17 +31,12 @@ SLACK_BYTES = 1 << 16
 """Of a buffer beyond `PIECE_BYTES`, for such gaps."""
 
 
-def waiting(attachments: Iterable[Attachment]) -> list[JoinedLowRank]:
-    """Returns the low-rank terms of a stack whose copies on a device, or the strengths beside these, are still to be made."""
-    return [joined for joined in _low_rank(attachments) if not joined.is_ready]
-
-
 @outside_inference
 def bring(terms: Sequence[JoinedLowRank], device: torch.device, dtype: torch.dtype) -> int:
     """Makes the device copies of low-rank terms, and what their strengths are there.
 
     Args:
-        terms: From `waiting`.
+        terms: From `waiting_factors.waiting`.
         device: Where the model runs. Nothing is done on the CPU, where no copies are kept.
         dtype: Of the model's activations.
 
@@ -70,13 +64,23 @@ def bring(terms: Sequence[JoinedLowRank], device: torch.device, dtype: torch.dty
 class Ring:
     """Buffers in RAM through which tensors go to a device."""
 
-    def __init__(self, device: torch.device, pinned: bool | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        pinned: bool | None = None,
+        piece_bytes: int | None = None,
+        by_one_thread: bool = False,
+    ) -> None:
         """
         Args:
             device: Gets the tensors.
             pinned: Use pinned buffers; None: on CUDA, where there is RAM for it.
+            piece_bytes: Of one buffer; None: PIECE_BYTES.
+            by_one_thread: Fill the buffers by the caller's thread alone, where others need the cores. torch copies with all
+                cores, and the caller then waits until the last of its threads has had a turn.
         """
-        self._device = device
+        self._device, self._by_one_thread = device, by_one_thread
+        self._buffer_bytes = (PIECE_BYTES if piece_bytes is None else piece_bytes) + SLACK_BYTES
         self._pinned = device.type == "cuda" and has_ram_for_pinned() if pinned is None else pinned
         self._buffers: list[torch.Tensor] = []
         self._read: list[torch.cuda.Event | None] = []
@@ -86,20 +90,20 @@ class Ring:
         """Returns `tensors`, which lie in RAM, on the device. They are views of one piece of memory there; tensors that lie
         elsewhere are returned as they are."""
         runs = _runs([tensor for tensor in tensors if tensor.device.type == "cpu"])
-        size = sum(_aligned(run.size) for run in runs)
+        size = sum(aligned(run.size) for run in runs)
         # One term of a size that no usual LoRA has goes through ordinary memory.
-        is_large = size > PIECE_BYTES + SLACK_BYTES
+        is_large = size > self._buffer_bytes
         buffer = _in_ram(size) if is_large else self._buffer()
         place, places = 0, dict[int, int]()
         for run in runs:
             if not run.size:
                 pass
             elif run.is_contiguous:
-                buffer[place : place + run.size].copy_(run.raw())
+                self._fill(buffer, place, run)
             else:
                 _view(buffer, place, run.tensors[0]).copy_(run.tensors[0])
             places.update((id(tensor), place + run.offset_of(tensor)) for tensor in run.tensors)
-            place += _aligned(run.size)
+            place += aligned(run.size)
         piece = torch.empty(size, dtype=torch.uint8, device=self._device)
         is_pinned = self._pinned and not is_large
         piece.copy_(buffer[:size], non_blocking=is_pinned)
@@ -110,6 +114,13 @@ class Ring:
         of_dtypes: dict[torch.dtype, torch.Tensor] = {}
         return [_there(piece, of_dtypes, places[id(one)], one) if id(one) in places else one for one in tensors]
 
+    def _fill(self, buffer: torch.Tensor, place: int, run: _Run) -> None:
+        if self._by_one_thread:
+            # Lets other threads of Python run meanwhile.
+            ctypes.memmove(buffer.data_ptr() + place, run.start, run.size)
+        else:
+            buffer[place : place + run.size].copy_(run.raw())
+
     def settle(self) -> None:
         """Waits until the device has read the buffers."""
         for event in self._read:
@@ -119,7 +130,7 @@ class Ring:
     def _buffer(self) -> torch.Tensor:
         """Returns a buffer that the device does not read any more."""
         while len(self._buffers) <= self._next:
-            self._buffers.append(_in_ram(PIECE_BYTES + SLACK_BYTES, self._pinned))
+            self._buffers.append(_in_ram(self._buffer_bytes, self._pinned))
             self._read.append(None)
         event = self._read[self._next]
         if event is not None:
@@ -168,7 +179,8 @@ def _in_ram(size_bytes: int, pinned: bool = False) -> torch.Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
-def _aligned(size_bytes: int) -> int:
+def aligned(size_bytes: int) -> int:
+    """Returns the bytes that a tensor takes in a piece."""
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -177,18 +189,12 @@ def has_ram_for_pinned() -> bool:
     return bool(psutil.virtual_memory().total >= LEAST_RAM_FOR_PINNED_BYTES * (1 - RESERVED_SHARE))
 
 
-def _low_rank(attachments: Iterable[Attachment]) -> Iterator[JoinedLowRank]:
-    for attachment in attachments:
-        if isinstance(attachment, BypassAttachment):
-            yield from (step.joined for step in attachment.hook.program.steps if isinstance(step, LowRankStep))
-
-
 def _pieces(terms: Sequence[JoinedLowRank]) -> Iterator[list[JoinedLowRank]]:
     """Yields the terms in groups that fill a piece each. Terms that are larger go alone."""
     group: list[JoinedLowRank] = []
     size = 0
     for joined in terms:
-        own = sum(_aligned(tensor.nbytes) for tensor in joined.factor_tensors())
+        own = sum(aligned(tensor.nbytes) for tensor in joined.factor_tensors())
         if group and size + own > PIECE_BYTES:
             yield group
             group, size = [], 0

@@ -17,6 +17,7 @@ from lib_lora_guard.patching.low_rank import (
     balanced,
 )
 from lib_lora_guard.patching.staging import Ring, bring
+from lib_lora_guard.patching.waiting_factors import waiting
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -147,7 +148,7 @@ def test_what_fits_into_a_piece_goes_at_once(monkeypatch):
     assert bring(stacks, META, torch.bfloat16) == 10 * 4 * 256
     assert sent == [16, 16, 8]
     assert all(stack.is_resident for stack in stacks)
-    assert staging.waiting([]) == []
+    assert waiting([]) == []
 
 
 def test_the_first_call_after_other_strengths_makes_nothing_and_nothing_is_brought_again():

@@ -1,0 +1,187 @@
+"""What the merges of one change do together instead of one by one: each question to the card makes it wait, and its link.
+
+- A weight that is restored from its file is merged again before the checksums of what was read are known. The merged value
+  that it had is held meanwhile. Where a checksum is wrong it is put back, and that weight is done again as it would have been
+  alone: read three times at most, and left as it was.
+- Whether merged values are finite is asked for all of them. Where one is not, the change ends as if it had been asked at once.
+
+The change counts as done when the last answer is known. Whatever ends it before is undone: held values need neither the file
+nor memory for it. Until then another thread may see a weight that is still to be refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from ..inference_mode import outside_inference
+from ..units import MB
+from .file_backup import FileBackup
+from .merge_factors import FactorsAhead, Terms
+from .transaction import Replaceable
+
+SWITCH = "LORA_GUARD_MERGE_TOGETHER"
+"""0 in the environment: each merge brings its own factors, and waits for its own answers."""
+MOST_HELD_BYTES = 64 * MB
+"""Of VRAM: merged values that are held until the checksums of their originals are known."""
+LARGEST_HELD_BYTES = 32 * MB
+"""Of one. The link needs longer for a larger one than the question does."""
+
+
+class Merge(Replaceable, Protocol):
+    """A merge, as `attachments.MergeAttachment` is one. `compute_device` is where it is computed."""
+
+    together: MergingTogether[Any] | None
+    compute_device: torch.device
+
+    @property
+    def terms(self) -> Terms:
+        """The stack."""
+
+    def is_beside(self, other: Any) -> bool:
+        """Returns True if `other` is on the same parameter."""
+
+    def let_go(self) -> None:
+        """Frees what is held."""
+
+    def refuse_if_it_overflows(self) -> None:
+        """Raises UnusableTermsError for a merged value that is not finite, where its original is."""
+
+
+M = TypeVar("M", bound=Merge)
+
+
+class MergingTogether(Generic[M]):
+    """The merges of one change, made by one thread.
+
+    Args:
+        leaving: Those that are taken off.
+        coming: Those that are put on, in order.
+    """
+
+    def __init__(self, leaving: Iterable[M], coming: Sequence[M]) -> None:
+        self.is_open = False
+        """False: each one asks for itself."""
+        self._factors: FactorsAhead | None = None
+        if coming and os.environ.get(SWITCH) != "0":
+            self._factors = FactorsAhead([one.terms for one in coming], coming[0].compute_device)
+        self._restored: list[tuple[M, FileBackup, torch.Tensor]] = []
+        """With the checksums of what was read for them, where it was read to."""
+        self._merged: list[tuple[M, torch.Tensor | None]] = []
+        """With the sum of the merged values, where it is still to be looked at."""
+        self._held_bytes = 0
+        for one in (*leaving, *coming):
+            one.together = self
+
+    def open(self) -> None:
+        """Makes the merges ask together. To be called when whoever undoes the change can find this object to close it."""
+        self.is_open = os.environ.get(SWITCH) != "0"
+
+    def terms_of(self, merge: M) -> Terms:
+        """Returns the stack of a merge, with its factors on the card if they go there ahead."""
+        return merge.terms if self._factors is None else self._factors.of(merge.terms)
+
+    def may_hold(self, size_bytes: int) -> bool:
+        """Returns True if a merged value may be held. Those that are held already make room for it first."""
+        if size_bytes > LARGEST_HELD_BYTES:
+            # It waits for its own answer, and is what needs the most room.
+            self.settle()
+            return False
+        if self._held_bytes + size_bytes > MOST_HELD_BYTES:
+            self.settle()
+        return True
+
+    def restored(self, merge: M, backup: FileBackup, sums: torch.Tensor) -> None:
+        """Notes that a merge holds its merged value, and is about to put in place what was read.
+
+        Args:
+            merge: The merge.
+            backup: Its backup.
+            sums: The checksums of what was read.
+        """
+        self._restored.append((merge, backup, sums))
+        self._held_bytes += backup.bytes
+
+    def merged(self, merge: M, total: torch.Tensor | None) -> None:
+        """Notes that a merge has put its merged value in place.
+
+        Args:
+            merge: The merge.
+            total: The sum of the values, on their device; None if they are known to be usable.
+        """
+        self._merged.append((merge, total))
+
+    @outside_inference
+    def settle(self) -> bool:
+        """Waits for the answers to all questions, and frees what was held for them.
+
+        Returns:
+            False if there was nothing to ask.
+
+        Raises:
+            RestoreError: A file no longer has the bits of a weight, which has the merged value that it had.
+            UnusableTermsError: A merged value is not finite, and its original was.
+        """
+        restored, merged = self._restored, self._merged
+        if not restored and not merged:
+            return False
+        wrong = _wrong(restored)
+        if wrong:
+            # Alone, each waits for its own answers.
+            self.is_open = False
+            for old in wrong:
+                _do_again(old, next((new for new, _ in merged if new.is_beside(old)), None))
+            self.is_open = True
+        infinite = [new for new in _infinite(merged) if not any(new.is_beside(old) for old in wrong)]
+        for new in infinite:
+            new.refuse_if_it_overflows()
+        for old, _, _ in restored:
+            old.let_go()
+        self._restored, self._merged, self._held_bytes = [], [], 0
+        return True
+
+    def finish(self) -> None:
+        """Settles, and lets go of everything. Raises what `settle` does."""
+        self.settle()
+        self.close()
+
+    def close(self) -> None:
+        """Makes each merge of the change ask for itself from now on, as an undo needs it. Idempotent."""
+        self.is_open = False
+        self._factors = None
+        self._restored, self._merged, self._held_bytes = [], [], 0
+
+
+def _wrong(restored: Sequence[tuple[M, FileBackup, torch.Tensor]]) -> list[M]:
+    if not restored:
+        return []
+    # A model may lie on two cards.
+    device = restored[0][2].device
+    found = torch.cat([sums.to(device) for _, _, sums in restored]).cpu()
+    own = torch.cat([backup.sums for _, backup, _ in restored])
+    if torch.equal(found, own):
+        return []
+    parts = torch.split(found, [sums.numel() for _, _, sums in restored])
+    return [old for (old, backup, _), part in zip(restored, parts, strict=True) if not torch.equal(part, backup.sums)]
+
+
+def _infinite(merged: Sequence[tuple[M, torch.Tensor | None]]) -> list[M]:
+    asked = [(new, total) for new, total in merged if total is not None]
+    if not asked:
+        return []
+    device = asked[0][1].device
+    is_finite = torch.isfinite(torch.stack([total.to(device) for _, total in asked])).tolist()
+    return [new for (new, _), finite in zip(asked, is_finite, strict=True) if not finite]
+
+
+def _do_again(old: M, new: M | None) -> None:
+    """Puts the merged value back that `old` holds, and does what was done, alone."""
+    if new is None:
+        old.attach()
+        old.detach()
+    else:
+        old.replace(new)
+        new.replace(old)
