@@ -25,7 +25,6 @@ from .low_rank import Block, Entry, JoinedLowRank, Output, Scale, balanced, join
 _T = TypeVar("_T")
 Parts = tuple[tuple[Block, Scale], ...]
 """Blocks of factors, each with what its product is multiplied with."""
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Step(ABC):
@@ -442,7 +441,7 @@ class ScaleStep(Step):
                 bias = bias.narrow(0, self.part.start, self.part.length)
             bias = bias.view(-1, *spatial)
         has_gradient = torch.is_grad_enabled()  # `out=` has none
-        if target.dtype in HALF_DTYPES and not has_gradient:
+        if self._fits(target.dtype) and not has_gradient:
             self._in_one_dtype(target, bias, spatial)
             return
         factor = self._on(target.device).view(-1, *spatial)
@@ -455,6 +454,15 @@ class ScaleStep(Step):
         else:
             # One pass over the output instead of two, rounded once.
             torch.addcmul(shift, target, factor, out=target)
+
+    def _fits(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 or (dtype == torch.float16 and self._is_within_fp16)
+
+    @functools.cached_property
+    def _is_within_fp16(self) -> bool:
+        """False for a row of next to nothing that is scaled up beyond what fp16 can hold."""
+        less = 1 - torch.as_tensor(self.factor, dtype=torch.float32)
+        return bool(less.abs().max() <= torch.finfo(torch.float16).max)
 
     def _in_one_dtype(self, target: torch.Tensor, bias: torch.Tensor | None, spatial: Sequence[int]) -> None:
         """Takes `(1 - factor) * (y - b)` away, rounded once. All is of one dtype: mixed ones take a card several times as long.

@@ -125,3 +125,16 @@ def test_rows_that_are_scaled_are_as_near_as_one_rounding_allows(dtype, has_bias
     allowed = STEP_OF[dtype] * 1.01 * (wanted.abs() + change.abs()) + 4 * 2**-24 * (y.abs() + off.abs())
     assert ((call.output.double() - wanted).abs() <= allowed).all()
     assert change.abs().max() > 20 * allowed.min()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_row_of_next_to_nothing_may_be_scaled_beyond_fp16(dtype, has_bias):
+    factor = torch.tensor([[1e5], [1.5]])
+    bias = torch.tensor([1e-6, 2.0]).to(dtype) if has_bias else None
+    y = torch.tensor([[1e-3, 4.0]]).to(dtype)
+    call = LayerCall("a", torch.nn.Identity(), y, y.clone(), (2, 8), set())
+    ScaleStep(factor, None, lambda layer: bias).run(call)
+    off = torch.zeros(2, dtype=torch.float64) if bias is None else bias.double()
+    wanted = factor.double().flatten() * (y.double() - off) + off
+    assert call.output.double() == pytest.approx(wanted, rel=2 * STEP_OF[dtype])
