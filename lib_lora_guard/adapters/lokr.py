@@ -106,7 +106,8 @@ class LokrAdapter(RankedAdapter):
         def get(tensor: torch.Tensor | None) -> torch.Tensor:
             if tensor is None:
                 raise ValueError("a factor is missing")
-            return tensor.to(device=device, dtype=dtype)
+            # Without a dtype: what a header says of a tensor lies on the meta device already, and loads no torch for that.
+            return tensor.to(device) if dtype is None else tensor.to(device=device, dtype=dtype)
 
         left = get(self.w1) if self.w1 is not None else _product(get(self.w1a), get(self.w1b))
         if self.w2 is not None:

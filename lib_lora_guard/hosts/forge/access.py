@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Concatenate
 
@@ -19,27 +18,10 @@ from ..webui.access import WebuiAccess
 from ..webui.raw_weights import is_hosts_own, is_low_bit, streams_of
 from .api import ForgeApi
 from .facts import loader_of_model
+from .guard_patches import GuardPatches
 from .lora_loader_state import state_of
 from .raw_weights import ForgeWeight
 from .types import PatchEntry
-
-
-class GuardPatches(list[PatchEntry]):
-    """The guard's entry in `layer.forge_online_loras`.
-
-    Forge's forward passes hand it to `merge_lora_to_weight`, where the guard's hook knows it. As a list it is empty, so that
-    Forge's own function adds nothing.
-    """
-
-    def __init__(self, terms: WeightTerms, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.terms = terms
-        self._layer = weakref.ref(layer)
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the patched weight; `weight` is the temporary weight of one forward pass."""
-        layer = self._layer()
-        return self.terms.apply(weight, None if layer is None else getattr(layer, "weight", None))
 
 
 def merge_lora_to_weight(

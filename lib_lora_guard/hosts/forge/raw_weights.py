@@ -12,6 +12,7 @@ import torch
 
 from ...patching.fused import Held, RawWeight, Terms
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
+from .guard_patches import GuardPatches
 
 
 class ForgeWeight(RawWeight):
@@ -44,4 +45,5 @@ def _has_on_the_fly(layer: torch.nn.Module, terms: Terms | None) -> bool:
     if terms is None:
         return "forge_online_loras" not in attributes
     patches = attributes.get("forge_online_loras") or {}
-    return list(patches) == ["weight"] and getattr(patches["weight"], "terms", None) is terms
+    ours = patches.get("weight")
+    return len(patches) == 1 and isinstance(ours, GuardPatches) and ours.terms is terms

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.compiler import is_compiling
 
 from ...patching.access import ModuleAccess, Site, find_owner, is_linear, is_plain_convolution
 from ...patching.backup import moved
 from ...patching.fused import RawWeight
 from ...patching.marked_class import Forward, class_of, mark, unmark
 from ...patching.on_the_fly import WeightTerms
-from ...patching.operators import WEIGHT_PATCH, number_of, patched_weight
+from ...patching.operators import WEIGHT_PATCH
 from ...weights.kitchen import is_quantized, rows_of
 from ...weights.storage import storage_of
 from ..webui.access import WebuiAccess
@@ -21,26 +19,10 @@ from ..webui.raw_weights import is_hosts_own, is_low_bit, streams_of
 from .api import FAMILIES, NeoApi
 from .raw_weights import NeoQuantized, NeoWeight
 from .types import WeightLayer
+from .weight_function import WeightFunction
 
 OWN_CLASS = "lora_guard_own_class"
 """The attribute of a layer that holds its class while it has another one."""
-
-
-class WeightFunction:
-    """The guard's entry in `layer.weight_function`. Neo calls it with the weight of a forward pass."""
-
-    def __init__(self, terms: WeightTerms, layer: torch.nn.Module) -> None:
-        self.terms = terms
-        self._layer = weakref.ref(layer)
-        self._number = number_of(layer)
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the patched weight. Without manual cast `weight` is the parameter itself, which stays as it is."""
-        if is_compiling() and self._number is not None:
-            return patched_weight(weight, self._number)
-        parameter = getattr(self._layer(), "weight", None)
-        # What a quantised weight is decoded to is never its own memory.
-        return self.terms.apply(weight, None if parameter is None or is_quantized(parameter) else parameter)
 
 
 class NeoAccess(WebuiAccess):

@@ -14,6 +14,7 @@ from ...kernels.stored import Stored
 from ...patching.fused import Held, RawWeight, Terms
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 from .types import WeightLayer
+from .weight_function import WeightFunction
 
 
 class NeoWeight(RawWeight):
@@ -54,7 +55,8 @@ def _has_on_the_fly(layer: WeightLayer, terms: Terms | None) -> bool:
     functions = layer.weight_function
     if terms is None:
         return not functions
-    return len(functions) == 1 and getattr(functions[0], "terms", None) is terms
+    ours = functions[0] if len(functions) == 1 else None
+    return isinstance(ours, WeightFunction) and ours.terms is terms
 
 
 def _makes_a_weight(layer: torch.nn.Module) -> bool:
