@@ -11,7 +11,6 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -21,6 +20,7 @@ import torch  # noqa: E402
 from compile_kernels import compiled  # noqa: E402
 
 from lib_lora_guard.adapters import LokrAdapter, Term  # noqa: E402
+from lib_lora_guard.hosts.forge.guard_patches import GuardPatches  # noqa: E402
 from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight  # noqa: E402
 from lib_lora_guard.kernels import triton_kernels  # noqa: E402
 from lib_lora_guard.kernels.choice import KERNELS  # noqa: E402
@@ -176,7 +176,7 @@ def through_a_layer():
         terms = WeightTerms("weight", [Term(LokrAdapter(sides.left, sides.right), strength)])
         host = torch.nn.functional.linear(x, layer.weight.to(FP16), layer.bias)
         patched = torch.nn.functional.linear(x, terms.apply(layer.weight.to(FP16), layer.weight), layer.bias)
-        layer.forge_online_loras = {"weight": SimpleNamespace(terms=terms)}
+        layer.forge_online_loras = {"weight": GuardPatches(terms, layer)}
         forms = forms_of(terms.terms, (40, 96))
         fused = Fused(ForgeWeight(lambda: False), lokr_pass(terms.terms, forms, (40, 96), plain_bias))
         with torch.no_grad():
