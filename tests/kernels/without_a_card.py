@@ -164,13 +164,18 @@ def with_sides(kind, a, b, c, d, alpha):
 
 
 def through_a_layer():
-    """A layer of fp8 gives with a LoKr in the kernel what the host's call gives with the terms in it, bit for bit, at any strength."""
+    """A layer of fp8 gives with a LoKr in the kernel what the host's call gives with the terms in it, at any strength.
+
+    The two multiply three numbers in another order before they round: a few weights are one step of fp16 apart, of which those below
+    8 have at most 2**-8, and then an output is rounded to the next number.
+    """
     KERNELS.prepare(["lokr fp8 e4m3"], CPU, FP16, [16, 1])
     assert KERNELS.wait(60)
     generator = torch.Generator().manual_seed(5)
     for width, strength in ((32, 0.8), (32, 0.0), (4, -0.4)):
         layer = torch.nn.Linear(96, 40, dtype=FP16)
-        layer.weight = torch.nn.Parameter(torch.randn(40, 96).to(torch.float8_e4m3fn), requires_grad=False)
+        stored = torch.randn(40, 96, generator=generator).to(torch.float8_e4m3fn)
+        layer.weight = torch.nn.Parameter(stored, requires_grad=False)
         x = torch.randn(3, 96, generator=generator).to(FP16)
         sides = sample_sides(40, 96, 5, width, FP16, generator, CPU)
         terms = WeightTerms("weight", [Term(LokrAdapter(sides.left, sides.right), strength)])
@@ -182,8 +187,11 @@ def through_a_layer():
         with torch.no_grad():
             found = fused.run(layer, x, terms)
         change = (patched - host).abs().max().item()
-        if found is None or not torch.equal(found, patched) or (change > 0.1) != (strength != 0.0):
-            raise ProbeError(f"strength {strength}, {width} columns: the layer gives {found}")
+        if found is None or (change > 0.1) != (strength != 0.0):
+            raise ProbeError(f"strength {strength}, {width} columns: {found}, changed by {change}")
+        apart = (found.float() - patched.float()).abs()
+        if not (apart <= 2.0**-10 * patched.float().abs() + 2.0**-8 * (strength != 0.0)).all():
+            raise ProbeError(f"strength {strength}, {width} columns: up to {apart.max().item()} apart")
         with torch.no_grad():
             if fused.run(layer, x) is not None or fused.run(layer, x, WeightTerms("weight", terms.terms)) is not None:
                 raise ProbeError("the short way goes where other terms are on the layer")
