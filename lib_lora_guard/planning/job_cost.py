@@ -8,7 +8,8 @@ the same calls (ControlNets) count as parts of the model: each byte of theirs co
 checkpoint follows (a refiner, a detailer's own), all that is on the card leaves after the calls, and nothing of it returns:
 what comes then serves these calls alone. The other one's own bytes are the same in every way. Leaving is slow
 where RAM has to be allocated for it (measured: 1.6 GB/s, against 7 GB/s to the card), and free where a copy is still there.
-So with few calls it can be right to leave a text encoder where it is, and with many it never is.
+What comes from pinned RAM keeps its copy: for a decode it leaves for nothing, so that even a few calls are worth its coming.
+Without copies it can be right with few calls to leave a text encoder where it is, and with many it never is.
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ class State:
     """The part of those that cannot be swapped: it comes, room or not."""
     stays_bytes: int = 0
     """Of the model, beside `outside_bytes`: what lies in RAM and is swapped in every way. Its copies need their room."""
+    pinned_bytes: int = 0
+    """Of `outside_bytes`: what lies in pinned RAM, and keeps that copy if it comes."""
 
     @property
     def need_in_part_bytes(self) -> int:
@@ -119,7 +122,7 @@ class Choice:
 
 def runs_from_ram(passes: int, links: Links) -> bool:
     """True if a model of few passes had better stay in RAM than come to the card and leave it again."""
-    return passes / links.swapping < 1 / links.to_card + 1 / links.to_ram
+    return passes / links.swapping < _there_and_back(links)
 
 
 def choose(state: State, job: Job, links: Links) -> Choice:
@@ -181,24 +184,29 @@ def _comes(state: State, left: int, grows: bool) -> int:
 
 
 def _seconds(state: State, job: Job, links: Links, leaving: Sequence[int], comes: int) -> float:
-    left, away = sum(leaving), max(0, -comes)
+    left, away, come = sum(leaving), max(0, -comes), max(0, comes)
     copied = sum(min(part, one.copied_bytes) for part, one in zip(leaving, state.neighbours, strict=True))
     out = left - copied + max(0, away - state.copied_bytes)
-    now = out / links.to_ram + max(0, comes) / links.to_card
+    now = out / links.to_ram + come / links.to_card
     calls = job.calls * (state.outside_bytes - comes) / links.swapping
-    if job.is_last:
-        # What has a copy leaves for nothing, now or then.
-        copies = state.copied_bytes + sum(one.copied_bytes for one in state.neighbours) - copied
-        there = state.on_card_bytes + comes + sum(one.on_card_bytes for one in state.neighbours) - left
-        return now + calls + max(0, there - copies) / links.to_ram
-    there_and_back = 1 / links.to_ram + 1 / links.to_card
-    back_again = 1 / links.to_card if links.keeps_copies else there_and_back
-    short = max(0, job.decode_bytes - (state.free_bytes + left - comes))
+    # What has a copy leaves for nothing, now or after the calls.
+    copies = max(0, state.copied_bytes - away) + min(come, state.pinned_bytes)
+    copies_of_others = sum(one.copied_bytes for one in state.neighbours) - copied
     others = sum(one.on_card_bytes for one in state.neighbours) - left
+    if job.is_last:
+        there = state.on_card_bytes + comes + others
+        return now + calls + max(0, there - copies - copies_of_others) / links.to_ram
+    back_again = _there_and_back(links)
+    short = max(0, job.decode_bytes - (state.free_bytes + left - comes))
     from_others = min(short, others)
     from_model = min(short - from_others, state.on_card_bytes + comes)
-    now += (from_others + max(0, from_model - state.copied_bytes)) / links.to_ram
+    now += (max(0, from_others - copies_of_others) + max(0, from_model - copies)) / links.to_ram
     # For later images what left for the decode comes back, or stays away if that is faster.
     later = max(0, job.images - 1) * from_model * min(back_again, job.calls / links.swapping)
-    prompts = job.images * job.new_prompts * (left + from_others) * min(there_and_back, PASSES / links.swapping)
+    prompts = job.images * job.new_prompts * (left + from_others) * min(back_again, PASSES / links.swapping)
     return now + job.images * calls + later + prompts
+
+
+def _there_and_back(links: Links) -> float:
+    """Returns the seconds of a byte that came and leaves, and comes again."""
+    return 1 / links.to_card + (0 if links.keeps_copies else 1 / links.to_ram)

@@ -94,6 +94,10 @@ class PlacedModel(Protocol):
         """Returns the bytes on the device that have their copy in RAM, so that they leave for nothing."""
         ...
 
+    def pinned_bytes(self) -> int:
+        """Returns the part of `away_bytes` that lies in pinned RAM, and keeps its copy there when it comes back."""
+        ...
+
     def shrink(self, wanted_bytes: int) -> int:
         """Moves layers into RAM until `wanted_bytes` have left the device, or none is left that may go.
 

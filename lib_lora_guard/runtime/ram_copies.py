@@ -220,6 +220,19 @@ class RamCopies:
         """Returns the bytes of layers on the card that have their copy in RAM."""
         return sum(one.data.nbytes for layer in layers for one in self._kept.get(layer, {}).values())
 
+    def pinned_bytes(self, layers: Iterable[torch.nn.Module]) -> int:
+        """Returns the bytes of layers in pinned RAM, which keep that as their copy when they go to the card."""
+        if not self.works:
+            return 0
+        pinned = ((self._pinned.get(layer), layer) for layer in layers)
+        return sum(
+            parameter.data.nbytes
+            for memory, layer in pinned
+            if memory is not None
+            for parameter in layer.parameters(recurse=False)
+            if memory.holds(parameter.data)
+        )
+
     def leave(self, layer: torch.nn.Module) -> bool:
         """Puts a layer's copies in RAM in the place of its weights on the card, which are freed.
 

@@ -152,6 +152,7 @@ class Room:
             self._by_host_bytes(models, device),
             outside - coming.swappable_bytes,
             sum(map(self._stays_bytes, models)),
+            0 if placed is None or not placed.is_for(models[0]) else placed.pinned_bytes(),
         )
         choice = self._costs.choose(names_of(models), device, state)
         if choice is not None:

@@ -125,9 +125,13 @@ def test_a_driver_that_refuses_is_asked_no_more(ram, caplog):
 def test_a_layer_that_was_pinned_leaves_the_card_without_a_copy(ram):
     layer, driver = linear(), Driver()
     pinned = RamCopies(lambda: True, driver)
+    assert pinned.pinned_bytes([layer]) == 0
     pinned.pin([layer])
+    # The bias is too small to be pinned, and keeps its copy all the same.
+    assert pinned.pinned_bytes([layer]) == layer.weight.nbytes
     in_ram, bits = layer.weight.data_ptr(), layer.weight.clone()
     to_card(pinned, layer)
+    assert pinned.pinned_bytes([layer]) == 0
     assert layer.weight.data_ptr() != in_ram
     assert pinned.kept_bytes([layer]) == layer.weight.nbytes + layer.bias.nbytes
     assert pinned.leave(layer)

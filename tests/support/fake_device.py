@@ -51,6 +51,9 @@ class Placed:
     def copied_bytes(self):
         return 0
 
+    def pinned_bytes(self):
+        return 0
+
     def shrink(self, wanted_bytes):
         if self.error is not None:
             raise self.error

@@ -49,6 +49,8 @@ class Day:
     control: int = 0
     factors: int = 0
     is_last: bool = False
+    ram: dict = field(default_factory=lambda: {"denoiser": [0, 0], "text": [0, 0], "control": [0, 0]})
+    """Of each model where copies are kept: bytes in RAM that stay there as a copy when they come, and such copies of what is on the card."""
     on: dict = field(default_factory=lambda: {"denoiser": 0, "text": 0, "control": 0})
     placed: set = field(default_factory=set)
     """Models that the host has placed, if only in part: it brings no more of them until they have left whole."""
@@ -70,7 +72,25 @@ class Day:
         assert self.on[name] >= 0
         if size < 0 and not self.on[name]:
             self.placed.discard(name)
-        self.seconds += size / self.links.to_card if size > 0 else -size / self.links.to_ram
+        if size > 0:
+            self.seconds += size / self.links.to_card
+            self.stay(name, min(size, self.ram[name][0]))
+        else:
+            without = min(0, size + self.ram[name][1])
+            self.stay(name, size - without)
+            self.seconds += -without / self.links.to_ram
+        self.pin()
+
+    def stay(self, name, size):
+        """Bytes come, and their place in RAM is a copy now; negative: they leave for their copy."""
+        self.ram[name][0] -= size
+        self.ram[name][1] += size
+
+    def pin(self):
+        """What is swapped of the denoiser is pinned; a text encoder keeps any copy, for it leaves again and again."""
+        if self.links.keeps_copies:
+            self.ram["text"][0] = self.text - self.on["text"]
+            self.ram["denoiser"][0] = self.denoiser - self.on["denoiser"] if self.on["denoiser"] else 0
 
     def leave(self, short, order):
         """Lets models leave until `short` bytes have left: whole ones by the host's policy, else no more than is missing."""
@@ -113,6 +133,7 @@ class Day:
         for name, size in self.on.items():
             self.move(name, -size)
         self.placed.clear()
+        self.ram = {name: [0, 0] for name in self.ram}
         self.denoiser, self.control, self.steps, self.is_last = denoiser, control, steps, True
 
     def _place_control(self, grows=False):
@@ -178,7 +199,10 @@ class Day:
         text, on = self.on["text"], self.on["denoiser"]
         control = self.control - self.on["control"]
         outside = self.denoiser - on + control
-        return State(outside, on, 0, self.room(), self.step, SWAPPING, [Neighbour(text, text)], sum(self.unplaced()))
+        (pinned, copied), (_, text_copied) = self.ram["denoiser"], self.ram["text"]
+        others = [Neighbour(text, text, text_copied)]
+        host = sum(self.unplaced())
+        return State(outside, on, copied, self.room(), self.step, SWAPPING, others, host, pinned_bytes=pinned)
 
     def unplaced(self):
         """The bytes of the denoiser and of the one in the same calls that the host is about to place."""
@@ -205,6 +229,9 @@ def seconds(policy, prompts, refiner=0, **facts):
             day.prompt()
             day.sample()
         day.decode()
+    if refiner:
+        # What an image leaves behind counts for the last one as for those before.
+        day.switch(denoiser, control, before)
     return day.seconds
 
 
@@ -216,6 +243,7 @@ def compared(prompts, **facts):
 def main():
     rows = []
     grid = (
+        (False, True),
         STORAGES,
         (3, 7, 12, 25, 50),
         (0.23, 1.0),
@@ -226,13 +254,13 @@ def main():
         OTHERS,
         STACKS,
     )
-    for storage, link, out, free, steps, text, prompts, others, stack in itertools.product(*grid):
+    for keeps, storage, link, out, free, steps, text, prompts, others, stack in itertools.product(*grid):
         control, refiner = (int(size * GB) for size in OTHERS[others])
         facts = {
             "denoiser": int(STORAGES[storage] * GB),
             "text": int(text * GB),
             "free": free * GB,
-            "links": Links(link * 1e9, link * out * 1e9, link * 1e9),
+            "links": Links(link * 1e9, link * out * 1e9, link * 1e9, keeps),
             "steps": steps,
             "control": control,
             "refiner": refiner,
@@ -242,7 +270,7 @@ def main():
         best = min(found.values())
         row = (
             storage,
-            f"{link} GB/s, {out} of it to RAM",
+            f"{link} GB/s, {out} of it to RAM{', copies kept' * keeps}",
             f"{free} GB",
             f"{steps} steps",
             f"T5 {text} GB",

@@ -68,6 +68,10 @@ class ForgePlaced:
         """Returns the bytes on the card that have their copy in RAM."""
         return self._residency.copied_bytes(self.module)
 
+    def pinned_bytes(self) -> int:
+        """Returns the bytes that are swapped from pinned RAM, and that `grow` can bring back."""
+        return self._residency.pinned_bytes(self.module)
+
     def shrink(self, wanted_bytes: int) -> int:
         """Moves layers into RAM; see `Residency.shrink`."""
         return self._residency.shrink(self._loaded, wanted_bytes)

@@ -110,6 +110,10 @@ class Residency:
         """Returns the bytes of a model on the card that have their copy in RAM."""
         return self._copies.kept_bytes(_layers(model))
 
+    def pinned_bytes(self, model: torch.nn.Module) -> int:
+        """Returns the bytes of a model that lie in pinned RAM and that `grow` can bring back: their copies stay there."""
+        return self._copies.pinned_bytes(layer for _, layer in self._away(model))
+
     @contextlib.contextmanager
     def placing(self, models: Sequence[torch.nn.Module]) -> Iterator[None]:
         """Wraps Forge's own moves to the card: copies in RAM are kept, of a text encoder all."""

@@ -31,6 +31,9 @@ class Pinned:
     def kept_bytes(self, layers):
         return sum(size_of(layer) for layer in layers if layer in self.kept)
 
+    def pinned_bytes(self, layers):
+        return sum(size_of(layer) for layer in layers if layer in self.in_ram)
+
     def to_ram(self, layer):
         if layer not in self.kept:
             return False
@@ -63,7 +66,9 @@ def test_what_left_for_a_decode_leaves_the_second_time_without_a_move(scene, pin
     gone = {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
     assert gone
     assert gone <= pinned.in_ram
+    assert scene.guard.memory.placed(denoiser).pinned_bytes() == sum(map(size_of, gone))
     scene.load(denoiser, required=1_500)
+    assert scene.guard.memory.placed(denoiser).pinned_bytes() == 0
     assert {sides_of(layer) == {CARD} for layer in gone} == {True}
     assert scene.guard.memory.placed(denoiser).copied_bytes() == sum(map(size_of, gone))
     moves = scene.machine.moves_to_ram
