@@ -38,9 +38,10 @@ from lib_lora_guard.kernels.recipes import Tile, bucket_of  # noqa: E402
 from lib_lora_guard.kernels.stored import BAKED_BYTES, BLOCKS, Bnb4, Fp8, Gguf, Int8  # noqa: E402
 
 try:
+    import bitsandbytes
     import bitsandbytes.functional as bnb
 except Exception as error:
-    bnb = None
+    bitsandbytes = bnb = None
     print("no bitsandbytes:", type(error).__name__, str(error)[:120])
 
 LAYERS = (
@@ -92,6 +93,21 @@ def stored_and_host(name, out, inner):
     return stored, host_gguf(stored, blocks) or (lambda: twin.dequantised(stored, DTYPE))
 
 
+class HostFourBits:
+    """What a host does with a weight of bitsandbytes' four bits."""
+
+    def __init__(self, data, state):
+        self._data, self._state = data, state
+
+    def __call__(self):
+        """Dequantises it: for more than a few tokens."""
+        return bnb.dequantize_4bit(self._data, self._state)
+
+    def product(self, x, bias):
+        """Returns a layer's output, as the hosts call it: one token is multiplied with the stored numbers."""
+        return bitsandbytes.matmul_4bit(x, self._data.t(), bias=bias, quant_state=self._state)
+
+
 def four_bits(form, nested, out, inner):
     if bnb is not None and not SMOKE:
         weight = (torch.randn(out, inner, device=DEVICE) * 0.02).to(DTYPE)
@@ -102,7 +118,7 @@ def four_bits(form, nested, out, inner):
             None if not nested else Nested(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
         )
         stored = Bnb4(data, state.dtype, state.absmax, (out, inner), form, 64, second)
-        return stored, lambda: bnb.dequantize_4bit(data, state)
+        return stored, HostFourBits(data, state)
     from lib_lora_guard.kernels.probe import sample
 
     kind = f"{form} 64 {'nested256 ' if nested else ''}by {'fp16' if torch.float16 == DTYPE else 'bf16'}"

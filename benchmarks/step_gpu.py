@@ -8,8 +8,9 @@ step does, with its fused kernels where they are taken, `plain` is the same in p
 more are tried, which the guard does not have: `weight` adds the product to the temporary weight in plain torch, `wider` (fp8) makes that weight with
 the ranks as further columns, so that the layer's own product adds them. A step is the sequence of 19 double and 38
 single blocks on random activations: 304 linear layers in bf16, and 57 attentions; its norms and activation functions are left out, which
-are the same in all ways. Weights are random, one for each shape. Milliseconds are medians of `--steps` steps, by CUDA events, launches
-included. "off" is how far outputs are from plain torch's, relative to what the LoRA changes: activations in bf16 make a tenth or two.
+are the same in all ways. Four bits go by bitsandbytes' product without a LoRA, and for one token with one too, as in the hosts. Weights are
+random, one for each shape. Milliseconds are medians of `--steps` steps, by CUDA events, launches included. "off" is how far outputs are
+from plain torch's, relative to what the LoRA changes: activations in bf16 make a tenth or two.
 
 The cases of the first goals come first; what does not fit into `--time-limit` is left out and named. NF4 needs bitsandbytes.
 The file is one that `benchmarks/plots.py` draws. `--smoke` runs all cases on the CPU with tiny sizes, plain torch in the kernels' place.
@@ -37,6 +38,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from lib_lora_guard.adapters import LohaAdapter, LokrAdapter, LoraAdapter, Term
 from lib_lora_guard.kernels.fused import KERNELS
 from lib_lora_guard.kernels.recipes import HADAMARD, KRONECKER, rank_of_sides
+from lib_lora_guard.kernels.stored import Bnb4
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer
 from lib_lora_guard.patching.forward_program import lokr_pass
 from lib_lora_guard.patching.fused import Fused, Held, RawWeight
@@ -88,13 +90,16 @@ FIRST = tuple(Case.of(text) for text in CASES[:7])
 
 
 class Layer(torch.nn.Module):
-    """A linear layer as a host has it: it dequantises its weight in each call."""
+    """A linear layer as a host has it: it dequantises its weight in each call, or has a product of the storage's own."""
 
     def __init__(self, host, bias):
         super().__init__()
         self.host, self.bias, self.weight_terms = host, bias, None
+        self.product = getattr(host, "product", None)
 
     def forward(self, x):
+        if self.weight_terms is None and self.product is not None:
+            return self.product(x, self.bias)
         weight = self.host()
         if self.weight_terms is not None:
             weight = self.weight_terms.apply(weight, None)
@@ -108,7 +113,8 @@ class Known(RawWeight):
         self._stored, self._bias = stored, bias
 
     def of(self, layer, x, terms=None):
-        if layer.weight_terms is not terms:
+        # One token on four bits goes by the host's product, as `hosts.webui.raw_weights` has it.
+        if layer.weight_terms is not terms or (isinstance(self._stored, Bnb4) and x.numel() == x.shape[-1]):
             return None
         return Held(self._stored.data, self._bias)
 
