@@ -19,7 +19,9 @@ The ways are "file" (the checkpoint is the backup), "ram" (a copy in RAM) and "b
   the answers of the card (checksums, finite values), and how many weights were read alone; the rest is this thread's own work, most
   of it starting kernels. With `--profile` also how often torch itself waited for the card ("synchronised"), and where Python's
   time goes. Both cost time: such a run is no measurement;
-- which mappings of the process have grown by anonymous RAM in the first apply ("grown_mb");
+- which mappings of the process have grown by anonymous RAM in the first apply ("grown_mb"), and of the C library's heap how much is in
+  use and how much is freed and kept ("heap_mb"). Before that some products in fp32 are made, as merges make them: what cuBLAS takes for its
+  first one is no merge's ("product_mb");
 - one step of the model with the LoRA, and without (before and after).
 
 Also: the link to the card out of pinned RAM, the file through the ring of `patching/file_reader.py`, the same with other numbers of
@@ -289,7 +291,7 @@ class Bench:
     def way(self, name, peak, seconds):
         """Measures one way, in `seconds` where more than one repeat fits into them."""
         wish = Wish.NEVER_MERGE if name == "bypass" else Wish.PREFER_MERGE
-        result = {"way": name, "step_before": median(self.steps())}
+        result = {"way": name, "step_before": median(self.steps()), "product_mb": product_mb(), "heap_mb": [heap()]}
         times = {"apply": [], "apply_again": [], "change": [], "remove": []}
         ram, asked, waits, synchronised, grown = {}, {}, {}, {}, None
         # A copy of a large model takes many seconds.
@@ -326,7 +328,9 @@ class Bench:
             before, mapped = memory(), mappings()
             peak.restart()
             change("apply", 1.0)
-            grown = grown_since(mapped) if grown is None else grown
+            if grown is None:
+                grown = grown_since(mapped)
+                result["heap_mb"].append(heap())
             ram.setdefault("applied", above(memory(), before))
             ram.setdefault("peak_applying_mb", round((peak.mb() - before["anonymous_mb"]), 1))
             peak.restart()
@@ -566,6 +570,35 @@ def best(work, times=5):
 
 def median(found):
     return round(statistics.median(found), 5)
+
+
+def heap():
+    """Returns MB of the C library's heap that are in use, and that are freed and kept; nothing where it does not say."""
+    import ctypes
+
+    class Info(ctypes.Structure):
+        _fields_ = [
+            (name, ctypes.c_size_t)
+            for name in ["arena", "n1", "n2", "n3", "mapped", "n4", "n5", "used", "kept", "trim"]
+        ]
+
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        return {}
+    ask.restype = Info
+    found = ask()
+    return {"used": round(found.used / MB, 1), "kept": round(found.kept / MB, 1)}
+
+
+def product_mb():
+    """Returns the MB of anonymous RAM that the first products in fp32 take."""
+    before = memory()
+    for rows, columns in ((21504, 3072), (3072, 15360), (640, 2048)):
+        value = torch.zeros(rows, columns, device=DEVICE)
+        value.addmm_(torch.zeros(rows, 16, device=DEVICE), torch.zeros(16, columns, device=DEVICE), alpha=0.5)
+    synchronize()
+    return above(memory(), before)["anonymous_mb"]
 
 
 def summary(found):

@@ -26,9 +26,14 @@ from .transaction import Replaceable
 SWITCH = "LORA_GUARD_MERGE_TOGETHER"
 """0 in the environment: each merge brings its own factors, and waits for its own answers."""
 MOST_HELD_BYTES = 64 * MB
-"""Of VRAM: merged values that are held until the checksums of their originals are known."""
+"""Of VRAM: merged values that are held until the checksums of their originals are known. More where more is free."""
 LARGEST_HELD_BYTES = 32 * MB
 """Of one. The link needs longer for a larger one than the question does."""
+SHARE_OF_FREE = 1 / 4
+MOST_OF_FREE_BYTES = 512 * MB
+"""Four of Flux's largest weights (126 MB)."""
+SHARE_OF_ONE = 1 / 4
+"""Of all that may be held: one alone may have so much."""
 
 
 class Merge(Replaceable, Protocol):
@@ -73,7 +78,10 @@ class MergingTogether(Generic[M]):
         self._merged: list[tuple[M, torch.Tensor | None]] = []
         """With the sum of the merged values, where it is still to be looked at."""
         self._held_bytes = 0
-        for one in (*leaving, *coming):
+        all_merges = (*leaving, *coming)
+        self.spare_bytes = spare_bytes(_free_bytes(all_merges[0].compute_device)) if all_merges else 0
+        """Of VRAM: what the change may use to wait less and start fewer operations, beyond what it takes in any case."""
+        for one in all_merges:
             one.together = self
 
     def open(self) -> None:
@@ -86,11 +94,11 @@ class MergingTogether(Generic[M]):
 
     def may_hold(self, size_bytes: int) -> bool:
         """Returns True if a merged value may be held. Those that are held already make room for it first."""
-        if size_bytes > LARGEST_HELD_BYTES:
+        if size_bytes > max(LARGEST_HELD_BYTES, self.spare_bytes * SHARE_OF_ONE):
             # It waits for its own answer, and is what needs the most room.
             self.settle()
             return False
-        if self._held_bytes + size_bytes > MOST_HELD_BYTES:
+        if self._held_bytes + size_bytes > max(MOST_HELD_BYTES, self.spare_bytes):
             self.settle()
         return True
 
@@ -153,6 +161,25 @@ class MergingTogether(Generic[M]):
         self.is_open = False
         self._factors = None
         self._restored, self._merged, self._held_bytes = [], [], 0
+
+
+def spare_bytes(free_bytes: int) -> int:
+    """Returns how much of the free VRAM a change may use to be faster.
+
+    Args:
+        free_bytes: Of the card, before the change.
+    """
+    return min(MOST_OF_FREE_BYTES, int(free_bytes * SHARE_OF_FREE))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Returns what is free of a card; 0 for another device, or where the driver does not say."""
+    if device.type != "cuda":
+        return 0
+    try:
+        return int(torch.cuda.mem_get_info(device)[0])
+    except RuntimeError:
+        return 0
 
 
 def _wrong(restored: Sequence[tuple[M, FileBackup, torch.Tensor]]) -> list[M]:

@@ -22,6 +22,7 @@ from lib_lora_guard.patching.merge_factors import FactorsAhead
 from lib_lora_guard.patching.merging_together import SWITCH, MergingTogether
 from lib_lora_guard.patching.transaction import Transaction
 from lib_lora_guard.planning.mode import Wish
+from lib_lora_guard.units import MB
 
 CPU = torch.device("cpu")
 SIZES_BYTES = [3 * SIZE * SIZE * 2, SIZE * SIZE * 2, 9 * SIZE * SIZE * 2] * 2
@@ -117,6 +118,38 @@ def test_no_more_is_held_than_agreed(scene, monkeypatch):
     assert len(most) == 4, "the large weights are restored alone"
     scene.remove()
     assert scene.is_original()
+
+
+@pytest.mark.parametrize(
+    ("free_mb", "spare_mb"), [(0, 0), (400, 100), (2048, 512), (24_000, 512)], ids=["full", "some", "2 GB", "24 GB"]
+)
+def test_a_change_uses_a_quarter_of_the_free_vram_and_no_more_than_512_mb(free_mb, spare_mb):
+    assert merging_together.spare_bytes(free_mb * MB) == spare_mb * MB
+
+
+def test_where_vram_is_free_large_weights_are_held_too_and_slices_are_larger(scene, monkeypatch):
+    held, slices, merge, restored = [], set(), attachments.merge, MergingTogether.restored
+
+    def sliced(*args, **how):
+        slices.add(how["slice_bytes"])
+        return merge(*args, **how)
+
+    def noting(self, one, *more):
+        held.append(one)
+        restored(self, one, *more)
+
+    expected = after(scene, 0.5)
+    monkeypatch.setattr(merging_together, "LARGEST_HELD_BYTES", 1)
+    monkeypatch.setattr(attachments, "merge", sliced)
+    monkeypatch.setattr(MergingTogether, "restored", noting)
+    scene.change(0.4)
+    assert (held, slices) == ([], {64 * MB})
+    monkeypatch.setattr(merging_together, "_free_bytes", lambda device: 2048 * MB)
+    slices.clear()
+    scene.change(0.5)
+    assert (len(held), slices) == (len(SIZES_BYTES), {256 * MB})
+    assert has(scene, expected)
+    assert holds_nothing(scene)
 
 
 def test_a_wrong_checksum_in_a_batch_leaves_every_weight_as_it_was(scene):
