@@ -82,6 +82,7 @@ class Loading:
             self._memory.drop_abandoned()
         already_loaded = [p for p in patchers if self._memory.is_loaded(p)]
         others = [p for p in patchers if p not in already_loaded]
+        self._loras.drop_surplus(others)
         factors = sum(self._loras.coming_bytes(p) for p in others)
         given["hard_memory_preservation"] += factors
         plan = None if device is None else self._plan(patchers, device, bound, factors)

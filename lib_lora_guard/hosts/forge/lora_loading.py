@@ -12,12 +12,16 @@ from typing import Concatenate
 import torch
 
 from ...runtime.hooks import P, R
+from ...units import MB
 from ...weights.storage import WIDE_DTYPES
 from ..webui.lora_files import LoraFiles
 from .calibration import ForgeCalibration
 from .facts import compute_dtype, is_denoiser, loader_of, patches_of, storage_dtype
 from .stacks import ForgeStacks
 from .types import LoadedModel, Patcher
+
+SURPLUS_BYTES = 32 * MB
+"""Of factors. Less is not worth that the others go over the link again."""
 
 
 class LoraLoading:
@@ -69,14 +73,31 @@ class LoraLoading:
 
     def factor_bytes(self, patcher: Patcher) -> int:
         """Returns the VRAM that the coming refresh of `patcher` will need for factors beyond what they take already."""
-        patches, loader = patches_of(patcher), loader_of(patcher)
+        return max(0, self._stack_bytes(patcher) - self._stacks.resident_bytes(loader_of(patcher)))
+
+    def drop_surplus(self, patchers: Iterable[Patcher]) -> None:
+        """Frees the factors of stacks that are about to be replaced, where the new one takes less: room is made for the model
+        before its LoRAs are changed, and would be counted without what they give back. What the new stack keeps of them comes
+        again with the rest of it.
+        """
+        for patcher in patchers:
+            loader = loader_of(patcher)
+            resident = self._stacks.resident_bytes(loader)
+            # Before all else: a model without LoRAs is the usual one.
+            if resident < SURPLUS_BYTES or self._stacks.is_current(patcher):
+                continue
+            if resident - self._stack_bytes(patcher) >= SURPLUS_BYTES:
+                self._stacks.drop_device_copies(loader)
+
+    def _stack_bytes(self, patcher: Patcher) -> int:
+        """Returns the VRAM that the factors of a patcher's stack take."""
+        patches = patches_of(patcher)
         if not patches or patcher.load_device.type == "cpu" or self._stacks.is_left_to_host(patcher):
             return 0
         element_bytes = torch.empty(0, dtype=compute_dtype(patcher.model)).element_size()
         stored = storage_dtype(patcher.model)
         merges = stored is None or stored in WIDE_DTYPES
-        elements = self._stacks.reader.device_elements(patches, merges)
-        return max(0, elements * element_bytes - self._stacks.resident_bytes(loader))
+        return self._stacks.reader.device_elements(patches, merges) * element_bytes
 
     def step_bytes(self, patcher: Patcher) -> int:
         """Returns the VRAM that the factors of `patcher` take in a step: those on the device, and those still to come."""

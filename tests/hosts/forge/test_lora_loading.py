@@ -7,6 +7,7 @@ import torch
 from support.card_scene import flux
 from support.fake_card import RAM
 
+from lib_lora_guard.hosts.forge import lora_loading
 from lib_lora_guard.recorder.flight_recorder import Phase
 from lib_lora_guard.settings import LoraMode
 
@@ -89,6 +90,38 @@ def test_factors_that_are_on_the_card_already_are_not_reserved_again(scene, stac
     monkeypatch.setattr(scene.guard.stacks, "resident_bytes", lambda loader: resident[0])
     for resident[0], coming in ((300, 2 * FACTORS * 2 - 300), (2 * FACTORS * 2, 0), (9_999, 0)):
         assert scene.guard.loras.factor_bytes(patcher) == coming
+
+
+@pytest.mark.parametrize(
+    ("resident", "comes", "is_current", "left"),
+    [
+        (900, False, False, 0),
+        # As much comes as is there: they make room for each other, and nothing goes over the link twice.
+        (900, True, False, 900),
+        (900, False, True, 900),
+        # Too little to be worth it.
+        (400, False, False, 400),
+    ],
+    ids=["removed", "another", "the same", "small"],
+)
+def test_factors_that_a_smaller_stack_replaces_leave_before_room_is_made(
+    scene, stacked, monkeypatch, resident, comes, is_current, left
+):
+    """Of a stack that is taken off the factors lay on the card while the room for the next steps was counted."""
+    monkeypatch.setattr(lora_loading, "SURPLUS_BYTES", 500)
+    patcher = stacked(lora(), lora()) if comes else stacked()
+    there, stacks = [resident], scene.guard.stacks
+    monkeypatch.setattr(stacks, "resident_bytes", lambda loader: there[0])
+    monkeypatch.setattr(stacks, "is_current", lambda patcher: is_current)
+    monkeypatch.setattr(stacks, "drop_device_copies", lambda loader: there.__setitem__(0, 0))
+    counted = []
+    factor_bytes = scene.guard.loras.factor_bytes
+    monkeypatch.setattr(
+        scene.guard.loras, "factor_bytes", lambda patcher: (counted.append(there[0]), factor_bytes(patcher))[1]
+    )
+    scene.load(patcher)
+    assert there == [left]
+    assert set(counted) == {left}, "what is counted is what is there"
 
 
 def test_a_step_has_its_factors_once_wherever_they_are(scene, stacked, monkeypatch):
