@@ -24,6 +24,7 @@ from ..memory.out_of_memory import is_out_of_memory
 from .forward_program import OnePass
 from .forward_steps import KroneckerStep, Parts
 from .fused_choice import CHOICE, FusedChoice, Key
+from .swapped_ahead import AHEAD
 
 log = logging.getLogger(__name__)
 
@@ -225,16 +226,24 @@ class _Facts:
         stored: Any = object.__new__(self._type)
         fields = stored.__dict__
         fields.update(self._fields)
-        data = bits.data
-        absmax = weight.quant_state.absmax if self._type is Bnb4 else None
-        if data.device != device:
+        tensors = self._tensors_of(bits)
+        if any(one.device != device for one in tensors):
             # Swapped: the stored bytes alone, without waiting for the card.
-            data = data.to(device, non_blocking=True)
-        if absmax is not None:
-            fields["absmax"] = absmax if absmax.device == device else absmax.to(device, non_blocking=True)
-        fields["data"] = data
+            tensors = AHEAD.bring(self, tensors, device)
+        fields["data"] = tensors[0]
+        if len(tensors) > 1:
+            fields["absmax"] = tensors[1]
         made: Stored = stored
         return made
+
+    def in_ram(self) -> tuple[torch.Tensor, ...] | None:
+        """Returns what a call copies to the card; None while the weight lies there, or where the layer has another one by now."""
+        bits = self._weight()
+        return None if bits is None or bits.device.type != "cpu" else self._tensors_of(bits)
+
+    def _tensors_of(self, bits: Any) -> tuple[torch.Tensor, ...]:
+        """Returns the large tensors of a weight: its stored bytes, and the scales of four bits."""
+        return (bits.data, bits.quant_state.absmax) if self._type is Bnb4 else (bits.data,)
 
     def _look(self, held: Held, dtype: torch.dtype, device: torch.device) -> bool:
         scale = None if held.scale is None else held.scale.to(device=device, dtype=dtype)

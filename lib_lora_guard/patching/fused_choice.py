@@ -19,6 +19,7 @@ from ..kernels.choice import COMPILING, KERNELS, REFUSED, SWITCH, WORKS
 from ..kernels.recipes import bucket_of, recipe_of
 from ..messages import say
 from .fused_measured import beats_bypass
+from .swapped_ahead import AHEAD
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class FusedChoice:
             yield
         finally:
             self._images -= 1
+            if self._images == 0:
+                AHEAD.drop()
 
     def takes(self, key: Key) -> bool:
         """Returns True if the present image is made with this kernel. Outside an image only a yes is held.

@@ -1,0 +1,201 @@
+"""Brings swapped weights to the card one layer ahead, on a stream of its own, while the card computes the layers between.
+
+A layer that runs swapped copies its weight when it is called, and the card waits for the link. The order of the layers is that of
+the step before, so the next one is known: its copy begins when the layer before it is called, and it finds its weight there. The
+memory is taken on the stream of the forward pass, so that it is given back as any other, and one copy more is on the card: the room
+for swapping is planned for two (`planning/on_card.py`). Nothing is begun across the end of a step, whose memory others want.
+
+Only what lies in pinned RAM: from ordinary RAM the processor copies, and would be busy with it in any case.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+
+from ..memory.out_of_memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+SWITCH = "LORA_GUARD_SWAP_AHEAD"
+"""0 in the environment: each layer copies its own weight when it is called."""
+
+Tensors: TypeAlias = tuple[torch.Tensor, ...]
+
+
+class Layer(Protocol):
+    """A layer that runs swapped. One object for each, which can be referred to weakly."""
+
+    def in_ram(self) -> Tensors | None:
+        """Returns what it copies to the card, where that lies in RAM; None where it does not."""
+        ...
+
+
+class Link(Protocol):
+    """Copies to a card."""
+
+    def copy(self, tensors: Tensors, device: torch.device) -> Tensors:
+        """Returns copies for the forward pass, made in it. What lies on the card already is returned as it is."""
+        ...
+
+    def begin(self, tensors: Tensors, device: torch.device) -> tuple[Tensors, object]:
+        """Begins to copy beside the forward pass; returns the copies, and what `wait` needs."""
+        ...
+
+    def wait(self, begun: object, device: torch.device) -> None:
+        """Makes the forward pass wait for copies, at the place where it is now. The processor goes on."""
+        ...
+
+    def is_fast(self, tensors: Tensors) -> bool:
+        """Returns True if the card copies all of them by itself."""
+        ...
+
+
+class CudaLink:
+    """The link of a CUDA card: a stream for each card."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def copy(self, tensors: Tensors, device: torch.device) -> Tensors:
+        return tuple(one if one.device == device else one.to(device, non_blocking=True) for one in tensors)
+
+    def begin(self, tensors: Tensors, device: torch.device) -> tuple[Tensors, object]:
+        side = self._streams.get(device)
+        if side is None:
+            side = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
+        main = torch.cuda.current_stream(device)
+        there = tuple(torch.empty_like(one, device=device) for one in tensors)
+        # The memory may be in use until here.
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            for one, copy in zip(tensors, there, strict=True):
+                copy.copy_(one, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+            done.record(side)
+        return there, done
+
+    def wait(self, begun: object, device: torch.device) -> None:
+        assert isinstance(begun, torch.cuda.Event)
+        torch.cuda.current_stream(device).wait_event(begun)
+
+    def is_fast(self, tensors: Tensors) -> bool:
+        return all(one.is_pinned() for one in tensors)
+
+
+class _Upcoming(NamedTuple):
+    layer: weakref.ref[Layer]
+    device: torch.device
+    tensors: Tensors
+    """In RAM: held as long as the card reads them."""
+    there: Tensors
+    begun: object
+
+
+class SwappedAhead:
+    """The swapped layers of the model that a thread is running."""
+
+    def __init__(self, link: Link | None = None) -> None:
+        """
+        Args:
+            link: None for a CUDA card's.
+        """
+        self._link: Link = link or CudaLink()
+        self._after: weakref.WeakKeyDictionary[Layer, weakref.ref[Layer]] = weakref.WeakKeyDictionary()
+        """What came after each layer in the last step."""
+        self._called: weakref.WeakSet[Layer] = weakref.WeakSet()
+        """In this step."""
+        self._last: weakref.ref[Layer] | None = None
+        self._upcoming: _Upcoming | None = None
+        self._thread = 0
+        self._is_full = False
+        """True after memory has ended in this image: torch empties its cache each time."""
+        self._is_refused = os.environ.get(SWITCH) == "0"
+
+    def bring(self, layer: Layer, tensors: Sequence[torch.Tensor], device: torch.device) -> Tensors:
+        """Returns copies on a card of what a layer has in RAM. What lies there already is returned as it is.
+
+        Args:
+            layer: The layer that is called.
+            tensors: Its tensors now.
+            device: Where its input lies.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: There is no room.
+        """
+        mine = tuple(tensors)
+        if self._is_refused or device.type != "cuda":
+            return self._link.copy(mine, device)
+        if self._thread != threading.get_ident():
+            # Another one runs another model, or this one is new.
+            self.drop()
+            self._thread = threading.get_ident()
+        there = self._taken(layer, mine, device)
+        if there is None:
+            there = self._link.copy(mine, device)
+        self._note(layer)
+        self._begin_next(layer, device)
+        return there
+
+    def drop(self) -> None:
+        """Gives back what was begun and is not needed, at the end of an image or after an error."""
+        upcoming, self._upcoming = self._upcoming, None
+        if upcoming is not None:
+            # Its memory goes back to the forward pass, which must not write there before.
+            self._link.wait(upcoming.begun, upcoming.device)
+        self._last, self._is_full = None, False
+        self._called.clear()
+
+    def _taken(self, layer: Layer, tensors: Tensors, device: torch.device) -> Tensors | None:
+        upcoming, self._upcoming = self._upcoming, None
+        if upcoming is None:
+            return None
+        self._link.wait(upcoming.begun, upcoming.device)
+        is_it = upcoming.layer() is layer and upcoming.device == device and _are_same(upcoming.tensors, tensors)
+        return upcoming.there if is_it else None
+
+    def _note(self, layer: Layer) -> None:
+        if layer in self._called:
+            # The next step.
+            self._called.clear()
+            self._last = None
+        before = None if self._last is None else self._last()
+        if before is not None:
+            self._after[before] = weakref.ref(layer)
+        self._last = weakref.ref(layer)
+        self._called.add(layer)
+
+    def _begin_next(self, layer: Layer, device: torch.device) -> None:
+        reference = self._after.get(layer)
+        coming = None if reference is None else reference()
+        if self._is_full or reference is None or coming is None or coming in self._called:
+            return
+        tensors = coming.in_ram()
+        if tensors is None or not self._link.is_fast(tensors):
+            return
+        try:
+            there, begun = self._link.begin(tensors, device)
+        except Exception as error:
+            self._is_full = is_out_of_memory(error)
+            # A driver that refuses a stream would refuse it in each layer of each step.
+            self._is_refused = not self._is_full
+            log.debug("swapped weights are not copied ahead", exc_info=True)
+            return
+        self._upcoming = _Upcoming(reference, device, tensors, there, begun)
+
+
+def _are_same(ahead: Tensors, now: Tensors) -> bool:
+    return len(ahead) == len(now) and all(
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(ahead, now, strict=True)
+    )
+
+
+AHEAD = SwappedAhead()
+"""Of the process."""
