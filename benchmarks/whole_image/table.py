@@ -67,6 +67,8 @@ def line(row):
     parts = [f"{row['seconds']:.2f} s"]
     if steps_a_second(row):
         parts.append(f"{steps_a_second(row):.2f} steps/s, first after {row['to_first_step_s']:.2f} s")
+    if row.get("alloc_retries"):
+        parts.append(f"{row['alloc_retries']} times without room")
     parts += [
         f"{row[name] / 1000:.1f} GB {label}"
         for name, label in (("vram_mb", "VRAM"), ("own_ram_mb", "RAM"))

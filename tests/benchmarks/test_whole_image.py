@@ -258,6 +258,10 @@ def test_step_times_come_from_the_notes():
     notes = [{"event": event, "at": at} for event, at in times]
     assert run.step_times(notes, 10.0) == {"to_first_step_s": 2.0, "first_step_s": 1.5, "usual_step_s": 0.5}
     assert run.step_times([], 10.0) == {}
+    memory = ({"retries": 2, "reserved_mb": 90}, {"retries": 2, "reserved_mb": 80}, {"retries": 5, "reserved_mb": 85})
+    with_memory = [note | memory[min(place, 2)] for place, note in enumerate(notes)]
+    found = run.step_times(with_memory, 10.0)
+    assert (found["alloc_retries"], found["reserved_mb"]) == (3, 90)
 
 
 def test_ways_share_the_time_and_leave_the_rest_to_the_next(monkeypatch):

@@ -2,7 +2,7 @@
 
 WHOLE_IMAGE_STEPS names the file for the notes, a JSON line each. WHOLE_IMAGE_LINK_GB_S is the rate that copies between RAM
 and the card shall have at most. WHOLE_IMAGE_PROFILE names a file that gets torch's profile of each image's third step, and Python's
-of each image as a whole.
+of each image as a whole. WHOLE_IMAGE_SWAPPED=1 writes to the console which layers of each image are swapped.
 """
 
 import cProfile
@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from modules import processing, script_callbacks
+from modules import processing, script_callbacks, shared
 
 NOTES = os.environ.get("WHOLE_IMAGE_STEPS")
 RATE = os.environ.get("WHOLE_IMAGE_LINK_GB_S")
 PROFILE = os.environ.get("WHOLE_IMAGE_PROFILE")
+SWAPPED = os.environ.get("WHOLE_IMAGE_SWAPPED")
 PROFILED_STEP = 3
 
 
@@ -28,11 +29,32 @@ def note(event):
     # The steps of one image are calculated one after the other: what is still running belongs to the one before.
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    noted = {"event": event, "at": time.time()}
+    noted = {"event": event, "at": time.time()} | allocator()
     if link is not None:
         noted |= {"copies": link.copies, "waited_s": link.waited}
     with open(NOTES, "a", encoding="utf-8") as file:
         file.write(json.dumps(noted) + "\n")
+
+
+def allocator():
+    """Returns how often torch's allocator had to give back its cache for want of room, and what it holds."""
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.memory_stats()
+    return {"retries": found["num_alloc_retries"], "reserved_mb": found["reserved_bytes.all.current"] >> 20}
+
+
+def swapped():
+    """Returns the weights of the denoiser that lie in RAM: their number and MB by the last part of the layer's name, and MB not pinned."""
+    kinds, unpinned = {}, 0.0
+    for name, layer in shared.sd_model.forge_objects.unet.model.named_modules():
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.device.type == "cpu":
+            size = weight.data.nbytes / (1 << 20)
+            count, total = kinds.get(name.rpartition(".")[2], (0, 0.0))
+            kinds[name.rpartition(".")[2]] = count + 1, round(total + size, 1)
+            unpinned += 0.0 if weight.data.is_pinned() else size
+    return {"swapped": kinds, "unpinned_mb": round(unpinned, 1)}
 
 
 class Profiler:
@@ -63,6 +85,8 @@ class Profiler:
 
 def step_begins(_):
     note("step begins")
+    if SWAPPED and not Path(NOTES).read_text(encoding="utf-8").count("step ended"):
+        print("whole image:", json.dumps(swapped()), flush=True)
     if PROFILE:
         profiler.begins()
 
