@@ -139,7 +139,7 @@ class Residency:
         if model is None:
             return 0
         moved = 0
-        for size, layer in _most(self._away(model), room_bytes):
+        for size, layer in _returning(self._away(model), room_bytes):
             before = self._copies.before_card(layer)
             try:
                 layer.to(loaded.device)
@@ -201,12 +201,22 @@ def _fewest(candidates: list[tuple[int, torch.nn.Module]], wanted_bytes: int) ->
         yield chosen
 
 
-def _most(candidates: list[tuple[int, torch.nn.Module]], room_bytes: int) -> Iterator[tuple[int, torch.nn.Module]]:
-    """Chooses the largest layers that fit, one after the other: few copies, and the room is used to the smallest layer."""
-    for size, layer in sorted(candidates, key=lambda candidate: -candidate[0]):
-        if size <= room_bytes:
-            room_bytes -= size
-            yield size, layer
+def _returning(candidates: list[tuple[int, torch.nn.Module]], room_bytes: int) -> list[tuple[int, torch.nn.Module]]:
+    """Chooses what returns so that few large layers stay out: they calculate long enough to hide the next one's copy behind them
+    (`patching/swapped_ahead.py`), and small ones, or those that see one token, do not. The room is used to the smallest layer.
+    """
+    if room_bytes <= 0:
+        return []
+    total = sum(size for size, _ in candidates)
+    staying = list(_fewest(candidates, total - room_bytes))
+    kept = {layer for _, layer in staying}
+    returning = [one for one in candidates if one[1] not in kept]
+    left = room_bytes - sum(size for size, _ in returning)
+    for size, layer in sorted(staying, key=lambda candidate: -candidate[0]):
+        if size <= left:
+            left -= size
+            returning.append((size, layer))
+    return returning
 
 
 def _swapped(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
