@@ -1,6 +1,8 @@
 """Layers of a loaded model leave the card and come back whole, on a card that is not there (`support.fake_card`)."""
 
 import gc
+import itertools
+import statistics
 import types
 import weakref
 
@@ -24,7 +26,7 @@ from support.fake_card import (
 )
 
 from lib_lora_guard.hosts.forge.facts import loaded_module
-from lib_lora_guard.hosts.forge.residency import _returning
+from lib_lora_guard.hosts.forge.residency import _fewest, _returning, _spread
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.recorder.crash_report import Precaution
 
@@ -363,3 +365,14 @@ def test_of_a_flux_the_layers_that_see_one_token_return_first():
     assert len(out) == 14
     # The last one is the smallest that closes the gap.
     assert sum("linear1" in layer for layer in out) == 13
+
+
+@pytest.mark.parametrize(("count", "out"), [(38, 5), (38, 13), (57, 8), (16, 4), (1, 1), (3, 2)])
+def test_layers_of_one_size_that_leave_lie_apart(count, out):
+    """Of 38 blocks in a row the first 13 would wait for each other: each copy takes longer than one block."""
+    places = [place for _, place in _fewest([(10, place) for place in range(count)], 10 * out)]
+    assert len(places) == out
+    gaps = [b - a for a, b in itertools.pairwise(sorted(places))]
+    assert all(gap <= 2 * count / out + 1 for gap in gaps)
+    assert not gaps or statistics.mean(gaps) > 0.6 * count / out
+    assert sorted(place for _, place in _spread([(1, place) for place in range(count)])) == list(range(count))
