@@ -120,6 +120,7 @@ def step_times(notes, began):
     row = {"to_first_step_s": round(begins[0] - began, 3), "first_step_s": round(steps[0], 3)}
     if len(steps) > 1:
         row["usual_step_s"] = round(table.median(steps[1:]), 4)
+        row["steps_s"] = [round(step, 4) for step in steps]
     if "retries" in notes[0]:
         row["alloc_retries"] = notes[-1]["retries"] - notes[0]["retries"]
         row["reserved_mb"] = max(note["reserved_mb"] for note in notes)

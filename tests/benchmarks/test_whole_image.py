@@ -256,7 +256,8 @@ def test_step_times_come_from_the_notes():
     times = [("step begins", 12.0), ("step ended", 13.5), ("step begins", 14.0), ("step ended", 14.4)]
     times += [("step begins", 15.0), ("step ended", 15.6), ("step begins", 16.0)]
     notes = [{"event": event, "at": at} for event, at in times]
-    assert run.step_times(notes, 10.0) == {"to_first_step_s": 2.0, "first_step_s": 1.5, "usual_step_s": 0.5}
+    found = run.step_times(notes, 10.0)
+    assert found == {"to_first_step_s": 2.0, "first_step_s": 1.5, "usual_step_s": 0.5, "steps_s": [1.5, 0.4, 0.6]}
     assert run.step_times([], 10.0) == {}
     memory = ({"retries": 2, "reserved_mb": 90}, {"retries": 2, "reserved_mb": 80}, {"retries": 5, "reserved_mb": 85})
     with_memory = [note | memory[min(place, 2)] for place, note in enumerate(notes)]

@@ -2,7 +2,8 @@
 
 WHOLE_IMAGE_STEPS names the file for the notes, a JSON line each. WHOLE_IMAGE_LINK_GB_S is the rate that copies between RAM
 and the card shall have at most. WHOLE_IMAGE_PROFILE names a file that gets torch's profile of each image's third step, and Python's
-of each image as a whole. WHOLE_IMAGE_SWAPPED=1 writes to the console which layers of each image are swapped.
+of each image as a whole. WHOLE_IMAGE_SWAPPED=1 writes to the console which layers of each image are swapped,
+WHOLE_IMAGE_WAITS=1 where the processor waits for the card in its third step.
 """
 
 import cProfile
@@ -13,6 +14,8 @@ import json
 import os
 import pstats
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ NOTES = os.environ.get("WHOLE_IMAGE_STEPS")
 RATE = os.environ.get("WHOLE_IMAGE_LINK_GB_S")
 PROFILE = os.environ.get("WHOLE_IMAGE_PROFILE")
 SWAPPED = os.environ.get("WHOLE_IMAGE_SWAPPED")
+WAITS = os.environ.get("WHOLE_IMAGE_WAITS")
 PROFILED_STEP = 3
 
 
@@ -83,8 +87,40 @@ class Profiler:
                 file.write(averages.table(sort_by=order, row_limit=22, max_name_column_width=70) + "\n")
 
 
+class Waits:
+    """Counts in one step an image where the processor waits for the card, as torch's synchronisation warnings tell it."""
+
+    def __init__(self):
+        self.before = None
+        self.found = {}
+
+    def begins(self):
+        """Begins with the step that is to be looked at."""
+        if Path(NOTES).read_text(encoding="utf-8").count("step begins") == PROFILED_STEP:
+            self.found, self.before = {}, warnings.showwarning
+            warnings.showwarning = self._count
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def ends(self):
+        """Writes the places to the console."""
+        if self.before is not None:
+            torch.cuda.set_sync_debug_mode("default")
+            warnings.resetwarnings()
+            warnings.showwarning, self.before = self.before, None
+            print("whole image waits:", json.dumps(self.found), flush=True)
+
+    def _count(self, message, category, filename, lineno, *_):
+        # The place is torch's own for a method that is written in C++: the callers tell more.
+        frames = [f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_stack(limit=6)[:-1]]
+        place = " < ".join(reversed(frames))
+        self.found[place] = self.found.get(place, 0) + 1
+
+
 def step_begins(_):
     note("step begins")
+    if WAITS:
+        waits.begins()
     if SWAPPED and not Path(NOTES).read_text(encoding="utf-8").count("step ended"):
         print("whole image:", json.dumps(swapped()), flush=True)
     if PROFILE:
@@ -92,6 +128,8 @@ def step_begins(_):
 
 
 def step_ended(_):
+    if WAITS:
+        waits.ends()
     note("step ended")
     if PROFILE:
         profiler.ends()
@@ -114,7 +152,7 @@ def profiled(make_images):
     return wrapper
 
 
-profiler = Profiler(PROFILE)
+profiler, waits = Profiler(PROFILE), Waits()
 if PROFILE:
     processing.process_images_inner = profiled(processing.process_images_inner)
 if NOTES:
