@@ -8,12 +8,12 @@ set -eu
 run=$1
 shift
 case $run in
-  # 40 + guard 35 + 28 + 95 + fp16 35 + 30 + 165 = 428; without fp16's 4 steps, which no promise needs.
-  fp8) arguments="--host forge --storage fp8 --free-gb 12 --plan 50:long 20:changes 4:ten --ways guard fp16 --time-limit 430" ;;
-  # 35 + guard 35 + 21 + 95 + fp16 35 + 25 + 80 = 326; likewise.
-  nf4) arguments="--host forge --storage nf4 --free-gb 8 --plan 50:long 20:changes 4:three@guard 4:ten --ways guard fp16 --time-limit 330" ;;
-  # With nf4's files: guard 35 + 25 + 30 + fp16 35 + 30 + 50 = 205; fp16's share ends after three of six images.
-  slow) arguments="--host forge --storage nf4 --free-gb 8 --plan 2:cold 20:six --ways guard fp16 --slow-link-gb-s 6 --time-limit 210" ;;
+  # 60 + guard 35 + 28 + 13 + 55 + 19 + fp16 35 + 30 + 87 + 178 = 540; fp16's 4 steps are in no promise, and its time may end in its ten images.
+  fp8) arguments="--host forge --storage fp8 --free-gb 12 --plan 50:long 20:ten 4:ten@guard --ways guard fp16 --time-limit 540" ;;
+  # 60 + guard 37 + 21 + 23 + 55 + 9 + 17 + fp16 30 + 26 + 50 + 100 = 428; likewise.
+  nf4) arguments="--host forge --storage nf4 --free-gb 8 --plan 50:long 20:ten 4:three@guard 4:ten@guard --ways guard fp16 --time-limit 440" ;;
+  # With nf4's files: 25 + guard 36 + 19 + 30 + fp16 35 + 27 + 80 = 252. Each way's share has to be enough for the first one.
+  slow) arguments="--host forge --storage nf4 --free-gb 8 --plan 2:cold 20:six --ways guard fp16 --slow-link-gb-s 6 --time-limit 260" ;;
   # 40 + guard 35 + 29 + 22 + stock 35 + 29 + 80 + fp16 35 + 30 + 100 = 435; with fp8's files 395.
   neo-fp8) arguments="--host neo --storage fp8 --free-gb 12 --plan 4:ten --ways guard stock fp16 --time-limit 440" ;;
   # With nf4's files: guard 35 + 24 + 22 + stock 35 + 26 + 70 = 212.
