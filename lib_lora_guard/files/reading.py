@@ -20,7 +20,7 @@ from ..lazy_torch import torch
 from ..units import MB
 from .header import FileHeader, TensorEntry, check_unchanged, opened, refusal
 
-READERS = min(4, max(2, (os.cpu_count() or 2) // 2))
+READERS = min(8, max(2, (os.cpu_count() or 2) // 2))
 """Threads that read a large file. A file that the system has in RAM comes as fast as a core can fill memory that did not exist
 before, page by page: 2 GB/s a core."""
 READ_AT_ONCE_BYTES = 8 * MB
