@@ -132,6 +132,21 @@ def test_what_lies_in_pinned_ram_comes_for_four_steps_and_leaves_for_the_decode_
         assert choice.seconds == pytest.approx((12 * 1769 / 40_000 + 120 / 1300 + 2 * 120 / 40_000) * MB / 1e6)
 
 
+def test_a_controlnet_that_the_host_places_keeps_no_copy_of_its_own():
+    """Counted as pinned it left for the decode for nothing, and the denoiser's last GB, which does, stayed away: 1.18 s instead of 0.80."""
+    links = Links(to_card=25e9, to_ram=1.3e9, swapping=25e9, keeps_copies=True)
+    control, away = 3300 * MB, 1000 * MB
+    facts = {"placed_by_host_bytes": control, "pinned_bytes": away}
+    state = State(control + away, 4000 * MB, 0, 6000 * MB, 1355 * MB, 256 * MB, [], **facts)
+    choice = choose(state, Job(calls=4, decode_bytes=3300 * MB), links)
+    assert choice.grows
+    # 1600 MB leave for the decode, of which 1000 have a copy; all of them come back for two more images.
+    assert choice.seconds == pytest.approx((4300 / 25_000 + 600 / 1300 + 2 * 1600 / 25_000) * MB / 1e6)
+    stays = next(way for way in ways(state, Job(calls=4, decode_bytes=3300 * MB), links) if not way.grows)
+    # The ControlNet alone comes, and 600 MB leave without a copy.
+    assert stays.seconds == pytest.approx((3300 / 25_000 + 12 * 1000 / 25_000 + 600 / 1300 + 2 * 600 / 25_000) * MB / 1e6)
+
+
 def test_a_model_that_the_host_is_about_to_place_gets_its_room():
     state = fp8_on_12_gb(outside_bytes=WHOLE, on_card_bytes=0, free_bytes=10_527 * MB, placed_by_host_bytes=WHOLE)
     for calls in (1, 20):
