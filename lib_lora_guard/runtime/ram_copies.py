@@ -224,13 +224,11 @@ class RamCopies:
         """Returns the bytes of layers in pinned RAM, which keep that as their copy when they go to the card."""
         if not self.works:
             return 0
-        pinned = ((self._pinned.get(layer), layer) for layer in layers)
         return sum(
-            parameter.data.nbytes
-            for memory, layer in pinned
-            if memory is not None
-            for parameter in layer.parameters(recurse=False)
-            if memory.holds(parameter.data)
+            one.data.nbytes
+            for layer in layers
+            for one in self._before_card(layer, returns=False).values()
+            if self._pinned[layer].holds(one.data)
         )
 
     def leave(self, layer: torch.nn.Module) -> bool:
