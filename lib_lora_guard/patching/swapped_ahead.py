@@ -156,10 +156,12 @@ class SwappedAhead:
 
     def drop(self) -> None:
         """Gives back what was begun and is not needed, at the end of an image or after an error."""
-        upcoming, self._upcoming = self._upcoming, None
+        upcoming = self._upcoming
         if upcoming is not None:
-            # Its memory goes back to the forward pass, which must not write there before.
+            # Its memory goes back to the forward pass, which must not write there before. In this order: an interrupt in between
+            # leaves it here.
             self._link.wait(upcoming.begun, upcoming.device)
+            self._upcoming = None
         self._last, self._is_full = None, False
         self._called.clear()
 
@@ -169,10 +171,11 @@ class SwappedAhead:
         self._is_full = True
 
     def _taken(self, layer: Layer, tensors: Tensors, device: torch.device) -> Tensors | None:
-        upcoming, self._upcoming = self._upcoming, None
+        upcoming = self._upcoming
         if upcoming is None:
             return None
         is_here = self._link.wait(upcoming.begun, upcoming.device) and upcoming.device == device
+        self._upcoming = None
         if is_here and upcoming.layer() is layer and _are_same(upcoming.tensors, tensors):
             return upcoming.there
         before = None if self._last is None else self._last()
@@ -201,14 +204,12 @@ class SwappedAhead:
             tensors = coming.in_ram()
             if tensors is None or not self._link.is_fast(tensors):
                 return
-            there, begun = self._link.begin(tensors, device)
+            self._upcoming = _Upcoming(reference, device, tensors, *self._link.begin(tensors, device))
         except Exception as error:
             self._is_full = is_out_of_memory(error)
             # A driver that refuses a stream would refuse it in each layer of each step.
             self._is_refused = not self._is_full
             log.debug("swapped weights are not copied ahead", exc_info=True)
-            return
-        self._upcoming = _Upcoming(reference, device, tensors, there, begun)
 
 
 def _are_same(ahead: Tensors, now: Tensors) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import sys
 import threading
 
 import pytest
@@ -46,7 +47,8 @@ class Link:
         return tuple(one.clone() for one in tensors), begun
 
     def wait(self, begun, device):
-        self.under_way.remove(begun)
+        # It may be waited for twice, after an interrupt.
+        self.under_way = [one for one in self.under_way if one is not begun]
         return self.is_here
 
     def is_fast(self, tensors):
@@ -360,6 +362,46 @@ def test_the_end_of_an_image_drops_what_was_begun(link, layers, monkeypatch):
         step(ahead, layers[:1])
         raise KeyboardInterrupt
     assert not link.under_way
+
+
+def test_an_interrupt_at_any_line_leaves_no_copy_under_way_and_no_wrong_weight():
+    """The memory of a copy that nobody waits for would be written to while it comes."""
+    places = set()
+
+    def interrupted(after):
+        link, layers = Link(), [Layer(place) for place in range(3)]
+        ahead, lines = SwappedAhead(link), iter(range(after))
+        step(ahead, layers)
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_filename != swapped_ahead.__file__:
+                return None
+            if event == "line" and next(lines, None) is None:
+                sys.settrace(None)
+                places.add(frame.f_lineno)
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            step(ahead, layers)
+            ahead.drop()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+            # The image ends.
+            ahead.drop()
+            assert not link.under_way
+            step(ahead, layers[::-1])
+            step(ahead, layers)
+        return False
+
+    after = 0
+    while interrupted(after):
+        after += 1
+    assert len(places) > 30
 
 
 @settings(max_examples=200, deadline=None)
