@@ -53,6 +53,14 @@ def to_card(pinned, layer):
     pinned.on_card(layer, before)
 
 
+@pytest.mark.parametrize(("free_gb", "keeps"), [(5, True), (4, False)])
+def test_a_copy_in_ordinary_ram_is_kept_where_others_have_enough(ram, free_gb, keeps):
+    ram.available = free_gb * GB
+    copies, layer = RamCopies(lambda: True, Driver()), linear()
+    assert copies.before_card(layer) == {}
+    assert bool(copies.before_card(layer, returns=True)) is keeps
+
+
 def test_switched_off_what_is_pinned_keeps_no_copy(ram):
     is_on, layer = [True], linear()
     pinned = RamCopies(lambda: is_on[0], Driver())
