@@ -218,6 +218,17 @@ FAULTS = [
     Fault("pinned RAM outlives its layer", "weakref.finalize(layer, self.release).atexit = False", "pass", "runtime", "runtime/test_ram_copies.py"),
     Fault("what leaves for a text encoder is pinned in Neo", "if self._comes_text_encoder or patcher.load_device", "if patcher.load_device", "hosts/neo", "hosts/neo/test_swapped.py"),
     Fault("what leaves for a text encoder is pinned in Neo", "if self._comes_text_encoder or not is_called_often:", "if not is_called_often:", "hosts/neo", "hosts/neo/test_swapped.py"),
+    # Swapped weights one layer ahead, and what leaves for nothing.
+    Fault("a copy ahead is not waited for", "        begun.main.wait_event(begun.done)\n", "", "patching", "patching/test_swapped_ahead.py patching/test_fused.py"),
+    Fault("a copy ahead begins while its memory is in use", "        side.wait_stream(main)\n", "", "patching", "patching/test_swapped_ahead.py patching/test_fused.py"),
+    Fault("the copy of another weight is taken", "if is_here and upcoming.layer() is layer and _are_same(upcoming.tensors, tensors):", "if is_here:", "patching", "patching/test_swapped_ahead.py patching/test_fused.py"),
+    Fault("what is begun for nothing is begun in each step", "            self._after.pop(before, None)\n", "            pass\n", "patching", "patching/test_swapped_ahead.py patching/test_fused.py"),
+    Fault("where memory ends the copy ahead stays", "    AHEAD.give_way()\n", "", "patching", "patching/test_swapped_ahead.py patching/test_fused.py"),
+    Fault("the end of an image leaves a copy ahead", "                AHEAD.drop()\n", "                pass\n", "patching", "patching/test_swapped_ahead.py patching/test_fused.py"),
+    Fault("ordinary RAM counts as pinned", "            if self._pinned[layer].holds(one.data)\n", "", "runtime", "runtime/test_ram_copies.py"),
+    Fault("what the host places counts as pinned", "min(max(0, come - state.placed_by_host_bytes), state.pinned_bytes)", "min(come, state.pinned_bytes)", "planning", "planning/test_job_cost.py"),
+    Fault("factors leave at each change of a strength", " or not self._stacks.takes_off(patcher)", "", "hosts/forge", "hosts/forge/test_lora_loading.py"),
+    Fault("a text encoder that comes back in part keeps no copy", "before = self._copies.before_card(layer, returns)", "before = self._copies.before_card(layer)", "hosts/forge", "hosts/forge/test_ram_copies.py"),
 ]  # fmt: skip
 
 

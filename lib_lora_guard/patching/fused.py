@@ -136,7 +136,7 @@ class Fused:
             stored = None if held is None else self._facts.stored(held, dtype, device)
         except Exception as error:
             # Without room for what comes from RAM the host says so, in its own words.
-            if not is_out_of_memory(error):
+            if not _gives_way(error):
                 log.debug("a weight cannot be read for its short way", exc_info=True)
             return None
         if held is None or stored is None:
@@ -155,13 +155,14 @@ class Fused:
                 return None
             weight = fused_weight(stored, factors, dtype)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not _gives_way(error):
                 choice.failed(key, error)
             return None
         try:
             return torch.nn.functional.linear(x, weight, held.bias)
-        except RuntimeError:
+        except RuntimeError as error:
             # No memory, or an input that does not fit: the layer's own code says so.
+            _gives_way(error)
             return None
 
     def drop_device_copies(self) -> None:
@@ -195,6 +196,14 @@ class Fused:
             # before the layer's product begins.
             self._made = stack, parts, factors
         return factors
+
+
+def _gives_way(error: Exception) -> bool:
+    """Returns True where memory has ended: then the long way has what the next swapped weight takes."""
+    if not is_out_of_memory(error):
+        return False
+    AHEAD.give_way()
+    return True
 
 
 def _nothing() -> None:

@@ -48,13 +48,23 @@ class Link(Protocol):
         """Begins to copy beside the forward pass; returns the copies, and what `wait` needs."""
         ...
 
-    def wait(self, begun: object, device: torch.device) -> None:
-        """Makes the forward pass wait for copies, at the place where it is now. The processor goes on."""
+    def wait(self, begun: object, device: torch.device) -> bool:
+        """Makes the forward pass that the copies were begun for wait, at the place where it is now. The processor goes on.
+
+        Returns:
+            False if the present one is on another stream: their memory is not its own.
+        """
         ...
 
     def is_fast(self, tensors: Tensors) -> bool:
         """Returns True if the card copies all of them by itself."""
         ...
+
+
+class _Begun(NamedTuple):
+    done: torch.cuda.Event
+    main: torch.cuda.Stream
+    """On which the memory was taken, and goes back to."""
 
 
 class CudaLink:
@@ -79,11 +89,12 @@ class CudaLink:
                 copy.copy_(one, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
             done.record(side)
-        return there, done
+        return there, _Begun(done, main)
 
-    def wait(self, begun: object, device: torch.device) -> None:
-        assert isinstance(begun, torch.cuda.Event)
-        torch.cuda.current_stream(device).wait_event(begun)
+    def wait(self, begun: object, device: torch.device) -> bool:
+        assert isinstance(begun, _Begun)
+        begun.main.wait_event(begun.done)
+        return torch.cuda.current_stream(device) == begun.main
 
     def is_fast(self, tensors: Tensors) -> bool:
         return all(one.is_pinned() for one in tensors)
@@ -145,20 +156,33 @@ class SwappedAhead:
 
     def drop(self) -> None:
         """Gives back what was begun and is not needed, at the end of an image or after an error."""
-        upcoming, self._upcoming = self._upcoming, None
+        upcoming = self._upcoming
         if upcoming is not None:
-            # Its memory goes back to the forward pass, which must not write there before.
+            # Its memory goes back to the forward pass, which must not write there before. In this order: an interrupt in between
+            # leaves it here.
             self._link.wait(upcoming.begun, upcoming.device)
+            self._upcoming = None
         self._last, self._is_full = None, False
         self._called.clear()
 
+    def give_way(self) -> None:
+        """Gives back what was begun, and begins nothing more in this image: memory has ended in a layer."""
+        self.drop()
+        self._is_full = True
+
     def _taken(self, layer: Layer, tensors: Tensors, device: torch.device) -> Tensors | None:
-        upcoming, self._upcoming = self._upcoming, None
+        upcoming = self._upcoming
         if upcoming is None:
             return None
-        self._link.wait(upcoming.begun, upcoming.device)
-        is_it = upcoming.layer() is layer and upcoming.device == device and _are_same(upcoming.tensors, tensors)
-        return upcoming.there if is_it else None
+        is_here = self._link.wait(upcoming.begun, upcoming.device) and upcoming.device == device
+        self._upcoming = None
+        if is_here and upcoming.layer() is layer and _are_same(upcoming.tensors, tensors):
+            return upcoming.there
+        before = None if self._last is None else self._last()
+        if before is not None:
+            # It was for nothing, and would be in each step: what came after the end of one was learnt as if it were a part of it.
+            self._after.pop(before, None)
+        return None
 
     def _note(self, layer: Layer) -> None:
         if layer in self._called:
@@ -176,18 +200,16 @@ class SwappedAhead:
         coming = None if reference is None else reference()
         if self._is_full or reference is None or coming is None or coming in self._called:
             return
-        tensors = coming.in_ram()
-        if tensors is None or not self._link.is_fast(tensors):
-            return
         try:
-            there, begun = self._link.begin(tensors, device)
+            tensors = coming.in_ram()
+            if tensors is None or not self._link.is_fast(tensors):
+                return
+            self._upcoming = _Upcoming(reference, device, tensors, *self._link.begin(tensors, device))
         except Exception as error:
             self._is_full = is_out_of_memory(error)
             # A driver that refuses a stream would refuse it in each layer of each step.
             self._is_refused = not self._is_full
             log.debug("swapped weights are not copied ahead", exc_info=True)
-            return
-        self._upcoming = _Upcoming(reference, device, tensors, there, begun)
 
 
 def _are_same(ahead: Tensors, now: Tensors) -> bool:

@@ -189,8 +189,9 @@ def _seconds(state: State, job: Job, links: Links, leaving: Sequence[int], comes
     out = left - copied + max(0, away - state.copied_bytes)
     now = out / links.to_ram + come / links.to_card
     calls = job.calls * (state.outside_bytes - comes) / links.swapping
-    # What has a copy leaves for nothing, now or after the calls.
-    copies = max(0, state.copied_bytes - away) + min(come, state.pinned_bytes)
+    # What has a copy leaves for nothing, now or after the calls. What the host places comes first, and keeps none.
+    kept = min(max(0, come - state.placed_by_host_bytes), state.pinned_bytes)
+    copies = max(0, state.copied_bytes - away) + kept
     copies_of_others = sum(one.copied_bytes for one in state.neighbours) - copied
     others = sum(one.on_card_bytes for one in state.neighbours) - left
     if job.is_last:

@@ -189,9 +189,10 @@ class RamCopies:
 
         Args:
             layer: In RAM.
-            returns: Keep its copy in ordinary RAM too: it leaves the card as a whole for others, again and again.
+            returns: Keep its copy in ordinary RAM too, if others have enough of that: its model leaves the card for others, again
+                and again.
         """
-        return self._before_card(layer, returns) if self.works else {}
+        return self._before_card(layer, returns and _has_ram_for_copies()) if self.works else {}
 
     def _before_card(self, layer: torch.nn.Module, returns: bool) -> dict[str, Kept]:
         if not (returns or layer in self._pinned):
@@ -224,13 +225,11 @@ class RamCopies:
         """Returns the bytes of layers in pinned RAM, which keep that as their copy when they go to the card."""
         if not self.works:
             return 0
-        pinned = ((self._pinned.get(layer), layer) for layer in layers)
         return sum(
-            parameter.data.nbytes
-            for memory, layer in pinned
-            if memory is not None
-            for parameter in layer.parameters(recurse=False)
-            if memory.holds(parameter.data)
+            one.data.nbytes
+            for layer in layers
+            for one in self._before_card(layer, returns=False).values()
+            if self._pinned[layer].holds(one.data)
         )
 
     def leave(self, layer: torch.nn.Module) -> bool:
@@ -302,7 +301,7 @@ class RamCopies:
         changed, before = [], {}
         # Asked once: it reads the system's numbers, and a model has hundreds of layers.
         is_on, works = self._is_on(), self.works
-        returns = return_all and works and psutil.virtual_memory().available > LEAST_LEFT_BYTES
+        returns = return_all and works and _has_ram_for_copies()
         try:
             for layer in layers:
                 # Left by a move that was interrupted while it ended, or that of a move around this one, which is slower then.
@@ -457,6 +456,11 @@ def _succeeds(call: Callable[[Any], int]) -> bool:
         with contextlib.suppress(*ERRORS_OF_CUDA):
             torch.zeros(1, device="cuda").add_(1)
     return is_done
+
+
+def _has_ram_for_copies() -> bool:
+    """Returns True if copies in ordinary RAM beside the card leave enough of it."""
+    return bool(psutil.virtual_memory().available > LEAST_LEFT_BYTES)
 
 
 def _zeroed(size: int) -> torch.Tensor | None:

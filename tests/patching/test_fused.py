@@ -290,6 +290,61 @@ def test_a_swapped_weight_comes_as_it_is_stored(passes, monkeypatch, nested):
     assert len(made) == 1
 
 
+def test_what_comes_ahead_of_a_swapped_weight_is_what_its_call_copies(monkeypatch):
+    class Ahead:
+        def bring(self, layer, tensors, device):
+            brought.append((layer, tensors))
+            return tuple(one.to(device) for one in tensors)
+
+    brought, card = [], torch.device("meta")
+    monkeypatch.setattr(fused, "AHEAD", Ahead())
+    (parameter, _), facts = bnb_parameter(rand(*SHAPE, seed=4)), fused._Facts()
+    assert facts.in_ram() is None, "not called yet"
+    facts.stored(fused.Held(parameter, None), torch.bfloat16, card)
+    ((layer, tensors),) = brought
+    assert layer is facts
+    assert [one.data_ptr() for one in tensors] == [parameter.data_ptr(), parameter.quant_state.absmax.data_ptr()]
+    assert [one.data_ptr() for one in facts.in_ram()] == [one.data_ptr() for one in tensors]
+    del parameter, tensors
+    brought.clear()
+    gc.collect()
+    assert facts.in_ram() is None, "nor has it a weight any more"
+    parameter, _ = bnb_parameter(rand(*SHAPE, seed=4))
+    there = torch.nn.Parameter(parameter.data.to(card), requires_grad=False)
+    vars(there).update(vars(parameter))
+    facts.stored(fused.Held(there, None), torch.bfloat16, card)
+    assert facts.in_ram() is None, "it lies on the card"
+
+
+@pytest.mark.parametrize("place", ["weight", "product"])
+def test_where_memory_ends_the_long_way_has_what_was_begun_for_the_next_layer(monkeypatch, place):
+    gave, log = [], []
+
+    class Ahead:
+        def bring(self, layer, tensors, device):
+            return tuple(one.to(device) for one in tensors)
+
+        def give_way(self):
+            gave.append(list(log))
+
+    def ends(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    own = Layer.forward
+    monkeypatch.setattr(Layer, "forward", lambda layer, x: (log.append("long way"), own(layer, x))[1])
+    layer = Layer(*bnb_parameter(rand(*SHAPE, seed=4)))
+    patched(layer, entries(0.8))
+    monkeypatch.setattr(fused, "AHEAD", Ahead())
+    if place == "weight":
+        monkeypatch.setattr(fused, "fused_weight", ends)
+    else:
+        linear, calls = torch.nn.functional.linear, [ends]
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: (calls.pop() if calls else linear)(*args))
+    layer(rand(3, 64, seed=3))
+    assert gave == [[]], "once, before the long way begins"
+    assert log == ["long way"]
+
+
 def test_a_tensor_of_tensors_is_not_referred_to_weakly(monkeypatch):
     """torch refuses to move one that is."""
 

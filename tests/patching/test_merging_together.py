@@ -127,8 +127,30 @@ def test_a_change_uses_a_quarter_of_the_free_vram_and_no_more_than_512_mb(free_m
     assert merging_together.spare_bytes(free_mb * MB) == spare_mb * MB
 
 
+def test_what_is_free_is_what_the_driver_of_the_card_says(monkeypatch):
+    def refuses(device):
+        raise RuntimeError("CUDA error")
+
+    card = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 900) if device == card else None)
+    assert merging_together._free_bytes(card) == 300
+    assert merging_together._free_bytes(CPU) == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuses)
+    assert merging_together._free_bytes(card) == 0
+
+
+@pytest.mark.parametrize(("share_bytes", "count"), [(max(SIZES_BYTES), 6), (max(SIZES_BYTES) - 1, 4)])
+def test_one_weight_is_held_in_a_quarter_of_what_all_may_take(scene, monkeypatch, share_bytes, count):
+    held = counted(monkeypatch, MergingTogether, "restored")
+    monkeypatch.setattr(merging_together, "LARGEST_HELD_BYTES", 1)
+    monkeypatch.setattr(merging_together, "_free_bytes", lambda device: 16 * share_bytes)
+    scene.change(0.5)
+    assert len(held) == count
+    assert holds_nothing(scene)
+
+
 def test_where_vram_is_free_large_weights_are_held_too_and_slices_are_larger(scene, monkeypatch):
-    held, slices, merge, restored = [], set(), attachments.merge, MergingTogether.restored
+    held, most, slices, merge, restored = [], [], set(), attachments.merge, MergingTogether.restored
 
     def sliced(*args, **how):
         slices.add(how["slice_bytes"])
@@ -137,6 +159,7 @@ def test_where_vram_is_free_large_weights_are_held_too_and_slices_are_larger(sce
     def noting(self, one, *more):
         held.append(one)
         restored(self, one, *more)
+        most.append(self._held_bytes)
 
     expected = after(scene, 0.5)
     monkeypatch.setattr(merging_together, "LARGEST_HELD_BYTES", 1)
@@ -148,6 +171,7 @@ def test_where_vram_is_free_large_weights_are_held_too_and_slices_are_larger(sce
     slices.clear()
     scene.change(0.5)
     assert (len(held), slices) == (len(SIZES_BYTES), {256 * MB})
+    assert max(most) == sum(SIZES_BYTES), "all at once"
     assert has(scene, expected)
     assert holds_nothing(scene)
 

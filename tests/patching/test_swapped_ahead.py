@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import sys
 import threading
 
 import pytest
@@ -31,7 +32,7 @@ class Link:
     """Copies are clones. `under_way` are those that the forward pass has not waited for."""
 
     def __init__(self):
-        self.log, self.under_way, self.error, self.is_pinned = [], [], None, True
+        self.log, self.under_way, self.error, self.is_pinned, self.is_here = [], [], None, True, True
 
     def copy(self, tensors, device):
         self.log.append(f"copy {tensors[0].flatten()[0].item():.0f}")
@@ -46,7 +47,9 @@ class Link:
         return tuple(one.clone() for one in tensors), begun
 
     def wait(self, begun, device):
-        self.under_way.remove(begun)
+        # It may be waited for twice, after an interrupt.
+        self.under_way = [one for one in self.under_way if one is not begun]
+        return self.is_here
 
     def is_fast(self, tensors):
         return self.is_pinned
@@ -165,6 +168,152 @@ def test_a_driver_that_refuses_a_stream_is_asked_once(ahead, link, layers):
     assert link.log == ["copy 0", "copy 1", "copy 2"]
 
 
+def test_an_error_of_the_next_layer_does_not_cost_this_one_its_weight(ahead, link, layers, monkeypatch):
+    def fails():
+        raise AttributeError("no scales any more")
+
+    step(ahead, layers)
+    monkeypatch.setattr(layers[1], "in_ram", fails)
+    link.log.clear()
+    step(ahead, layers)
+    assert link.log == ["copy 0", "copy 1", "copy 2"]
+
+
+def test_what_is_begun_for_nothing_is_begun_once(ahead, link, layers):
+    """After the last layer of one model another model was run: that is no order of a step. Nor is a layer that goes another way by now."""
+    step(ahead, layers[:2])
+    step(ahead, layers[2:])
+    for begun in (["copy 0", "begin 1", "begin 2"], ["copy 0", "begin 1"], ["copy 0", "begin 1"]):
+        link.log.clear()
+        step(ahead, layers[:2])
+        assert link.log == begun
+    assert not link.under_way
+
+
+def test_a_first_layer_that_one_step_has_left_out_is_not_begun_at_the_end_of_the_next_images_steps(ahead, link, layers):
+    for order in ([0, 1, 2], [1, 2], [0, 1, 2]):
+        step(ahead, [layers[place] for place in order])
+    ahead.drop()
+    step(ahead, layers)
+    assert not link.under_way
+
+
+def test_the_last_layer_of_an_image_has_no_next_one(ahead, link, layers):
+    step(ahead, layers[:2])
+    ahead.drop()
+    step(ahead, layers[2:])
+    ahead.drop()
+    step(ahead, layers[:2])
+    assert not link.under_way
+
+
+def test_a_card_copies_by_itself_what_is_pinned_all_of_it():
+    class Values:
+        def __init__(self, is_pinned):
+            self.is_pinned = lambda: is_pinned
+
+    assert swapped_ahead.CudaLink().is_fast((Values(True), Values(True)))
+    assert not swapped_ahead.CudaLink().is_fast((Values(True), Values(False)))
+
+
+def test_on_another_stream_each_layer_copies_its_own(ahead, link, layers):
+    """The memory of what was begun is that of the stream before: it would be written to again while this one reads."""
+    step(ahead, layers)
+    link.is_here = False
+    link.log.clear()
+    step(ahead, layers)
+    assert [line for line in link.log if "copy" in line] == ["copy 0", "copy 1", "copy 2"]
+
+
+def test_where_a_layer_has_no_room_what_was_begun_is_given_back(ahead, link, layers):
+    step(ahead, layers)
+    step(ahead, layers[:1])
+    assert len(link.under_way) == 1
+    ahead.give_way()
+    assert not link.under_way
+    assert ahead._upcoming is None
+    link.log.clear()
+    step(ahead, layers)
+    assert link.log == ["copy 0", "copy 1", "copy 2"], "the next layer would have no room either"
+    ahead.drop()
+    link.log.clear()
+    step(ahead, layers)
+    assert link.log == ["copy 0", "begin 1", "begin 2"]
+
+
+class Stream:
+    """Notes in the order of the calls what a card would do on it."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append((self.name, f"waits for all of {other.name}"))
+
+    def wait_event(self, event):
+        self.log.append((self.name, f"waits for {event.name}"))
+
+
+class Event:
+    def __init__(self, log):
+        self.name, self.log = "nothing", log
+
+    def record(self, stream):
+        self.name = f"{stream.name} at {len([one for one in self.log if one[0] == stream.name])}"
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The streams of a card that is not there, and what is done on them. Memory is of the stream on which it was taken."""
+    log = []
+    main, side, other = (Stream(name, log) for name in ("main", "side", "other"))
+    now = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, now[0] = now[0], stream
+        yield
+        now[0] = before
+
+    def copy(self, values, non_blocking=False):
+        log.append((now[0].name, f"copies {values[0].item():.0f}" if non_blocking else "waits for the processor"))
+        return self.set_(values.clone())
+
+    def empty(like, device):
+        log.append((now[0].name, "has memory"))
+        return torch.zeros(like.shape, dtype=like.dtype)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch, "empty_like", empty)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    return log, now, other
+
+
+def test_a_card_copies_beside_the_forward_pass_and_each_waits_for_the_other(streams):
+    log, now, other = streams
+    link, tensors = swapped_ahead.CudaLink(), (torch.full((2,), 3.0), torch.full((2,), 4.0))
+    there, begun = link.begin(tensors, CARD)
+    assert log == [
+        ("main", "has memory"),
+        ("main", "has memory"),
+        # What was computed in that memory before.
+        ("side", "waits for all of main"),
+        ("side", "copies 3"),
+        ("side", "copies 4"),
+    ]
+    assert [one[0].item() for one in there] == [3.0, 4.0]
+    log.clear()
+    assert link.wait(begun, CARD)
+    assert log == [("main", "waits for side at 3")], "for both copies"
+    log.clear()
+    now[0] = other
+    assert not link.wait(begun, CARD)
+    assert log == [("main", "waits for side at 3")], "the memory goes back to the stream on which it was taken"
+
+
 def test_a_second_thread_takes_nothing_of_the_first(ahead, link, layers):
     step(ahead, layers)
     ahead.bring(layers[0], layers[0].tensors, CARD)
@@ -213,6 +362,46 @@ def test_the_end_of_an_image_drops_what_was_begun(link, layers, monkeypatch):
         step(ahead, layers[:1])
         raise KeyboardInterrupt
     assert not link.under_way
+
+
+def test_an_interrupt_at_any_line_leaves_no_copy_under_way_and_no_wrong_weight():
+    """The memory of a copy that nobody waits for would be written to while it comes."""
+    places = set()
+
+    def interrupted(after):
+        link, layers = Link(), [Layer(place) for place in range(3)]
+        ahead, lines = SwappedAhead(link), iter(range(after))
+        step(ahead, layers)
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_filename != swapped_ahead.__file__:
+                return None
+            if event == "line" and next(lines, None) is None:
+                sys.settrace(None)
+                places.add(frame.f_lineno)
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            step(ahead, layers)
+            ahead.drop()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+            # The image ends.
+            ahead.drop()
+            assert not link.under_way
+            step(ahead, layers[::-1])
+            step(ahead, layers)
+        return False
+
+    after = 0
+    while interrupted(after):
+        after += 1
+    assert len(places) > 30
 
 
 @settings(max_examples=200, deadline=None)

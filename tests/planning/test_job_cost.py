@@ -116,6 +116,26 @@ def test_what_has_a_copy_in_ram_leaves_for_nothing():
     assert choice.grows
 
 
+def test_a_copy_is_counted_once():
+    """Of 600 MB that leave for the calls 500 have a copy. None of the 1000 MB that leave for the decode has one then."""
+    state = State(0, 5000 * MB, 500 * MB, 1000 * MB, 1500 * MB, 100 * MB, [])
+    (choice, *same) = ways(state, Job(calls=2, decode_bytes=2600 * MB, images=1), Links(7e9, 1e9, 7e9))
+    assert set(same) <= {choice}
+    assert choice.comes_bytes == -600 * MB
+    assert choice.seconds == pytest.approx((100 / 1000 + 2 * 600 / 7000 + 1000 / 1000) * MB / 1e6)
+
+
+@pytest.mark.parametrize("copied", [0, 300, 1608])
+def test_of_what_leaves_for_the_decode_the_part_that_has_a_copy_costs_nothing(copied):
+    """The text encoder stays beside four calls, and leaves 1000 MB for the decode."""
+    text = Neighbour(1608 * MB, 1608 * MB, copied * MB)
+    state = State(100 * MB, 9000 * MB, 0, 3000 * MB, 500 * MB, 256 * MB, [text])
+    job = Job(calls=4, decode_bytes=3900 * MB, images=1, new_prompts=0)
+    found = ways(state, job, Links(7e9, 1e9, 7e9))
+    choice = next(way for way in found if (way.leaving_bytes, way.comes_bytes) == ((0,), 100 * MB))
+    assert choice.seconds == pytest.approx((100 / 7000 + max(0, 1000 - copied) / 1000) * MB / 1e6)
+
+
 @pytest.mark.parametrize(("pinned", "comes"), [(1769, True), (0, False)])
 def test_what_lies_in_pinned_ram_comes_for_four_steps_and_leaves_for_the_decode_for_nothing(pinned, comes):
     """An NF4 Flux with 8 GB on a measured machine: it comes three times, instead of twelve copies of as much. Without a copy it would
@@ -130,6 +150,23 @@ def test_what_lies_in_pinned_ram_comes_for_four_steps_and_leaves_for_the_decode_
         assert choice.seconds == pytest.approx((1769 / 40_000 + 120 / 1300 + 2 * 1889 / 40_000) * MB / 1e6)
     else:
         assert choice.seconds == pytest.approx((12 * 1769 / 40_000 + 120 / 1300 + 2 * 120 / 40_000) * MB / 1e6)
+
+
+def test_a_controlnet_that_the_host_places_keeps_no_copy_of_its_own():
+    """Counted as pinned it left for the decode for nothing, and the denoiser's last GB, which does, stayed away: 1.18 s instead of 0.80."""
+    links = Links(to_card=25e9, to_ram=1.3e9, swapping=25e9, keeps_copies=True)
+    control, away = 3300 * MB, 1000 * MB
+    facts = {"placed_by_host_bytes": control, "pinned_bytes": away}
+    state = State(control + away, 4000 * MB, 0, 6000 * MB, 1355 * MB, 256 * MB, [], **facts)
+    choice = choose(state, Job(calls=4, decode_bytes=3300 * MB), links)
+    assert choice.grows
+    # 1600 MB leave for the decode, of which 1000 have a copy; all of them come back for two more images.
+    assert choice.seconds == pytest.approx((4300 / 25_000 + 600 / 1300 + 2 * 1600 / 25_000) * MB / 1e6)
+    stays = next(way for way in ways(state, Job(calls=4, decode_bytes=3300 * MB), links) if not way.grows)
+    # The ControlNet alone comes, and 600 MB leave without a copy.
+    assert stays.seconds == pytest.approx(
+        (3300 / 25_000 + 12 * 1000 / 25_000 + 600 / 1300 + 2 * 600 / 25_000) * MB / 1e6
+    )
 
 
 def test_a_model_that_the_host_is_about_to_place_gets_its_room():

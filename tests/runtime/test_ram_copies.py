@@ -53,6 +53,38 @@ def to_card(pinned, layer):
     pinned.on_card(layer, before)
 
 
+@pytest.mark.parametrize(("free_gb", "keeps"), [(5, True), (4, False)])
+def test_a_copy_in_ordinary_ram_is_kept_where_others_have_enough(ram, free_gb, keeps):
+    ram.available = free_gb * GB
+    copies, layer = RamCopies(lambda: True, Driver()), linear()
+    assert copies.before_card(layer) == {}
+    assert bool(copies.before_card(layer, returns=True)) is keeps
+
+
+def test_switched_off_what_is_pinned_keeps_no_copy(ram):
+    is_on, layer = [True], linear()
+    pinned = RamCopies(lambda: is_on[0], Driver())
+    pinned.pin([layer])
+    assert pinned.pinned_bytes([layer]) > 0
+    is_on[0] = False
+    foreseen = pinned.pinned_bytes([layer])
+    to_card(pinned, layer)
+    assert foreseen == pinned.kept_bytes([layer]) == 0
+
+
+@pytest.mark.parametrize("has", ["a buffer", "a part elsewhere"])
+def test_a_pinned_layer_that_keeps_no_copy_does_not_count_as_one_that_does(ram, has):
+    layer, pinned = linear(), RamCopies(lambda: True, Driver())
+    pinned.pin([layer])
+    if has == "a buffer":
+        layer.register_buffer("table", torch.zeros(2))
+    else:
+        layer.bias = torch.nn.Parameter(layer.bias.to("meta"), requires_grad=False)
+    foreseen = pinned.pinned_bytes([layer])
+    to_card(pinned, layer)
+    assert foreseen == pinned.kept_bytes([layer]) == 0
+
+
 def test_a_large_weight_goes_to_pinned_ram_and_a_bias_stays(ram):
     layer, driver = linear(), Driver()
     pinned = RamCopies(lambda: True, driver)

@@ -221,6 +221,18 @@ def test_a_model_in_the_same_calls_that_cannot_run_swapped_gets_its_room():
         assert there.module.on == 10_000 - 3_000 - 500 - swapping
 
 
+def test_what_lies_in_pinned_ram_counts_where_the_host_does_not_place_the_model_anew(monkeypatch):
+    states = []
+    for is_same in (True, False):
+        there = placed(5_000, away=1_000, swappable=5_000, returns=True)
+        there.module.outside = 1_000
+        monkeypatch.setattr(there, "pinned_bytes", lambda: 700)
+        room, costs, _ = room_by_cost(there)
+        monkeypatch.setattr(costs, "choose", lambda model, device, state: states.append(state))
+        room.prepare([there.model if is_same else Model(there.module)], CARD, needs(500))
+    assert [state.pinned_bytes for state in states] == [700, 0]
+
+
 @pytest.mark.parametrize(
     ("away", "need", "there_on", "text_on"),
     [

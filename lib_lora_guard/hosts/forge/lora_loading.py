@@ -79,12 +79,15 @@ class LoraLoading:
         """Frees the factors of stacks that are about to be replaced, where the new one takes less: room is made for the model
         before its LoRAs are changed, and would be counted without what they give back. What the new stack keeps of them comes
         again with the rest of it.
+
+        Not of a stack that only grows, or gets other strengths: none of its factors leaves, whatever the two numbers say. What is
+        there may be of another dtype than what is foreseen.
         """
         for patcher in patchers:
             loader = loader_of(patcher)
             resident = self._stacks.resident_bytes(loader)
             # Before all else: a model without LoRAs is the usual one.
-            if resident < SURPLUS_BYTES or self._stacks.is_current(patcher):
+            if resident < SURPLUS_BYTES or self._stacks.is_current(patcher) or not self._stacks.takes_off(patcher):
                 continue
             if resident - self._stack_bytes(patcher) >= SURPLUS_BYTES:
                 self._stacks.drop_device_copies(loader)

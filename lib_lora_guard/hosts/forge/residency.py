@@ -138,9 +138,10 @@ class Residency:
         model = loaded_module(loaded)
         if model is None:
             return 0
-        moved = 0
+        # A text encoder's, or each part of it that has left for the denoiser once would be copied to RAM for each new prompt.
+        moved, returns = 0, is_forges_text_encoder(model)
         for size, layer in _returning(self._away(model), room_bytes):
-            before = self._copies.before_card(layer)
+            before = self._copies.before_card(layer, returns)
             try:
                 layer.to(loaded.device)
             except BaseException as error:

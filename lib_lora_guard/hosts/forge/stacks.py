@@ -24,7 +24,7 @@ from ...runtime.model_stack import ModelStacks
 from ...settings import LoraMode
 from ...weights.storage import WIDE_DTYPES
 from .facts import loader_of, loader_of_model, storage_dtype
-from .identifiers import parse, stack_name
+from .identifiers import describe, parse, stack_name
 from .lora_loader_state import STATE, AppliedStack, LoaderState, state_of
 from .patches import PatchReader
 from .types import LoraLoader, Patcher, Patches
@@ -99,6 +99,12 @@ class ForgeStacks(ModelStacks):
         """True if the last report of this model describes the stack of `patcher`."""
         state = state_of(patcher.lora_loader)
         return state is not None and state.reported == stack_name(patcher.lora_patches)
+
+    def takes_off(self, patcher: Patcher) -> bool:
+        """True if a LoRA of the model of `patcher` may not be in its stack, at whatever strength."""
+        report = self.report(patcher.lora_loader)
+        coming = {describe(identifier)[0] for identifier in patcher.lora_patches}
+        return report is None or any(lora.label not in coming for lora in report.loras if lora.refused is None)
 
     def names_on(self, model: torch.nn.Module) -> Hashable:
         """Names the LoRAs on a model without their strengths, for what does not depend on them."""

@@ -124,6 +124,33 @@ def test_factors_that_a_smaller_stack_replaces_leave_before_room_is_made(
     assert set(counted) == {left}, "what is counted is what is there"
 
 
+@pytest.mark.parametrize(
+    ("stack", "left"),
+    [
+        ([(NAME, 0.9, 1.0, False)], 9_999),
+        ([(NAME, 0.9, 1.0, False), ("other.safetensors", 1.0, 1.0, False)], 9_999),
+        ([("other.safetensors", 1.0, 1.0, False)], 0),
+        ([], 0),
+    ],
+    ids=["another strength", "one more", "another", "none"],
+)
+def test_factors_that_stay_do_not_leave_first_whatever_is_foreseen_of_them(scene, stacked, monkeypatch, stack, left):
+    """Those of a weight side are there in the dtype of their file: an fp32 LoHa takes twice what is foreseen for it."""
+    monkeypatch.setattr(lora_loading, "SURPLUS_BYTES", 500)
+    patcher, stacks = stacked(lora(), lora()), scene.guard.stacks
+    scene.load(patcher)
+    (on_it,) = stacks.report_for(patcher).loras
+    # The layers of this model are too small for it.
+    on_it.refused, there = None, [9_999]
+    monkeypatch.setattr(stacks, "resident_bytes", lambda loader: there[0])
+    monkeypatch.setattr(stacks, "drop_device_copies", lambda loader: there.__setitem__(0, 0))
+    (patches,) = patcher.lora_patches.values()
+    changed = patcher.clone()
+    changed.lora_patches = dict.fromkeys(stack, patches)
+    scene.load(changed)
+    assert there == [left]
+
+
 def test_a_step_has_its_factors_once_wherever_they_are(scene, stacked, monkeypatch):
     patcher, resident = stacked(lora(), lora()), [0]
     monkeypatch.setattr(scene.guard.stacks, "resident_bytes", lambda loader: resident[0])

@@ -3,7 +3,7 @@ copies are played; `tests/runtime/test_ram_copies.py` has the real ones."""
 
 import pytest
 import torch
-from support.card_scene import flux, vae
+from support.card_scene import flux, t5, vae
 from support.fake_card import CARD, RAM, Weight, sides_of, size_of
 
 pytestmark = pytest.mark.usefixtures("swapping_in_bytes")
@@ -22,8 +22,8 @@ class Pinned:
         self.in_ram |= new
         return sum(map(size_of, new))
 
-    def before_card(self, layer):
-        return {"weight": layer} if layer in self.in_ram and sides_of(layer) == {RAM} else {}
+    def before_card(self, layer, returns=False):
+        return {"weight": layer} if (returns or layer in self.in_ram) and sides_of(layer) == {RAM} else {}
 
     def on_card(self, layer, before):
         self.kept |= {layer} if before else set()
@@ -76,6 +76,18 @@ def test_what_left_for_a_decode_leaves_the_second_time_without_a_move(scene, pin
     assert set(pinned.left) == gone == {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
     # The VAE may move its own layers; the denoiser's came from their copies.
     assert scene.machine.moves_to_ram - moves <= len(decoder.model.layers())
+
+
+def test_a_part_of_a_text_encoder_that_left_for_a_denoiser_keeps_its_copy_when_it_is_back(scene, pinned):
+    text = t5(scene, 10)
+    scene.load(text)
+    placed = scene.guard.memory.placed(text)
+    placed.shrink(3_000)
+    gone = {layer for layer in text.model.layers() if sides_of(layer) == {RAM}}
+    placed.grow(10_000)
+    assert placed.copied_bytes() == sum(map(size_of, gone)) > 0
+    placed.shrink(3_000)
+    assert set(pinned.left) == gone
 
 
 def test_forge_moves_no_layer_that_has_its_copy(scene, pinned):
