@@ -561,8 +561,7 @@ class MergeAttachment(Attachment):
         if wide:
             data = original.detach()
             on_device = self.compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
-            large = SLICE_BYTES if together is None else max(SLICE_BYTES, together.spare_bytes // 2)
-            small = MOVED_SLICE_BYTES if data.device != on_device else large
+            small = MOVED_SLICE_BYTES if data.device != on_device else SLICE_BYTES
             brought = together is not None and on_device == self.compute_device
             terms = together.terms_of(self) if together is not None and brought else self.terms
             merged = merge(data, terms, device=on_device, out_dtype=dtype, slice_bytes=small)

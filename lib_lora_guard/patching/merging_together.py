@@ -80,7 +80,7 @@ class MergingTogether(Generic[M]):
         self._held_bytes = 0
         all_merges = (*leaving, *coming)
         self.spare_bytes = spare_bytes(_free_bytes(all_merges[0].compute_device)) if all_merges else 0
-        """Of VRAM: what the change may use to wait less and start fewer operations, beyond what it takes in any case."""
+        """Of VRAM: what the change may hold to wait less, beyond what it may hold in any case."""
         for one in all_merges:
             one.together = self
 
@@ -164,7 +164,7 @@ class MergingTogether(Generic[M]):
 
 
 def spare_bytes(free_bytes: int) -> int:
-    """Returns how much of the free VRAM a change may use to be faster.
+    """Returns how much of the free VRAM a change may hold merged values in.
 
     Args:
         free_bytes: Of the card, before the change.
