@@ -66,9 +66,9 @@ def test_what_left_for_a_decode_leaves_the_second_time_without_a_move(scene, pin
     gone = {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
     assert gone
     assert gone <= pinned.in_ram
-    assert scene.guard.memory.placed(denoiser).pinned_bytes() == sum(map(size_of, gone))
+    assert scene.guard.memory.placed(denoiser).swapped().pinned_bytes == sum(map(size_of, gone))
     scene.load(denoiser, required=1_500)
-    assert scene.guard.memory.placed(denoiser).pinned_bytes() == 0
+    assert scene.guard.memory.placed(denoiser).swapped().pinned_bytes == 0
     assert {sides_of(layer) == {CARD} for layer in gone} == {True}
     assert scene.guard.memory.placed(denoiser).copied_bytes() == sum(map(size_of, gone))
     moves = scene.machine.moves_to_ram
@@ -76,6 +76,19 @@ def test_what_left_for_a_decode_leaves_the_second_time_without_a_move(scene, pin
     assert set(pinned.left) == gone == {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
     # The VAE may move its own layers; the denoiser's came from their copies.
     assert scene.machine.moves_to_ram - moves <= len(decoder.model.layers())
+
+
+def test_what_comes_back_keeps_no_copy_once_they_are_switched_off(scene, pinned):
+    denoiser = flux(scene, 20)
+    scene.load(denoiser, required=1_500)
+    scene.load(vae(scene), required=6_000)
+    gone = {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
+    assert gone
+    assert gone <= pinned.in_ram
+    pinned.works = False
+    scene.load(denoiser, required=1_500)
+    assert {sides_of(layer) == {CARD} for layer in gone} == {True}
+    assert pinned.kept == set()
 
 
 def test_forge_moves_no_layer_that_has_its_copy(scene, pinned):
