@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -64,6 +64,16 @@ class HostModel(Protocol):
         ...
 
 
+class Swapped(NamedTuple):
+    """What of a placed model is copied to the device in each call, in bytes, as one look at its layers finds it."""
+
+    all_bytes: int = 0
+    away_bytes: int = 0
+    """The part that `shrink` has taken and `grow` has not brought back. The rest only the host brings back."""
+    pinned_bytes: int = 0
+    """The part of `away_bytes` that lies in pinned RAM, and keeps its copy there when it comes back."""
+
+
 class PlacedModel(Protocol):
     """A model that the host has placed on a device, whole or in part."""
 
@@ -82,20 +92,12 @@ class PlacedModel(Protocol):
         """Returns the bytes that `shrink` can take at most."""
         ...
 
-    def away_bytes(self) -> int:
-        """Returns the bytes that `shrink` has taken and `grow` has not brought back."""
-        ...
-
-    def swapped_bytes(self) -> int:
-        """Returns the bytes that are copied to the device in each call: `away_bytes`, and what only the host brings back."""
+    def swapped(self) -> Swapped:
+        """Returns what is copied to the device in each call, as it lies now."""
         ...
 
     def copied_bytes(self) -> int:
         """Returns the bytes on the device that have their copy in RAM, so that they leave for nothing."""
-        ...
-
-    def pinned_bytes(self) -> int:
-        """Returns the part of `away_bytes` that lies in pinned RAM, and keeps its copy there when it comes back."""
         ...
 
     def shrink(self, wanted_bytes: int) -> int:

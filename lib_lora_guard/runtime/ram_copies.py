@@ -21,6 +21,7 @@ import torch
 
 from .. import large_pages
 from ..messages import say
+from ..patching.parameters import own_parameters
 from ..patching.staging import has_ram_for_pinned
 from ..units import GB, MB
 
@@ -184,17 +185,18 @@ class RamCopies:
         finally:
             self._room_for_leaving_bytes = before
 
+    def keeps_all(self) -> bool:
+        """Returns True if there is RAM for copies that are not pinned, and others have enough. Asked once for a model."""
+        return self.works and _has_ram_for_copies()
+
     def before_card(self, layer: torch.nn.Module, returns: bool = False) -> dict[str, Kept]:
-        """Returns what `on_card` needs of a layer that is about to go to the card; empty if no copy of it is to be kept.
+        """Returns what `on_card` needs of a layer that is about to go to the card; empty if no copy of it is to be kept. Only
+        where this `works`: that is asked once for all layers, as it reads the system's numbers.
 
         Args:
             layer: In RAM.
-            returns: Keep its copy in ordinary RAM too, if others have enough of that: its model leaves the card for others, again
-                and again.
+            returns: Keep its copy in ordinary RAM too (`keeps_all`): its model leaves the card for others, again and again.
         """
-        return self._before_card(layer, returns and _has_ram_for_copies()) if self.works else {}
-
-    def _before_card(self, layer: torch.nn.Module, returns: bool) -> dict[str, Kept]:
         if not (returns or layer in self._pinned):
             return {}
         if next(layer.buffers(recurse=False), None) is not None:
@@ -219,6 +221,8 @@ class RamCopies:
 
     def kept_bytes(self, layers: Iterable[torch.nn.Module]) -> int:
         """Returns the bytes of layers on the card that have their copy in RAM."""
+        if not self._kept:
+            return 0
         return sum(one.data.nbytes for layer in layers for one in self._kept.get(layer, {}).values())
 
     def pinned_bytes(self, layers: Iterable[torch.nn.Module]) -> int:
@@ -228,7 +232,7 @@ class RamCopies:
         return sum(
             one.data.nbytes
             for layer in layers
-            for one in self._before_card(layer, returns=False).values()
+            for one in self.before_card(layer).values()
             if self._pinned[layer].holds(one.data)
         )
 
@@ -299,9 +303,8 @@ class RamCopies:
             return_all: Keep ordinary copies too; see `before_card`.
         """
         changed, before = [], {}
-        # Asked once: it reads the system's numbers, and a model has hundreds of layers.
         is_on, works = self._is_on(), self.works
-        returns = return_all and works and _has_ram_for_copies()
+        returns = return_all and self.keeps_all()
         try:
             for layer in layers:
                 # Left by a move that was interrupted while it ended, or that of a move around this one, which is slower then.
@@ -310,7 +313,7 @@ class RamCopies:
                     changed.append(layer)
                     self._short.add(layer)
                     layer.__dict__["to"] = _ShortWay(self._to, layer)
-                elif works and (found := self._before_card(layer, returns)):
+                elif works and (found := self.before_card(layer, returns)):
                     before[layer] = found
             yield
         finally:
@@ -376,7 +379,7 @@ class RamCopies:
 
     @staticmethod
     def _is_on_card(layer: torch.nn.Module) -> bool:
-        return all(_lies_on_card(parameter.data) for parameter in layer.parameters(recurse=False))
+        return all(map(_lies_on_card, own_parameters(layer)))
 
     def _room_bytes(self) -> int:
         memory = psutil.virtual_memory()

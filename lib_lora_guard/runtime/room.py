@@ -10,6 +10,7 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +21,7 @@ from ..planning.eviction import Coming, Eviction, Resident, plan_eviction
 from ..planning.job_cost import Choice, Neighbour, State
 from ..planning.on_card import LEAST_SWAPPING_SHARE, change_bytes
 from ..weights.storage import MB
-from .host import DeviceMemory, HostModel, PlacedModel
+from .host import DeviceMemory, HostModel, PlacedModel, Swapped
 from .job_costs import JobCosts
 from .needs import Needs, names_of
 from .preflight import Preflight
@@ -31,6 +32,27 @@ log = logging.getLogger(__name__)
 
 DECODE_PASSES = 1
 """Of a VAE: its pictures are what follows the denoiser's calls."""
+STAYS = Resident(0, 0, False)
+"""Stands for a model of which nothing is wanted: its layers are not looked at."""
+
+
+class _Part(NamedTuple):
+    """One model of a load, as it lies before anything moves: its layers, of which there may be a thousand, are looked at once."""
+
+    model: torch.nn.Module
+    outside_bytes: int
+    """What can come."""
+    fixed_bytes: int
+    """The part of it that cannot be swapped."""
+    by_host_bytes: int
+    """The part of it that the host is about to place."""
+    swapped: Swapped
+    """Of a placed one."""
+
+    @property
+    def stays_bytes(self) -> int:
+        """Bytes that run swapped in any case."""
+        return self.swapped.all_bytes - self.swapped.away_bytes
 
 
 class Room:
@@ -53,14 +75,15 @@ class Room:
 
     def prepare(self, models: Sequence[HostModel], device: torch.device, needs: Needs) -> None:
         """Makes room for `models`, of which some may be placed already, and brings back what had to leave before."""
-        outside = sum(self._outside_bytes(one, device) for one in models)
+        parts = [self._part(one, device) for one in models]
+        outside = sum(part.outside_bytes for part in parts)
         if self._memory.passes(models) is None:
             self._needs.update({one.model: needs.free_bytes for one in models})
-        fixed = min(outside, sum(self._fixed_bytes(one, device) for one in models))
+        fixed = min(outside, sum(part.fixed_bytes for part in parts))
         coming = Coming(outside, outside - fixed, self._memory.passes(models))
-        choice = self._choose(models, device, coming, needs) if coming.passes is None else None
+        choice = self._choose(models, parts, device, coming, needs) if coming.passes is None else None
         if choice is not None:
-            by_host = self._by_host_bytes(models, device)
+            by_host = sum(part.by_host_bytes for part in parts)
             for one in models:
                 placed = self._memory.placed(one)
                 if placed is not None:
@@ -68,7 +91,7 @@ class Room:
                     self._fit(placed, device, needs.free_bytes, fixed, is_for, choice.grows, coming_bytes=by_host)
             return
         self._note(coming, models, needs)
-        copies = self._copies_bytes(models, device, needs) if coming.passes is None else 0
+        copies = self._copies_bytes(parts, device, needs) if coming.passes is None else 0
         plan = self.make_room(device, coming, needs.free_bytes + copies, models)
         if plan.swapped_bytes and coming.passes is not None:
             level = self._told.level(models[0].model, "memory.swapped", plan.swapped_bytes)
@@ -87,9 +110,11 @@ class Room:
         if self._costs is None or passes is None or passes == DECODE_PASSES:
             return False
         others = [one for one in self._memory.placed_on(device, but=models) if one.returns()]
-        lacking = sum(one.swapped_bytes() for one in others)
+        lacking = sum(one.swapped().all_bytes for one in others)
+        if not lacking:
+            return False
         need = max([needs.free_bytes, *(self._needs.get(one.module, 0) for one in others)])
-        room = self._memory.free_bytes(device) - need - sum(self._outside_bytes(one, device) for one in models)
+        room = self._memory.free_bytes(device) - need - sum(self._part(one, device).outside_bytes for one in models)
         return lacking > max(0, room) and self._costs.runs_from_ram(passes, device)
 
     def make_room(
@@ -104,10 +129,11 @@ class Room:
             staying: these models, and other stacks on their modules, may not leave.
         """
         free = self._memory.free_bytes(device)
-        if coming.outside_bytes + need_bytes > free:
+        is_short = coming.outside_bytes + need_bytes > free
+        if is_short:
             self._memory.take_back(device)
         leaving = self._memory.placed_on(device, but=staying)
-        residents = [self._resident(one, device) for one in leaving]
+        residents = [self._resident(one, device) if is_short else STAYS for one in leaving]
         plan = plan_eviction(coming, need_bytes, free, residents)
         self._send(leaving, residents, plan.leaving_bytes)
         return plan
@@ -121,7 +147,9 @@ class Room:
         else:
             self._costs.note_prompt()
 
-    def _choose(self, models: Sequence[HostModel], device: torch.device, coming: Coming, needs: Needs) -> Choice | None:
+    def _choose(
+        self, models: Sequence[HostModel], parts: Sequence[_Part], device: torch.device, coming: Coming, needs: Needs
+    ) -> Choice | None:
         """Chooses by the seconds of the whole job which neighbours leave for the denoiser, and lets them leave. Models that run
         in its calls come with it.
 
@@ -149,10 +177,10 @@ class Room:
                 Neighbour(one.on_device_bytes, one.swappable_bytes, neighbour.copied_bytes())
                 for one, neighbour in zip(residents, neighbours, strict=True)
             ],
-            self._by_host_bytes(models, device),
+            sum(part.by_host_bytes for part in parts),
             outside - coming.swappable_bytes,
-            sum(map(self._stays_bytes, models)),
-            0 if placed is None or not placed.is_for(models[0]) else placed.pinned_bytes(),
+            sum(part.stays_bytes for part in parts),
+            parts[0].swapped.pinned_bytes,
         )
         choice = self._costs.choose(names_of(models), device, state)
         if choice is not None:
@@ -201,36 +229,24 @@ class Room:
         if model is not None:
             self._shares.pop(model, None)
 
-    def _outside_bytes(self, model: HostModel, device: torch.device) -> int:
+    def _part(self, model: HostModel, device: torch.device) -> _Part:
         placed = self._memory.placed(model)
         if placed is not None and placed.is_for(model):
             # The host does not place it again: only what `shrink` took can come back.
-            return placed.away_bytes()
-        return self._memory.size_bytes(model.model, outside=device)
+            swapped = placed.swapped()
+            return _Part(placed.module, swapped.away_bytes, 0, 0, swapped)
+        outside = self._memory.size_bytes(model.model, outside=device)
+        fixed = self._memory.fixed_bytes(model.model, device) if outside else 0
+        return _Part(model.model, outside, fixed, outside if placed is None else 0, Swapped())
 
-    def _fixed_bytes(self, model: HostModel, device: torch.device) -> int:
-        placed = self._memory.placed(model)
-        is_there = placed is not None and placed.is_for(model)
-        return 0 if is_there else self._memory.fixed_bytes(model.model, device)
-
-    def _stays_bytes(self, model: HostModel) -> int:
-        """Returns the bytes of a placed model that run swapped in any case."""
-        placed = self._memory.placed(model)
-        if placed is None or not placed.is_for(model):
-            return 0
-        return placed.swapped_bytes() - placed.away_bytes()
-
-    def _copies_bytes(self, models: Sequence[HostModel], device: torch.device, needs: Needs) -> int:
+    def _copies_bytes(self, parts: Sequence[_Part], device: torch.device, needs: Needs) -> int:
         """Returns the room to make for copies of layers that run swapped in any case, or a part of the model had to leave for
         them while others stay; 0 while enough of it is free."""
-        kept = max((self._memory.swapping_bytes(one.model) for one in models if self._stays_bytes(one)), default=0)
-        room = self._memory.free_bytes(device) - needs.free_bytes
+        swapping = [self._memory.swapping_bytes(part.model) for part in parts if part.stays_bytes]
+        if not swapping:
+            return 0
+        kept, room = max(swapping), self._memory.free_bytes(device) - needs.free_bytes
         return kept if room < kept * LEAST_SWAPPING_SHARE else 0
-
-    def _by_host_bytes(self, models: Sequence[HostModel], device: torch.device) -> int:
-        """Returns the bytes of models that the host is about to place."""
-        coming = (one for one in models if self._memory.placed(one) is None)
-        return sum(self._memory.size_bytes(one.model, outside=device) for one in coming)
 
     def _fit(
         self,
@@ -245,10 +261,12 @@ class Room:
         """Changes how much of a placed model is on the device. It was placed for a smaller picture or fewer LoRAs and no other
         model can make room; or it had to shrink, and there is room again that no other model is coming for. The `fixed_bytes`
         of models of the same load are still to come."""
-        on_card = self._memory.size_bytes(placed.module, on=device)
-        outside = placed.swapped_bytes()
+        outside, away, _ = placed.swapped()
         free = self._memory.free_bytes(device) - need_bytes
-        away = placed.away_bytes()
+        if not outside and free >= fixed_bytes:
+            # All of it is there, and nothing is short.
+            return
+        on_card = self._memory.size_bytes(placed.module, on=device)
         swapping = self._memory.swapping_bytes(placed.module)
         change = change_bytes(on_card, outside, away, free - fixed_bytes, swapping)
         if change < 0 and may_leave:

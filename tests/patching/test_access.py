@@ -8,7 +8,7 @@ from support.make import rand
 
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.patching.access import ModuleAccess, find_owner, is_linear, is_plain_convolution
-from lib_lora_guard.patching.parameters import named_parameters
+from lib_lora_guard.patching.parameters import modules, named_parameters, own_parameters
 
 
 @pytest.fixture
@@ -84,6 +84,11 @@ def test_parameters_come_as_torch_gives_them(model):
     model["gap"] = None
     model.scale = torch.nn.Parameter(torch.ones(1))
     assert list(named_parameters(model).items()) == list(model.named_parameters())
+    model["a"].whole = model
+    assert modules(model) == list(model.modules())
+    model["tied"].again = model["tied"].weight
+    for one in modules(model):
+        assert list(map(id, own_parameters(one))) == list(map(id, one.parameters(recurse=False)))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
@@ -98,5 +103,11 @@ def test_parameters_of_modules_that_keep_them_in_another_way(model):
         owners = [find_owner(one, name) for name in names]
         assert all(torch.equal(getattr(*owner), found[name]) for owner, name in zip(owners, names, strict=True))
         assert [find_owner(one, name) for name in ("0.none", "none.weight")] == [None, None]
+        assert modules(one) == list(one.modules())
+        for part in modules(one):
+            assert all(map(torch.equal, own_parameters(part), part.parameters(recurse=False)))
+            assert len(own_parameters(part)) == len(list(part.parameters(recurse=False)))
     model.named_parameters = lambda: [("own", torch.nn.Parameter(torch.ones(1)))]
     assert list(named_parameters(model)) == ["own"]
+    model.named_modules = lambda *_, **__: [("own", model["conv"])]
+    assert modules(model) == [model["conv"]]

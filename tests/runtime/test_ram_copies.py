@@ -47,7 +47,7 @@ def is_locked(layer, driver):
 
 
 def to_card(pinned, layer):
-    before = pinned.before_card(layer)
+    before = pinned.before_card(layer) if pinned.works else {}
     for parameter in layer.parameters():
         parameter.data = parameter.data.clone()
     pinned.on_card(layer, before)
@@ -58,7 +58,9 @@ def test_a_copy_in_ordinary_ram_is_kept_where_others_have_enough(ram, free_gb, k
     ram.available = free_gb * GB
     copies, layer = RamCopies(lambda: True, Driver()), linear()
     assert copies.before_card(layer) == {}
-    assert bool(copies.before_card(layer, returns=True)) is keeps
+    assert copies.keeps_all() is keeps
+    assert copies.before_card(layer, returns=True)
+    assert not RamCopies(lambda: False, Driver()).keeps_all()
 
 
 def test_switched_off_what_is_pinned_keeps_no_copy(ram):

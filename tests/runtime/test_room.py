@@ -10,6 +10,7 @@ from lib_lora_guard.memory import rules
 from lib_lora_guard.planning.eviction import Coming
 from lib_lora_guard.planning.job_cost import Links, State
 from lib_lora_guard.runtime import job_costs
+from lib_lora_guard.runtime.host import Swapped
 from lib_lora_guard.runtime.job_costs import JobCosts
 from lib_lora_guard.runtime.jobs import Jobs, Pass
 from lib_lora_guard.runtime.needs import Needs
@@ -226,7 +227,7 @@ def test_what_lies_in_pinned_ram_counts_where_the_host_does_not_place_the_model_
     for is_same in (True, False):
         there = placed(5_000, away=1_000, swappable=5_000, returns=True)
         there.module.outside = 1_000
-        monkeypatch.setattr(there, "pinned_bytes", lambda: 700)
+        monkeypatch.setattr(there, "swapped", lambda: Swapped(1_000, 1_000, 700))
         room, costs, _ = room_by_cost(there)
         monkeypatch.setattr(costs, "choose", lambda model, device, state: states.append(state))
         room.prepare([there.model if is_same else Model(there.module)], CARD, needs(500))

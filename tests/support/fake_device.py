@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from lib_lora_guard.runtime.host import Swapped
+
 CARD = torch.device("cuda", 0)
 
 
@@ -42,16 +44,10 @@ class Placed:
     def swappable_bytes(self):
         return self.swappable
 
-    def away_bytes(self):
-        return self.away
-
-    def swapped_bytes(self):
-        return self.module.outside
+    def swapped(self):
+        return Swapped(self.module.outside, self.away)
 
     def copied_bytes(self):
-        return 0
-
-    def pinned_bytes(self):
         return 0
 
     def shrink(self, wanted_bytes):

@@ -152,7 +152,10 @@ class Placement:
             # Moved away without Forge's knowledge.
             return True
         outside = int(self._memory.module_size(patcher.model, exclude_device=loaded.device))
-        may_stay = self._away_bytes(patcher.model) + self._loose_bytes(patcher.model, loaded.device) if grows else 0
+        # Each is a look at every layer, and usually there is nothing to find.
+        may_stay = self._away_bytes(patcher.model) if grows and outside else 0
+        if grows and outside > may_stay:
+            may_stay += self._loose_bytes(patcher.model, loaded.device)
         return outside > may_stay and self._could_be_whole(loaded, patcher.model, needed_bytes, staying)
 
     def _is_optimised(self) -> bool:

@@ -23,7 +23,7 @@ from ...runtime.last_plan import LastPlans
 from ...runtime.needs import Needs, Reservations
 from ...runtime.room import Room
 from .eviction import ForgeEviction
-from .facts import about_patcher, is_denoiser, is_forges_vae, loaded_module
+from .facts import about_patcher, is_denoiser, is_forges_text_encoder, is_forges_vae, loaded_module
 from .handover import Placement
 from .lora_loading import LoraLoading
 from .memory import ForgeMemory
@@ -91,7 +91,9 @@ class Loading:
         self._loras.handed_over(handed_over)
         placing = [p for p in others if p not in handed_over]
         denoisers = [p for p in patchers if is_denoiser(p.model)]
-        keeping = self._residency.placing([p.model for p in others if plan is not None])
+        # What was handed over Forge does not move, and `grow` keeps the pinned copies of what comes back. Text encoders have others.
+        moving = [p.model for p in others if p in placing or is_forges_text_encoder(p.model)]
+        keeping = self._residency.placing(moving if plan is not None else [])
         with self._loading(patchers, plan, placing) as later_bytes, keeping:
             given["hard_memory_preservation"] += later_bytes
             result = original(*bound.args, **bound.kwargs)
@@ -152,6 +154,8 @@ class Loading:
     def _fixed_bytes_of_later(self, placing: Sequence[Patcher], plan: _Plan) -> int:
         """Returns what has to stay free while Forge places the first of several models that do not fit: it places one after the
         other, each in what those before have left, and of the later ones a part cannot be swapped."""
+        if len(placing) < 2:
+            return 0
         outside = sum(self._memory.size_bytes(p.model, outside=plan.device) for p in placing)
         if outside <= self._memory.free_bytes(plan.device) - plan.needs.free_bytes:
             return 0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...runtime.host import HostModel
+from ...runtime.host import HostModel, Swapped
 from ...runtime.swapping import SwappingRoom
 from ...units import MB
 from ..webui.free_memory import FreeMemory
@@ -56,21 +56,13 @@ class ForgePlaced:
         """Returns the bytes that `shrink` can take at most."""
         return self._residency.swappable_bytes(self._loaded)
 
-    def away_bytes(self) -> int:
-        """Returns the bytes that are swapped, and that `grow` can bring back."""
-        return self._residency.away_bytes(self.module)
-
-    def swapped_bytes(self) -> int:
-        """Returns the bytes that are copied to the card in each call."""
-        return self._residency.swapped_bytes(self.module)
+    def swapped(self) -> Swapped:
+        """Returns what is copied to the card in each call."""
+        return self._residency.swapped(self.module)
 
     def copied_bytes(self) -> int:
         """Returns the bytes on the card that have their copy in RAM."""
         return self._residency.copied_bytes(self.module)
-
-    def pinned_bytes(self) -> int:
-        """Returns the bytes that are swapped from pinned RAM, and that `grow` can bring back."""
-        return self._residency.pinned_bytes(self.module)
 
     def shrink(self, wanted_bytes: int) -> int:
         """Moves layers into RAM; see `Residency.shrink`."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import say
+from ...patching.parameters import modules, own_parameters
+from ...runtime.host import Swapped
 from ...runtime.ram_copies import WORTH_A_LINE_BYTES, RamCopies
 from ...runtime.told_sizes import ToldSizes
 from ...weights.storage import MB, scales_bytes
@@ -61,9 +63,12 @@ class Residency:
         """Returns the bytes of a model that are copied to the device in each call and that `grow` can bring back."""
         return sum(size for size, _ in self._away(model))
 
-    def swapped_bytes(self, model: torch.nn.Module) -> int:
-        """Returns the bytes of a model that are copied to the device in each call, merged layers' too."""
-        return sum(map(_bytes_in_ram, _swapped(model)))
+    def swapped(self, model: torch.nn.Module) -> Swapped:
+        """Returns what of a model is copied to the device in each call: merged layers' bytes too, which `grow` leaves."""
+        layers = list(_swapped(model))
+        away = self._that_return(model, layers)
+        pinned = self._copies.pinned_bytes(layer for _, layer in away)
+        return Swapped(sum(map(_bytes_in_ram, layers)), sum(size for size, _ in away), pinned)
 
     def shrink(self, loaded: LoadedModel, wanted_bytes: int) -> int:
         """Moves layers off the device until `wanted_bytes` have left it, or none is left that may go.
@@ -78,11 +83,12 @@ class Residency:
         if model is None:
             return 0
         moved, pinned_before = 0, self._copies.bytes
-        candidates = self._candidates(loaded)
-        # Those with a copy in RAM leave for nothing.
-        kept = [one for one in candidates if self._copies.kept_bytes([one[1]])]
+        kept, others = list[tuple[int, torch.nn.Module]](), list[tuple[int, torch.nn.Module]]()
+        for one in self._candidates(loaded):
+            (kept if self._copies.kept_bytes([one[1]]) else others).append(one)
         with self._copies.pinning() if is_denoiser(model) else contextlib.nullcontext():
-            for group in (kept, [one for one in candidates if one not in kept]):
+            # Those with a copy in RAM leave for nothing.
+            for group in (kept, others):
                 for size, layer in _fewest(group, wanted_bytes - moved):
                     self._move_away(loaded, layer)
                     moved += size
@@ -110,10 +116,6 @@ class Residency:
         """Returns the bytes of a model on the card that have their copy in RAM."""
         return self._copies.kept_bytes(_layers(model))
 
-    def pinned_bytes(self, model: torch.nn.Module) -> int:
-        """Returns the bytes of a model that lie in pinned RAM and that `grow` can bring back: their copies stay there."""
-        return self._copies.pinned_bytes(layer for _, layer in self._away(model))
-
     @contextlib.contextmanager
     def placing(self, models: Sequence[torch.nn.Module]) -> Iterator[None]:
         """Wraps Forge's own moves to the card: copies in RAM are kept, of a text encoder all."""
@@ -138,10 +140,11 @@ class Residency:
         model = loaded_module(loaded)
         if model is None:
             return 0
+        moved, keeps = 0, self._copies.works
         # A text encoder's, or each part of it that has left for the denoiser once would be copied to RAM for each new prompt.
-        moved, returns = 0, is_forges_text_encoder(model)
+        returns = is_forges_text_encoder(model) and self._copies.keeps_all()
         for size, layer in _returning(self._away(model), room_bytes):
-            before = self._copies.before_card(layer, returns)
+            before = self._copies.before_card(layer, returns) if keeps else {}
             try:
                 layer.to(loaded.device)
             except BaseException as error:
@@ -160,9 +163,16 @@ class Residency:
         return moved
 
     def _away(self, model: torch.nn.Module) -> list[tuple[int, torch.nn.Module]]:
-        """Returns the swapped layers; a merged one moves with the whole model alone, which lifts the merges before."""
+        """Returns the swapped layers that may come back."""
+        return self._that_return(model, _swapped(model))
+
+    def _that_return(
+        self, model: torch.nn.Module, swapped: Iterable[torch.nn.Module]
+    ) -> list[tuple[int, torch.nn.Module]]:
+        """Returns which of the swapped layers may come back: a merged one moves with the whole model alone, which lifts the merges
+        before."""
         merged = self._merged_layers(model)
-        return [(size, layer) for layer in _swapped(model) if (size := _bytes_in_ram(layer)) and layer not in merged]
+        return [(size, layer) for layer in swapped if (size := _bytes_in_ram(layer)) and layer not in merged]
 
     def _candidates(self, loaded: LoadedModel) -> list[tuple[int, torch.nn.Module]]:
         model = loaded_module(loaded)
@@ -231,21 +241,34 @@ def _returning(candidates: list[tuple[int, torch.nn.Module]], room_bytes: int) -
 
 def _swapped(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Returns the layers that Forge or `shrink` let run swapped."""
-    return (layer for layer in model.modules() if hasattr(layer, CAST_BEFORE))
+    for layer in modules(model):
+        # Forge and `shrink` set it on the layer itself. Of a module without it, `hasattr` looks everywhere else too.
+        if CAST_BEFORE in layer.__dict__:
+            yield layer
 
 
 def _layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Returns the layers that Forge can run swapped."""
-    return (layer for layer in model.modules() if hasattr(layer, CAST) and next(layer.children(), None) is None)
+    for layer in modules(model):
+        if not _has_children(layer) and _can_be_swapped(layer):
+            yield layer
 
 
 def _others(model: torch.nn.Module, outside: torch.device) -> Iterator[tuple[int, torch.nn.Module]]:
     """Returns the modules that Forge cannot run swapped, with what of each lies `outside` a device."""
     return (
         (size, one)
-        for one in model.modules()
-        if one._parameters and not hasattr(one, CAST) and (size := _bytes_outside(one, outside))
+        for one in modules(model)
+        if one._parameters and not _can_be_swapped(one) and (size := _bytes_outside(one, outside))
     )
+
+
+def _can_be_swapped(module: torch.nn.Module) -> bool:
+    return CAST in module.__dict__ or hasattr(module, CAST)
+
+
+def _has_children(module: torch.nn.Module) -> bool:
+    return bool(module._modules) and any(child is not None for child in module._modules.values())
 
 
 def _has_weight(module: torch.nn.Module) -> bool:
@@ -255,15 +278,15 @@ def _has_weight(module: torch.nn.Module) -> bool:
 
 
 def _bytes_of(layer: torch.nn.Module) -> int:
-    return sum(map(_size, layer.parameters(recurse=False)))
+    return sum(map(_size, own_parameters(layer)))
 
 
 def _bytes_in_ram(layer: torch.nn.Module) -> int:
-    return sum(_size(p) for p in layer.parameters(recurse=False) if p.device.type == "cpu")
+    return sum(_size(p) for p in own_parameters(layer) if p.device.type == "cpu")
 
 
 def _bytes_outside(layer: torch.nn.Module, device: torch.device) -> int:
-    return sum(_size(p) for p in layer.parameters(recurse=False) if p.device != device)
+    return sum(_size(p) for p in own_parameters(layer) if p.device != device)
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
@@ -273,7 +296,7 @@ def _size(parameter: torch.nn.Parameter) -> int:
 
 def _bytes_on(layer: torch.nn.Module, device: torch.device) -> int:
     """Returns 0 unless all of the layer lies on `device`: half-swapped layers stay as Forge placed them."""
-    parameters = list(layer.parameters(recurse=False))
+    parameters = own_parameters(layer)
     return _bytes_of(layer) if parameters and all(p.device == device for p in parameters) else 0
 
 

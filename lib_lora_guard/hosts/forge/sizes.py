@@ -9,8 +9,8 @@ Source: Forge's `backend/memory_management.py` (`module_size`, which every decis
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Concatenate, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Concatenate, TypeAlias, cast
 
 import torch
 
@@ -51,10 +51,12 @@ def module_size(
         args: what a newer Forge passes.
         kwargs: the same.
     """
-    found = original(module, exclude_device, include_device, return_split, *args, **kwargs)
+    parameters = named_parameters(module)
+    asked = cast(torch.nn.Module, _Listed(module, parameters)) if _lists_parameters(original) else module
+    found = original(asked, exclude_device, include_device, return_split, *args, **kwargs)
     is_baked = bool(getattr(module, "gguf_baked", False))
     whole, weight = 0.0, 0.0
-    for name, parameter in () if is_baked else named_parameters(module).items():
+    for name, parameter in () if is_baked else parameters.items():
         more = _more_bytes(parameter)
         if more and parameter.device != exclude_device and include_device in (None, parameter.device):
             whole += more
@@ -64,6 +66,26 @@ def module_size(
     if isinstance(found, tuple):
         return found[0] + whole, found[1] + weight, found[2] + whole - weight
     return found + whole
+
+
+class _Listed:
+    """Stands for a model whose parameters are listed already: its own list would take as long as all the rest, and models are
+    sized several times in each load."""
+
+    def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._listed, self._list = module, parameters
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        return self._listed.named_parameters(*args, **kwargs) if args or kwargs else self._list.items()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._listed, name)
+
+
+def _lists_parameters(size: Callable[..., Size]) -> bool:
+    """True for Forge's own function, which asks a model for its list of parameters alone. Another extension's gets the model."""
+    code = getattr(size, "__code__", None)
+    return code is not None and code.co_name == module_size.__name__ and "named_parameters" in code.co_names
 
 
 def _more_bytes(parameter: torch.nn.Parameter) -> float:

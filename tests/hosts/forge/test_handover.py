@@ -118,3 +118,15 @@ def test_a_model_that_is_partly_in_ram_is_placed_again_only_if_all_of_it_fits_no
         scene.load(old)
         scene.machine.total += 40_000
         assert scene.guard.placement.hand_over(old.clone(), needed) is handed_over
+
+
+def test_a_model_that_was_moved_away_behind_forge_is_placed_anew_though_it_cannot_be_whole(scene):
+    """Its layers are not swapped: handed over as it lies, it could not run."""
+    old = flux(scene, 12)
+    scene.load(old)
+    old.model.to(RAM)
+    scene.machine.ballast = 15_000
+    new = old.clone()
+    scene.load(new)
+    assert 0 < bytes_on_card(new.model) < size_of(new.model)
+    assert_sound(new.model, True)

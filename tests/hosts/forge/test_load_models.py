@@ -18,6 +18,7 @@ from support.card_scene import (
     vae,
 )
 from support.fake_card import CARD, RAM, Denoiser, Upscaler, bytes_on_card, sides_of, size_of
+from support.walks import walks_of
 
 from lib_lora_guard.hosts.forge.takeover import ForgeTakeover
 from lib_lora_guard.memory import rules
@@ -300,3 +301,40 @@ def test_every_function_is_given_back(parts):
         assert all(getattr(scene.memory, n) is not b for n, b in zip(names, before, strict=True))
         guard.uninstall()
         assert [getattr(scene.memory, name) for name in names] == before
+
+
+def looks(scene, stack, required, *patchers):
+    """How often a load looks at all layers of each model."""
+    return walks_of(lambda: scene.load(stack, required=required), *(one.model.first for one in patchers))
+
+
+SIZE = 2
+"""Looks: this host's own one, and the guard's for what it corrects. Forge's own function takes the guard's list."""
+
+
+def test_a_load_looks_a_few_times_at_the_layers_of_its_own_models_and_at_no_others(scene):
+    """Each look at a thousand modules takes a millisecond or more of the time until the first step."""
+    denoiser, text, decoder = models = flux(scene, 12), t5(scene, 4), vae(scene)
+    scene.load(text)
+    scene.load(denoiser, required=1_500)
+    # Of a VAE that comes: sized for the journal, for the room that it takes, with what a decode takes, for its share on the card,
+    # and twice by the host, which moves and bakes it, too. Asked for what cannot be swapped, for the largest layer, and for layers
+    # with copies in RAM.
+    assert looks(scene, decoder, 2_000, *models) == [0, 0, 6 * SIZE + 2 + 3]
+    # Sized for the journal, for its share on the card, and twice for the plan that the panel shows; asked for swapped layers
+    # before room is made, after that, and before they are pinned.
+    assert looks(scene, denoiser, 1_500, *models) == [4 * SIZE + 3, 0, 0]
+    # The same, and sized on the card and outside it before it is handed over.
+    assert looks(scene, denoiser.clone(), 1_500, *models) == [6 * SIZE + 3, 0, 0]
+    # A VAE has no plan; what a decode takes is noted.
+    assert looks(scene, decoder, 2_000, *models) == [0, 0, 3 * SIZE + 2]
+
+
+def test_a_load_of_a_swapped_model_looks_a_few_times_at_its_layers(scene):
+    denoiser, text = flux(scene, 30), t5(scene, 2)
+    scene.load(text)
+    scene.load(denoiser, required=1_500)
+    assert 0 < scene.away(denoiser) < size_of(denoiser.model)
+    # Sized once more to choose what leaves and once more to bring back what may; then it is asked for what can come back.
+    assert looks(scene, denoiser, 1_500, denoiser) == [6 * SIZE + 4]
+    assert looks(scene, denoiser.clone(), 1_500, denoiser) == [8 * SIZE + 5]

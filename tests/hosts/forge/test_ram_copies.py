@@ -22,6 +22,9 @@ class Pinned:
         self.in_ram |= new
         return sum(map(size_of, new))
 
+    def keeps_all(self):
+        return self.works
+
     def before_card(self, layer, returns=False):
         return {"weight": layer} if (returns or layer in self.in_ram) and sides_of(layer) == {RAM} else {}
 
@@ -66,9 +69,9 @@ def test_what_left_for_a_decode_leaves_the_second_time_without_a_move(scene, pin
     gone = {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
     assert gone
     assert gone <= pinned.in_ram
-    assert scene.guard.memory.placed(denoiser).pinned_bytes() == sum(map(size_of, gone))
+    assert scene.guard.memory.placed(denoiser).swapped().pinned_bytes == sum(map(size_of, gone))
     scene.load(denoiser, required=1_500)
-    assert scene.guard.memory.placed(denoiser).pinned_bytes() == 0
+    assert scene.guard.memory.placed(denoiser).swapped().pinned_bytes == 0
     assert {sides_of(layer) == {CARD} for layer in gone} == {True}
     assert scene.guard.memory.placed(denoiser).copied_bytes() == sum(map(size_of, gone))
     moves = scene.machine.moves_to_ram
@@ -88,6 +91,19 @@ def test_a_part_of_a_text_encoder_that_left_for_a_denoiser_keeps_its_copy_when_i
     assert placed.copied_bytes() == sum(map(size_of, gone)) > 0
     placed.shrink(3_000)
     assert set(pinned.left) == gone
+
+
+def test_what_comes_back_keeps_no_copy_once_they_are_switched_off(scene, pinned):
+    denoiser = flux(scene, 20)
+    scene.load(denoiser, required=1_500)
+    scene.load(vae(scene), required=6_000)
+    gone = {layer for layer in denoiser.model.layers() if sides_of(layer) == {RAM}}
+    assert gone
+    assert gone <= pinned.in_ram
+    pinned.works = False
+    scene.load(denoiser, required=1_500)
+    assert {sides_of(layer) == {CARD} for layer in gone} == {True}
+    assert pinned.kept == set()
 
 
 def test_forge_moves_no_layer_that_has_its_copy(scene, pinned):

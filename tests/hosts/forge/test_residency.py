@@ -29,6 +29,7 @@ from lib_lora_guard.hosts.forge.facts import loaded_module
 from lib_lora_guard.hosts.forge.residency import _fewest, _returning, _spread
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.recorder.crash_report import Precaution
+from lib_lora_guard.runtime.host import Swapped
 
 pytestmark = pytest.mark.usefixtures("swapping_in_bytes")
 
@@ -82,6 +83,19 @@ def test_a_model_is_whole_again_though_the_host_leaves_raw_parameters_in_ram(sce
     assert scene.away(changed) == 0
     assert bytes_on_card(model) == scene.machine.moved == 22_300, "each byte has come once"
     assert model.scales.scale.device == RAM
+
+
+def test_of_what_is_swapped_a_merged_layer_does_not_come_back(scene):
+    denoiser = scene.patcher(Denoiser, [2_000] * 4, fixed=40)
+    scene.load(denoiser)
+    scene.residency.shrink(scene.memory.current_loaded_models[0], 6_000)
+    swapped = [layer for layer in denoiser.model.layers() if is_swapped(layer)]
+    assert scene.residency.swapped(denoiser.model) == Swapped(6_000, 6_000, 0)
+    scene.residency._merged_layers = lambda model: {swapped[0]}
+    assert scene.residency.swapped(denoiser.model) == Swapped(6_000, 4_000, 0)
+    assert scene.away(denoiser) == 4_000
+    assert scene.residency.grow(scene.memory.current_loaded_models[0], 9_000) == 4_000
+    assert sides_of(swapped[0]) == {RAM}
 
 
 def test_what_forge_can_swap_is_not_fixed_though_another_extension_added_a_module_to_it(scene):

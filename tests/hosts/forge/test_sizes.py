@@ -1,11 +1,13 @@
 """A GGUF model that grows when it is baked, on a card that is not there: room is made for what it will take, once."""
 
+import functools
 import gc
 
 import pytest
 import torch
 from support.card_scene import flux, scene_of, t5, vae
 from support.fake_card import CARD, Denoiser, Layer, bytes_on_card, parameter, size_of
+from support.walks import walks_of
 
 from lib_lora_guard.hosts.forge.sizes import module_size
 from lib_lora_guard.planning.last_plan import LastPlan
@@ -206,3 +208,42 @@ def test_a_packed_weight_without_its_scales_counts_as_forge_counts_it():
 def test_other_quantised_weights_count_as_forge_counts_them():
     model = FourBit(64 * 256, kind="int8")
     assert module_size(forges_size, model) == forges_size(model)
+
+
+def forges(seen):
+    """Forge's own function as far as it asks anything of a model."""
+
+    def module_size(module, exclude_device=None, include_device=None, return_split=False):
+        seen.append(module)
+        return float(
+            sum(p.nelement() * p.element_size() for _, p in module.named_parameters() if p.device != exclude_device)
+        )
+
+    return module_size
+
+
+def test_forges_own_function_gets_the_list_that_is_made_for_the_correction():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4, bias=False))
+    model, seen = torch.nn.Sequential(block, torch.nn.Linear(2, 2)), []
+    wanted = 4 * (4 * 8 + 8 + 8 * 4 + 2 * 2 + 2)
+    assert walks_of(lambda: seen.append(module_size(forges(seen), model)), block) == [1]
+    listed, found = seen
+    assert found == wanted
+    # All else it would find as on the model.
+    assert list(listed.named_parameters(recurse=False)) == []
+    assert listed.training is True
+    assert [name for name, _ in listed.named_modules()] == [name for name, _ in model.named_modules()]
+    with pytest.raises(AttributeError):
+        _ = listed.none
+
+
+def test_another_extensions_function_gets_the_model():
+    model, seen = torch.nn.Linear(2, 2), []
+    inner = forges(seen)
+
+    @functools.wraps(inner)
+    def others(module, *args):
+        assert module is model
+        return inner(module, *args)
+
+    assert module_size(others, model) == 4 * 6
