@@ -9,8 +9,9 @@ Source: Forge's `backend/memory_management.py` (`module_size`, which every decis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Concatenate, TypeAlias, cast
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
+from typing import Concatenate, TypeAlias
 
 import torch
 
@@ -52,7 +53,7 @@ def module_size(
         kwargs: the same.
     """
     parameters = named_parameters(module)
-    asked = cast(torch.nn.Module, _Listed(module, parameters)) if _lists_parameters(original) else module
+    asked = _Listed(parameters) if _lists_parameters(original) else module
     found = original(asked, exclude_device, include_device, return_split, *args, **kwargs)
     is_baked = bool(getattr(module, "gguf_baked", False))
     whole, weight = 0.0, 0.0
@@ -68,24 +69,30 @@ def module_size(
     return found + whole
 
 
-class _Listed:
+class _Listed(torch.nn.Module):
     """Stands for a model whose parameters are listed already: its own list would take as long as all the rest, and models are
     sized several times in each load."""
 
-    def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        self._listed, self._list = module, parameters
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        super().__init__()
+        self._list = parameters
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        return self._listed.named_parameters(*args, **kwargs) if args or kwargs else self._list.items()
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Returns the model's list. `_lists_parameters` lets only a function come here that passes nothing."""
+        return iter(self._list.items())
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._listed, name)
+
+_OF_FORGES_SIZE = frozenset({"named_parameters", "data", "device", "element_size", "getattr", "nelement"})
+"""The names in the code of Forge's `module_size`, which asks a model for its list and nothing else."""
 
 
 def _lists_parameters(size: Callable[..., Size]) -> bool:
-    """True for Forge's own function, which asks a model for its list of parameters alone. Another extension's gets the model."""
-    code = getattr(size, "__code__", None)
-    return code is not None and code.co_name == module_size.__name__ and "named_parameters" in code.co_names
+    """True for Forge's own function. Another extension's, or a fork's that asks for more, gets the model."""
+    if not isinstance(size, FunctionType) or size.__name__ != module_size.__name__:
+        return False
+    return set(size.__code__.co_names) == _OF_FORGES_SIZE
 
 
 def _more_bytes(parameter: torch.nn.Parameter) -> float:
