@@ -84,11 +84,16 @@ class CudaLink:
         there = tuple(torch.empty_like(one, device=device) for one in tensors)
         # The memory may be in use until here.
         side.wait_stream(main)
-        with torch.cuda.stream(side):
-            for one, copy in zip(tensors, there, strict=True):
-                copy.copy_(one, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
-            done.record(side)
+        try:
+            with torch.cuda.stream(side):
+                for one, copy in zip(tensors, there, strict=True):
+                    copy.copy_(one, non_blocking=True)
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+                done.record(side)
+        except BaseException:
+            # What was begun goes on, and the memory is about to be given back.
+            main.wait_stream(side)
+            raise
         return there, _Begun(done, main)
 
     def wait(self, begun: object, device: torch.device) -> bool:

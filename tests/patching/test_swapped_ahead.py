@@ -15,6 +15,8 @@ from lib_lora_guard.patching.fused_choice import FusedChoice, Twin
 from lib_lora_guard.patching.swapped_ahead import SWITCH, SwappedAhead
 
 CARD = torch.device("cuda:0")
+OF_ITS_OWN, ONE_AHEAD = ["copy 0", "copy 1", "copy 2"], ["copy 0", "begin 1", "begin 2"]
+"""What three layers ask of the link in a step."""
 
 
 class Layer:
@@ -76,6 +78,12 @@ def step(ahead, layers):
         for one, mine in zip(there, layer.tensors, strict=True):
             assert torch.equal(one, mine)
             assert one is not mine
+
+
+def asked_in_a_step(ahead, link, layers):
+    link.log.clear()
+    step(ahead, layers)
+    return link.log
 
 
 def test_from_the_second_step_on_all_but_the_first_are_there_when_they_are_called(ahead, link, layers):
@@ -149,13 +157,10 @@ def test_where_memory_ends_each_layer_copies_its_own_to_the_end_of_the_image(ahe
     step(ahead, layers)
     link.error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     step(ahead, layers)
-    link.error, _ = None, link.log.clear()
-    step(ahead, layers)
-    assert link.log == ["copy 0", "copy 1", "copy 2"], "torch would empty its cache in each layer"
+    link.error = None
+    assert asked_in_a_step(ahead, link, layers) == OF_ITS_OWN, "torch would empty its cache in each layer"
     ahead.drop()
-    link.log.clear()
-    step(ahead, layers)
-    assert link.log == ["copy 0", "begin 1", "begin 2"]
+    assert asked_in_a_step(ahead, link, layers) == ONE_AHEAD
 
 
 def test_a_driver_that_refuses_a_stream_is_asked_once(ahead, link, layers):
@@ -232,13 +237,9 @@ def test_where_a_layer_has_no_room_what_was_begun_is_given_back(ahead, link, lay
     ahead.give_way()
     assert not link.under_way
     assert ahead._upcoming is None
-    link.log.clear()
-    step(ahead, layers)
-    assert link.log == ["copy 0", "copy 1", "copy 2"], "the next layer would have no room either"
+    assert asked_in_a_step(ahead, link, layers) == OF_ITS_OWN, "the next layer would have no room either"
     ahead.drop()
-    link.log.clear()
-    step(ahead, layers)
-    assert link.log == ["copy 0", "begin 1", "begin 2"]
+    assert asked_in_a_step(ahead, link, layers) == ONE_AHEAD
 
 
 class Stream:
@@ -272,8 +273,10 @@ def streams(monkeypatch):
     @contextlib.contextmanager
     def on(stream):
         before, now[0] = now[0], stream
-        yield
-        now[0] = before
+        try:
+            yield
+        finally:
+            now[0] = before
 
     def copy(self, values, non_blocking=False):
         log.append((now[0].name, f"copies {values[0].item():.0f}" if non_blocking else "waits for the processor"))
@@ -312,6 +315,22 @@ def test_a_card_copies_beside_the_forward_pass_and_each_waits_for_the_other(stre
     now[0] = other
     assert not link.wait(begun, CARD)
     assert log == [("main", "waits for side at 3")], "the memory goes back to the stream on which it was taken"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a copy fails"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_copies_that_end_half_way_are_waited_for_before_their_memory_is_used_again(streams, monkeypatch, error):
+    log, _, _ = streams
+    copy = torch.Tensor.copy_
+
+    def second_fails(self, values, non_blocking=False):
+        if values[0].item() == 4.0:
+            raise error
+        return copy(self, values, non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", second_fails)
+    with pytest.raises(type(error)):
+        swapped_ahead.CudaLink().begin((torch.full((2,), 3.0), torch.full((2,), 4.0)), CARD)
+    assert log[-2:] == [("side", "copies 3"), ("main", "waits for all of side")]
 
 
 def test_a_second_thread_takes_nothing_of_the_first(ahead, link, layers):
