@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -93,8 +94,12 @@ class LoraFile:
             LoraFileError: the file cannot be read, was changed meanwhile, or has a value that is not finite.
         """
         if self.coming is not None:
-            with _as_lora_errors():
-                self.coming.wait()
+            _wait_for(self.coming)
+
+    def waiting(self) -> Callable[[], None] | None:
+        """Returns what does as `wait` for who must not keep the file; None if the values are there."""
+        coming = self.coming
+        return None if coming is None or (coming.is_done and not coming.has_failed) else partial(_wait_for, coming)
 
     def adapters_by_module(self) -> list[str]:
         """The modules that have adapters, in the order of the file."""
@@ -103,6 +108,11 @@ class LoraFile:
     def spelled(self, written: str) -> str:
         """A name that is in the file, for a module and its parameter (`lora_unet_x.weight`)."""
         return next(iter(self.keys.get(written.rpartition(".")[0], ())), written)
+
+
+def _wait_for(coming: ComingInOnePiece) -> None:
+    with _as_lora_errors():
+        coming.wait()
 
 
 def read_lora_file(

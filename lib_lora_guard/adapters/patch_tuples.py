@@ -22,6 +22,7 @@ PatchValue: TypeAlias = Any
 """Tuples and lists of many forms, and objects of other extensions."""
 
 Read: TypeAlias = Callable[[PatchValue], Adapter]
+Wait: TypeAlias = Callable[[], None]
 
 Calculators = Mapping[str, Callable[["torch.Tensor", float, Any], "torch.Tensor"]]
 """The host's functions for the kinds of other extensions, by name (`extra_weight_calculators`)."""
@@ -38,15 +39,65 @@ class AdapterTuple(tuple[Any, ...]):
     """
 
     adapter: Adapter
+    wait: Wait | None
+    """Waits for the values of the tensors; None where they are there."""
 
-    def __new__(cls, value: tuple[Any, ...], adapter: Adapter) -> AdapterTuple:
+    def __new__(cls, value: tuple[Any, ...], adapter: Adapter, wait: Wait | None = None) -> AdapterTuple:
         """Makes the value of `adapter`."""
         made = super().__new__(cls, value)
-        made.adapter = adapter
+        made.adapter, made.wait = adapter, wait
         return made
 
     def __reduce__(self) -> tuple[type[tuple[Any, ...]], tuple[tuple[Any, ...]]]:
         return tuple, (tuple(self),)
+
+
+class ComingTuple(tuple[Any, ...]):
+    """The content of a patch value whose tensors are still being read: whoever looks inside waits for them.
+
+    What looks inside a tuple in C goes by its exact class, or asks as Python does.
+    """
+
+    _wait: Wait
+
+    def __new__(cls, content: tuple[Any, ...], wait: Wait) -> ComingTuple:
+        """Makes the content; `wait` is called each time, and raises what keeps the values from coming."""
+        made = super().__new__(cls, content)
+        made._wait = wait
+        return made
+
+    def _there(self) -> tuple[Any, ...]:
+        self._wait()
+        return tuple(super().__iter__())
+
+    def __radd__(self, other: tuple[Any, ...]) -> tuple[Any, ...]:
+        return other + self._there()
+
+    def __reduce__(self) -> tuple[type[tuple[Any, ...]], tuple[tuple[Any, ...]]]:
+        return tuple, (self._there(),)
+
+
+def _waits_first(name: str) -> Callable[..., Any]:
+    def method(content: ComingTuple, *args: Any) -> Any:
+        return getattr(content._there(), name)(*args)
+
+    return method
+
+
+for _name in (
+    "__getitem__",
+    "__iter__",
+    "__contains__",
+    "__add__",
+    "__mul__",
+    "__rmul__",
+    "__eq__",
+    "__ne__",
+    "__repr__",
+    "index",
+    "count",
+):
+    setattr(ComingTuple, _name, _waits_first(_name))
 
 
 def parse_term(patch: Sequence[Any], calculators: Calculators, origin: int = 0) -> Term:
@@ -109,15 +160,21 @@ def parse_value(value: Any, calculators: Calculators) -> Adapter:
     raise LoraMismatchError.of("lora.patch_kind", kind=kind)
 
 
-def value_of(adapter: Adapter) -> AdapterTuple:
+def value_of(adapter: Adapter, wait: Wait | None = None) -> AdapterTuple:
     """The value of a patch for `adapter`.
 
     It is the host's own tuple if that is exact, so that other extensions find what they know; else
     `(OWN_KIND, (adapter,))`.
+
+    Args:
+        adapter: what the patch does.
+        wait: waits for the values of its tensors, and raises what keeps them from coming; None where they are there.
     """
     name = KINDS.host_name(adapter)
     content = None if name is None else KINDS.host[name].write(adapter)
-    return AdapterTuple((OWN_KIND, (adapter,)) if content is None else (name, content), adapter)
+    if name is None or content is None:
+        name, content = OWN_KIND, (adapter,)
+    return AdapterTuple((name, content if wait is None else ComingTuple(content, wait)), adapter, wait)
 
 
 def calculate_own_kind(weight: torch.Tensor, strength: float, value: tuple[Adapter]) -> torch.Tensor:

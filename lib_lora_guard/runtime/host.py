@@ -265,11 +265,6 @@ class LoraPatchers(Protocol):
         """True if the same file with the same strength counts once however often a prompt names it."""
         ...
 
-    @property
-    def values_may_follow(self) -> bool:
-        """True if only the guard reads what is added, and calls `FittedLora.wait` before."""
-        ...
-
     def has_loras(self, patcher: PatcherObject) -> bool:
         """Returns True if a patcher has LoRAs already."""
         ...

@@ -1,6 +1,7 @@
 """Patches of the host, read and written."""
 
 import copy
+import operator
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from support.adapter_contract import CONV, LINEAR, entry
 from support.make import rand
 
 from lib_lora_guard.adapters import DiffAdapter, Ia3Adapter, parse_term, parse_value
-from lib_lora_guard.adapters.patch_tuples import OWN_KIND, AdapterTuple, calculate_own_kind, value_of
+from lib_lora_guard.adapters.patch_tuples import OWN_KIND, AdapterTuple, ComingTuple, calculate_own_kind, value_of
 from lib_lora_guard.errors import LoraMismatchError
 
 
@@ -121,3 +122,52 @@ def test_a_deep_copy_of_a_stack_shares_no_tensor_with_it():
     up = copy.deepcopy(patches)["w"][0][1][1][0]
     up.zero_()
     assert adapter.up.any()
+
+
+LOOKS = {
+    "an item": lambda content: content[0],
+    "a slice": lambda content: content[1:],
+    "unpacking": lambda content: [*content],
+    "a call with them": lambda content: max(*content),
+    "a tuple of them": tuple,
+    "a list of them": list,
+    "a value in it": lambda content: 2 in content,
+    "its equal": lambda content: content == (1, 2),
+    "another from the left": lambda content: operator.ne((1, 2), content),
+    "a sum": lambda content: operator.add(content, (3,)),
+    "a sum from the left": lambda content: operator.add((0,), content),
+    "a product": lambda content: 2 * content,
+    "its text": repr,
+    "an index": lambda content: content.index(2),
+    "a count": lambda content: content.count(2),
+    "a copy": copy.copy,
+    "a pickle": lambda content: pickle.loads(pickle.dumps(content)),
+    "a pattern": lambda content: _first_of(content),
+}
+
+
+def _first_of(content):
+    match content:
+        case (first, _):
+            return first
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_whatever_looks_into_a_content_that_is_still_read_waits_and_finds_what_a_tuple_has(look):
+    waited = []
+    content = ComingTuple((1, 2), lambda: waited.append(1))
+    assert (isinstance(content, tuple), len(content), waited) == (True, 2, [])
+    assert look(content) == look((1, 2))
+    assert waited
+
+
+def test_what_keeps_the_values_from_coming_is_raised_where_they_are_read():
+    def wait():
+        raise LoraMismatchError.of("lora.patch_fields", count=1)
+
+    value = value_of(parse_value(entry("lora", LINEAR)[1], {}), wait)
+    assert value[0] == "lora"
+    with pytest.raises(LoraMismatchError):
+        value[1][0]
+    with pytest.raises(LoraMismatchError):
+        parse_value(tuple(value), {})

@@ -25,6 +25,7 @@ from .api import ForgeApi
 from .fallback import HostRefresh, apply_whole
 from .identifiers import describe
 from .lora_loader_state import AppliedStack, LoaderState, state_of
+from .patches import are_there, without_failed
 from .stacks import ForgeStacks, wants_hosts_layers
 from .types import Identifier, LoraLoader, Patcher, Patches
 
@@ -131,7 +132,7 @@ class LoaderControl:
                 self._fall_back(change, requests, error)
                 return
             state.publish(loader, change.patches)
-            if state.merges_again(state.reported, is_as_wished):
+            if state.merges_again(state.reported, is_as_wished) or not are_there(change.patches):
                 applied.invalidate()
             self._stacks.publish(state, change.access.name)
             _bring_factors(state, change.access)
@@ -152,7 +153,11 @@ class LoaderControl:
                 state.unpublish(change.loader)
         state.left_to_host, state.report, state.fell_back = True, None, []
         self._stacks.publish_reports()
-        change.host.run(change.patches)
+        patches, failed = without_failed(change.patches)
+        for name, why in failed.items():
+            facts = {"name": clean_text(name), "model": change.access.name, "why": clean_text(why)}
+            self._stacks.words.tell(Message("host.left_out_of_model", facts))
+        change.host.run(patches)
 
     def _fall_back(self, change: Refresh, requests: Sequence[LoraRequest], error: Exception) -> None:
         """Uses Forge's own ways, else no LoRA, and says which (docs/architecture.md, "When something fails")."""

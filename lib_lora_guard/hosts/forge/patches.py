@@ -10,6 +10,7 @@ from ...adapters import Adapter, Term
 from ...adapters.patch_tuples import AdapterTuple, PatchValue, parse_value, term_of
 from ...errors import LoraMismatchError, Message, about, named, reason
 from ...memory.out_of_memory import is_out_of_memory
+from ...messages import without
 from ...patching.lora_request import LoraRequest
 from ...runtime.factor_copies import OwnAdapters
 from .identifiers import describe
@@ -32,7 +33,9 @@ class PatchReader:
         """Values by id, with what `device_elements` has read of them: for the refresh that follows it."""
 
     def requests(self, lora_patches: Patches, as_trained: bool = False) -> list[LoraRequest]:
-        """Makes one request per LoRA, in the host's order. A LoRA that cannot be read is returned as refused.
+        """Makes one request per LoRA, in the host's order, and waits for the values of files that are still being read.
+
+        A LoRA that cannot be read is returned as refused.
 
         Args:
             lora_patches: The stack.
@@ -101,4 +104,32 @@ class PatchReader:
             log.debug("%s: %s", label, key, exc_info=True)
             unreadable = Message("lora.unreadable_key", {"key": key, "error": named(error)})
             return LoraRequest(label, strength, refused=unreadable)
-        return LoraRequest(label, strength, terms)
+        why = _failure(patches)
+        return LoraRequest(label, strength, terms, refused=None if why is None else without(label, why))
+
+
+def are_there(lora_patches: Patches) -> bool:
+    """Returns False if the values of a file never came: it may be there when it is read again. Waits for those that come."""
+    return all(_failure(patches) is None for patches in lora_patches.values())
+
+
+def without_failed(lora_patches: Patches) -> tuple[Patches, dict[str, str]]:
+    """Returns a stack without the LoRAs whose values never came, and the reasons by their names."""
+    why = {identifier: _failure(patches) for identifier, patches in lora_patches.items()}
+    there = {identifier: patches for identifier, patches in lora_patches.items() if why[identifier] is None}
+    failed = {describe(identifier)[0]: one for identifier, one in why.items() if one is not None}
+    return there, {name: without(name, one) for name, one in failed.items()}
+
+
+def _failure(patches: Mapping[str, Sequence[PatchEntry]]) -> str | None:
+    """Waits for the values of a LoRA; returns why they do not come, else None."""
+    # Entries that are none have nothing to wait for; whoever reads them says what is wrong.
+    values = [entry[1] for entries in patches.values() for entry in entries if len(entry) > 1]
+    for wait in {value.wait for value in values if isinstance(value, AdapterTuple) and value.wait is not None}:
+        try:
+            wait()
+        except Exception as error:
+            # Of the file, or of a thread that read it: the other LoRAs are of use all the same.
+            log.debug("values never come", exc_info=True)
+            return named(error)
+    return None

@@ -79,7 +79,6 @@ class NeoPatchers:
     """Adds LoRAs to Neo's patchers, and to what holds one (`CLIP`)."""
 
     counts_once = False
-    values_may_follow = True
 
     def __init__(self, base: ModuleType | None = None) -> None:
         """

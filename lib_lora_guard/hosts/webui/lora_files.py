@@ -191,8 +191,6 @@ class LoraFiles:
                 (clip, "cond_stage_model", strength_clip, Message("host.text_encoder")),
             ]
             found = [None if p is None else self._match(file, getattr(p, attribute)) for p, attribute, *_ in sides]
-            if not self.patchers.values_may_follow:
-                file.wait()
         except (LoraFileError, LoraMismatchError) as error:
             # What the guard refused as broken is never handed to the host.
             self.left_out[name] = without(name, reason(error))

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ...adapters import Term
-from ...adapters.patch_tuples import PatchValue, value_of
+from ...adapters.patch_tuples import PatchValue, Wait, value_of
 from ...messages import Message
 from ...models.fit import Fit
 from ...runtime.host import Entries, FittedLora, PatcherObject
@@ -23,8 +23,6 @@ class TuplePatchers:
     """The patchers of a host that keeps the stack in `lora_patches`."""
 
     counts_once = True
-    values_may_follow = False
-    """Other extensions may read the tuples."""
 
     def __init__(self) -> None:
         self._written: weakref.WeakKeyDictionary[Fit, dict[Hashable, PatchValue]] = weakref.WeakKeyDictionary()
@@ -46,11 +44,13 @@ class TuplePatchers:
         return clone
 
     def _patches(self, lora: FittedLora) -> dict[Hashable, PatchValue]:
+        # Other extensions may read the tuples, and wait then.
+        wait = None if lora.file is None else lora.file.waiting()
         if lora.fit is None:
-            return _patches(lora.terms)
+            return _patches(lora.terms, wait)
         written = self._written.get(lora.fit)
         if written is None:
-            written = self._written[lora.fit] = _patches(lora.terms)
+            written = self._written[lora.fit] = _patches(lora.terms, wait)
         # The values are tuples, but the dictionary is another extension's to change.
         return dict(written)
 
@@ -63,11 +63,11 @@ class TuplePatchers:
         return None
 
 
-def _patches(terms: Mapping[str, Sequence[Term]]) -> dict[Hashable, PatchValue]:
+def _patches(terms: Mapping[str, Sequence[Term]], wait: Wait | None) -> dict[Hashable, PatchValue]:
     patches: dict[Hashable, PatchValue] = {}
     for key, on_key in terms.items():
         for term in on_key:
             part = term.part
             address = key if part is None else (key, (part.dim, part.start, part.length))
-            patches[address] = value_of(term.adapter)
+            patches[address] = value_of(term.adapter, wait)
     return patches
