@@ -9,6 +9,7 @@ weight takes. Whatever is out of the usual goes the long way: the host's code, w
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -220,6 +221,7 @@ class _Facts:
         """The dtype of the weight, its device and the dtype of the activations that the facts hold for."""
         self._type: type[Stored] = Stored
         self._fields: dict[str, Any] = {}
+        self.spare_bytes = 0
 
     def stored(self, held: Held, dtype: torch.dtype, device: torch.device) -> Stored | None:
         """Returns the weight on `device` for the kernels; None if it is stored in a way that they do not read."""
@@ -270,4 +272,6 @@ class _Facts:
         elif isinstance(stored, (Fp8, Int8)) and stored.scale is not None:
             fields["scale"] = stored.scale.to(device)
         self._type, self._fields = type(stored), fields
+        stored_bytes = sum(one.nbytes for one in self._tensors_of(getattr(held.weight, "_qdata", held.weight)))
+        self.spare_bytes = math.prod(stored.shape) * dtype.itemsize - stored_bytes
         return True

@@ -1,9 +1,12 @@
-"""Brings swapped weights to the card one layer ahead, on a stream of its own, while the card computes the layers between.
+"""Brings swapped weights to the card ahead, on a stream of its own, while the card computes the layers between.
 
 A layer that runs swapped copies its weight when it is called, and the card waits for the link. The order of the layers is that of
-the step before, so the next one is known: its copy begins when the layer before it is called, and it finds its weight there. The
-memory is taken on the stream of the forward pass, so that it is given back as any other, and one copy more is on the card: the room
-for swapping is planned for two (`planning/on_card.py`). Nothing is begun across the end of a step, whose memory others want.
+the step before, so the next ones are known: the first one's copy begins with the step, a further one's when a layer before it is
+called, and it finds its weight there. Two on their way keep a slow link busy while the card is a little early or late.
+
+The memory is taken on the stream of the forward pass, so that it is given back as any other. The room for swapping is planned for
+two copies of the largest layer, in the type that the card computes in (`planning/on_card.py`): the second one is begun only where
+what lies on the card as it is stored leaves room for it there. Nothing is begun across the end of a step, whose memory others want.
 
 Only what lies in pinned RAM: from ordinary RAM the processor copies, and would be busy with it in any case.
 """
@@ -14,6 +17,7 @@ import logging
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -26,11 +30,17 @@ log = logging.getLogger(__name__)
 SWITCH = "LORA_GUARD_SWAP_AHEAD"
 """0 in the environment: each layer copies its own weight when it is called."""
 
+MOST_AHEAD = 2
+"""Layers whose copies are on their way at the same time."""
+
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 
 
 class Layer(Protocol):
     """A layer that runs swapped. One object for each, which can be referred to weakly."""
+
+    spare_bytes: int
+    """What its weight takes on the card as values, less what its copy takes as it is stored."""
 
     def in_ram(self) -> Tensors | None:
         """Returns what it copies to the card, where that lies in RAM; None where it does not."""
@@ -114,6 +124,11 @@ class _Upcoming(NamedTuple):
     begun: object
 
 
+class _First(NamedTuple):
+    layer: weakref.ref[Layer]
+    device: torch.device
+
+
 class SwappedAhead:
     """The swapped layers of the model that a thread is running."""
 
@@ -125,14 +140,37 @@ class SwappedAhead:
         self._link: Link = link or CudaLink()
         self._after: weakref.WeakKeyDictionary[Layer, weakref.ref[Layer]] = weakref.WeakKeyDictionary()
         """What came after each layer in the last step."""
+        self._firsts: weakref.WeakKeyDictionary[object, _First] = weakref.WeakKeyDictionary()
+        """What came first in the last step of each model."""
         self._called: weakref.WeakSet[Layer] = weakref.WeakSet()
         """In this step."""
+        self._model: weakref.ref[object] | None = None
+        """Whose step has begun, until its first layer is called."""
         self._last: weakref.ref[Layer] | None = None
-        self._upcoming: _Upcoming | None = None
+        self._upcoming: deque[_Upcoming] = deque()
+        """In the order in which they will be called."""
+        self._spare_bytes = 0
+        """Of the layer that leaves most beside its copy in the room that is planned."""
         self._thread = 0
         self._is_full = False
         """True after memory has ended in this image: torch empties its cache each time."""
         self._is_refused = os.environ.get(SWITCH) == "0"
+
+    def step_begins(self, model: object) -> None:
+        """Begins with the first layers of a step, before it has any.
+
+        Args:
+            model: The one whose step it is.
+        """
+        if self._is_refused:
+            return
+        self._go_with_thread()
+        self._leave_begun()
+        self._called.clear()
+        self._last, self._model = None, weakref.ref(model)
+        first = self._firsts.get(model)
+        if first is not None:
+            self._begin_from(first.layer, first.device)
 
     def bring(self, layer: Layer, tensors: Sequence[torch.Tensor], device: torch.device) -> Tensors:
         """Returns copies on a card of what a layer has in RAM. What lies there already is returned as it is.
@@ -148,26 +186,21 @@ class SwappedAhead:
         mine = tuple(tensors)
         if self._is_refused or device.type != "cuda":
             return self._link.copy(mine, device)
-        if self._thread != threading.get_ident():
-            # Another one runs another model, or this one is new.
-            self.drop()
-            self._thread = threading.get_ident()
+        self._go_with_thread()
         there = self._taken(layer, mine, device)
         if there is None:
             there = self._link.copy(mine, device)
-        self._note(layer)
-        self._begin_next(layer, device)
+        self._note(layer, device)
+        self._spare_bytes = max(self._spare_bytes, layer.spare_bytes)
+        before = self._upcoming[-1].layer() if self._upcoming else layer
+        if before is not None:
+            self._begin_from(self._after.get(before), device)
         return there
 
     def drop(self) -> None:
         """Gives back what was begun and is not needed, at the end of an image or after an error."""
-        upcoming = self._upcoming
-        if upcoming is not None:
-            # Its memory goes back to the forward pass, which must not write there before. In this order: an interrupt in between
-            # leaves it here.
-            self._link.wait(upcoming.begun, upcoming.device)
-            self._upcoming = None
-        self._last, self._is_full = None, False
+        self._leave_begun()
+        self._last, self._model, self._is_full = None, None, False
         self._called.clear()
 
     def give_way(self) -> None:
@@ -175,21 +208,36 @@ class SwappedAhead:
         self.drop()
         self._is_full = True
 
+    def _go_with_thread(self) -> None:
+        if self._thread != threading.get_ident():
+            # Another one runs another model, or this one is new.
+            self.drop()
+            self._thread = threading.get_ident()
+
+    def _leave_begun(self) -> None:
+        while self._upcoming:
+            upcoming = self._upcoming[0]
+            # Its memory goes back to the forward pass, which must not write there before. In this order: an interrupt in between
+            # leaves it here.
+            self._link.wait(upcoming.begun, upcoming.device)
+            self._upcoming.popleft()
+
     def _taken(self, layer: Layer, tensors: Tensors, device: torch.device) -> Tensors | None:
-        upcoming = self._upcoming
-        if upcoming is None:
+        if not self._upcoming:
             return None
+        upcoming = self._upcoming[0]
         is_here = self._link.wait(upcoming.begun, upcoming.device) and upcoming.device == device
-        self._upcoming = None
+        self._upcoming.popleft()
         if is_here and upcoming.layer() is layer and _are_same(upcoming.tensors, tensors):
             return upcoming.there
+        self._leave_begun()
         before = None if self._last is None else self._last()
         if before is not None:
             # It was for nothing, and would be in each step: what came after the end of one was learnt as if it were a part of it.
             self._after.pop(before, None)
         return None
 
-    def _note(self, layer: Layer) -> None:
+    def _note(self, layer: Layer, device: torch.device) -> None:
         if layer in self._called:
             # The next step.
             self._called.clear()
@@ -197,24 +245,43 @@ class SwappedAhead:
         before = None if self._last is None else self._last()
         if before is not None:
             self._after[before] = weakref.ref(layer)
+        model, self._model = None if self._model is None else self._model(), None
+        if model is not None:
+            self._firsts[model] = _First(weakref.ref(layer), device)
         self._last = weakref.ref(layer)
         self._called.add(layer)
 
-    def _begin_next(self, layer: Layer, device: torch.device) -> None:
-        reference = self._after.get(layer)
-        coming = None if reference is None else reference()
-        if self._is_full or reference is None or coming is None or coming in self._called:
-            return
+    def _begin_from(self, reference: weakref.ref[Layer] | None, device: torch.device) -> None:
+        """Begins with a layer, and with those that come after it."""
+        while reference is not None and len(self._upcoming) < MOST_AHEAD and self._begin(reference, device):
+            coming = reference()
+            reference = None if coming is None else self._after.get(coming)
+
+    def _begin(self, reference: weakref.ref[Layer], device: torch.device) -> bool:
+        """Begins with a layer; False where it needs nothing, or has no room."""
+        coming = reference()
+        is_under_way = any(one.layer() is coming for one in self._upcoming)
+        if self._is_full or self._is_refused or coming is None or coming in self._called or is_under_way:
+            return False
         try:
             tensors = coming.in_ram()
             if tensors is None or not self._link.is_fast(tensors):
-                return
-            self._upcoming = _Upcoming(reference, device, tensors, *self._link.begin(tensors, device))
+                return False
+            ahead = sum(_bytes(one.tensors) for one in self._upcoming)
+            if ahead and ahead + _bytes(tensors) > self._spare_bytes:
+                return False
+            self._upcoming.append(_Upcoming(reference, device, tensors, *self._link.begin(tensors, device)))
         except Exception as error:
             self._is_full = is_out_of_memory(error)
             # A driver that refuses a stream would refuse it in each layer of each step.
             self._is_refused = not self._is_full
             log.debug("swapped weights are not copied ahead", exc_info=True)
+            return False
+        return True
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(one.nbytes for one in tensors)
 
 
 def _are_same(ahead: Tensors, now: Tensors) -> bool:

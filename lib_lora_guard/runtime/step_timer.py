@@ -29,6 +29,7 @@ import torch
 from ..memory.shared_usage import shared_usage_bytes
 from ..memory.step_times import LEAST_EXCESS_SECONDS, StepTimes, Verdict, driver_spills
 from ..messages import Joined, Message
+from ..patching.swapped_ahead import AHEAD
 from ..recorder.flight_recorder import Phase
 from .hooks import P, R
 from .host import ModelSizes
@@ -94,12 +95,13 @@ class StepTimer:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
-        """Stands in place of `KModel.apply_model(x, t, ...)`, on whatever device."""
+        """Stands in place of `KModel.apply_model(x, t, ...)`, on whatever device. Swapped weights begin to come with the step."""
         journal = self._journal
         x = args[0] if args else kwargs.get("x")
         if isinstance(x, torch.Tensor) and x.device.type == "cuda":
             self._step(journal.others, model, x, kwargs.get("control") is not None)
         with journal.phase(Phase.SAMPLING_STEP):
+            AHEAD.step_begins(model)
             try:
                 return original(model, *args, **kwargs)
             except BaseException:

@@ -303,6 +303,7 @@ def test_what_comes_ahead_of_a_swapped_weight_is_what_its_call_copies(monkeypatc
     facts.stored(fused.Held(parameter, None), torch.bfloat16, card)
     ((layer, tensors),) = brought
     assert layer is facts
+    assert facts.spare_bytes == 2 * SHAPE[0] * SHAPE[1] - sum(one.nbytes for one in tensors) > 0, "values of 16 bits"
     assert [one.data_ptr() for one in tensors] == [parameter.data_ptr(), parameter.quant_state.absmax.data_ptr()]
     assert [one.data_ptr() for one in facts.in_ram()] == [one.data_ptr() for one in tensors]
     del parameter, tensors

@@ -20,10 +20,10 @@ OF_ITS_OWN, ONE_AHEAD = ["copy 0", "copy 1", "copy 2"], ["copy 0", "begin 1", "b
 
 
 class Layer:
-    """A swapped layer; `place` tells its weight from others'."""
+    """A swapped layer; `place` tells its weight from others', each of 8 bytes a tensor."""
 
-    def __init__(self, place, count=1):
-        self.place, self.is_in_ram = place, True
+    def __init__(self, place, count=1, spare_bytes=0):
+        self.place, self.is_in_ram, self.spare_bytes = place, True, spare_bytes
         self.tensors = tuple(torch.full((2,), float(place)) for _ in range(count))
 
     def in_ram(self):
@@ -96,6 +96,132 @@ def test_from_the_second_step_on_all_but_the_first_are_there_when_they_are_calle
     assert not link.under_way, "nothing is on its way across the end of a step"
 
 
+class Model:
+    """Steps are its steps."""
+
+
+@pytest.mark.parametrize(("spare_bytes", "second"), [(15, False), (16, True), (1000, True)])
+def test_a_second_one_is_on_its_way_where_the_room_that_is_planned_has_it(ahead, link, spare_bytes, second):
+    layers = [Layer(place, spare_bytes=spare_bytes) for place in range(5)]
+    step(ahead, layers)
+    for _ in range(2):
+        link.log.clear()
+        for layer in layers:
+            ahead.bring(layer, layer.tensors, CARD)
+            assert len(link.under_way) == min(1 + second, 4 - layer.place)
+        assert link.log == ["copy 0", *(f"begin {place}" for place in range(1, 5))]
+
+
+def test_the_first_one_comes_with_the_step_from_the_second_step_on(ahead, link, layers):
+    model = Model()
+    for begun in (["copy 0", "copy 1", "copy 2"], ["begin 0", "begin 1", "begin 2"]):
+        link.log.clear()
+        ahead.step_begins(model)
+        assert link.log == begun[:1] * ("begin" in begun[0])
+        step(ahead, layers)
+        assert link.log == begun
+    assert not link.under_way
+    ahead.drop()
+    link.log.clear()
+    ahead.step_begins(model)
+    assert link.log == ["begin 0"], "of the next image too"
+    ahead.step_begins(model)
+    assert len(link.under_way) == 1, "a step that ended before its first layer leaves nothing"
+
+
+def test_two_come_with_the_step_where_there_is_room(ahead, link):
+    model, layers = Model(), [Layer(place, spare_bytes=16) for place in range(4)]
+    for _ in range(2):
+        link.log.clear()
+        ahead.step_begins(model)
+        assert len(link.under_way) in (0, 2)
+        step(ahead, layers)
+    assert link.log == [f"begin {place}" for place in range(4)]
+
+
+def test_each_model_begins_with_its_own_first_layer(ahead, link, layers):
+    models, own = (Model(), Model()), (layers, [Layer(7)])
+    for _ in range(2):
+        for model, of_model in zip(models, own, strict=True):
+            link.log.clear()
+            ahead.step_begins(model)
+            step(ahead, of_model)
+    assert link.log == ["begin 7"]
+    ahead.step_begins(models[0])
+    link.log.clear()
+    ahead.step_begins(Model())
+    assert link.log == [], "nothing is known of it"
+    assert not link.under_way, "nor will it take what was begun for another"
+
+
+def test_what_is_called_outside_a_step_is_no_models_first(ahead, link, layers):
+    """The text encoder runs in the same image, and nobody says so."""
+    model, encoder = Model(), Layer(7)
+    step(ahead, [encoder])
+    ahead.step_begins(model)
+    step(ahead, layers)
+    step(ahead, [encoder])
+    ahead.drop()
+    step(ahead, [encoder])
+    link.log.clear()
+    ahead.step_begins(model)
+    assert link.log == ["begin 0"]
+
+
+def test_a_layer_that_is_called_twice_is_not_taken_for_the_beginning(ahead, link, layers):
+    model = Model()
+    for _ in range(3):
+        link.log.clear()
+        ahead.step_begins(model)
+        step(ahead, [layers[0], layers[1], layers[1], layers[2]])
+    assert link.log[0] == "begin 0"
+
+
+def test_another_first_layer_is_learnt_and_what_has_come_for_nothing_is_given_back(ahead, link):
+    model, layers = Model(), [Layer(place, spare_bytes=1000) for place in range(4)]
+    ahead.step_begins(model)
+    step(ahead, layers)
+    ahead.step_begins(model)
+    assert len(link.under_way) == 2
+    link.log.clear()
+    step(ahead, layers[2:])
+    assert link.log == ["copy 2", "begin 3"]
+    link.log.clear()
+    ahead.step_begins(model)
+    assert link.log == ["begin 2", "begin 3"]
+
+
+def test_a_first_layer_that_lies_on_the_card_by_now_needs_nothing(ahead, link, layers):
+    model = Model()
+    ahead.step_begins(model)
+    step(ahead, layers)
+    layers[0].is_in_ram = False
+    link.log.clear()
+    ahead.step_begins(model)
+    step(ahead, layers[1:])
+    assert link.log == ["copy 1", "begin 2"]
+
+
+def test_no_step_of_a_thread_waits_with_the_copies_of_another(ahead, link, layers):
+    model = Model()
+    ahead.step_begins(model)
+    step(ahead, layers)
+    ahead.step_begins(model)
+    thread = threading.Thread(target=ahead.step_begins, args=(Model(),))
+    thread.start()
+    thread.join()
+    assert not link.under_way
+
+
+def test_switched_off_a_step_begins_nothing(link, layers, monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    ahead, model = SwappedAhead(link), Model()
+    for _ in range(2):
+        ahead.step_begins(model)
+        step(ahead, layers)
+    assert not any("begin" in line for line in link.log)
+
+
 def test_an_image_begins_with_the_order_of_the_last_one_and_leaves_nothing(ahead, link, layers):
     step(ahead, layers)
     ahead.drop()
@@ -105,7 +231,7 @@ def test_an_image_begins_with_the_order_of_the_last_one_and_leaves_nothing(ahead
     assert len(link.under_way) == 1
     ahead.drop()
     assert not link.under_way, "the forward pass waits before the memory is used again"
-    assert ahead._upcoming is None
+    assert not ahead._upcoming
 
 
 def test_a_layer_that_is_on_the_card_by_now_is_not_copied_and_another_order_is_learnt(ahead, link, layers):
@@ -236,7 +362,7 @@ def test_where_a_layer_has_no_room_what_was_begun_is_given_back(ahead, link, lay
     assert len(link.under_way) == 1
     ahead.give_way()
     assert not link.under_way
-    assert ahead._upcoming is None
+    assert not ahead._upcoming
     assert asked_in_a_step(ahead, link, layers) == OF_ITS_OWN, "the next layer would have no room either"
     ahead.drop()
     assert asked_in_a_step(ahead, link, layers) == ONE_AHEAD
@@ -388,8 +514,9 @@ def test_an_interrupt_at_any_line_leaves_no_copy_under_way_and_no_wrong_weight()
     places = set()
 
     def interrupted(after):
-        link, layers = Link(), [Layer(place) for place in range(3)]
+        link, layers, model = Link(), [Layer(place, spare_bytes=1000) for place in range(4)], Model()
         ahead, lines = SwappedAhead(link), iter(range(after))
+        ahead.step_begins(model)
         step(ahead, layers)
 
         def trace(frame, event, argument):
@@ -404,6 +531,7 @@ def test_an_interrupt_at_any_line_leaves_no_copy_under_way_and_no_wrong_weight()
         before = sys.gettrace()
         sys.settrace(trace)
         try:
+            ahead.step_begins(model)
             step(ahead, layers)
             ahead.drop()
         except KeyboardInterrupt:
@@ -420,19 +548,27 @@ def test_an_interrupt_at_any_line_leaves_no_copy_under_way_and_no_wrong_weight()
     after = 0
     while interrupted(after):
         after += 1
-    assert len(places) > 30
+    assert len(places) > 50
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 4), max_size=6), max_size=5), st.sets(st.integers(0, 9)))
-def test_whatever_is_called_in_whatever_order_each_call_gets_its_own_weight(steps, drops):
-    """Layers that are called twice in a step, left out, or in another order; an end of the image in between."""
-    link = Link()
-    ahead, layers, calls = SwappedAhead(link), [Layer(place, 1 + place % 2) for place in range(5)], 0
-    for order in steps:
+@given(
+    st.lists(st.tuples(st.sampled_from([None, 0, 1]), st.lists(st.integers(0, 4), max_size=6)), max_size=5),
+    st.sets(st.integers(0, 9)),
+    st.sampled_from([0, 16, 24, 1000]),
+)
+def test_whatever_is_called_in_whatever_order_each_call_gets_its_own_weight(steps, drops, spare_bytes):
+    """Steps of two models, or of which nobody says that they begin; layers that are called twice, left out, or in another order; an
+    end of the image in between."""
+    link, models, calls = Link(), (Model(), Model()), 0
+    ahead, layers = SwappedAhead(link), [Layer(place, 1 + place % 2, spare_bytes) for place in range(5)]
+    for number, order in steps:
+        if number is not None:
+            ahead.step_begins(models[number])
         for place in order:
             step(ahead, [layers[place]])
-            assert len(link.under_way) <= 1
+            assert len(link.under_way) <= (2 if spare_bytes else 1)
+            assert len(link.under_way) == len(ahead._upcoming)
             calls += 1
             if calls in drops:
                 ahead.drop()

@@ -14,6 +14,7 @@ from lib_lora_guard.hosts.forge.stacks import ForgeStacks
 from lib_lora_guard.memory.step_times import MB, StepTimes
 from lib_lora_guard.messages import message_of
 from lib_lora_guard.recorder.flight_recorder import FlightRecorder, Phase
+from lib_lora_guard.runtime import step_timer
 from lib_lora_guard.runtime.hooks import HookSet
 from lib_lora_guard.runtime.image_words import ImageWords
 from lib_lora_guard.runtime.journal import Journal
@@ -419,13 +420,15 @@ def test_two_that_sample_at_the_same_time_are_not_timed(said):
     assert said() == []
 
 
-def test_the_step_is_written_in_the_journal_and_passes_everything_on(tmp_path):
+def test_the_step_is_written_in_the_journal_and_passes_everything_on(tmp_path, monkeypatch):
     class KModel:
         def apply_model(self, x, t, c_concat=None, control=None, **kwargs):
+            assert begun.pop() is self
             phases.append([one.phase for one in journal.recorder._open])
             return self, x, t, c_concat, kwargs
 
-    phases, hooks, model = [], HookSet(), KModel()
+    phases, hooks, model, begun = [], HookSet(), KModel(), []
+    monkeypatch.setattr(step_timer, "AHEAD", SimpleNamespace(step_begins=begun.append))
     journal = Journal(no_look, FlightRecorder.open(tmp_path))
     timer = StepTimer(FakeMemory(), journal, stack_of)
     hooks.add(KModel, "apply_model", timer.apply_model)
