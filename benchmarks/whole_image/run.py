@@ -41,6 +41,7 @@ GB = 1 << 30
 CONTEXT_BYTES = GB // 2
 """A first guess at the VRAM of a process's own CUDA context; a probe process says how wrong it was."""
 START_SECONDS = 150
+LEAST_PAUSE_SECONDS = 0.05
 LEAST_SECONDS = 8
 """Left of the time limit for the end: a host that stops, the table."""
 PROBE = "import torch; print(torch.cuda.mem_get_info()[0])"
@@ -106,7 +107,7 @@ def seen_by_a_process():
 
 
 def step_times(notes, began):
-    """Returns seconds of an image's steps from the probe's notes.
+    """Returns seconds of an image's steps, and of the host's functions before the first of them, from the probe's notes.
 
     Args:
         notes: Lines of the probe, as dicts, of one image.
@@ -121,6 +122,10 @@ def step_times(notes, began):
     if len(steps) > 1:
         row["usual_step_s"] = round(table.median(steps[1:]), 4)
         row["steps_s"] = [round(step, 4) for step in steps]
+    starts = [note for note in notes if note["event"] == "image begins"]
+    if starts:
+        first = next(note for note in notes if note["event"] == "step begins")
+        row["parts_s"] = {name: round(first["parts"][name] - at, 3) for name, at in starts[0]["parts"].items()}
     if "retries" in notes[0]:
         row["alloc_retries"] = notes[-1]["retries"] - notes[0]["retries"]
         row["reserved_mb"] = max(note["reserved_mb"] for note in notes)
@@ -164,7 +169,7 @@ class WayRun:
         self.card, self.clock, self.vram_before = card, clock, vram_before
         self.notes = options.work / "steps.jsonl"
         self.pace = Pace()
-        self.slowed = (0, 0.0)
+        self.slowed, self.collected = (0, 0.0), 0.0
 
     def play(self, part):
         """Makes the images of a part; returns whether there was time for all."""
@@ -208,7 +213,7 @@ class WayRun:
                 error = str(failure)
         row |= peaks.as_row(self.vram_before)
         notes = [json.loads(line) for line in self.notes.read_text().splitlines()]
-        row |= step_times(notes, began) | self.waits(notes)
+        row |= step_times(notes, began) | self.waits(notes) | self.pauses(notes)
         if picture is None:
             return {**row, "error": error}, None
         self.pace.note(steps, row["seconds"], row.get("usual_step_s", 0.0))
@@ -221,6 +226,13 @@ class WayRun:
             return {}
         before, self.slowed = self.slowed, found[-1]
         return {"slowed_copies": found[-1][0] - before[0], "waited_s": round(found[-1][1] - before[1], 2)}
+
+    def pauses(self, notes):
+        """Returns the seconds of Python's garbage collector until the image's last step, where it took any worth a word."""
+        found = [note["collector_s"] for note in notes if "collector_s" in note]
+        before, self.collected = self.collected, found[-1] if found else self.collected
+        seconds = round(self.collected - before, 3)
+        return {"collector_s": seconds} if seconds >= LEAST_PAUSE_SECONDS else {}
 
     def beside_other_ways(self, part, case, picture):
         """Keeps the picture, and returns its distance from those of the ways before it."""

@@ -69,6 +69,8 @@ def line(row):
         parts.append(f"{steps_a_second(row):.2f} steps/s, first after {row['to_first_step_s']:.2f} s")
     if row.get("alloc_retries"):
         parts.append(f"{row['alloc_retries']} times without room")
+    if row.get("collector_s"):
+        parts.append(f"{row['collector_s']:.2f} s of it Python's collector")
     parts += [
         f"{row[name] / 1000:.1f} GB {label}"
         for name, label in (("vram_mb", "VRAM"), ("own_ram_mb", "RAM"))

@@ -263,6 +263,22 @@ def test_step_times_come_from_the_notes():
     with_memory = [note | memory[min(place, 2)] for place, note in enumerate(notes)]
     found = run.step_times(with_memory, 10.0)
     assert (found["alloc_retries"], found["reserved_mb"]) == (3, 90)
+    # What came after the last image's last step was before this one began.
+    begins = {"event": "image begins", "at": 10.1, "parts": {"load": 1.5, "apply": 0.25}}
+    with_parts = [begins, {**notes[0], "parts": {"load": 2.0, "apply": 0.5}}, *notes[1:]]
+    found = run.step_times(with_parts, 10.0)
+    assert found["parts_s"] == {"load": 0.5, "apply": 0.25}
+    assert found["to_first_step_s"] == 2.0
+
+
+def test_an_image_in_which_pythons_collector_ran_says_so():
+    way = types.SimpleNamespace(collected=0.0)
+    for taken, said in ((0.02, {}), (0.5, {"collector_s": 0.48}), (0.52, {})):
+        assert run.WayRun.pauses(way, [{"collector_s": 0.0}, {"collector_s": taken}]) == said
+    assert run.WayRun.pauses(way, []) == {}
+    assert "0.48 s of it Python's collector" in table.line(
+        {"way": "guard", "steps": 4, "case": "strength", "seconds": 2.0, "collector_s": 0.48}
+    )
 
 
 def test_ways_share_the_time_and_leave_the_rest_to_the_next(monkeypatch):

@@ -8,11 +8,13 @@ WHOLE_IMAGE_WAITS=1 where the processor waits for the card in its third step.
 
 import cProfile
 import functools
+import gc
 import importlib.util
 import io
 import json
 import os
 import pstats
+import sys
 import time
 import traceback
 import warnings
@@ -33,7 +35,12 @@ def note(event):
     # The steps of one image are calculated one after the other: what is still running belongs to the one before.
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    noted = {"event": event, "at": time.time()} | allocator()
+    noted = {
+        "event": event,
+        "at": time.time(),
+        "collector_s": round(collector.seconds, 4),
+        "parts": dict(parts),
+    } | allocator()
     if link is not None:
         noted |= {"copies": link.copies, "waited_s": link.waited}
     with open(NOTES, "a", encoding="utf-8") as file:
@@ -46,6 +53,20 @@ def allocator():
         return {}
     found = torch.cuda.memory_stats()
     return {"retries": found["num_alloc_retries"], "reserved_mb": found["reserved_bytes.all.current"] >> 20}
+
+
+class Collector:
+    """What Python's garbage collector has taken in this process: a full collection of a WebUI's objects takes half a second."""
+
+    def __init__(self):
+        self.seconds = self.began = 0.0
+
+    def __call__(self, phase, _):
+        now = time.perf_counter()
+        if phase == "start":
+            self.began = now
+        else:
+            self.seconds += now - self.began
 
 
 def swapped():
@@ -135,6 +156,55 @@ def step_ended(_):
         profiler.ends()
 
 
+parts = {}
+"""Seconds of the host's own functions with all that the guard does in them, since the process began."""
+PARTS = {
+    "networks": ("networks", "load_networks"),
+    "load": ("backend.memory_management", "load_models_gpu"),
+    "apply": ("backend.patcher.lora", "LoraLoader.refresh"),
+}
+
+
+def timed(name, original):
+    """Wraps a function of the host: its seconds are added up in `parts`. "apply" is a part of "load"."""
+
+    @functools.wraps(original)
+    def wrapper(*args, **kwargs):
+        began = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            parts[name] = parts.get(name, 0.0) + time.perf_counter() - began
+
+    return wrapper
+
+
+def time_parts():
+    """Times what of `PARTS` this host has."""
+    for name, (module, path) in PARTS.items():
+        owner = sys.modules.get(module)
+        *within, last = path.split(".")
+        for one in within:
+            owner = getattr(owner, one, None)
+        if hasattr(owner, last):
+            setattr(owner, last, timed(name, getattr(owner, last)))
+
+
+def noted_from_the_start(make_images):
+    """Wraps the host's own function that makes images: a note says that one begins."""
+
+    @functools.wraps(make_images)
+    def wrapper(*args, **kwargs):
+        if not parts:
+            # Every extension is there by now.
+            parts.update(dict.fromkeys(PARTS, 0.0))
+            time_parts()
+        note("image begins")
+        return make_images(*args, **kwargs)
+
+    return wrapper
+
+
 def profiled(make_images):
     """Wraps the host's own function that makes images: what took longest in it is written down."""
 
@@ -152,10 +222,12 @@ def profiled(make_images):
     return wrapper
 
 
-profiler, waits = Profiler(PROFILE), Waits()
+profiler, waits, collector = Profiler(PROFILE), Waits(), Collector()
+gc.callbacks.append(collector)
 if PROFILE:
     processing.process_images_inner = profiled(processing.process_images_inner)
 if NOTES:
+    processing.process_images_inner = noted_from_the_start(processing.process_images_inner)
     script_callbacks.on_cfg_denoiser(step_begins)
     script_callbacks.on_cfg_after_cfg(step_ended)
 
