@@ -55,7 +55,7 @@ from lib_lora_guard.files import open_header, read_tensors  # noqa: E402
 from lib_lora_guard.files.safetensors_file import read_header  # noqa: E402
 from lib_lora_guard.hosts.plain.access import PlainAccess  # noqa: E402
 from lib_lora_guard.memory.probe import BackupBudget  # noqa: E402
-from lib_lora_guard.patching import attachments, backup, file_backup, file_reader  # noqa: E402
+from lib_lora_guard.patching import backup, file_backup, file_reader, merge_attachment  # noqa: E402
 from lib_lora_guard.patching.engine import Engine  # noqa: E402
 from lib_lora_guard.patching.file_backup import WeightFile  # noqa: E402
 from lib_lora_guard.patching.file_reader import FileReader, Piece  # noqa: E402
@@ -613,9 +613,9 @@ def summary(found):
 
 def for_small():
     """Lets CPU tensors of any size go the way of a card's."""
-    for module in (attachments, backup, file_backup):
+    for module in (merge_attachment, backup, file_backup):
         module.lies_in_ram = lambda tensor: False
-    file_backup.LEAST_BYTES = file_backup.SMALLEST_BYTES = attachments.KEPT_BYTES = 0
+    file_backup.LEAST_BYTES = file_backup.SMALLEST_BYTES = merge_attachment.KEPT_BYTES = 0
     file_backup.LEAST_BYTES_PER_SECOND = 0
 
 

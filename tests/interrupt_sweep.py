@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lib_lora_guard import LoraGuard
-from lib_lora_guard.patching import attachments, backup, engine, file_backup, file_reader
+from lib_lora_guard.patching import backup, engine, file_backup, file_reader, merge_attachment
 
 MODES = ("auto", "bypass", "on_the_fly", "merge")
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
@@ -363,7 +363,7 @@ def alarms(cases, total, twice, seed):
 def leave_originals_to_file(path):
     """Makes every merge's backup the file that the model comes from, as on a card; each weight is four pieces."""
     save_file(Model().state_dict(), str(path))
-    for module in (attachments, backup, file_backup):
+    for module in (merge_attachment, backup, file_backup):
         module.lies_in_ram = lambda tensor: False
     file_backup.LEAST_BYTES = file_backup.SMALLEST_BYTES = file_backup.LEAST_BYTES_PER_SECOND = 0
     file_reader.PIECE_BYTES = 256
@@ -386,7 +386,7 @@ def main():
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     # As weights above 1 MB are: merged when they are put in place.
-    attachments.KEPT_BYTES = 16
+    merge_attachment.KEPT_BYTES = 16
     with tempfile.TemporaryDirectory() as folder:
         if chosen.file:
             leave_originals_to_file(Path(folder) / "model.safetensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
-from .attachments import Attachment
+from .attachment import Attachment
 from .neighbours import Place
 from .plan import PlannedWeight
 from .transaction import Pair, Step, Transaction

@@ -31,19 +31,13 @@ from ..recorder.flight_recorder import Phase
 from ..reporting.report import ApplyReport, LoraReport
 from ..weights.dtype_names import dtype_name
 from .access import ModelAccess, Site
-from .attachments import (
-    Attachment,
-    BypassAttachment,
-    MergeAttachment,
-    MergeState,
-    OnTheFlyAttachment,
-    UnusableTermsError,
-    is_merged,
-)
+from .attachment import Attachment, UnusableTermsError
 from .backup import Backup, Originals
 from .change_pairs import Coming, attachments_of, difference, going, pairs_of, place_of, replan, strays
 from .exchanges import Exchanges
+from .hook_attachments import BypassAttachment, OnTheFlyAttachment
 from .lora_request import Fitting, LoraRequest, fit_stack
+from .merge_attachment import MergeAttachment, MergeState, is_merged
 from .merge_room import only_from_files, with_room
 from .merging_together import MergingTogether
 from .model_backups import ModelBackups

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..adapters import Term
-from .attachments import Attachment, BypassAttachment, OnTheFlyAttachment
+from .attachment import Attachment
 from .forward_program import Program
+from .hook_attachments import BypassAttachment, OnTheFlyAttachment
 from .low_rank import JoinedLowRank, ScaleVectors, Scaling
 from .plan import PlannedWeight
 from .transaction import Step

@@ -11,7 +11,8 @@ from ..adapters import apply_terms
 from ..weights import Codec, Nf4Codec, PlainCodec, Q4_0Codec, Q8_0Codec
 from ..weights.dtype_names import dtype_name
 from ..weights.storage import FP8_DTYPES
-from .attachments import Attachment, MergeAttachment
+from .attachment import Attachment
+from .merge_attachment import MergeAttachment
 
 ENCODERS: dict[str, Codec] = {codec.format: codec for codec in (Nf4Codec(), Q4_0Codec(), Q8_0Codec())} | {
     dtype_name(dtype): PlainCodec(dtype, dtype_name(dtype)) for dtype in FP8_DTYPES

@@ -14,8 +14,9 @@ from ..messages import Message
 from ..planning.mode import Choice, Mode, Wish, choose_mode
 from ..units import MB
 from .access import Site
-from .attachments import Attachment, is_merged
+from .attachment import Attachment
 from .backup import Where, lies_in_ram, parameter_bytes
+from .merge_attachment import is_merged
 from .plan import Plan, PlannedWeight, facts_of
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from ..messages import Message
 from ..planning.mode import Mode
 from ..weights.dtype_names import dtype_name
 from ..weights.storage import FP8_DTYPES
-from .attachments import Attachment, UnusableTermsError
+from .attachment import Attachment, UnusableTermsError
 from .merging import is_finite, keep_shape, merge
 
 

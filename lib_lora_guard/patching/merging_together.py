@@ -37,7 +37,7 @@ SHARE_OF_ONE = 1 / 4
 
 
 class Merge(Replaceable, Protocol):
-    """A merge, as `attachments.MergeAttachment` is one. `compute_device` is where it is computed."""
+    """A merge, as `merge_attachment.MergeAttachment` is one. `compute_device` is where it is computed."""
 
     together: MergingTogether[Any] | None
     compute_device: torch.device

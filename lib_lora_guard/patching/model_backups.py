@@ -14,9 +14,10 @@ import torch
 
 from ..planning.mode import Mode
 from .access import Site
-from .attachments import Attachment, MergeAttachment, is_merged
+from .attachment import Attachment
 from .backup import Backup, BackupStore, Budget
 from .file_backup import FileBackups
+from .merge_attachment import MergeAttachment, is_merged
 from .plan import Plan
 
 

@@ -10,8 +10,9 @@ from collections.abc import Collection, Mapping
 import torch
 
 from .access import ModelAccess
-from .attachments import Attachment, BypassAttachment, OnTheFlyAttachment
+from .attachment import Attachment
 from .fused_choice import CHOICE, Key
+from .hook_attachments import BypassAttachment, OnTheFlyAttachment
 from .host_casts import HostCasts
 
 

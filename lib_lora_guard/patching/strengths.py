@@ -12,10 +12,12 @@ from collections.abc import Mapping
 import torch
 
 from ..adapters import Term
-from .attachments import Attachment, BypassAttachment, MergeAttachment
+from .attachment import Attachment
 from .change_pairs import replan
 from .engine import Engine
 from .exchanges import Exchanges
+from .hook_attachments import BypassAttachment
+from .merge_attachment import MergeAttachment
 from .plan import PlannedWeight
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .attachments import Attachment, BypassAttachment
+from .attachment import Attachment
 from .forward_steps import LowRankStep
+from .hook_attachments import BypassAttachment
 from .low_rank import JoinedLowRank
 
 

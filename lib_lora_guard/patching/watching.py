@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from ..planning.mode import Mode
 from ..recorder.flight_recorder import Phase
-from .attachments import Attachment, MergeAttachment
+from .attachment import Attachment
 from .backup import lies_in_ram, parameter_bytes
+from .merge_attachment import MergeAttachment
 from .plan import PlannedWeight
 
 Watch = Callable[[Phase, int], contextlib.AbstractContextManager[object]]

@@ -376,7 +376,7 @@ def test_forges_own_mode_is_forges_own(guarded, host):
 
 
 def test_a_merge_that_cannot_be_suspended_stays_and_the_next_change_is_right(guarded, monkeypatch, caplog):
-    from lib_lora_guard.patching.attachments import MergeAttachment
+    from lib_lora_guard.patching.merge_attachment import MergeAttachment
 
     merge_everything(guarded)
     patcher, dense = guarded.build("bf16")

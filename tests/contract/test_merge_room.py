@@ -12,7 +12,7 @@ from contract.stacks import run, shapes, with_loras
 from lib_lora_guard.hosts.forge.access import ForgeAccess
 from lib_lora_guard.hosts.forge.lora_loader_state import state_of
 from lib_lora_guard.memory.probe import BackupBudget
-from lib_lora_guard.patching import attachments, merge_room
+from lib_lora_guard.patching import merge_attachment, merge_room
 from lib_lora_guard.planning.mode import Mode
 from lib_lora_guard.recorder.crash_report import Precaution
 from lib_lora_guard.settings import LoraMode
@@ -26,7 +26,7 @@ def merging(guarded, monkeypatch):
     guarded.guard.settings.options = {"lora_guard_mode": LoraMode.MERGE.value}
     monkeypatch.setattr(merge_room, "LEAST_BYTES", 1)
     # As weights above 1 MB are: merged when they are put in place, one after the other.
-    monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
+    monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 16)
     return guarded
 
 
@@ -79,7 +79,7 @@ def test_what_there_is_no_room_for_is_bypassed_and_said(merging, monkeypatch, li
 def test_memory_that_ends_in_a_merge_all_the_same(merging, monkeypatch, lines):
     patcher, dense = merging.build("fp32")
     plain, whole = pictures(merging, monkeypatch, dense, patcher)
-    merge, count = attachments.merge, []
+    merge, count = merge_attachment.merge, []
 
     def ends(*args, **kwargs):
         count.append(1)
@@ -87,7 +87,7 @@ def test_memory_that_ends_in_a_merge_all_the_same(merging, monkeypatch, lines):
             raise RuntimeError(NO_RAM)
         return merge(*args, **kwargs)
 
-    monkeypatch.setattr(attachments, "merge", ends)
+    monkeypatch.setattr(merge_attachment, "merge", ends)
     part = with_loras(merging, patcher, ("b", loras(dense), 1.0))
     assert len(count) == 3
     assert modes(part) == {Mode.BYPASS: len(loras(dense))}
@@ -104,7 +104,7 @@ def test_memory_that_ends_in_a_merge_all_the_same(merging, monkeypatch, lines):
 def test_a_merge_that_ends_twice_is_not_tried_with_every_image(merging, monkeypatch, lines):
     patcher, dense = merging.build("fp32")
     plain, whole = pictures(merging, monkeypatch, dense, patcher)
-    merge, count, ends = attachments.merge, [], [True]
+    merge, count, ends = merge_attachment.merge, [], [True]
 
     def ending(*args, **kwargs):
         count.append(1)
@@ -112,7 +112,7 @@ def test_a_merge_that_ends_twice_is_not_tried_with_every_image(merging, monkeypa
             raise RuntimeError(NO_RAM)
         return merge(*args, **kwargs)
 
-    monkeypatch.setattr(attachments, "merge", ending)
+    monkeypatch.setattr(merge_attachment, "merge", ending)
     part = with_loras(merging, patcher, ("b", loras(dense), 1.0))
     for _ in range(3):
         merging.load(part)
@@ -132,7 +132,9 @@ def test_a_merge_that_ends_twice_is_not_tried_with_every_image(merging, monkeypa
 
 def test_another_error_in_a_merge_is_not_tried_again(merging, monkeypatch, lines):
     patcher, dense = merging.build("fp32")
-    monkeypatch.setattr(attachments, "merge", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("something else")))
+    monkeypatch.setattr(
+        merge_attachment, "merge", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("something else"))
+    )
     spare(monkeypatch, GB)
     part = with_loras(merging, patcher, ("b", loras(dense), 1.0))
     assert state_of(part.lora_loader).left_to_host

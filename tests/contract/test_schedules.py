@@ -20,9 +20,9 @@ from lib_lora_guard.hosts.forge.lora_loader_state import RETRY
 from lib_lora_guard.hosts.forge.step_strengths import ForgeStepStrengths
 from lib_lora_guard.hosts.webui import schedules as forge_schedules
 from lib_lora_guard.hosts.webui.schedules import ScheduleHost, Schedules
-from lib_lora_guard.patching.attachments import MergeAttachment
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.low_rank import JoinedLowRank
+from lib_lora_guard.patching.merge_attachment import MergeAttachment
 from lib_lora_guard.patching.on_the_fly import WeightTerms
 from lib_lora_guard.patching.strengths import set_strengths
 from lib_lora_guard.planning.schedule import parse

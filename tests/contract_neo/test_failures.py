@@ -8,8 +8,8 @@ from support.measure import assert_same, same_bits
 
 from contract_neo.host import CPU
 from lib_lora_guard.errors import RestoreError
-from lib_lora_guard.patching.attachments import BypassAttachment
 from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.hook_attachments import BypassAttachment
 
 FILE = "style.safetensors"
 

@@ -12,7 +12,7 @@ from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.probe import BackupBudget
-from lib_lora_guard.patching import attachments, backup
+from lib_lora_guard.patching import backup, merge_attachment
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.strengths import set_strengths
@@ -118,7 +118,7 @@ def what_is_wrong(bench, old, new, raised, kind):
 )
 def test_memory_that_ends_in_a_change(change, wish, monkeypatch, record_property):
     # As weights above 1 MB are: merged when they are put in place, one after the other.
-    monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
+    monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 16)
     bench, wrong, runs = Bench(wish), [], {}
     if wish is Wish.PREFER_MERGE:
         # As on a GPU with neither spare VRAM nor spare RAM.
@@ -158,7 +158,7 @@ def test_memory_that_ends_in_a_change(change, wish, monkeypatch, record_property
 
 
 def test_a_failed_undo_is_done_before_the_next_change(monkeypatch):
-    monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
+    monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 16)
     bench, unfinished = Bench(Wish.PREFER_MERGE), 0
     for name in ("none", "two", "other"):
         bench.settle(name)

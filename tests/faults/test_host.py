@@ -17,7 +17,7 @@ from lib_lora_guard.hosts.forge.access import ForgeAccess
 from lib_lora_guard.hosts.forge.fallback import HostRefresh
 from lib_lora_guard.hosts.forge.lora_loader_state import RETRY
 from lib_lora_guard.memory.probe import BackupBudget
-from lib_lora_guard.patching import attachments, backup
+from lib_lora_guard.patching import backup, merge_attachment
 from lib_lora_guard.settings import LoraMode
 
 
@@ -231,7 +231,7 @@ def test_memory_that_ends_where_originals_come_back_from_the_disk(
 
 def merging_scene(host, monkeypatch):
     # As weights above 1 MB are: merged when they are put in place, one after the other.
-    monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
+    monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 16)
     scene = Scene(host, "bf16")
     scene.modes = {"merged": LoraMode.MERGE, "merged weaker": LoraMode.MERGE}
     scene.stacks |= {"merged": scene.stacks["two"], "merged weaker": scene.stacks["weaker"]}

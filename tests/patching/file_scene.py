@@ -13,7 +13,7 @@ from support.measure import same_bits
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.probe import BackupBudget
-from lib_lora_guard.patching import attachments, backup, file_backup, file_reader, file_sums
+from lib_lora_guard.patching import backup, file_backup, file_reader, file_sums, merge_attachment
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Wish
@@ -24,9 +24,9 @@ SIZE = 24
 
 def lay_on_card(monkeypatch):
     """Parameters count as lying on a card, and everything is small enough for tensors of this size."""
-    for module in (attachments, backup, file_backup):
+    for module in (merge_attachment, backup, file_backup):
         monkeypatch.setattr(module, "lies_in_ram", lambda tensor: False)
-    monkeypatch.setattr(attachments, "KEPT_BYTES", 64)
+    monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 64)
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 256)
     monkeypatch.setattr(file_reader, "BUFFERS", 3)
     monkeypatch.setattr(file_sums, "ROW_WORDS", 4)

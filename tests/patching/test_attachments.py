@@ -13,11 +13,11 @@ from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
-from lib_lora_guard.patching import attachments, backup
-from lib_lora_guard.patching.attachments import MergeAttachment, MergeState
+from lib_lora_guard.patching import backup, merge_attachment
 from lib_lora_guard.patching.backup import HeldBackup, Place, Where
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.lora_request import LoraRequest
+from lib_lora_guard.patching.merge_attachment import MergeAttachment, MergeState
 from lib_lora_guard.patching.plan import PlannedWeight
 from lib_lora_guard.planning.mode import Choice, Mode, Wish
 from lib_lora_guard.units import MB
@@ -49,7 +49,7 @@ class Case:
                 raise OutOfMemory[0]("CUDA out of memory. Tried to allocate 2.00 MiB")
             return moved(parameter, device)
 
-        for module in (attachments, backup):
+        for module in (merge_attachment, backup):
             monkeypatch.setattr(module, "moved", refusing)
 
     def here(self):
@@ -65,7 +65,7 @@ def small(monkeypatch):
 @pytest.fixture
 def large(monkeypatch):
     """Its merged value is made when it is put in place, in RAM here for want of room."""
-    monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
+    monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 16)
     return Case(monkeypatch)
 
 
@@ -171,7 +171,7 @@ def test_a_backup_that_is_lost_leaves_the_weight_merged(large):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_merge_into_a_model_needs_the_memory_of_the_new_weight_and_a_few_slices(dtype, monkeypatch):
     """The original lies in RAM and is its own backup. Whether the result is finite is asked in slices too."""
-    monkeypatch.setattr(attachments, "SLICE_BYTES", MB)
+    monkeypatch.setattr(merge_attachment, "SLICE_BYTES", MB)
     layer = torch.nn.Linear(512, 8192, bias=False).to(dtype).requires_grad_(False)
     model = torch.nn.ModuleDict({"layer": layer})
     access = PlainAccess(model)

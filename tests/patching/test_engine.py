@@ -18,11 +18,13 @@ from support.reference import merge_reference
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching import attachments
-from lib_lora_guard.patching.attachments import Attachment, BypassAttachment, MergeAttachment, OnTheFlyAttachment
+from lib_lora_guard.patching import hook_attachments, merge_attachment
+from lib_lora_guard.patching.attachment import Attachment
 from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.hook_attachments import BypassAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.lora_request import LoraRequest
+from lib_lora_guard.patching.merge_attachment import MergeAttachment
 from lib_lora_guard.planning.mode import Wish
 from lib_lora_guard.weights import Nf4Codec, PlainCodec, Q8_0Codec, ScaledFp8Codec, StoredLinear
 
@@ -124,8 +126,8 @@ def count_and_fail(monkeypatch, owner, name, countdown):
 
 STEPS = [
     (PlainAccess, "site"),
-    (attachments, "ratios_of"),
-    (attachments, "merge"),
+    (hook_attachments, "ratios_of"),
+    (merge_attachment, "merge"),
     (BackupStore, "keep"),
     (PlainAccess, "set_parameter"),
     (PlainAccess, "set_weight_terms"),

@@ -36,14 +36,25 @@ from lib_lora_guard.errors import LoraMismatchError, ModeError, RestoreError
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.memory.probe import BackupBudget
-from lib_lora_guard.patching import attachments, backup, file_backup, file_reader, merging, norms, transaction
-from lib_lora_guard.patching.attachments import BypassAttachment, MergeAttachment, OnTheFlyAttachment
+from lib_lora_guard.patching import (
+    backup,
+    file_backup,
+    file_reader,
+    hook_attachments,
+    merge_attachment,
+    merging,
+    norms,
+    transaction,
+)
+from lib_lora_guard.patching.attachment import Attachment
 from lib_lora_guard.patching.backup import BackupStore
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.file_backup import FileBackup, WeightFile
 from lib_lora_guard.patching.file_reader import FileReader
+from lib_lora_guard.patching.hook_attachments import BypassAttachment, OnTheFlyAttachment
 from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.marked_class import class_of
+from lib_lora_guard.patching.merge_attachment import MergeAttachment
 from lib_lora_guard.patching.operators import NUMBER, WEIGHT_PATCH
 from lib_lora_guard.patching.spool import Spool
 from lib_lora_guard.planning.mode import Mode, Wish
@@ -63,9 +74,9 @@ class PlantedError(Exception):
 
 
 POINTS = [
-    (attachments, "merge"),
-    (attachments, "ratios_of"),
-    (attachments, "apply_terms"),
+    (merge_attachment, "merge"),
+    (hook_attachments, "ratios_of"),
+    (merge_attachment, "apply_terms"),
     (norms, "apply_terms"),
     (merging, "apply_terms"),
     (merging, "_scratch"),
@@ -140,7 +151,7 @@ class Changes(RuleBasedStateMachine):
         self.patch.setattr(transaction.log, "disabled", True)
         if merged_late:
             # As weights above 1 MB are: merged when they are put in place, one after the other.
-            self.patch.setattr(attachments, "KEPT_BYTES", 16)
+            self.patch.setattr(merge_attachment, "KEPT_BYTES", 16)
         self.storages = {"entry": entry, "block.qkv": qkv, "block.proj": proj}
         self.model = build({**self.storages, **({"shift": "fp8"} if small_fp8 else {})})
         self.engine, self.access = Engine(), PlainAccess(self.model)
@@ -469,7 +480,7 @@ def test_the_checks_see_another_bit_another_format_and_a_leaked_backup(machine):
 
 
 def test_the_checks_see_an_attachment_that_is_made_anew_for_nothing(machine, monkeypatch):
-    monkeypatch.setattr(attachments.Attachment, "carries_out", lambda self, planned: False)
+    monkeypatch.setattr(Attachment, "carries_out", lambda self, planned: False)
     with pytest.raises(AssertionError, match="was made anew although nothing of it changed"):
         machine.change_nothing()
     monkeypatch.setattr(machine, "check_reuse", lambda before: None)

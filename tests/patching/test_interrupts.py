@@ -10,7 +10,7 @@ from interrupt_sweep import ACTS, MODES, Case, Files, Tracer, alarms, count_plac
 from support.short_way import take_short_way_of_plain_layers
 from thread_sweep import Threads
 
-from lib_lora_guard.patching import attachments
+from lib_lora_guard.patching import merge_attachment
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.transaction import Transaction
@@ -27,7 +27,7 @@ def files(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def merged_late(monkeypatch):
     """As weights above 1 MB are: merged when they are put in place. (And the log would hold what is to be freed.)"""
-    monkeypatch.setattr(attachments, "KEPT_BYTES", 16)
+    monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 16)
     monkeypatch.setattr("lib_lora_guard.patching.transaction.log.disabled", True)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     trace = sys.gettrace()

@@ -14,10 +14,10 @@ from lib_lora_guard.errors import ModeError
 from lib_lora_guard.hosts.plain.access import PlainAccess
 from lib_lora_guard.memory.probe import BackupBudget
 from lib_lora_guard.patching import backup, merge_room, watching
-from lib_lora_guard.patching.attachments import MergeAttachment
 from lib_lora_guard.patching.backup import Where
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.lora_request import LoraRequest
+from lib_lora_guard.patching.merge_attachment import MergeAttachment
 from lib_lora_guard.planning.mode import Mode, Wish
 
 X = rand(2, 16, 64, seed=5)

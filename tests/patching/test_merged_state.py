@@ -13,7 +13,7 @@ from support.reference import merge_reference
 from lib_lora_guard.adapters import apply_terms, parse_term
 from lib_lora_guard.files import Entry, write_safetensors
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching.attachments import UnusableTermsError
+from lib_lora_guard.patching.attachment import UnusableTermsError
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.patching.merged_state import Kept, MergedState

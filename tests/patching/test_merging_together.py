@@ -13,11 +13,12 @@ from support.measure import same_bits
 from lib_lora_guard.adapters import DiffAdapter, LoraAdapter, Term
 from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.memory.out_of_memory import OutOfMemory
-from lib_lora_guard.patching import attachments, file_reader, file_sums, merge_factors, merging_together
-from lib_lora_guard.patching.attachments import MergeAttachment, MergeState, UnusableTermsError
+from lib_lora_guard.patching import file_reader, file_sums, merge_attachment, merge_factors, merging_together
+from lib_lora_guard.patching.attachment import UnusableTermsError
 from lib_lora_guard.patching.backup import Where
 from lib_lora_guard.patching.file_backup import FileBackup, WeightFile
 from lib_lora_guard.patching.lora_request import LoraRequest
+from lib_lora_guard.patching.merge_attachment import MergeAttachment, MergeState
 from lib_lora_guard.patching.merge_factors import FactorsAhead
 from lib_lora_guard.patching.merging_together import SWITCH, MergingTogether
 from lib_lora_guard.patching.transaction import Transaction
@@ -89,7 +90,7 @@ def counted(monkeypatch, owner, name):
 
 def test_a_change_asks_for_many_weights_at_once_and_gives_the_same_bits(scene, monkeypatch):
     wanted = after(scene, -0.4)
-    alone, finite = counted(monkeypatch, WeightFile, "read"), counted(monkeypatch, attachments, "is_finite")
+    alone, finite = counted(monkeypatch, WeightFile, "read"), counted(monkeypatch, merge_attachment, "is_finite")
     wrong = counted(monkeypatch, merging_together, "_wrong")
     scene.change(-0.4)
     assert has(scene, wanted)
@@ -151,7 +152,7 @@ def test_one_weight_is_held_in_a_quarter_of_what_all_may_take(scene, monkeypatch
 
 def test_where_vram_is_free_large_weights_are_held_too_and_slices_stay_as_they_are(scene, monkeypatch):
     """Of a product in slices of another size the last bits may be others: the same change gives the same bits whatever is free."""
-    held, most, slices, merge, restored = [], [], set(), attachments.merge, MergingTogether.restored
+    held, most, slices, merge, restored = [], [], set(), merge_attachment.merge, MergingTogether.restored
 
     def sliced(*args, **how):
         slices.add(how["slice_bytes"])
@@ -164,7 +165,7 @@ def test_where_vram_is_free_large_weights_are_held_too_and_slices_stay_as_they_a
 
     expected = after(scene, 0.5)
     monkeypatch.setattr(merging_together, "LARGEST_HELD_BYTES", 1)
-    monkeypatch.setattr(attachments, "merge", sliced)
+    monkeypatch.setattr(merge_attachment, "merge", sliced)
     monkeypatch.setattr(MergingTogether, "restored", noting)
     scene.change(0.4)
     assert (held, slices) == ([], {64 * MB})

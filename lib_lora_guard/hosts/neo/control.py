@@ -14,7 +14,7 @@ import torch
 from ...errors import RestoreError, named
 from ...memory.out_of_memory import is_out_of_memory
 from ...messages import Joined, Message, say
-from ...patching.attachments import OnTheFlyAttachment
+from ...patching.hook_attachments import OnTheFlyAttachment
 from ...patching.lora_request import LoraRequest
 from ...recorder.flight_recorder import Phase
 from ...reporting.report import clean_text

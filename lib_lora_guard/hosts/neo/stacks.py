@@ -18,7 +18,7 @@ import torch
 from ...adapters.base import Shape
 from ...messages import say
 from ...patching.access import Site, find_owner
-from ...patching.attachments import OnTheFlyAttachment
+from ...patching.hook_attachments import OnTheFlyAttachment
 from ...patching.watching import Watch, merges_in
 from ...recorder.crash_report import Precaution
 from ...reporting.report import ApplyReport

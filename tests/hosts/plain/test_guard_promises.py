@@ -17,7 +17,8 @@ from lib_lora_guard import LoraGuard
 from lib_lora_guard.errors import BusyError, LoraFileError
 from lib_lora_guard.hosts.plain import guard as plain
 from lib_lora_guard.hosts.plain.access import PlainAccess
-from lib_lora_guard.patching.attachments import BypassAttachment, MergeAttachment
+from lib_lora_guard.patching.hook_attachments import BypassAttachment
+from lib_lora_guard.patching.merge_attachment import MergeAttachment
 
 X = rand(2, 16, 32, seed=5)
 NAMES = {f"blocks.{b}.{name}.weight": shape for b in (0, 1) for name, shape in (("qkv", (96, 32)), ("proj", (32, 32)))}
