@@ -166,6 +166,36 @@ def test_forge_gets_no_patches_whose_values_never_came(opened_by_placing, guarde
     assert "it holds values that are not finite" in caplog.text
 
 
+def look_through(patches):
+    """Looks at everything as Forge does before it loads a model with online LoRAs (`backend.utils.nested_compute_size`)."""
+    if isinstance(patches, dict):
+        return sum(look_through(patches[key]) for key in patches)
+    if isinstance(patches, (list, tuple)):
+        return sum(look_through(patches[place]) for place in range(len(patches)))
+    return patches.nelement() if isinstance(patches, torch.Tensor) else 0
+
+
+def test_forge_does_not_reserve_for_a_stack_with_a_file_whose_values_never_came(gate, guarded, tmp_path, x):
+    """It would look into each patch, and end the image with the error of the file."""
+    write_kohya(tmp_path / "bad.safetensors", MODULES)
+    spoiled(tmp_path / "bad.safetensors")
+    deltas = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
+    patcher, dense = guarded.build("fp32")
+    base = picture(guarded, patcher, x).clone()
+    files = LoraFiles()
+    good, _ = load(files, patcher, tmp_path / "good.safetensors", 0.7)
+    changed, _ = load(files, patcher, tmp_path / "bad.safetensors")
+    changed, _ = load(files, changed, tmp_path / "good.safetensors", 0.7)
+    guarded.guard.settings.options = {"lora_guard_mode": LoraMode.OWN.value}
+    timer = soon(gate.open)
+    for one in (changed, good):
+        if one.has_online_lora():
+            look_through(one.lora_patches)
+    timer.join()
+    wanted = patched(patcher, dense, deltas, x, 0.7)
+    assert (picture(guarded, changed, x) - wanted).norm() <= 1e-4 * (wanted - base).norm()
+
+
 def test_a_copy_of_a_patch_waits_and_is_a_plain_tuple(gate, guarded, tmp_path):
     write_kohya(tmp_path / "style.safetensors", MODULES)
     patcher, _ = guarded.build("fp32")
