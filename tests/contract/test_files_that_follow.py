@@ -13,7 +13,9 @@ from contract.lora_files import MODULES, load, picture
 from lib_lora_guard.adapters import files as lora_files
 from lib_lora_guard.errors import LoraFileError
 from lib_lora_guard.files import reading
+from lib_lora_guard.hosts.forge.step_strengths import ForgeStepStrengths
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
+from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.settings import LoraMode
 
 WHY = "lora_unet_blocks_0_proj.lora_up.weight: it holds values that are not finite"
@@ -147,6 +149,63 @@ def test_a_file_that_is_there_again_counts_for_the_same_stack(opened_by_placing,
     changed, _ = load(files, patcher, path, 0.7)
     wanted = patched(patcher, dense, deltas, x, 0.7)
     assert (picture(guarded, changed, x) - wanted).norm() <= 1e-4 * (wanted - base).norm()
+
+
+def test_the_other_loras_follow_their_schedules_beside_a_file_whose_values_never_came(
+    opened_by_placing, guarded, tmp_path, x
+):
+    bad = tmp_path / "bad.safetensors"
+    of_bad = write_kohya(bad, MODULES)
+    intact = bad.read_bytes()
+    spoiled(bad)
+    of_good = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
+    patcher, dense = guarded.build("fp32")
+    base = picture(guarded, patcher, x).clone()
+    wanted = {strength: patched(patcher, dense, of_good, x, strength) for strength in (0.3, 0.9, 0.7)}
+    both = {module: of_bad[module] + 0.7 * of_good[module] for module in of_good}
+    of_both = patched(patcher, dense, both, x, 1.0)
+    files, strengths = LoraFiles(), ForgeStepStrengths(guarded.guard.stacks)
+
+    def stack():
+        changed, _ = load(files, patcher, bad)
+        return load(files, changed, tmp_path / "good.safetensors", 0.7)[0]
+
+    changed = stack()
+    picture(guarded, changed, x)
+    for strength in (0.3, 0.9):
+        strengths.set(changed, {1: strength})
+        assert (changed.model(x) - wanted[strength]).norm() <= 1e-4 * (wanted[strength] - base).norm()
+    strengths.restore()
+    assert (changed.model(x) - wanted[0.7]).norm() <= 1e-4 * (wanted[0.7] - base).norm()
+    # The same names and strengths, and the file is there.
+    bad.write_bytes(intact)
+    assert (picture(guarded, stack(), x) - of_both).norm() <= 1e-4 * (of_both - base).norm()
+
+
+def test_a_file_that_never_came_is_tried_again_after_forges_own_way_too(
+    opened_by_placing, guarded, tmp_path, x, monkeypatch
+):
+    bad = tmp_path / "bad.safetensors"
+    of_bad = write_kohya(bad, MODULES)
+    intact = bad.read_bytes()
+    spoiled(bad)
+    of_good = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
+    patcher, dense = guarded.build("fp32")
+    base = picture(guarded, patcher, x).clone()
+    wanted = patched(patcher, dense, of_good, x, 0.7)
+    both = {module: of_bad[module] + 0.7 * of_good[module] for module in of_good}
+    of_both = patched(patcher, dense, both, x, 1.0)
+    files = LoraFiles()
+
+    def image():
+        changed, _ = load(files, patcher, bad)
+        return picture(guarded, load(files, changed, tmp_path / "good.safetensors", 0.7)[0], x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "commit", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
+        assert (image() - wanted).norm() <= 1e-4 * (wanted - base).norm()
+    bad.write_bytes(intact)
+    assert (image() - of_both).norm() <= 1e-4 * (of_both - base).norm()
 
 
 def test_forge_gets_no_patches_whose_values_never_came(opened_by_placing, guarded, tmp_path, x, caplog):
