@@ -3,6 +3,7 @@
 import copy
 import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -267,6 +268,23 @@ def test_a_copy_of_a_patch_waits_and_is_a_plain_tuple(gate, guarded, tmp_path):
     assert torch.equal(
         copied[1][0], load_file(tmp_path / "style.safetensors")["lora_unet_blocks_0_proj.lora_up.weight"]
     )
+
+
+def test_a_file_whose_values_never_came_keeps_nothing_of_the_image_that_asked_for_them(gate, guarded, tmp_path):
+    """Its error is kept as long as its patches are, and an error keeps all that was called when it was raised."""
+    write_kohya(tmp_path / "bad.safetensors", MODULES)
+    spoiled(tmp_path / "bad.safetensors")
+    patcher, _ = guarded.build("fp32")
+    changed, _ = load(LoraFiles(), patcher, tmp_path / "bad.safetensors")
+    gate.open()
+
+    def image():
+        latent = torch.zeros(1)
+        (request,) = guarded.guard.stacks.reader.requests(changed.lora_patches)
+        assert request.refused
+        return weakref.ref(latent)
+
+    assert image()() is None
 
 
 def test_reading_a_patch_of_a_spoiled_file_says_what_is_wrong(gate, guarded, tmp_path):
