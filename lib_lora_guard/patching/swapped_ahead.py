@@ -176,8 +176,8 @@ class SwappedAhead:
         """Gives back what was begun and is not needed at the end of a step, and takes nothing that comes now for a part of it."""
         if self._thread != threading.get_ident():
             return
-        model, self._model = None if self._model is None else self._model(), None
-        if model is not None:
+        reference, self._model = self._model, None
+        if reference is not None and (model := reference()) is not None:
             # None of its layers was called: what came with the step was for nothing, and would be in each.
             self._firsts.pop(model, None)
         self._last = None
