@@ -172,6 +172,17 @@ class SwappedAhead:
         if first is not None:
             self._begin_from(first.layer, first.device)
 
+    def step_ends(self) -> None:
+        """Gives back what was begun and is not needed at the end of a step, and takes nothing that comes now for a part of it."""
+        if self._thread != threading.get_ident():
+            return
+        reference, self._model = self._model, None
+        if reference is not None and (model := reference()) is not None:
+            # None of its layers was called: what came with the step was for nothing, and would be in each.
+            self._firsts.pop(model, None)
+        self._last = None
+        self._leave_begun()
+
     def bring(self, layer: Layer, tensors: Sequence[torch.Tensor], device: torch.device) -> Tensors:
         """Returns copies on a card of what a layer has in RAM. What lies there already is returned as it is.
 

@@ -108,6 +108,8 @@ class StepTimer:
                 # Half a step, and what comes next is not known.
                 self._begun = None
                 raise
+            finally:
+                AHEAD.step_ends()
 
     def _step(self, run: int, model: torch.nn.Module, x: torch.Tensor, controlled: bool) -> None:
         # Two that sample at the same time would each be timed for both.

@@ -3,6 +3,7 @@
 import copy
 import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from contract.lora_files import MODULES, load, picture
 from lib_lora_guard.adapters import files as lora_files
 from lib_lora_guard.errors import LoraFileError
 from lib_lora_guard.files import reading
+from lib_lora_guard.hosts.forge.step_strengths import ForgeStepStrengths
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
+from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.settings import LoraMode
 
 WHY = "lora_unet_blocks_0_proj.lora_up.weight: it holds values that are not finite"
@@ -149,6 +152,63 @@ def test_a_file_that_is_there_again_counts_for_the_same_stack(opened_by_placing,
     assert (picture(guarded, changed, x) - wanted).norm() <= 1e-4 * (wanted - base).norm()
 
 
+def test_the_other_loras_follow_their_schedules_beside_a_file_whose_values_never_came(
+    opened_by_placing, guarded, tmp_path, x
+):
+    bad = tmp_path / "bad.safetensors"
+    of_bad = write_kohya(bad, MODULES)
+    intact = bad.read_bytes()
+    spoiled(bad)
+    of_good = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
+    patcher, dense = guarded.build("fp32")
+    base = picture(guarded, patcher, x).clone()
+    wanted = {strength: patched(patcher, dense, of_good, x, strength) for strength in (0.3, 0.9, 0.7)}
+    both = {module: of_bad[module] + 0.7 * of_good[module] for module in of_good}
+    of_both = patched(patcher, dense, both, x, 1.0)
+    files, strengths = LoraFiles(), ForgeStepStrengths(guarded.guard.stacks)
+
+    def stack():
+        changed, _ = load(files, patcher, bad)
+        return load(files, changed, tmp_path / "good.safetensors", 0.7)[0]
+
+    changed = stack()
+    picture(guarded, changed, x)
+    for strength in (0.3, 0.9):
+        strengths.set(changed, {1: strength})
+        assert (changed.model(x) - wanted[strength]).norm() <= 1e-4 * (wanted[strength] - base).norm()
+    strengths.restore()
+    assert (changed.model(x) - wanted[0.7]).norm() <= 1e-4 * (wanted[0.7] - base).norm()
+    # The same names and strengths, and the file is there.
+    bad.write_bytes(intact)
+    assert (picture(guarded, stack(), x) - of_both).norm() <= 1e-4 * (of_both - base).norm()
+
+
+def test_a_file_that_never_came_is_tried_again_after_forges_own_way_too(
+    opened_by_placing, guarded, tmp_path, x, monkeypatch
+):
+    bad = tmp_path / "bad.safetensors"
+    of_bad = write_kohya(bad, MODULES)
+    intact = bad.read_bytes()
+    spoiled(bad)
+    of_good = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
+    patcher, dense = guarded.build("fp32")
+    base = picture(guarded, patcher, x).clone()
+    wanted = patched(patcher, dense, of_good, x, 0.7)
+    both = {module: of_bad[module] + 0.7 * of_good[module] for module in of_good}
+    of_both = patched(patcher, dense, both, x, 1.0)
+    files = LoraFiles()
+
+    def image():
+        changed, _ = load(files, patcher, bad)
+        return picture(guarded, load(files, changed, tmp_path / "good.safetensors", 0.7)[0], x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "commit", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
+        assert (image() - wanted).norm() <= 1e-4 * (wanted - base).norm()
+    bad.write_bytes(intact)
+    assert (image() - of_both).norm() <= 1e-4 * (of_both - base).norm()
+
+
 def test_forge_gets_no_patches_whose_values_never_came(opened_by_placing, guarded, tmp_path, x, caplog):
     write_kohya(tmp_path / "bad.safetensors", MODULES)
     spoiled(tmp_path / "bad.safetensors")
@@ -166,6 +226,36 @@ def test_forge_gets_no_patches_whose_values_never_came(opened_by_placing, guarde
     assert "it holds values that are not finite" in caplog.text
 
 
+def look_through(patches):
+    """Looks at everything as Forge does before it loads a model with online LoRAs (`backend.utils.nested_compute_size`)."""
+    if isinstance(patches, dict):
+        return sum(look_through(patches[key]) for key in patches)
+    if isinstance(patches, (list, tuple)):
+        return sum(look_through(patches[place]) for place in range(len(patches)))
+    return patches.nelement() if isinstance(patches, torch.Tensor) else 0
+
+
+def test_forge_does_not_reserve_for_a_stack_with_a_file_whose_values_never_came(gate, guarded, tmp_path, x):
+    """It would look into each patch, and end the image with the error of the file."""
+    write_kohya(tmp_path / "bad.safetensors", MODULES)
+    spoiled(tmp_path / "bad.safetensors")
+    deltas = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
+    patcher, dense = guarded.build("fp32")
+    base = picture(guarded, patcher, x).clone()
+    files = LoraFiles()
+    good, _ = load(files, patcher, tmp_path / "good.safetensors", 0.7)
+    changed, _ = load(files, patcher, tmp_path / "bad.safetensors")
+    changed, _ = load(files, changed, tmp_path / "good.safetensors", 0.7)
+    guarded.guard.settings.options = {"lora_guard_mode": LoraMode.OWN.value}
+    timer = soon(gate.open)
+    for one in (changed, good):
+        if one.has_online_lora():
+            look_through(one.lora_patches)
+    timer.join()
+    wanted = patched(patcher, dense, deltas, x, 0.7)
+    assert (picture(guarded, changed, x) - wanted).norm() <= 1e-4 * (wanted - base).norm()
+
+
 def test_a_copy_of_a_patch_waits_and_is_a_plain_tuple(gate, guarded, tmp_path):
     write_kohya(tmp_path / "style.safetensors", MODULES)
     patcher, _ = guarded.build("fp32")
@@ -178,6 +268,23 @@ def test_a_copy_of_a_patch_waits_and_is_a_plain_tuple(gate, guarded, tmp_path):
     assert torch.equal(
         copied[1][0], load_file(tmp_path / "style.safetensors")["lora_unet_blocks_0_proj.lora_up.weight"]
     )
+
+
+def test_a_file_whose_values_never_came_keeps_nothing_of_the_image_that_asked_for_them(gate, guarded, tmp_path):
+    """Its error is kept as long as its patches are, and an error keeps all that was called when it was raised."""
+    write_kohya(tmp_path / "bad.safetensors", MODULES)
+    spoiled(tmp_path / "bad.safetensors")
+    patcher, _ = guarded.build("fp32")
+    changed, _ = load(LoraFiles(), patcher, tmp_path / "bad.safetensors")
+    gate.open()
+
+    def image():
+        latent = torch.zeros(1)
+        (request,) = guarded.guard.stacks.reader.requests(changed.lora_patches)
+        assert request.refused
+        return weakref.ref(latent)
+
+    assert image()() is None
 
 
 def test_reading_a_patch_of_a_spoiled_file_says_what_is_wrong(gate, guarded, tmp_path):

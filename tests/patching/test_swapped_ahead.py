@@ -168,6 +168,61 @@ def test_what_is_called_outside_a_step_is_no_models_first(ahead, link, layers):
     assert link.log == ["begin 0"]
 
 
+def test_what_is_called_between_two_steps_is_not_begun_at_the_end_of_each(ahead, link, layers):
+    """The text encoder runs for the next image of the same request."""
+    model, encoder = Model(), Layer(7)
+    for between in ([], [encoder], [], [], []):
+        ahead.step_begins(model)
+        step(ahead, layers)
+        ahead.step_ends()
+        assert not link.under_way, "others want the memory"
+        step(ahead, between)
+    link.log.clear()
+    ahead.step_begins(model)
+    step(ahead, layers)
+    assert link.log == ["begin 0", "begin 1", "begin 2"]
+
+
+def test_what_is_called_after_a_step_without_swapped_layers_is_not_its_first(ahead, link):
+    """The model lies on the card, and the text encoder that runs after it does not."""
+    model, encoder = Model(), Layer(7)
+    ahead.step_begins(model)
+    ahead.step_ends()
+    step(ahead, [encoder])
+    link.log.clear()
+    ahead.step_begins(model)
+    assert link.log == []
+
+
+def test_a_first_layer_that_is_not_called_any_more_is_begun_for_nothing_once(ahead, link, layers):
+    """Its weight goes the long way by now, as those of all others."""
+    model = Model()
+    ahead.step_begins(model)
+    step(ahead, layers)
+    ahead.step_ends()
+    for begun in (["begin 0"], []):
+        link.log.clear()
+        ahead.step_begins(model)
+        assert link.log == begun
+        ahead.step_ends()
+        assert not link.under_way
+    ahead.step_begins(model)
+    step(ahead, layers)
+    ahead.step_ends()
+    link.log.clear()
+    ahead.step_begins(model)
+    assert link.log == ["begin 0"], "learnt again"
+
+
+def test_the_end_of_a_step_leaves_the_copies_of_another_thread_alone(ahead, link, layers):
+    step(ahead, layers)
+    ahead.bring(layers[0], layers[0].tensors, CARD)
+    thread = threading.Thread(target=ahead.step_ends)
+    thread.start()
+    thread.join()
+    assert len(link.under_way) == 1
+
+
 def test_a_layer_that_is_called_twice_is_not_taken_for_the_beginning(ahead, link, layers):
     model = Model()
     for _ in range(3):

@@ -423,12 +423,12 @@ def test_two_that_sample_at_the_same_time_are_not_timed(said):
 def test_the_step_is_written_in_the_journal_and_passes_everything_on(tmp_path, monkeypatch):
     class KModel:
         def apply_model(self, x, t, c_concat=None, control=None, **kwargs):
-            assert begun.pop() is self
+            assert begun == [self]
             phases.append([one.phase for one in journal.recorder._open])
             return self, x, t, c_concat, kwargs
 
     phases, hooks, model, begun = [], HookSet(), KModel(), []
-    monkeypatch.setattr(step_timer, "AHEAD", SimpleNamespace(step_begins=begun.append))
+    monkeypatch.setattr(step_timer, "AHEAD", SimpleNamespace(step_begins=begun.append, step_ends=begun.clear))
     journal = Journal(no_look, FlightRecorder.open(tmp_path))
     timer = StepTimer(FakeMemory(), journal, stack_of)
     hooks.add(KModel, "apply_model", timer.apply_model)
@@ -436,6 +436,7 @@ def test_the_step_is_written_in_the_journal_and_passes_everything_on(tmp_path, m
     assert model.apply_model(x, 2, c_concat=3, guidance=4) == (model, x, 2, 3, {"guidance": 4})
     assert model.apply_model(x=x, t=2) == (model, x, 2, None, {})
     assert phases == [[Phase.SAMPLING_STEP]] * 2
+    assert begun == []
     assert journal.others == 0
     hooks.restore()
     journal.recorder.close()

@@ -184,8 +184,8 @@ class LoaderControl:
                 self._stacks.words.tell(Message("host.without", facts), logging.ERROR)
             return
         state.left_to_host = True
-        # Memory may be there again at the next load; another error would be the same one.
-        if is_out_of_memory(error):
+        # Memory may be there again at the next load, and a file that never came; another error would be the same one.
+        if is_out_of_memory(error) or not are_there(change.patches):
             AppliedStack(loader).invalidate()
         else:
             AppliedStack(loader).record(change.patches)

@@ -17,6 +17,7 @@ from ...weights.storage import WIDE_DTYPES
 from ..webui.lora_files import LoraFiles
 from .calibration import ForgeCalibration
 from .facts import compute_dtype, is_denoiser, loader_of, patches_of, storage_dtype
+from .patches import are_there
 from .stacks import ForgeStacks
 from .types import LoadedModel, Patcher
 
@@ -45,8 +46,9 @@ class LoraLoading:
         self, original: Callable[Concatenate[Patcher, P], bool], patcher: Patcher, *args: P.args, **kwargs: P.kwargs
     ) -> bool:
         """Stands in place of `ModelPatcher.has_online_lora`. True makes Forge reserve and move the factors itself; the guard
-        does both for the stacks that it applies."""
-        return bool(patcher.lora_patches) and self._stacks.is_left_to_host(patcher)
+        does both for the stacks that it applies. Forge looks into all patches then: not where the values of a file never came."""
+        patches = patcher.lora_patches
+        return bool(patches) and self._stacks.is_left_to_host(patcher) and are_there(patches)
 
     def model_load(
         self, original: Callable[Concatenate[LoadedModel, P], R], loaded: LoadedModel, *args: P.args, **kwargs: P.kwargs

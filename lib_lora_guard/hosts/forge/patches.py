@@ -131,5 +131,10 @@ def _failure(patches: Mapping[str, Sequence[PatchEntry]]) -> str | None:
         except Exception as error:
             # Of the file, or of a thread that read it: the other LoRAs are of use all the same.
             log.debug("values never come", exc_info=True)
-            return named(error)
+            why = named(error)
+            # It is kept with the patches, and its traceback would keep all who called this: a whole image.
+            for one in (error, error.__cause__):
+                if one is not None:
+                    one.__traceback__ = None
+            return why
     return None

@@ -13,6 +13,7 @@ from ...messages import say
 from ...patching.strengths import set_strengths
 from .identifiers import parse, stack_name, with_strength
 from .lora_loader_state import AppliedStack, state_of
+from .patches import are_there
 from .stacks import ForgeStacks
 from .types import Identifier, LoraLoader, PatchEntry, Patcher, Patches
 
@@ -72,7 +73,7 @@ class ForgeStepStrengths:
             present = changed.identifiers
         elif not applied.is_current(start):
             patcher.refresh_loras()
-            if not applied.is_current(start):
+            if not applied.is_current(start) and not self._lacks_only_files(patcher):
                 # The stack itself could not be applied; that has been said.
                 return
         # Until all is done the recorded state is one that no stack has, as in a refresh.
@@ -92,8 +93,15 @@ class ForgeStepStrengths:
             patcher = changed.patcher()
             if patcher is not None and AppliedStack(loader).is_current(changed.identifiers):
                 self.set(patcher, {})
+                if not are_there(patcher.lora_patches):
+                    AppliedStack(loader).invalidate()
         # Other models were refreshed in the meantime: the stack on them is not the one that was put there.
         self._changed.clear()
+
+    def _lacks_only_files(self, patcher: Patcher) -> bool:
+        """Returns True if the guard has applied all of a stack but the LoRAs whose values never came."""
+        is_applied = self._stacks.is_reported(patcher) and self._stacks.report_for(patcher) is not None
+        return is_applied and not are_there(patcher.lora_patches)
 
     def _set_in_place(self, loader: LoraLoader, strengths: Mapping[int, float]) -> bool:
         """Returns False if the guard has not applied the stack, or the change has failed."""
