@@ -24,6 +24,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...adapters.base import Adapter
+from ...adapters.patch_tuples import AdapterTuple
 from ...runtime.hooks import Row
 from ...runtime.host import LoraPatchers
 from ...runtime.prompt_cache import Conds as Encoded
@@ -363,6 +364,9 @@ class _Numbers:
             if value not in self._numbers:
                 self._numbers[value] = self._next = self._next + 1
             return self._numbers[value]
+        if isinstance(value, AdapterTuple):
+            # What lies in it may still be read from the file.
+            return self.of(value.adapter)
         if isinstance(value, Adapter):
             return type(value).__name__, *(self.of(tensor) for tensor in value.tensors())
         if isinstance(value, (list, tuple)):

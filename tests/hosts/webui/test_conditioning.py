@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.make import host_value, rand
 
+from lib_lora_guard.adapters.patch_tuples import parse_value, value_of
 from lib_lora_guard.hosts.webui.cond_caches import SharedCaches
 from lib_lora_guard.hosts.webui.conditioning import Conditioning
 from lib_lora_guard.runtime.hooks import HookSet
@@ -158,6 +159,18 @@ def test_what_lies_on_the_text_encoder_counts_by_tensor_and_strength(world):
     world.patch({})
     world.image("a cat")
     assert len(world.encoded) == 5, "and that one is remembered"
+
+
+def test_a_file_that_is_still_read_is_not_waited_for(world):
+    def wait():
+        pytest.fail("the text encoder could be placed meanwhile")
+
+    files = [parse_value(host_value("lora", (16, 16), seed), {}) for seed in (1, 2)]
+    for adapter, encoded in ((files[0], 1), (files[0], 1), (files[1], 2)):
+        # Of each stack the host makes patches of its own.
+        world.patch(on_text_encoder(value_of(adapter, wait)))
+        world.image("a cat")
+        assert len(world.encoded) == encoded
 
 
 def test_a_strength_edited_in_place_is_seen(world):
