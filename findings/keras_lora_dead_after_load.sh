@@ -9,7 +9,7 @@
 #           both factors, where a new LoRA has one that is not zero. Only an Adam whose own memory was loaded as well
 #           gets away from there, by what is left of its momentum.
 # Matters:  The second stage of a training runs through, shows a loss and saves a file, but was no training (of biases
-#           at the most). The same holds for any tool that empties a LoRA by zeros in both factors.
+#           at the most). Nor has the saved model a LoRA any more that could be taken off, weakened or applied elsewhere.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
