@@ -115,13 +115,25 @@ class Coming:
         self._error = self._error or InterruptedError("the read was stopped")
 
     def _start_threads(self) -> None:
-        for _ in range(READERS):
-            try:
-                threading.Thread(target=self._run, name="lora-guard-reader").start()
-            except RuntimeError:
-                # The system has no thread left.
-                return
-            self._started += 1
+        """Starts one thread, which starts the others: whoever starts one waits until it runs, and for the interpreter after that."""
+        self._start_thread(self._run_and_start_others)
+
+    def _run_and_start_others(self) -> None:
+        for _ in range(READERS - 1):
+            if not self._start_thread(self._run):
+                break
+        self._run()
+
+    def _start_thread(self, run: Callable[[], None]) -> bool:
+        """Starts a thread; returns False where the system has none left, or no memory for one."""
+        # Counted before it may have ended.
+        self._started += 1
+        try:
+            threading.Thread(target=run, name="lora-guard-reader").start()
+        except Exception:
+            self._started -= 1
+            return False
+        return True
 
     def _run(self) -> None:
         try:

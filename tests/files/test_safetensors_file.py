@@ -200,13 +200,19 @@ def test_a_large_file_is_read_by_several_threads_and_is_the_same(tmp_path):
 
 @pytest.mark.usefixtures("many_readers")
 def test_an_interrupt_while_readers_are_started_leaves_the_rest_of_the_file(tmp_path, monkeypatch):
-    """Ctrl+C comes while the second thread is started; the first one begins its work after that."""
+    """Ctrl+C comes while the first thread is started, which starts the others; it begins its work after that."""
     save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, tmp_path / "a.safetensors")
     begun, read = [], []
 
     class Thread:
         def __init__(self, target, name):
-            self.start = lambda: begun.append(target) if not begun else (_ for _ in ()).throw(KeyboardInterrupt)
+            self.target = target
+
+        def start(self):
+            begun.append(self.target)
+            if len(begun) == 1:
+                raise KeyboardInterrupt
+            raise RuntimeError("no thread")
 
     monkeypatch.setattr(reading.threading, "Thread", Thread)
     monkeypatch.setattr(reading, "_fill", lambda view, header, entry, file: read.append(entry.name))
@@ -223,6 +229,41 @@ def test_where_the_system_has_no_thread_left_the_caller_reads(tmp_path, monkeypa
     monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no thread")))
     found = read_tensors(open_header(tmp_path / "a.safetensors"))
     assert all(same(found[name], content[name]) for name in content)
+
+
+@pytest.mark.usefixtures("many_readers")
+@pytest.mark.parametrize("error", [RuntimeError("no thread"), MemoryError("no more")], ids=["thread", "memory"])
+@pytest.mark.parametrize("there", [1, 2, 3])
+def test_where_the_system_has_few_threads_left_these_read_all(tmp_path, monkeypatch, there, error):
+    content = {f"{n}": torch.full((3,), float(n)) for n in range(20)}
+    save_file(content, tmp_path / "a.safetensors")
+    start, started = threading.Thread.start, []
+    monkeypatch.setattr(reading, "READERS", 4)
+
+    def few(thread):
+        if len(started) == there:
+            raise error
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    found = read_tensors(open_header(tmp_path / "a.safetensors"))
+    assert all(same(found[name], content[name]) for name in content)
+    assert len(started) == there
+    assert readers_end()
+
+
+@pytest.mark.usefixtures("many_readers")
+def test_the_caller_waits_for_the_start_of_one_reader_alone(tmp_path, monkeypatch):
+    """Each start waits until the thread runs, and for the interpreter, which the threads before it have."""
+    save_file({f"{n}": torch.ones(3) for n in range(20)}, tmp_path / "a.safetensors")
+    start, callers = threading.Thread.start, []
+    monkeypatch.setattr(reading, "READERS", 4)
+    monkeypatch.setattr(threading.Thread, "start", lambda one: (callers.append(threading.current_thread()), start(one)))
+    read_tensors(open_header(tmp_path / "a.safetensors"))
+    assert len(callers) == reading.READERS
+    assert [one is threading.main_thread() for one in callers] == [True] + [False] * (reading.READERS - 1)
+    assert readers_end()
 
 
 @pytest.mark.usefixtures("many_readers")
