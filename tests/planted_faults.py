@@ -229,7 +229,7 @@ FAULTS = [
     Fault("what came with a step for nothing comes with each", "            self._firsts.pop(model, None)\n", "            pass\n", "patching", "patching/test_swapped_ahead.py"),
     Fault("a step leaves what it began", "                AHEAD.step_ends()\n", "                pass\n", "runtime", "runtime/test_step_timer.py"),
     Fault("the first layer waits for its copy", "            AHEAD.step_begins(model)\n", "", "runtime", "runtime/test_step_timer.py"),
-    Fault("a patch of a file that is still read has any values", "        self._wait()\n        return tuple(super()", "        return tuple(super()", "adapters", "adapters/test_patch_tuples.py"),
+    Fault("a patch of a file that is still read has any values", "        self.wait()\n        return tuple(super()", "        return tuple(super()", "adapters", "adapters/test_patch_tuples.py"),
     Fault("a file that failed is applied", "        why = _failure(patches)\n", "        why = None\n", "hosts/forge", "contract/test_files_that_follow.py"),
     Fault("a file that failed counts as applied", "is_as_wished) or not are_there(change.patches)", "is_as_wished)", "hosts/forge", "contract/test_files_that_follow.py"),
     Fault("Forge looks into the patches of a file that failed", " and are_there(patches)", "", "hosts/forge", "contract/test_files_that_follow.py"),

@@ -39,14 +39,18 @@ class AdapterTuple(tuple[Any, ...]):
     """
 
     adapter: Adapter
-    wait: Wait | None
-    """Waits for the values of the tensors; None where they are there."""
 
-    def __new__(cls, value: tuple[Any, ...], adapter: Adapter, wait: Wait | None = None) -> AdapterTuple:
+    def __new__(cls, value: tuple[Any, ...], adapter: Adapter) -> AdapterTuple:
         """Makes the value of `adapter`."""
         made = super().__new__(cls, value)
-        made.adapter, made.wait = adapter, wait
+        made.adapter = adapter
         return made
+
+    @property
+    def wait(self) -> Wait | None:
+        """Waits for the values of the tensors; None where they are there."""
+        content = self[-1]
+        return content.wait if isinstance(content, ComingTuple) else None
 
     def __reduce__(self) -> tuple[type[tuple[Any, ...]], tuple[tuple[Any, ...]]]:
         return tuple, (tuple(self),)
@@ -58,16 +62,16 @@ class ComingTuple(tuple[Any, ...]):
     What looks inside a tuple in C goes by its exact class, or asks as Python does.
     """
 
-    _wait: Wait
+    wait: Wait
 
     def __new__(cls, content: tuple[Any, ...], wait: Wait) -> ComingTuple:
         """Makes the content; `wait` is called each time, and raises what keeps the values from coming."""
         made = super().__new__(cls, content)
-        made._wait = wait
+        made.wait = wait
         return made
 
     def _there(self) -> tuple[Any, ...]:
-        self._wait()
+        self.wait()
         return tuple(super().__iter__())
 
     def __radd__(self, other: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -174,7 +178,7 @@ def value_of(adapter: Adapter, wait: Wait | None = None) -> AdapterTuple:
     content = None if name is None else KINDS.host[name].write(adapter)
     if name is None or content is None:
         name, content = OWN_KIND, (adapter,)
-    return AdapterTuple((name, content if wait is None else ComingTuple(content, wait)), adapter, wait)
+    return AdapterTuple((name, content if wait is None else ComingTuple(content, wait)), adapter)
 
 
 def calculate_own_kind(weight: torch.Tensor, strength: float, value: tuple[Adapter]) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """Large files whose values are read while the file is matched with a model."""
 
 import struct
-import threading
 import types
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.held_back import values_held_back
 from support.make import rand, write_kohya
 from support.raw_files import entry, safetensors_bytes
 
@@ -29,17 +29,8 @@ OTHERS = {
 @pytest.fixture
 def gate(monkeypatch):
     """Every file is large, and nothing of a factor is read before the gate is opened."""
-    opened, read = threading.Event(), reading.ComingInOnePiece._read_piece
-
-    def wait(coming, piece, file):
-        assert opened.wait(10)
-        read(coming, piece, file)
-
-    for module in (files, reading):
-        monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
-    monkeypatch.setattr(reading.ComingInOnePiece, "_read_piece", wait)
-    yield opened
-    opened.set()
+    with values_held_back(monkeypatch) as held_back:
+        yield held_back
 
 
 def values(file):
@@ -56,7 +47,7 @@ def test_adapters_are_there_before_their_values(gate, tmp_path):
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
     assert not file.coming.is_done
     assert [(one.rank, one.alpha) for one in file.adapters.values()] == [(4, 3.0)] * 2
-    gate.set()
+    gate.open()
     file.wait()
     assert file.coming.is_done
     whole = read_lora_file(tmp_path / "a.safetensors")
@@ -73,7 +64,7 @@ def test_a_value_that_is_not_finite_is_named_as_where_the_file_is_read_at_once(g
     }
     write_kohya(tmp_path / "a.safetensors", MODULES, extra=tensors)
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
-    gate.set()
+    gate.open()
     with pytest.raises(LoraFileError, match="not finite") as late:
         file.wait()
     assert file.coming.has_failed
@@ -89,7 +80,7 @@ def test_a_file_that_is_written_to_meanwhile_never_comes(gate, tmp_path):
     write_kohya(path, MODULES)
     file = read_lora_file(path, values_may_follow=True)
     path.write_bytes(path.read_bytes()[:-100])
-    gate.set()
+    gate.open()
     with pytest.raises(LoraFileError, match=r"a\.safetensors: "):
         file.wait()
 
@@ -98,7 +89,7 @@ def test_a_kind_that_decides_by_its_values_is_not_made_before_they_are_there(gat
     """An OFT looks at its blocks. Memory that was not filled yet may hold anything."""
     blocks = {"lora_unet_blocks_0_mlp.oft_blocks": rand(8, 4, 4, seed=1, scale=0.1)}
     write_kohya(tmp_path / "a.safetensors", MODULES, extra=blocks)
-    gate.set()
+    gate.open()
     memory = reading._memory
     monkeypatch.setattr(reading, "_memory", lambda *args: memory(*args).fill_(255))
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
@@ -109,7 +100,7 @@ def test_a_kind_that_decides_by_its_values_is_not_made_before_they_are_there(gat
 @pytest.mark.parametrize("kind", OTHERS)
 def test_kinds_that_compute_with_their_values_wait_for_them(gate, tmp_path, kind):
     write_kohya(tmp_path / "a.safetensors", MODULES, extra=OTHERS[kind])
-    gate.set()
+    gate.open()
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
     assert file.coming is None
     assert equal(values(file), values(read_lora_file(tmp_path / "a.safetensors")))
@@ -125,7 +116,7 @@ def test_a_copy_of_values_that_are_not_there_yet_is_never_taken(gate, tmp_path, 
         return adapter.map(lambda tensor: tensor * 2)
 
     monkeypatch.setattr(files, "_make", scaled)
-    gate.set()
+    gate.open()
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
     assert file.coming is None
     assert equal(values(file), values(read_lora_file(tmp_path / "a.safetensors")))
@@ -134,7 +125,7 @@ def test_a_copy_of_values_that_are_not_there_yet_is_never_taken(gate, tmp_path, 
 def test_the_switch_reads_all_at_once(gate, tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_GUARD_READ_AHEAD", "0")
     write_kohya(tmp_path / "a.safetensors", MODULES)
-    gate.set()
+    gate.open()
     assert read_lora_file(tmp_path / "a.safetensors", values_may_follow=True).coming is None
 
 
@@ -165,7 +156,7 @@ def test_what_lies_between_the_tensors_is_no_value_of_theirs(gate, tmp_path, for
         tmp_path / "a.safetensors",
         {f"{name}.lora_down.weight": down, f"{name}.alpha": ("F64", (), alpha), f"{name}.lora_up.weight": up},
     )
-    gate.set()
+    gate.open()
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
     assert file.coming is not None
     file.wait()
@@ -178,7 +169,7 @@ def test_tensors_that_begin_between_two_values_are_read_at_once(gate, tmp_path):
     names = [f"lora_unet_{module}" for module in "xyz"]
     tensors = [{f"{n}.lora_down.weight": down, f"{n}.alpha": alpha, f"{n}.lora_up.weight": up} for n in names]
     write_raw(tmp_path / "a.safetensors", {name: one for each in tensors for name, one in each.items()})
-    gate.set()
+    gate.open()
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
     assert file.coming is None
     assert [one.alpha for one in file.adapters.values()] == [4.0] * 3
@@ -195,7 +186,7 @@ def test_a_tensor_without_values_hides_none_that_begins_where_it_does(gate, tmp_
     }
     data = rand(64, seed=1)
     (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(header, data.numpy().tobytes()))
-    gate.set()
+    gate.open()
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
     file.wait()
     assert equal(values(file), values(read_lora_file(tmp_path / "a.safetensors")))
@@ -212,6 +203,6 @@ def test_what_is_still_to_be_read_is_no_room_for_another_file(gate, tmp_path, mo
     file = read_lora_file(tmp_path / "a.safetensors", values_may_follow=True)
     size = sum(adapter.bytes for adapter in file.adapters.values())
     assert room - room_to_read.room_now_bytes(0) == size * counts
-    gate.set()
+    gate.open()
     file.wait()
     assert room_to_read.room_now_bytes(0) == room

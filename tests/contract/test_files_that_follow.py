@@ -7,13 +7,12 @@ import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.held_back import spoil, values_held_back
 from support.make import rand, write_kohya
 
 from contract.lora_files import MODULES, load, picture
-from lib_lora_guard.adapters import files as lora_files
 from lib_lora_guard.errors import LoraFileError
-from lib_lora_guard.files import reading
 from lib_lora_guard.hosts.forge.step_strengths import ForgeStepStrengths
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
 from lib_lora_guard.patching.engine import Engine
@@ -30,17 +29,8 @@ def x():
 @pytest.fixture
 def gate(monkeypatch):
     """Values of factors are read no sooner than the gate is opened."""
-    opened, read, waited = threading.Event(), reading.ComingInOnePiece._read_piece, []
-
-    def wait(coming, piece, file):
-        waited.append(opened.wait(10))
-        read(coming, piece, file)
-
-    for module in (lora_files, reading):
-        monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
-    monkeypatch.setattr(reading.ComingInOnePiece, "_read_piece", wait)
-    yield types.SimpleNamespace(open=opened.set, close=opened.clear, waited=waited)
-    opened.set()
+    with values_held_back(monkeypatch) as held_back:
+        yield held_back
 
 
 @pytest.fixture
@@ -63,12 +53,6 @@ def soon(call):
     return timer
 
 
-def spoiled(path):
-    tensors = load_file(path)
-    tensors["lora_unet_blocks_0_proj.lora_up.weight"][3, 1] = float("nan")
-    save_file(tensors, path)
-
-
 def patched(patcher, dense, deltas, x, strength):
     state = {key: value.clone() for key, value in dense.items()}
     for module, delta in deltas.items():
@@ -79,6 +63,31 @@ def patched(patcher, dense, deltas, x, strength):
 def value_on(patcher, key="blocks.0.proj.weight"):
     ((_, patches),) = patcher.lora_patches.items()
     return patches[key][0][1]
+
+
+@pytest.fixture
+def pair(opened_by_placing, guarded, tmp_path, x):
+    """A stack of a file whose values never come, until it is mended, and of a good one; and what its pictures would be."""
+    bad, good = tmp_path / "bad.safetensors", tmp_path / "good.safetensors"
+    of_bad = write_kohya(bad, MODULES)
+    intact = bad.read_bytes()
+    spoil(bad)
+    of_good = write_kohya(good, MODULES, seed=1)
+    patcher, dense = guarded.build("fp32")
+    base, files = picture(guarded, patcher, x).clone(), LoraFiles()
+    # Before anything is on the model.
+    wanted = {strength: patched(patcher, dense, of_good, x, strength) for strength in (0.3, 0.7, 0.9)}
+    both = {module: of_bad[module] + 0.7 * of_good[module] for module in of_good}
+    wanted["both"] = patched(patcher, dense, both, x, 1.0)
+
+    def stack():
+        changed, _ = load(files, patcher, bad)
+        return load(files, changed, good, 0.7)[0]
+
+    def is_right(found, which):
+        return (found - wanted[which]).norm() <= 1e-4 * (wanted[which] - base).norm()
+
+    return types.SimpleNamespace(stack=stack, is_right=is_right, mend=lambda: bad.write_bytes(intact))
 
 
 def test_the_model_is_placed_meanwhile_and_the_picture_is_right(opened_by_placing, guarded, tmp_path, x):
@@ -112,7 +121,7 @@ def test_a_file_that_turns_out_to_be_spoiled_is_left_out_by_name_and_tried_again
     opened_by_placing, guarded, tmp_path, x, caplog
 ):
     write_kohya(tmp_path / "bad.safetensors", MODULES)
-    spoiled(tmp_path / "bad.safetensors")
+    spoil(tmp_path / "bad.safetensors")
     write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
     patcher, _ = guarded.build("fp32")
     files = LoraFiles()
@@ -139,7 +148,7 @@ def test_a_file_that_is_there_again_counts_for_the_same_stack(opened_by_placing,
     path = tmp_path / "style.safetensors"
     deltas = write_kohya(path, MODULES)
     good = path.read_bytes()
-    spoiled(path)
+    spoil(path)
     patcher, dense = guarded.build("fp32")
     base = picture(guarded, patcher, x).clone()
     files = LoraFiles()
@@ -152,76 +161,32 @@ def test_a_file_that_is_there_again_counts_for_the_same_stack(opened_by_placing,
     assert (picture(guarded, changed, x) - wanted).norm() <= 1e-4 * (wanted - base).norm()
 
 
-def test_the_other_loras_follow_their_schedules_beside_a_file_whose_values_never_came(
-    opened_by_placing, guarded, tmp_path, x
-):
-    bad = tmp_path / "bad.safetensors"
-    of_bad = write_kohya(bad, MODULES)
-    intact = bad.read_bytes()
-    spoiled(bad)
-    of_good = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
-    patcher, dense = guarded.build("fp32")
-    base = picture(guarded, patcher, x).clone()
-    wanted = {strength: patched(patcher, dense, of_good, x, strength) for strength in (0.3, 0.9, 0.7)}
-    both = {module: of_bad[module] + 0.7 * of_good[module] for module in of_good}
-    of_both = patched(patcher, dense, both, x, 1.0)
-    files, strengths = LoraFiles(), ForgeStepStrengths(guarded.guard.stacks)
-
-    def stack():
-        changed, _ = load(files, patcher, bad)
-        return load(files, changed, tmp_path / "good.safetensors", 0.7)[0]
-
-    changed = stack()
+def test_the_other_loras_follow_their_schedules_beside_a_file_whose_values_never_came(pair, guarded, x):
+    strengths, changed = ForgeStepStrengths(guarded.guard.stacks), pair.stack()
     picture(guarded, changed, x)
     for strength in (0.3, 0.9):
         strengths.set(changed, {1: strength})
-        assert (changed.model(x) - wanted[strength]).norm() <= 1e-4 * (wanted[strength] - base).norm()
+        assert pair.is_right(changed.model(x), strength)
     strengths.restore()
-    assert (changed.model(x) - wanted[0.7]).norm() <= 1e-4 * (wanted[0.7] - base).norm()
+    assert pair.is_right(changed.model(x), 0.7)
     # The same names and strengths, and the file is there.
-    bad.write_bytes(intact)
-    assert (picture(guarded, stack(), x) - of_both).norm() <= 1e-4 * (of_both - base).norm()
+    pair.mend()
+    assert pair.is_right(picture(guarded, pair.stack(), x), "both")
 
 
-def test_a_file_that_never_came_is_tried_again_after_forges_own_way_too(
-    opened_by_placing, guarded, tmp_path, x, monkeypatch
-):
-    bad = tmp_path / "bad.safetensors"
-    of_bad = write_kohya(bad, MODULES)
-    intact = bad.read_bytes()
-    spoiled(bad)
-    of_good = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
-    patcher, dense = guarded.build("fp32")
-    base = picture(guarded, patcher, x).clone()
-    wanted = patched(patcher, dense, of_good, x, 0.7)
-    both = {module: of_bad[module] + 0.7 * of_good[module] for module in of_good}
-    of_both = patched(patcher, dense, both, x, 1.0)
-    files = LoraFiles()
-
-    def image():
-        changed, _ = load(files, patcher, bad)
-        return picture(guarded, load(files, changed, tmp_path / "good.safetensors", 0.7)[0], x)
-
+def test_a_file_that_never_came_is_tried_again_after_forges_own_way_too(pair, guarded, x, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "commit", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
-        assert (image() - wanted).norm() <= 1e-4 * (wanted - base).norm()
-    bad.write_bytes(intact)
-    assert (image() - of_both).norm() <= 1e-4 * (of_both - base).norm()
+        assert pair.is_right(picture(guarded, pair.stack(), x), 0.7)
+    pair.mend()
+    assert pair.is_right(picture(guarded, pair.stack(), x), "both")
 
 
-def test_forge_gets_no_patches_whose_values_never_came(opened_by_placing, guarded, tmp_path, x, caplog):
-    write_kohya(tmp_path / "bad.safetensors", MODULES)
-    spoiled(tmp_path / "bad.safetensors")
-    deltas = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
-    patcher, dense = guarded.build("fp32")
-    base = picture(guarded, patcher, x).clone()
-    files = LoraFiles()
-    changed, _ = load(files, patcher, tmp_path / "bad.safetensors")
-    changed, _ = load(files, changed, tmp_path / "good.safetensors", 0.7)
+def test_forge_gets_no_patches_whose_values_never_came(pair, guarded, x, caplog):
+    changed = pair.stack()
     # The user has chosen Forge's own way since the files were opened.
     guarded.guard.settings.options = {"lora_guard_mode": LoraMode.OWN.value}
-    wanted = patched(patcher, dense, deltas, x, 0.7)
-    assert (picture(guarded, changed, x) - wanted).norm() <= 1e-4 * (wanted - base).norm()
+    assert pair.is_right(picture(guarded, changed, x), 0.7)
     assert "bad.safetensors" in caplog.text
     assert "it holds values that are not finite" in caplog.text
 
@@ -238,7 +203,7 @@ def look_through(patches):
 def test_forge_does_not_reserve_for_a_stack_with_a_file_whose_values_never_came(gate, guarded, tmp_path, x):
     """It would look into each patch, and end the image with the error of the file."""
     write_kohya(tmp_path / "bad.safetensors", MODULES)
-    spoiled(tmp_path / "bad.safetensors")
+    spoil(tmp_path / "bad.safetensors")
     deltas = write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
     patcher, dense = guarded.build("fp32")
     base = picture(guarded, patcher, x).clone()
@@ -273,7 +238,7 @@ def test_a_copy_of_a_patch_waits_and_is_a_plain_tuple(gate, guarded, tmp_path):
 def test_a_file_whose_values_never_came_keeps_nothing_of_the_image_that_asked_for_them(gate, guarded, tmp_path):
     """Its error is kept as long as its patches are, and an error keeps all that was called when it was raised."""
     write_kohya(tmp_path / "bad.safetensors", MODULES)
-    spoiled(tmp_path / "bad.safetensors")
+    spoil(tmp_path / "bad.safetensors")
     patcher, _ = guarded.build("fp32")
     changed, _ = load(LoraFiles(), patcher, tmp_path / "bad.safetensors")
     gate.open()
@@ -289,7 +254,7 @@ def test_a_file_whose_values_never_came_keeps_nothing_of_the_image_that_asked_fo
 
 def test_reading_a_patch_of_a_spoiled_file_says_what_is_wrong(gate, guarded, tmp_path):
     write_kohya(tmp_path / "bad.safetensors", MODULES)
-    spoiled(tmp_path / "bad.safetensors")
+    spoil(tmp_path / "bad.safetensors")
     patcher, _ = guarded.build("fp32")
     changed, _ = load(LoraFiles(), patcher, tmp_path / "bad.safetensors")
     gate.open()

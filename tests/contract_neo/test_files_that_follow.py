@@ -1,18 +1,16 @@
 """LoRA files whose values are read while Neo places the model."""
 
-import threading
 import types
 from pathlib import Path
 
 import pytest
 from contract.lora_files import MODULES, load
 from contract.stacks import run
-from safetensors.torch import load_file, save_file
+from support.held_back import spoil, values_held_back
 from support.make import write_kohya
 from support.measure import assert_same, fp32_limit
 
 from lib_lora_guard.adapters import files as lora_files
-from lib_lora_guard.files import reading
 from lib_lora_guard.hosts.neo.patchers import NeoPatchers, requests_of
 from lib_lora_guard.hosts.webui.lora_files import LoraFiles
 from lib_lora_guard.runtime.host import FittedLora
@@ -21,37 +19,22 @@ from lib_lora_guard.runtime.host import FittedLora
 @pytest.fixture
 def slow(host, monkeypatch):
     """Values of factors are read no sooner than Neo places the model."""
-    places, read, waited = threading.Event(), reading.ComingInOnePiece._read_piece, []
-
-    def wait(coming, piece, file):
-        waited.append(places.wait(10))
-        read(coming, piece, file)
-
-    for module in (lora_files, reading):
-        monkeypatch.setattr(module, "LARGE_FILE_BYTES", 1)
-    monkeypatch.setattr(reading.ComingInOnePiece, "_read_piece", wait)
     load_model = host.base.ModelPatcher.load
+    with values_held_back(monkeypatch) as held_back:
 
-    def place(*args, **kwargs):
-        places.set()
-        return load_model(*args, **kwargs)
+        def place(*args, **kwargs):
+            held_back.open()
+            return load_model(*args, **kwargs)
 
-    monkeypatch.setattr(host.base.ModelPatcher, "load", place)
-    yield types.SimpleNamespace(places=places, waited=waited)
-    places.set()
-
-
-def spoiled(path):
-    tensors = load_file(path)
-    tensors["lora_unet_blocks_0_proj.lora_up.weight"][3, 1] = float("nan")
-    save_file(tensors, path)
+        monkeypatch.setattr(host.base.ModelPatcher, "load", place)
+        yield held_back
 
 
 def test_the_model_is_placed_meanwhile_and_the_picture_is_right(slow, guarded, tmp_path):
     deltas = write_kohya(tmp_path / "style.safetensors", MODULES)
     patcher, dense = guarded.build("fp32")
     base = run(patcher)
-    slow.places.clear()
+    slow.close()
     changed, _ = load(LoraFiles(patchers=NeoPatchers()), patcher, tmp_path / "style.safetensors", 0.7)
     assert slow.waited == []
     state = dict(dense)
@@ -67,7 +50,7 @@ def test_the_model_is_placed_meanwhile_and_the_picture_is_right(slow, guarded, t
 
 def test_a_file_that_turns_out_to_be_spoiled_is_left_out_by_name(slow, guarded, tmp_path, lines):
     write_kohya(tmp_path / "bad.safetensors", MODULES)
-    spoiled(tmp_path / "bad.safetensors")
+    spoil(tmp_path / "bad.safetensors")
     write_kohya(tmp_path / "good.safetensors", MODULES, seed=1)
     patcher, _ = guarded.build("fp32")
     files = LoraFiles(patchers=NeoPatchers())
