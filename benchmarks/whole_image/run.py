@@ -126,6 +126,9 @@ def step_times(notes, began):
     if starts:
         first = next(note for note in notes if note["event"] == "step begins")
         row["parts_s"] = {name: round(first["parts"][name] - at, 3) for name, at in starts[0]["parts"].items()}
+    watched = [note["watched"] for note in notes if "watched" in note]
+    if watched:
+        row["watched"] = {name: [one.get(name) for one in watched] for name in watched[0]}
     if "retries" in notes[0]:
         row["alloc_retries"] = notes[-1]["retries"] - notes[0]["retries"]
         row["reserved_mb"] = max(note["reserved_mb"] for note in notes)

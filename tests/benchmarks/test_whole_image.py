@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
+import time
 import types
 
 import day
@@ -373,13 +375,18 @@ def test_packages_are_split_into_shared_and_own():
     }
 
 
+def beside_the_probe(name):
+    """Imports a module of the probe, which the WebUI's process imports by its path."""
+    spec = importlib.util.spec_from_file_location(name, run.HERE / "whole_image_probe" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def link(monkeypatch):
     """A link of 1 GB/s instead of 50, whose sleeps are noted instead of slept."""
-    path = run.HERE / "whole_image_probe" / "slow_link.py"
-    spec = importlib.util.spec_from_file_location("slow_link", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = beside_the_probe("slow_link")
     made = module.SlowLink(torch, 1e9)
     made.fast_rate, made.cycles_per_second, made.slept, made.cycles = 50e9, 1e9, [], []
     monkeypatch.setattr(module.time, "sleep", made.slept.append)
@@ -452,3 +459,69 @@ def test_only_copies_between_ram_and_the_card_wait(link):
     assert link.wrap("to")(moved, torch.float64).dtype == torch.float64
     assert link.wrap("copy_")(moved, torch.ones(4)).tolist() == [1] * 4
     assert link.copies == 0
+
+
+def test_a_watched_step_tells_what_its_thread_computed_and_what_it_waited_for(tmp_path):
+    watching = beside_the_probe("watch")
+    watch = watching.Watch(torch)
+    assert watch.facts() == {}  # no step has begun
+    watch.begin()
+    time.sleep(0.05)
+    watch.launched()
+    found = watch.facts()
+    assert found["launch"] >= 0.05
+    assert found["thread"] < 0.02  # it slept
+    assert set(found) == {"launch", "thread", "others", "steal", "switches"}  # no card, no copies
+
+    watch.begin()
+    end = time.thread_time() + 0.05
+    while time.thread_time() < end:
+        pass
+    watch.launched()
+    assert watch.facts()["thread"] >= 0.05
+
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  10 0 20 30 40 0 50 275 0 0\ncpu0 1 0 2 3 4 0 5 6 0 0\n")
+    assert watching.steal_seconds(stat) == 2.75
+    assert watching.steal_seconds(tmp_path / "nowhere") == 0.0
+
+
+def test_a_watched_steps_copies_are_timed_and_counted_by_kind(monkeypatch):
+    watching, made = beside_the_probe("watch"), []
+
+    class Event:
+        """Each one is recorded 10 ms after the one before."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            made.append(stream)
+            self.at = 10.0 * len(made)
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "products")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    link = types.SimpleNamespace(copy=lambda tensors, device: "copied", wait=lambda begun, device: "came")
+    monkeypatch.setitem(sys.modules, watching.GUARD, types.SimpleNamespace(AHEAD=types.SimpleNamespace(_link=link)))
+    watch = watching.Watch(torch)
+    watch.begin()
+    watch.begin()  # wrapped once
+    assert link.copy((), torch.device("cpu")) == "copied"  # no stream waits
+    assert link.copy((), torch.device("cuda")) == "copied"
+    assert [link.wait(None, torch.device("cuda")) for _ in range(2)] == ["came", "came"]
+    watch.launched()
+    found = watch.facts()
+    assert (found["direct"], found["direct_count"]) == (0.01, 1)
+    assert (found["exposed"], found["exposed_count"]) == (0.02, 2)
+    assert made == ["products"] * 6
+
+
+def test_what_steps_waited_for_is_in_their_images_row():
+    times = [("step begins", 12.0), ("step ended", 13.5), ("step begins", 14.0), ("step ended", 14.4)]
+    notes = [{"event": event, "at": at} for event, at in times]
+    notes[1]["watched"], notes[3]["watched"] = {"launch": 1.0, "switches": 2}, {"launch": 0.3, "switches": 0}
+    assert run.step_times(notes, 10.0)["watched"] == {"launch": [1.0, 0.3], "switches": [2, 0]}

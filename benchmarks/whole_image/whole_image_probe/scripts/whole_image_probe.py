@@ -3,7 +3,7 @@
 WHOLE_IMAGE_STEPS names the file for the notes, a JSON line each. WHOLE_IMAGE_LINK_GB_S is the rate that copies between RAM
 and the card shall have at most. WHOLE_IMAGE_PROFILE names a file that gets torch's profile of each image's third step, and Python's
 of each image as a whole. WHOLE_IMAGE_SWAPPED=1 writes to the console which layers of each image are swapped,
-WHOLE_IMAGE_WAITS=1 where the processor waits for the card in its third step.
+WHOLE_IMAGE_WAITS=1 where the processor waits for the card in its third step. WHOLE_IMAGE_WATCH=1 notes what each step waited for (watch.py).
 """
 
 import cProfile
@@ -28,11 +28,14 @@ RATE = os.environ.get("WHOLE_IMAGE_LINK_GB_S")
 PROFILE = os.environ.get("WHOLE_IMAGE_PROFILE")
 SWAPPED = os.environ.get("WHOLE_IMAGE_SWAPPED")
 WAITS = os.environ.get("WHOLE_IMAGE_WAITS")
+WATCH = os.environ.get("WHOLE_IMAGE_WATCH")
 PROFILED_STEP = 3
 
 
 def note(event):
     # The steps of one image are calculated one after the other: what is still running belongs to the one before.
+    if watch is not None and event == "step ended":
+        watch.launched()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     noted = {
@@ -43,6 +46,8 @@ def note(event):
     } | allocator()
     if link is not None:
         noted |= {"copies": link.copies, "waited_s": link.waited}
+    if watch is not None and event == "step ended":
+        noted["watched"] = watch.facts()
     with open(NOTES, "a", encoding="utf-8") as file:
         file.write(json.dumps(noted) + "\n")
 
@@ -146,6 +151,8 @@ def step_begins(_):
         print("whole image:", json.dumps(swapped()), flush=True)
     if PROFILE:
         profiler.begins()
+    if watch is not None:
+        watch.begin()
 
 
 def step_ended(_):
@@ -231,10 +238,15 @@ if NOTES:
     script_callbacks.on_cfg_denoiser(step_begins)
     script_callbacks.on_cfg_after_cfg(step_ended)
 
-link = None
-if RATE:
-    path = Path(__file__).resolve().parent.parent / "slow_link.py"
-    spec = importlib.util.spec_from_file_location("whole_image_slow_link", path)
-    slow_link = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(slow_link)
-    link = slow_link.install(torch, float(RATE) * 1e9)
+
+def beside(name):
+    """Imports a module that lies beside the folder of scripts."""
+    path = Path(__file__).resolve().parent.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"whole_image_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+link = beside("slow_link").install(torch, float(RATE) * 1e9) if RATE else None
+watch = beside("watch").Watch(torch) if WATCH else None
