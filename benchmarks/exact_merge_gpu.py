@@ -15,17 +15,18 @@ The ways are "file" (the checkpoint is the backup), "ram" (a copy in RAM) and "b
   file, so each repeat of "file" has an engine of its own;
 - anonymous and shared RAM of the process at each point, above the model alone, and the peak of the anonymous RAM;
 - how often torch had to ask the driver for memory in the first of each change, and found none;
-- where the first of each change waits ("waits"): for the threads that read the file, for the card to free a buffer of the ring, for
+- where the first of each change waits ("waits"): for the threads that read the file, for the card to free a part of the ring, for
   the answers of the card (checksums, finite values), and how many weights were read alone; the rest is this thread's own work, most
   of it starting kernels. With `--profile` also how often torch itself waited for the card ("synchronised"), and where Python's
   time goes. Both cost time: such a run is no measurement;
 - which mappings of the process have grown by anonymous RAM in the first apply ("grown_mb"), and of the C library's heap how much is in
   use and how much is freed and kept ("heap_mb"). Before that some products in fp32 are made, as merges make them: what cuBLAS takes for its
-  first one is no merge's ("product_mb");
+  first one is no merge's ("product_mb"); and each other operation of merges once, with some numbers: the driver loads a kernel's code into RAM
+  when it is first used, and keeps it ("kernels_mb");
 - one step of the model with the LoRA, and without (before and after).
 
 Also: the link to the card out of pinned RAM, the file through the ring of `patching/file_reader.py`, the same with other numbers of
-threads and buffers ("rings"), and the same file by one thread. `--threads`, `--buffers` and `--piece-mb` change the ring for all
+threads and sizes ("rings"), and the same file by one thread. `--threads`, `--ring-mb`, `--piece-mb` and `--share-mb` change the ring for all
 else. "patched bytes / link" is the floor of a change. At the end every weight is compared with the file.
 """
 
@@ -55,7 +56,7 @@ from lib_lora_guard.files import open_header, read_tensors  # noqa: E402
 from lib_lora_guard.files.safetensors_file import read_header  # noqa: E402
 from lib_lora_guard.hosts.plain.access import PlainAccess  # noqa: E402
 from lib_lora_guard.memory.probe import BackupBudget  # noqa: E402
-from lib_lora_guard.patching import backup, file_backup, file_reader, merge_attachment  # noqa: E402
+from lib_lora_guard.patching import backup, file_backup, file_reader, file_sums, merge_attachment, merging  # noqa: E402
 from lib_lora_guard.patching.engine import Engine  # noqa: E402
 from lib_lora_guard.patching.file_backup import WeightFile  # noqa: E402
 from lib_lora_guard.patching.file_reader import FileReader, Piece  # noqa: E402
@@ -75,8 +76,17 @@ print("ready", flush=True)
 time.sleep(3600)
 """
 WAYS = ("file", "ram", "bypass")
-RINGS = ((4, 8, 4), (8, 8, 4), (8, 12, 4), (8, 16, 2), (8, 24, 2), (12, 16, 4), (12, 24, 2), (6, 8, 8))
-"""Threads, buffers, MB of a piece."""
+RINGS = (
+    (4, 64, 8, 4),
+    (8, 32, 8, 4),
+    (8, 48, 8, 4),
+    (8, 64, 4, 4),
+    (8, 64, 8, 2),
+    (8, 64, 16, 4),
+    (12, 64, 8, 4),
+    (12, 64, 16, 4),
+)
+"""Threads, MB of the ring, of a piece for the card, of one thread's share of it."""
 LEAST_SECONDS, COMPARED_SECONDS = 5, 40
 """Of the time limit: for the end, and for the comparison of 24 GB with their file before it."""
 HAS_CARD = torch.cuda.is_available()
@@ -92,8 +102,9 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=9, help="of apply, change, remove, and of the steps")
     parser.add_argument("--folder", type=Path, default=Path("."), help="for the checkpoint file: on a disk, not in RAM")
     parser.add_argument("--threads", type=int, help="that read the file")
-    parser.add_argument("--buffers", type=int, help="of the ring")
-    parser.add_argument("--piece-mb", type=int, help="MB of a buffer")
+    parser.add_argument("--ring-mb", type=int, help="MB of the ring")
+    parser.add_argument("--piece-mb", type=int, help="MB that the card gets at once")
+    parser.add_argument("--share-mb", type=int, help="MB that one thread reads at once")
     parser.add_argument("--small", action="store_true")
     parser.add_argument(
         "--time-limit", type=float, default=540, help="seconds; what is not reached by then is left out"
@@ -291,7 +302,13 @@ class Bench:
     def way(self, name, peak, seconds):
         """Measures one way, in `seconds` where more than one repeat fits into them."""
         wish = Wish.NEVER_MERGE if name == "bypass" else Wish.PREFER_MERGE
-        result = {"way": name, "step_before": median(self.steps()), "product_mb": product_mb(), "heap_mb": [heap()]}
+        result = {
+            "way": name,
+            "step_before": median(self.steps()),
+            "product_mb": product_mb(),
+            "kernels_mb": kernels_mb(),
+        }
+        result["heap_mb"] = [heap()]
         times = {"apply": [], "apply_again": [], "change": [], "remove": []}
         ram, asked, waits, synchronised, grown = {}, {}, {}, {}, None
         # A copy of a large model takes many seconds.
@@ -392,21 +409,21 @@ class Bench:
             reader.reserve(DEVICE)
 
             def read():
-                reader.expect(parts)
+                reader.expect([part] for part in parts)
                 for part in parts:
-                    reader.read(part, scratch[: part.bytes])
+                    reader.read([part], scratch[: part.bytes])
 
             rate = size / best(read, 3) / GB
             reader.close()
             return rate
 
         found["ring"] = through_ring()
-        names = ("THREADS", "BUFFERS", "PIECE_BYTES")
+        names = ("THREADS", "RING_BYTES", "PIECE_BYTES", "SHARE_BYTES")
         usual = {name: getattr(file_reader, name) for name in names}
-        for threads, buffers, piece_mb in RINGS:
-            for name, value in zip(names, (threads, buffers, piece_mb * MB), strict=True):
+        for threads, *sizes_mb in RINGS:
+            for name, value in zip(names, (threads, *(size * MB for size in sizes_mb)), strict=True):
                 setattr(file_reader, name, value)
-            found[f"ring {threads} threads, {buffers} x {piece_mb} MB"] = through_ring()
+            found["ring {} threads, {} MB, pieces of {}, shares of {}".format(threads, *sizes_mb)] = through_ring()
         for name, value in usual.items():
             setattr(file_reader, name, value)
         size = min(size, GB)
@@ -601,6 +618,22 @@ def product_mb():
     return above(memory(), before)["anonymous_mb"]
 
 
+def kernels_mb():
+    """Returns the MB of anonymous RAM that the first uses of the other operations of merges take."""
+    before = memory()
+    for dtype in (torch.float16, torch.bfloat16):
+        value = torch.ones(512, 512, dtype=dtype, device=DEVICE)
+        wide = torch.empty(value.shape, dtype=torch.float32, device=DEVICE).copy_(value)
+        torch.empty_like(value).copy_(wide)
+        torch.isfinite(torch.stack([merging.total_of(value)] * 2)).tolist()
+        flat = value.view(-1).view(torch.uint8)
+        sums = file_sums.checksums(torch.cat([flat, flat]), file_sums.factors_on(DEVICE))
+        differs = (file_sums.words_of(flat) != file_sums.words_of(flat.clone())).view(2, -1).any(1)
+        torch.cat([sums, sums]).cpu(), torch.stack([differs.any(), differs.any()]).any().tolist()
+    synchronize()
+    return above(memory(), before)["anonymous_mb"]
+
+
 def summary(found):
     return {
         "first": round(found[0], 4),
@@ -631,8 +664,9 @@ def main():
     if options.small and not HAS_CARD:
         for_small()
     file_reader.THREADS = options.threads or file_reader.THREADS
-    file_reader.BUFFERS = options.buffers or file_reader.BUFFERS
-    file_reader.PIECE_BYTES = (options.piece_mb or 0) * MB or file_reader.PIECE_BYTES
+    for name in ("ring", "piece", "share"):
+        if (size_mb := getattr(options, f"{name}_mb")) is not None:
+            setattr(file_reader, f"{name.upper()}_BYTES", size_mb * MB)
     ballast = None
     if options.free_gb and HAS_CARD:
         command = [sys.executable, "-c", BALLAST, str(options.free_gb)]

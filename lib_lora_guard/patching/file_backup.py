@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..models.names import DENOISER_PREFIXES
 from ..units import MB
 from .backup import Backup, Place, Where, is_plain, lies_in_ram, parameter_bytes
 from .file_reader import FileReader, Piece
-from .file_sums import BLOCK_BYTES, checksums, factors_on, row_words, words_of
+from .file_sums import BLOCK_BYTES, alike, checksums, factors_on, row_words, words_of
 
 log = logging.getLogger(__name__)
 
@@ -155,10 +156,9 @@ class WeightFile:
         try:
             self._open(next(iter(parameters.values())).device)
             known = {key: sums for key, entry in found.items() if (sums := self._known.get(entry.name)) is not None}
-            here = _in_ram([self._checksums_there(bytes_of(parameters[key])) for key in known])
-            for (key, sums), now in zip(known.items(), here, strict=True):
-                if torch.equal(now, sums):
-                    proven[key] = self._backup(key, parameters[key], found[key], sums)
+            for key, now in self._checksums_of({key: parameters[key] for key in known}).items():
+                if torch.equal(now, known[key]):
+                    proven[key] = self._backup(key, parameters[key], found[key], known[key])
             unknown = [key for key in found if key not in proven]
             unknown.sort(key=lambda key: found[key].start)
             for key, sums in self._read_and_compare({key: (found[key], parameters[key]) for key in unknown}).items():
@@ -205,7 +205,7 @@ class WeightFile:
         if reader is None:
             raise OSError("it was closed")
         flat = torch.empty(region.part.bytes, dtype=torch.uint8, device=device)
-        reader.read(region.part, flat)
+        reader.read([region.part], flat)
         return flat.view(region.dtype).view(region.shape), self._checksums_there(flat)
 
     def _read_into(self, reader: FileReader, part: Piece, flat: torch.Tensor) -> torch.Tensor:
@@ -213,13 +213,13 @@ class WeightFile:
         if lies_in_ram(flat):
             factors = self._factors_for(flat)
             return torch.cat(reader.read_to_ram(part, flat, lambda piece: checksums(piece, factors)))
-        reader.read(part, flat)
+        reader.read([part], flat)
         return self._checksums_there(flat).cpu()
 
     def expect(self, regions: Iterable[Region]) -> None:
         """Begins to read weights ahead, which will be asked for next, in this order, to a device."""
         if self._reader is not None:
-            self._reader.expect(region.part for region in regions)
+            self._reader.expect([region.part] for region in regions)
 
     def hold(self, region: Region) -> None:
         """Keeps the file open until the region is freed."""
@@ -257,33 +257,59 @@ class WeightFile:
         question makes the link wait.
         """
         assert self._reader is not None
-        self._reader.expect(Piece(entry.start, entry.bytes) for entry, _ in pairs.values())
-        read_bytes, different, started = 0, 0, time.perf_counter()
+        names = list(pairs)
+        groups = deque(
+            [names[place] for place in group] for group in alike([entry.bytes for entry, _ in pairs.values()])
+        )
+        read_bytes, different, started, is_ahead = 0, 0, time.perf_counter(), False
         keys: list[str] = []
         sums, differ = [], []
-        for key, (entry, parameter) in pairs.items():
-            own, differs = self._compare(entry, parameter)
+        while groups:
+            if not keys and len(groups[0]) > 1:
+                first, *rest = groups.popleft()
+                groups.extendleft([rest, [first]])
+                is_ahead = False
+            if not is_ahead:
+                self._reader.expect(
+                    [Piece(pairs[key][0].start, pairs[key][0].bytes) for key in group] for group in groups
+                )
+                is_ahead = True
+            group = groups.popleft()
+            own, differs = self._compare([pairs[key] for key in group])
             if not keys and bool(differs):
                 different += 1
                 if different == MOST_DIFFERENT:
                     raise FileUnfitError(Message("memory.file_differs", {"count": different}))
                 continue
-            keys.append(key)
-            sums.append(own)
+            keys += group
+            sums += own
             differ.append(differs)
-            read_bytes += entry.bytes
+            read_bytes += sum(pairs[key][0].bytes for key in group)
             rate = read_bytes / max(time.perf_counter() - started, 1e-9)
             if read_bytes >= JUDGED_BYTES and rate < LEAST_BYTES_PER_SECOND:
                 facts = {"rate": rate / MB, "least": LEAST_BYTES_PER_SECOND / MB}
                 raise FileUnfitError(Message("memory.file_slow", facts))
         if not keys:
             return {}
-        others = torch.stack(differ).tolist()
+        others = torch.cat(differ).tolist()
         return {key: own for key, own, is_other in zip(keys, _in_ram(sums), others, strict=True) if not is_other}
 
-    def _compare(self, entry: TensorEntry, parameter: torch.nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the checksums of a parameter and a truth value, "it differs from the file", both where it lies."""
+    def _compare(
+        self, group: Sequence[tuple[TensorEntry, torch.nn.Parameter]]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Returns the checksums of parameters, and a truth value for each, "it differs from the file", all where they lie.
+
+        Args:
+            group: One, or several of `alike`, with where they are in the file.
+        """
         assert self._reader is not None
+        if len(group) > 1:
+            here = torch.cat([bytes_of(parameter) for _, parameter in group])
+            there = torch.empty_like(here)
+            self._reader.read([Piece(entry.start, entry.bytes) for entry, _ in group], there)
+            differs = (words_of(there) != words_of(here)).view(len(group), -1).any(1)
+            return self._of_alike(here, len(group)), differs
+        ((entry, parameter),) = group
         here = bytes_of(parameter)
         scratch = torch.empty(min(BLOCK_BYTES, entry.bytes), dtype=torch.uint8, device=here.device)
         factors = self._factors_for(here)
@@ -291,21 +317,40 @@ class WeightFile:
         for start in range(0, entry.bytes, BLOCK_BYTES):
             size = min(BLOCK_BYTES, entry.bytes - start)
             part, there = here.narrow(0, start, size), scratch[:size]
-            self._reader.read(Piece(entry.start + start, size), there)
+            self._reader.read([Piece(entry.start + start, size)], there)
             differ.append((words_of(there) != words_of(part)).any())
             sums.append(checksums(part, factors))
         if len(sums) == 1:
-            return sums[0], differ[0]
-        return torch.cat(sums), torch.stack(differ).any()
+            return sums, differ[0].view(1)
+        return [torch.cat(sums)], torch.stack(differ).any().view(1)
+
+    def _checksums_of(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Returns the checksums in RAM of parameters on a device; the card is asked for all of them at once."""
+        names, sums = list(parameters), dict[str, torch.Tensor]()
+        for group in alike([parameter_bytes(one) for one in parameters.values()]):
+            flats = [bytes_of(parameters[names[place]]) for place in group]
+            whole = flats[0] if len(flats) == 1 else torch.cat(flats)
+            found = self._of_alike(whole, len(flats))
+            sums |= zip((names[place] for place in group), found, strict=True)
+        return dict(zip(sums, _in_ram(list(sums.values())), strict=True))
+
+    def _of_alike(self, flat: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """Returns the checksums of so many tensors of `alike`, which lie one behind the other, where they lie."""
+        if count == 1:
+            return [self._checksums_there(flat)]
+        return list(checksums(flat, self._factors_of(flat.device, flat.numel() // count)).view(count, -1))
 
     def _checksums_there(self, flat: torch.Tensor) -> torch.Tensor:
         return checksums(flat, self._factors_for(flat))
 
     def _factors_for(self, flat: torch.Tensor) -> torch.Tensor:
-        factors = self._factors.get(flat.device)
+        return self._factors_of(flat.device, flat.numel())
+
+    def _factors_of(self, device: torch.device, size_bytes: int) -> torch.Tensor:
+        factors = self._factors.get(device)
         if factors is None:
-            factors = self._factors[flat.device] = factors_on(flat.device)
-        return factors[: row_words(flat.numel())]
+            factors = self._factors[device] = factors_on(device)
+        return factors[: row_words(size_bytes)]
 
 
 class FileBackups:

@@ -1,8 +1,10 @@
-"""Reads parts of one large file to a device, as fast as the link: several threads fill pinned buffers, the card reads them.
+"""Reads parts of one large file to a device, as fast as the link: several threads fill pinned memory, the card reads it.
 
 One thread copies 5 to 8 GB/s out of the system's page cache, and the card takes several times as much. So a few threads
-read pieces of 4 MB into a ring of buffers, in the order in which they will be asked for, also while the card works on
-what it has. There are more buffers than threads: a thread need not wait for the card, which reads some of them. The file is read, never mapped: a mapped file that is truncated kills the process.
+read ahead into a ring (`ring_memory.py`), in the order in which the parts will be asked for, also while the card works on
+what it has. The card gets pieces of 16 MB, because each one costs the thread that asks for them time, and each is filled by four threads.
+The ring holds more than the threads write: they need not wait for the card, which reads some of it. The file is read, never
+mapped: a mapped file that is truncated kills the process.
 
 The file stays open from `open` to `close`. Windows refuses to delete, rename or write it meanwhile, and lets others read
 it. Elsewhere a deleted file lives on with the handle; one that is written in place has other bytes.
@@ -15,12 +17,11 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -29,13 +30,17 @@ from ..files import FileState
 from ..inference_mode import outside_inference
 from ..units import MB
 from .reading_threads import ReadingThreads, Task
+from .ring_memory import RingMemory, Span
 from .spool import memory_of
 
 T = TypeVar("T")
 
-PIECE_BYTES = 4 * MB
-BUFFERS = 12
-"""Of PIECE_BYTES each: 48 MB of RAM are all that it takes."""
+PIECE_BYTES = 16 * MB
+"""Of what the card gets at once."""
+SHARE_BYTES = 4 * MB
+"""Of what one thread reads at once."""
+RING_BYTES = 64 * MB
+"""Of RAM: all that it takes. torch rounds pinned memory up to a power of two."""
 THREADS = 8
 
 if sys.platform == "win32":
@@ -76,21 +81,8 @@ class Piece(NamedTuple):
     bytes: int
 
 
-@dataclass
-class Buffer:
-    """One buffer of the ring."""
-
-    memory: torch.Tensor
-    is_pinned: bool
-    bytes: memoryview
-    """The same memory, for threads that fill it: they are to hold the interpreter for as short as can be."""
-    read: torch.cuda.Event | None = None
-    """Recorded after the device's copy out of it."""
-
-    @property
-    def is_free(self) -> bool:
-        """True when the device has read it."""
-        return self.read is None or bool(self.read.query())  # type: ignore[no-untyped-call]  # torch's own
+Load: TypeAlias = tuple[Piece, ...]
+"""What the card gets at once: pieces that lie one behind the other there, wherever they are in the file."""
 
 
 class FileReader:
@@ -108,10 +100,9 @@ class FileReader:
         self._files: list[FileIO] = []
         self._lock = threading.RLock()
         self._threads: ReadingThreads | None = None
-        self._buffers: list[Buffer] = []
-        self._free: deque[Buffer] = deque()
-        self._planned: deque[Piece] = deque()
-        self._under_way: deque[tuple[Piece, Buffer, Task[None]]] = deque()
+        self._ring: RingMemory | None = None
+        self._planned: deque[Load] = deque()
+        self._under_way: deque[tuple[Load, Span, list[Task[None]]]] = deque()
         self._is_reading = False
         try:
             # A handle for each thread: reads through one wait for each other on Windows.
@@ -129,34 +120,32 @@ class FileReader:
         """Allocates the ring for a device, so that later reads need no memory. Pinned where the driver gives it.
 
         Raises:
-            RuntimeError: There is no room even for ordinary buffers.
+            RuntimeError: There is no room even for ordinary memory.
         """
-        if self._buffers:
-            return
-        buffers = [_buffer(device) for _ in range(BUFFERS)]
-        self._buffers, self._free = buffers, deque(buffers)
+        if self._ring is None:
+            self._ring = RingMemory(RING_BYTES, device)
 
-    def expect(self, parts: Iterable[Piece]) -> None:
-        """Begins to read parts ahead: they will be asked for next, in this order, to a device."""
+    def expect(self, groups: Iterable[Sequence[Piece]]) -> None:
+        """Begins to read ahead: these parts will be asked for next, each group at once, in this order, to a device."""
         with self._lock:
-            if self._buffers:
+            if self._ring is not None:
                 self._begin()
-                self._plan(piece for part in parts for piece in pieces(part))
+                self._plan(self._ring, (load for group in groups for load in loads(group)))
                 self._is_reading = False
 
-    def read(self, part: Piece, into: torch.Tensor) -> None:
-        """Reads a part through the ring.
+    def read(self, parts: Sequence[Piece], into: torch.Tensor) -> None:
+        """Reads parts through the ring. Many small ones take little more work of the processor than one.
 
         Args:
-            part: The part. One of several parts of the same region begins a whole number of PIECE_BYTES after its start.
-            into: A flat byte tensor of its size, on the device that `reserve` was called for.
+            parts: One of several parts of the same region begins a whole number of PIECE_BYTES after its start.
+            into: A flat byte tensor that holds them one behind the other, on the device that `reserve` was called for.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: They cannot be read.
         """
         with self._lock:
             self._begin()
-            self._read_to_device(part, into)
+            self._read_to_device(parts, into)
             self._is_reading = False
 
     def read_to_ram(self, part: Piece, into: torch.Tensor, then: Callable[[torch.Tensor], T]) -> list[T]:
@@ -184,7 +173,7 @@ class FileReader:
             threads = self._running()
             tasks = [
                 threads.submit(partial(fill, piece, into.narrow(0, piece.start - part.start, piece.bytes)))
-                for piece in pieces(part)
+                for piece in pieces(part, SHARE_BYTES)
             ]
             found = [task.result() for task in tasks]
             self._is_reading = False
@@ -195,10 +184,12 @@ class FileReader:
         if self._is_reading:
             # The last one was interrupted, or this one comes from a signal handler in the middle of it.
             self._stop()
-            if any(buffer.is_pinned for buffer in self._buffers):
-                # The interrupt may have come before a copy was noted.
-                torch.cuda.synchronize()
-            self._planned, self._under_way, self._free = deque(), deque(), deque(self._buffers)
+            self._planned, self._under_way = deque(), deque()
+            if self._ring is not None:
+                if self._ring.is_pinned:
+                    # The interrupt may have come before a copy was noted.
+                    torch.cuda.synchronize()
+                self._ring.forget()
         self._is_reading = True
 
     def _stop(self) -> None:
@@ -214,60 +205,62 @@ class FileReader:
     def close(self) -> None:
         """Closes the file and frees the ring. Idempotent."""
         self._stop()
-        self._buffers, self._free, self._planned, self._under_way = [], deque(), deque(), deque()
+        self._ring, self._planned, self._under_way = None, deque(), deque()
         for file in self._files:
             with contextlib.suppress(OSError):
                 file.close()
 
-    def _read_to_device(self, part: Piece, into: torch.Tensor) -> None:
+    def _read_to_device(self, parts: Sequence[Piece], into: torch.Tensor) -> None:
         self.reserve(into.device)
-        wanted = pieces(part)
-        ahead = [piece for piece, _, _ in self._under_way]
-        ahead += [piece for piece, _ in zip(self._planned, wanted[len(ahead) :], strict=False)]
+        ring = self._ring
+        assert ring is not None
+        wanted = loads(parts)
+        ahead = [load for load, _, _ in self._under_way]
+        ahead += [load for load, _ in zip(self._planned, wanted[len(ahead) :], strict=False)]
         if ahead[: len(wanted)] != wanted:
-            self._plan(wanted)
+            self._plan(ring, wanted)
         done = 0
-        stream = torch.cuda.current_stream(into.device) if into.device.type == "cuda" else None
-        for piece in wanted:
-            self._read_ahead()
-            _, buffer, task = self._under_way.popleft()
-            memory = buffer.memory[: piece.bytes]
-            task.result()
-            into.narrow(0, done, piece.bytes).copy_(memory, non_blocking=buffer.is_pinned)
-            if buffer.is_pinned:
-                if buffer.read is None:
-                    buffer.read = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
-                buffer.read.record(stream)
-            self._free.append(buffer)
-            done += piece.bytes
-        self._read_ahead()
+        stream = torch.cuda.current_stream(into.device) if ring.is_pinned else None
+        for _ in wanted:
+            self._read_ahead(ring)
+            _, span, tasks = self._under_way.popleft()
+            for task in tasks:
+                task.result()
+            size = len(span.bytes)
+            into.narrow(0, done, size).copy_(span.memory, non_blocking=ring.is_pinned)
+            ring.give(span, stream)
+            done += size
+        self._read_ahead(ring)
 
-    def _read_ahead(self) -> None:
-        """Hands the free buffers to the threads."""
-        while self._planned and self._free:
-            buffer = self._free[0]
-            if not buffer.is_free:
+    def _read_ahead(self, ring: RingMemory) -> None:
+        """Hands what is free of the ring to the threads."""
+        while self._planned:
+            load = self._planned[0]
+            span = ring.take(sum(piece.bytes for piece in load))
+            if span is None:
                 if self._under_way:
                     return
-                assert buffer.read is not None
-                buffer.read.synchronize()
-            piece = self._planned[0]
-            # The task holds the buffer, whatever happens to the ring.
-            read = partial(_fill, piece=piece, buffer=buffer)
-            self._under_way.append((piece, buffer, self._running().submit(read)))
+                ring.wait()
+                continue
+            threads = self._running()
+            # The tasks hold the memory, whatever happens to the ring.
+            tasks = [
+                threads.submit(partial(_fill, share=share, place=place, span=span)) for place, share in shares(load)
+            ]
+            self._under_way.append((load, span, tasks))
             self._planned.popleft()
-            self._free.popleft()
 
-    def _plan(self, planned: Iterable[Piece]) -> None:
+    def _plan(self, ring: RingMemory, planned: Iterable[Load]) -> None:
         """Forgets what was planned, and begins with something else."""
         while self._under_way:
-            _, buffer, task = self._under_way.popleft()
-            # Its buffer is free when it has ended, however it ends.
-            with contextlib.suppress(OSError, ValueError):
-                task.result()
-            self._free.append(buffer)
+            _, span, tasks = self._under_way.popleft()
+            for task in tasks:
+                # Its memory is free when it has ended, however it ends.
+                with contextlib.suppress(OSError, ValueError):
+                    task.result()
+            ring.give(span)
         self._planned = deque(planned)
-        self._read_ahead()
+        self._read_ahead(ring)
 
 
 def read_piece(file: FileIO, piece: Piece, into: memoryview) -> None:
@@ -303,23 +296,44 @@ else:
         return os.preadv(file.fileno(), (into,), start)
 
 
-def _fill(file: FileIO, piece: Piece, buffer: Buffer) -> None:
-    read_piece(file, piece, buffer.bytes[: piece.bytes])
+def _fill(file: FileIO, share: Load, place: int, span: Span) -> None:
+    for piece in share:
+        read_piece(file, piece, span.bytes[place : place + piece.bytes])
+        place += piece.bytes
 
 
-def pieces(part: Piece) -> list[Piece]:
-    """Cuts a part into the pieces that are read at once."""
+def loads(parts: Sequence[Piece]) -> list[Load]:
+    """Puts parts together, and cuts them, into what the card gets at once."""
+    return list(_filled((piece for part in parts for piece in pieces(part)), PIECE_BYTES))
+
+
+def shares(load: Load) -> list[tuple[int, Load]]:
+    """Cuts a load into what threads read at once, each with its place in the load's memory."""
+    found, place = [], 0
+    for share in _filled((piece for part in load for piece in pieces(part, SHARE_BYTES)), SHARE_BYTES):
+        found.append((place, share))
+        place += sum(piece.bytes for piece in share)
+    return found
+
+
+def _filled(found: Iterable[Piece], most_bytes: int) -> Iterator[Load]:
+    """Yields pieces in groups of a size at most."""
+    group: list[Piece] = []
+    size = 0
+    for piece in found:
+        if group and size + piece.bytes > most_bytes:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(piece)
+        size += piece.bytes
+    if group:
+        yield tuple(group)
+
+
+def pieces(part: Piece, size_bytes: int | None = None) -> list[Piece]:
+    """Cuts a part into pieces of a size; None: of PIECE_BYTES."""
+    size = PIECE_BYTES if size_bytes is None else size_bytes
+    if 0 < part.bytes <= size:
+        return [part]
     end = part.start + part.bytes
-    return [Piece(start, min(PIECE_BYTES, end - start)) for start in range(part.start, end, PIECE_BYTES)]
-
-
-def _buffer(device: torch.device) -> Buffer:
-    if device.type == "cuda":
-        # Refused where the driver locks no more RAM; ordinary buffers are slower, and right.
-        with contextlib.suppress(RuntimeError):
-            return _buffer_of(torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True), True)
-    return _buffer_of(torch.empty(PIECE_BYTES, dtype=torch.uint8, device="cpu"), False)
-
-
-def _buffer_of(memory: torch.Tensor, is_pinned: bool) -> Buffer:
-    return Buffer(memory, is_pinned, memory_of(memory))
+    return [Piece(start, min(size, end - start)) for start in range(part.start, end, size)]

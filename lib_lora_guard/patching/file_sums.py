@@ -8,6 +8,7 @@ changes changes its product for certain, and words that trade places, or lose th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -38,6 +39,24 @@ def checksums(flat: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     if len(blocks) == 1:
         return blocks[0]
     return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int64, device=flat.device)
+
+
+def alike(sizes_bytes: Sequence[int]) -> list[list[int]]:
+    """Puts the places of tensors together that one call of `checksums` can take as one: each call costs the processor as much as
+    some megabytes cost a card.
+
+    Returns:
+        Groups of places, by size and then in their order: equal sizes without a rest behind their last row, BLOCK_BYTES at most.
+    """
+    places: dict[int, list[int]] = {}
+    for place, size in enumerate(sizes_bytes):
+        places.setdefault(size, []).append(place)
+    groups = []
+    for size, mine in sorted(places.items()):
+        leaves_no_rest = size > 0 and size % (row_words(size) * 8) == 0
+        most = max(1, BLOCK_BYTES // size) if leaves_no_rest else 1
+        groups += [mine[first : first + most] for first in range(0, len(mine), most)]
+    return groups
 
 
 def row_words(size_bytes: int) -> int:

@@ -1,6 +1,6 @@
 """A small model that was loaded from a checkpoint file, which is the backup of its merges.
 
-CPU tensors that count as lying on a card go through the ring of buffers; pieces are 256 bytes.
+CPU tensors that count as lying on a card go through the ring of buffers; pieces are 256 bytes, the ring holds three.
 """
 
 import os
@@ -28,7 +28,8 @@ def lay_on_card(monkeypatch):
         monkeypatch.setattr(module, "lies_in_ram", lambda tensor: False)
     monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 64)
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 256)
-    monkeypatch.setattr(file_reader, "BUFFERS", 3)
+    monkeypatch.setattr(file_reader, "SHARE_BYTES", 96)
+    monkeypatch.setattr(file_reader, "RING_BYTES", 768)
     monkeypatch.setattr(file_sums, "ROW_WORDS", 4)
     for module in (file_sums, file_backup):
         monkeypatch.setattr(module, "BLOCK_BYTES", 512)
@@ -39,10 +40,10 @@ def lay_on_card(monkeypatch):
 class Scene:
     """A small bf16 model that was loaded from `path`, whose names have the prefix of whole checkpoints."""
 
-    def __init__(self, folder, prefix="model.diffusion_model.", dtype=torch.bfloat16, device="cpu"):
+    def __init__(self, folder, prefix="model.diffusion_model.", dtype=torch.bfloat16, device="cpu", depth=2):
         torch.manual_seed(0)
         self.model = torch.nn.Module()
-        self.model.diffusion_model = Net(SIZE, depth=2).to(device, dtype).requires_grad_(False)
+        self.model.diffusion_model = Net(SIZE, depth=depth).to(device, dtype).requires_grad_(False)
         self.path = folder / "model.safetensors"
         inner = dict(self.model.diffusion_model.state_dict())
         self.tensors = {prefix + name: value.clone() for name, value in inner.items()}

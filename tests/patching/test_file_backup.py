@@ -3,6 +3,7 @@
 CPU tensors that count as lying on a card go through the ring of buffers; pieces are 256 bytes.
 """
 
+import collections
 import os
 
 import pytest
@@ -15,6 +16,7 @@ from lib_lora_guard.errors import RestoreError
 from lib_lora_guard.patching import file_backup, file_reader, file_sums
 from lib_lora_guard.patching.backup import Where
 from lib_lora_guard.patching.engine import Engine
+from lib_lora_guard.patching.file_backup import WeightFile
 from lib_lora_guard.patching.file_reader import FileReader, Piece
 from lib_lora_guard.planning.mode import Mode, Wish
 
@@ -57,7 +59,7 @@ def test_a_card_reads_the_pinned_ring_of_buffers(tmp_path, monkeypatch):
         scene.change(strength)
         assert scene.places() == {Where.FILE}
     reader = next(iter(scene.engine.attached.values())).backup.file._reader
-    assert all(one.is_pinned for one in reader._buffers)
+    assert reader._ring.is_pinned
     assert scene.engine.suspend_merges()
     assert all(same_bits(p.data.cpu(), scene.originals[name].cpu()) for name, p in scene.model.named_parameters())
     for parameter in scene.model.parameters():
@@ -166,10 +168,10 @@ def unreadable(scene, monkeypatch):
 
 
 def without_room(scene, monkeypatch):
-    def planted(device):
+    def planted(size_bytes, device):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(file_reader, "_buffer", planted)
+    monkeypatch.setattr(file_reader, "RingMemory", planted)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,9 @@ def test_an_error_in_the_middle_is_undone_and_the_next_change_works(scene, monke
     scene.change(-1.0)
     assert scene.places() == {Where.FILE}
     reader = next(iter(scene.engine.attached.values())).backup.file._reader
-    assert len(reader._free) + len(reader._under_way) == 3, "a buffer was lost"
+    assert reader._ring.taken_bytes == sum(piece.bytes for piece, _, _ in reader._under_way), (
+        "a part of the ring was lost"
+    )
     scene.remove()
     assert scene.is_original()
 
@@ -265,17 +269,81 @@ def test_reading_ahead_gives_the_right_bytes_whatever_is_asked_for_next(tmp_path
     path.write_bytes(content)
     reader = FileReader(path, None)
     reader.reserve(CPU)
-    parts = [Piece(0, 200), Piece(200, 64), Piece(500, 1), Piece(1000, 1000)]
-    for asked in (parts, parts[1:], [parts[0], parts[2]], parts[::-1]):
-        reader.expect(parts)
-        for part in asked:
-            into = torch.zeros(part.bytes, dtype=torch.uint8)
-            reader.read(part, into)
-            assert bytes(into.tolist()) == content[part.start : part.start + part.bytes]
+    parts = [[Piece(0, 200)], [Piece(200, 64)], [Piece(500, 1)], [Piece(1000, 1000)]]
+    together = [[Piece(700, 30), Piece(3, 7), Piece(1000, 300), Piece(90, 200)], [Piece(0, 1), Piece(9, 1)]]
+    for asked in (parts, parts[1:], [parts[0], parts[2]], parts[::-1], together, [together[1], *parts], together[::-1]):
+        reader.expect(together if asked[0] in together else parts)
+        for group in asked:
+            into = torch.zeros(sum(part.bytes for part in group), dtype=torch.uint8)
+            reader.read(group, into)
+            assert bytes(into.tolist()) == b"".join(content[part.start : part.start + part.bytes] for part in group)
     with pytest.raises(OSError, match="ends 10 bytes early"):
-        reader.read(Piece(2040, 18), torch.zeros(18, dtype=torch.uint8))
+        reader.read([Piece(2040, 18)], torch.zeros(18, dtype=torch.uint8))
     reader.close()
     reader.close()
+
+
+def test_small_parts_go_to_the_card_together_and_large_ones_in_pieces_that_threads_share(monkeypatch):
+    monkeypatch.setattr(file_reader, "PIECE_BYTES", 100)
+    monkeypatch.setattr(file_reader, "SHARE_BYTES", 40)
+    a, b, c = Piece(500, 30), Piece(0, 60), Piece(90, 220)
+    assert file_reader.loads([a, b, c]) == [
+        (a, b),
+        (Piece(90, 100),),
+        (Piece(190, 100),),
+        (Piece(290, 20),),
+    ]
+    assert file_reader.shares((a, b)) == [(0, (a,)), (30, (Piece(0, 40),)), (70, (Piece(40, 20),))]
+    few = tuple(Piece(start, 15) for start in (7, 900, 400))
+    assert file_reader.shares(few) == [(0, few[:2]), (30, few[2:])]
+    assert file_reader.loads([]) == []
+
+
+def test_weights_of_one_size_are_compared_at_once(tmp_path, monkeypatch):
+    """Three weights of a size that differ in one bit, at different places: each is told from its neighbours."""
+    groups, original = [], WeightFile._compare
+    monkeypatch.setattr(
+        WeightFile, "_compare", lambda self, group: (groups.append(len(group)), original(self, group))[1]
+    )
+    scene = Scene(tmp_path, depth=5)
+    monkeypatch.setattr(file_backup, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(file_sums, "BLOCK_BYTES", 1 << 20)
+    sizes = collections.Counter(scene.originals[key].nbytes for key in scene.keys)
+    assert max(sizes.values()) >= 4
+    alike = [key for key in scene.keys if scene.originals[key].nbytes == max(sizes, key=sizes.get)]
+    scene.damage(alike[1], byte=0)
+    scene.damage(alike[-1], byte=scene.originals[alike[-1]].nbytes - 1)
+    scene.change()
+    places = {one.site.key: one.backup.place.where for one in scene.engine.attached.values()}
+    assert {key for key, where in places.items() if where is not Where.FILE} == {alike[1], alike[-1]}
+    assert sum(groups) == len(scene.keys)
+    assert len(groups) < len(scene.keys)
+    # Alone, each has the checksums that it has in its group.
+    file = scene.engine.attached[alike[0]].backup.file
+    for key in set(scene.keys) - {alike[1], alike[-1]}:
+        region = scene.engine.attached[key].backup.region
+        flat = file_backup.bytes_of(torch.nn.Parameter(scene.originals[key].contiguous(), requires_grad=False))
+        assert torch.equal(region.sums, file._checksums_there(flat))
+    scene.remove()
+    assert scene.is_original()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ([64, 128, 64, 64], [[0, 2, 3], [1]]),
+        ([384] * 3, [[0, 1], [2]]),  # 768 of the 1000 bytes of a block
+        ([63, 63], [[0], [1]]),  # a rest behind the last word
+        ([8 * 33, 8 * 33], [[0], [1]]),  # a rest behind the last row
+        ([0, 0], [[0], [1]]),
+        ([4096, 4096], [[0], [1]]),  # larger than a block
+    ],
+)
+def test_tensors_are_summed_together_where_no_row_crosses_from_one_to_the_next(sizes, groups, monkeypatch):
+    monkeypatch.setattr(file_sums, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(file_sums, "ROW_WORDS", 32)
+    monkeypatch.setattr(file_sums, "SHORTEST_SHARE", 8)
+    assert file_sums.alike(sizes) == groups
 
 
 @pytest.mark.parametrize("size", [96, 24, 40, 1000, 4097])
