@@ -253,34 +253,30 @@ class WeightFile:
     def _read_and_compare(self, pairs: Mapping[str, tuple[TensorEntry, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
         """Returns the checksums of the parameters that have the file's bytes, by name.
 
-        Until one is equal the card is asked about each: it may be another file. Then about all of them at once: each
-        question makes the link wait.
+        Until one is equal the card is asked about each, in the order of the file: it may be another file, or one of which all
+        weights of a size differ. Then about all of them at once: each question makes the link wait.
         """
         assert self._reader is not None
-        names = list(pairs)
-        groups = deque(
-            [names[place] for place in group] for group in alike([entry.bytes for entry, _ in pairs.values()])
-        )
-        read_bytes, different, started, is_ahead = 0, 0, time.perf_counter(), False
+        groups = deque([key] for key in pairs)
+        read_bytes, different, started = 0, 0, time.perf_counter()
         keys: list[str] = []
         sums, differ = [], []
         while groups:
-            if not keys and len(groups[0]) > 1:
-                first, *rest = groups.popleft()
-                groups.extendleft([rest, [first]])
-                is_ahead = False
-            if not is_ahead:
+            group = groups.popleft()
+            own, differs = self._compare([pairs[key] for key in group])
+            if not keys:
+                if bool(differs):
+                    different += 1
+                    if different == MOST_DIFFERENT:
+                        raise FileUnfitError(Message("memory.file_differs", {"count": different}))
+                    continue
+                left = [key for (key,) in groups]
+                groups = deque(
+                    [left[place] for place in group] for group in alike([pairs[key][0].bytes for key in left])
+                )
                 self._reader.expect(
                     [Piece(pairs[key][0].start, pairs[key][0].bytes) for key in group] for group in groups
                 )
-                is_ahead = True
-            group = groups.popleft()
-            own, differs = self._compare([pairs[key] for key in group])
-            if not keys and bool(differs):
-                different += 1
-                if different == MOST_DIFFERENT:
-                    raise FileUnfitError(Message("memory.file_differs", {"count": different}))
-                continue
             keys += group
             sums += own
             differ.append(differs)

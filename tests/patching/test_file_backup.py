@@ -299,15 +299,20 @@ def test_small_parts_go_to_the_card_together_and_large_ones_in_pieces_that_threa
     assert file_reader.loads([]) == []
 
 
-def test_weights_of_one_size_are_compared_at_once(tmp_path, monkeypatch):
+@pytest.fixture
+def large_blocks(monkeypatch):
+    """So large that weights of one size are compared at once."""
+    monkeypatch.setattr(file_backup, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(file_sums, "BLOCK_BYTES", 1 << 20)
+
+
+def test_weights_of_one_size_are_compared_at_once(tmp_path, monkeypatch, large_blocks):
     """Three weights of a size that differ in one bit, at different places: each is told from its neighbours."""
     groups, original = [], WeightFile._compare
     monkeypatch.setattr(
         WeightFile, "_compare", lambda self, group: (groups.append(len(group)), original(self, group))[1]
     )
     scene = Scene(tmp_path, depth=5)
-    monkeypatch.setattr(file_backup, "BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(file_sums, "BLOCK_BYTES", 1 << 20)
     sizes = collections.Counter(scene.originals[key].nbytes for key in scene.keys)
     assert max(sizes.values()) >= 4
     alike = [key for key in scene.keys if scene.originals[key].nbytes == max(sizes, key=sizes.get)]
@@ -324,6 +329,22 @@ def test_weights_of_one_size_are_compared_at_once(tmp_path, monkeypatch):
         region = scene.engine.attached[key].backup.region
         flat = file_backup.bytes_of(torch.nn.Parameter(scene.originals[key].contiguous(), requires_grad=False))
         assert torch.equal(region.sums, file._checksums_there(flat))
+    scene.remove()
+    assert scene.is_original()
+
+
+def test_weights_of_one_kind_that_differ_do_not_make_the_file_another_one(tmp_path, monkeypatch, large_blocks):
+    """Something has changed all weights of one size: the smallest, of which many would be compared first."""
+    monkeypatch.setattr(file_backup, "MOST_DIFFERENT", 2)
+    scene = Scene(tmp_path, depth=5)
+    smallest = min(scene.originals[key].nbytes for key in scene.keys)
+    changed = {key for key in scene.keys if scene.originals[key].nbytes == smallest}
+    assert len(changed) == 5
+    for key in changed:
+        scene.damage(key)
+    scene.change()
+    places = {key: one.backup.place.where for key, one in scene.engine.attached.items()}
+    assert {key for key, where in places.items() if where is not Where.FILE} == changed
     scene.remove()
     assert scene.is_original()
 
