@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -128,7 +129,7 @@ def step_times(notes, began):
         row["parts_s"] = {name: round(first["parts"][name] - at, 3) for name, at in starts[0]["parts"].items()}
     watched = [note["watched"] for note in notes if "watched" in note]
     if watched:
-        row["watched"] = {name: [one.get(name) for one in watched] for name in watched[0]}
+        row["watched"] = {name: [one.get(name) for one in watched] for name in dict.fromkeys(chain(*watched))}
     if "retries" in notes[0]:
         row["alloc_retries"] = notes[-1]["retries"] - notes[0]["retries"]
         row["reserved_mb"] = max(note["reserved_mb"] for note in notes)

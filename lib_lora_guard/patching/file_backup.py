@@ -30,6 +30,7 @@ from ..errors import FileFormatError, Message, RestoreError, about, reason
 from ..files import FileHeader, FileState, TensorEntry, open_header, shown, state_of
 from ..files.safetensors_file import FORMATS
 from ..inference_mode import outside_inference
+from ..memory.out_of_memory import is_out_of_memory
 from ..messages import say
 from ..models.names import DENOISER_PREFIXES
 from ..units import MB
@@ -149,6 +150,16 @@ class WeightFile:
             OSError: The file cannot be read, or is another one by now.
             FileUnfitError: It is too slow, or holds other weights.
         """
+        try:
+            return self._prove(parameters, BLOCK_BYTES)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Each alone may take less.
+        return self._prove(parameters, 0)
+
+    def _prove(self, parameters: Mapping[str, torch.nn.Parameter], together_bytes: int) -> dict[str, FileBackup]:
+        """Does it, with so many bytes of weights of one size at once."""
         found = {key: entry for key, one in parameters.items() if (entry := self.find(key, one)) is not None}
         if not found:
             return {}
@@ -156,12 +167,13 @@ class WeightFile:
         try:
             self._open(next(iter(parameters.values())).device)
             known = {key: sums for key, entry in found.items() if (sums := self._known.get(entry.name)) is not None}
-            for key, now in self._checksums_of({key: parameters[key] for key in known}).items():
+            for key, now in self._checksums_of({key: parameters[key] for key in known}, together_bytes).items():
                 if torch.equal(now, known[key]):
                     proven[key] = self._backup(key, parameters[key], found[key], known[key])
             unknown = [key for key in found if key not in proven]
             unknown.sort(key=lambda key: found[key].start)
-            for key, sums in self._read_and_compare({key: (found[key], parameters[key]) for key in unknown}).items():
+            pairs = {key: (found[key], parameters[key]) for key in unknown}
+            for key, sums in self._read_and_compare(pairs, together_bytes).items():
                 self._known[found[key].name] = sums
                 proven[key] = self._backup(key, parameters[key], found[key], sums)
         except BaseException:
@@ -250,37 +262,34 @@ class WeightFile:
         region = Region(Piece(entry.start, entry.bytes), tuple(parameter.shape), parameter.dtype, sums)
         return FileBackup(key, self, region, parameter.requires_grad)
 
-    def _read_and_compare(self, pairs: Mapping[str, tuple[TensorEntry, torch.nn.Parameter]]) -> dict[str, torch.Tensor]:
+    def _read_and_compare(
+        self, pairs: Mapping[str, tuple[TensorEntry, torch.nn.Parameter]], together_bytes: int
+    ) -> dict[str, torch.Tensor]:
         """Returns the checksums of the parameters that have the file's bytes, by name.
 
-        Until one is equal the card is asked about each: it may be another file. Then about all of them at once: each
-        question makes the link wait.
+        Until one is equal the card is asked about each, in the order of the file: it may be another file, or one of which all
+        weights of a size differ. Then about all of them at once: each question makes the link wait.
         """
         assert self._reader is not None
-        names = list(pairs)
-        groups = deque(
-            [names[place] for place in group] for group in alike([entry.bytes for entry, _ in pairs.values()])
-        )
-        read_bytes, different, started, is_ahead = 0, 0, time.perf_counter(), False
+        groups = deque([key] for key in pairs)
+        read_bytes, different, started = 0, 0, time.perf_counter()
         keys: list[str] = []
         sums, differ = [], []
         while groups:
-            if not keys and len(groups[0]) > 1:
-                first, *rest = groups.popleft()
-                groups.extendleft([rest, [first]])
-                is_ahead = False
-            if not is_ahead:
+            group = groups.popleft()
+            own, differs = self._compare([pairs[key] for key in group])
+            if not keys:
+                if bool(differs):
+                    different += 1
+                    if different == MOST_DIFFERENT:
+                        raise FileUnfitError(Message("memory.file_differs", {"count": different}))
+                    continue
+                left = [key for (key,) in groups]
+                sizes = [pairs[key][0].bytes for key in left]
+                groups = deque([left[place] for place in group] for group in alike(sizes, together_bytes))
                 self._reader.expect(
                     [Piece(pairs[key][0].start, pairs[key][0].bytes) for key in group] for group in groups
                 )
-                is_ahead = True
-            group = groups.popleft()
-            own, differs = self._compare([pairs[key] for key in group])
-            if not keys and bool(differs):
-                different += 1
-                if different == MOST_DIFFERENT:
-                    raise FileUnfitError(Message("memory.file_differs", {"count": different}))
-                continue
             keys += group
             sums += own
             differ.append(differs)
@@ -308,6 +317,8 @@ class WeightFile:
             there = torch.empty_like(here)
             self._reader.read([Piece(entry.start, entry.bytes) for entry, _ in group], there)
             differs = (words_of(there) != words_of(here)).view(len(group), -1).any(1)
+            # The sums take as much, and more.
+            del there
             return self._of_alike(here, len(group)), differs
         ((entry, parameter),) = group
         here = bytes_of(parameter)
@@ -324,10 +335,12 @@ class WeightFile:
             return sums, differ[0].view(1)
         return [torch.cat(sums)], torch.stack(differ).any().view(1)
 
-    def _checksums_of(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    def _checksums_of(
+        self, parameters: Mapping[str, torch.nn.Parameter], together_bytes: int
+    ) -> dict[str, torch.Tensor]:
         """Returns the checksums in RAM of parameters on a device; the card is asked for all of them at once."""
         names, sums = list(parameters), dict[str, torch.Tensor]()
-        for group in alike([parameter_bytes(one) for one in parameters.values()]):
+        for group in alike([parameter_bytes(one) for one in parameters.values()], together_bytes):
             flats = [bytes_of(parameters[names[place]]) for place in group]
             whole = flats[0] if len(flats) == 1 else torch.cat(flats)
             found = self._of_alike(whole, len(flats))

@@ -41,12 +41,13 @@ def checksums(flat: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int64, device=flat.device)
 
 
-def alike(sizes_bytes: Sequence[int]) -> list[list[int]]:
+def alike(sizes_bytes: Sequence[int], most_bytes: int) -> list[list[int]]:
     """Puts the places of tensors together that one call of `checksums` can take as one: each call costs the processor as much as
     some megabytes cost a card.
 
     Returns:
-        Groups of places, by size and then in their order: equal sizes without a rest behind their last row, BLOCK_BYTES at most.
+        Groups of places, by size and then in their order: one, or several of equal sizes without a rest behind their last row, of
+        `most_bytes` at most, which is at most BLOCK_BYTES.
     """
     places: dict[int, list[int]] = {}
     for place, size in enumerate(sizes_bytes):
@@ -54,7 +55,7 @@ def alike(sizes_bytes: Sequence[int]) -> list[list[int]]:
     groups = []
     for size, mine in sorted(places.items()):
         leaves_no_rest = size > 0 and size % (row_words(size) * 8) == 0
-        most = max(1, BLOCK_BYTES // size) if leaves_no_rest else 1
+        most = max(1, most_bytes // size) if leaves_no_rest else 1
         groups += [mine[first : first + most] for first in range(0, len(mine), most)]
     return groups
 

@@ -525,3 +525,6 @@ def test_what_steps_waited_for_is_in_their_images_row():
     notes = [{"event": event, "at": at} for event, at in times]
     notes[1]["watched"], notes[3]["watched"] = {"launch": 1.0, "switches": 2}, {"launch": 0.3, "switches": 0}
     assert run.step_times(notes, 10.0)["watched"] == {"launch": [1.0, 0.3], "switches": [2, 0]}
+    # A step may know more than the one before: copies are timed once the guard is there.
+    notes[1]["watched"] = {}
+    assert run.step_times(notes, 10.0)["watched"] == {"launch": [None, 0.3], "switches": [None, 0]}

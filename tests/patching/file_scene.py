@@ -1,6 +1,6 @@
 """A small model that was loaded from a checkpoint file, which is the backup of its merges.
 
-CPU tensors that count as lying on a card go through the ring of buffers; pieces are 256 bytes, the ring holds three.
+CPU tensors that count as lying on a card go through the ring; pieces are 256 bytes, the ring holds three.
 """
 
 import os

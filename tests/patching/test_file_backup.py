@@ -1,10 +1,11 @@
 """Merged weights come back bit for bit from the checkpoint file, and never with other bits, whatever happens to it.
 
-CPU tensors that count as lying on a card go through the ring of buffers; pieces are 256 bytes.
+CPU tensors that count as lying on a card go through the ring; pieces are 256 bytes.
 """
 
 import collections
 import os
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.measure import same_bits
 
 from lib_lora_guard.errors import RestoreError
+from lib_lora_guard.memory.out_of_memory import OutOfMemory
 from lib_lora_guard.patching import file_backup, file_reader, file_sums
 from lib_lora_guard.patching.backup import Where
 from lib_lora_guard.patching.engine import Engine
@@ -52,7 +54,7 @@ def test_any_change_gives_what_ram_backups_give_and_removal_restores_every_bit(t
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_card_reads_the_pinned_ring_of_buffers(tmp_path, monkeypatch):
+def test_a_card_reads_the_pinned_ring(tmp_path, monkeypatch):
     scene = Scene(tmp_path, device="cuda")
     monkeypatch.setattr(file_backup, "lies_in_ram", lambda tensor: tensor.device.type == "cpu")
     for strength in (0.7, -0.3):
@@ -299,15 +301,20 @@ def test_small_parts_go_to_the_card_together_and_large_ones_in_pieces_that_threa
     assert file_reader.loads([]) == []
 
 
-def test_weights_of_one_size_are_compared_at_once(tmp_path, monkeypatch):
+@pytest.fixture
+def large_blocks(monkeypatch):
+    """So large that weights of one size are compared at once."""
+    monkeypatch.setattr(file_backup, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(file_sums, "BLOCK_BYTES", 1 << 20)
+
+
+def test_weights_of_one_size_are_compared_at_once(tmp_path, monkeypatch, large_blocks):
     """Three weights of a size that differ in one bit, at different places: each is told from its neighbours."""
     groups, original = [], WeightFile._compare
     monkeypatch.setattr(
         WeightFile, "_compare", lambda self, group: (groups.append(len(group)), original(self, group))[1]
     )
     scene = Scene(tmp_path, depth=5)
-    monkeypatch.setattr(file_backup, "BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(file_sums, "BLOCK_BYTES", 1 << 20)
     sizes = collections.Counter(scene.originals[key].nbytes for key in scene.keys)
     assert max(sizes.values()) >= 4
     alike = [key for key in scene.keys if scene.originals[key].nbytes == max(sizes, key=sizes.get)]
@@ -328,6 +335,63 @@ def test_weights_of_one_size_are_compared_at_once(tmp_path, monkeypatch):
     assert scene.is_original()
 
 
+def test_weights_of_one_kind_that_differ_do_not_make_the_file_another_one(tmp_path, monkeypatch, large_blocks):
+    """Something has changed all weights of one size: the smallest, of which many would be compared first."""
+    monkeypatch.setattr(file_backup, "MOST_DIFFERENT", 2)
+    scene = Scene(tmp_path, depth=5)
+    smallest = min(scene.originals[key].nbytes for key in scene.keys)
+    changed = {key for key in scene.keys if scene.originals[key].nbytes == smallest}
+    assert len(changed) == 5
+    for key in changed:
+        scene.damage(key)
+    scene.change()
+    places = {key: one.backup.place.where for key, one in scene.engine.attached.items()}
+    assert {key for key, where in places.items() if where is not Where.FILE} == changed
+    scene.remove()
+    assert scene.is_original()
+
+
+def test_where_memory_ends_weights_are_compared_one_by_one(tmp_path, monkeypatch, large_blocks):
+    """There is room for the sums of each weight, and for none of those of several large ones: no copy is made of any."""
+    scene, original, asked = Scene(tmp_path, depth=5), file_backup.checksums, []
+    most = max(scene.originals[key].nbytes for key in scene.keys)
+
+    def planted(flat, factors):
+        asked.append(flat.numel())
+        if flat.numel() > most:
+            raise OutOfMemory[0]("CUDA out of memory. Tried to allocate 64.00 MiB")
+        return original(flat, factors)
+
+    monkeypatch.setattr(file_backup, "checksums", planted)
+    for _ in range(2):  # the second one knows the file's checksums
+        scene.change()
+        assert max(asked) > most
+        assert scene.places() == {Where.FILE}
+        scene.remove()
+        assert scene.is_original()
+        asked.clear()
+
+
+def test_what_was_read_of_a_group_is_freed_before_its_sums_take_memory(tmp_path, monkeypatch, large_blocks):
+    """So a group takes no more of the card than a weight of its size."""
+    read, alive = [], []
+    original_read, original_sums = FileReader.read, file_backup.checksums
+
+    def noted(self, parts, into):
+        read[:] = [weakref.ref(into)] if len(parts) > 1 else []
+        original_read(self, parts, into)
+
+    def planted(flat, factors):
+        alive.extend(one() is not None for one in read)
+        return original_sums(flat, factors)
+
+    monkeypatch.setattr(FileReader, "read", noted)
+    monkeypatch.setattr(file_backup, "checksums", planted)
+    Scene(tmp_path, depth=5).change()
+    assert alive
+    assert not any(alive)
+
+
 @pytest.mark.parametrize(
     ("sizes", "groups"),
     [
@@ -340,10 +404,10 @@ def test_weights_of_one_size_are_compared_at_once(tmp_path, monkeypatch):
     ],
 )
 def test_tensors_are_summed_together_where_no_row_crosses_from_one_to_the_next(sizes, groups, monkeypatch):
-    monkeypatch.setattr(file_sums, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(file_sums, "ROW_WORDS", 32)
     monkeypatch.setattr(file_sums, "SHORTEST_SHARE", 8)
-    assert file_sums.alike(sizes) == groups
+    assert file_sums.alike(sizes, 1000) == groups
+    assert file_sums.alike(sizes, 0) == [[place] for group in groups for place in group]
 
 
 @pytest.mark.parametrize("size", [96, 24, 40, 1000, 4097])
