@@ -46,18 +46,18 @@ def alike(sizes_bytes: Sequence[int], most_bytes: int) -> list[list[int]]:
     some megabytes cost a card.
 
     Returns:
-        Groups of places, by size and then in their order: one, or several of equal sizes without a rest behind their last row, of
+        Groups of places, in the order of their first ones: one, or several of equal sizes without a rest behind their last row, of
         `most_bytes` at most, which is at most BLOCK_BYTES.
     """
     places: dict[int, list[int]] = {}
     for place, size in enumerate(sizes_bytes):
         places.setdefault(size, []).append(place)
     groups = []
-    for size, mine in sorted(places.items()):
+    for size, mine in places.items():
         leaves_no_rest = size > 0 and size % (row_words(size) * 8) == 0
         most = max(1, most_bytes // size) if leaves_no_rest else 1
         groups += [mine[first : first + most] for first in range(0, len(mine), most)]
-    return groups
+    return sorted(groups)
 
 
 def row_words(size_bytes: int) -> int:
