@@ -307,8 +307,8 @@ class Bench:
             "step_before": median(self.steps()),
             "product_mb": product_mb(),
             "kernels_mb": kernels_mb(),
+            "heap_mb": [heap()],
         }
-        result["heap_mb"] = [heap()]
         times = {"apply": [], "apply_again": [], "change": [], "remove": []}
         ram, asked, waits, synchronised, grown = {}, {}, {}, {}, None
         # A copy of a large model takes many seconds.
