@@ -25,6 +25,8 @@ The ways are "file" (the checkpoint is the backup), "ram" (a copy in RAM) and "b
   when it is first used, and keeps it ("kernels_mb");
 - one step of the model with the LoRA, and without (before and after).
 
+"rings" is "file" with other numbers of threads and sizes in turn: medians of a first apply, a change of strength and a removal with each.
+
 Also: the link to the card out of pinned RAM, the file through the ring of `patching/file_reader.py`, the same with other numbers of
 threads and sizes ("rings"), and the same file by one thread. `--threads`, `--ring-mb`, `--piece-mb` and `--share-mb` change the ring for all
 else. "patched bytes / link" is the floor of a change. At the end every weight is compared with the file.
@@ -75,18 +77,19 @@ held = torch.empty(int(free - (leave + 0.5) * 1024**3), dtype=torch.uint8, devic
 print("ready", flush=True)
 time.sleep(3600)
 """
-WAYS = ("file", "ram", "bypass")
+WAYS = ("file", "ram", "bypass", "rings")
 RINGS = (
-    (4, 64, 8, 4),
-    (8, 32, 8, 4),
-    (8, 48, 8, 4),
     (8, 64, 4, 4),
-    (8, 64, 8, 2),
+    (8, 64, 8, 4),
+    (8, 64, 8, 8),
     (8, 64, 16, 4),
+    (8, 32, 4, 4),
+    (12, 64, 4, 4),
     (12, 64, 8, 4),
-    (12, 64, 16, 4),
+    (4, 64, 8, 4),
 )
 """Threads, MB of the ring, of a piece for the card, of one thread's share of it."""
+RING_NAMES = ("THREADS", "RING_BYTES", "PIECE_BYTES", "SHARE_BYTES")
 LEAST_SECONDS, COMPARED_SECONDS = 5, 40
 """Of the time limit: for the end, and for the comparison of 24 GB with their file before it."""
 HAS_CARD = torch.cuda.is_available()
@@ -313,11 +316,7 @@ class Bench:
         ram, asked, waits, synchronised, grown = {}, {}, {}, {}, None
         # A copy of a large model takes many seconds.
         repeats = min(2, self.options.repeats) if name == "ram" else self.options.repeats
-        began, longest = time.perf_counter(), 0.0
-        for _ in range(repeats):
-            this = time.perf_counter()
-            if this - began + longest > seconds and times["apply"]:
-                break
+        for _ in turns(seconds, repeats):
             engine = Engine(weight_files=lambda: [self.path] if name == "file" else [])
 
             def change(kind, strength, engine=engine, wish=wish):
@@ -366,7 +365,6 @@ class Bench:
             change("remove", None)
             ram.setdefault("removed", above(memory(), before))
             del engine, change
-            longest = max(longest, time.perf_counter() - this)
         result["step_after"] = median(self.steps())
         without = (result["step_before"] + result["step_after"]) / 2
         result |= {kind: summary(found) for kind, found in times.items()}
@@ -377,6 +375,25 @@ class Bench:
             "cpu_threads": torch.get_num_threads(),
         }
         return result | {"ram": ram, "asked_of_the_driver": asked, "step_ratio": round(result["step"] / without, 4)}
+
+    def rings(self, seconds):
+        """Measures RINGS in turn, as often as there is time for all."""
+        found = {}
+        for _ in turns(seconds):
+            for ring in RINGS:
+                with ring_of(ring) as label:
+                    times = found.setdefault(label, {"apply": [], "change": [], "remove": []})
+                    engine = Engine(weight_files=lambda: [self.path])
+                    for kind, strength in (("apply", 1.0), ("change", 0.6), ("remove", None)):
+                        gc.collect()
+                        synchronize()
+                        started = time.perf_counter()
+                        engine.change(self.access, self.requests(strength), Wish.PREFER_MERGE)
+                        engine.bring_factors(self.access)
+                        synchronize()
+                        times[kind].append(time.perf_counter() - started)
+        medians = {ring: {kind: median(spent) for kind, spent in times.items()} for ring, times in found.items()}
+        return {"way": "rings", "count": len(next(iter(found.values()))["apply"]), "rings": medians}
 
     def changed_weights(self):
         """Returns the parameters that differ from the file, of those that there is time for, and how many these are."""
@@ -418,14 +435,9 @@ class Bench:
             return rate
 
         found["ring"] = through_ring()
-        names = ("THREADS", "RING_BYTES", "PIECE_BYTES", "SHARE_BYTES")
-        usual = {name: getattr(file_reader, name) for name in names}
-        for threads, *sizes_mb in RINGS:
-            for name, value in zip(names, (threads, *(size * MB for size in sizes_mb)), strict=True):
-                setattr(file_reader, name, value)
-            found["ring {} threads, {} MB, pieces of {}, shares of {}".format(threads, *sizes_mb)] = through_ring()
-        for name, value in usual.items():
-            setattr(file_reader, name, value)
+        for ring in RINGS:
+            with ring_of(ring) as label:
+                found[f"ring {label}"] = through_ring()
         size = min(size, GB)
         here = torch.empty(file_reader.PIECE_BYTES, dtype=torch.uint8)
 
@@ -437,6 +449,31 @@ class Bench:
 
         found["one_thread"] = size / best(by_one, 3) / GB
         return {name: round(rate, 2) for name, rate in found.items()}
+
+
+def turns(seconds, most=1000):
+    """Yields as often as there is time for another turn like the longest, and once in any case."""
+    began, longest = time.perf_counter(), 0.0
+    for number in range(most):
+        this = time.perf_counter()
+        if number and this - began + longest > seconds:
+            return
+        yield number
+        longest = max(longest, time.perf_counter() - this)
+
+
+@contextlib.contextmanager
+def ring_of(ring):
+    """Has the files read with other numbers of threads and sizes, one of RINGS; yields what it is called."""
+    usual = {name: getattr(file_reader, name) for name in RING_NAMES}
+    threads, *sizes_mb = ring
+    for name, value in zip(RING_NAMES, (threads, *(size * MB for size in sizes_mb)), strict=True):
+        setattr(file_reader, name, value)
+    try:
+        yield "{} threads, {} MB, pieces of {}, shares of {}".format(*ring)
+    finally:
+        for name, value in usual.items():
+            setattr(file_reader, name, value)
 
 
 class Peak(threading.Thread):
@@ -697,7 +734,7 @@ def main():
             if share <= 0 and result["ways"]:
                 result["ways"].append({"way": name, "left_out": "time"})
                 continue
-            result["ways"].append(bench.way(name, peak, share))
+            result["ways"].append(bench.rings(share) if name == "rings" else bench.way(name, peak, share))
             print(json.dumps(result["ways"][-1]), flush=True)
             keep(options.out, earlier, result)
         compared = bench.changed_weights() | {"seconds": round(time.perf_counter() - bench.started, 1)}

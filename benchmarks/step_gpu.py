@@ -1,6 +1,6 @@
 """What a LoRA costs the linear layers and the attention of one Flux-dev step on a card, with all weights on it.
 
-    python benchmarks/step_gpu.py --commit HASH --json benchmarks/results/step-HASH.json [--time-limit 220] [--cases "fp8 lora 64"] [--smoke]
+    python benchmarks/step_gpu.py --commit HASH --json benchmarks/results/step-HASH.json [--time-limit 220] [--cases "fp8 lora 64"] [--kernels] [--smoke]
 
 A case is `storage kind rank`, for several LoRAs `storage kind COUNTxRANK`, and `@512` or `@768` for a smaller image; of LoKr the rank is the
 number of blocks a side. Three ways take turns step by step, each with the guard's own code: `host` has no LoRA, `guard` goes as a user's
@@ -13,6 +13,8 @@ random, one for each shape. Milliseconds are medians of `--steps` steps, by CUDA
 from plain torch's, relative to what the LoRA changes: activations in bf16 make a tenth or two.
 
 The cases of the first goals come first; what does not fit into `--time-limit` is left out and named. NF4 needs bitsandbytes.
+`--kernels` also prints what the card's kernels take in five steps of the host's way and of the guard's in turn, by name.
+
 The file is one that `benchmarks/plots.py` draws. `--smoke` runs all cases on the CPU with tiny sizes, plain torch in the kernels' place.
 """
 
@@ -23,6 +25,7 @@ import statistics
 import sys
 import time
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -301,7 +304,7 @@ def off(ways, x):
     return {way: round(value, 4) for way, value in worst.items()}
 
 
-def measure(case, model, steps):
+def measure(case, model, steps, prints_kernels=False):
     """Returns the row of a case."""
     ways = {"host": model.layers, "guard": model.with_loras(case, True), "plain": model.with_loras(case, False)}
     if case.kind == "lora" and (case.storage == "fp8" or case in FIRST):
@@ -313,12 +316,40 @@ def measure(case, model, steps):
     faults = off(ways, x)
     times = milliseconds(ways, x, 1 if SMOKE else steps)
     ms = {way: round(statistics.median(found), 3) for way, found in times.items()}
+    if prints_kernels:
+        print_kernels(ways, x)
     return {
         "what": "step", "storage": case.storage, "kind": case.kind, "ranks": [case.rank] * case.count, "tokens": case.image_tokens,
         "size": case.size, "fused": bool(keys) and all(CHOICE.takes(key) for key in keys), "ms": ms,
         "spread": {way: round((max(found) - min(found)) / ms[way], 3) for way, found in times.items()},
         "ratio": {way: round(ms[way] / ms["host"], 4) for way in ms if way != "host"}, "off": faults,
     }  # fmt: skip
+
+
+def kernels_of(ways, order, x):
+    """Returns the card's kernels of steps of ways, one after the other, in the order in which they ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for way in order:
+            step(ways[way], x)
+        torch.cuda.synchronize()
+    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sorted(found, key=lambda event: event.time_range.start)
+
+
+def print_kernels(ways, x, steps=5, most=12):
+    """Prints what the card's kernels take of a step, by name, while it works without a pause: each way in turn."""
+    counts = {way: len(kernels_of(ways, [way], x)) for way in ("host", "guard")}
+    events, sums = iter(kernels_of(ways, [*counts] * steps, x)), {way: {} for way in counts}
+    for way, count in [*counts.items()] * steps:
+        for event in islice(events, count):
+            number, spent = sums[way].get(event.name, (0, 0.0))
+            sums[way][event.name] = number + 1, spent + event.device_time_total / 1e3
+    for way, found in sums.items():
+        print(f"{way}: {sum(spent for _, spent in found.values()) / steps:.2f} ms of kernels a step")
+        for name, (count, spent) in sorted(found.items(), key=lambda one: -one[1][1])[:most]:
+            print(
+                f"  {spent / steps:8.3f} ms, {count // steps} of {spent / count * 1e3:.2f} us  {name[:90]}", flush=True
+            )
 
 
 def prepare(cases, models):
@@ -342,6 +373,7 @@ def main():
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -366,7 +398,7 @@ def main():
             print("left out, time is up:", case, flush=True)
             continue
         try:
-            rows.append(measure(case, models[case.storage], options.steps))
+            rows.append(measure(case, models[case.storage], options.steps, options.kernels and not SMOKE))
             print(json.dumps(rows[-1]), flush=True)
         except Exception as error:
             print("FAILED", case, type(error).__name__, str(error)[:500], flush=True)

@@ -5,12 +5,14 @@
 Layers of Flux's largest shape (21504 x 3072, fp8) with a LoRA of rank 16 each, called one after the other as in a step, by the guard's own
 code (`patching/fused.py`, `patching/swapped_ahead.py`). Every fifth one lies in pinned RAM. Milliseconds are medians of `--passes`, by CUDA
 events; outputs have to be the same bits in all ways. "peak_mb" is what torch's allocator has had beside what was there before a pass.
+"processor_us": what a call of one layer takes of the processor, on 512 tokens, while the card is busy with something else.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,6 +30,8 @@ from lib_lora_guard.patching.fused_choice import CHOICE
 ROWS, COLUMNS, TOKENS, RANK = 21504, 3072, 4608, 16
 DEVICE, DTYPE = torch.device("cuda:0"), torch.bfloat16
 MB = 1 << 20
+BUSY_CYCLES = 60_000_000
+"""Some 30 ms: longer than the processor needs for a pass."""
 
 
 def layers_of(count, every):
@@ -76,6 +80,22 @@ def measure(layers, x, passes):
     return round(statistics.median(times), 2), round(peak, 1), [float(total) for total in totals]
 
 
+def processor_us(layers, passes):
+    """Returns the processor's microseconds for a call: the medians of layers on the card, and of those in RAM."""
+    x, spent = torch.randn(1, 512, COLUMNS, device=DEVICE).to(DTYPE), {"resident": [], "swapped": []}
+    for number in range(passes + 2):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(BUSY_CYCLES)
+        for layer, short, _ in layers:
+            begin = time.perf_counter()
+            short.run(layer, x)
+            took = time.perf_counter() - begin
+            if number > 1:
+                spent["resident" if layer.weight.device.type == "cuda" else "swapped"].append(took * 1e6)
+    torch.cuda.synchronize()
+    return {kind: round(statistics.median(found), 1) for kind, found in spent.items() if found}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=60)
@@ -99,6 +119,7 @@ def main():
             assert fused.AHEAD is swapped_ahead.AHEAD
             with CHOICE.image():
                 row[f"{way}_ms"], row[f"{way}_peak_mb"], found[way] = measure(layers, x, options.passes)
+                row[f"{way}_processor_us"] = processor_us(layers, options.passes)
         for layer, _, _ in layers:
             if layer.weight.device.type == "cpu":
                 layer.weight = torch.nn.Parameter(layer.weight.data.to(DEVICE), requires_grad=False)

@@ -11,6 +11,7 @@ gets an equal share of what is left, so put the fast one first, and the part of 
 
     --ways: stock (Automatic), fp16 ("(fp16 LoRA)"), guard (this checkout), NAME=FOLDER or the name of a folder in --builds;
         guard+LORA_GUARD_KERNELS=0 sets a variable of its host
+    --beside: ways of an earlier call with the same --work, whose pictures are compared too: of another setting in --flags, say
     --plan: STEPS, STEPS:DAY or STEPS:DAY@WAY (for one way), several in one process, e.g. 50:long 4:three@guard 4
     --checkpoint NAME --loras A=NAME B=NAME: existing files instead of made ones; with --cpu a trial without a GPU
 
@@ -247,7 +248,8 @@ class WayRun:
         folder = options.work / "pictures" / kind
         folder.mkdir(parents=True, exist_ok=True)
         name = case.name.replace(" ", "_").replace(",", "")
-        others = {way.name: folder / f"{way.file_name}.{name}.npy" for way in options.ways if way.name != self.way.name}
+        ways = [way for way in (*options.ways, *options.beside) if way.name != self.way.name]
+        others = {way.name: folder / f"{way.file_name}.{name}.npy" for way in ways}
         np.save(folder / f"{self.way.file_name}.{name}.npy", picture)
         apart = {other: levels_apart(picture, np.load(path)) for other, path in others.items() if path.exists()}
         return {"from_ways": apart} if apart else {}
@@ -341,6 +343,7 @@ def parse(arguments=None):
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--plan", nargs="+", default=["4"], metavar="STEPS[:DAY]")
     parser.add_argument("--ways", nargs="+", default=["stock", "fp16", "guard"], metavar="WAY")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="WAY")
     parser.add_argument("--builds", type=Path, help="a folder of builds of the guard, for their names in --ways")
     parser.add_argument(
         "--slow-link-gb-s", "--link-gb-s", type=float, help="slow copies between RAM and card down to this rate"
@@ -357,7 +360,9 @@ def parse(arguments=None):
     options = parser.parse_args(arguments)
     try:
         options.plan = [days.Part.parse(text) for text in options.plan]
-        options.ways = [Way.parse(text, options.builds) for text in options.ways]
+        options.ways, options.beside = (
+            [Way.parse(text, options.builds) for text in texts] for texts in (options.ways, options.beside)
+        )
     except ValueError as error:
         parser.error(str(error))
     # A host that plays no part would take its start from the others' time.

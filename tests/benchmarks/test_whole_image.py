@@ -254,6 +254,39 @@ def test_the_runs_behind_the_promises_can_be_read(name):
     assert {way.name for way in options.ways} >= {"stock" if name.startswith("neo") else "fp16"}
 
 
+def test_pictures_are_compared_with_those_of_ways_of_an_earlier_call(tmp_path):
+    numpy = pytest.importorskip("numpy")
+
+    def made(text, beside, level):
+        arguments = [
+            "--host",
+            "forge",
+            "--root",
+            ".",
+            "--models",
+            "m",
+            "--work",
+            str(tmp_path),
+            "--out",
+            "o",
+            "--ways",
+            text,
+        ]
+        options = run.parse([*arguments, *(["--beside", *beside] if beside else [])])
+        one = run.WayRun(options, options.ways[0], None, None, None, None, 0)
+        return one.beside_other_ways(options.plan[0], day.Case("no LoRA"), numpy.full((2, 2, 3), level, numpy.uint8))
+
+    reference = "guard+REFERENCE=1"
+    assert made("guard", [], 5) == {}
+    assert made(reference, [], 8) == {}
+    assert made("stock", ["guard", reference], 7) == {
+        "from_ways": {
+            "guard": {"max_levels": 2, "mean_levels": 2.0},
+            reference: {"max_levels": 1, "mean_levels": 1.0},
+        }
+    }
+
+
 def test_step_times_come_from_the_notes():
     times = [("step begins", 12.0), ("step ended", 13.5), ("step begins", 14.0), ("step ended", 14.4)]
     times += [("step begins", 15.0), ("step ended", 15.6), ("step begins", 16.0)]
