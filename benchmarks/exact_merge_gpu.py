@@ -28,7 +28,7 @@ The ways are "file" (the checkpoint is the backup), "ram" (a copy in RAM) and "b
 "rings" is "file" with other numbers of threads and sizes in turn: medians of a first apply, a change of strength and a removal with each.
 
 Also: the link to the card out of pinned RAM, the file through the ring of `patching/file_reader.py`, the same with other numbers of
-threads and sizes ("rings"), and the same file by one thread. `--threads`, `--ring-mb`, `--piece-mb` and `--share-mb` change the ring for all
+threads and sizes ("rings"), and the same file by one thread. `--threads`, `--ring-mb` and `--piece-mb` change the ring for all
 else. "patched bytes / link" is the floor of a change. At the end every weight is compared with the file.
 """
 
@@ -78,18 +78,9 @@ print("ready", flush=True)
 time.sleep(3600)
 """
 WAYS = ("file", "ram", "bypass", "rings")
-RINGS = (
-    (8, 64, 4, 4),
-    (8, 64, 8, 4),
-    (8, 64, 8, 8),
-    (8, 64, 16, 4),
-    (8, 32, 4, 4),
-    (12, 64, 4, 4),
-    (12, 64, 8, 4),
-    (4, 64, 8, 4),
-)
-"""Threads, MB of the ring, of a piece for the card, of one thread's share of it."""
-RING_NAMES = ("THREADS", "RING_BYTES", "PIECE_BYTES", "SHARE_BYTES")
+RINGS = ((8, 64, 4), (8, 64, 2), (8, 64, 8), (8, 32, 4), (12, 64, 4), (4, 64, 4))
+"""Threads, MB of the ring, of a piece."""
+RING_NAMES = ("THREADS", "RING_BYTES", "PIECE_BYTES")
 LEAST_SECONDS, COMPARED_SECONDS = 5, 40
 """Of the time limit: for the end, and for the comparison of 24 GB with their file before it."""
 HAS_CARD = torch.cuda.is_available()
@@ -106,8 +97,7 @@ def arguments():
     parser.add_argument("--folder", type=Path, default=Path("."), help="for the checkpoint file: on a disk, not in RAM")
     parser.add_argument("--threads", type=int, help="that read the file")
     parser.add_argument("--ring-mb", type=int, help="MB of the ring")
-    parser.add_argument("--piece-mb", type=int, help="MB that the card gets at once")
-    parser.add_argument("--share-mb", type=int, help="MB that one thread reads at once")
+    parser.add_argument("--piece-mb", type=int, help="MB that one thread reads, and the card gets, at once")
     parser.add_argument("--small", action="store_true")
     parser.add_argument(
         "--time-limit", type=float, default=540, help="seconds; what is not reached by then is left out"
@@ -226,7 +216,7 @@ class Bench:
             count = torch.Size(size).numel() * 2
             table[name] = {"dtype": kind, "shape": list(size), "data_offsets": [end, end + count]}
             end += count
-        head = json.dumps(table).encode()
+        head = json.dumps(table, separators=(",", ":")).encode()  # as the library writes it
         head += b" " * (-len(head) % 8)
         part = self.path.with_suffix(".part")
         with part.open("wb") as file:
@@ -470,7 +460,7 @@ def ring_of(ring):
     for name, value in zip(RING_NAMES, (threads, *(size * MB for size in sizes_mb)), strict=True):
         setattr(file_reader, name, value)
     try:
-        yield "{} threads, {} MB, pieces of {}, shares of {}".format(*ring)
+        yield "{} threads, {} MB, pieces of {}".format(*ring)
     finally:
         for name, value in usual.items():
             setattr(file_reader, name, value)
@@ -701,7 +691,7 @@ def main():
     if options.small and not HAS_CARD:
         for_small()
     file_reader.THREADS = options.threads or file_reader.THREADS
-    for name in ("ring", "piece", "share"):
+    for name in ("ring", "piece"):
         if (size_mb := getattr(options, f"{name}_mb")) is not None:
             setattr(file_reader, f"{name.upper()}_BYTES", size_mb * MB)
     ballast = None

@@ -366,7 +366,7 @@ def leave_originals_to_file(path):
     for module in (merge_attachment, backup, file_backup):
         module.lies_in_ram = lambda tensor: False
     file_backup.LEAST_BYTES = file_backup.SMALLEST_BYTES = file_backup.LEAST_BYTES_PER_SECOND = 0
-    file_reader.PIECE_BYTES, file_reader.SHARE_BYTES = 256, 96
+    file_reader.PIECE_BYTES = 256
     engine.Engine.__init__.__defaults__ = (*engine.Engine.__init__.__defaults__[:-1], lambda: [path])
 
 

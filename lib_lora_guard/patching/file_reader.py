@@ -2,9 +2,9 @@
 
 One thread copies 5 to 8 GB/s out of the system's page cache, and the card takes several times as much. So a few threads
 read ahead into a ring (`ring_memory.py`), in the order in which the parts will be asked for, also while the card works on
-what it has. The card gets pieces of 16 MB, because each one costs the thread that asks for them time, and each is filled by four threads.
-The ring holds more than the threads write: they need not wait for the card, which reads some of it. The file is read, never
-mapped: a mapped file that is truncated kills the process.
+what it has. Each fills a piece of 4 MB, which the card gets at once: larger ones cost the thread that asks for them less time, and
+leave the threads fewer to fill (docs/gpu.md). The ring holds more than the threads write: they need not wait for the card, which reads
+some of it. The file is read, never mapped: a mapped file that is truncated kills the process.
 
 The file stays open from `open` to `close`. Windows refuses to delete, rename or write it meanwhile, and lets others read
 it. Elsewhere a deleted file lives on with the handle; one that is written in place has other bytes.
@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -35,10 +35,8 @@ from .spool import memory_of
 
 T = TypeVar("T")
 
-PIECE_BYTES = 16 * MB
-"""Of what the card gets at once."""
-SHARE_BYTES = 4 * MB
-"""Of what one thread reads at once."""
+PIECE_BYTES = 4 * MB
+"""Of what one thread reads, and the card gets, at once."""
 RING_BYTES = 64 * MB
 """Of RAM: all that it takes. torch rounds pinned memory up to a power of two."""
 THREADS = 8
@@ -102,7 +100,7 @@ class FileReader:
         self._threads: ReadingThreads | None = None
         self._ring: RingMemory | None = None
         self._planned: deque[Load] = deque()
-        self._under_way: deque[tuple[Load, Span, list[Task[None]]]] = deque()
+        self._under_way: deque[tuple[Load, Span, Task[None]]] = deque()
         self._is_reading = False
         try:
             # A handle for each thread: reads through one wait for each other on Windows.
@@ -173,7 +171,7 @@ class FileReader:
             threads = self._running()
             tasks = [
                 threads.submit(partial(fill, piece, into.narrow(0, piece.start - part.start, piece.bytes)))
-                for piece in pieces(part, SHARE_BYTES)
+                for piece in pieces(part)
             ]
             found = [task.result() for task in tasks]
             self._is_reading = False
@@ -223,9 +221,8 @@ class FileReader:
         stream = torch.cuda.current_stream(into.device) if ring.is_pinned else None
         for _ in wanted:
             self._read_ahead(ring)
-            _, span, tasks = self._under_way.popleft()
-            for task in tasks:
-                task.result()
+            _, span, task = self._under_way.popleft()
+            task.result()
             size = len(span.bytes)
             into.narrow(0, done, size).copy_(span.memory, non_blocking=ring.is_pinned)
             ring.give(span, stream)
@@ -242,22 +239,17 @@ class FileReader:
                     return
                 ring.wait()
                 continue
-            threads = self._running()
-            # The tasks hold the memory, whatever happens to the ring.
-            tasks = [
-                threads.submit(partial(_fill, share=share, place=place, span=span)) for place, share in shares(load)
-            ]
-            self._under_way.append((load, span, tasks))
+            # The task holds the memory, whatever happens to the ring.
+            self._under_way.append((load, span, self._running().submit(partial(_fill, load=load, span=span))))
             self._planned.popleft()
 
     def _plan(self, ring: RingMemory, planned: Iterable[Load]) -> None:
         """Forgets what was planned, and begins with something else."""
         while self._under_way:
-            _, span, tasks = self._under_way.popleft()
-            for task in tasks:
-                # Its memory is free when it has ended, however it ends.
-                with contextlib.suppress(OSError, ValueError):
-                    task.result()
+            _, span, task = self._under_way.popleft()
+            # Its memory is free when it has ended, however it ends.
+            with contextlib.suppress(OSError, ValueError):
+                task.result()
             ring.give(span)
         self._planned = deque(planned)
         self._read_ahead(ring)
@@ -296,44 +288,33 @@ else:
         return os.preadv(file.fileno(), (into,), start)
 
 
-def _fill(file: FileIO, share: Load, place: int, span: Span) -> None:
-    for piece in share:
+def _fill(file: FileIO, load: Load, span: Span) -> None:
+    place = 0
+    for piece in load:
         read_piece(file, piece, span.bytes[place : place + piece.bytes])
         place += piece.bytes
 
 
 def loads(parts: Sequence[Piece]) -> list[Load]:
     """Puts parts together, and cuts them, into what the card gets at once."""
-    return list(_filled((piece for part in parts for piece in pieces(part)), PIECE_BYTES))
-
-
-def shares(load: Load) -> list[tuple[int, Load]]:
-    """Cuts a load into what threads read at once, each with its place in the load's memory."""
-    found, place = [], 0
-    for share in _filled((piece for part in load for piece in pieces(part, SHARE_BYTES)), SHARE_BYTES):
-        found.append((place, share))
-        place += sum(piece.bytes for piece in share)
+    found: list[Load] = []
+    load: list[Piece] = []
+    size = 0
+    for part in parts:
+        for piece in pieces(part):
+            if load and size + piece.bytes > PIECE_BYTES:
+                found.append(tuple(load))
+                load, size = [], 0
+            load.append(piece)
+            size += piece.bytes
+    if load:
+        found.append(tuple(load))
     return found
 
 
-def _filled(found: Iterable[Piece], most_bytes: int) -> Iterator[Load]:
-    """Yields pieces in groups of a size at most."""
-    group: list[Piece] = []
-    size = 0
-    for piece in found:
-        if group and size + piece.bytes > most_bytes:
-            yield tuple(group)
-            group, size = [], 0
-        group.append(piece)
-        size += piece.bytes
-    if group:
-        yield tuple(group)
-
-
-def pieces(part: Piece, size_bytes: int | None = None) -> list[Piece]:
-    """Cuts a part into pieces of a size; None: of PIECE_BYTES."""
-    size = PIECE_BYTES if size_bytes is None else size_bytes
+def pieces(part: Piece) -> list[Piece]:
+    """Cuts a part into pieces of PIECE_BYTES."""
+    size, end = PIECE_BYTES, part.start + part.bytes
     if 0 < part.bytes <= size:
         return [part]
-    end = part.start + part.bytes
     return [Piece(start, min(size, end - start)) for start in range(part.start, end, size)]

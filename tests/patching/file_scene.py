@@ -28,7 +28,6 @@ def lay_on_card(monkeypatch):
         monkeypatch.setattr(module, "lies_in_ram", lambda tensor: False)
     monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 64)
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 256)
-    monkeypatch.setattr(file_reader, "SHARE_BYTES", 96)
     monkeypatch.setattr(file_reader, "RING_BYTES", 768)
     monkeypatch.setattr(file_sums, "ROW_WORDS", 4)
     for module in (file_sums, file_backup):

@@ -177,7 +177,6 @@ class Changes(RuleBasedStateMachine):
         for name, value in {"LEAST_BYTES": 0, "SMALLEST_BYTES": 0, "JUDGED_BYTES": 1 << 40}.items():
             self.patch.setattr(file_backup, name, value)
         self.patch.setattr(file_reader, "PIECE_BYTES", 256)
-        self.patch.setattr(file_reader, "SHARE_BYTES", 96)
         self.folder = Path(tempfile.mkdtemp())
         path = self.folder / "model.safetensors"
         save_file({name: p.data.clone() for name, p in self.model.named_parameters()}, path)

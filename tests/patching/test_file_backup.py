@@ -285,9 +285,8 @@ def test_reading_ahead_gives_the_right_bytes_whatever_is_asked_for_next(tmp_path
     reader.close()
 
 
-def test_small_parts_go_to_the_card_together_and_large_ones_in_pieces_that_threads_share(monkeypatch):
+def test_small_parts_go_to_the_card_together_and_large_ones_in_pieces(monkeypatch):
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 100)
-    monkeypatch.setattr(file_reader, "SHARE_BYTES", 40)
     a, b, c = Piece(500, 30), Piece(0, 60), Piece(90, 220)
     assert file_reader.loads([a, b, c]) == [
         (a, b),
@@ -295,9 +294,8 @@ def test_small_parts_go_to_the_card_together_and_large_ones_in_pieces_that_threa
         (Piece(190, 100),),
         (Piece(290, 20),),
     ]
-    assert file_reader.shares((a, b)) == [(0, (a,)), (30, (Piece(0, 40),)), (70, (Piece(40, 20),))]
-    few = tuple(Piece(start, 15) for start in (7, 900, 400))
-    assert file_reader.shares(few) == [(0, few[:2]), (30, few[2:])]
+    few = tuple(Piece(start, 40) for start in (7, 900, 400))
+    assert file_reader.loads(few) == [few[:2], few[2:]]
     assert file_reader.loads([]) == []
 
 
