@@ -52,6 +52,8 @@ LAYERS = (
 )  # fmt: skip
 """Name, out, in, tokens, number in a step."""
 CASES = "fp8:16,fp8:64,nf4:16,nf4:96,Q8_0:16,Q4_K:16,Q4_0:16,int8:16,fp8:128,nf4:64,fp8 scaled:16,nf4 nested:16,fp4:16,Q5_0:16,Q5_K:16,Q6_K:16,fp8:256"
+SPANNED = ((64, 64, 4), (128, 64, 8), (64, 128, 8), (64, 128, 4))
+"""Tiles of four bits that are tried with several a program."""
 JOINED = {96: 3}
 """Ranks that are several LoRAs joined, each with a strength of its own."""
 DEVICE = torch.device("cpu" if SMOKE else "cuda:0")
@@ -299,10 +301,7 @@ def tiles_of(name, rank):
         tile for tile in found if 2048 <= tile.rows * tile.columns <= 16384 and (name != "Q6_K" or tile.columns >= 128)
     ]
     if rank and name.split()[0] in ("nf4", "fp4"):
-        found += [
-            Tile(*tile, *more)
-            for tile, more in product(((64, 64, 4), (128, 64, 8), (64, 128, 8)), ((4, 2), (4, 3), (8, 2), (8, 3)))
-        ]
+        found += [Tile(*tile, *more) for tile, more in product(SPANNED, ((4, 2), (4, 3), (8, 2), (8, 3)))]
     return found
 
 

@@ -22,6 +22,9 @@ def outside_inference(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not (torch.is_inference_mode_enabled() or torch.is_grad_enabled()):
+            # Inside another one: hundreds of weights of one change.
+            return function(*args, **kwargs)
         with torch._C._InferenceMode(False):
             torch._C._set_grad_enabled(False)
             return function(*args, **kwargs)

@@ -56,9 +56,15 @@ def merge(
     """
     data, terms = original.detach(), tuple(terms)
     size = min(slice_bytes, data.numel() * _compute_dtype(data).itemsize)
-    if keep_shape(terms, tuple(data.shape)) and (first := _slices(terms, 0, data, size)) is not None:
-        return _merge_slices(data, terms, device, out_dtype, size, first)
-    return _merge_whole(data, terms, device, out_dtype)
+    if not keep_shape(terms, tuple(data.shape)) or (first := _slices(terms, 0, data, size)) is None:
+        return _merge_whole(data, terms, device, out_dtype)
+    if (
+        len(first) == 1
+        and data.device == device
+        and (merged := _merge_at_once(data, first[0][2], out_dtype)) is not None
+    ):
+        return merged
+    return _merge_slices(data, terms, device, out_dtype, size, first)
 
 
 def term_rows(term: Term, start: int, length: int, shape: Shape) -> Term | Literal["nothing"] | None:
@@ -83,6 +89,21 @@ def term_rows(term: Term, start: int, length: int, shape: Shape) -> Term | Liter
         part, first, length = Slice(0, low - start, high - low), low - part.start, high - low
     adapter = term.adapter.rows(first, length)
     return None if adapter is None else replace(term, adapter=adapter, part=part)
+
+
+def _merge_at_once(data: torch.Tensor, terms: Sequence[Term], out_dtype: torch.dtype) -> torch.Tensor | None:
+    """Merges one slice that is the whole weight, where it lies, in as few calls as there are: most weights of small models.
+
+    Returns:
+        None, with nothing done, where the memory is not enough.
+    """
+    try:
+        scratch = data.to(_compute_dtype(data), copy=True, memory_format=torch.contiguous_format)
+        return _checked(apply_terms(scratch, terms), data).to(out_dtype, copy=True).contiguous()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def _merge_slices(
@@ -114,10 +135,13 @@ def _merge_slices(
 def _merge_rows(rows: torch.Tensor, terms: Sequence[Term], result: torch.Tensor, device: torch.device) -> None:
     # A function of its own: its locals are freed before the next slice is made, and after a failure.
     scratch = _scratch(rows, device)
-    patched = apply_terms(scratch, terms)
+    result.copy_(_checked(apply_terms(scratch, terms), rows))
+
+
+def _checked(patched: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if patched.shape != rows.shape:
         raise mismatch("a slice of rows", patched.shape, rows.shape)
-    result.copy_(patched)
+    return patched
 
 
 def _merge_whole(

@@ -366,3 +366,39 @@ def test_a_tensor_that_another_extension_returns_is_copied():
     result = merge(rand(8, 4, seed=9), (term,), device=CPU, out_dtype=torch.float32)
     assert same_bits(result, theirs)
     assert result.data_ptr() != theirs.data_ptr()
+
+
+class Calls(TorchDispatchMode):
+    """Names what torch is asked to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_weight_of_one_slice_is_merged_in_few_calls():
+    """A model has hundreds of them, and each call takes the processor as long as it takes a card."""
+    weight, terms = rand(64, 32, seed=3).to(torch.bfloat16), terms_of(entry("lora", (64, 32)))
+    with torch.no_grad(), Calls() as calls:
+        merged = merge(weight, terms, device=CPU, out_dtype=torch.bfloat16)
+    assert [name for name in calls.names if name not in ("view", "detach", "_unsafe_view", "t")] == [
+        "_to_copy",
+        "addmm_",
+        "_to_copy",
+    ]
+    with torch.no_grad(), Calls() as calls:
+        assert same_bits(
+            merging._merge_slices(weight, terms, CPU, torch.bfloat16, 1 << 20, [(0, 64, list(terms))]), merged
+        )
+    assert len(calls.names) > 5
+
+
+def test_a_weight_whose_memory_lies_across_is_merged_at_once_into_memory_that_does_not():
+    weight, terms = rand(32, 64, seed=3).t(), terms_of(entry("lora", (64, 32)))
+    merged = merge(weight, terms, device=CPU, out_dtype=torch.float32)
+    assert merged.is_contiguous()
+    assert same_bits(merged, whole(weight.contiguous(), terms))
