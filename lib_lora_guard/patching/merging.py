@@ -98,8 +98,8 @@ def _merge_at_once(data: torch.Tensor, terms: Sequence[Term], out_dtype: torch.d
         None, with nothing done, where the memory is not enough.
     """
     try:
-        scratch = data.to(_compute_dtype(data), copy=True, memory_format=torch.contiguous_format)
-        return _checked(apply_terms(scratch, terms), data).to(out_dtype, copy=True).contiguous()
+        patched = _checked(apply_terms(_scratch(data, data.device), terms), data)
+        return patched.to(out_dtype, copy=True).contiguous()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -244,7 +244,10 @@ def _compute_dtype(data: torch.Tensor) -> torch.dtype:
 
 def _scratch(data: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies `data` into memory to compute in. It goes to the device in its own dtype: 16 bits are half the bytes."""
-    return torch.empty(data.shape, dtype=_compute_dtype(data), device=device).copy_(data.to(device))
+    dtype = _compute_dtype(data)
+    if data.device == device:
+        return data.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return torch.empty(data.shape, dtype=dtype, device=device).copy_(data.to(device))
 
 
 def _room(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -28,6 +28,7 @@ from contract.savers import (
     patcher_of,
     truth,
 )
+from lib_lora_guard.patching import merging
 
 
 @pytest.mark.parametrize("storage", DTYPES)
@@ -157,14 +158,14 @@ def sure_failure(kind, monkeypatch, tmp_path):
         shared.state = State()
         monkeypatch.setitem(sys.modules, "modules.shared", shared)
         return Exception, "interrupted"
-    original = torch.empty
+    original = merging.apply_terms
 
     def failing(*args, **kwargs):
         if any(f.function == "value" for f in inspect.stack()[:12]):
             raise MemoryError("planted")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "empty", failing)
+    monkeypatch.setattr(merging, "apply_terms", failing)
     return MemoryError, "memory"
 
 
