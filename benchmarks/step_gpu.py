@@ -3,7 +3,7 @@
     python benchmarks/step_gpu.py --commit HASH --json benchmarks/results/step-HASH.json [--time-limit 220] [--cases "fp8 lora 64"] [--kernels] [--smoke]
 
 A case is `storage kind rank`, for several LoRAs `storage kind COUNTxRANK`, and `@512` or `@768` for a smaller image; of LoKr the rank is the
-number of blocks a side. Three ways take turns step by step, each with the guard's own code: `host` has no LoRA, `guard` goes as a user's
+number of blocks a side. Three ways take turns step by step in a changing order, each with the guard's own code: `host` has no LoRA, `guard` goes as a user's
 step does, with its fused kernels where they are taken, `plain` is the same in plain torch. Of LoRAs of fp8 and of the first goals two
 more are tried, which the guard does not have: `weight` adds the product to the temporary weight in plain torch, `wider` (fp8) makes that weight with
 the ranks as further columns, so that the layer's own product adds them. A step is the sequence of 19 double and 38
@@ -21,6 +21,7 @@ The file is one that `benchmarks/plots.py` draws. `--smoke` runs all cases on th
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -272,10 +273,12 @@ def step(layers, x):
 
 
 def milliseconds(ways, x, steps):
-    """Returns the times of the steps of each way; they take turns."""
-    times = {way: [] for way in ways}
+    """Returns the times of the steps of each way; they take turns, each time in another order: what a step before has left of the
+    card's power and heat is not always the same way's."""
+    times, order = {way: [] for way in ways}, random.Random(0)
     for number in range(steps + 2):
-        for way, layers in ways.items():
+        for way in order.sample([*ways], len(ways)):
+            layers = ways[way]
             if SMOKE:
                 begin = time.perf_counter()
                 step(layers, x)
