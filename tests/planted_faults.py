@@ -212,7 +212,8 @@ FAULTS = [
     Fault("a text is taken for a strength", "if not isinstance(strength, (bool, str, bytes)):", "if True:", "hosts", "hosts/plain/test_stack_argument.py"),
     Fault("scales of any shape are multiplied", "        if scale.numel() != 1 and scale.shape != ", "        if False and scale.shape != ", "hosts", "hosts/plain/test_stored_weights.py"),
     Fault("the short way of a bypass is 5 % off", "addmm_(activation, block.outputs[0].up.t(), alpha=scale.alpha)", "addmm_(activation, block.outputs[0].up.t(), alpha=1.05 * scale.alpha)", "patching", "patching/test_at_once.py"),
-    Fault("a weight of one slice is merged as many are", "        and (merged := _merge_at_once(data, first[0][2], out_dtype)) is not None\n", "        and (merged := None) is not None\n", "patching", "patching/test_merging.py"),
+    Fault("a weight of one slice is merged as many are", "if is_here and (merged := _merge_at_once(data, first[0][2], out_dtype)) is not None:\n", "if is_here and (merged := None) is not None:\n", "patching", "patching/test_merging.py"),
+    Fault("a merge at once makes another library's tensor", " and type(data) is torch.Tensor\n    if is_here", "\n    if is_here", "patching", "patching/test_merging.py"),
     Fault("a merge at once changes the original", "        return data.to(dtype, copy=True, memory_format=torch.contiguous_format)\n", "        return data.to(dtype, memory_format=torch.contiguous_format)\n", "patching", "patching/test_merging.py"),
     Fault("what runs outside inference mode may leave gradients on", "if not (torch.is_inference_mode_enabled() or torch.is_grad_enabled()):", "if not torch.is_inference_mode_enabled():", "patching", "test_outside_inference.py"),
     # Copies in RAM.

@@ -58,11 +58,9 @@ def merge(
     size = min(slice_bytes, data.numel() * _compute_dtype(data).itemsize)
     if not keep_shape(terms, tuple(data.shape)) or (first := _slices(terms, 0, data, size)) is None:
         return _merge_whole(data, terms, device, out_dtype)
-    if (
-        len(first) == 1
-        and data.device == device
-        and (merged := _merge_at_once(data, first[0][2], out_dtype)) is not None
-    ):
+    # What is more than a tensor stays so in its own calls, and not in memory that it is copied to.
+    is_here = len(first) == 1 and data.device == device and type(data) is torch.Tensor
+    if is_here and (merged := _merge_at_once(data, first[0][2], out_dtype)) is not None:
         return merged
     return _merge_slices(data, terms, device, out_dtype, size, first)
 
@@ -245,7 +243,7 @@ def _compute_dtype(data: torch.Tensor) -> torch.dtype:
 def _scratch(data: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies `data` into memory to compute in. It goes to the device in its own dtype: 16 bits are half the bytes."""
     dtype = _compute_dtype(data)
-    if data.device == device:
+    if data.device == device and type(data) is torch.Tensor:
         return data.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return torch.empty(data.shape, dtype=dtype, device=device).copy_(data.to(device))
 

@@ -402,3 +402,14 @@ def test_a_weight_whose_memory_lies_across_is_merged_at_once_into_memory_that_do
     merged = merge(weight, terms, device=CPU, out_dtype=torch.float32)
     assert merged.is_contiguous()
     assert same_bits(merged, whole(weight.contiguous(), terms))
+
+
+class Named(torch.Tensor):
+    """A tensor of another library."""
+
+
+def test_a_weight_that_is_more_than_a_tensor_is_merged_into_a_tensor():
+    weight, terms = rand(64, 32, seed=3), terms_of(entry("lora", (64, 32)))
+    merged = merge(weight.as_subclass(Named), terms, device=CPU, out_dtype=torch.float32)
+    assert type(merged) is torch.Tensor
+    assert same_bits(merged, whole(weight, terms))
