@@ -3,9 +3,9 @@
     python benchmarks/step_gpu.py --commit HASH --json benchmarks/results/step-HASH.json [--time-limit 220] [--cases "fp8 lora 64"] [--kernels] [--smoke]
 
 A case is `storage kind rank`, for several LoRAs `storage kind COUNTxRANK`, and `@512` or `@768` for a smaller image; of LoKr the rank is the
-number of blocks a side. Three ways take turns step by step in a changing order, each with the guard's own code: `host` has no LoRA, `guard` goes as a user's
-step does, with its fused kernels where they are taken, `plain` is the same in plain torch. Of LoRAs of fp8 and of the first goals two
-more are tried, which the guard does not have: `weight` adds the product to the temporary weight in plain torch, `wider` (fp8) makes that weight with
+number of blocks a side. Three ways take turns in a changing order, with runs of five steps of which the last three count, each with the guard's own code:
+`host` has no LoRA, `guard` goes as a user's step does, with its fused kernels where they are taken, `plain` is the same in plain torch. Of LoRAs of fp8
+and of the first goals two more are tried, which the guard does not have: `weight` adds the product to the temporary weight in plain torch, `wider` (fp8) makes that weight with
 the ranks as further columns, so that the layer's own product adds them. A step is the sequence of 19 double and 38
 single blocks on random activations: 304 linear layers in bf16, and 57 attentions; its norms and activation functions are left out, which
 are the same in all ways. Four bits go by bitsandbytes' product without a LoRA, and for one token with one too, as in the hosts. Weights are
@@ -13,7 +13,7 @@ random, one for each shape. Milliseconds are medians of `--steps` steps, by CUDA
 from plain torch's, relative to what the LoRA changes: activations in bf16 make a tenth or two.
 
 The cases of the first goals come first; what does not fit into `--time-limit` is left out and named. NF4 needs bitsandbytes.
-`--kernels` also prints what the card's kernels take in five steps of the host's way and of the guard's in turn, by name.
+`--kernels` also prints what the card's kernels take in such a run of the host's way and of the guard's, by name.
 
 The file is one that `benchmarks/plots.py` draws. `--smoke` runs all cases on the CPU with tiny sizes, plain torch in the kernels' place.
 """
@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from datetime import datetime
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +52,8 @@ from lib_lora_guard.patching.on_the_fly import WeightTerms
 from lib_lora_guard.patching.operators import WEIGHT_PATCH
 from lib_lora_guard.planning.cheap import forms_of, pays
 
+FIRST_ONES, COUNTED = 2, 3
+"""Steps of a run: those that are left out, and those that count."""
 CASES = (
     "fp8 lora 64", "nf4 lora 3x32", "Q8_0 lora 16", "fp8 lora 16", "nf4 lora 16", "Q4_0 lora 16", "Q4_K lora 16", "fp8 dora 16", "fp8 loha 8",
     "fp8 loha 16", "fp8 lokr 8", "fp8 lora 4x16", "fp8 lora 2x16", "fp8 lora 128", "nf4 lora 64", "fp8 lora 16@512", "fp8 lora 16@768", "fp8 lora 32",
@@ -273,26 +275,31 @@ def step(layers, x):
 
 
 def milliseconds(ways, x, steps):
-    """Returns the times of the steps of each way; they take turns, each time in another order: what a step before has left of the
-    card's power and heat is not always the same way's."""
+    """Returns the times of the steps of each way, in runs of one way as an image has them. The ways take turns, each time in another order."""
     times, order = {way: [] for way in ways}, random.Random(0)
-    for number in range(steps + 2):
+    for way in ways:
+        step(ways[way], x)
+    for _ in range(-(-steps // COUNTED)):
         for way in order.sample([*ways], len(ways)):
-            layers = ways[way]
-            if SMOKE:
-                begin = time.perf_counter()
-                step(layers, x)
-                spent = (time.perf_counter() - begin) * 1e3
-            else:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                step(layers, x)
-                end.record()
-                end.synchronize()
-                spent = start.elapsed_time(end)
-            if number > 1:
-                times[way].append(spent)
+            times[way] += run_of(ways[way], x)[:COUNTED]
     return times
+
+
+def run_of(layers, x):
+    """Returns the milliseconds of a way's steps, one after the other without a pause, but for the first ones: the card's clock is still
+    that of the way before.
+    """
+    if SMOKE:
+        begin = time.perf_counter()
+        step(layers, x)
+        return [(time.perf_counter() - begin) * 1e3]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(FIRST_ONES + COUNTED + 1)]
+    marks[0].record()
+    for mark_of_step in marks[1:]:
+        step(layers, x)
+        mark_of_step.record()
+    marks[-1].synchronize()
+    return [before.elapsed_time(after) for before, after in pairwise(marks)][FIRST_ONES:]
 
 
 def off(ways, x):
@@ -329,24 +336,24 @@ def measure(case, model, steps, prints_kernels=False):
     }  # fmt: skip
 
 
-def kernels_of(ways, order, x):
-    """Returns the card's kernels of steps of ways, one after the other, in the order in which they ran."""
+def kernels_of(layers, x, steps):
+    """Returns the card's kernels of so many steps of a way, in the order in which they ran."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for way in order:
-            step(ways[way], x)
+        for _ in range(steps):
+            step(layers, x)
         torch.cuda.synchronize()
     found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return sorted(found, key=lambda event: event.time_range.start)
 
 
 def print_kernels(ways, x, steps=5, most=12):
-    """Prints what the card's kernels take of a step, by name, while it works without a pause: each way in turn."""
-    counts = {way: len(kernels_of(ways, [way], x)) for way in ("host", "guard")}
-    events, sums = iter(kernels_of(ways, [*counts] * steps, x)), {way: {} for way in counts}
-    for way, count in [*counts.items()] * steps:
-        for event in islice(events, count):
-            number, spent = sums[way].get(event.name, (0, 0.0))
-            sums[way][event.name] = number + 1, spent + event.device_time_total / 1e3
+    """Prints what the card's kernels take of a step, by name, while it works without a pause."""
+    sums = {way: {} for way in ("host", "guard")}
+    for way, found in sums.items():
+        events = kernels_of(ways[way], x, FIRST_ONES + steps)
+        for event in events[len(events) * FIRST_ONES // (FIRST_ONES + steps) :]:
+            number, spent = found.get(event.name, (0, 0.0))
+            found[event.name] = number + 1, spent + event.device_time_total / 1e3
     for way, found in sums.items():
         print(f"{way}: {sum(spent for _, spent in found.values()) / steps:.2f} ms of kernels a step")
         for name, (count, spent) in sorted(found.items(), key=lambda one: -one[1][1])[:most]:
