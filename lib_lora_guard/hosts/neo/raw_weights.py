@@ -6,6 +6,7 @@ goes: the copy of one layer and the product of another overlap there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,10 @@ from ...patching.fused import Held, RawWeight, Terms
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 from .types import WeightLayer
 from .weight_function import WeightFunction
+
+
+SWITCH = "LORA_GUARD_QUANTIZED_PRODUCT"
+"""0 in the environment: a layer with a LoRA makes a temporary weight, also where its format has a product of its own."""
 
 
 class NeoWeight(RawWeight):
@@ -60,4 +65,5 @@ def _has_on_the_fly(layer: WeightLayer, terms: Terms | None) -> bool:
 
 
 def _makes_a_weight(layer: torch.nn.Module) -> bool:
-    return bool(layer.__dict__.get("_full_precision_mm") or layer.__dict__.get("forge_force_cast_weights"))
+    own = layer.__dict__
+    return bool(own.get("_full_precision_mm") or own.get("forge_force_cast_weights")) or os.environ.get(SWITCH) == "0"
