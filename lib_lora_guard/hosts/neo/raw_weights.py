@@ -44,15 +44,24 @@ class NeoWeight(RawWeight):
 
 
 class NeoQuantized(NeoWeight):
-    """A layer that may also compute with the product of its quantised format. That is faster than any temporary weight."""
+    """A layer that may also compute with the product of its quantised format, and then keeps it (docs/neo.md has what was measured)."""
+
+    def __init__(self, is_streaming: Callable[[], bool]) -> None:
+        """`is_streaming`: as `NeoWeight` says."""
+        super().__init__(is_streaming)
+        self._gives_up_products = os.environ.get(SWITCH) == "0"
 
     def stored(self, layer: torch.nn.Module, is_laid_out: bool = True) -> Stored | None:
         """Returns a layer's weight, where it makes a temporary one of it."""
-        return super().stored(layer, is_laid_out) if _makes_a_weight(layer) else None
+        return super().stored(layer, is_laid_out) if self._makes_a_weight(layer) else None
 
     def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, where it makes a temporary weight."""
-        return super().of(layer, x, terms) if _makes_a_weight(layer) else None
+        return super().of(layer, x, terms) if self._makes_a_weight(layer) else None
+
+    def _makes_a_weight(self, layer: torch.nn.Module) -> bool:
+        own = layer.__dict__
+        return bool(own.get("_full_precision_mm") or own.get("forge_force_cast_weights") or self._gives_up_products)
 
 
 def _has_on_the_fly(layer: WeightLayer, terms: Terms | None) -> bool:
@@ -62,8 +71,3 @@ def _has_on_the_fly(layer: WeightLayer, terms: Terms | None) -> bool:
         return not functions
     ours = functions[0] if len(functions) == 1 else None
     return isinstance(ours, WeightFunction) and ours.terms is terms
-
-
-def _makes_a_weight(layer: torch.nn.Module) -> bool:
-    own = layer.__dict__
-    return bool(own.get("_full_precision_mm") or own.get("forge_force_cast_weights")) or os.environ.get(SWITCH) == "0"
