@@ -17,7 +17,6 @@ from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 from .types import WeightLayer
 from .weight_function import WeightFunction
 
-
 SWITCH = "LORA_GUARD_QUANTIZED_PRODUCT"
 """0 in the environment: a layer with a LoRA makes a temporary weight, also where its format has a product of its own."""
 
