@@ -21,9 +21,10 @@ _ENTRY = re.compile(r"\{[^{}]{0,1000}\}")
 """An entry holds no other object, and its longest possible numbers stay well below 1000 characters."""
 _NUMBER = "(?:0|[1-9][0-9]{0,18})"
 _USUAL_ENTRY = re.compile(
-    rf'\{{"dtype":"([A-Z0-9_]+)","shape":\[((?:{_NUMBER}(?:,{_NUMBER}){{0,{MAX_DIMS - 1}}})?)\],"data_offsets":\[({_NUMBER}),({_NUMBER})\]\}}'
+    rf'\{{"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:{_NUMBER}(?:, ?{_NUMBER}){{0,{MAX_DIMS - 1}}})?)\], ?'
+    rf'"data_offsets": ?\[({_NUMBER}), ?({_NUMBER})\]\}}'
 )
-"""An entry as the library writes it, for speed: any other valid spelling is read as JSON."""
+"""An entry as the library writes it, or as Python's JSON does, for speed: any other valid spelling is read as JSON."""
 _USUAL_STRING = re.compile(r'"([^"\\\x00-\x1f]*)"')
 _USUAL_KEY = re.compile(r'"([^"\\\x00-\x1f]*)":')
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -94,7 +95,7 @@ class Scanner:
         return str(text)
 
     def usual_entry(self) -> tuple[str, tuple[int, ...], int, int] | None:
-        """Reads the object that describes a tensor if it is written as the library does.
+        """Reads the object that describes a tensor if it is written in a usual way.
 
         Returns:
             dtype, shape, and the two offsets; None for another spelling, of which nothing but blanks is read.
