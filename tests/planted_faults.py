@@ -215,6 +215,8 @@ FAULTS = [
     Fault("a weight of one slice is merged as many are", "if is_here and len(first) == 1 and (merged := _merge_at_once(data, first[0][2], out_dtype)) is not None:\n", "if is_here and len(first) == 1 and (merged := None) is not None:\n", "patching", "patching/test_merging.py"),
     Fault("a merge at once makes another library's tensor", " and type(data) is torch.Tensor\n    if is_here", "\n    if is_here", "patching", "patching/test_merging.py"),
     Fault("a merge at once changes the original", "        return data.to(dtype, copy=True, memory_format=torch.contiguous_format)\n", "        return data.to(dtype, memory_format=torch.contiguous_format)\n", "patching", "patching/test_merging.py"),
+    Fault("a copy out of the ring has the first span's bytes alone", "            first.memory = self._view(first.start, end)\n", "            first.memory = self._view(first.start, first.end)\n", "patching", "patching/test_ring_memory.py"),
+    Fault("a copy out of the ring waits for nobody", "or not task.is_done:\n", "or False:\n", "patching", "patching/test_file_reader.py"),
     Fault("a merge by one product rounds a row twice", "    if parts != [None] and (None in parts or _overlap([(part.start, part.length) for part in parts if part])):\n", "    if False:\n", "patching", "patching/test_one_product.py"),
     Fault("a card is not asked what it rounds", "        if not rounds_once(data.device, data.dtype):\n", "        if False:\n", "patching", "patching/test_one_product.py"),
     Fault("sums in 16 bits stay allowed for a merge", "                setattr(flags, name, False)\n", "                pass\n", "patching", "patching/test_one_product.py"),

@@ -2,8 +2,8 @@
 
 One thread copies 5 to 8 GB/s out of the system's page cache, and the card takes several times as much. So a few threads
 read ahead into a ring (`ring_memory.py`), in the order in which the parts will be asked for, also while the card works on
-what it has. Each fills a piece of 4 MB, which the card gets at once: larger ones cost the thread that asks for them less time, and
-leave the threads fewer to fill (docs/gpu.md). The ring holds more than the threads write: they need not wait for the card, which reads
+what it has. Each fills a piece of 4 MB: larger ones cost the thread that asks for them less time, and leave the threads fewer to
+fill (docs/gpu.md). The card gets in one copy what is there and lies together. The ring holds more than the threads write: they need not wait for the card, which reads
 some of it. The file is read, never mapped: a mapped file that is truncated kills the process.
 
 The file stays open from `open` to `close`. Windows refuses to delete, rename or write it meanwhile, and lets others read
@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 PIECE_BYTES = 4 * MB
 """Of what one thread reads, and the card gets, at once."""
+COPY_BYTES = 16 * MB
+"""Of what the card gets in one copy at most: the ring's other parts are filled meanwhile."""
 RING_BYTES = 64 * MB
 """Of RAM: all that it takes. torch rounds pinned memory up to a power of two."""
 THREADS = 8
@@ -217,23 +219,42 @@ class FileReader:
         ahead += [load for load, _ in zip(self._planned, wanted[len(ahead) :], strict=False)]
         if ahead[: len(wanted)] != wanted:
             self._plan(ring, wanted)
-        done = 0
+        done, left = 0, len(wanted)
         stream = torch.cuda.current_stream(into.device) if ring.is_pinned else None
-        for _ in wanted:
+        while left:
             self._read_ahead(ring)
-            _, span, task = self._under_way.popleft()
-            task.result()
-            size = len(span.bytes)
+            spans = self._filled(left)
+            left -= len(spans)
+            span = ring.joined(spans)
+            size = span.memory.numel()
             into.narrow(0, done, size).copy_(span.memory, non_blocking=ring.is_pinned)
             ring.give(span, stream)
             done += size
         self._read_ahead(ring)
 
+    def _filled(self, most: int) -> list[Span]:
+        """Waits for the next load, and returns its span with those of the next ones that are there already and lie behind it.
+
+        So the card gets more at once where this thread is what it waits for. At most `most` of them, and COPY_BYTES.
+        """
+        _, span, task = self._under_way.popleft()
+        task.result()
+        spans = [span]
+        while len(spans) < most and self._under_way:
+            _, following, task = self._under_way[0]
+            if following.start != span.end or following.end - spans[0].start > COPY_BYTES or not task.is_done:
+                break
+            self._under_way.popleft()
+            task.result()
+            span = following
+            spans.append(span)
+        return spans
+
     def _read_ahead(self, ring: RingMemory) -> None:
         """Hands what is free of the ring to the threads."""
         while self._planned:
             load = self._planned[0]
-            span = ring.take(sum(piece.bytes for piece in load))
+            span = ring.take(load[0].bytes if len(load) == 1 else sum(piece.bytes for piece in load))
             if span is None:
                 if self._under_way:
                     return

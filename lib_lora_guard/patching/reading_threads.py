@@ -40,6 +40,11 @@ class Task(Generic[T]):
         """Answers in its place: it will not be done."""
         self._answer.put((None, OSError("the read was interrupted")))
 
+    @property
+    def is_done(self) -> bool:
+        """True when the answer is there."""
+        return not self._answer.empty()
+
     def result(self) -> T:
         """Waits for the answer. To be called once.
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .spool import memory_of
 
+MOST_VIEWS = 256
+"""Of parts of the ring, which are kept: to make one takes longer than to hand its memory to a thread."""
 
-@dataclass
+
+@dataclass(eq=False, slots=True)
 class Span:
     """A part of the ring."""
 
@@ -24,11 +28,16 @@ class Span:
     memory: torch.Tensor
     """Its bytes, `(size,)`."""
     bytes: memoryview
-    """The same memory, for threads that fill it: they are to hold the interpreter for as short as can be."""
+    """The same memory as it was taken, for threads that fill it: they are to hold the interpreter for as short as can be."""
     read: torch.cuda.Event | None = None
     """Recorded after the device's copy out of it."""
     is_back: bool = False
     """True when nobody writes to it or will read it, but for what `read` waits for."""
+
+    @property
+    def end(self) -> int:
+        """The byte behind its last one."""
+        return self.start + self.memory.numel()
 
     @property
     def is_free(self) -> bool:
@@ -59,6 +68,7 @@ class RingMemory:
         self._bytes = memory_of(self._memory)
         self._taken: deque[Span] = deque()
         """In the order in which they were taken, which is that of their places from the first one on."""
+        self._views: dict[tuple[int, int], torch.Tensor] = {}
         self._events: list[torch.cuda.Event] = []
         """Of spans that are free again."""
 
@@ -78,7 +88,7 @@ class RingMemory:
         if start is None:
             return None
         end = start + size_bytes
-        span = Span(start, self._memory[start:end], self._bytes[start:end])
+        span = Span(start, self._view(start, end), self._bytes[start:end])
         self._taken.append(span)
         return span
 
@@ -94,6 +104,25 @@ class RingMemory:
             event.record(stream)
             span.read = event
         span.is_back = True
+
+    def joined(self, spans: Sequence[Span]) -> Span:
+        """Makes one span of some that were taken one after the other and lie so: the device reads them at once.
+
+        Raises:
+            ValueError: They do not lie one behind the other.
+        """
+        first, *others = spans
+        end = first.end
+        for span in others:
+            if span.start != end:
+                raise ValueError(f"a span from byte {span.start} on is not behind one that ends at {end}")
+            end = span.end
+        if others:
+            # In this order: an interrupt leaves memory that is taken twice, and none that is taken by nobody.
+            first.memory = self._view(first.start, end)
+            for span in others:
+                self._taken.remove(span)
+        return first
 
     def wait(self) -> None:
         """Waits until the device has read the oldest span, which was given back."""
@@ -111,6 +140,15 @@ class RingMemory:
         self._drop_free()
         return sum(span.memory.numel() for span in self._taken)
 
+    def _view(self, start: int, end: int) -> torch.Tensor:
+        """Returns a part of the memory. Pieces of large weights lie in the same places again and again."""
+        found = self._views.get((start, end))
+        if found is None:
+            if len(self._views) == MOST_VIEWS:
+                self._views.clear()
+            found = self._views[start, end] = self._memory[start:end]
+        return found
+
     def _drop_free(self) -> None:
         taken = self._taken
         while taken and taken[0].is_free:
@@ -122,7 +160,7 @@ class RingMemory:
         if not self._taken:
             return 0
         first, last = self._taken[0], self._taken[-1]
-        end = last.start + last.memory.numel()
+        end = last.end
         if last.start < first.start:
             # The last ones lie at the beginning, in front of the first ones.
             return end if end + size_bytes <= first.start else None

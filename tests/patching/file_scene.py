@@ -29,6 +29,7 @@ def lay_on_card(monkeypatch):
     monkeypatch.setattr(merge_attachment, "KEPT_BYTES", 64)
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 256)
     monkeypatch.setattr(file_reader, "RING_BYTES", 768)
+    monkeypatch.setattr(file_reader, "COPY_BYTES", 512)
     monkeypatch.setattr(file_sums, "ROW_WORDS", 4)
     for module in (file_sums, file_backup):
         monkeypatch.setattr(module, "BLOCK_BYTES", 512)

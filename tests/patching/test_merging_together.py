@@ -40,6 +40,7 @@ def on_card(monkeypatch):
     monkeypatch.setattr(file_sums, "ROW_WORDS", 512)
     monkeypatch.setattr(file_reader, "PIECE_BYTES", 4096)
     monkeypatch.setattr(file_reader, "RING_BYTES", 3 * 4096)
+    monkeypatch.setattr(file_reader, "COPY_BYTES", 2 * 4096)
     # Factors go there as to a card, into memory of their own.
     monkeypatch.setattr(merge_factors, "is_card", lambda device: True)
 

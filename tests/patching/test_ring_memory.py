@@ -43,9 +43,9 @@ def places(spans):
     return {place for span in spans for place in range(span.start, span.start + span.memory.numel())}
 
 
-# Each number is a span of that size; 0 gives the oldest one back, -1 has the card read one.
+# Each number is a span of that size; 0 gives the oldest one back, -1 has the card read one, -2 joins the two oldest ones.
 @settings(max_examples=300)
-@given(st.lists(st.integers(-1, SIZE // 2), max_size=60))
+@given(st.lists(st.integers(-2, SIZE // 2), max_size=60))
 def test_spans_in_use_never_overlap_and_room_is_found_where_it_is(moves):
     ring, waiting, reading = RingMemory(SIZE, CPU), [], []
     Event.made.clear()
@@ -56,6 +56,10 @@ def test_spans_in_use_never_overlap_and_room_is_found_where_it_is(moves):
             reading.append(span)
         elif move == -1 and reading:
             reading.pop(0).read.is_done = True
+        elif move == -2 and len(waiting) > 1 and waiting[0].end == waiting[1].start:
+            before = places(waiting[:2])
+            waiting[:2] = [ring.joined(waiting[:2])]
+            assert places(waiting[:1]) == before
         elif move > 0:
             in_use = [*reading, *waiting]
             span = ring.take(move)
@@ -75,6 +79,25 @@ def test_spans_in_use_never_overlap_and_room_is_found_where_it_is(moves):
     while ring.take(SIZE) is None:
         ring.wait()
     assert len(Event.made) <= len(moves)
+
+
+def test_joined_spans_are_read_at_once_and_free_together():
+    ring = RingMemory(SIZE, CPU)
+    spans = [ring.take(size) for size in (20, 30, 40)]
+    for number, span in enumerate(spans):
+        span.bytes[:] = bytes([number]) * len(span.bytes)
+    joined = ring.joined(spans[1:])
+    assert joined.memory.tolist() == [1] * 30 + [2] * 40
+    assert ring.taken_bytes == 90
+    ring.give(spans[0])
+    ring.give(joined, "stream")
+    assert len(Event.made) == 1
+    assert ring.taken_bytes == 70
+    joined.read.is_done = True
+    assert ring.taken_bytes == 0
+    assert ring.joined([joined]) is joined
+    with pytest.raises(ValueError, match="from byte 50 on is not behind one that ends at 20"):
+        ring.joined([spans[0], spans[2]])
 
 
 def test_a_span_is_written_through_either_view_of_it():
@@ -130,3 +153,13 @@ def test_where_the_driver_locks_no_ram_the_ring_is_ordinary_memory(monkeypatch):
     ring = RingMemory(SIZE, torch.device("cuda"))
     assert (asked, ring.is_pinned) == ([True, False], False)
     assert ring.take(SIZE).memory.numel() == SIZE
+
+
+def test_few_views_are_kept(monkeypatch):
+    monkeypatch.setattr(ring_memory, "MOST_VIEWS", 3)
+    ring = RingMemory(SIZE, CPU)
+    for size in range(1, 20):
+        span = ring.take(size)
+        assert span.memory.numel() == size
+        ring.give(span)
+        assert len(ring._views) <= 3
