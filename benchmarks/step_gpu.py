@@ -9,7 +9,7 @@ and of the first goals two more are tried, which the guard does not have: `weigh
 the ranks as further columns, so that the layer's own product adds them. A step is the sequence of 19 double and 38
 single blocks on random activations: 304 linear layers in bf16, and 57 attentions; its norms and activation functions are left out, which
 are the same in all ways. Four bits go by bitsandbytes' product without a LoRA, and for one token with one too, as in the hosts. Weights are
-random, one for each shape. Milliseconds are medians of `--steps` steps, by CUDA events, launches included. "off" is how far outputs are
+random, one for each shape. Milliseconds are medians of `--steps` steps, or one or two more, by CUDA events, launches included. "off" is how far outputs are
 from plain torch's, relative to what the LoRA changes: activations in bf16 make a tenth or two.
 
 The cases of the first goals come first; what does not fit into `--time-limit` is left out and named. NF4 needs bitsandbytes.

@@ -219,7 +219,7 @@ FAULTS = [
     Fault("a copy out of the ring waits for nobody", "or not task.is_done:\n", "or False:\n", "patching", "patching/test_file_reader.py"),
     Fault("a merge by one product rounds a row twice", "    if parts != [None] and (None in parts or _overlap([(part.start, part.length) for part in parts if part])):\n", "    if False:\n", "patching", "patching/test_one_product.py"),
     Fault("a card is not asked what it rounds", "        if not rounds_once(data.device, data.dtype):\n", "        if False:\n", "patching", "patching/test_one_product.py"),
-    Fault("sums in 16 bits stay allowed for a merge", "                setattr(flags, name, False)\n", "                pass\n", "patching", "patching/test_one_product.py"),
+    Fault("sums in 16 bits stay allowed for a merge", "        setattr(flags, name, False)\n", "        pass\n", "patching", "patching/test_one_product.py"),
     Fault("a product that fails leaves a half of the LoRAs", "        result = data.clone()\n", "        result = data\n", "patching", "patching/test_one_product.py"),
     Fault("what runs outside inference mode may leave gradients on", "if not (torch.is_inference_mode_enabled() or torch.is_grad_enabled()):", "if not torch.is_inference_mode_enabled():", "patching", "test_outside_inference.py"),
     # Copies in RAM.

@@ -42,7 +42,6 @@ from .merge_room import only_from_files, with_room
 from .merging_together import MergingTogether
 from .model_backups import ModelBackups
 from .neighbours import Neighbours, Place
-from .one_product import full_precision
 from .placed import Found
 from .plan import Plan, PlannedWeight, plan_weights
 from .short_ways import ShortWays, kernels_of
@@ -494,10 +493,7 @@ class Engine:
             together.open()
             with self.watch(Phase.RESTORE, 0) if has_merges else contextlib.nullcontext():
                 change.do(0, len(leaving))
-            with (
-                self.watch(Phase.MERGE, ram_for_merges(merges)) if merges else contextlib.nullcontext(),
-                full_precision,
-            ):
+            with self.watch(Phase.MERGE, ram_for_merges(merges)) if merges else contextlib.nullcontext():
                 change.do(len(leaving), len(change.pairs))
             change.do_also()
             together.finish()

@@ -36,7 +36,7 @@ from .spool import memory_of
 T = TypeVar("T")
 
 PIECE_BYTES = 4 * MB
-"""Of what one thread reads, and the card gets, at once."""
+"""Of what one thread reads at once."""
 COPY_BYTES = 16 * MB
 """Of what the card gets in one copy at most: the ring's other parts are filled meanwhile."""
 RING_BYTES = 64 * MB
@@ -82,7 +82,7 @@ class Piece(NamedTuple):
 
 
 Load: TypeAlias = tuple[Piece, ...]
-"""What the card gets at once: pieces that lie one behind the other there, wherever they are in the file."""
+"""What one thread fills at once: pieces that lie one behind the other on the card, wherever they are in the file."""
 
 
 class FileReader:
@@ -317,7 +317,7 @@ def _fill(file: FileIO, load: Load, span: Span) -> None:
 
 
 def loads(parts: Sequence[Piece]) -> list[Load]:
-    """Puts parts together, and cuts them, into what the card gets at once."""
+    """Puts parts together, and cuts them, into what one thread fills at once."""
     found: list[Load] = []
     load: list[Piece] = []
     size = 0

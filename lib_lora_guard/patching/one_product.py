@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -25,13 +23,21 @@ log = logging.getLogger(__name__)
 
 SWITCH = "LORA_GUARD_ONE_PRODUCT"
 """0 in the environment: every merge is computed in fp32."""
-HALVES = (torch.float16, torch.bfloat16)
+_ALLOWANCES = {
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+}
+"""The dtypes that it is for, and torch's flag for partial sums in each."""
 _PROBES = ((96, 160, 16), (64, 96, 160))
 """Rows, columns and ranks of the products that a card is asked with."""
 _FP32_ERROR = 2.0**-20
 """Of a sum in fp32, relative to what is summed: some roundings of 2**-24."""
 
+MOST_FAILURES = 3
+"""Of products on a device, before it is not asked again: an error may have been of the moment."""
+
 _rounds_once: dict[tuple[torch.device, torch.dtype], bool] = {}
+_failures: dict[tuple[torch.device, torch.dtype], int] = {}
 
 
 def merged(data: torch.Tensor, terms: Sequence[Term], out_dtype: torch.dtype) -> torch.Tensor | None:
@@ -45,7 +51,7 @@ def merged(data: torch.Tensor, terms: Sequence[Term], out_dtype: torch.dtype) ->
     Returns:
         A new tensor. None, with nothing done, where another way has to go: other terms or storages, no memory, another kind of card.
     """
-    if data.dtype not in HALVES or out_dtype is not data.dtype or data.dim() < 2 or not data.is_contiguous():
+    if data.dtype not in _ALLOWANCES or out_dtype is not data.dtype or data.dim() < 2 or not data.is_contiguous():
         return None
     if not _is_suited(data.device) or not terms or not all(_is_plain(term, data.dtype) for term in terms):
         return None
@@ -57,13 +63,11 @@ def merged(data: torch.Tensor, terms: Sequence[Term], out_dtype: torch.dtype) ->
             return None
         result = data.clone()
         flat = result if data.dim() == 2 else result.view(data.shape[0], product_of(data.shape[1:]))
-        with full_precision:
-            for term in terms:
-                _add(flat if term.part is None else flat.narrow(0, term.part.start, term.part.length), term)
-    except RuntimeError as error:
+        for term in terms:
+            _add(flat if term.part is None else flat.narrow(0, term.part.start, term.part.length), term)
+    except Exception as error:
         if not is_out_of_memory(error):
-            # A card of another time has no product of bf16. It is not asked again.
-            _give_up(data.device, data.dtype, f"{type(error).__name__}: {error}")
+            _note(error, data.device, data.dtype)
         return None
     return result
 
@@ -74,18 +78,21 @@ def rounds_once(device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         RuntimeError: The device has no memory left, or no such product.
     """
+    found = _rounds_once.get((device, dtype))
+    if found is None:
+        found = _rounds_once[device, dtype] = all(_is_exact(device, dtype, *sizes) for sizes in _PROBES)
+        if not found:
+            log.debug("merges in %s on %s are computed in fp32: its product rounds more than once", dtype, device)
+    return found
+
+
+def _note(error: Exception, device: torch.device, dtype: torch.dtype) -> None:
+    """Notes that a product has failed. A card of another time has none of bf16, and is not asked for each weight."""
     key = (device, dtype)
-    if key not in _rounds_once:
-        with full_precision:
-            _rounds_once[key] = all(_is_exact(device, dtype, *sizes) for sizes in _PROBES)
-        if not _rounds_once[key]:
-            _give_up(device, dtype, "it rounds more than once")
-    return _rounds_once[key]
-
-
-def _give_up(device: torch.device, dtype: torch.dtype, why: str) -> None:
-    _rounds_once[device, dtype] = False
-    log.debug("merges in %s on %s are computed in fp32, not by one product: %s", dtype, device, why)
+    _failures[key] = _failures.get(key, 0) + 1
+    if _failures[key] == MOST_FAILURES:
+        _rounds_once[key] = False
+    log.debug("a merge in %s on %s is computed in fp32: %s: %s", dtype, device, type(error).__name__, error)
 
 
 def _is_exact(device: torch.device, dtype: torch.dtype, rows: int, columns: int, rank: int) -> bool:
@@ -96,7 +103,9 @@ def _is_exact(device: torch.device, dtype: torch.dtype, rows: int, columns: int,
     )
     # The change is as large as the weight: what is lost of it shows.
     alpha = 0.7 / rank**0.5
-    found = weight.to(device, copy=True).addmm_(up.to(device), down.to(device), alpha=alpha).cpu().double()
+    found = weight.to(device, copy=True)
+    _multiply(found, up.to(device), down.to(device), alpha)
+    found = found.cpu().double()
     wide, product = weight.double(), up.double() @ down.double()
     exact = wide + alpha * product
     summed = wide.abs() + alpha * (up.double().abs() @ down.double().abs())
@@ -107,7 +116,20 @@ def _add(rows: torch.Tensor, term: Term) -> None:
     adapter = term.adapter
     assert isinstance(adapter, LoraAdapter)
     up, down = adapter.up.flatten(1).to(rows.device), adapter.down.flatten(1).to(rows.device)
-    rows.addmm_(up, down, alpha=term.strength * adapter.scale)
+    _multiply(rows, up, down, term.strength * adapter.scale)
+
+
+def _multiply(rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor, alpha: float) -> None:
+    """Adds `alpha * up @ down` to rows. Meanwhile no partial sums of 16 bits, which torch allows for the speed of large products."""
+    flags, name = torch.backends.cuda.matmul, _ALLOWANCES[rows.dtype]
+    allowed = getattr(flags, name)
+    if allowed:
+        setattr(flags, name, False)
+    try:
+        rows.addmm_(up, down, alpha=alpha)
+    finally:
+        if allowed:
+            setattr(flags, name, allowed)
 
 
 def _is_plain(term: Term, dtype: torch.dtype) -> bool:
@@ -136,55 +158,11 @@ def _overlap(rows: Sequence[tuple[int, int]]) -> bool:
 
 
 def _is_suited(device: torch.device) -> bool:
-    """Returns True for NVIDIA's cards: of others, and of CPUs, it was not looked at."""
-    return device.type == "cuda" and torch.version.hip is None and os.environ.get(SWITCH) != "0"
-
-
-_ALLOWANCES = (
-    "allow_fp16_reduced_precision_reduction",
-    "allow_bf16_reduced_precision_reduction",
-    "allow_fp16_accumulation",
-)
-
-
-class _FullPrecision:
-    """Takes what a host allows for the speed of its own products away for a while: sums in 16 bits. Around many merges it is
-    entered once more: to look at torch's flags takes as long as to start a product.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._taken: dict[str, Any] = {}
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            try:
-                if self._inside == 1:
-                    self._take()
-            except BaseException:
-                self._leave()
-                raise
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._leave()
-
-    def _take(self) -> None:
-        flags = torch.backends.cuda.matmul
-        for name in _ALLOWANCES:
-            # The last one is not in every torch.
-            if value := getattr(flags, name, False):
-                self._taken[name] = value
-                setattr(flags, name, False)
-
-    def _leave(self) -> None:
-        self._inside -= 1
-        if not self._inside:
-            while self._taken:
-                setattr(torch.backends.cuda.matmul, *self._taken.popitem())
-
-
-full_precision = _FullPrecision()
-"""Of the process, as the flags are."""
+    """Returns True for NVIDIA's cards: of others, and of CPUs, it was not looked at. Not where the host sums all its products in fp16."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and os.environ.get(SWITCH) != "0"
+        # Not in every torch.
+        and not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    )

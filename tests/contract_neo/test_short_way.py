@@ -8,6 +8,8 @@ from support.short_way import take_short_way
 
 from contract_neo.host import STORAGES
 from lib_lora_guard.kernels.factors import Sides
+from lib_lora_guard.patching import fused_measured
+from lib_lora_guard.patching.fused_choice import CHOICE
 from lib_lora_guard.patching.marked_class import class_of
 from lib_lora_guard.patching.operators import WEIGHT_PATCH, is_compilable
 
@@ -57,10 +59,19 @@ def test_loras_give_what_the_fp32_reference_gives(guarded, storage, passes):
 def test_the_product_of_a_quantised_format_stays_unless_it_is_switched_off(guarded, passes, monkeypatch, switch):
     monkeypatch.setenv("LORA_GUARD_QUANTIZED_PRODUCT", switch)
     patcher, dense = guarded.build("kitchen fp8")
-    for layer in quantised(patcher):
+    layers = quantised(patcher)
+    for layer in layers:
         layer.__dict__["_full_precision_mm"] = False
     run(guarded.load(guarded.with_loras(patcher, (FILE, lora_on_everything(dense, 1), 0.8))))
-    assert len(passes) == (len(quantised(patcher)) if switch == "0" else 0)
+    assert len(passes) == (len(layers) if switch == "0" else 0)
+    # Kernels for layers without LoRAs too: those layers keep their product.
+    monkeypatch.setattr(CHOICE, "casts_too", lambda: True)
+    monkeypatch.setattr(fused_measured, "FEWEST_VALUES", 0)
+    passes.clear()
+    key = "blocks.0.qkv.weight"
+    one = {key: lora_on_everything(dense, 1)[key]}
+    run(guarded.load(guarded.with_loras(patcher, ("one", one, 0.8))))
+    assert [factors is None for _, factors in passes] == [False] * (switch == "0")
 
 
 def test_a_function_of_others_on_the_weight_sends_the_layer_the_long_way(guarded, passes):

@@ -52,15 +52,17 @@ class NeoQuantized(NeoWeight):
 
     def stored(self, layer: torch.nn.Module, is_laid_out: bool = True) -> Stored | None:
         """Returns a layer's weight, where it makes a temporary one of it."""
-        return super().stored(layer, is_laid_out) if self._makes_a_weight(layer) else None
+        return super().stored(layer, is_laid_out) if self._makes_a_weight(layer, True) else None
 
     def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, where it makes a temporary weight."""
-        return super().of(layer, x, terms) if self._makes_a_weight(layer) else None
+        has_loras = terms is not None or bool(layer._forward_hooks)
+        return super().of(layer, x, terms) if self._makes_a_weight(layer, has_loras) else None
 
-    def _makes_a_weight(self, layer: torch.nn.Module) -> bool:
+    def _makes_a_weight(self, layer: torch.nn.Module, has_loras: bool) -> bool:
         own = layer.__dict__
-        return bool(own.get("_full_precision_mm") or own.get("forge_force_cast_weights") or self._gives_up_products)
+        is_given_up = has_loras and self._gives_up_products
+        return bool(own.get("_full_precision_mm") or own.get("forge_force_cast_weights") or is_given_up)
 
 
 def _has_on_the_fly(layer: WeightLayer, terms: Terms | None) -> bool:
