@@ -3,8 +3,9 @@
 One thread copies 5 to 8 GB/s out of the system's page cache, and the card takes several times as much. So a few threads
 read ahead into a ring (`ring_memory.py`), in the order in which the parts will be asked for, also while the card works on
 what it has. Each fills a piece of 4 MB: larger ones cost the thread that asks for them less time, and leave the threads fewer to
-fill (docs/gpu.md). The card gets in one copy what is there and lies together. The ring holds more than the threads write: they need not wait for the card, which reads
-some of it. The file is read, never mapped: a mapped file that is truncated kills the process.
+fill (docs/gpu.md). The card gets in one copy what is there and lies together. The ring holds more than the threads write: they
+need not wait for the card, which reads some of it. The file is read, never mapped: a mapped file that is truncated kills the
+process.
 
 The file stays open from `open` to `close`. Windows refuses to delete, rename or write it meanwhile, and lets others read
 it. Elsewhere a deleted file lives on with the handle; one that is written in place has other bytes.

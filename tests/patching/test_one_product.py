@@ -168,7 +168,7 @@ def test_a_card_that_rounds_more_than_once_is_found_out(monkeypatch, dtype, prod
 @pytest.mark.parametrize(
     ("error", "times"),
     [
-        (torch.OutOfMemoryError("no memory"), 5),
+        (torch.cuda.OutOfMemoryError("no memory"), 5),
         (MemoryError(), 5),
         (RuntimeError("cublas has no such product"), one_product.MOST_FAILURES),
         (NotImplementedError("addmm"), one_product.MOST_FAILURES),

@@ -43,7 +43,7 @@ class NeoWeight(RawWeight):
 
 
 class NeoQuantized(NeoWeight):
-    """A layer that may also compute with the product of its quantised format, and then keeps it (docs/neo.md has what was measured)."""
+    """A layer that may also compute with the product of its quantised format, and then keeps it (docs/gpu.md, "int8 in Neo")."""
 
     def __init__(self, is_streaming: Callable[[], bool]) -> None:
         """`is_streaming`: as `NeoWeight` says."""
