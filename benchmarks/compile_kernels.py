@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from lib_lora_guard.kernels.launch import Kernel
-from lib_lora_guard.kernels.recipes import KRONECKER, bucket_of
+from lib_lora_guard.kernels.recipes import KRONECKER, bucket_of, split_kind
 
 KINDS = (
     "fp8 e4m3", "fp8 e4m3 scaled", "fp8 e5m2", "fp8 e4m3 odd", "int8 scaled", "nf4 64 by {}", "nf4 64 nested256 by {}", "fp4 64 by {}",
@@ -26,6 +26,7 @@ KINDS = (
     "Q6_K by {}", "Q8_0", "Q4_0", "Q4_K", "loha fp8 e4m3", "loha nf4 64 by {}", "loha Q8_0 baked by {}", "lokr fp8 e4m3", "lokr fp8 e4m3 scaled",
     "lokr fp8 e4m3 odd", "lokr int8 scaled", "lokr nf4 64 by {}", "lokr nf4 64 crossing by {}", "lokr fp4 64 nested256 by {}",
     "lokr Q8_0 baked by {}", "lokr Q4_0 baked by {}", "lokr Q4_K baked by {}", "lokr Q6_K by {}",
+    "dora fp8 e4m3", "dora nf4 64 by {}", "dora Q8_0 baked by {}", "dora loha fp8 e4m3", "dora lokr nf4 64 by {}",
 )  # fmt: skip
 """Every form of every kernel; {} is the layer's dtype. A LoKr has no rank: its two kernels are those of 16 and 1."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,7 +114,7 @@ def main() -> int:
     rows, failed = [], 0
     for target in map(int, options.targets.split(",")):
         for kind in options.kinds.split(","):
-            ranks = (16, 1) if kind.startswith(KRONECKER) else [int(rank) for rank in options.ranks.split(",")]
+            ranks = (16, 1) if split_kind(kind).form == KRONECKER else [int(rank) for rank in options.ranks.split(",")]
             for name in options.dtypes.split(","):
                 for rank in ranks:
                     row = {"target": target, "kind": kind.format(name), "dtype": name, "rank": rank}

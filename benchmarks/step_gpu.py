@@ -41,7 +41,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from lib_lora_guard.adapters import LohaAdapter, LokrAdapter, LoraAdapter, Term
 from lib_lora_guard.kernels.fused import KERNELS
-from lib_lora_guard.kernels.recipes import HADAMARD, KRONECKER, rank_of_sides
+from lib_lora_guard.kernels.recipes import HADAMARD, KRONECKER, ROW_SCALED, rank_of_sides
 from lib_lora_guard.kernels.stored import Bnb4
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer
 from lib_lora_guard.patching.forward_program import lokr_pass
@@ -365,7 +365,7 @@ def print_kernels(ways, x, steps=5, most=12):
 def prepare(cases, models):
     """Compiles the kernels of all cases; returns the seconds."""
     begin = time.monotonic()
-    before = {"loha": HADAMARD, "lokr": KRONECKER}
+    before = {"dora": ROW_SCALED, "loha": HADAMARD, "lokr": KRONECKER}
     for case in cases:
         keys = set()
         for stored in models[case.storage].stored.values():

@@ -79,7 +79,7 @@ FAULTS = [
     Fault("LoKr: its strength is lost on the short way", "adapter.scale * term.strength", "adapter.scale", "patching contract", "patching/test_on_the_fly.py contract/test_short_way.py"),
     Fault("LoKr: its strength is lost on a bypass's short way", "return left, right, self.strength * scale", "return left, right, scale", "patching", "patching/test_fused.py"),
     Fault("LoKr: the short way goes beside LoRAs of others", "isinstance(ours, GuardPatches) and ours.terms is terms", "ours is not None", "contract", "contract/test_short_way.py"),
-    Fault("LoKr: a kernel for each rank of the others", "if one[0] == BUCKETS[0] or split_kind(kind)[0] != KRONECKER", "if one[0] >= 0 or split_kind(kind)[0] != KRONECKER", "kernels", "kernels/test_choice.py"),
+    Fault("LoKr: a kernel for each rank of the others", "if one[0] == BUCKETS[0] or split_kind(kind).form != KRONECKER", "if one[0] >= 0 or split_kind(kind).form != KRONECKER", "kernels", "kernels/test_choice.py"),
     Fault("LoKr: layers without a LoRA take its class", "        or WEIGHT_PATCH in layer.__dict__\n", "", "contract", "contract/test_short_way.py"),
     Fault("LoHa: a sum for the product", "up = (a1.unsqueeze(2) * a2.unsqueeze(1)).flatten(1)", "up = (a1.unsqueeze(2) + a2.unsqueeze(1)).flatten(1)", "patching", "patching/test_forward_forms.py patching/test_forward_program.py patching/test_norms.py patching/test_forward_steps.py"),
     Fault("LoKr: sides swapped", "delta = torch.kron(left, right.contiguous()).reshape(weight.shape)", "delta = torch.kron(right.contiguous(), left).reshape(weight.shape)", "adapters references", "adapters/test_kinds.py"),

@@ -121,7 +121,7 @@ class Kernels:
             Slot(kind, device, dtype, *one)
             for one in buckets
             for kind in kinds
-            if one[0] == BUCKETS[0] or split_kind(kind)[0] != KRONECKER
+            if one[0] == BUCKETS[0] or split_kind(kind).form != KRONECKER
         ]
         if not soon:
             # What cannot be had is said when a LoRA could use it.
@@ -183,7 +183,7 @@ class Kernels:
                 pair = tuple(
                     Kernel(slot.kind, slot.dtype, slot.bucket, slot.even, per_rank) for per_rank in (False, True)
                 )
-                for kernel in pair[: 1 if not rank or split_kind(slot.kind)[0] else 2]:
+                for kernel in pair[: 1 if not rank or split_kind(slot.kind).form else 2]:
                     probe(kernel, rank, slot.device)
             self._kernels[slot] = pair[0], pair[1]
             return True

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-from .recipes import HADAMARD, KRONECKER, rank_of_sides
+from .recipes import HADAMARD, KRONECKER, ROW_SCALED, rank_of_sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Factors:
     @property
     def form(self) -> str:
         """What stands before the kind of the stored weight in the kernel's."""
-        return "" if self.times is None else HADAMARD
+        return ("" if self.row_scale is None else ROW_SCALED) + ("" if self.times is None else HADAMARD)
 
     @property
     def rank(self) -> int:
@@ -61,7 +61,7 @@ class Sides:
     @property
     def form(self) -> str:
         """What stands before the kind of the stored weight in the kernel's."""
-        return KRONECKER
+        return KRONECKER if self.row_scale is None else ROW_SCALED + KRONECKER
 
     @property
     def rank(self) -> int:

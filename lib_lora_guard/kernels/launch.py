@@ -107,6 +107,7 @@ class Kernel:
             "RANKS": bucket,
             "CHUNK": chunk_of(bucket),
             "HAS_PER_RANK": per_rank,
+            "ROW_SCALED": recipe.is_row_scaled,
             "HADAMARD": recipe.form == HADAMARD,
             "KRONECKER": recipe.form == KRONECKER,
             "EVEN_RANK": even_rank,
@@ -130,13 +131,12 @@ class Kernel:
             if self._bucket:
                 raise ValueError(f"{self.kind}: a kernel for {self._bucket} ranks got no factors")
             tensors += (out,) * 7
-            numbers: tuple[Any, ...] = (rows, columns, 0, 1, 0, 0.0)
+            numbers: tuple[Any, ...] = (rows, columns, 0, 1, 0.0)
         elif isinstance(factors, Sides):
             left, right = self._sides(factors, rows, columns)
-            row_scale = self._row_scale(factors, rows, data.device)
-            tensors += (out, left, right, out, row_scale, out, out)
-            has_scale, (height, width) = int(factors.row_scale is not None), right.shape
-            numbers = (rows, columns, width, height, has_scale, float(factors.alpha))
+            tensors += (out, left, right, out, self._row_scale(factors, out), out, out)
+            height, width = right.shape
+            numbers = (rows, columns, width, height, float(factors.alpha))
         else:
             up, down = factors.up, factors.down
             if (
@@ -153,9 +153,8 @@ class Kernel:
             if not (up.is_contiguous() and down.is_contiguous()):
                 up, down = up.contiguous(), down.contiguous()
             per_rank = out if factors.per_rank is None else factors.per_rank.float()
-            row_scale = self._row_scale(factors, rows, data.device)
-            tensors += (out, up, down, per_rank, row_scale, *self._second(factors, out))
-            numbers = (rows, columns, down.shape[0], 1, int(factors.row_scale is not None), float(factors.alpha))
+            tensors += (out, up, down, per_rank, self._row_scale(factors, out), *self._second(factors, out))
+            numbers = (rows, columns, down.shape[0], 1, float(factors.alpha))
         addresses = [tensor.data_ptr() for tensor in tensors]
         joined = 0
         for address in addresses:
@@ -169,10 +168,13 @@ class Kernel:
             self._handle(grid, (*addresses[:2], *step, *addresses[2:], *numbers))
         return out
 
-    def _row_scale(self, factors: Change, rows: int, device: torch.device) -> torch.Tensor:
-        scale = factors.row_scale
+    def _row_scale(self, factors: Change, out: torch.Tensor) -> torch.Tensor:
+        """Returns the factors of the rows; where there are none `out` in their place, which the kernel does not read."""
+        scale, rows = factors.row_scale, len(out)
+        if (scale is not None) != self.constants["ROW_SCALED"]:
+            raise ValueError(f"{self.kind}: found {'no ' if scale is None else ''}factors of rows")
         if scale is None:
-            return _one(device)
+            return out
         if scale.shape != (rows,) or scale.dtype != torch.float32:
             raise ValueError(f"{self.kind}: expected {rows} factors in fp32, found {list(scale.shape)}")
         return scale
@@ -250,12 +252,6 @@ def _typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Ten
     if isinstance(stored, Bnb4) and not stored.is_crossing:
         data = data.view(torch.int32)
     return (data, second, *rest)
-
-
-@cache
-def _one(device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.ones(1, device=device)
 
 
 @cache

@@ -44,27 +44,27 @@ def probe(kernel: Kernel, rank: int, device: torch.device) -> None:
     step = _column_step(kernel.kind)
     # The tiles of one program and a bit of a second one's in both directions; then less than one tile.
     wide = kernel.tile.columns * kernel.tile.spans
-    sizes = ((kernel.tile.rows + 3, -(-wide // step) * step + step, True), (5, step, False))
+    sizes = ((kernel.tile.rows + 3, -(-wide // step) * step + step), (5, step))
     if kernel.constants["KRONECKER"]:
         # Blocks of other sizes than tiles, some of them across two; then one whose rows are the weight's.
         many, few = (24, 8) if kernel.constants["EVEN_RANK"] else (12, 4)
         columns = math.lcm(step, many)
         sizes = (
-            (3 * (kernel.tile.rows // 2 + 3), -(-(wide + 1) // columns) * columns, True),
-            (5, math.lcm(step, few), False),
+            (3 * (kernel.tile.rows // 2 + 3), -(-(wide + 1) // columns) * columns),
+            (5, math.lcm(step, few)),
         )
-    for rows, columns, has_row_scale in sizes:
+    for is_second, (rows, columns) in enumerate(sizes):
         stored = sample(kernel.kind, rows, columns, kernel.dtype, generator, CPU)
         factors: Change | None = None
         if kernel.constants["KRONECKER"]:
-            height, width = (rows // 3, many) if has_row_scale else (rows, few)
+            height, width = (rows, few) if is_second else (rows // 3, many)
             factors = sample_sides(rows, columns, height, width, kernel.dtype, generator, CPU)
         elif rank:
             factors = sample_factors(rows, columns, rank, kernel.has_per_rank, kernel.dtype, generator, CPU)
             if kernel.constants["HADAMARD"]:
                 second = sample_factors(rows, columns, rank, False, kernel.dtype, generator, CPU)
                 factors = dataclasses.replace(factors, times=(second.up, second.down), alpha=5.0)
-        if factors is not None and has_row_scale:
+        if factors is not None and kernel.constants["ROW_SCALED"]:
             factors = dataclasses.replace(factors, row_scale=torch.rand(rows, generator=generator) + 0.5)
         there = None if factors is None else moved(factors, device)
         made = kernel(moved(stored, device), there)

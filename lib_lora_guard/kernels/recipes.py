@@ -23,11 +23,27 @@ LARGEST_CHUNK = 64
 """Ranks of one product in a kernel: more of them would not fit into the shared memory of older cards."""
 
 
+ROW_SCALED = "dora "
+"""Before the kind of a stored weight: the kernel for a change that multiplies the weight's rows first. All others do without
+that product, of which there is one a number: four bits took 4 to 14 % longer with it (docs/kernels.md)."""
 HADAMARD = "loha "
-"""Before the kind of a stored weight: the kernel for factors that are two pairs."""
+"""The same, after ROW_SCALED: the kernel for factors that are two pairs."""
 KRONECKER = "lokr "
 """The same: the kernel for the sides of a LoKr."""
-FORMS = (HADAMARD, KRONECKER)
+
+
+class KernelKind(NamedTuple):
+    """What the name of a kernel's kind says.
+
+    Attributes:
+        is_row_scaled: ROW_SCALED stands first.
+        form: HADAMARD or KRONECKER; "" for factors that are one pair, and for none.
+        stored: `Stored.kind`.
+    """
+
+    is_row_scaled: bool
+    form: str
+    stored: str
 
 
 class Tile(NamedTuple):
@@ -73,13 +89,15 @@ class Recipe:
         function: The kernel's name in `triton_kernels`.
         constants: Its own compile-time constants.
         values: The short name of the dtype in which the host calculates; "" for the layer's.
-        form: HADAMARD or KRONECKER; "" for factors that are one pair.
+        form: As `KernelKind` has it.
+        is_row_scaled: The same.
     """
 
     function: str
     constants: Mapping[str, str | int | bool]
     values: str
     form: str = ""
+    is_row_scaled: bool = False
 
     @property
     def oldest_triton(self) -> tuple[int, int]:
@@ -89,11 +107,11 @@ class Recipe:
 
 @cache
 def recipe_of(kind: str) -> Recipe | None:
-    """Returns the recipe of `Stored.kind`, perhaps with one of FORMS before it; None for a kind that has no kernel."""
-    form, stored = split_kind(kind)
-    if form:
+    """Returns the recipe of a kind, `Stored.kind` with what stands before it; None for one that has no kernel."""
+    is_row_scaled, form, stored = split_kind(kind)
+    if stored != kind:
         plain = recipe_of(stored)
-        return None if plain is None else replace(plain, form=form)
+        return None if plain is None else replace(plain, form=form, is_row_scaled=is_row_scaled)
     words, _, values = kind.partition(" by ")
     form, *rest = words.split()
     if form == "fp8" and rest[0] in ("e4m3", "e5m2"):
@@ -114,10 +132,11 @@ def recipe_of(kind: str) -> Recipe | None:
     return None
 
 
-def split_kind(kind: str) -> tuple[str, str]:
-    """Returns what of FORMS stands before a stored weight's kind, "" for none, and that kind."""
-    form = next((form for form in FORMS if kind.startswith(form)), "")
-    return form, kind.removeprefix(form)
+def split_kind(kind: str) -> KernelKind:
+    """Takes the name of a kernel's kind apart."""
+    rest = kind.removeprefix(ROW_SCALED)
+    form = next((form for form in (HADAMARD, KRONECKER) if rest.startswith(form)), "")
+    return KernelKind(rest != kind, form, rest.removeprefix(form))
 
 
 def rank_of_sides(columns: int) -> int:

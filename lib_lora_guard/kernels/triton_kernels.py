@@ -8,12 +8,12 @@ Names in capitals are pointers or compile-time constants. No compiler may join a
 
 TAIL, the arguments that all kernels end with:
     OUT: `(rows, cols)`. UP `(rows, rank)`, DOWN `(rank, cols)`, PER_RANK `(rank,)` fp32: the factors; not read where RANKS is 0.
-    ROW_SCALE: fp32, what each row is multiplied by before they are added: `(rows,)` where row_step is 1, a single 1.0 where it is 0.
+    ROW_SCALE: `(rows,)` fp32, what each row is multiplied by before they are added; not read where ROW_SCALED is False.
     UP2, DOWN2: where HADAMARD, a second pair, by whose product that of the first one is multiplied, value by value.
-    rows, cols, rank, height, row_step, alpha: numbers of the call.
+    rows, cols, rank, height, alpha: numbers of the call.
     Where KRONECKER, UP is a LoKr's left side `(rows / height, cols / rank)` and DOWN the right one `(height, rank)`.
     VALUES: the dtype in which the host's dequantisation calculates and returns.
-    RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. HADAMARD. KRONECKER.
+    RANKS: the rank's bucket, 0 for none. CHUNK: ranks per product. HAS_PER_RANK. ROW_SCALED. HADAMARD. KRONECKER.
     EVEN_RANK: the rank is a multiple of 16; where KRONECKER, of 8.
     BO, BI: rows and columns of a tile.
 """
@@ -24,7 +24,7 @@ TAIL, the arguments that all kernels end with:
 import triton
 import triton.language as tl
 
-NUMBERS = ("rows", "cols", "rank", "height", "scale_step", "row_step")
+NUMBERS = ("rows", "cols", "rank", "height", "scale_step")
 """Arguments whose values make no variants of a kernel. `x // 16 * 16` tells the compiler what a constant of the kernel promises."""
 
 
@@ -115,16 +115,17 @@ def _change(
 
 @triton.jit
 def _store(
-    w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, EXACT: tl.constexpr,
+    w, product, OUT, ROW_SCALE, row, col, rows, cols, alpha,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, ROW_SCALED: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Rounds a tile of decoded values as the host does, adds the factors' product and stores it. EXACT: they need no rounding."""
     ro, ri = tl.arange(0, BO), tl.arange(0, BI)
     if RANKS == 0 or not EXACT:
         w = w.to(VALUES).to(OUT.dtype.element_ty)
     if RANKS > 0:
-        factor = tl.load(ROW_SCALE + (row + ro) * row_step, mask=row + ro < rows, other=0.0)
-        w = w.to(tl.float32) * factor[:, None]
+        w = w.to(tl.float32)
+        if ROW_SCALED:
+            w = w * tl.load(ROW_SCALE + row + ro, mask=row + ro < rows, other=0.0)[:, None]
         w = tl.fma(product, tl.full((BO, BI), 0.0, tl.float32) + alpha, w).to(OUT.dtype.element_ty)
     tile = OUT + row.to(tl.int64) * cols + col
     tl.store(tile + ro[:, None] * cols + ri[None, :], w, mask=(row + ro < rows)[:, None] & (col + ri < cols)[None, :])
@@ -132,10 +133,10 @@ def _store(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def scaled(
-    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, row_step, alpha,
+    DATA, SCALE, scale_step, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, alpha,
     FORM: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr, NATIVE: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
-    KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, ROW_SCALED: tl.constexpr,
+    HADAMARD: tl.constexpr, KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """fp8 as its bytes, and int8; SCALE fp32, `scale_step` 0 for one, 1 for one a row. EVEN: cols is a multiple of 16."""
     if EVEN:
@@ -166,7 +167,7 @@ def scaled(
         UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, height,
         RANKS, CHUNK, HAS_PER_RANK, HADAMARD, KRONECKER, EVEN_RANK, BO, BI,
     )  # fmt: skip
-    _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, EXACT)
+    _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, alpha, VALUES, RANKS, ROW_SCALED, BO, BI, EXACT)
 
 
 @triton.jit
@@ -282,11 +283,11 @@ def _of_bnb4(
 @triton.jit(do_not_specialize=NUMBERS)
 def bnb4(
     DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET,
-    OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, row_step, alpha,
+    OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, alpha,
     FORM: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, CROSSING: tl.constexpr, SHUFFLE: tl.constexpr,
     SPANS: tl.constexpr, STAGES: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
-    KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, ROW_SCALED: tl.constexpr,
+    HADAMARD: tl.constexpr, KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """bitsandbytes' four bits. NESTED: values of absmax a scale of scales, 0 for none. CROSSING: blocks cross rows.
 
@@ -303,7 +304,7 @@ def bnb4(
             UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, height,
             RANKS, CHUNK, HAS_PER_RANK, HADAMARD, KRONECKER, EVEN_RANK, BO, BI,
         )  # fmt: skip
-        _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, False)
+        _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, alpha, VALUES, RANKS, ROW_SCALED, BO, BI, False)
     else:
         if EVEN_RANK:
             rank = rank // 16 * 16
@@ -318,7 +319,7 @@ def bnb4(
             product = tl.zeros((BO, BI), dtype=tl.float32)
             for chunk in tl.static_range(0, RANKS // CHUNK):
                 product = tl.dot(ups[chunk], _down(DOWN, at, cols, rank, chunk * CHUNK, CHUNK, BI), product)
-            _store(w, product, OUT, ROW_SCALE, row, at, rows, cols, row_step, alpha, VALUES, RANKS, BO, BI, False)
+            _store(w, product, OUT, ROW_SCALE, row, at, rows, cols, alpha, VALUES, RANKS, ROW_SCALED, BO, BI, False)
 
 
 @triton.jit
@@ -463,10 +464,10 @@ def _of_q6_k(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def gguf(
-    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, row_step, alpha,
+    WORDS2, WORDS4, OUT, UP, DOWN, PER_RANK, ROW_SCALE, UP2, DOWN2, rows, cols, rank, height, alpha,
     FORM: tl.constexpr, BAKED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BYTES: tl.constexpr,
-    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, HADAMARD: tl.constexpr,
-    KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    VALUES: tl.constexpr, RANKS: tl.constexpr, CHUNK: tl.constexpr, HAS_PER_RANK: tl.constexpr, ROW_SCALED: tl.constexpr,
+    HADAMARD: tl.constexpr, KRONECKER: tl.constexpr, EVEN_RANK: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """GGUF. WORDS2 and WORDS4: the same bytes as words of two and of four. BLOCK, BLOCK_BYTES: of a block."""
     cols = cols // BLOCK * BLOCK
@@ -489,20 +490,5 @@ def gguf(
         UP, DOWN, PER_RANK, UP2, DOWN2, row, col, rows, cols, rank, height,
         RANKS, CHUNK, HAS_PER_RANK, HADAMARD, KRONECKER, EVEN_RANK, BO, BI,
     )  # fmt: skip
-    _store(
-        tl.reshape(w, (BO, BI)),
-        product,
-        OUT,
-        ROW_SCALE,
-        row,
-        col,
-        rows,
-        cols,
-        row_step,
-        alpha,
-        VALUES,
-        RANKS,
-        BO,
-        BI,
-        False,
-    )
+    w = tl.reshape(w, (BO, BI))
+    _store(w, product, OUT, ROW_SCALE, row, col, rows, cols, alpha, VALUES, RANKS, ROW_SCALED, BO, BI, False)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..kernels.fused import Change, Factors, Sides, fused_weight
-from ..kernels.recipes import HADAMARD, KRONECKER, rank_of_sides
+from ..kernels.recipes import HADAMARD, KRONECKER, ROW_SCALED, rank_of_sides
 from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
 from .forward_program import OnePass
@@ -100,6 +100,8 @@ class Fused:
 
     def exchange(self, stack: OnePass | None) -> None:
         """Replaces the stack by one that differs in strengths alone, for the next call of the layer."""
+        if (stack is None or stack.row_scale is None) != (self._stack is None or self._stack.row_scale is None):
+            self._key = None
         self._stack = stack
 
     def key(self, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Key | None:
@@ -111,11 +113,12 @@ class Fused:
         stack = self._stack
         if stack is None:
             return Key(kind, device, dtype, 0)
+        before = "" if stack.row_scale is None else ROW_SCALED
         if (two_pairs := stack.two_pairs(dtype)) is not None:
-            return Key(HADAMARD + kind, device, dtype, two_pairs.form.a1.shape[1])
+            return Key(before + HADAMARD + kind, device, dtype, two_pairs.form.a1.shape[1])
         if isinstance(stack.product, KroneckerStep):
-            return Key(KRONECKER + kind, device, dtype, rank_of_sides(stack.product.columns))
-        return Key(kind, device, dtype, stack.product.rank)
+            return Key(before + KRONECKER + kind, device, dtype, rank_of_sides(stack.product.columns))
+        return Key(before + kind, device, dtype, stack.product.rank)
 
     def run(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> torch.Tensor | None:
         """Returns the layer's output for `x` with the LoRAs in it; None, with nothing done, where the long way has to go.

@@ -22,13 +22,13 @@ def beats_bypass(kind: str, rank: int) -> bool:
     """Returns True if the pass is faster than the host's way and a bypass.
 
     Args:
-        kind: `Stored.kind`, with HADAMARD before it for a LoHa: two products, not measured, are taken as one of twice the rank.
-            A LoKr has no product: with KRONECKER before the kind, the host's way is that of its call or of a bypass.
+        kind: Of the kernel. A LoHa's two products, not measured, are taken as one of twice the rank. A LoKr has no product: the
+            host's way is that of its call or of a bypass. Rows that are scaled first change nothing here.
         rank: Of all LoRAs on the weight together.
     """
-    before, kind = split_kind(kind)
-    rank *= 2 if before == HADAMARD else 1
-    form, *rest = kind.split()
+    _, shape, stored = split_kind(kind)
+    rank *= 2 if shape == HADAMARD else 1
+    form, *rest = stored.split()
     return "scaled" in rest or form not in LARGEST_RANKS or rank <= LARGEST_RANKS[form]
 
 

@@ -65,4 +65,6 @@ def test_kernels_compile_for_cards_that_are_not_here(found):
         "sm_89, lokr fp8 e4m3 scaled": "",
         "sm_90, lokr Q8_0 baked by bf16": "",
         "sm_120, lokr Q4_K baked by bf16": "",
+        "sm_86, dora nf4 64 by bf16": "",
+        "sm_75, dora lokr fp8 e4m3": "",
     }

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,7 +42,7 @@ CARDS = (
     (90, "Q4_K baked by bf16", BF16, 64), (120, "nf4 64 by bf16", BF16, 0), (89, "loha fp8 e4m3", BF16, 16),
     (80, "int8 scaled", BF16, 16), (75, "lokr fp8 e4m3", FP16, 16), (80, "lokr int8 scaled", BF16, 1),
     (86, "lokr nf4 64 by bf16", BF16, 16), (89, "lokr fp8 e4m3 scaled", BF16, 16), (90, "lokr Q8_0 baked by bf16", BF16, 16),
-    (120, "lokr Q4_K baked by bf16", BF16, 16),
+    (120, "lokr Q4_K baked by bf16", BF16, 16), (86, "dora nf4 64 by bf16", BF16, 64), (75, "dora lokr fp8 e4m3", FP16, 16),
 )  # fmt: skip
 SMALLEST_SHARED_BYTES = 48 * 1024
 """What every card gives a program."""
@@ -52,19 +53,23 @@ KINDS = {
     "Q4_0 baked by fp16": Tile(16, 64, 1), "Q4_K baked by fp16": Tile(16, 256, 1), "Q8_0": Tile(16, 64, 1), "Q4_0": Tile(16, 64, 1),
     "Q4_K": Tile(16, 128, 1), "Q5_0 by fp16": Tile(16, 64, 1), "Q5_K by fp16": Tile(16, 256, 1), "Q6_K by fp16": Tile(16, 256, 1),
 }  # fmt: skip
+PLAIN = tuple(KINDS)
 KINDS |= {f"loha {kind}": KINDS[kind] for kind in ("fp8 e4m3", "nf4 64 by fp16", "Q8_0 baked by fp16")}
+ROW_SCALED = ("fp8 e4m3", "int8 scaled", "nf4 64 by fp16", "Q4_K baked by fp16", "loha fp8 e4m3")
+KINDS |= {f"dora {kind}": KINDS[kind] for kind in ROW_SCALED}
 WITH_LORA = (
     "int8 scaled",
     "nf4 64 by fp16",
     "Q8_0 baked by fp16",
     "Q4_K baked by fp16",
-    *(kind for kind in KINDS if kind.startswith("loha")),
+    *(kind for kind in KINDS if kind not in PLAIN),
 )
 WITH_LOKR = (
     "fp8 e4m3", "fp8 e4m3 scaled odd", "fp8 e5m2 scaled", "int8 scaled", "nf4 64 by fp16", "fp4 32 nested256 by fp16",
     "nf4 64 crossing by fp16", "Q8_0 baked by fp16", "Q4_0 baked by fp16", "Q4_K baked by fp16", "Q4_0",
 )  # fmt: skip
 KINDS |= {f"lokr {kind}": KINDS[kind] for kind in WITH_LOKR}
+KINDS["dora lokr fp8 e4m3"] = KINDS["fp8 e4m3"]
 """One of each shape of tile: what adds the factors is the same for all."""
 SIDES = (
     (4, 4, 24, 40),
@@ -90,8 +95,8 @@ FAULTS = {
                             "d = _scale(WORDS2, block, inside, tl.float16, VALUES) * small"),
     "ranks left out": ("fp8 e4m3", 100, "tl.static_range(0, RANKS, CHUNK)", "tl.static_range(0, CHUNK, CHUNK)"),
     "the first ranks added twice": ("fp8 e4m3", 100, "tl.arange(0, BO), first + tl.arange", "tl.arange(0, BO), tl.arange"),
-    "rows not scaled": ("int8 scaled", 16, "w = w.to(tl.float32) * factor[:, None]", "w = w.to(tl.float32)"),
-    "one row's factor for all": ("fp8 e4m3", 16, "(row + ro) * row_step", "row * row_step + ro * 0"),
+    "rows not scaled": ("dora int8 scaled", 16, "if ROW_SCALED:", "if False:"),
+    "one row's factor for all": ("dora fp8 e4m3", 16, "ROW_SCALE + row + ro", "ROW_SCALE + row + ro * 0"),
     "a LoHa's second product left out": ("loha fp8 e4m3", 20, "if HADAMARD:", "if False:"),
     "a LoHa's pairs mixed": ("loha fp8 e4m3", 20, "UP2, DOWN2, PER_RANK, row", "UP, DOWN2, PER_RANK, row"),
     "a LoKr's left side turned": ("lokr fp8 e4m3", 16, "of_row + (rs // width)[None, :]",
@@ -147,6 +152,20 @@ def infinite():
     compare(kernel_of("fp8 e5m2 scaled", 5, True)(stored, factors), stored, factors, FP16)
 
 
+def factors_of_rows_alone():
+    """A kernel says so where rows shall be scaled and it does not do that, and the other way round."""
+    generator = torch.Generator().manual_seed(4)
+    stored = sample("int8 scaled", 19, 48, FP16, generator, CPU)
+    factors = sample_factors(19, 48, 5, False, FP16, generator, CPU)
+    for kind, scale, words in (("int8 scaled", torch.ones(19), ""), ("dora int8 scaled", None, "no ")):
+        try:
+            kernel_of(kind, 5, False)(stored, replace(factors, row_scale=scale))
+        except ValueError as error:
+            if str(error) == f"{kind}: found {words}factors of rows":
+                continue
+        raise ProbeError(kind)
+
+
 def with_sides(kind, a, b, c, d, alpha):
     """Compares a LoKr of any strength with the twin, and one of none with the host's dequantisation, bit for bit."""
     generator = torch.Generator().manual_seed(a)
@@ -199,10 +218,10 @@ def through_a_layer():
 
 def interpret():
     found = {}
-    for kind in (kind for kind in KINDS if not split_kind(kind)[0]):
+    for kind in PLAIN:
         found[f"{kind}, no LoRA"] = failure(lambda kind=kind: probe(kernel_of(kind, 0, False), 0, CPU))
     for kind in WITH_LORA:
-        per_rank = not kind.startswith("loha")
+        per_rank = not split_kind(kind).form
         found[f"{kind}, rank 5"] = failure(
             lambda kind=kind, per_rank=per_rank: probe(kernel_of(kind, 5, per_rank), 5, CPU)
         )
@@ -211,6 +230,7 @@ def interpret():
             found[f"lokr {kind}, {rank}"] = failure(
                 lambda kind=kind, rank=rank: probe(kernel_of(f"lokr {kind}", rank, False), rank, CPU)
             )
+    found["a DoRA's LoKr"] = failure(lambda: probe(kernel_of("dora lokr fp8 e4m3", 16, False), 16, CPU))
     for number, sides in enumerate(SIDES):
         alpha = (0.0, -0.7, 1.5)[number % 3]
         for strength in {alpha, -0.7}:
@@ -228,6 +248,7 @@ def interpret():
             lambda kernel=kernel, rank=rank: probe(kernel, rank, CPU)
         )
     found["infinities"] = failure(infinite)
+    found["factors of rows"] = failure(factors_of_rows_alone)
     found["a LoKr through a layer"] = failure(through_a_layer)
     with tempfile.TemporaryDirectory() as folder:
         for name, (kind, rank, old, new) in FAULTS.items():

@@ -159,6 +159,8 @@ def test_a_dora_and_a_loha_go_the_short_way(stack, scales, rank, passes, monkeyp
     layer, x = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(3, 64, seed=3)
     base, one = layer(x), rand(1, 64, seed=5)
     hook = patched(layer, stack)
+    before = "dora " * scales + "loha " * (rank == 2)
+    assert hook.fused.key(layer, torch.device("cpu"), torch.float32)[::3] == (f"{before}nf4 64 by fp32", rank)
     for factor in (1.0, -0.5):
         terms = [[entry[0] * factor, *entry[1:]] for entry in stack]
         hook.exchange(hook.at_strengths([parse_term(term, {}) for term in terms]))
@@ -175,7 +177,8 @@ def test_a_lokr_in_a_bypass_goes_the_short_way(kind, of_model, passes):
     base, one = layer(x), rand(1, 64, seed=5)
     stack = [[0.7, host_value(kind, SHAPE, 1, rank=2), of_model, None, None]]
     hook = patched(layer, stack)
-    assert hook.fused.key(layer, torch.device("cpu"), torch.float32)[::3] == ("lokr nf4 64 by fp32", 16)
+    rows = "" if of_model == 1.0 else "dora "  # the strength of the model scales all rows
+    assert hook.fused.key(layer, torch.device("cpu"), torch.float32)[::3] == (f"{rows}lokr nf4 64 by fp32", 16)
     for factor in (1.0, -0.5):
         terms = [[entry[0] * factor, *entry[1:]] for entry in stack]
         hook.exchange(hook.at_strengths([parse_term(term, {}) for term in terms]))
