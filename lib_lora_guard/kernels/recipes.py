@@ -66,14 +66,20 @@ class Tile(NamedTuple):
 
 TILES: Mapping[str, tuple[tuple[int, Tile], ...]] = {
     "scaled": ((16, Tile(32, 256, 4)), (256, Tile(128, 64, 4))),
-    "bnb4": ((16, Tile(32, 128, 4)), (64, Tile(64, 64, 4, 8, 3)), (128, Tile(64, 64, 4, 4, 2)), (256, Tile(64, 64, 4))),
+    "bnb4": (
+        (16, Tile(32, 128, 4)),
+        (64, Tile(64, 64, 4, 8, 3)),
+        (96, Tile(64, 64, 4, 8, 2)),
+        (128, Tile(64, 64, 4, 4, 2)),
+        (256, Tile(64, 64, 4)),
+    ),
     "bnb4 crossing": ((256, Tile(32, 128, 4)),),
     "gguf 32": ((16, Tile(16, 256, 4)), (256, Tile(32, 128, 4))),
     "gguf 256": ((16, Tile(32, 256, 4)), (256, Tile(32, 256, 8))),
 }
 """By family of storages: the tile up to a bucket.
 
-Measured on an H200 (docs/kernels.md): fp8 at 16, 64 and 128 ranks, NF4 at 16, 64 and 96, Q8_0 and Q4_K at 16. int8 differs from
+Measured on an H200 (docs/kernels.md): fp8 at 16, 64 and 128 ranks, NF4 at 16 to 128, Q8_0 and Q4_K at 16. int8 differs from
 fp8, and FP4 and nested scales from NF4, by a few operations of the decoding: they have the same tiles. Other buckets have those of
 the next larger measured one. Several tiles a program win for four bits, where they hide the loads behind the decoding; for fp8 one
 tile is as fast. Above 128 ranks they would need more than 48 KB of shared memory on small cards. GGUF and blocks that cross rows
