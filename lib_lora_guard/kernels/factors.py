@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 
@@ -22,6 +22,7 @@ class Factors:
         row_scale: `(out,)` in fp32, by which the rows of the stored weight are multiplied first (a DoRA's); None for none.
         times: A second pair of the same shapes, by whose product that of the first is multiplied value by value (a LoHa's). Not
             together with `per_rank`.
+        known: What kernels keep of them.
     """
 
     up: torch.Tensor
@@ -30,6 +31,7 @@ class Factors:
     per_rank: torch.Tensor | None = None
     row_scale: torch.Tensor | None = None
     times: tuple[torch.Tensor, torch.Tensor] | None = None
+    known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def form(self) -> str:
@@ -50,13 +52,14 @@ class Sides:
         left: `(out / height, in / width)`, on the weight's device and in the compute dtype.
         right: `(height, width)`, as left.
         alpha: The factor on each number.
-        row_scale: As `Factors` has it.
+        row_scale, known: As `Factors` has them.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     alpha: float
     row_scale: torch.Tensor | None = None
+    known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def form(self) -> str:

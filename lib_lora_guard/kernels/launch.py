@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import operator
 import os
 import re
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -72,6 +73,21 @@ def has_fp8_instructions() -> bool:
     return not interprets() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
+class _Change:
+    """A kernel's arguments for some factors.
+
+    Args:
+        tensors: UP, DOWN, PER_RANK, ROW_SCALE, UP2 and DOWN2. Where the kernel reads none any other stands in its place.
+        numbers: Rows, columns, rank, height and alpha.
+    """
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...]) -> None:
+        self.tensors, self.numbers = tensors, numbers
+        self.addresses = [tensor.data_ptr() for tensor in tensors]
+        self.joined_addresses = functools.reduce(operator.or_, self.addresses)
+        """A bit is set where one of them has it."""
+
+
 class Kernel:
     """One kernel: a kind of weight, a dtype, a bucket of ranks.
 
@@ -126,55 +142,74 @@ class Kernel:
         rows, columns = stored.shape
         data = stored.data
         out = torch.empty(rows, columns, dtype=self.dtype, device=data.device)
-        tensors, step = _tensors(stored, out)
+        mine, step = _tensors(stored, out)
         if factors is None:
             if self._bucket:
                 raise ValueError(f"{self.kind}: a kernel for {self._bucket} ranks got no factors")
-            tensors += (out,) * 7
-            numbers: tuple[Any, ...] = (rows, columns, 0, 1, 0.0)
-        elif isinstance(factors, Sides):
-            left, right = self._sides(factors, rows, columns)
-            tensors += (out, left, right, out, self._row_scale(factors, out), out, out)
-            height, width = right.shape
-            numbers = (rows, columns, width, height, float(factors.alpha))
+            change = _Change((out,) * 6, (rows, columns, 0, 1, 0.0))
         else:
-            up, down = factors.up, factors.down
-            if (
-                self.constants["KRONECKER"]
-                or up.shape != (rows, down.shape[0])
-                or down.shape[1] != columns
-                or up.dtype != down.dtype
-                or up.dtype != out.dtype
-            ):
-                raise ValueError(
-                    f"{self.kind}: expected factors of {rows} x rank and rank x {columns} in {self.dtype}, found {list(up.shape)} "
-                    f"{up.dtype} and {list(down.shape)} {down.dtype}"
-                )
-            if not (up.is_contiguous() and down.is_contiguous()):
-                up, down = up.contiguous(), down.contiguous()
-            per_rank = out if factors.per_rank is None else factors.per_rank.float()
-            tensors += (out, up, down, per_rank, self._row_scale(factors, out), *self._second(factors, out))
-            numbers = (rows, columns, down.shape[0], 1, float(factors.alpha))
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        joined = 0
+            # Of a layer they are the same ones in each call: looked at once.
+            known = factors.known.get(self)
+            change = known if known and known.numbers[:2] == (rows, columns) else self._change(factors, rows, columns)
+        addresses = [tensor.data_ptr() for tensor in mine]
+        addresses.append(out.data_ptr())
+        joined = change.joined_addresses
         for address in addresses:
             joined |= address
         if joined % ALIGNED_BYTES:
             return None
         grid = (-(-columns // (self.tile.columns * self.tile.spans)), -(-rows // self.tile.rows), 1)
         if self._handle is None:
-            self._launch_first(grid, _typed(stored, tensors), step, numbers)
+            tensors = (*mine, out, *change.tensors)
+            self._launch_first(grid, _typed(stored, tensors), step, change.numbers)
         else:
-            self._handle(grid, (*addresses[:2], *step, *addresses[2:], *numbers))
+            self._handle(grid, (*addresses[:2], *step, *addresses[2:], *change.addresses, *change.numbers))
         return out
 
-    def _row_scale(self, factors: Change, out: torch.Tensor) -> torch.Tensor:
-        """Returns the factors of the rows; where there are none `out` in their place, which the kernel does not read."""
-        scale, rows = factors.row_scale, len(out)
+    def _change(self, factors: Change, rows: int, columns: int) -> _Change:
+        """Returns the arguments for some factors on a weight of so many rows and columns.
+
+        Raises:
+            ValueError: They are not for this kernel, or not for this weight.
+        """
+        if isinstance(factors, Sides):
+            left, right = self._sides(factors, rows, columns)
+            height, width = right.shape
+            row_scale = self._row_scale(factors, rows, right)
+            return _Change(
+                (left, right, right, row_scale, right, right), (rows, columns, width, height, float(factors.alpha))
+            )
+        up, down = factors.up, factors.down
+        if (
+            self.constants["KRONECKER"]
+            or up.shape != (rows, down.shape[0])
+            or down.shape[1] != columns
+            or up.dtype != down.dtype
+            or up.dtype != self.dtype
+        ):
+            raise ValueError(
+                f"{self.kind}: expected factors of {rows} x rank and rank x {columns} in {self.dtype}, found {list(up.shape)} "
+                f"{up.dtype} and {list(down.shape)} {down.dtype}"
+            )
+        if not (up.is_contiguous() and down.is_contiguous()):
+            up, down = up.contiguous(), down.contiguous()
+        per_rank = down if factors.per_rank is None else factors.per_rank.float()
+        row_scale = self._row_scale(factors, rows, down)
+        tensors = (up, down, per_rank, row_scale, *self._second(factors, down))
+        change = _Change(tensors, (rows, columns, down.shape[0], 1, float(factors.alpha)))
+        own = (factors.up, factors.down, *(factors.times or (down, down)))
+        if all(one is mine for one, mine in zip((up, down, *tensors[4:]), own, strict=True)):
+            # No copies, which would be kept with them.
+            factors.known[self] = change
+        return change
+
+    def _row_scale(self, factors: Change, rows: int, unused: torch.Tensor) -> torch.Tensor:
+        """Returns the factors of the rows; `unused` where there are none, and the kernel reads none."""
+        scale = factors.row_scale
         if (scale is not None) != self.constants["ROW_SCALED"]:
             raise ValueError(f"{self.kind}: found {'no ' if scale is None else ''}factors of rows")
         if scale is None:
-            return out
+            return unused
         if scale.shape != (rows,) or scale.dtype != torch.float32:
             raise ValueError(f"{self.kind}: expected {rows} factors in fp32, found {list(scale.shape)}")
         return scale
@@ -254,7 +289,7 @@ def _typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Ten
     return (data, second, *rest)
 
 
-@cache
+@functools.cache
 def _levels(form: str, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return torch.tensor(LEVELS[form], dtype=torch.float32, device=device)

@@ -23,7 +23,7 @@ from ..kernels.recipes import HADAMARD, KRONECKER, ROW_SCALED, rank_of_sides
 from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
 from .forward_program import OnePass
-from .forward_steps import KroneckerStep, Parts
+from .forward_steps import KhatriRaoStep, KroneckerStep, LowRankStep, Parts
 from .fused_choice import CHOICE, FusedChoice, Key
 from .swapped_ahead import AHEAD
 
@@ -96,7 +96,7 @@ class Fused:
         """Of the weight that the key is for."""
         self._is_taken = False
         self._facts = _Facts()
-        self._made: tuple[OnePass, Parts, Factors] | None = None
+        self._made: tuple[OnePass, LowRankStep | KhatriRaoStep, Parts, Factors] | None = None
 
     def exchange(self, stack: OnePass | None) -> None:
         """Replaces the stack by one that differs in strengths alone, for the next call of the layer."""
@@ -136,8 +136,10 @@ class Fused:
         if is_known and not self._is_taken:
             return None
         try:
-            held = self._raw.of(layer, x, terms)
-            stored = None if held is None else self._facts.stored(held, dtype, device)
+            # Weights of hosts and bitsandbytes are classes of their own: else each look at one, at its `device` too, is a call of Python.
+            with torch._C.DisableTorchFunctionSubclass():
+                held = self._raw.of(layer, x, terms)
+                stored = None if held is None else self._facts.stored(held, dtype, device)
         except Exception as error:
             # Without room for what comes from RAM the host says so, in its own words.
             if not _gives_way(error):
@@ -180,6 +182,8 @@ class Fused:
     ) -> Change | None:
         """Returns what the kernels add; None in RAM, where several LoRAs are not joined."""
         product, made = stack.product, self._made
+        if made is not None and made[0] is stack and made[1].parts_on(device, dtype) is made[2]:
+            return made[3]
         if isinstance(product, KroneckerStep):
             left, right, alpha = (product if terms is None else terms).sides_on(device, dtype)
             return Sides(left, right, alpha, None if stack.row_scale is None else stack.row_scale.of_rows(rows, device))
@@ -188,8 +192,6 @@ class Fused:
             row_scale = None if stack.row_scale is None else stack.row_scale.of_rows(rows, device)
             return Factors(a1, b1, two_pairs.strength * two_pairs.form.scale, None, row_scale, (a2, b2))
         parts = product.parts_on(device, dtype)
-        if made is not None and made[0] is stack and made[1] is parts:
-            return made[2]
         if len(parts) != 1:
             return None
         ((block, scale),) = parts
@@ -198,7 +200,7 @@ class Fused:
         if device.type != "cpu" and block.is_whole and product.keeps_parts:
             # In RAM the factors are made anew for each call. So is an `up` of several parts: it is larger than these, and is done with
             # before the layer's product begins.
-            self._made = stack, parts, factors
+            self._made = stack, product, parts, factors
         return factors
 
 
@@ -241,9 +243,11 @@ class _Facts:
         fields = stored.__dict__
         fields.update(self._fields)
         tensors = self._tensors_of(bits)
-        if any(one.device != device for one in tensors):
-            # Swapped: the stored bytes alone, without waiting for the card.
-            tensors = AHEAD.bring(self, tensors, device)
+        for one in tensors:
+            if one.device != device:
+                # Swapped: the stored bytes alone, without waiting for the card.
+                tensors = AHEAD.bring(self, tensors, device)
+                break
         fields["data"] = tensors[0]
         if len(tensors) > 1:
             fields["absmax"] = tensors[1]

@@ -166,6 +166,25 @@ def factors_of_rows_alone():
         raise ProbeError(kind)
 
 
+def looked_at_once():
+    """What a kernel has found out about factors holds for the same weight alone, and keeps no copies of them."""
+    generator = torch.Generator().manual_seed(6)
+    kernel = kernel_of("nf4 64 by fp16", 5, True)
+    stored, other = (sample("nf4 64 by fp16", rows, 128, FP16, generator, CPU) for rows in (19, 16))
+    factors = sample_factors(19, 128, 5, True, FP16, generator, CPU)
+    turned = replace(factors, up=factors.up.t().contiguous().t())
+    for one, is_kept in ((factors, True), (turned, False)):
+        for _ in range(2):
+            compare(kernel(stored, one), stored, factors, FP16)
+        if (list(one.known) == [kernel]) is not is_kept:
+            raise ProbeError(f"kept: {one.known}")
+        try:
+            kernel(other, one)
+        except ValueError:
+            continue
+        raise ProbeError("factors for another weight were taken")
+
+
 def with_sides(kind, a, b, c, d, alpha):
     """Compares a LoKr of any strength with the twin, and one of none with the host's dequantisation, bit for bit."""
     generator = torch.Generator().manual_seed(a)
@@ -248,6 +267,7 @@ def interpret():
             lambda kernel=kernel, rank=rank: probe(kernel, rank, CPU)
         )
     found["infinities"] = failure(infinite)
+    found["looked at once"] = failure(looked_at_once)
     found["factors of rows"] = failure(factors_of_rows_alone)
     found["a LoKr through a layer"] = failure(through_a_layer)
     with tempfile.TemporaryDirectory() as folder:

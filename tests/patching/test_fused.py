@@ -366,3 +366,108 @@ def test_a_tensor_of_tensors_is_not_referred_to_weakly(monkeypatch):
         )
     assert weakref.getweakrefcount(weight) == 0
     assert weakref.getweakrefcount(raw) == 1
+
+
+def hooked(monkeypatch):
+    """Returns a layer whose short way gives every call to the long one, with that call's hook, and the calls of torch's own."""
+    layer = Layer(*bnb_parameter(rand(*SHAPE, seed=4)))
+    hook = patched(layer, entries(0.7))
+    monkeypatch.setattr(hook.fused, "run", lambda *_: None)
+    own = []
+    torchs = torch.nn.Module.__call__
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda layer, *a, **k: own.append(layer) or torchs(layer, *a, **k))
+    return layer, hook, own
+
+
+def test_the_long_way_gives_what_torchs_call_gives(monkeypatch):
+    layer, _, own = hooked(monkeypatch)
+    x = rand(3, 64, seed=3)
+    found = layer(x)
+    assert own == []
+    assert torch.equal(found, torch.nn.Module.__call__(layer, x))
+    assert not torch.equal(found, class_of(layer).forward(layer, x))
+
+
+ASKS_MORE = {
+    "a hook that is always called": lambda layer: layer.register_forward_hook(lambda *_: None, always_call=True),
+    "a hook before it": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "one for gradients": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    "one before those": lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+    "one for the gradients of all layers": lambda _: torch.nn.modules.module.register_module_full_backward_hook(
+        lambda *_: None
+    ),
+    "one before those of all": lambda _: torch.nn.modules.module.register_module_full_backward_pre_hook(
+        lambda *_: None
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", ASKS_MORE.values(), ids=ASKS_MORE)
+def test_torchs_own_call_goes_where_it_does_more(hook, monkeypatch):
+    layer, _, own = hooked(monkeypatch)
+    handle = hook(layer)
+    try:
+        layer(rand(3, 64, seed=3))
+    finally:
+        handle.remove()
+    assert own == [layer]
+
+
+def test_a_layer_that_was_compiled_runs_what_was(monkeypatch):
+    layer, _, own = hooked(monkeypatch)
+    layer._compiled_call_impl = lambda x: x + 1
+    x = rand(3, 64, seed=3)
+    assert torch.equal(layer(x), x + 1)
+    assert own == [layer]
+
+
+def test_a_lora_that_leaves_in_the_middle_of_a_call_is_not_in_it(monkeypatch):
+    layer, hook, own = hooked(monkeypatch)
+    x = rand(3, 64, seed=3)
+    plain = class_of(layer).forward(layer, x)
+    forward = class_of(layer).forward
+
+    def leaving(layer, x):
+        hook.detach(layer)
+        return forward(layer, x)
+
+    monkeypatch.setattr(Layer, "forward", leaving)
+    assert torch.equal(layer(x), plain)
+    assert own == []
+
+
+def test_hooks_that_come_in_the_middle_of_a_call_are_called(monkeypatch):
+    layer, _, own = hooked(monkeypatch)
+    x, seen = rand(3, 64, seed=3), []
+    expected = layer(x)
+    forward = class_of(layer).forward
+
+    def coming(layer, x):
+        layer.register_forward_hook(lambda layer, args, output: seen.append(len(args)) or output * 2)
+        layer.register_forward_hook(lambda layer, args, kwargs, output: seen.append(kwargs), with_kwargs=True)
+        return forward(layer, x)
+
+    monkeypatch.setattr(Layer, "forward", coming)
+    assert torch.equal(layer(x), expected * 2)
+    assert (seen, own) == ([1, {}], [])
+
+
+def test_a_class_of_weights_is_not_asked_in_each_call(monkeypatch):
+    asked = []
+
+    class Counting(torch.nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    parameter, dense = bnb_parameter(rand(*SHAPE, seed=4))
+    weight = Counting(parameter.data, requires_grad=False)
+    weight.__dict__.update(parameter.__dict__)
+    layer = Layer(weight, dense)
+    patched(layer, entries(0.7))
+    x = rand(3, 64, seed=3)
+    layer(x)
+    asked.clear()
+    layer(x)
+    assert asked == []
