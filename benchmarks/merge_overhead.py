@@ -3,7 +3,7 @@
     python benchmarks/merge_overhead.py
 
 - A piece of the file, of the thread that asks for it: pieces and ring a thousandth of their size, in a file that lies in memory.
-- A merge of a LoRA of rank 4 into 8 x 8 numbers: in fp32, and as one product (`one_product.py`), for which the CPU stands for a card.
+- A merge of a LoRA of rank 4 into 8 x 8 numbers.
 - The pace: milliseconds of a fixed loop of Python, by which machines can be compared.
 """
 
@@ -20,11 +20,6 @@ import torch
 
 from lib_lora_guard.adapters import LoraAdapter, Term
 from lib_lora_guard.patching import file_reader, merging
-
-try:
-    from lib_lora_guard.patching import one_product
-except ImportError:  # before there was one
-    one_product = None
 
 CPU = torch.device("cpu")
 SCALE = 1024
@@ -80,10 +75,7 @@ def pace():
 def main():
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, pace {pace():.0f} ms")
-    print(f"a merge in fp32: {of_a_merge():.0f} us")
-    if one_product is not None:
-        one_product._is_suited = lambda device: True
-        print(f"a merge by one product: {of_a_merge():.0f} us")
+    print(f"a merge: {of_a_merge():.0f} us")
     print(f"a piece of the file: {of_a_piece():.0f} us")
 
 

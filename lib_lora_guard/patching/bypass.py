@@ -349,10 +349,9 @@ def call_of_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _has_forward_hooks_alone(layer: torch.nn.Module) -> bool:
-    """Returns True if torch's call of a layer is its `forward` and then its hooks, for one whose hooks before it are known to be none."""
+    """Returns True if torch's call of a layer, which has a hook after its `forward` and none before, does nothing beside the two."""
     return not (
-        layer._forward_hooks_always_called
-        or layer._backward_hooks
+        layer._backward_hooks
         or layer._backward_pre_hooks
         or _global_backward_hooks
         or _global_backward_pre_hooks

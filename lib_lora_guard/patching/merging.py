@@ -1,4 +1,4 @@
-"""Merges a stack into one weight, rounded once: in fp32 and a few rows at a time, so that it needs little memory beyond its result.
+"""Merges a stack into one weight, in fp32 and a few rows at a time: a merge needs little memory beyond its result.
 
 A row slice of a sum, a replacement or a row-wise norm has the same bits as the same rows of the whole. A slice of a
 matrix product may differ in the last bits of fp32: the BLAS library picks the order of its sums by the matrix's size.
@@ -19,7 +19,6 @@ from ..inference_mode import outside_inference
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from ..units import MB
 from ..weights.storage import FP8_DTYPES, widest_float
-from . import one_product
 
 SLICE_BYTES = 64 * MB
 """Bytes of a slice in the dtype it is computed in."""
@@ -40,13 +39,13 @@ def merge(
 ) -> torch.Tensor:
     """Applies `terms` to `original` and returns a new contiguous tensor, rounded once.
 
-    Plain LoRAs of a 16-bit weight's own dtype are one product on a card (`one_product.py`). Else it is computed in fp32, in row
-    slices; whole if a term needs the whole weight or changes its shape. Out of memory, slices are
+    It is computed in row slices; whole if a term needs the whole weight or changes its shape. Out of memory, slices are
     halved down to SMALLEST_SLICE_BYTES; then the CPU computes. The result lies where `original` lies, or in RAM if there
     is no room for it: look at its `device`.
 
     Args:
-        original: Plain data, `(out, in, ...)`, of 16, 32 or 64 bits; it is only read. 64 bits are computed in fp64.
+        original: Plain data, `(out, in, ...)`, of 16, 32 or 64 bits; it is only read. 64 bits are computed in fp64, all
+            others in fp32.
         terms: The stack, in order.
         device: The device to compute on.
         out_dtype: The dtype of the result.
@@ -57,15 +56,11 @@ def merge(
     """
     data, terms = original.detach(), tuple(terms)
     size = min(slice_bytes, data.numel() * _compute_dtype(data).itemsize)
-    if not keep_shape(terms, tuple(data.shape)):
+    if not keep_shape(terms, tuple(data.shape)) or (first := _slices(terms, 0, data, size)) is None:
         return _merge_whole(data, terms, device, out_dtype)
     # What is more than a tensor stays so in its own calls, and not in memory that it is copied to.
-    is_here = data.device == device and type(data) is torch.Tensor
-    if is_here and (merged := one_product.merged(data, terms, out_dtype)) is not None:
-        return merged
-    if (first := _slices(terms, 0, data, size)) is None:
-        return _merge_whole(data, terms, device, out_dtype)
-    if is_here and len(first) == 1 and (merged := _merge_at_once(data, first[0][2], out_dtype)) is not None:
+    is_here = len(first) == 1 and data.device == device and type(data) is torch.Tensor
+    if is_here and (merged := _merge_at_once(data, first[0][2], out_dtype)) is not None:
         return merged
     return _merge_slices(data, terms, device, out_dtype, size, first)
 
