@@ -89,10 +89,10 @@ class Kernels:
             rank: The joined rank, 0 for none.
             per_rank: Whether each rank has a strength of its own.
         """
-        bucket = bucket_of(rank)
-        if bucket is None or not self._enabled:
+        slot = _slot(kind, _with_index(device), dtype, rank)
+        if slot is None or not self._enabled:
             return None
-        pair = self._kernels.get(Slot(kind, _with_index(device), dtype, bucket, rank % 16 == 0))
+        pair = self._kernels.get(slot)
         return None if pair is None or kind in self._refused else pair[per_rank]
 
     def prepare(
@@ -240,8 +240,16 @@ def _dotted(version: tuple[int, int]) -> str:
     return "{}.{}".format(*version)
 
 
+@cache
+def _slot(kind: str, device: torch.device, dtype: torch.dtype, rank: int) -> Slot | None:
+    """Returns what the kernel for a rank is compiled for; None for a rank that none is for."""
+    bucket = bucket_of(rank)
+    return None if bucket is None else Slot(kind, device, dtype, bucket, rank % 16 == 0)
+
+
 def _with_index(device: torch.device) -> torch.device:
-    if device == torch.device("cuda"):  # no index
+    index: int | None = device.index
+    if index is None and device.type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

@@ -32,6 +32,8 @@ SWITCH = "LORA_GUARD_SWAP_AHEAD"
 
 MOST_AHEAD = 2
 """Layers whose copies are on their way at the same time."""
+MOST_PLACES = 4096
+"""In RAM, of which it is kept that they are pinned."""
 
 Tensors: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -78,10 +80,17 @@ class _Begun(NamedTuple):
 
 
 class CudaLink:
-    """The link of a CUDA card: a stream for each card."""
+    """The link of a CUDA card: a stream for each card.
+
+    Events are used again, and where memory is pinned is asked once: both are questions to the driver, in every swapped layer.
+    """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._events: dict[torch.device, list[torch.cuda.Event]] = {}
+        """Those that nothing will be asked to wait for. An interrupt may leave one in here twice: the streams then wait a little longer."""
+        self._pinned: set[tuple[int, int]] = set()
+        """Addresses and sizes. What lies there by now may be another tensor, whose copy keeps the processor busy then."""
 
     def copy(self, tensors: Tensors, device: torch.device) -> Tensors:
         return tuple(one if one.device == device else one.to(device, non_blocking=True) for one in tensors)
@@ -91,15 +100,16 @@ class CudaLink:
         if side is None:
             side = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
         main = torch.cuda.current_stream(device)
-        there = tuple(torch.empty_like(one, device=device) for one in tensors)
+        there = tuple(torch.empty(one.shape, dtype=one.dtype, device=device) for one in tensors)
+        done = self._event(device)
         # The memory may be in use until here.
-        side.wait_stream(main)
+        done.record(main)
+        side.wait_event(done)
         try:
             with torch.cuda.stream(side):
                 for one, copy in zip(tensors, there, strict=True):
                     copy.copy_(one, non_blocking=True)
-                done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
-                done.record(side)
+            done.record(side)
         except BaseException:
             # What was begun goes on, and the memory is about to be given back.
             main.wait_stream(side)
@@ -109,10 +119,26 @@ class CudaLink:
     def wait(self, begun: object, device: torch.device) -> bool:
         assert isinstance(begun, _Begun)
         begun.main.wait_event(begun.done)
+        self._events.setdefault(device, []).append(begun.done)
         return torch.cuda.current_stream(device) == begun.main
 
     def is_fast(self, tensors: Tensors) -> bool:
-        return all(one.is_pinned() for one in tensors)
+        return all(self._is_pinned(one) for one in tensors)
+
+    def _event(self, device: torch.device) -> torch.cuda.Event:
+        free = self._events.get(device)
+        return free.pop() if free else torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+
+    def _is_pinned(self, tensor: torch.Tensor) -> bool:
+        place = tensor.data_ptr(), tensor.nbytes
+        if place in self._pinned:
+            return True
+        if not tensor.is_pinned():
+            return False
+        if len(self._pinned) >= MOST_PLACES:
+            self._pinned.clear()
+        self._pinned.add(place)
+        return True
 
 
 class _Upcoming(NamedTuple):
@@ -271,9 +297,11 @@ class SwappedAhead:
     def _begin(self, reference: weakref.ref[Layer], device: torch.device) -> bool:
         """Begins with a layer; False where it needs nothing, or has no room."""
         coming = reference()
-        is_under_way = any(one.layer() is coming for one in self._upcoming)
-        if self._is_full or self._is_refused or coming is None or coming in self._called or is_under_way:
+        if self._is_full or self._is_refused or coming is None or coming in self._called:
             return False
+        for one in self._upcoming:
+            if one.layer() is coming:
+                return False
         try:
             tensors = coming.in_ram()
             if tensors is None or not self._link.is_fast(tensors):
@@ -296,10 +324,12 @@ def _bytes(tensors: Tensors) -> int:
 
 
 def _are_same(ahead: Tensors, now: Tensors) -> bool:
-    return len(ahead) == len(now) and all(
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
-        for a, b in zip(ahead, now, strict=True)
-    )
+    if len(ahead) != len(now):
+        return False
+    for a, b in zip(ahead, now, strict=True):
+        if a.data_ptr() != b.data_ptr() or a.dtype is not b.dtype or a.shape != b.shape:
+            return False
+    return True
 
 
 AHEAD = SwappedAhead()

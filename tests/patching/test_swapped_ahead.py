@@ -394,12 +394,29 @@ def test_the_last_layer_of_an_image_has_no_next_one(ahead, link, layers):
 
 
 def test_a_card_copies_by_itself_what_is_pinned_all_of_it():
-    class Values:
-        def __init__(self, is_pinned):
-            self.is_pinned = lambda: is_pinned
+    link, asked = swapped_ahead.CudaLink(), []
 
-    assert swapped_ahead.CudaLink().is_fast((Values(True), Values(True)))
-    assert not swapped_ahead.CudaLink().is_fast((Values(True), Values(False)))
+    class Values:
+        nbytes = 8
+
+        def __init__(self, address, is_pinned):
+            self.data_ptr, self.is_pinned = lambda: address, lambda: asked.append(address) or is_pinned
+
+    assert link.is_fast((Values(1, True), Values(2, True)))
+    assert not link.is_fast((Values(1, True), Values(3, False)))
+    assert not link.is_fast((Values(2, True), Values(3, False)))
+    assert asked == [1, 2, 3, 3], "what is pinned once"
+
+
+def test_of_how_many_places_it_is_kept_that_they_are_pinned_has_an_end(monkeypatch):
+    monkeypatch.setattr(swapped_ahead, "MOST_PLACES", 3)
+    link = swapped_ahead.CudaLink()
+    for address in range(10):
+        values = torch.zeros(2)
+        monkeypatch.setattr(values, "data_ptr", lambda address=address: address)
+        monkeypatch.setattr(values, "is_pinned", lambda: True)
+        assert link.is_fast((values,))
+        assert len(link._pinned) <= 3
 
 
 def test_on_another_stream_each_layer_copies_its_own(ahead, link, layers):
@@ -463,15 +480,15 @@ def streams(monkeypatch):
         log.append((now[0].name, f"copies {values[0].item():.0f}" if non_blocking else "waits for the processor"))
         return self.set_(values.clone())
 
-    def empty(like, device):
+    def empty(shape, dtype, device):
         log.append((now[0].name, "has memory"))
-        return torch.zeros(like.shape, dtype=like.dtype)
+        return torch.zeros(shape, dtype=dtype)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch, "empty_like", empty)
+    monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.Tensor, "copy_", copy)
     return log, now, other
 
@@ -484,7 +501,7 @@ def test_a_card_copies_beside_the_forward_pass_and_each_waits_for_the_other(stre
         ("main", "has memory"),
         ("main", "has memory"),
         # What was computed in that memory before.
-        ("side", "waits for all of main"),
+        ("side", "waits for main at 2"),
         ("side", "copies 3"),
         ("side", "copies 4"),
     ]
@@ -496,6 +513,22 @@ def test_a_card_copies_beside_the_forward_pass_and_each_waits_for_the_other(stre
     now[0] = other
     assert not link.wait(begun, CARD)
     assert log == [("main", "waits for side at 3")], "the memory goes back to the stream on which it was taken"
+
+
+def test_an_event_that_was_waited_for_is_used_again(streams):
+    log, _, _ = streams
+    link, tensors = swapped_ahead.CudaLink(), (torch.full((2,), 3.0),)
+    _, first = link.begin(tensors, CARD)
+    _, second = link.begin(tensors, CARD)
+    assert first.done is not second.done, "both are under way"
+    link.wait(first, CARD)
+    _, third = link.begin(tensors, CARD)
+    assert third.done is first.done
+    # As after an interrupt between the wait and the note that it was: no earlier place than the copy's own.
+    link.wait(first, CARD)
+    assert log[-1] == ("main", "waits for side at 6")
+    link.wait(second, CARD)
+    assert log[-1] == ("main", "waits for side at 4")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a copy fails"), KeyboardInterrupt()], ids=["error", "interrupt"])
