@@ -3,7 +3,9 @@
     python benchmarks/fused_overhead.py
 
 The kernels are a stub that returns a weight; the layer is Forge's or Neo's by the double in tests/, on the CPU with copies of factors
-kept as on a card. Of a step of Flux on a fast card the processor's time is what counts: it has 304 such layers.
+kept as on a card. Of a step of Flux on a fast card the processor's time is what counts: it has 304 such layers. "nf4 of a class" is a
+weight of a class with a `__torch_function__`, as bitsandbytes' is. Then a layer whose short way declines, as for one token on four bits;
+and, where Triton is installed, a kernel's launch, without Triton's part of it.
 """
 
 import importlib
@@ -20,7 +22,7 @@ import torch  # noqa: E402
 from lib_lora_guard.adapters import LoraAdapter, Term  # noqa: E402
 from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight  # noqa: E402
 from lib_lora_guard.hosts.neo.raw_weights import NeoWeight  # noqa: E402
-from lib_lora_guard.kernels import stored  # noqa: E402
+from lib_lora_guard.kernels import probe, stored  # noqa: E402
 from lib_lora_guard.patching import device_cache, fused, low_rank, marked_class  # noqa: E402
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer  # noqa: E402
 from lib_lora_guard.patching.fused_choice import FusedChoice, Twin  # noqa: E402
@@ -63,6 +65,36 @@ def bypass_of(raw):
     return hook
 
 
+class OfAClass(torch.nn.Parameter):
+    """Asks itself about each use, as the weights of bitsandbytes do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Declines:
+    def run(self, *_):
+        return None
+
+
+def launch_us():
+    """Returns microseconds by storage of a launch without Triton's part; none where there is no Triton."""
+    try:
+        from lib_lora_guard.kernels.launch import Kernel
+
+        generator, found = torch.Generator().manual_seed(0), {}
+        for kind in ("nf4 64 by bf16", "fp8 e4m3", "Q8_0 baked by bf16"):
+            one = probe.sample(kind, 64, 256, torch.bfloat16, generator, torch.device("cpu"))
+            factors = probe.sample_factors(64, 256, 16, False, torch.bfloat16, generator, torch.device("cpu"))
+            kernel = Kernel(kind, torch.bfloat16, 16, True, False)
+            kernel._handle = lambda grid, arguments: None
+            found[kind] = microseconds(lambda kernel=kernel, one=one, factors=factors: kernel(one, factors))
+    except ImportError:
+        return {}
+    return found
+
+
 def weights():
     """`(name, parameter)` of each storage, as the hosts hold it."""
     plain = torch.randn(WIDTH, WIDTH)
@@ -73,6 +105,9 @@ def weights():
     state.quant_type, state.blocksize = "nf4", 64
     four.bnb_quantized, four.quant_state = True, state
     yield "nf4", four
+    classed = OfAClass(four.data, requires_grad=False)
+    classed.bnb_quantized, classed.quant_state = True, state
+    yield "nf4 of a class", classed
     blocks = torch.nn.Parameter(torch.zeros(WIDTH, 34, dtype=torch.uint8), requires_grad=False)
     blocks.gguf_cls, blocks.real_shape = type("Q8_0", (), {}), torch.Size((WIDTH, 32))
     blocks.computation_dtype, blocks.baked = torch.bfloat16, True
@@ -95,6 +130,11 @@ def main():
     print(
         f"torch's layer beyond the product {alone - product:.1f}, with a bypass {microseconds(lambda: plain(x)) - product:.1f}"
     )
+    hook.fused = Declines()
+    marked_class.mark(plain, "bench", call=call_of_layer)
+    print(f"the same where a short way declines {microseconds(lambda: plain(x)) - product:.1f}")
+    for kind, us in launch_us().items():
+        print(f"launch, {kind}: {us:.1f}")
     sys.path.insert(0, str(ROOT / "tests" / "neo_double"))
     operations = importlib.import_module("backend.operations")
     for host, raw in (("Forge", ForgeWeight(lambda: False)), ("Neo", NeoWeight(lambda: False))):
