@@ -4,8 +4,8 @@
 
 The kernels are a stub that returns a weight; the layer is Forge's or Neo's by the double in tests/, on the CPU with copies of factors
 kept as on a card. Of a step of Flux on a fast card the processor's time is what counts: it has 304 such layers. "nf4 of a class" is a
-weight of a class with a `__torch_function__`, as bitsandbytes' is. Then a layer whose short way declines, as for one token on four bits;
-and, where Triton is installed, a kernel's launch, without Triton's part of it.
+weight of a class with a `__torch_function__`, as bitsandbytes' is. And, where Triton is installed, a kernel's launch, without Triton's
+part of it.
 """
 
 import importlib
@@ -73,11 +73,6 @@ class OfAClass(torch.nn.Parameter):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-class Declines:
-    def run(self, *_):
-        return None
-
-
 def launch_us():
     """Returns microseconds by storage of a launch without Triton's part; none where there is no Triton."""
     try:
@@ -130,9 +125,6 @@ def main():
     print(
         f"torch's layer beyond the product {alone - product:.1f}, with a bypass {microseconds(lambda: plain(x)) - product:.1f}"
     )
-    hook.fused = Declines()
-    marked_class.mark(plain, "bench", call=call_of_layer)
-    print(f"the same where a short way declines {microseconds(lambda: plain(x)) - product:.1f}")
     for kind, us in launch_us().items():
         print(f"launch, {kind}: {us:.1f}")
     sys.path.insert(0, str(ROOT / "tests" / "neo_double"))

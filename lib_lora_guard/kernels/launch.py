@@ -197,8 +197,8 @@ class Kernel:
         row_scale = self._row_scale(factors, rows, down)
         tensors = (up, down, per_rank, row_scale, *self._second(factors, down))
         change = _Change(tensors, (rows, columns, down.shape[0], 1, float(factors.alpha)))
-        own = (factors.up, factors.down, *(factors.times or (down, down)))
-        if all(one is mine for one, mine in zip((up, down, *tensors[4:]), own, strict=True)):
+        own = (factors.up, factors.down, factors.per_rank, factors.row_scale, *(factors.times or ()))
+        if all(any(one is mine for mine in own) for one in tensors):
             # No copies, which would be kept with them.
             factors.known[self] = change
         return change

@@ -9,12 +9,7 @@ from typing import Any
 
 import torch
 from torch.compiler import is_compiling
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..adapters import LowRank, Term
 from ..errors import LoraGuardError
@@ -343,32 +338,7 @@ def call_of_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = fused.run(layer, x, terms)
             if output is not None:
                 return output
-            if hook is not None and _has_forward_hooks_alone(layer):
-                return _with_forward_hooks(layer, x)
     return torch.nn.Module.__call__(layer, *args, **kwargs)
-
-
-def _has_forward_hooks_alone(layer: torch.nn.Module) -> bool:
-    """Returns True if torch's call of a layer, which has a hook after its `forward` and none before, does nothing beside the two."""
-    return not (
-        layer._backward_hooks
-        or layer._backward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
-        or layer._compiled_call_impl is not None
-    )
-
-
-def _with_forward_hooks(layer: torch.nn.Module, x: torch.Tensor) -> Any:
-    """Does what torch's call of such a layer does, in less of the processor's time: a step of Flux has 76 layers of one token."""
-    output = layer.forward(x)
-    # After the layer's own code, as torch does: another thread may have taken the LoRAs off meanwhile, and merged them.
-    for number, hook in (*layer._forward_hooks.items(),):
-        given: tuple[Any, ...] = ((x,), {}, output) if number in layer._forward_hooks_with_kwargs else ((x,), output)
-        changed = hook(layer, *given)
-        if changed is not None:
-            output = changed
-    return output
 
 
 def _hook(layer: torch.nn.Module, number: int, hook: Callable[..., Any], is_first: bool = False) -> None:

@@ -100,8 +100,6 @@ class Fused:
 
     def exchange(self, stack: OnePass | None) -> None:
         """Replaces the stack by one that differs in strengths alone, for the next call of the layer."""
-        if (stack is None or stack.row_scale is None) != (self._stack is None or self._stack.row_scale is None):
-            self._key = None
         self._stack = stack
 
     def key(self, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Key | None:

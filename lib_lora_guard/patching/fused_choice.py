@@ -162,12 +162,15 @@ class FusedChoice:
         if are_new_files:
             # The present image ends as it has begun.
             self._late = {key for key, taken in self.held.items() if not taken}
-        groups: dict[tuple[torch.device, torch.dtype], list[Key]] = {}
+        ranks: dict[tuple[str, torch.device, torch.dtype], set[int]] = {}
         for key in keys:
-            groups.setdefault((key.device, key.dtype), []).append(key)
-        for (device, dtype), mine in groups.items():
-            kinds, ranks = sorted({key.kind for key in mine}), sorted({key.rank for key in mine})
-            self.compiler.prepare(kinds, device, dtype, ranks, soon=True)
+            ranks.setdefault((key.kind, key.device, key.dtype), set()).add(key.rank)
+        # Kinds with the same ranks together: a DoRA's or a LoHa's rank beside LoRAs is none of theirs.
+        groups: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], list[str]] = {}
+        for (kind, device, dtype), mine in ranks.items():
+            groups.setdefault((device, dtype, tuple(sorted(mine))), []).append(kind)
+        for (device, dtype, same), kinds in groups.items():
+            self.compiler.prepare(sorted(kinds), device, dtype, same, soon=True)
 
     def _too_late(self, key: Key) -> None:
         self._late.add(key)

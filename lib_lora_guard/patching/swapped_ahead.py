@@ -102,10 +102,10 @@ class CudaLink:
         main = torch.cuda.current_stream(device)
         there = tuple(torch.empty(one.shape, dtype=one.dtype, device=device) for one in tensors)
         done = self._event(device)
-        # The memory may be in use until here.
-        done.record(main)
-        side.wait_event(done)
         try:
+            # The memory may be in use until here.
+            done.record(main)
+            side.wait_event(done)
             with torch.cuda.stream(side):
                 for one, copy in zip(tensors, there, strict=True):
                     copy.copy_(one, non_blocking=True)

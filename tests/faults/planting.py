@@ -111,15 +111,11 @@ def is_planted(error):
     return False
 
 
-OF_A_LAYERS_CALL = {"call_of_layer", "_with_forward_hooks"}
-"""They stand around a layer's own code; the hooks that the second one calls are functions of their own."""
-
-
 def passed_the_guard(error):
     """True where the error came out of the guard's own work, not of the host's alone: what the guard puts in the place of the
     host's functions (`hosts`, and a layer's call) is around that too, and the double decodes with the product's `weights`."""
     frames = traceback.extract_tb(error.__traceback__)
-    return any(Path(one.filename).parent.name == "patching" and one.name not in OF_A_LAYERS_CALL for one in frames)
+    return any(Path(one.filename).parent.name == "patching" and one.name != "call_of_layer" for one in frames)
 
 
 def is_the_hosts_move(error):
