@@ -25,7 +25,7 @@ LARGEST_CHUNK = 64
 
 ROW_SCALED = "dora "
 """Before the kind of a stored weight: the kernel for a change that multiplies the weight's rows first. All others do without
-that product, of which there is one a number, and with it need fewer registers (docs/kernels.md)."""
+that product of each number, and need fewer registers (docs/kernels.md)."""
 HADAMARD = "loha "
 """The same, after ROW_SCALED: the kernel for factors that are two pairs."""
 KRONECKER = "lokr "
