@@ -5,12 +5,10 @@
 The two largest weights of Flux-dev with 4608 tokens: the host's decoding and product, the product alone with weights that are ready, and
 for each rank the pass in their place, with the tile of `kernels/recipes.py` or with others. A pass that is shorter than the host's may
 still cost a step as much: products draw what the card may have, and what a pass draws is taken from them. The ways take turns in runs of
-`--count`, each time in another order; the line of a way is the median of its runs, over the host's, and the millijoules of the driver's
-counter where it has one.
+`--count`, each time in another order; the line of a way is the median of its runs, and that over the host's.
 """
 
 import argparse
-import ctypes
 import random
 import statistics
 import sys
@@ -28,23 +26,6 @@ from lib_lora_guard.kernels.recipes import Tile, bucket_of
 SHAPES, TOKENS = (((64, 512), (48, 512)), 4) if SMOKE else (((21504, 3072), (3072, 15360)), 4608)
 FIRST_ONES = 12
 """Of a run, which are not counted: the card's clock is still that of the way before."""
-
-
-def energy_counter():
-    """Returns what reads the millijoules that the first card has taken since its driver was loaded; zeros where it does not say."""
-    try:
-        nvml, handle = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
-        nvml.nvmlInit_v2()
-        nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle))
-    except OSError:
-        return lambda: 0
-
-    def read():
-        found = ctypes.c_ulonglong()
-        failed = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(found))
-        return 0 if failed else found.value
-
-    return read
 
 
 def ways_of(options):
@@ -72,23 +53,22 @@ def ways_of(options):
     return found
 
 
-def run_of(call, count, energy):
-    """Returns the milliseconds and millijoules of a turn in one run of a way."""
+def run_of(call, count):
+    """Returns the milliseconds of a turn in one run of a way."""
     if SMOKE:
         begin = time.perf_counter()
         call()
-        return (time.perf_counter() - begin) * 1e3, 0
+        return (time.perf_counter() - begin) * 1e3
     for _ in range(FIRST_ONES):
         call()
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before = energy()
     start.record()
     for _ in range(count):
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / count, (energy() - before) / count
+    return start.elapsed_time(end) / count
 
 
 def main():
@@ -105,19 +85,19 @@ def main():
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     until = time.monotonic() + options.time_limit
-    ways, energy, order = ways_of(options), energy_counter(), random.Random(0)
+    ways, order = ways_of(options), random.Random(0)
     found = {way: [] for way in ways}
     for call in ways.values():
         call()
     while min(map(len, found.values())) < (1 if SMOKE else 3) or time.monotonic() < until:
         for way in order.sample([*ways], len(ways)):
-            found[way].append(run_of(ways[way], options.count, energy))
+            found[way].append(run_of(ways[way], options.count))
         if SMOKE:
             break
-    host = statistics.median(ms for ms, _ in found["host"])
+    host = statistics.median(found["host"])
     for way, runs in found.items():
-        ms, millijoules = (statistics.median(column) for column in zip(*runs, strict=True))
-        print(f"{way}: {ms:.4f} ms, x{ms / host:.4f}, {millijoules:.0f} mJ, {len(runs)} runs", flush=True)
+        ms = statistics.median(runs)
+        print(f"{way}: {ms:.4f} ms, x{ms / host:.4f}, {len(runs)} runs", flush=True)
     return 0
 
 

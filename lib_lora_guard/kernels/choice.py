@@ -18,7 +18,7 @@ import torch
 from ..messages import Message, reason, say
 from .launch import Kernel, OldTritonError, interprets, load_triton, triton_version
 from .probe import probe
-from .recipes import BUCKETS, KRONECKER, OLDEST_TRITON, bucket_of, recipe_of, split_kind
+from .recipes import OLDEST_TRITON, bucket_of, recipe_of, split_kind
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Kernels:
         The thread imports Triton first, which slows the others: best called as soon as a model is loaded.
 
         Args:
-            kinds: `Stored.kind` of the weights.
+            kinds: Of the kernels: all for the same ranks.
             device: Where they lie when they are used.
             dtype: The layers' compute dtype.
             ranks: Their joined ranks; 0 for the dequantisation alone. The first is compiled first.
@@ -116,13 +116,7 @@ class Kernels:
         device = _with_index(device)
         buckets = dict.fromkeys((bucket, rank % 16 == 0) for rank in ranks if (bucket := bucket_of(rank)) is not None)
         kinds = dict.fromkeys(kinds)
-        # The ranks of others on the model are none of a LoKr's, which has no rank.
-        slots = [
-            Slot(kind, device, dtype, *one)
-            for one in buckets
-            for kind in kinds
-            if one[0] == BUCKETS[0] or split_kind(kind).form != KRONECKER
-        ]
+        slots = [Slot(kind, device, dtype, *one) for one in buckets for kind in kinds]
         if not soon:
             # What cannot be had is said when a LoRA could use it.
             slots = [slot for slot in slots if _unsuitable(slot) is None]

@@ -73,9 +73,15 @@ def test_an_image_waits_once_and_its_repeat_is_made_in_the_same_way(clock, caplo
 
 def test_each_kind_is_compiled_for_its_own_ranks():
     choice = FusedChoice(Compiler())
-    dora, loha = (KEY._replace(kind=f"{before}{KEY.kind}", rank=8) for before in ("dora ", "loha "))
-    choice.prepare([dora, WIDER, KEY, loha])
-    assert choice.compiler.asked == [([dora.kind, loha.kind], [8], True), ([KEY.kind], [16, 32], True)]
+    dora, loha, lokr = (
+        KEY._replace(kind=f"{before} {KEY.kind}", rank=rank) for before, rank in (("dora", 8), ("loha", 8), ("lokr", 1))
+    )
+    choice.prepare([dora, WIDER, lokr, KEY, loha])
+    assert choice.compiler.asked == [
+        ([dora.kind, loha.kind], [8], True),
+        ([KEY.kind], [16, 32], True),
+        ([lokr.kind], [1], True),
+    ]
 
 
 def test_files_that_change_in_an_image_leave_it_and_its_repeat_as_they_are():
