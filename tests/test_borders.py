@@ -17,6 +17,8 @@ GROUND = {
     "lazy_torch",
     "private_files",
     "inference_mode",
+    "cached_property",
+    "locks",
     "large_pages",
 }
 """Free to all."""

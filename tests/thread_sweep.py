@@ -114,7 +114,11 @@ class Threads:
             thread.join(30)
             if thread.is_alive():
                 self.wrong("a thread hangs")
+                break
         sys.setswitchinterval(before)
+        if thread.is_alive():
+            # It may have the lock of the model.
+            return self.found
         try:
             LoraGuard(self.model).remove()
         except Exception as error:

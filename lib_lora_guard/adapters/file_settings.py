@@ -13,10 +13,10 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..cached_property import cached_property
 from ..errors import LoraFileError, LoraMismatchError, Message
 from ..files import shown
 from ..units import MB

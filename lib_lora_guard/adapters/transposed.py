@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
+from ..cached_property import cached_property
 from ..lazy_torch import torch
 from .base import Adapter, PatchCost, RowFunction, Shape, mismatch
 

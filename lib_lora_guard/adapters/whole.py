@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar
 
+from ..cached_property import cached_property
 from ..lazy_torch import torch
 from .base import Adapter, PatchCost, RowFunction, Shape, Term, add_delta, add_scaled, apply_terms, mismatch
 from .kinds import Found, HostTuple, Kind, Size, register

@@ -7,11 +7,11 @@ calculates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
+from ..cached_property import cached_property
 from ..weights import kitchen
 from ..weights.dtype_names import dtype_name
 

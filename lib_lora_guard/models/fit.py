@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from ..adapters import Term
 from ..adapters.base import Shape
 from ..adapters.files import LoraFile
 from ..adapters.fitting import Blame, Misfit, misfit
 from ..adapters.left_out import LeftOut
+from ..cached_property import cached_property
 from ..errors import LoraMismatchError, Message, about, named, reason
 from .architecture import Architecture, detect_model
 from .left_out import left_out

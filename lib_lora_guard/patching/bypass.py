@@ -211,7 +211,7 @@ class Bypass(CallPatch):
         if self.owns_output is not None and not (
             self.owns_output
             and "forward" not in layer.__dict__
-            and next(iter(layer._forward_hooks.values()), self) is self
+            and _is_first(self, layer)
             and not _global_forward_hooks
         ):
             # The layer, or a hook that came before this one, may have returned its input or something that it keeps.
@@ -339,6 +339,13 @@ def call_of_layer(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             if output is not None:
                 return output
     return torch.nn.Module.__call__(layer, *args, **kwargs)
+
+
+def _is_first(hook: object, layer: torch.nn.Module) -> bool:
+    """Returns True if no other hook of the layer comes before this one."""
+    # In one call of C: between two another thread may hook the layer, and the second raises.
+    hooks: list[object] = list(layer._forward_hooks.values())
+    return not hooks or hooks[0] is hook
 
 
 def _hook(layer: torch.nn.Module, number: int, hook: Callable[..., Any], is_first: bool = False) -> None:

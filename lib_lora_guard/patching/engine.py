@@ -25,6 +25,8 @@ import torch
 from ..adapters import Term
 from ..adapters.base import Shape
 from ..errors import BusyError, LoraMismatchError, Message, ModeError, RestoreError, about, reason
+from ..inference_mode import outside_inference
+from ..locks import is_held, while_locked
 from ..messages import say
 from ..planning.mode import Mode, Wish
 from ..recorder.flight_recorder import Phase
@@ -156,21 +158,22 @@ class Engine:
         Raises:
             BusyError: This thread is in the middle of a change already.
         """
-        if self._lock._is_owned():  # type: ignore[attr-defined]  # typeshed has left it out; `threading.Condition` uses it
+        if is_held(self._lock):
             raise BusyError.of("change.busy")
-        with self._lock:
+        return while_locked(self._lock, lambda: self._undone_if_it_ends(work))
+
+    def _undone_if_it_ends(self, work: Callable[[], T]) -> T:
+        try:
             try:
-                try:
-                    result = work()
-                except BaseException:
-                    self._settle()
-                    raise
+                return work()
             except BaseException:
                 self._settle()
                 raise
-            finally:
-                self._release_backups()
-            return result
+        except BaseException:
+            self._settle()
+            raise
+        finally:
+            self._release_backups()
 
     def change(
         self,
@@ -464,6 +467,7 @@ class Engine:
             return OnTheFlyAttachment(access, planned)
         return MergeAttachment(access, planned, device, self._backups.of(planned.site, old, in_files))
 
+    @outside_inference
     def commit(
         self, target: Mapping[str, Attachment], also: Sequence[Step] = (), report: ApplyReport | None = None
     ) -> None:

@@ -29,6 +29,7 @@ import torch
 from ..errors import Message
 from ..files import FileState
 from ..inference_mode import outside_inference
+from ..locks import while_locked
 from ..units import MB
 from .reading_threads import ReadingThreads, Task
 from .ring_memory import RingMemory, Span
@@ -128,11 +129,14 @@ class FileReader:
 
     def expect(self, groups: Iterable[Sequence[Piece]]) -> None:
         """Begins to read ahead: these parts will be asked for next, each group at once, in this order, to a device."""
-        with self._lock:
+
+        def begin() -> None:
             if self._ring is not None:
                 self._begin()
                 self._plan(self._ring, (load for group in groups for load in loads(group)))
                 self._is_reading = False
+
+        while_locked(self._lock, begin)
 
     def read(self, parts: Sequence[Piece], into: torch.Tensor) -> None:
         """Reads parts through the ring. Many small ones take little more work of the processor than one.
@@ -144,10 +148,13 @@ class FileReader:
         Raises:
             OSError: They cannot be read.
         """
-        with self._lock:
+
+        def work() -> None:
             self._begin()
             self._read_to_device(parts, into)
             self._is_reading = False
+
+        while_locked(self._lock, work)
 
     def read_to_ram(self, part: Piece, into: torch.Tensor, then: Callable[[torch.Tensor], T]) -> list[T]:
         """Reads a part into RAM, past the ring.
@@ -168,7 +175,7 @@ class FileReader:
             read_piece(file, piece, memory_of(into))
             return then(into)
 
-        with self._lock:
+        def work() -> list[T]:
             self._begin()
             # Each task holds the memory that it writes to, whatever happens to the caller.
             threads = self._running()
@@ -178,7 +185,9 @@ class FileReader:
             ]
             found = [task.result() for task in tasks]
             self._is_reading = False
-        return found
+            return found
+
+        return while_locked(self._lock, work)
 
     def _begin(self) -> None:
         """Makes sure that no thread reads what an earlier read has left behind."""

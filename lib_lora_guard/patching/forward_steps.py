@@ -13,6 +13,7 @@ import torch
 from ..adapters import Slice
 from ..adapters.base import add_scaled
 from ..adapters.forms import KhatriRao, Kronecker, LowRank
+from ..cached_property import cached_property
 from ..errors import LayerError, Message, about
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from ..units import MB
@@ -458,7 +459,7 @@ class ScaleStep(Step):
     def _fits(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 or (dtype == torch.float16 and self._is_within_fp16)
 
-    @functools.cached_property
+    @cached_property
     def _is_within_fp16(self) -> bool:
         """False for a row of next to nothing that is scaled up beyond what fp16 can hold."""
         less = 1 - torch.as_tensor(self.factor, dtype=torch.float32)

@@ -76,7 +76,7 @@ def _is_of_lora(layer: torch.nn.Module) -> bool:
     return (
         own_call is not call_of_layer
         or WEIGHT_PATCH in layer.__dict__
-        or any(isinstance(hook, Bypass) for hook in layer._forward_hooks.values())
+        or any(isinstance(hook, Bypass) for hook in list(layer._forward_hooks.values()))
     )
 
 

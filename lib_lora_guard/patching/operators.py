@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from ..locks import while_locked
+
 NUMBER = "_lora_guard_number"
 """The attribute of a patched layer that holds its number. A number is compiled as a fact about the layer."""
 
-_defining = threading.Lock()
+_defining = threading.RLock()
 
 _layers: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 
@@ -136,10 +138,7 @@ def _gradients(function: Any, gradient: torch.Tensor, *inputs: torch.Tensor) -> 
 
 def define_operators() -> bool:
     """Defines the operators, once, for any thread; returns False if there are none. It takes a tenth of a second."""
-    with _defining:
-        _are_there()
-    # Known by now. Returned from inside, an interrupt between the call and the end of the block would leave the lock locked.
-    return _are_there()
+    return while_locked(_defining, _are_there)
 
 
 @functools.cache
@@ -147,12 +146,12 @@ def _are_there() -> bool:
     """Defines the operators; returns False if this torch cannot, or if they are switched off."""
     if os.environ.get("LORA_GUARD_OPERATORS") == "0" or not hasattr(torch.library, "register_autograd"):
         return False
-    library: Any = _library
     # A graph that CUDA has recorded would repeat the strengths of its first run.
     unsafe = getattr(torch._C.Tag, "cudagraph_unsafe", None)
     if unsafe is None and torch.cuda.is_available():
         return False
     tags = () if unsafe is None else (unsafe,)
+    library = _new_library()
     for name, signature, run, fake in (
         (
             "bypass",
@@ -177,16 +176,26 @@ def _are_there() -> bool:
     ):
         library.define(name + signature, tags=tags)
         library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"lora_guard::{name}", fake, lib=_library)
-    torch.library.register_autograd("lora_guard::bypass", _back_through_bypass, setup_context=_keep_both, lib=_library)
+        torch.library.register_fake(f"lora_guard::{name}", fake, lib=library)
+    torch.library.register_autograd("lora_guard::bypass", _back_through_bypass, setup_context=_keep_both, lib=library)
     torch.library.register_autograd(
-        "lora_guard::scaled_input", _back_through_scaled_input, setup_context=_keep_input, lib=_library
+        "lora_guard::scaled_input", _back_through_scaled_input, setup_context=_keep_input, lib=library
     )
     return True
 
 
-_library = torch.library.Library("lora_guard", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library: Any = None
 """Takes its operators away when this module goes, as it does where a host loads its extensions anew."""
+
+
+def _new_library() -> Any:
+    """Returns an empty one. What an attempt that was interrupted has defined goes: it could not be defined again."""
+    global _library
+    if _library is not None:
+        # By name: an interrupt's traceback may hold it.
+        _library._destroy()
+    _library = torch.library.Library("lora_guard", "FRAGMENT")  # type: ignore[no-untyped-call]
+    return _library
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A bypass gives what the patched weight gives, on every shape of layer; faults are planted to show that it is seen."""
 
+import sys
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.plain.access import PlainAccess
+from lib_lora_guard.patching import bypass
 from lib_lora_guard.patching.bypass import Bypass
 from lib_lora_guard.patching.norms import ratios_of
 from lib_lora_guard.planning.cheap import forms_of
@@ -261,3 +263,32 @@ def test_a_bypass_takes_the_place_of_another_in_the_same_hook():
     second.detach(layer)
     second.attach(layer)
     assert torch.equal(layer(x), changed)
+
+
+def test_a_hook_that_comes_and_goes_in_another_thread_disturbs_no_call():
+    """At every instruction of the bypass, as another thread might."""
+    layer, x = torch.nn.Linear(16, 24), rand(2, 16, seed=3)
+    hook = Bypass("layer.weight", (parse_term(entry("lora", (24, 16)), {}),), (24, 16))
+    hook.owns_output = True
+    hook.attach(layer)
+    wanted, places = layer(x), 0
+
+    def trace(frame, event, argument):
+        nonlocal places
+        if frame.f_code.co_filename != bypass.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            places += 1
+            layer._forward_hooks[9] = hook
+            del layer._forward_hooks[9]
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        found = layer(x)
+    finally:
+        sys.settrace(before)
+    assert torch.equal(found, wanted)
+    assert places > 50

@@ -94,6 +94,19 @@ def test_a_change_that_is_not_undone_is_seen(files, monkeypatch):
     assert is_seen(Case(files, "change", "bypass"))
 
 
+def test_a_lock_that_stays_taken_is_seen(files):
+    case = Case(files, "change", "bypass")
+    case.patience_seconds = 0.2
+
+    def taken(work):
+        work()
+        case.guard._engine._lock.acquire()
+        return True
+
+    case.run(taken)
+    assert case.found["a lock stays taken"] == 1
+
+
 def test_an_undo_that_ends_at_a_second_interrupt_is_seen(files, monkeypatch):
     def once(self):
         monkeypatch.setattr(Engine, "_settle", lambda self: None)

@@ -14,6 +14,7 @@ from ...adapters.files import LoraFile, read_lora_file
 from ...errors import LoraMismatchError, ModeError, about
 from ...files import FileState, shown, state_of
 from ...inference_mode import outside_inference
+from ...locks import while_locked
 from ...models.fit import Target, fit_file
 from ...patching.engine import Engine
 from ...patching.lora_request import LoraRequest
@@ -194,12 +195,14 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _engine_of(model: torch.nn.Module) -> Engine:
-    with _making_an_engine:
+    def one() -> Engine:
         # A copy of a model has None there.
         engine: Engine | None = model.__dict__.get(ENGINE)
         if engine is None:
             engine = model.__dict__[ENGINE] = PlainEngine()
         return engine
+
+    return while_locked(_making_an_engine, one)
 
 
 def _key(path: Path, as_trained: bool) -> FileKey | None:
