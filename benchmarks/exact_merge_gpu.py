@@ -20,8 +20,8 @@ The ways are "file" (the checkpoint is the backup), "ram" (a copy in RAM) and "b
   of it starting kernels. With `--profile` also how often torch itself waited for the card ("synchronised"), and where Python's
   time goes. Both cost time: such a run is no measurement;
 - which mappings of the process have grown by anonymous RAM in the first apply ("grown_mb"), and of the C library's heap how much is in
-  use and how much is freed and kept ("heap_mb"). Before that some products in fp32 are made, as merges make them: what cuBLAS takes for its
-  first one is no merge's ("product_mb"); and each other operation of merges once, with some numbers: the driver loads a kernel's code into RAM
+  use and how much is freed and kept ("heap_mb"). Before that some products are made, as merges make them: what cuBLAS takes for its
+  first ones is no merge's ("product_mb"); and each other operation of merges once, with some numbers: the driver loads a kernel's code into RAM
   when it is first used, and keeps it ("kernels_mb");
 - one step of the model with the LoRA, and without (before and after).
 
@@ -52,7 +52,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
-from lib_lora_guard.adapters import parse_term  # noqa: E402
+from lib_lora_guard.adapters import LoraAdapter, Term, parse_term  # noqa: E402
 from lib_lora_guard.demo import model as flux  # noqa: E402
 from lib_lora_guard.files import open_header, read_tensors  # noqa: E402
 from lib_lora_guard.files.safetensors_file import read_header  # noqa: E402
@@ -636,11 +636,14 @@ def heap():
 
 
 def product_mb():
-    """Returns the MB of anonymous RAM that the first products in fp32 take."""
+    """Returns the MB of anonymous RAM that the first products take, in fp32 and of 16-bit factors."""
     before = memory()
     for rows, columns in ((21504, 3072), (3072, 15360), (640, 2048)):
         value = torch.zeros(rows, columns, device=DEVICE)
         value.addmm_(torch.zeros(rows, 16, device=DEVICE), torch.zeros(16, columns, device=DEVICE), alpha=0.5)
+        for dtype in (torch.float16, torch.bfloat16):
+            factors = [torch.zeros(shape, dtype=dtype, device=DEVICE) for shape in ((rows, 16), (16, columns))]
+            merging.WIDE_PRODUCT.merged(value.to(dtype), [Term(LoraAdapter(*factors, alpha=None), 0.5)])
     synchronize()
     return above(memory(), before)["anonymous_mb"]
 

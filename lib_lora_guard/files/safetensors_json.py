@@ -21,12 +21,13 @@ _ENTRY = re.compile(r"\{[^{}]{0,1000}\}")
 """An entry holds no other object, and its longest possible numbers stay well below 1000 characters."""
 _NUMBER = "(?:0|[1-9][0-9]{0,18})"
 _USUAL_ENTRY = re.compile(
-    rf'\{{"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:{_NUMBER}(?:, ?{_NUMBER}){{0,{MAX_DIMS - 1}}})?)\], ?'
+    rf' ?\{{"dtype": ?"([A-Z0-9_]+)", ?"shape": ?\[((?:{_NUMBER}(?:, ?{_NUMBER}){{0,{MAX_DIMS - 1}}})?)\], ?'
     rf'"data_offsets": ?\[({_NUMBER}), ?({_NUMBER})\]\}}'
 )
 """An entry as the library writes it, or as Python's JSON does, for speed: any other valid spelling is read as JSON."""
 _USUAL_STRING = re.compile(r'"([^"\\\x00-\x1f]*)"')
 _USUAL_KEY = re.compile(r'"([^"\\\x00-\x1f]*)":')
+_USUAL_NEXT = re.compile(r', ?"([^"\\\x00-\x1f]*)":')
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair, which could not be printed or saved."""
 
@@ -57,18 +58,23 @@ class Scanner:
         if self._next() == "}":
             self.at += 1
             return
+        key = self._key()
         while True:
-            key = self._key()
             if key in seen:
                 raise damaged(self.path, "expected each name once, found it twice", key)
             seen.add(key)
             if len(seen) > most:
                 raise damaged(self.path, f"expected at most {most} names, found more")
             yield key
+            usual = _USUAL_NEXT.match(self.text, self.at)
+            if usual is not None and (key := usual[1]).isascii():
+                self.at = usual.end()
+                continue
             if self._next() == "}":
                 self.at += 1
                 return
             self._expect(",")
+            key = self._key()
 
     def _key(self) -> str:
         """Reads a name and the colon behind it."""
@@ -100,9 +106,9 @@ class Scanner:
         Returns:
             dtype, shape, and the two offsets; None for another spelling, of which nothing but blanks is read.
         """
-        self._next()
         usual = _USUAL_ENTRY.match(self.text, self.at)
         if usual is None:
+            self._next()
             return None
         self.at = usual.end()
         dtype, shape, start, end = usual.groups()

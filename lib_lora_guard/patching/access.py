@@ -42,13 +42,23 @@ class Site(NamedTuple):
         return self.storage.shape
 
     @property
+    def present(self) -> object:
+        """What lies in the parameter's place now, whatever it is; None for nothing."""
+        # Faster than `getattr` for a parameter, and a change asks several times for each. Not by `get`, which a traced module's table
+        # has not.
+        parameters = self.layer._parameters
+        if self.name in parameters and (here := parameters[self.name]) is not None:
+            return here
+        return getattr(self.layer, self.name, None)
+
+    @property
     def parameter(self) -> torch.nn.Parameter:
         """The parameter that is there now. Hosts replace Parameter objects, so the site keeps none.
 
         Raises:
             TypeError: Another object has taken its place.
         """
-        value = getattr(self.layer, self.name)
+        value = self.present
         if not isinstance(value, torch.nn.Parameter):
             raise TypeError(f"{self.key} is a {type(value).__name__}, not a parameter")
         return value

@@ -19,6 +19,7 @@ from ..inference_mode import outside_inference
 from ..memory.out_of_memory import is_out_of_memory
 from ..memory.probe import BackupBudget, default_spool_dir
 from ..units import MB
+from ..weights.storage import is_plain
 from .spool import Region, Spool
 
 
@@ -253,19 +254,19 @@ class Originals(Mapping[str, torch.nn.Parameter]):
         return len(self._backups)
 
 
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
+
+
 def parameter_bytes(parameter: torch.Tensor) -> int:
     """Returns the bytes of the data as stored: of packed blocks, not of the weights in them."""
-    return parameter.data.numel() * parameter.data.element_size()
+    # Of a plain one without a tensor for it: a change asks several times for each of hundreds of weights.
+    data = parameter if type(parameter) in _PLAIN else parameter.data
+    return data.numel() * data.element_size()
 
 
 def lies_in_ram(parameter: torch.Tensor) -> bool:
     """Returns True for a tensor in the memory of the CPU."""
     return parameter.device.type == "cpu"
-
-
-def is_plain(parameter: torch.nn.Parameter) -> bool:
-    """Returns True if shape, dtype and bytes are all there is to the parameter."""
-    return type(parameter) is torch.nn.Parameter and not vars(parameter)
 
 
 def _is_like(offloaded: torch.Tensor, parameter: torch.nn.Parameter) -> bool:

@@ -34,7 +34,8 @@ from ..memory.out_of_memory import is_out_of_memory
 from ..messages import say
 from ..models.names import DENOISER_PREFIXES
 from ..units import MB
-from .backup import Backup, Place, Where, is_plain, lies_in_ram, parameter_bytes
+from ..weights.storage import WIDE_DTYPES, is_plain
+from .backup import Backup, Place, Where, lies_in_ram, parameter_bytes
 from .file_reader import FileReader, Piece
 from .file_sums import BLOCK_BYTES, alike, checksums, factors_on, row_words, words_of
 
@@ -313,7 +314,7 @@ class WeightFile:
         """
         assert self._reader is not None
         if len(group) > 1:
-            here = torch.cat([bytes_of(parameter) for _, parameter in group])
+            here = bytes_of_all([parameter for _, parameter in group])
             there = torch.empty_like(here)
             self._reader.read([Piece(entry.start, entry.bytes) for entry, _ in group], there)
             differs = (words_of(there) != words_of(here)).view(len(group), -1).any(1)
@@ -341,9 +342,7 @@ class WeightFile:
         """Returns the checksums in RAM of parameters on a device; the card is asked for all of them at once."""
         names, sums = list(parameters), dict[str, torch.Tensor]()
         for group in alike([parameter_bytes(one) for one in parameters.values()], together_bytes):
-            flats = [bytes_of(parameters[names[place]]) for place in group]
-            whole = flats[0] if len(flats) == 1 else torch.cat(flats)
-            found = self._of_alike(whole, len(flats))
+            found = self._of_alike(bytes_of_all([parameters[names[place]] for place in group]), len(group))
             sums |= zip((names[place] for place in group), found, strict=True)
         return dict(zip(sums, _in_ram(list(sums.values())), strict=True))
 
@@ -439,8 +438,17 @@ class FileBackups:
 
 
 def bytes_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Returns the memory of a contiguous parameter as flat bytes."""
-    return parameter.detach().view(-1).view(torch.uint8)
+    """Returns the memory of a contiguous parameter as flat bytes. To be called without gradients."""
+    return parameter.view(-1).view(torch.uint8)
+
+
+def bytes_of_all(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Returns the memory of contiguous parameters, a copy of it if there are several, one behind the other as flat bytes."""
+    if len({one.dtype for one in parameters}) == 1 and parameters[0].dtype in WIDE_DTYPES:
+        # One call of torch for hundreds of weights. Not every torch joins fp8.
+        flat: torch.Tensor = torch._C._nn.flatten_dense_tensors(list(parameters))
+        return flat.view(torch.uint8)
+    return torch.cat([bytes_of(one) for one in parameters])
 
 
 def _in_ram(sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -176,10 +176,7 @@ class MergeAttachment(Attachment):
         return self._placed is not None and self._placed.is_surely(self._here())
 
     def _here(self) -> object:
-        """Returns what lies in the parameter's place, whatever it is. Faster than `getattr` for a parameter."""
-        site = self.planned.site
-        here = site.layer._parameters.get(site.name)
-        return getattr(site.layer, site.name, None) if here is None else here
+        return self.planned.site.present
 
     def suspend(self) -> None:
         """Puts the original back where its backup lies, not where the weight lies: the host is about to move it."""

@@ -98,6 +98,6 @@ def _sent(term: Term) -> list[torch.Tensor]:
 
 
 def _moved(term: Term, there: dict[int, torch.Tensor]) -> Term:
-    adapter = term.adapter.map(lambda one: there.get(id(one), one))
+    adapter = term.adapter.moved(lambda one: there.get(id(one), one))
     # dataclasses.replace would take as long as starting a kernel.
     return Term(adapter, term.strength, term.strength_model, term.part, term.function, term.origin)

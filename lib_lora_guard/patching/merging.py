@@ -19,6 +19,7 @@ from ..inference_mode import outside_inference
 from ..memory.out_of_memory import give_back_cached_memory, is_out_of_memory
 from ..units import MB
 from ..weights.storage import FP8_DTYPES, widest_float
+from .wide_product import WIDE_PRODUCT
 
 SLICE_BYTES = 64 * MB
 """Bytes of a slice in the dtype it is computed in."""
@@ -96,6 +97,8 @@ def _merge_at_once(data: torch.Tensor, terms: Sequence[Term], out_dtype: torch.d
         None, with nothing done, where the memory is not enough.
     """
     try:
+        if data.dtype is out_dtype and (merged := WIDE_PRODUCT.merged(data, terms)) is not None:
+            return merged
         patched = _checked(apply_terms(_scratch(data, data.device), terms), data)
         return patched.to(out_dtype, copy=True).contiguous()
     except Exception as error:
@@ -132,6 +135,8 @@ def _merge_slices(
 
 def _merge_rows(rows: torch.Tensor, terms: Sequence[Term], result: torch.Tensor, device: torch.device) -> None:
     # A function of its own: its locals are freed before the next slice is made, and after a failure.
+    if rows.device == device and WIDE_PRODUCT.merged(rows, terms, result) is not None:
+        return
     scratch = _scratch(rows, device)
     result.copy_(_checked(apply_terms(scratch, terms), rows))
 

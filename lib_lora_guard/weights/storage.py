@@ -6,7 +6,9 @@ Sources: Forge `backend/operations_gguf.py` (`gguf_cls`, `real_shape`) and `back
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,6 +48,8 @@ class Storage:
 
 def storage_of(parameter: torch.Tensor) -> Storage:
     """Returns the storage of a parameter of a plain module, of Forge or of Forge Neo."""
+    if is_plain(parameter):
+        return _as_it_is(parameter.dtype, tuple(parameter.shape))
     if kitchen.is_quantized(parameter):
         # Its dtype is the one that it stands for.
         size = sum(part.numel() * part.element_size() for part in kitchen.parts_of(parameter))
@@ -54,13 +58,26 @@ def storage_of(parameter: torch.Tensor) -> Storage:
     size, shape = parameter.numel() * parameter.element_size(), _shape_of(parameter)
     if hasattr(parameter, "gguf_cls"):
         gguf_class = any_parameter.gguf_cls
-        if gguf_class is not None:
-            return Storage(gguf_class.__name__, shape, size, wide=False)
-        return Storage(dtype_name(parameter.dtype), shape, size, wide=parameter.dtype in WIDE_DTYPES)
+        return (
+            _as_it_is(parameter.dtype, shape)
+            if gguf_class is None
+            else Storage(gguf_class.__name__, shape, size, wide=False)
+        )
     if hasattr(parameter, "bnb_quantized"):
         form = str(getattr(parameter, "quant_type", "4bit"))
         return Storage(form, shape, size + scales_bytes(parameter), wide=False)
-    return Storage(dtype_name(parameter.dtype), shape, size, wide=parameter.dtype in WIDE_DTYPES)
+    return _as_it_is(parameter.dtype, shape)
+
+
+def is_plain(parameter: torch.Tensor) -> bool:
+    """Returns True if shape, dtype and bytes are all there is to a parameter: no class and no marks of a host or library."""
+    return type(parameter) is torch.nn.Parameter and not vars(parameter)
+
+
+@lru_cache(1024)
+def _as_it_is(dtype: torch.dtype, shape: tuple[int, ...]) -> Storage:
+    """Returns the storage of numbers that are what they look like: the same one for all weights that are alike, which most are."""
+    return Storage(dtype_name(dtype), shape, math.prod(shape) * dtype.itemsize, wide=dtype in WIDE_DTYPES)
 
 
 def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:

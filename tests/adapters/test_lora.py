@@ -6,7 +6,7 @@ from support.adapter_contract import CONV, LINEAR, assert_as_reference, entry
 from support.make import host_value, rand
 from support.measure import assert_same
 
-from lib_lora_guard.adapters import LoraAdapter, apply_terms, parse_term
+from lib_lora_guard.adapters import LoraAdapter, Term, apply_terms, parse_term
 from lib_lora_guard.errors import LoraMismatchError
 
 
@@ -51,3 +51,21 @@ def test_rows_of_a_lora_are_its_rows_alone_unless_columns_are_normed(magnitude):
     weight = rand(*LINEAR, seed=9)
     whole = adapter.patch(weight.clone(), 0.8, None)
     assert torch.allclose(part.patch(weight[8:12].clone(), 0.8, None), whole[8:12], atol=1e-6)
+
+
+def test_an_adapter_that_is_moved_is_not_compared_with_its_weight_again(monkeypatch):
+    """Hundreds of weights of a change, each in copies of its factors on the card."""
+    term = Term(LoraAdapter(torch.randn(6, 2), torch.randn(2, 4), alpha=None), 1.0)
+    term.check((6, 4), may_expand=False)
+    asked = []
+    monkeypatch.setattr(LoraAdapter, "check", lambda self, shape, may_expand: asked.append(shape))
+    there = {id(one): one.clone() for one in term.adapter.tensors()}
+    moved = Term(term.adapter.moved(lambda one: there[id(one)]), 1.0)
+    assert [*map(id, moved.adapter.tensors())] == [*map(id, there.values())]
+    moved.check((6, 4), may_expand=False)
+    assert asked == []
+    # Another weight is asked for, and so is the copy of one that was never compared.
+    moved.check((6, 8), may_expand=False)
+    other = Term(LoraAdapter(torch.randn(6, 2), torch.randn(2, 4), alpha=None), 1.0)
+    Term(other.adapter.moved(torch.clone), 1.0).check((6, 4), may_expand=False)
+    assert asked == [(6, 8), (6, 4)]

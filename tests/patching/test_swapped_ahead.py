@@ -445,6 +445,7 @@ class Stream:
 
     def __init__(self, name, log):
         self.name, self.log = name, log
+        self.cuda_stream, self.device_index = id(self), CARD.index
 
     def wait_stream(self, other):
         self.log.append((self.name, f"waits for all of {other.name}"))
@@ -461,20 +462,15 @@ class Event:
         self.name = f"{stream.name} at {len([one for one in self.log if one[0] == stream.name])}"
 
 
-@pytest.fixture
-def streams(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["by address", "by object"])
+def streams(request, monkeypatch):
     """The streams of a card that is not there, and what is done on them. Memory is of the stream on which it was taken."""
     log = []
     main, side, other = (Stream(name, log) for name in ("main", "side", "other"))
-    now = [main]
+    now, card = [main], [CARD.index]
 
-    @contextlib.contextmanager
-    def on(stream):
-        before, now[0] = now[0], stream
-        try:
-            yield
-        finally:
-            now[0] = before
+    def set_stream(stream):
+        now[0], card[0] = stream, stream.device_index
 
     def copy(self, values, non_blocking=False):
         log.append((now[0].name, f"copies {values[0].item():.0f}" if non_blocking else "waits for the processor"))
@@ -487,7 +483,11 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "Event", lambda: Event(log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[0])
-    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "set_stream", set_stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: card[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: card.__setitem__(0, index))
+    raw = (lambda index: now[0].cuda_stream if index == CARD.index else 0) if request.param else None
+    monkeypatch.setattr(swapped_ahead, "_RAW_STREAM", raw)
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.Tensor, "copy_", copy)
     return log, now, other
@@ -515,6 +515,13 @@ def test_a_card_copies_beside_the_forward_pass_and_each_waits_for_the_other(stre
     assert log == [("main", "waits for side at 3")], "the memory goes back to the stream on which it was taken"
 
 
+def test_the_thread_stays_on_its_card(streams):
+    """The model's is another one, and torch's streams bring their card with them."""
+    torch.cuda.set_device(CARD.index + 1)
+    swapped_ahead.CudaLink().begin((torch.full((2,), 3.0),), CARD)
+    assert torch.cuda.current_device() == CARD.index + 1
+
+
 def test_an_event_that_was_waited_for_is_used_again(streams):
     log, _, _ = streams
     link, tensors = swapped_ahead.CudaLink(), (torch.full((2,), 3.0),)
@@ -533,7 +540,7 @@ def test_an_event_that_was_waited_for_is_used_again(streams):
 
 @pytest.mark.parametrize("error", [RuntimeError("a copy fails"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_copies_that_end_half_way_are_waited_for_before_their_memory_is_used_again(streams, monkeypatch, error):
-    log, _, _ = streams
+    log, now, _ = streams
     copy = torch.Tensor.copy_
 
     def second_fails(self, values, non_blocking=False):
@@ -545,6 +552,7 @@ def test_copies_that_end_half_way_are_waited_for_before_their_memory_is_used_aga
     with pytest.raises(type(error)):
         swapped_ahead.CudaLink().begin((torch.full((2,), 3.0), torch.full((2,), 4.0)), CARD)
     assert log[-2:] == [("side", "copies 3"), ("main", "waits for all of side")]
+    assert now[0].name == "main", "what comes next is computed where it was"
 
 
 def test_a_second_thread_takes_nothing_of_the_first(ahead, link, layers):

@@ -227,7 +227,9 @@ def _modules_on(model: torch.nn.Module, path: str) -> list[torch.nn.Module] | No
     """Returns the modules on the way from `model` to the one at `path`; None if there is none."""
     modules = [model]
     for part in path.split(".") if path else ():
-        child = getattr(modules[-1], part, None)
+        above = modules[-1]
+        # Faster than `getattr` for a module; not by `get`, which a traced module's table has not.
+        child = above._modules[part] if part in above._modules else getattr(above, part, None)
         if not isinstance(child, torch.nn.Module):
             return None
         modules.append(child)
