@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from lib_lora_guard.kernels.launch import Kernel
-from lib_lora_guard.kernels.recipes import KRONECKER, bucket_of, split_kind
+from lib_lora_guard.kernels.recipes import KRONECKER, ONE_TOKEN, bucket_of, split_kind
+from lib_lora_guard.kernels.token_product import TokenProduct
 
 KINDS = (
     "fp8 e4m3", "fp8 e4m3 scaled", "fp8 e5m2", "fp8 e4m3 odd", "int8 scaled", "nf4 64 by {}", "nf4 64 nested256 by {}", "fp4 64 by {}",
@@ -27,14 +28,16 @@ KINDS = (
     "lokr fp8 e4m3 odd", "lokr int8 scaled", "lokr nf4 64 by {}", "lokr nf4 64 crossing by {}", "lokr fp4 64 nested256 by {}",
     "lokr Q8_0 baked by {}", "lokr Q4_0 baked by {}", "lokr Q4_K baked by {}", "lokr Q6_K by {}",
     "dora fp8 e4m3", "dora nf4 64 by {}", "dora Q8_0 baked by {}", "dora loha fp8 e4m3", "dora lokr nf4 64 by {}",
+    "token nf4 64 by {}", "token fp4 64 nested256 by {}", "token nf4 128 by {}",
 )  # fmt: skip
-"""Every form of every kernel; {} is the layer's dtype. A LoKr has no rank: its two kernels are those of 16 and 1."""
+"""Every form of every kernel; {} is the layer's dtype. A LoKr has no rank: its two kernels are those of 16 and 1. A product with one token
+has one kernel for all ranks, compiled with strengths by rank, and a second one, for `down`, that is the same for all kinds."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 _POINTERS = {
     "DATA": "*u8", "WORDS2": "*i16", "WORDS4": "*i32", "SCALE": "*fp32", "LEVELS": "*fp32", "ABSMAX": "*fp32", "CODE": "*fp32",
-    "NESTED_SCALE": "*fp32", "OFFSET": "*fp32", "PER_RANK": "*fp32", "ROW_SCALE": "*fp32",
+    "NESTED_SCALE": "*fp32", "OFFSET": "*fp32", "PER_RANK": "*fp32", "ROW_SCALE": "*fp32", "LOW": "*fp32",
 }  # fmt: skip
 
 
@@ -51,21 +54,51 @@ def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, 
     Raises:
         Exception: Triton's own, where it cannot compile the kernel.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-
+    layer = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    if split_kind(kind).form == ONE_TOKEN:
+        product = TokenProduct(kind, dtype, per_rank)
+        pointers = {
+            **_POINTERS,
+            "DATA": "*i32",
+            "TOKEN": "*i32",
+            **({"ABSMAX": "*u8"} if product.constants["NESTED"] else {}),
+        }
+        return _compiled(product.function, product.constants, product.options, pointers, layer, compute_capability)
     bucket = bucket_of(rank)
     assert bucket is not None
     kernel = Kernel(kind, dtype, bucket, rank % 16 == 0, per_rank)
     function, constants = kernel.function, kernel.constants
     if "NATIVE" in constants:
         constants["NATIVE"] = compute_capability >= 89
-    layer = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     pointers = {**_POINTERS, **({"ABSMAX": "*u8"} if constants.get("NESTED") else {})}
     if constants.get("FORM") == "int8":
         pointers["DATA"] = "*i8"
     if kernel.function.fn.__name__ == "bnb4" and not constants["CROSSING"]:
         pointers["DATA"] = "*i32"
+    return _compiled(function, constants, kernel.options, pointers, layer, compute_capability)
+
+
+def compiled_down(dtype: torch.dtype, compute_capability: int) -> object:
+    """Returns the kernel for `down` of a product with one token, as `compiled` does the others."""
+    product = TokenProduct("token nf4 64", dtype, False)
+    layer = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
+    pointers = {**_POINTERS, "OUT": "*fp32"}
+    return _compiled(
+        product.down_function, product.down_constants, product.options, pointers, layer, compute_capability
+    )
+
+
+def _compiled(
+    function: Any,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    pointers: dict[str, str],
+    layer: str,
+    compute_capability: int,
+) -> object:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     signature, attributes = {}, {}
     for number, name in enumerate(function.arg_names):
         if name in constants:
@@ -78,7 +111,7 @@ def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, 
     return triton.compile(
         _source(function, signature, constants, attributes),
         target=GPUTarget("cuda", compute_capability, 32),
-        options=kernel.options,
+        options=options,
     )
 
 
@@ -114,13 +147,17 @@ def main() -> int:
     rows, failed = [], 0
     for target in map(int, options.targets.split(",")):
         for kind in options.kinds.split(","):
-            ranks = (16, 1) if split_kind(kind).form == KRONECKER else [int(rank) for rank in options.ranks.split(",")]
+            ranks = {KRONECKER: (16, 1), ONE_TOKEN: (16,)}.get(
+                split_kind(kind).form, [int(rank) for rank in options.ranks.split(",")]
+            )
             for name in options.dtypes.split(","):
                 for rank in ranks:
                     row = {"target": target, "kind": kind.format(name), "dtype": name, "rank": rank}
                     begin = time.perf_counter()
                     try:
-                        made = compiled(row["kind"], DTYPES[name], rank, target)
+                        made = compiled(row["kind"], DTYPES[name], rank, target, kind.startswith(ONE_TOKEN))
+                        if kind.startswith(ONE_TOKEN):
+                            compiled_down(DTYPES[name], target)
                         row |= {"cubin_bytes": len(made.asm["cubin"]), "shared_bytes": made.metadata.shared}
                     except Exception as error:
                         failed += 1

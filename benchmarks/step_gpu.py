@@ -45,7 +45,7 @@ from lib_lora_guard.kernels.recipes import HADAMARD, KRONECKER, ROW_SCALED, rank
 from lib_lora_guard.kernels.stored import Bnb4
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer
 from lib_lora_guard.patching.forward_program import lokr_pass
-from lib_lora_guard.patching.fused import Fused, Held, RawWeight
+from lib_lora_guard.patching.fused import Fused, Held, RawWeight, is_one_token
 from lib_lora_guard.patching.fused_choice import CHOICE, Key
 from lib_lora_guard.patching.marked_class import mark
 from lib_lora_guard.patching.on_the_fly import WeightTerms
@@ -119,10 +119,13 @@ class Known(RawWeight):
         self._stored, self._bias = stored, bias
 
     def of(self, layer, x, terms=None):
-        # One token on four bits goes by the host's product, as `hosts.webui.raw_weights` has it.
-        if layer.weight_terms is not terms or (isinstance(self._stored, Bnb4) and x.numel() == x.shape[-1]):
+        if layer.weight_terms is not terms:
             return None
-        return Held(self._stored.data, self._bias)
+        # As `hosts.webui.raw_weights.goes_by_vector` has it.
+        goes_by_vector = isinstance(self._stored, Bnb4) and is_one_token(x)
+        if goes_by_vector and not CHOICE.multiplies_tokens:
+            return None
+        return Held(self._stored.data, self._bias, is_one_token=goes_by_vector)
 
     def stored(self, *_):
         return self._stored

@@ -11,16 +11,20 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from ..locks import while_locked
 from ..messages import Message, reason, say
 from .launch import Kernel, OldTritonError, interprets, load_triton, triton_version
-from .probe import probe
-from .recipes import OLDEST_TRITON, bucket_of, recipe_of, split_kind
+from .probe import probe, probe_token
+from .recipes import BUCKETS, OLDEST_TRITON, ONE_TOKEN, bucket_of, recipe_of, split_kind
+from .token_product import TokenProduct
 
 log = logging.getLogger(__name__)
+
+K = TypeVar("K")
 
 SWITCH = "LORA_GUARD_KERNELS"
 """The environment variable: "0" keeps plain torch, for bug reports."""
@@ -45,11 +49,12 @@ class Kernels:
     def __init__(self) -> None:
         self._enabled = os.environ.get(SWITCH, "1") != "0"
         self._kernels: dict[Slot, tuple[Kernel, Kernel]] = {}
+        self._products: dict[Slot, tuple[TokenProduct, TokenProduct]] = {}
         self._refused: dict[str, str] = {}
         self._asked: set[Slot] = set()
         self._jobs: deque[Slot] = deque()
         self._worker: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def enabled(self) -> bool:
@@ -64,20 +69,25 @@ class Kernels:
         """Returns the state of a kind."""
         if kind in self._refused:
             return f"{REFUSED}: {self._refused[kind]}"
-        with self._lock:
+
+        def present() -> str:
             if any(slot.kind == kind for slot in self._jobs):
                 return COMPILING
-            return WORKS if any(slot.kind == kind for slot in self._kernels) else UNTRIED
+            return WORKS if any(slot.kind == kind for slot in (*self._kernels, *self._products)) else UNTRIED
+
+        return while_locked(self._lock, present)
 
     def states(self) -> dict[str, str]:
         """Returns the states of all kinds that were asked for."""
-        with self._lock:
-            kinds = dict.fromkeys([*self._refused, *(slot.kind for slot in self._asked)])
+        kinds = while_locked(self._lock, lambda: dict.fromkeys([*self._refused, *(slot.kind for slot in self._asked)]))
         return {kind: self.state(kind) for kind in kinds}
 
     def ready(self, kind: str, device: torch.device, dtype: torch.dtype, rank: int) -> bool:
         """Returns True where a probed kernel is there for a weight of this kind. Never waits."""
-        return self._enabled and self.kernel(kind, device, dtype, rank, False) is not None
+        if not self._enabled:
+            return False
+        find = self.product if split_kind(kind).form == ONE_TOKEN else self.kernel
+        return find(kind, device, dtype, rank, False) is not None
 
     def kernel(self, kind: str, device: torch.device, dtype: torch.dtype, rank: int, per_rank: bool) -> Kernel | None:
         """Returns the probed kernel; None while there is none, and where kernels are switched off.
@@ -89,10 +99,27 @@ class Kernels:
             rank: The joined rank, 0 for none.
             per_rank: Whether each rank has a strength of its own.
         """
+        return self._of(self._kernels, kind, device, dtype, rank, per_rank)
+
+    def product(
+        self, kind: str, device: torch.device, dtype: torch.dtype, rank: int, per_rank: bool
+    ) -> TokenProduct | None:
+        """Returns the probed product with one token, as `kernel` does a kernel. `kind`: ONE_TOKEN and `Stored.kind`."""
+        return self._of(self._products, kind, device, dtype, rank, per_rank)
+
+    def _of(
+        self,
+        pairs: dict[Slot, tuple[K, K]],
+        kind: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        rank: int,
+        per_rank: bool,
+    ) -> K | None:
         slot = _slot(kind, _with_index(device), dtype, rank)
         if slot is None or not self._enabled:
             return None
-        pair = self._kernels.get(slot)
+        pair = pairs.get(slot)
         return None if pair is None or kind in self._refused else pair[per_rank]
 
     def prepare(
@@ -114,32 +141,36 @@ class Kernels:
         if device.type != "cuda" and not interprets():
             return
         device = _with_index(device)
-        buckets = dict.fromkeys((bucket, rank % 16 == 0) for rank in ranks if (bucket := bucket_of(rank)) is not None)
         kinds = dict.fromkeys(kinds)
-        slots = [Slot(kind, device, dtype, *one) for one in buckets for kind in kinds]
+        found = (_slot(kind, device, dtype, rank) for rank in ranks for kind in kinds)
+        slots = list(dict.fromkeys(slot for slot in found if slot is not None))
         if not soon:
             # What cannot be had is said when a LoRA could use it.
             slots = [slot for slot in slots if _unsuitable(slot) is None]
-        with self._lock:
-            new = [slot for slot in slots if slot not in self._asked and slot.kind not in self._refused]
-            self._asked.update(new)
-            self._jobs.extend(new)
-            if soon:
-                # All but the one that is being compiled.
-                rest = [self._jobs.pop() for _ in range(len(self._jobs) - 1)][::-1]
-                self._jobs.extend(sorted(rest, key=lambda slot: slot not in slots))
-            if new and (self._worker is None or not self._worker.is_alive()):
-                self._worker = threading.Thread(target=self._work, name="lora-guard-kernels", daemon=True)
-                self._worker.start()
+        while_locked(self._lock, lambda: self._add(slots, soon))
+
+    def _add(self, slots: list[Slot], soon: bool) -> None:
+        new = [slot for slot in slots if slot not in self._asked and slot.kind not in self._refused]
+        self._jobs.extend(new)
+        # After that: of a slot that was asked for and is no job nothing would come.
+        self._asked.update(new)
+        if soon:
+            # All but the one that is being compiled.
+            rest = [self._jobs.pop() for _ in range(len(self._jobs) - 1)][::-1]
+            self._jobs.extend(sorted(rest, key=lambda slot: slot not in slots))
+        # Jobs without a worker: its start was interrupted.
+        if self._jobs and (self._worker is None or not self._worker.is_alive()):
+            self._worker = threading.Thread(target=self._work, name="lora-guard-kernels", daemon=True)
+            self._worker.start()
 
     def refuse(self, kind: str, why: str | BaseException) -> None:
         """Gives the kernels of a kind up for this process, and says it once."""
-        with self._lock:
-            if kind in self._refused:
-                return
-            why = reason(why) if isinstance(why, BaseException) else why
-            self._refused[kind] = why
-        say(log, logging.WARNING, "kernels.refused", kind=kind, why=_short(why), switch=SWITCH)
+        if kind in self._refused:
+            return
+        why = reason(why) if isinstance(why, BaseException) else why
+        # In one call of C: of two threads one says it.
+        if self._refused.setdefault(kind, why) is why:
+            say(log, logging.WARNING, "kernels.refused", kind=kind, why=_short(why), switch=SWITCH)
 
     def wait(self, seconds: float) -> bool:
         """Waits until nothing is being compiled. For tests and benchmarks; returns False when time is up."""
@@ -173,11 +204,18 @@ class Kernels:
                 return False
             # A rank that is no multiple of 16 leaves part of its bucket empty.
             rank = slot.bucket if slot.even else slot.bucket - 3
+            form = split_kind(slot.kind).form
             with _aside(slot.device):
+                if form == ONE_TOKEN:
+                    one, many = (TokenProduct(slot.kind, slot.dtype, per_rank) for per_rank in (False, True))
+                    for product in (one, many):
+                        probe_token(product, slot.device)
+                    self._products[slot] = one, many
+                    return True
                 pair = tuple(
                     Kernel(slot.kind, slot.dtype, slot.bucket, slot.even, per_rank) for per_rank in (False, True)
                 )
-                for kernel in pair[: 1 if not rank or split_kind(slot.kind).form else 2]:
+                for kernel in pair[: 1 if not rank or form else 2]:
                     probe(kernel, rank, slot.device)
             self._kernels[slot] = pair[0], pair[1]
             return True
@@ -238,6 +276,9 @@ def _dotted(version: tuple[int, int]) -> str:
 def _slot(kind: str, device: torch.device, dtype: torch.dtype, rank: int) -> Slot | None:
     """Returns what the kernel for a rank is compiled for; None for a rank that none is for."""
     bucket = bucket_of(rank)
+    if split_kind(kind).form == ONE_TOKEN and bucket:
+        # One for all ranks that others have kernels for.
+        return Slot(kind, device, dtype, BUCKETS[0], True)
     return None if bucket is None else Slot(kind, device, dtype, bucket, rank % 16 == 0)
 
 

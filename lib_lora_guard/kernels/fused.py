@@ -6,10 +6,11 @@ import torch
 
 from .choice import KERNELS, Kernels
 from .factors import Change, Factors, Sides
+from .recipes import ONE_TOKEN
 from .stored import Stored
 from .twin import dequantised, with_factors
 
-__all__ = ["KERNELS", "Change", "Factors", "Kernels", "Sides", "fused_weight"]
+__all__ = ["KERNELS", "Change", "Factors", "Kernels", "Sides", "fused_weight", "token_output"]
 
 
 def fused_weight(stored: Stored, factors: Change | None, dtype: torch.dtype) -> torch.Tensor:
@@ -42,3 +43,31 @@ def fused_weight(stored: Stored, factors: Change | None, dtype: torch.dtype) -> 
             return made
     weight = dequantised(stored, dtype)
     return weight if factors is None else with_factors(weight, factors)
+
+
+def token_output(
+    stored: Stored, factors: Factors, token: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Returns a layer's output `(..., out)` for one token: `weight @ token + (up * per_rank) @ (down @ token) * alpha + bias`, rounded
+    once; None, with nothing done, where no kernel has been chosen.
+
+    Args:
+        stored: The weight as it is stored.
+        factors: The LoRAs.
+        token: `(..., in)`, all other sizes 1.
+        bias: `(out,)`; None for none.
+
+    Raises:
+        Exception: As `fused_weight` says.
+    """
+    kind = ONE_TOKEN + stored.kind
+    product = KERNELS.product(kind, token.device, token.dtype, factors.rank, factors.per_rank is not None)
+    if product is None:
+        return None
+    try:
+        return product(stored, factors, token, bias)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        KERNELS.refuse(kind, error)
+        raise

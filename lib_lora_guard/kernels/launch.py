@@ -9,7 +9,7 @@ import operator
 import os
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -22,6 +22,9 @@ ALIGNED_BYTES = 16
 """Kernels are compiled for tensors that begin at a multiple of this: they read 16 bytes at once."""
 _FIRST_WITH_CONSTANTS = (3, 3)
 """From this Triton on a compiled kernel takes all arguments of its function, the compile-time constants among them."""
+
+Handle: TypeAlias = Callable[[tuple[int, int, int], tuple[Any, ...]], None]
+"""Launches a compiled kernel: the grid, and the arguments in order."""
 
 
 def interprets() -> bool:
@@ -45,7 +48,12 @@ def triton_version() -> tuple[int, int]:
 
 
 def triton_kernels() -> Any:
-    """Imports the kernels, and with them Triton.
+    """Imports the kernels that make weights, and with them Triton. Raises what `kernels_of` does."""
+    return kernels_of("triton_kernels")
+
+
+def kernels_of(module: str) -> Any:
+    """Imports a module of kernels, and with it Triton.
 
     Raises:
         ImportError: There is no Triton, or it fails to load.
@@ -53,14 +61,14 @@ def triton_kernels() -> Any:
     """
     if (version := triton_version()) < OLDEST_TRITON:
         raise OldTritonError("{}.{}".format(*version))
-    return importlib.import_module(".triton_kernels", __package__)
+    return importlib.import_module(f".{module}", __package__)
 
 
 def load_triton() -> None:
     """Imports all that a first launch would import: 0.2 s and more of the interpreter's lock.
 
     Raises:
-        ImportError: As `triton_kernels` says.
+        ImportError: As `kernels_of` says.
     """
     triton_kernels()
     for module in ("triton.compiler", "triton.experimental.gluon"):
@@ -100,7 +108,7 @@ class Kernel:
         tile: Another tile than `tile_of` gives, to measure.
 
     Raises:
-        ImportError: As `triton_kernels` says.
+        ImportError: As `kernels_of` says.
         ValueError: The kind has no kernel.
     """
 
@@ -135,14 +143,14 @@ class Kernel:
         if recipe.function == "bnb4":
             self.constants |= {"SHUFFLE": not interprets(), "SPANS": self.tile.spans, "STAGES": self.tile.stages}
         self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": False}
-        self._handle: Callable[[tuple[int, int, int], tuple[Any, ...]], None] | None = None
+        self._handle: Handle | None = None
 
     def __call__(self, stored: Stored, factors: Change | None) -> torch.Tensor | None:
         """Returns the weight `(out, in)`, or None where a tensor begins at an address the kernel cannot take."""
         rows, columns = stored.shape
         data = stored.data
         out = torch.empty(rows, columns, dtype=self.dtype, device=data.device)
-        mine, step = _tensors(stored, out)
+        mine, step = tensors_of(stored, out)
         if factors is None:
             if self._bucket:
                 raise ValueError(f"{self.kind}: a kernel for {self._bucket} ranks got no factors")
@@ -161,7 +169,7 @@ class Kernel:
         grid = (-(-columns // (self.tile.columns * self.tile.spans)), -(-rows // self.tile.rows), 1)
         if self._handle is None:
             tensors = (*mine, out, *change.tensors)
-            self._launch_first(grid, _typed(stored, tensors), step, change.numbers)
+            self._launch_first(grid, typed(stored, tensors), step, change.numbers)
         else:
             self._handle(grid, (*addresses[:2], *step, *addresses[2:], *change.addresses, *change.numbers))
         return out
@@ -244,13 +252,21 @@ class Kernel:
     ) -> None:
         """Compiles the kernel if Triton has not, launches it as Triton's documentation does, and keeps what it compiled."""
         compiled = self.function[grid](*tensors[:2], *step, *tensors[2:], *numbers, **self.constants, **self.options)
-        if not interprets() and triton_version() >= _FIRST_WITH_CONSTANTS:
-            constants = tuple(self.constants[name] for name in self.function.arg_names if name in self.constants)
-            # What Triton does beside this in each launch is to find the compiled kernel again: most of a launch's time.
-            self._handle = lambda grid, arguments: compiled[grid](*arguments, *constants)
+        self._handle = handle_of(compiled, self.function, self.constants)
 
 
-def _tensors(stored: Stored, unused: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+def handle_of(compiled: Any, function: Any, constants: dict[str, Any]) -> Handle | None:
+    """Returns what launches a compiled kernel by addresses and numbers alone; None where Triton itself must launch it each time.
+
+    What Triton does beside this in each launch is to find the compiled kernel again: most of a launch's time.
+    """
+    if interprets() or triton_version() < _FIRST_WITH_CONSTANTS:
+        return None
+    in_order = tuple(constants[name] for name in function.arg_names if name in constants)
+    return lambda grid, arguments: compiled[grid](*arguments, *in_order)
+
+
+def tensors_of(stored: Stored, unused: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     """Returns a weight's tensors in the order of its kernel's pointers, and the scale's step where it has one."""
     if isinstance(stored, (Fp8, Int8)):
         scale = stored.scale
@@ -275,7 +291,7 @@ def _tensors(stored: Stored, unused: torch.Tensor) -> tuple[tuple[torch.Tensor, 
     return (stored.data, stored.data), ()
 
 
-def _typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def typed(stored: Stored, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Gives the stored bytes the dtype by which the kernel reads them."""
     data, second, *rest = tensors
     if isinstance(stored, Gguf):

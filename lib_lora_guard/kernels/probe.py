@@ -15,8 +15,9 @@ import torch
 from . import twin
 from .factors import Change, Factors, Sides
 from .launch import Kernel
-from .recipes import Recipe, recipe_of
+from .recipes import ONE_TOKEN, Recipe, recipe_of
 from .stored import Bnb4, Fp8, Gguf, Int8, Nested, Stored
+from .token_product import TokenProduct
 
 CPU = torch.device("cpu")
 Placed = TypeVar("Placed", bound=Stored | Factors | Sides | Nested)
@@ -69,6 +70,67 @@ def probe(kernel: Kernel, rank: int, device: torch.device) -> None:
         there = None if factors is None else moved(factors, device)
         made = kernel(moved(stored, device), there)
         compare(made, stored, factors, kernel.dtype)
+
+
+def probe_token(product: TokenProduct, device: torch.device, rank: int | None = None) -> None:
+    """Runs a product with one token on two small weights, and compares it with the twin's temporary weight.
+
+    Args:
+        product: The product.
+        device: The device to probe on.
+        rank: The rank of the factors. None: more than it takes at once, and no multiple of that.
+
+    Raises:
+        ProbeError: The error is larger than the twin's.
+    """
+    rank = product.tile.ranks + 13 if rank is None else rank
+    generator = torch.Generator().manual_seed(rank)
+    block = int(product.constants["BLOCK"])
+    # More rows than one program's, more words of a row than one turn's; then less than either.
+    for rows, columns in ((product.tile.rows * 2 + 3, -(-product.tile.words * 8 // block) * block + block), (5, block)):
+        stored = sample(product.kind.removeprefix(ONE_TOKEN), rows, columns, product.dtype, generator, CPU)
+        if isinstance(stored, Bnb4) and (nested := stored.nested) is not None:
+            # Scales that differ by more than the offset, which is the same for all.
+            stored = dataclasses.replace(stored, nested=dataclasses.replace(nested, code=nested.code * 100))
+        factors = sample_factors(rows, columns, rank, product.has_per_rank, product.dtype, generator, CPU)
+        token = torch.randn(1, columns, generator=generator).to(product.dtype)
+        there, here = moved(stored, device), token.to(device)
+        # Strong LoRAs show what is wrong with them, and weak ones what is wrong with the weight.
+        for alpha in (factors.alpha, 0.02):
+            weighed = dataclasses.replace(factors, alpha=alpha)
+            bias = (torch.randn(rows, generator=generator) * alpha).to(product.dtype) if rows > 5 else None
+            made = product(there, moved(weighed, device), here, None if bias is None else bias.to(device))
+            compare_product(made, stored, weighed, token, bias)
+
+
+def compare_product(
+    made: torch.Tensor | None, stored: Stored, factors: Factors, token: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Compares a product with the twin's, on the processor, by the errors of both against fp64.
+
+    Args:
+        made: The kernel's product, on any device; None where it did not run.
+        stored, factors, token, bias: What it was made of, in RAM.
+
+    Raises:
+        ProbeError: They differ by more than roundings.
+    """
+    if made is None:
+        raise ProbeError("the kernel did not run")
+    made, dtype = made.to(CPU), token.dtype
+    exact = twin.dequantised(dataclasses.replace(stored, values=torch.float32), torch.float32).double()
+    exact = (exact + _exact(factors) * factors.alpha) @ token.double().flatten()
+    # As the host rounds: the weight, its product, what the LoRAs make of it.
+    expected = torch.nn.functional.linear(token, twin.with_factors(twin.dequantised(stored, dtype), factors), bias)
+    exact = (exact if bias is None else exact + bias.double()).view(expected.shape)
+    if made.shape != expected.shape:
+        raise ProbeError(f"a product of {list(made.shape)}, the twin's is {list(expected.shape)}")
+    finite = exact.isfinite() & expected.isfinite()
+    if not torch.equal(made[~finite].nan_to_num(7.0), expected[~finite].nan_to_num(7.0)):
+        raise ProbeError("NaN or infinities in other places than the twin has them")
+    error, twins = ((x.double() - exact)[finite].norm().item() for x in (made, expected))
+    if not error <= SLACK * twins:
+        raise ProbeError(f"error {error:.3g}, the twin's {twins:.3g}")
 
 
 def compare(made: torch.Tensor | None, stored: Stored, factors: Change | None, dtype: torch.dtype) -> None:

@@ -30,6 +30,8 @@ HADAMARD = "loha "
 """The same, after ROW_SCALED: the kernel for factors that are two pairs."""
 KRONECKER = "lokr "
 """The same: the kernel for the sides of a LoKr."""
+ONE_TOKEN = "token "
+"""The same: the kernels that multiply it by one token (`token_product.py`), for factors that are one pair."""
 
 
 class KernelKind(NamedTuple):
@@ -37,7 +39,7 @@ class KernelKind(NamedTuple):
 
     Attributes:
         is_row_scaled: ROW_SCALED stands first.
-        form: HADAMARD or KRONECKER; "" for factors that are one pair, and for none.
+        form: HADAMARD, KRONECKER or ONE_TOKEN; "" for a weight with factors that are one pair, or none.
         stored: `Stored.kind`.
     """
 
@@ -62,6 +64,24 @@ class Tile(NamedTuple):
     warps: int
     spans: int = 1
     stages: int = 1
+
+
+class TokenTile(NamedTuple):
+    """The part of a product with one token that one program makes, and how.
+
+    Attributes:
+        rows: Rows of the weight.
+        words: Words of four bytes of each row at once.
+        warps: The warps of a program.
+        ranks: Ranks at once.
+        columns: Numbers of a row of `down` at once.
+    """
+
+    rows: int = 8
+    words: int = 128
+    warps: int = 4
+    ranks: int = 32
+    columns: int = 1024
 
 
 TILES: Mapping[str, tuple[tuple[int, Tile], ...]] = {
@@ -117,7 +137,9 @@ def recipe_of(kind: str) -> Recipe | None:
     is_row_scaled, form, stored = split_kind(kind)
     if stored != kind:
         plain = recipe_of(stored)
-        return None if plain is None else replace(plain, form=form, is_row_scaled=is_row_scaled)
+        if plain is None or (form == ONE_TOKEN and (is_row_scaled or not _has_token_kernel(plain))):
+            return None
+        return replace(plain, form=form, is_row_scaled=is_row_scaled)
     words, _, values = kind.partition(" by ")
     form, *rest = words.split()
     if form == "fp8" and rest[0] in ("e4m3", "e5m2"):
@@ -141,7 +163,7 @@ def recipe_of(kind: str) -> Recipe | None:
 def split_kind(kind: str) -> KernelKind:
     """Takes the name of a kernel's kind apart."""
     rest = kind.removeprefix(ROW_SCALED)
-    form = next((form for form in (HADAMARD, KRONECKER) if rest.startswith(form)), "")
+    form = next((form for form in (HADAMARD, KRONECKER, ONE_TOKEN) if rest.startswith(form)), "")
     return KernelKind(rest != kind, form, rest.removeprefix(form))
 
 
@@ -166,6 +188,13 @@ def tile_of(recipe: Recipe, bucket: int) -> Tile:
     """Returns the tile of a kernel, from TILES."""
     found = next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
     return found._replace(spans=1, stages=1) if recipe.form else found
+
+
+def _has_token_kernel(recipe: Recipe) -> bool:
+    """Returns True for four bits in whole blocks of 64 and more: bitsandbytes multiplies them with one token, the host none else."""
+    if recipe.function != "bnb4" or recipe.form or recipe.is_row_scaled:
+        return False
+    return not recipe.constants["CROSSING"] and int(recipe.constants["BLOCK"]) % 64 == 0
 
 
 def _family(recipe: Recipe) -> str:

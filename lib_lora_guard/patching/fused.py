@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ..kernels.fused import Change, Factors, Sides, fused_weight
-from ..kernels.recipes import HADAMARD, KRONECKER, ROW_SCALED, rank_of_sides
+from ..kernels.fused import Change, Factors, Sides, fused_weight, token_output
+from ..kernels.recipes import HADAMARD, KRONECKER, ONE_TOKEN, ROW_SCALED, rank_of_sides, recipe_of
 from ..kernels.stored import Bnb4, Fp8, Int8, Stored, stored_weight
 from ..memory.out_of_memory import is_out_of_memory
 from .forward_program import OnePass
@@ -37,11 +37,13 @@ class Held(NamedTuple):
         weight: The parameter, as it is stored.
         bias: As it is added to the product.
         scale: The host multiplies the weight by it, in the dtype of the activations.
+        is_one_token: The host makes no temporary weight in this call: it multiplies the stored numbers by the one token.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: torch.Tensor | None = None
+    is_one_token: bool = False
 
 
 class Terms(Protocol):
@@ -97,6 +99,7 @@ class Fused:
         self._is_taken = False
         self._facts = _Facts()
         self._made: tuple[OnePass, LowRankStep | KhatriRaoStep, Parts, Factors] | None = None
+        self._of_token: _OfToken | None = None
 
     def exchange(self, stack: OnePass | None) -> None:
         """Replaces the stack by one that differs in strengths alone, for the next call of the layer."""
@@ -131,12 +134,16 @@ class Fused:
             # Triton launches on the current card: a part that an extension has put on another one goes the long way.
             return None
         is_known = self._held is choice.held and key is not None and dtype is key.dtype and device == key.device
-        if is_known and not self._is_taken:
+        if is_known and not self._is_taken and not is_one_token(x):
             return None
         try:
             # Weights of hosts and bitsandbytes are classes of their own: else each look at one, at its `device` too, is a call of Python.
             with torch._C.DisableTorchFunctionSubclass():
-                held = self._raw.of(layer, x, terms)
+                held, product = self._raw.of(layer, x, terms), None
+                if held is not None and held.is_one_token:
+                    product = self._product(layer, device, dtype)
+                    if product is None:
+                        return None
                 stored = None if held is None else self._facts.stored(held, dtype, device)
         except Exception as error:
             # Without room for what comes from RAM the host says so, in its own words.
@@ -145,6 +152,8 @@ class Fused:
             return None
         if held is None or stored is None:
             return None
+        if product is not None:
+            return self._token_output(product, x, held, stored)
         if not is_known or key is None or stored.kind != self._kind:
             self._kind = stored.kind
             key = self._key = self._key_of(stored.kind, device, dtype)
@@ -167,6 +176,28 @@ class Fused:
         except RuntimeError as error:
             # No memory, or an input that does not fit: the layer's own code says so.
             _gives_way(error)
+            return None
+
+    def _product(self, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Key | None:
+        """Returns the kernel that calls with one token take; None where they go the long way."""
+        found, choice = self._of_token, self._choice
+        if found is None or found.held is not choice.held or found.dtype is not dtype or found.device != device:
+            key = None if self._stack is None else self.key(layer, device, dtype)
+            if key is not None:
+                # None but a plain pair of factors has that kernel.
+                key = key._replace(kind=ONE_TOKEN + key.kind)
+                key = None if recipe_of(key.kind) is None else key
+            found = self._of_token = _OfToken(choice.held, device, dtype, key)
+        return found.key if found.key is not None and choice.takes(found.key) else None
+
+    def _token_output(self, product: Key, x: torch.Tensor, held: Held, stored: Stored) -> torch.Tensor | None:
+        stack = self._stack
+        try:
+            factors = None if stack is None else self._change(stack, stored.shape[0], x.device, x.dtype, None)
+            return token_output(stored, factors, x, held.bias) if isinstance(factors, Factors) else None
+        except Exception as error:
+            if not _gives_way(error):
+                self._choice.failed(product, error)
             return None
 
     def drop_device_copies(self) -> None:
@@ -200,6 +231,20 @@ class Fused:
             # before the layer's product begins.
             self._made = stack, product, parts, factors
         return factors
+
+
+class _OfToken(NamedTuple):
+    """The kernel that calls with one token may take, None where there is none; looked for again when the choice's answers may change."""
+
+    held: dict[Key, bool]
+    device: torch.device
+    dtype: torch.dtype
+    key: Key | None
+
+
+def is_one_token(x: torch.Tensor) -> bool:
+    """Returns True for an input of one token, `(..., in)` with all other sizes 1."""
+    return x.dim() > 0 and x.numel() == x.shape[-1]
 
 
 def _gives_way(error: Exception) -> bool:

@@ -16,13 +16,15 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..kernels.choice import COMPILING, KERNELS, REFUSED, SWITCH, WORKS
-from ..kernels.recipes import bucket_of, recipe_of
+from ..kernels.recipes import ONE_TOKEN, bucket_of, recipe_of, split_kind
 from ..messages import say
 from .fused_measured import beats_bypass
 from .swapped_ahead import AHEAD
 
 log = logging.getLogger(__name__)
 
+TOKEN_SWITCH = "LORA_GUARD_TOKEN_PRODUCT"
+"""1 in the environment: layers of four bits that see one token have a kernel for their product, with the LoRAs in it."""
 WAIT_SECONDS = 3.0
 """The longest time that the steps of an image wait for kernels, all together. One is compiled in one or two seconds."""
 _LOOK_SECONDS = 0.01
@@ -78,6 +80,8 @@ class FusedChoice:
         """False if the user has switched the kernels off. Asked for each kernel once an image."""
         self.casts_too: Callable[[], bool] = never
         """True if layers without LoRAs get the short way too. Asked at each change of a stack."""
+        self.multiplies_tokens = os.environ.get(TOKEN_SWITCH) == "1"
+        """True if products with one token have kernels: off until they are measured in a whole image."""
         self.held: dict[Key, bool] = {}
         """The present answers. Another dictionary each time that they may change."""
         self._failed: set[Key] = set()
@@ -107,7 +111,7 @@ class FusedChoice:
         held = self.held
         found = held.get(key)
         if found is None:
-            is_wanted = key not in self._failed and key not in self._late and self.is_on() and _is_faster(key)
+            is_wanted = key not in self._failed and key not in self._late and self.is_on() and self._is_faster(key)
             found = is_wanted and (self.compiler.ready(*key) or self._comes(key))
             if is_wanted and not found and self._images:
                 self._too_late(key)
@@ -121,7 +125,7 @@ class FusedChoice:
         """Returns True if an image may be made with this kernel, now or once it is compiled."""
         if key in self._failed or not self.is_on() or recipe_of(key.kind) is None or bucket_of(key.rank) is None:
             return False
-        if not _is_faster(key):
+        if not self._is_faster(key):
             return False
         state = self.compiler.state(key.kind)
         return state == WORKS or (key.device.type == "cuda" and not state.startswith(REFUSED))
@@ -149,6 +153,8 @@ class FusedChoice:
             for rank in usual:
                 if faster := [kind for kind in kinds if beats_bypass(kind, rank)]:
                     self.compiler.prepare(faster, device, dtype, [rank])
+            if products := self._products(kinds):
+                self.compiler.prepare(products, device, dtype, USUAL_RANKS[:1])
 
     def prepare(self, keys: Iterable[Key], are_new_files: bool = False) -> None:
         """Has kernels compiled in the background. Between images the next call of a layer asks anew.
@@ -170,7 +176,18 @@ class FusedChoice:
         for (kind, device, dtype), mine in ranks.items():
             groups.setdefault((device, dtype, tuple(sorted(mine))), []).append(kind)
         for (device, dtype, same), kinds in groups.items():
-            self.compiler.prepare(sorted(kinds), device, dtype, same, soon=True)
+            self.compiler.prepare(sorted([*kinds, *self._products(kinds)]), device, dtype, same, soon=True)
+
+    def _is_faster(self, key: Key) -> bool:
+        if split_kind(key.kind).form == ONE_TOKEN:
+            return self.multiplies_tokens
+        return beats_bypass(key.kind, key.rank)
+
+    def _products(self, kinds: Iterable[str]) -> list[str]:
+        """Returns the kernels for one token: which layers see one is found out when they are called."""
+        if not self.multiplies_tokens:
+            return []
+        return [ONE_TOKEN + kind for kind in kinds if recipe_of(ONE_TOKEN + kind) is not None]
 
     def _too_late(self, key: Key) -> None:
         self._late.add(key)
@@ -186,10 +203,6 @@ class FusedChoice:
             if self.compiler.ready(*key):
                 return True
         return False
-
-
-def _is_faster(key: Key) -> bool:
-    return beats_bypass(key.kind, key.rank)
 
 
 class Twin:

@@ -12,7 +12,7 @@ import torch
 
 from lib_lora_guard.kernels import choice, fused, launch
 from lib_lora_guard.kernels.choice import Kernels
-from lib_lora_guard.kernels.factors import Sides
+from lib_lora_guard.kernels.factors import Factors, Sides
 from lib_lora_guard.kernels.probe import ProbeError, sample
 
 CPU, FP16, BF16 = torch.device("cpu"), torch.float16, torch.bfloat16
@@ -76,6 +76,46 @@ def test_a_kernel_is_ready_once_it_is_prepared_for_its_bucket(kernels):
     assert len(made) == len(set(made)) == 7
     prepared(kernels, "int8", ranks=(0, 7))
     assert made == FakeKernel.made
+
+
+def test_a_product_with_one_token_is_one_kernel_for_all_ranks(kernels, monkeypatch):
+    probed = []
+    monkeypatch.setattr(choice, "TokenProduct", lambda kind, dtype, per_rank: (kind, per_rank))
+    monkeypatch.setattr(choice, "probe_token", lambda product, device: probed.append(product))
+    prepared(kernels, "token nf4 64", ranks=(16, 8, 96, 300))
+    kernels.prepare(["token nf4 64 crossing", "token int8"], CPU, FP16, [16], soon=True)
+    assert kernels.wait(10)
+    assert probed == [("token nf4 64", False), ("token nf4 64", True)]
+    assert kernels.state("token nf4 64") == "works"
+    assert [kernels.ready("token nf4 64", CPU, FP16, rank) for rank in (0, 1, 16, 256, 257)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert kernels.product("token nf4 64", CPU, FP16, 33, True) == ("token nf4 64", True)
+    assert not kernels.ready("nf4 64", CPU, FP16, 16)
+    assert all(kernels.state(kind).startswith("refused") for kind in ("token nf4 64 crossing", "token int8"))
+    kernels.refuse("token nf4 64", "why")
+    assert kernels.product("token nf4 64", CPU, FP16, 33, True) is None
+
+
+def test_a_product_that_fails_is_given_up(kernels, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("the driver says no")
+
+    monkeypatch.setattr(choice, "TokenProduct", lambda *_: failing)
+    monkeypatch.setattr(choice, "probe_token", lambda product, device: None)
+    stored = sample("nf4 64", 3, 64, FP16, torch.Generator(), CPU)
+    factors = Factors(torch.ones(3, 2), torch.ones(2, 64), 1.0)
+    token = torch.ones(1, 64, dtype=FP16)
+    assert fused.token_output(stored, factors, token, None) is None
+    prepared(kernels, "token nf4 64")
+    with pytest.raises(RuntimeError, match="says no"):
+        fused.token_output(stored, factors, token, None)
+    assert kernels.state("token nf4 64") == "refused: the driver says no"
+    assert fused.token_output(stored, factors, token, None) is None
 
 
 def test_what_a_stack_needs_is_compiled_before_what_one_may_need(kernels, monkeypatch):
@@ -231,7 +271,10 @@ def test_triton_compiles_nothing_for_a_card_that_is_too_old(kernels, monkeypatch
     assert FakeKernel.made in ([], ["triton"])
 
 
-def test_triton_is_imported_by_one_module_which_is_imported_on_use():
+IMPORT_TRITON = ("triton_kernels", "token_kernels")
+
+
+def test_triton_is_imported_by_two_modules_which_are_imported_on_use():
     for file in sorted(PACKAGE.glob("*.py")):
         top = [
             node
@@ -239,7 +282,7 @@ def test_triton_is_imported_by_one_module_which_is_imported_on_use():
             if isinstance(node, (ast.Import, ast.ImportFrom))
         ]
         names = {alias.name for node in top for alias in node.names}
-        assert not {"triton", "triton_kernels"} & names or file.name == "triton_kernels.py", file.name
+        assert not {"triton", "triton_kernels", "token_kernels"} & names or file.stem in IMPORT_TRITON, file.name
 
 
 def test_a_lokr_has_kernels_for_two_widths(kernels):

@@ -44,7 +44,7 @@ def found(tmp_path_factory):
 def test_kernels_give_their_twins_values_and_planted_faults_are_seen(found):
     checks = found(interpreted=True)
     faults = {name.removeprefix("fault: "): failure for name, failure in checks.items() if name.startswith("fault: ")}
-    assert (len(checks) > 30, len(faults) > 8) == (True, True)
+    assert (len(checks) > 30, len(faults) > 28) == (True, True)
     assert {name: failure for name, failure in checks.items() if failure and not name.startswith("fault: ")} == {}
     assert [name for name, failure in faults.items() if not failure] == []
     assert "the first at row 0, column 64: 0.0 instead of" in faults["a block skipped"]
@@ -67,4 +67,7 @@ def test_kernels_compile_for_cards_that_are_not_here(found):
         "sm_120, lokr Q4_K baked by bf16": "",
         "sm_86, dora nf4 64 by bf16": "",
         "sm_75, dora lokr fp8 e4m3": "",
+        "sm_75, token nf4 64 by fp16": "",
+        "sm_86, token nf4 64 by bf16": "",
+        "sm_120, token fp4 64 nested256 by bf16": "",
     }

@@ -14,25 +14,39 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 warnings.simplefilter("ignore")  # numpy's, about NaN and infinities
 
 import torch  # noqa: E402
-from compile_kernels import compiled  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from compile_kernels import compiled, compiled_down  # noqa: E402
+from support.short_way import bnb_parameter  # noqa: E402
 
-from lib_lora_guard.adapters import LokrAdapter, Term  # noqa: E402
+from lib_lora_guard.adapters import LokrAdapter, LoraAdapter, Term  # noqa: E402
 from lib_lora_guard.hosts.forge.guard_patches import GuardPatches  # noqa: E402
 from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight  # noqa: E402
-from lib_lora_guard.kernels import triton_kernels  # noqa: E402
+from lib_lora_guard.kernels import token_kernels, triton_kernels  # noqa: E402
 from lib_lora_guard.kernels.choice import KERNELS  # noqa: E402
 from lib_lora_guard.kernels.factors import Sides  # noqa: E402
 from lib_lora_guard.kernels.launch import Kernel  # noqa: E402
-from lib_lora_guard.kernels.probe import ProbeError, compare, probe, sample, sample_factors, sample_sides  # noqa: E402
-from lib_lora_guard.kernels.recipes import Tile, bucket_of, rank_of_sides, split_kind  # noqa: E402
+from lib_lora_guard.kernels.probe import (  # noqa: E402
+    ProbeError,
+    compare,
+    compare_product,
+    probe,
+    probe_token,
+    sample,
+    sample_factors,
+    sample_sides,
+)
+from lib_lora_guard.kernels.recipes import ONE_TOKEN, Tile, TokenTile, bucket_of, rank_of_sides, split_kind  # noqa: E402
+from lib_lora_guard.kernels.token_product import TokenProduct  # noqa: E402
 from lib_lora_guard.kernels.twin import dequantised  # noqa: E402
 from lib_lora_guard.patching.access import plain_bias  # noqa: E402
-from lib_lora_guard.patching.forward_program import lokr_pass  # noqa: E402
+from lib_lora_guard.patching.forward_program import compile_program, lokr_pass  # noqa: E402
 from lib_lora_guard.patching.fused import Fused  # noqa: E402
+from lib_lora_guard.patching.fused_choice import CHOICE  # noqa: E402
 from lib_lora_guard.patching.on_the_fly import WeightTerms  # noqa: E402
 from lib_lora_guard.planning.cheap import forms_of  # noqa: E402
 
@@ -43,6 +57,7 @@ CARDS = (
     (80, "int8 scaled", BF16, 16), (75, "lokr fp8 e4m3", FP16, 16), (80, "lokr int8 scaled", BF16, 1),
     (86, "lokr nf4 64 by bf16", BF16, 16), (89, "lokr fp8 e4m3 scaled", BF16, 16), (90, "lokr Q8_0 baked by bf16", BF16, 16),
     (120, "lokr Q4_K baked by bf16", BF16, 16), (86, "dora nf4 64 by bf16", BF16, 64), (75, "dora lokr fp8 e4m3", FP16, 16),
+    (75, "token nf4 64 by fp16", FP16, 16), (86, "token nf4 64 by bf16", BF16, 16), (120, "token fp4 64 nested256 by bf16", BF16, 16),
 )  # fmt: skip
 SMALLEST_SHARED_BYTES = 48 * 1024
 """What every card gives a program."""
@@ -82,6 +97,8 @@ SIDES = (
     (2, 64, 30, 1),
 )
 """Rows and columns of a LoKr's left side, and of its right one: smaller and larger than tiles, and no part of one."""
+TOKENS = ("nf4 64 by fp16", "fp4 64 nested256 by fp16", "nf4 128 by fp16")
+TOKEN_TILE = TokenTile(rows=4, words=16, warps=1, ranks=16, columns=64)
 RANKS = (1, 16, 100, 256)
 SPANS = (("nf4 64 by fp16", 24, True, 2), ("fp4 32 nested256 by fp16", 48, False, 3))
 """Several tiles a program: of ranks in one product and in several."""
@@ -110,6 +127,31 @@ FAULTS = {
 }  # fmt: skip
 
 
+NESTED = "fp4 64 nested256 by fp16"
+TOKEN_FAULTS = {
+    "a token's nested scales of another row": (
+        NESTED,
+        "at = scales + ro[:, None] * (cols // BLOCK)",
+        "at = scales + ro[:, None] * 0",
+    ),
+    "a token's nested scales of the next block": (
+        NESTED,
+        "((first + rw) // (BLOCK // 8))[None, :]",
+        "((first + rw) // (BLOCK // 8) + 1)[None, :]",
+    ),
+    "a token's numbers swapped": (False, "low, high = _both(", "high, low = _both("),
+    "a token's scale left out": (False, "total += part * a", "total += part"),
+    "a token's last words left out": (False, "(first + rw < row_words)", "(first + rw < row_words - 1)"),
+    "a token's last turn left out": (False, "range(0, row_words, WORDS)", "range(0, row_words - 16, WORDS)"),
+    "a token's ranks left out": (False, "range(0, rank, CHUNK)", "range(0, CHUNK, CHUNK)"),
+    "a token's last rank left out": (False, "first + rr < rank\n", "first + rr < rank - 1\n"),
+    "a token's strengths left out": (True, "if HAS_PER_RANK:", "if False:"),
+    "a token's alpha left out": (False, "tl.sum(change, 1) * alpha", "tl.sum(change, 1)"),
+    "a token's bias left out": (False, "row + ro < bias_rows", "row + ro < 0"),
+    "a token's last numbers left out of down": (False, "inside = first + ri < cols", "inside = first + ri < cols - 1"),
+}
+
+
 def kernel_of(kind, rank, per_rank, **tile):
     return Kernel(kind, FP16, bucket_of(rank), rank % 16 == 0, per_rank, KINDS[kind]._replace(**tile))
 
@@ -122,11 +164,12 @@ def failure(call):
     return ""
 
 
-def with_fault(old, new, folder):
+def with_fault(old, new, folder, source=triton_kernels):
     """Returns the kernels' module with one of its lines changed."""
-    text = Path(triton_kernels.__file__).read_text(encoding="utf-8")
+    text = Path(source.__file__).read_text(encoding="utf-8")
     assert old in text, old
     file = Path(folder, "faulty.py")
+    text = text.replace("from .", f"from {source.__package__}.")
     file.write_text(text.replace(old, new), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("faulty", file)
     module = importlib.util.module_from_spec(spec)
@@ -138,6 +181,11 @@ def compile_for(card, kind, dtype, rank):
     """Says where a kernel does not compile, needs too much memory, or writes less than 16 bytes at once."""
     made = compiled(kind, dtype, rank, card)
     ptx = made.asm["ptx"]
+    if split_kind(kind).form == ONE_TOKEN:
+        # It reads a row's words 16 bytes at once.
+        down = compiled_down(dtype, card).asm["ptx"]
+        is_right = all(f".target sm_{card}" in one for one in (ptx, down)) and "ld.global.v4.b32" in ptx
+        return "" if is_right else ptx[:200]
     if f".target sm_{card}" not in ptx or made.metadata.shared > SMALLEST_SHARED_BYTES or "st.global.v4.b32" not in ptx:
         return f"{made.metadata.shared} bytes of shared memory, {ptx.count('st.global')} stores: {ptx[:200]}"
     return ""
@@ -235,8 +283,122 @@ def through_a_layer():
                 raise ProbeError("the short way goes where other terms are on the layer")
 
 
+def token_of(kind, per_rank):
+    return TokenProduct(ONE_TOKEN + kind, FP16, per_rank, TOKEN_TILE)
+
+
+def infinite_token():
+    """NaN in the factors comes out where the twin has it; an infinity comes out of its row, one in the token out of every row."""
+    generator = torch.Generator().manual_seed(7)
+    stored = sample("nf4 64 by fp16", 9, 128, FP16, generator, CPU)
+    factors = sample_factors(9, 128, 3, True, FP16, generator, CPU)
+    token = torch.randn(1, 128, generator=generator).to(FP16)
+    factors.up[2, 1] = float("nan")
+    product = token_of("nf4 64 by fp16", True)
+    compare_product(product(stored, factors, token, None), stored, factors, token, None)
+    # A weight with it in has infinities of both signs, whose sum is no number.
+    factors.up[5, 0] = float("inf")
+    if (~product(stored, factors, token, None).isfinite()).nonzero()[:, 1].tolist() != [2, 5]:
+        raise ProbeError("an infinity in the factors is lost, or in other rows")
+    token[0, 77] = float("inf")
+    if product(stored, factors, token, None).isfinite().any():
+        raise ProbeError("an infinity in the token is lost")
+
+
+def halves_of_words():
+    """Every 16-bit number comes out of a word as it went in, bf16 too, which the interpreter cannot round."""
+    for dtype in (FP16, BF16):
+        numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+        low, high = (torch.empty(1 << 15, dtype=torch.float32) for _ in range(2))
+        halves_kernel[(1,)](numbers.view(torch.int32), low, high, FP16=dtype == FP16, COUNT=1 << 15)
+        for found, wanted in ((low, numbers[0::2].float()), (high, numbers[1::2].float())):
+            if not torch.equal(found.isnan(), wanted.isnan()) or not torch.equal(
+                found.nan_to_num(7.0), wanted.nan_to_num(7.0)
+            ):
+                raise ProbeError(f"{dtype}: other numbers")
+
+
+@triton.jit
+def halves_kernel(PAIRS, LOW, HIGH, FP16: tl.constexpr, COUNT: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, COUNT)
+    low, high = token_kernels._both(tl.load(PAIRS + at), FP16)
+    tl.store(LOW + at, low)
+    tl.store(HIGH + at, high)
+
+
+def not_for_this_product():
+    """What the kernel cannot take goes the long way, and what is not for it is said."""
+    generator = torch.Generator().manual_seed(8)
+    product, stored = token_of("nf4 64 by fp16", False), sample("nf4 64 by fp16", 9, 128, FP16, generator, CPU)
+    factors = sample_factors(9, 128, 3, False, FP16, generator, CPU)
+    token, bias = torch.randn(1, 128, generator=generator).to(FP16), torch.zeros(9, dtype=FP16)
+    for x, b in (
+        (token.repeat(2, 1), bias),
+        (token.float(), bias),
+        (token, bias.float()),
+        (token, torch.zeros(18, dtype=FP16)[::2]),
+    ):
+        if product(stored, factors, x, b) is not None:
+            raise ProbeError(f"taken: {x.shape} {x.dtype}, {b.dtype}")
+    other = sample_factors(9, 64, 3, False, FP16, generator, CPU)
+    scaled, pairs = replace(factors, row_scale=torch.ones(9)), replace(factors, times=(factors.up, factors.down))
+    for wrong in (
+        other,
+        scaled,
+        pairs,
+        replace(factors, per_rank=torch.ones(3)),
+        replace(factors, up=factors.up.float()),
+    ):
+        try:
+            product(stored, wrong, token, bias)
+        except ValueError:
+            continue
+        raise ProbeError("factors for something else were taken")
+
+
+def a_token_through_a_layer():
+    """A layer of four bits gives with one token what its weight with the LoRA in it gives, at any strength."""
+    KERNELS.prepare(["token nf4 64 by fp32"], CPU, FP16, [4])
+    assert KERNELS.wait(120)
+    generator = torch.Generator().manual_seed(9)
+    layer = torch.nn.Linear(128, 24, dtype=FP16)
+    layer.weight, dense = bnb_parameter(torch.randn(24, 128, generator=generator) * 0.1)
+    up, down = (torch.randn(shape, generator=generator).to(FP16) * 0.2 for shape in ((24, 4), (4, 128)))
+    x = torch.randn(1, 128, generator=generator).to(FP16)
+    for strength in (0.8, -0.3):
+        terms = (Term(LoraAdapter(up, down), strength),)
+        fused = Fused(
+            ForgeWeight(lambda: False),
+            compile_program(terms, forms_of(terms, (24, 128)), (24, 128), {}, plain_bias).one_pass,
+        )
+        change = strength * (x.double() @ down.double().t() @ up.double().t())
+        exact = x.double() @ dense.double().t() + change + layer.bias.double()
+        CHOICE.multiplies_tokens, CHOICE.held = False, {}
+        with torch.no_grad():
+            if fused.run(layer, x) is not None:
+                raise ProbeError("switched off, and taken")
+            CHOICE.multiplies_tokens = True
+            found = fused.run(layer, x)
+            few = fused.run(layer, x.repeat(2, 1))
+        CHOICE.multiplies_tokens = False
+        if found is None or few is not None:
+            raise ProbeError(f"one token: {found}, two: {few}")
+        apart = (found.double() - exact).norm() / change.norm()
+        if apart > 0.002:
+            raise ProbeError(f"strength {strength}: {apart:.2%} of the LoRA apart")
+
+
 def interpret():
     found = {}
+    for kind in TOKENS:
+        for rank, per_rank in ((45, True), (16, False), (1, False)):
+            found[f"token {kind}, rank {rank}"] = failure(
+                lambda kind=kind, rank=rank, per_rank=per_rank: probe_token(token_of(kind, per_rank), CPU, rank)
+            )
+    found["infinities with a token"] = failure(infinite_token)
+    found["halves of words"] = failure(halves_of_words)
+    found["not for a token"] = failure(not_for_this_product)
+    found["a token through a layer"] = failure(a_token_through_a_layer)
     for kind in PLAIN:
         found[f"{kind}, no LoRA"] = failure(lambda kind=kind: probe(kernel_of(kind, 0, False), 0, CPU))
     for kind in WITH_LORA:
@@ -275,6 +437,20 @@ def interpret():
             kernel = kernel_of(kind, rank, False)
             kernel.function = getattr(with_fault(old, new, folder), kernel.function.__name__)
             found[f"fault: {name}"] = failure(lambda kernel=kernel, rank=rank: probe(kernel, rank, CPU))
+        for name, (how, old, new) in TOKEN_FAULTS.items():
+            kind, per_rank = (how, False) if isinstance(how, str) else ("nf4 64 by fp16", how)
+            product, faulty = token_of(kind, per_rank), with_fault(old, new, folder, token_kernels)
+            product.function, product.down_function = faulty.bnb4_token, faulty.down_of_token
+            found[f"fault: {name}"] = failure(lambda product=product: probe_token(product, CPU))
+        # That of all weights of four bits, through this product.
+        old, new = "NESTED_SCALE + at // NESTED", "NESTED_SCALE + at * 0"
+        # More rows than share a scale of scales.
+        product = TokenProduct(ONE_TOKEN + NESTED, FP16, False, TOKEN_TILE._replace(rows=64))
+        token_kernels._absmax, right = with_fault(old, new, folder)._absmax, token_kernels._absmax
+        try:
+            found["fault: a token's first scale of scales for all"] = failure(lambda: probe_token(product, CPU))
+        finally:
+            token_kernels._absmax = right
     return found
 
 

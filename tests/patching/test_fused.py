@@ -14,10 +14,13 @@ from support.short_way import bnb_parameter, take_short_way
 
 from lib_lora_guard.adapters import parse_term
 from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight
+from lib_lora_guard.hosts.neo.raw_weights import NeoWeight
 from lib_lora_guard.kernels.factors import Sides
 from lib_lora_guard.kernels.stored import Fp8
+from lib_lora_guard.kernels.twin import dequantised, with_factors
 from lib_lora_guard.patching import fused, low_rank
 from lib_lora_guard.patching.bypass import Bypass, call_of_layer
+from lib_lora_guard.patching.fused_choice import CHOICE, Key, Twin
 from lib_lora_guard.patching.marked_class import class_of, mark, unmark
 
 SHAPE = 24, 64
@@ -55,7 +58,7 @@ def ratios_of(layer, stack):
     return found
 
 
-def patched(layer, stack):
+def patched(layer, stack, raw=None):
     hook = Bypass(
         "layer.weight",
         tuple(parse_term(one, {}) for one in stack),
@@ -63,7 +66,7 @@ def patched(layer, stack):
         ratios_of(layer, stack),
         lambda layer: layer.bias,
     )
-    hook.fused = fused.Fused(ForgeWeight(lambda: False), hook.program.one_pass)
+    hook.fused = fused.Fused(raw or ForgeWeight(lambda: False), hook.program.one_pass)
     hook.attach(layer)
     mark(layer, "test", call=call_of_layer)
     return hook
@@ -90,6 +93,103 @@ def test_four_bits(kind, tokens, passes):
     assert torch.equal(layer(x), base)
     unmark(layer)
     assert torch.equal(layer(x), base)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Has calls with one token go to a product, by plain torch; returns the list that gets an entry for each."""
+    found = []
+
+    def output(stored, factors, token, bias):
+        found.append((stored.kind, factors.rank))
+        return torch.nn.functional.linear(token, with_factors(dequantised(stored, token.dtype), factors), bias)
+
+    monkeypatch.setattr(CHOICE, "multiplies_tokens", True)
+    for of_earlier_tests in ("_failed", "_late"):
+        monkeypatch.setattr(CHOICE, of_earlier_tests, set())
+    monkeypatch.setattr(fused, "token_output", output)
+    return found
+
+
+@pytest.mark.parametrize("host", [ForgeWeight, NeoWeight])
+def test_one_token_has_a_product_with_the_loras_in_it(host, passes, products):
+    layer, x, stack = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(1, 64, seed=3), entries(0.8)
+    layer.weight_function, layer.bias_function = [], []
+    base = layer(x)
+    hook = patched(layer, stack, host(lambda: False))
+    for token in (x, x[0], x.view(1, 1, 64)):
+        found = layer(token)
+        assert found.shape == (*token.shape[:-1], 24)
+        assert_same(found.view(1, 24), wanted(layer, stack, x), base)
+    assert (products, passes) == ([("nf4 64 by fp32", 4)] * 3, [])
+    # Two tokens are not one: the same layer, called either way.
+    two = rand(2, 64, seed=5)
+    assert_same(layer(two), wanted(layer, stack, two), class_of(layer).forward(layer, two))
+    assert_same(layer(x), wanted(layer, stack, x), base)
+    assert (len(products), len(passes)) == (4, 1)
+    hook.detach(layer)
+    assert torch.equal(layer(x), base)
+
+
+def test_calls_with_one_token_and_with_more_have_answers_of_their_own(passes, products, monkeypatch):
+    """In one image a layer may be called either way: prompts go together where memory allows it."""
+
+    class TokensAlone(Twin):
+        def ready(self, kind, device, dtype, rank):
+            return kind.startswith("token")
+
+    monkeypatch.setattr(CHOICE, "compiler", TokensAlone())
+    layer, one, two = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(1, 64, seed=3), rand(2, 64, seed=5)
+    patched(layer, entries(0.8))
+    for first in (one, two):
+        with CHOICE.image():
+            for x in (first, two, one, one, two):
+                layer(x)
+    assert (len(products), len(passes)) == (3 + 2, 0)
+    monkeypatch.setattr(TokensAlone, "ready", lambda self, kind, *_: not kind.startswith("token"))
+    monkeypatch.setattr(CHOICE, "_late", set())
+    with CHOICE.image():
+        for x in (one, two, one, two):
+            layer(x)
+    assert (len(products), len(passes)) == (5, 2)
+
+
+def test_kernels_for_one_token_are_compiled_with_those_of_a_stack(products, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        CHOICE.compiler, "prepare", lambda kinds, device, dtype, ranks, soon: asked.append((kinds, ranks))
+    )
+    layer = Layer(*bnb_parameter(rand(*SHAPE, seed=4)))
+    hook = patched(layer, entries(0.8))
+    key = hook.fused.key(layer, torch.device("cpu"), torch.float32)
+    assert key == Key("nf4 64 by fp32", torch.device("cpu"), torch.float32, 4)
+    CHOICE.prepare([key, key._replace(kind="dora nf4 64 by fp32"), key._replace(kind="fp8 e4m3")])
+    assert asked == [(["dora nf4 64 by fp32", "fp8 e4m3", "nf4 64 by fp32", "token nf4 64 by fp32"], (4,))]
+
+
+@pytest.mark.parametrize("why", ["no kernel", "a DoRA", "switched off", "an error", "no memory"])
+def test_one_token_goes_the_long_way_where_it_has_to(why, passes, products, monkeypatch, caplog):
+    layer, x = Layer(*bnb_parameter(rand(*SHAPE, seed=4))), rand(1, 64, seed=3)
+    stack = [dora(0.8)] if why == "a DoRA" else entries(0.8)
+    base = layer(x)
+    patched(layer, stack)
+    asked = []
+
+    def output(*given):
+        asked.append(given)
+        if why == "an error":
+            raise RuntimeError("the driver says no")
+        if why == "no memory":
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(fused, "token_output", output)
+    if why == "switched off":
+        monkeypatch.setattr(CHOICE, "multiplies_tokens", False)
+    for _ in range(2):
+        assert_same(layer(x), wanted(layer, stack, x), base)
+    assert passes == []
+    assert len(asked) == {"no kernel": 2, "an error": 1, "no memory": 2}.get(why, 0)
+    assert ("token nf4 64 by fp32" in caplog.text) is (why == "an error")
 
 
 def test_several_strengths_and_their_change_between_two_calls(monkeypatch, passes):

@@ -123,6 +123,20 @@ def test_usual_ranks_are_expected_and_a_stack_comes_first():
     assert choice.compiler.asked == [*usual, (["nf4 64"], [0], False), *usual, (["nf4 64"], [32], True)]
 
 
+def test_products_with_one_token_are_off_until_the_switch_says_so(monkeypatch):
+    token, kinds = KEY._replace(kind="token nf4 64", rank=200), ["nf4 64", "nf4 64 crossing", "nf4 32", "fp8 e4m3"]
+    choice = FusedChoice(Compiler(looks=0))
+    choice.expect(kinds, CARD, torch.bfloat16)
+    assert not any(kind.startswith("token") for asked, _, _ in choice.compiler.asked for kind in asked)
+    assert (choice.may_take(token), image(choice, token)) == (False, [False])
+    monkeypatch.setenv(fused_choice.TOKEN_SWITCH, "1")
+    choice = FusedChoice(Compiler(looks=0))
+    choice.expect(kinds, CARD, torch.bfloat16)
+    assert choice.compiler.asked[-1] == (["token nf4 64"], [16], False)
+    assert (choice.may_take(token), image(choice, token)) == (True, [True])
+    assert not choice.may_take(token._replace(kind="token dora nf4 64"))
+
+
 @pytest.mark.parametrize(
     ("kind", "largest"), [("nf4 64 by bf16", 128), ("fp8 e4m3", 128), ("fp8 e4m3 scaled", 256), ("Q4_K baked", 256)]
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ...patching.fused import Held, RawWeight, Terms
+from ...patching.fused_choice import CHOICE
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 from .guard_patches import GuardPatches
 
@@ -32,11 +33,14 @@ class ForgeWeight(RawWeight):
     def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
         weight = layer._parameters.get("weight")
-        if weight is None or not is_in_reach(weight, x, self._is_streaming) or goes_by_vector(weight, x):
+        if weight is None or not is_in_reach(weight, x, self._is_streaming):
+            return None
+        is_one_token = goes_by_vector(weight, x)
+        if is_one_token and not CHOICE.multiplies_tokens:
             return None
         if not _has_on_the_fly(layer, terms):
             return None
-        return Held(weight, bias_for(layer, x), layer._parameters.get("scale_weight"))
+        return Held(weight, bias_for(layer, x), layer._parameters.get("scale_weight"), is_one_token)
 
 
 def _has_on_the_fly(layer: torch.nn.Module, terms: Terms | None) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from ...kernels.stored import Stored
 from ...patching.fused import Held, RawWeight, Terms
+from ...patching.fused_choice import CHOICE
 from ..webui.raw_weights import bias_for, goes_by_vector, is_in_reach
 from .types import WeightLayer
 from .weight_function import WeightFunction
@@ -34,12 +35,15 @@ class NeoWeight(RawWeight):
     def of(self, layer: torch.nn.Module, x: torch.Tensor, terms: Terms | None = None) -> Held | None:
         """Returns what a layer computes with, where its weight is in reach and only the guard changes what it computes."""
         weight = layer._parameters.get("weight")
-        if weight is None or not is_in_reach(weight, x, self._is_streaming) or goes_by_vector(weight, x):
+        if weight is None or not is_in_reach(weight, x, self._is_streaming):
+            return None
+        is_one_token = goes_by_vector(weight, x)
+        if is_one_token and not CHOICE.multiplies_tokens:
             return None
         neos: WeightLayer = layer  # type: ignore[assignment]  # `NeoAccess.raw_weight` lets no other layer come here
         if neos.bias_function or not _has_on_the_fly(neos, terms):
             return None
-        return Held(weight, bias_for(layer, x))
+        return Held(weight, bias_for(layer, x), is_one_token=is_one_token)
 
 
 class NeoQuantized(NeoWeight):

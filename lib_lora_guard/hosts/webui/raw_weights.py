@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from ...patching.fused import is_one_token
 from ...weights.storage import FP8_DTYPES
 from .stored_rows import is_bnb, is_gguf, stored_bias
 
@@ -36,8 +37,11 @@ def is_in_reach(weight: torch.Tensor, x: torch.Tensor, is_streaming: Callable[[]
 
 
 def goes_by_vector(weight: torch.Tensor, x: torch.Tensor) -> bool:
-    """Returns True for a single token on a 4-bit weight: bitsandbytes multiplies with the stored numbers then."""
-    return is_bnb(weight) and x.numel() == x.shape[-1]
+    """Returns True for a single token on a 4-bit weight: bitsandbytes multiplies with the stored numbers then.
+
+    So does the guard, with the LoRAs in the product, where that is switched on (`FusedChoice.multiplies_tokens`).
+    """
+    return is_bnb(weight) and is_one_token(x)
 
 
 def bias_for(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,102 @@
+"""The kernels of a product with one token. Imported on first use only, as `triton_kernels.py` is, whose decoding it uses.
+
+A modulation or an embedder of time sees one token. Its weight is read once, so that a temporary one would be most of the work: here each
+program multiplies some rows of the stored weight by the token as it decodes them, and adds `up` times what `down` has made of it.
+
+Nothing here rounds as the host does: all is calculated in fp32 and rounded once, at the end.
+"""
+
+# ruff: noqa: N803, SIM108  # Triton's style: capitals, and branches that its compiler chooses by constants
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import _absmax, _levels, _nibbles, _shuffled
+
+NUMBERS = ("rows", "cols", "rank", "bias_rows")
+"""Arguments whose values make no variants of a kernel."""
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def down_of_token(TOKEN, DOWN, OUT, cols, BI: tl.constexpr):
+    """Makes `down @ token` in fp32, one rank a program. TOKEN `(cols,)`, DOWN `(rank, cols)`, OUT `(rank,)`."""
+    cols = cols // 64 * 64
+    rank, ri = tl.program_id(0), tl.arange(0, BI)
+    total = tl.zeros((BI,), dtype=tl.float32)
+    row = DOWN + rank.to(tl.int64) * cols
+    for first in range(0, cols, BI):
+        inside = first + ri < cols
+        x = tl.load(TOKEN + first + ri, mask=inside, other=0.0).to(tl.float32)
+        total += x * tl.load(row + first + ri, mask=inside, other=0.0).to(tl.float32)
+    tl.store(OUT + rank, tl.sum(total, 0))
+
+
+@triton.jit
+def _both(pair, FP16: tl.constexpr):
+    """Splits words of four bytes into their two 16-bit numbers, in fp32, the first of them first."""
+    if FP16:
+        low = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        # bf16 is the upper half of fp32.
+        low = (pair << 16).to(tl.float32, bitcast=True)
+        high = (pair & -65536).to(tl.float32, bitcast=True)
+    return low, high
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def bnb4_token(
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, TOKEN, BIAS, LOW, UP, PER_RANK, OUT, rows, cols, rank, bias_rows, alpha,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, FP16: tl.constexpr, HAS_PER_RANK: tl.constexpr,
+    BO: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Makes `weight @ token + (up * per_rank) @ low * alpha + bias` for BO rows of bitsandbytes' four bits.
+
+    DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET: as `triton_kernels.bnb4` has them; BLOCK is a multiple of 64, and divides cols.
+    TOKEN: `(cols,)` by pairs, as words of four bytes. FP16: they are fp16; else bf16.
+    LOW: `(rank,)`, what `down_of_token` made. WORDS: words of DATA a turn, of 8 numbers each. CHUNK: ranks a turn.
+    """
+    cols = cols // 64 * 64
+    row, ro, rw = tl.program_id(0) * BO, tl.arange(0, BO), tl.arange(0, WORDS)
+    row_in, row_words = row + ro < rows, cols // 8
+    tile = DATA + row.to(tl.int64) * row_words
+    scales = row.to(tl.int64) * (cols // BLOCK)
+    total = tl.zeros((BO, WORDS), dtype=tl.float32)
+    for first in range(0, row_words, WORDS):
+        inside = row_in[:, None] & (first + rw < row_words)[None, :]
+        words = tl.load(tile + ro[:, None] * row_words + (first + rw)[None, :], mask=inside, other=0)
+        at = scales + ro[:, None] * (cols // BLOCK) + ((first + rw) // (BLOCK // 8))[None, :]
+        a = _absmax(at, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
+        if SHUFFLE:
+            v = _shuffled(words, LEVELS)
+        else:
+            v = _nibbles(words)
+        part = tl.zeros((BO, WORDS), dtype=tl.float32)
+        for pair in tl.static_range(4):
+            # For each row again, from the cache: numbers of one row would go to the others' threads through shared memory.
+            at = ro[:, None] * 0 + ((first + rw) * 4 + pair)[None, :]
+            low, high = _both(tl.load(TOKEN + at, mask=inside, other=0), FP16)
+            if SHUFFLE:
+                part += v[2 * pair] * low + v[2 * pair + 1] * high
+            else:
+                part += _levels(v[2 * pair], LEVELS) * low + _levels(v[2 * pair + 1], LEVELS) * high
+        # Words outside are nibbles of 0, whose level is not 0: their part of the token is.
+        total += part * a
+    y = tl.sum(total, 1)
+    rr = tl.arange(0, CHUNK)
+    change = tl.zeros((BO, CHUNK), dtype=tl.float32)
+    for first in range(0, rank, CHUNK):
+        rank_in = first + rr < rank
+        h = tl.load(LOW + first + rr, mask=rank_in, other=0.0)
+        if HAS_PER_RANK:
+            h = h * tl.load(PER_RANK + first + rr, mask=rank_in, other=0.0)
+        u = tl.load(
+            UP + row.to(tl.int64) * rank + ro[:, None] * rank + (first + rr)[None, :],
+            mask=row_in[:, None] & rank_in[None, :],
+            other=0.0,
+        )
+        change += u.to(tl.float32) * h[None, :]
+    y += tl.sum(change, 1) * alpha
+    y += tl.load(BIAS + row + ro, mask=row + ro < bias_rows, other=0.0).to(tl.float32)
+    tl.store(OUT + row + ro, y.to(OUT.dtype.element_ty), mask=row_in)
