@@ -2,7 +2,7 @@
 
 WHOLE_IMAGE_STEPS names the file for the notes, a JSON line each. WHOLE_IMAGE_LINK_GB_S is the rate that copies between RAM
 and the card shall have at most. WHOLE_IMAGE_PROFILE names a file that gets torch's profile of each image's third step, and Python's
-of each image as a whole. WHOLE_IMAGE_SWAPPED=1 writes to the console which layers of each image are swapped,
+of each image as a whole. WHOLE_IMAGE_STEP_PROFILE names one that gets Python's profile of each image's fourth step. WHOLE_IMAGE_SWAPPED=1 writes to the console which layers of each image are swapped,
 WHOLE_IMAGE_WAITS=1 where the processor waits for the card in its third step. WHOLE_IMAGE_WATCH=1 notes what each step waited for (watch.py).
 """
 
@@ -26,10 +26,12 @@ from modules import processing, script_callbacks, shared
 NOTES = os.environ.get("WHOLE_IMAGE_STEPS")
 RATE = os.environ.get("WHOLE_IMAGE_LINK_GB_S")
 PROFILE = os.environ.get("WHOLE_IMAGE_PROFILE")
+STEP_PROFILE = os.environ.get("WHOLE_IMAGE_STEP_PROFILE")
 SWAPPED = os.environ.get("WHOLE_IMAGE_SWAPPED")
 WAITS = os.environ.get("WHOLE_IMAGE_WAITS")
 WATCH = os.environ.get("WHOLE_IMAGE_WATCH")
 PROFILED_STEP = 3
+PYTHON_PROFILED_STEP = 4
 
 
 def note(event):
@@ -50,6 +52,11 @@ def note(event):
         noted["watched"] = watch.facts()
     with open(NOTES, "a", encoding="utf-8") as file:
         file.write(json.dumps(noted) + "\n")
+
+
+def steps_begun():
+    """Returns how many steps of the image have begun."""
+    return Path(NOTES).read_text(encoding="utf-8").count("step begins")
 
 
 def allocator():
@@ -95,8 +102,7 @@ class Profiler:
 
     def begins(self):
         """Begins with the step that is to be looked at."""
-        steps = Path(NOTES).read_text(encoding="utf-8").count("step begins")
-        if steps == PROFILED_STEP:
+        if steps_begun() == PROFILED_STEP:
             kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             self.running = torch.profiler.profile(activities=kinds)
             self.running.__enter__()
@@ -113,6 +119,31 @@ class Profiler:
                 file.write(averages.table(sort_by=order, row_limit=22, max_name_column_width=70) + "\n")
 
 
+class StepProfiler:
+    """Python's profile of one step an image, where the processor's time is what a step waits for."""
+
+    def __init__(self, path):
+        self.path, self.running = path, None
+
+    def begins(self):
+        """Begins with the step that is to be looked at."""
+        if steps_begun() == PYTHON_PROFILED_STEP:
+            self.running = cProfile.Profile()
+            self.running.enable()
+
+    def ends(self):
+        """Writes what took longest, alone and with what it called."""
+        if self.running is None:
+            return
+        running, self.running = self.running, None
+        running.disable()
+        text = io.StringIO()
+        for order in ("tottime", "cumulative"):
+            pstats.Stats(running, stream=text).sort_stats(order).print_stats(70)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text.getvalue())
+
+
 class Waits:
     """Counts in one step an image where the processor waits for the card, as torch's synchronisation warnings tell it."""
 
@@ -122,7 +153,7 @@ class Waits:
 
     def begins(self):
         """Begins with the step that is to be looked at."""
-        if Path(NOTES).read_text(encoding="utf-8").count("step begins") == PROFILED_STEP:
+        if steps_begun() == PROFILED_STEP:
             self.found, self.before = {}, warnings.showwarning
             warnings.showwarning = self._count
             warnings.simplefilter("always")
@@ -153,9 +184,13 @@ def step_begins(_):
         profiler.begins()
     if watch is not None:
         watch.begin()
+    if STEP_PROFILE:
+        step_profiler.begins()
 
 
 def step_ended(_):
+    if STEP_PROFILE:
+        step_profiler.ends()
     if WAITS:
         waits.ends()
     note("step ended")
@@ -229,7 +264,7 @@ def profiled(make_images):
     return wrapper
 
 
-profiler, waits, collector = Profiler(PROFILE), Waits(), Collector()
+profiler, step_profiler, waits, collector = Profiler(PROFILE), StepProfiler(STEP_PROFILE), Waits(), Collector()
 gc.callbacks.append(collector)
 if PROFILE:
     processing.process_images_inner = profiled(processing.process_images_inner)
