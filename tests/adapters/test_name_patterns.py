@@ -1,11 +1,11 @@
 """Patterns of PEFT's configurations against PEFT's own rule, and expressions that a file chooses to cost time."""
 
 import re
-import time
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.machine_speed import CpuTime
 
 from lib_lora_guard.adapters.name_patterns import Expression, Patterns
 from lib_lora_guard.errors import LoraFileError
@@ -76,18 +76,16 @@ def test_what_is_not_understood_is_refused(expression):
     "expression", ["(a+)+", "(a|a)*b", "(.*)*(.*)*(.*)*x", "(a|aa)+b", ".*.*.*.*.*.*.*b", "(a{1,20}){1,20}b"]
 )
 def test_no_expression_runs_for_ever(expression):
-    started = time.process_time()
-    matched = Patterns({f"{expression}$": 1}).first("a" * 900 + "!")
+    with CpuTime(2):
+        matched = Patterns({f"{expression}$": 1}).first("a" * 900 + "!")
     assert matched is None
-    assert time.process_time() - started < 2
 
 
 def test_many_names_and_many_keys_are_not_multiplied():
     keys = [f"blocks.{n}.attn.to_{letter}" for n in range(500) for letter in "qkv"]
     patterns = Patterns({key: n for n, key in enumerate(keys)})
-    started = time.process_time()
-    assert [patterns.first(f"transformer.{key}") for key in keys] == list(range(len(keys)))
-    assert time.process_time() - started < 2
+    with CpuTime(2):
+        assert [patterns.first(f"transformer.{key}") for key in keys] == list(range(len(keys)))
 
 
 def test_a_whole_expression_is_matched_as_a_whole():

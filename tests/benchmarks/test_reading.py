@@ -5,6 +5,7 @@ import sys
 import pytest
 import reading
 from support import warm
+from support.machine_speed import assert_within
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="files with holes, /proc")
@@ -14,7 +15,7 @@ def test_a_checkpoint_of_22_gb_chosen_as_lora_costs_its_header(tmp_path):
     found = reading.refusal(path, warm.run)
     assert found["said"].startswith("flux.safetensors: no LoRA keys found among 780 tensors (first: ")
     assert found["said"].endswith("; load a checkpoint as the model, else download the file again")
-    assert found["cpu_seconds"] < reading.MOST_SECONDS
+    assert_within(found["cpu_seconds"], reading.MOST_SECONDS)
     assert found["mb"] < reading.MOST_MB
 
 

@@ -2,11 +2,11 @@
 
 import io
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
 from explaining.logs import LOGS, NEO, loaded, start
+from support.machine_speed import CpuTime
 
 from lib_lora_guard import cli
 from lib_lora_guard.commands import explain as command
@@ -112,9 +112,8 @@ def test_what_is_no_log_says_so(raw):
     ["[LORA] Loaded " * 1500, "Trying to free " * 2000, "ERROR lora " + "x " * 9000, "9" * 20_000 + "s/it", "by PyTorch, and" + "9" * 19_000, "Mismatch " * 2000, "%|" * 9000],
 )  # fmt: skip
 def test_lines_made_to_be_slow_are_not(line):
-    started = time.process_time()
-    explain((line + "\n").encode() * 10)
-    assert time.process_time() - started < 1
+    with CpuTime(1):
+        explain((line + "\n").encode() * 10)
 
 
 def test_a_log_of_many_megabytes_is_read_at_both_ends():

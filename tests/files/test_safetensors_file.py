@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from support.machine_speed import CpuTime
 from support.raw_files import entry, safetensors_bytes
 
 from lib_lora_guard.errors import FileFormatError
@@ -360,9 +361,8 @@ def test_24_gb_answer_in_a_second(tmp_path):
     }
     head, path = safetensors_bytes(header), tmp_path / "flux.safetensors"
     sparse_file(path, head, len(head) + 780 * each)
-    start = time.process_time()
-    found = open_header(path)
-    assert time.process_time() - start < 1
+    with CpuTime(1):
+        found = open_header(path)
     assert len(found.tensors) == 780
     assert found.bytes == path.stat().st_size == len(head) + 780 * each
     last = found.tensors["double_blocks.779.weight"]
@@ -376,9 +376,8 @@ def test_many_tensors_in_a_second(tmp_path):
         for n in range(10_000)
     }
     path.write_bytes(safetensors_bytes(header, bytes(10_000)))
-    start = time.process_time()
-    assert len(open_header(path).tensors) == 10_000
-    assert time.process_time() - start < 1
+    with CpuTime(1):
+        assert len(open_header(path).tensors) == 10_000
 
 
 def test_the_longest_header_is_the_librarys(tmp_path):

@@ -16,6 +16,7 @@ import traceback
 
 import torch
 from support.fake_models import BITS, flux_shapes, stored
+from support.machine_speed import times_slower_now
 
 from lib_lora_guard import LoraGuard, cli
 from lib_lora_guard.errors import LoraGuardError
@@ -156,8 +157,9 @@ def try_file(path, action, header_bytes, tensor_bytes, checkpoint):
     allowed = tensor_bytes + 8 * header_bytes + checks.MORE_BYTES
     if not result["fault"] and result["grown"] > allowed:
         result["fault"] = f"{result['grown'] / 1e6:.0f} MB, allowed {allowed / 1e6:.0f} MB"
-    if not result["fault"] and result["seconds"] > MOST_CPU_SECONDS:
-        result["fault"] = f"{result['seconds']:.1f} s of CPU"
+    seconds = 0 if result["fault"] else result["seconds"]
+    if seconds > MOST_CPU_SECONDS and seconds > MOST_CPU_SECONDS * times_slower_now():
+        result["fault"] = f"{seconds:.1f} s of CPU"
     return result
 
 

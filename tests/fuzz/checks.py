@@ -7,7 +7,6 @@ import logging
 import random
 import re
 import shutil
-import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from support.machine_speed import CpuTime, times_slower_now
 
 from lib_lora_guard import LoraGuard, cli
 from lib_lora_guard.errors import LayerError, LoraGuardError, ModeError
@@ -58,19 +58,21 @@ def _trace():
 
 
 class Timed:
-    """CPU seconds of this thread's process, and how far resident memory went up."""
+    """CPU seconds of this thread, and how far resident memory went up."""
 
     def __init__(self, seen, what, file=None):
         self.seen, self.what, self.file = seen, what, file
 
     def __enter__(self):
         self.rss = reset_peak()
-        self.start = time.process_time()
+        self.spent = CpuTime()
+        self.spent.__enter__()
 
     def __exit__(self, *error):
-        seconds = time.process_time() - self.start
+        self.spent.__exit__(*error)
+        seconds = self.spent.seconds
         self.seen.most_seconds = max(self.seen.most_seconds, seconds)
-        if seconds > MOST_CPU_SECONDS:
+        if seconds > MOST_CPU_SECONDS and seconds > MOST_CPU_SECONDS * times_slower_now():
             self.seen.say("slow", f"{self.what}: {seconds:.1f} s of CPU")
         if self.file is not None and self.rss:
             grown = peak_bytes() - self.rss

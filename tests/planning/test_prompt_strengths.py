@@ -1,8 +1,7 @@
 """The strengths of a prompt's tags times a number, in every way to write them."""
 
-import time
-
 import pytest
+from support.machine_speed import CpuTime
 
 from lib_lora_guard.planning.prompt_strengths import times
 from lib_lora_guard.planning.schedule import read_strengths
@@ -50,6 +49,5 @@ def test_a_schedule_is_that_many_times_as_strong_at_each_step(words):
 def test_tags_without_an_end_are_read_once(part):
     """Milliseconds of the processor; a minute or more where the end of the prompt is read anew at each of them."""
     prompt = part * (300_000 // len(part))
-    started = time.process_time()
-    assert times(prompt, 0.5) == prompt
-    assert time.process_time() - started < 5
+    with CpuTime(5):
+        assert times(prompt, 0.5) == prompt

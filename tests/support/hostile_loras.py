@@ -1,7 +1,5 @@
 """A model, LoRAs written tensor by tensor, and what a hostile LoRA may do to it: nothing, cheaply, in one line."""
 
-import time
-
 import torch
 from safetensors.torch import save_file
 
@@ -13,6 +11,7 @@ from lib_lora_guard.models.names import NameMap
 from lib_lora_guard.patching.engine import Engine
 from lib_lora_guard.patching.lora_request import LoraRequest
 from lib_lora_guard.planning.mode import Wish
+from support.machine_speed import CpuTime, assert_within
 
 from .live_memory import LiveMemory
 from .make import rand
@@ -86,14 +85,15 @@ class cheap:
     """The block takes no more than the limits above."""
 
     def __enter__(self):
-        self.started, self.memory = time.process_time(), LiveMemory()
+        self.spent, self.memory = CpuTime(), LiveMemory()
         self.memory.__enter__()
+        self.spent.__enter__()
 
     def __exit__(self, kind, error, trace):
+        self.spent.__exit__(kind, error, trace)
         self.memory.__exit__(kind, error, trace)
         if error is None or isinstance(error, LoraGuardError):
-            seconds = time.process_time() - self.started
-            assert seconds <= MOST_SECONDS, f"{seconds:.1f} s of CPU"
+            assert_within(self.spent.seconds, MOST_SECONDS)
             assert self.memory.peak_bytes <= MOST_BYTES, f"{self.memory.peak_bytes / 1e6:.0f} MB"
 
 
