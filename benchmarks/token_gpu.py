@@ -117,11 +117,11 @@ def row_of(shape, rank):
 def tiles_of(shape, rank, until):
     """Returns the card's microseconds of tiles, the fastest first."""
     layers, found = Layers(shape, rank), []
-    tiles = product((2, 4, 8, 16), (32, 128, 384), (1, 2, 4, 8), (32, 128)) if not SMOKE else [(4, 16, 1, 16)]
-    for rows, words, warps, ranks in tiles:
-        if time.monotonic() > until or (not SMOKE and not 128 <= rows * words <= 4096):
+    tiles = product((4, 8, 2, 16), (32, 128, 64, 256), (1, 4, 2, 8)) if not SMOKE else [(4, 16, 1)]
+    for rows, words, warps in tiles:
+        if time.monotonic() > until or (not SMOKE and not 32 * warps <= words <= 64 * warps):
             continue
-        tile = TokenTile(rows, words, warps, ranks)
+        tile = TokenTile(rows, words, warps)
         try:
             kernel = TokenProduct(layers.kind, DTYPE, layers.has_per_rank, tile)
             probe_token(kernel, DEVICE)

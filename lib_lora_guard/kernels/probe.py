@@ -83,7 +83,7 @@ def probe_token(product: TokenProduct, device: torch.device, rank: int | None = 
     Raises:
         ProbeError: The error is larger than the twin's.
     """
-    rank = product.tile.ranks + 13 if rank is None else rank
+    rank = product.tile.words + 13 if rank is None else rank
     generator = torch.Generator().manual_seed(rank)
     block = int(product.constants["BLOCK"])
     # More rows than one program's, more words of a row than one turn's; then less than either.

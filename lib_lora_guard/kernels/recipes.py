@@ -71,16 +71,14 @@ class TokenTile(NamedTuple):
 
     Attributes:
         rows: Rows of the weight.
-        words: Words of four bytes of each row at once.
+        words: Words of four bytes of each row at once; and ranks.
         warps: The warps of a program.
-        ranks: Ranks at once.
         columns: Numbers of a row of `down` at once.
     """
 
     rows: int = 8
     words: int = 128
     warps: int = 4
-    ranks: int = 32
     columns: int = 1024
 
 

@@ -6,7 +6,7 @@ program multiplies some rows of the stored weight by the token as it decodes the
 Nothing here rounds as the host does: all is calculated in fp32 and rounded once, at the end.
 """
 
-# ruff: noqa: N803, SIM108  # Triton's style: capitals, and branches that its compiler chooses by constants
+# ruff: noqa: N803, RET505, SIM108  # Triton's style: capitals, and branches that its compiler chooses by constants
 # mypy: ignore-errors
 
 import triton
@@ -45,58 +45,87 @@ def _both(pair, FP16: tl.constexpr):
     return low, high
 
 
+@triton.jit
+def _one_by_one(numbers):
+    """Returns the numbers themselves, of which the compiler no longer knows that they follow each other.
+
+    Else a thread takes four words that lie together, and the threads of a warp read tokens 64 bytes apart: 16 turns of the cache for one.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [numbers], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _token_of_word(TOKEN, at, ASM: tl.constexpr):
+    """Returns the four pairs of a token that stand for words `at` of a row. ASM: in one load of 16 bytes.
+
+    For each row of a program the same pairs: the compiler loads what is the same once, where a thread has them all.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l",
+            [TOKEN.to(tl.int64) + at.to(tl.int64) * 16],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        at = TOKEN + at * 4
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def bnb4_token(
     DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET, TOKEN, BIAS, LOW, UP, PER_RANK, OUT, rows, cols, rank, bias_rows, alpha,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, FP16: tl.constexpr, HAS_PER_RANK: tl.constexpr,
-    BO: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, ASM: tl.constexpr, FP16: tl.constexpr, HAS_PER_RANK: tl.constexpr,
+    BO: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Makes `weight @ token + (up * per_rank) @ low * alpha + bias` for BO rows of bitsandbytes' four bits.
 
     DATA, LEVELS, ABSMAX, CODE, NESTED_SCALE, OFFSET: as `triton_kernels.bnb4` has them; BLOCK is a multiple of 64, and divides cols.
-    TOKEN: `(cols,)` by pairs, as words of four bytes. FP16: they are fp16; else bf16.
-    LOW: `(rank,)`, what `down_of_token` made. WORDS: words of DATA a turn, of 8 numbers each. CHUNK: ranks a turn.
+    TOKEN: `(cols,)` by pairs, as words of four bytes. FP16: they are fp16; else bf16. ASM: what a card alone understands is used.
+    LOW: `(rank,)`, what `down_of_token` made. WORDS: words of DATA a turn, of 8 numbers each; and ranks.
     """
     cols = cols // 64 * 64
     row, ro, rw = tl.program_id(0) * BO, tl.arange(0, BO), tl.arange(0, WORDS)
+    if ASM:
+        rw = _one_by_one(rw)
     row_in, row_words = row + ro < rows, cols // 8
     tile = DATA + row.to(tl.int64) * row_words
     scales = row.to(tl.int64) * (cols // BLOCK)
     total = tl.zeros((BO, WORDS), dtype=tl.float32)
     for first in range(0, row_words, WORDS):
-        inside = row_in[:, None] & (first + rw < row_words)[None, :]
-        words = tl.load(tile + ro[:, None] * row_words + (first + rw)[None, :], mask=inside, other=0)
-        at = scales + ro[:, None] * (cols // BLOCK) + ((first + rw) // (BLOCK // 8))[None, :]
-        a = _absmax(at, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
-        if SHUFFLE:
+        word = ro[:, None] * 0 + (first + rw)[None, :]
+        word_in = word < row_words
+        inside = row_in[:, None] & word_in
+        words = tl.load(tile + ro[:, None] * row_words + word, mask=inside, other=0)
+        block = scales + ro[:, None] * (cols // BLOCK) + word // (BLOCK // 8)
+        a = _absmax(block, inside, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)
+        pairs = _token_of_word(TOKEN, tl.where(word_in, word, 0), ASM)
+        if ASM:
             v = _shuffled(words, LEVELS)
         else:
             v = _nibbles(words)
         part = tl.zeros((BO, WORDS), dtype=tl.float32)
         for pair in tl.static_range(4):
-            # For each row again, from the cache: numbers of one row would go to the others' threads through shared memory.
-            at = ro[:, None] * 0 + ((first + rw) * 4 + pair)[None, :]
-            low, high = _both(tl.load(TOKEN + at, mask=inside, other=0), FP16)
-            if SHUFFLE:
-                part += v[2 * pair] * low + v[2 * pair + 1] * high
+            low, high = _both(pairs[pair], FP16)
+            if ASM:
+                part += v[2 * pair] * low
+                part += v[2 * pair + 1] * high
             else:
-                part += _levels(v[2 * pair], LEVELS) * low + _levels(v[2 * pair + 1], LEVELS) * high
-        # Words outside are nibbles of 0, whose level is not 0: their part of the token is.
-        total += part * a
-    y = tl.sum(total, 1)
-    rr = tl.arange(0, CHUNK)
-    change = tl.zeros((BO, CHUNK), dtype=tl.float32)
-    for first in range(0, rank, CHUNK):
-        rank_in = first + rr < rank
-        h = tl.load(LOW + first + rr, mask=rank_in, other=0.0)
+                part += _levels(v[2 * pair], LEVELS) * low
+                part += _levels(v[2 * pair + 1], LEVELS) * high
+        # Words outside have the first ones' part of the token, which may be infinite.
+        total += tl.where(inside, part * a, 0.0)
+    # Ranks in the places of words: one sum over both.
+    for first in range(0, rank, WORDS):
+        rank_in = first + rw < rank
+        h = tl.load(LOW + first + rw, mask=rank_in, other=0.0) * alpha
         if HAS_PER_RANK:
-            h = h * tl.load(PER_RANK + first + rr, mask=rank_in, other=0.0)
+            h = h * tl.load(PER_RANK + first + rw, mask=rank_in, other=0.0)
         u = tl.load(
-            UP + row.to(tl.int64) * rank + ro[:, None] * rank + (first + rr)[None, :],
+            UP + row.to(tl.int64) * rank + ro[:, None] * rank + (first + rw)[None, :],
             mask=row_in[:, None] & rank_in[None, :],
             other=0.0,
         )
-        change += u.to(tl.float32) * h[None, :]
-    y += tl.sum(change, 1) * alpha
+        total += u.to(tl.float32) * h[None, :]
+    y = tl.sum(total, 1)
     y += tl.load(BIAS + row + ro, mask=row + ro < bias_rows, other=0.0).to(tl.float32)
     tl.store(OUT + row + ro, y.to(OUT.dtype.element_ty), mask=row_in)

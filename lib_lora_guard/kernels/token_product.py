@@ -52,12 +52,11 @@ class TokenProduct:
         self.constants: dict[str, Any] = {
             "BLOCK": recipe.constants["BLOCK"],
             "NESTED": recipe.constants["NESTED"],
-            "SHUFFLE": not interprets(),
+            "ASM": not interprets(),
             "FP16": dtype == torch.float16,
             "HAS_PER_RANK": per_rank,
             "BO": self.tile.rows,
             "WORDS": self.tile.words,
-            "CHUNK": self.tile.ranks,
         }
         # Nothing here has to round as the host does.
         self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": True}

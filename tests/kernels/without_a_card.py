@@ -98,7 +98,7 @@ SIDES = (
 )
 """Rows and columns of a LoKr's left side, and of its right one: smaller and larger than tiles, and no part of one."""
 TOKENS = ("nf4 64 by fp16", "fp4 64 nested256 by fp16", "nf4 128 by fp16")
-TOKEN_TILE = TokenTile(rows=4, words=16, warps=1, ranks=16, columns=64)
+TOKEN_TILE = TokenTile(rows=4, words=16, warps=1, columns=64)
 RANKS = (1, 16, 100, 256)
 SPANS = (("nf4 64 by fp16", 24, True, 2), ("fp4 32 nested256 by fp16", 48, False, 3))
 """Several tiles a program: of ranks in one product and in several."""
@@ -131,22 +131,31 @@ NESTED = "fp4 64 nested256 by fp16"
 TOKEN_FAULTS = {
     "a token's nested scales of another row": (
         NESTED,
-        "at = scales + ro[:, None] * (cols // BLOCK)",
-        "at = scales + ro[:, None] * 0",
+        "block = scales + ro[:, None] * (cols // BLOCK)",
+        "block = scales + ro[:, None] * 0",
     ),
     "a token's nested scales of the next block": (
         NESTED,
-        "((first + rw) // (BLOCK // 8))[None, :]",
-        "((first + rw) // (BLOCK // 8) + 1)[None, :]",
+        "word // (BLOCK // 8)\n",
+        "word // (BLOCK // 8) + 1\n",
     ),
     "a token's numbers swapped": (False, "low, high = _both(", "high, low = _both("),
-    "a token's scale left out": (False, "total += part * a", "total += part"),
-    "a token's last words left out": (False, "(first + rw < row_words)", "(first + rw < row_words - 1)"),
+    "a token's scale left out": (False, "part * a, 0.0", "part, 0.0"),
+    "a token's last words left out": (
+        False,
+        "inside = row_in[:, None] & word_in",
+        "inside = row_in[:, None] & (word < row_words - 1)",
+    ),
+    "a token's first pairs where words are outside": (
+        False,
+        "tl.where(inside, part * a, 0.0)",
+        "part * _absmax(scales + word * 0, word >= 0, ABSMAX, CODE, NESTED_SCALE, OFFSET, NESTED)",
+    ),
     "a token's last turn left out": (False, "range(0, row_words, WORDS)", "range(0, row_words - 16, WORDS)"),
-    "a token's ranks left out": (False, "range(0, rank, CHUNK)", "range(0, CHUNK, CHUNK)"),
-    "a token's last rank left out": (False, "first + rr < rank\n", "first + rr < rank - 1\n"),
+    "a token's ranks left out": (False, "range(0, rank, WORDS)", "range(0, WORDS, WORDS)"),
+    "a token's last rank left out": (False, "first + rw < rank\n", "first + rw < rank - 1\n"),
     "a token's strengths left out": (True, "if HAS_PER_RANK:", "if False:"),
-    "a token's alpha left out": (False, "tl.sum(change, 1) * alpha", "tl.sum(change, 1)"),
+    "a token's alpha left out": (False, "other=0.0) * alpha", "other=0.0)"),
     "a token's bias left out": (False, "row + ro < bias_rows", "row + ro < 0"),
     "a token's last numbers left out of down": (False, "inside = first + ri < cols", "inside = first + ri < cols - 1"),
 }
@@ -182,9 +191,9 @@ def compile_for(card, kind, dtype, rank):
     made = compiled(kind, dtype, rank, card)
     ptx = made.asm["ptx"]
     if split_kind(kind).form == ONE_TOKEN:
-        # It reads a row's words 16 bytes at once.
+        # It reads the token 16 bytes at once.
         down = compiled_down(dtype, card).asm["ptx"]
-        is_right = all(f".target sm_{card}" in one for one in (ptx, down)) and "ld.global.v4.b32" in ptx
+        is_right = all(f".target sm_{card}" in one for one in (ptx, down)) and "ld.global.nc.v4.b32" in ptx
         return "" if is_right else ptx[:200]
     if f".target sm_{card}" not in ptx or made.metadata.shared > SMALLEST_SHARED_BYTES or "st.global.v4.b32" not in ptx:
         return f"{made.metadata.shared} bytes of shared memory, {ptx.count('st.global')} stores: {ptx[:200]}"
