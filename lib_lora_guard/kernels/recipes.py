@@ -76,9 +76,9 @@ class TokenTile(NamedTuple):
         columns: Numbers of a row of `down` at once.
     """
 
-    rows: int = 8
-    words: int = 128
-    warps: int = 4
+    rows: int = 2
+    words: int = 64
+    warps: int = 1
     columns: int = 1024
 
 
