@@ -24,7 +24,7 @@ from .swapped_ahead import AHEAD
 log = logging.getLogger(__name__)
 
 TOKEN_SWITCH = "LORA_GUARD_TOKEN_PRODUCT"
-"""1 in the environment: layers of four bits that see one token have a kernel for their product, with the LoRAs in it."""
+"""0 in the environment, for bug reports: layers of four bits that see one token keep the host's product and a bypass."""
 WAIT_SECONDS = 3.0
 """The longest time that the steps of an image wait for kernels, all together. One is compiled in one or two seconds."""
 _LOOK_SECONDS = 0.01
@@ -80,8 +80,8 @@ class FusedChoice:
         """False if the user has switched the kernels off. Asked for each kernel once an image."""
         self.casts_too: Callable[[], bool] = never
         """True if layers without LoRAs get the short way too. Asked at each change of a stack."""
-        self.multiplies_tokens = os.environ.get(TOKEN_SWITCH) == "1"
-        """True if products with one token have kernels: off until they are measured in a whole image."""
+        self.multiplies_tokens = os.environ.get(TOKEN_SWITCH) != "0"
+        """True if products with one token have kernels."""
         self.held: dict[Key, bool] = {}
         """The present answers. Another dictionary each time that they may change."""
         self._failed: set[Key] = set()

@@ -12,6 +12,7 @@ from lib_lora_guard.patching.fused_measured import beats_host_cast
 
 CARD = torch.device("meta")
 KEY, WIDER = (Key("nf4 64", CARD, torch.bfloat16, rank) for rank in (16, 32))
+TOKEN = KEY._replace(kind=f"token {KEY.kind}", rank=200)
 
 
 class Compiler:
@@ -79,7 +80,7 @@ def test_each_kind_is_compiled_for_its_own_ranks():
     choice.prepare([dora, WIDER, lokr, KEY, loha])
     assert choice.compiler.asked == [
         ([dora.kind, loha.kind], [8], True),
-        ([KEY.kind], [16, 32], True),
+        ([KEY.kind, TOKEN.kind], [16, 32], True),
         ([lokr.kind], [1], True),
     ]
 
@@ -120,21 +121,22 @@ def test_usual_ranks_are_expected_and_a_stack_comes_first():
     choice.expect([], CARD, torch.bfloat16)
     choice.prepare([WIDER])
     usual = [(["nf4 64"], [rank], False) for rank in (16, 8, 32, 64, 48, 128, 96)]
-    assert choice.compiler.asked == [*usual, (["nf4 64"], [0], False), *usual, (["nf4 64"], [32], True)]
+    usual.append((["token nf4 64"], [16], False))
+    assert choice.compiler.asked == [*usual, (["nf4 64"], [0], False), *usual, (["nf4 64", "token nf4 64"], [32], True)]
 
 
-def test_products_with_one_token_are_off_until_the_switch_says_so(monkeypatch):
-    token, kinds = KEY._replace(kind="token nf4 64", rank=200), ["nf4 64", "nf4 64 crossing", "nf4 32", "fp8 e4m3"]
+def test_four_bits_have_products_with_one_token_unless_the_switch_takes_them_away(monkeypatch):
+    kinds = ["nf4 64", "nf4 64 crossing", "nf4 32", "fp8 e4m3"]
+    choice = FusedChoice(Compiler(looks=0))
+    choice.expect(kinds, CARD, torch.bfloat16)
+    assert choice.compiler.asked[-1] == ([TOKEN.kind], [16], False)
+    assert (choice.may_take(TOKEN), image(choice, TOKEN)) == (True, [True])
+    assert not choice.may_take(TOKEN._replace(kind="token dora nf4 64"))
+    monkeypatch.setenv(fused_choice.TOKEN_SWITCH, "0")
     choice = FusedChoice(Compiler(looks=0))
     choice.expect(kinds, CARD, torch.bfloat16)
     assert not any(kind.startswith("token") for asked, _, _ in choice.compiler.asked for kind in asked)
-    assert (choice.may_take(token), image(choice, token)) == (False, [False])
-    monkeypatch.setenv(fused_choice.TOKEN_SWITCH, "1")
-    choice = FusedChoice(Compiler(looks=0))
-    choice.expect(kinds, CARD, torch.bfloat16)
-    assert choice.compiler.asked[-1] == (["token nf4 64"], [16], False)
-    assert (choice.may_take(token), image(choice, token)) == (True, [True])
-    assert not choice.may_take(token._replace(kind="token dora nf4 64"))
+    assert (choice.may_take(TOKEN), image(choice, TOKEN)) == (False, [False])
 
 
 @pytest.mark.parametrize(

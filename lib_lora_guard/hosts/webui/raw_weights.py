@@ -39,7 +39,7 @@ def is_in_reach(weight: torch.Tensor, x: torch.Tensor, is_streaming: Callable[[]
 def goes_by_vector(weight: torch.Tensor, x: torch.Tensor) -> bool:
     """Returns True for a single token on a 4-bit weight: bitsandbytes multiplies with the stored numbers then.
 
-    So does the guard, with the LoRAs in the product, where that is switched on (`FusedChoice.multiplies_tokens`).
+    So does the guard, with the LoRAs in the product, unless that is switched off (`FusedChoice.multiplies_tokens`).
     """
     return is_bnb(weight) and is_one_token(x)
 
