@@ -19,7 +19,7 @@ from .access import ModelAccess, Site
 from .attachment import Attachment, UnusableTermsError
 from .backup import Backup, HeldBackup, Place, Where, lies_in_ram, moved, parameter_bytes
 from .file_backup import FileBackup
-from .merging import CPU, SLICE_BYTES, is_finite, merge, total_of
+from .merging import CPU, SLICE_BYTES, is_finite, merge
 from .merging_together import MergingTogether
 from .placed import Found, Placed, compare
 from .plan import PlannedWeight
@@ -69,8 +69,8 @@ class MergeAttachment(Attachment):
         """The change that is under way, or was the last one."""
         self._held: torch.nn.Parameter | None = None
         """The merged value that was in place before the original, until that is known to be right."""
-        self._total: torch.Tensor | None = None
-        """The sum of the values of the last merge, on their device, where they were not asked for."""
+        self._unseen: torch.Tensor | None = None
+        """The values of the last merge, where nobody has looked whether they are finite."""
         self.compute_device = device
         self._home: torch.device | None = None
         """The device that a strayed parameter belongs on."""
@@ -103,10 +103,10 @@ class MergeAttachment(Attachment):
         else:
             # Moved before anything is changed: if the device has no room for it, nothing has changed.
             merged = moved(self._ready, device)
-        total, self._total = self._total, None
+        unseen, self._unseen = self._unseen, None
         if together is not None:
             # Before it is in place: what is refused or done again later has to be found.
-            together.merged(self, total)
+            together.merged(self, unseen)
         self._put(merged, device, MergeState.MERGED)
 
     def detach(self) -> None:
@@ -295,7 +295,7 @@ class MergeAttachment(Attachment):
     def _merge(self, original: torch.nn.Parameter) -> torch.nn.Parameter:
         wide = storage_of(original).wide
         dtype = original.dtype if wide else torch.float32
-        together, self._total = self._open(), None
+        together, self._unseen = self._open(), None
         if wide:
             data = original.detach()
             on_device = self.compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
@@ -307,7 +307,7 @@ class MergeAttachment(Attachment):
                 # In this order: each question waits for the card, and a finite result answers both.
                 overflows = not is_finite(merged) and is_finite(data)
             else:
-                overflows, self._total = False, total_of(merged)
+                overflows, self._unseen = False, merged
         else:
             dense = self.access.dense(site_of(self.site, original))
             was_finite = is_finite(dense)

@@ -21,6 +21,7 @@ from ..inference_mode import outside_inference
 from ..units import MB
 from .file_backup import FileBackup
 from .merge_factors import FactorsAhead, Terms
+from .merging import are_finite
 from .transaction import Replaceable
 
 SWITCH = "LORA_GUARD_MERGE_TOGETHER"
@@ -76,7 +77,7 @@ class MergingTogether(Generic[M]):
         self._restored: list[tuple[M, FileBackup, torch.Tensor]] = []
         """With the checksums of what was read for them, where it was read to."""
         self._merged: list[tuple[M, torch.Tensor | None]] = []
-        """With the sum of the merged values, where it is still to be looked at."""
+        """With the merged values, where they are still to be looked at."""
         self._held_bytes = 0
         all_merges = (*leaving, *coming)
         self.spare_bytes = spare_bytes(_free_bytes(all_merges[0].compute_device)) if all_merges else 0
@@ -113,14 +114,14 @@ class MergingTogether(Generic[M]):
         self._restored.append((merge, backup, sums))
         self._held_bytes += backup.bytes
 
-    def merged(self, merge: M, total: torch.Tensor | None) -> None:
-        """Notes that a merge has put its merged value in place.
+    def merged(self, merge: M, unseen: torch.Tensor | None) -> None:
+        """Notes that a merge is about to put its merged value in place.
 
         Args:
             merge: The merge.
-            total: The sum of the values, on their device; None if they are known to be usable.
+            unseen: The values, on a card; None if they are known to be usable.
         """
-        self._merged.append((merge, total))
+        self._merged.append((merge, unseen))
 
     @outside_inference
     def settle(self) -> bool:
@@ -196,12 +197,9 @@ def _wrong(restored: Sequence[tuple[M, FileBackup, torch.Tensor]]) -> list[M]:
 
 
 def _infinite(merged: Sequence[tuple[M, torch.Tensor | None]]) -> list[M]:
-    asked = [(new, total) for new, total in merged if total is not None]
-    if not asked:
-        return []
-    device = asked[0][1].device
-    is_finite = torch.isfinite(torch.stack([total.to(device) for _, total in asked])).tolist()
-    return [new for (new, _), finite in zip(asked, is_finite, strict=True) if not finite]
+    asked = [(new, values) for new, values in merged if values is not None]
+    fine = are_finite([values for _, values in asked])
+    return [new for (new, _), is_fine in zip(asked, fine, strict=True) if not is_fine]
 
 
 def _do_again(old: M, new: M | None) -> None:

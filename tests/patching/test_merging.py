@@ -413,3 +413,62 @@ def test_a_weight_that_is_more_than_a_tensor_is_merged_into_a_tensor():
     merged = merge(weight.as_subclass(Named), terms, device=CPU, out_dtype=torch.float32)
     assert type(merged) is torch.Tensor
     assert same_bits(merged, whole(weight, terms))
+
+
+LARGE = torch.finfo(torch.float16).max
+
+
+def hostile_values():
+    """Tensors by name, and whether all their numbers are finite."""
+    nan, inf = float("nan"), float("inf")
+    fine = [
+        torch.full((300, 300), LARGE, dtype=torch.float16),  # its norm in fp16 is not
+        torch.full((40, 40), 1e38),
+        torch.full((40,), 1e300, dtype=torch.float64),
+        torch.zeros(3, 3, dtype=torch.bfloat16),
+        torch.ones(2, 0),
+        torch.tensor(2.0),
+        torch.ones(4, 4).to(torch.float8_e4m3fn),
+    ]
+    wrong = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for value in (nan, inf, -inf):
+            tensor = torch.ones(70, 70, dtype=dtype)
+            tensor[69, 69] = value
+            wrong.append(tensor)
+    both = torch.ones(9, 9)
+    both[1, 1], both[8, 8] = inf, -inf
+    return [(one, True) for one in fine] + [(one, False) for one in (*wrong, both)]
+
+
+def without_norms(*_):
+    raise RuntimeError("no norms here")
+
+
+@pytest.mark.parametrize("norms", ["torch's", "an error", "none"])
+def test_many_tensors_are_asked_about_at_once_and_doubtful_ones_alone(monkeypatch, norms):
+    cases = hostile_values()
+    cases = cases[::2] + cases[1::2]
+    if norms == "an error":
+        monkeypatch.setattr(torch, "_foreach_norm", without_norms)
+    elif norms == "none":
+        monkeypatch.delattr(torch, "_foreach_norm")
+    assert merging.are_finite([tensor for tensor, _ in cases]) == [is_fine for _, is_fine in cases]
+    assert merging.are_finite([]) == []
+
+
+def test_what_is_finite_beyond_doubt_is_not_asked_about_alone(monkeypatch):
+    alone = []
+    monkeypatch.setattr(merging, "is_finite", lambda tensor: alone.append(tensor) or True)
+    tensors = [torch.ones(5, 5, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.float16)]
+    assert merging.are_finite(tensors) == [True] * 3
+    assert alone == []
+
+
+def test_memory_that_ends_while_many_are_asked_about_is_the_callers(monkeypatch):
+    def full(*_):
+        raise NO_MEMORY("full")
+
+    monkeypatch.setattr(torch, "_foreach_norm", full)
+    with pytest.raises(NO_MEMORY):
+        merging.are_finite([torch.ones(3)])
