@@ -85,12 +85,14 @@ class TokenTile(NamedTuple):
 TILES: Mapping[str, tuple[tuple[int, Tile], ...]] = {
     "scaled": ((16, Tile(32, 256, 4)), (256, Tile(128, 64, 4))),
     "bnb4": (
-        (16, Tile(32, 128, 4)),
+        (0, Tile(32, 128, 4)),
+        (16, Tile(32, 256, 8)),
         (64, Tile(64, 64, 4, 8, 3)),
         (96, Tile(64, 64, 4, 8, 2)),
         (128, Tile(64, 64, 4, 4, 2)),
         (256, Tile(64, 64, 4)),
     ),
+    "bnb4 of other forms": ((16, Tile(32, 128, 4)), (256, Tile(64, 64, 4))),
     "bnb4 crossing": ((256, Tile(32, 128, 4)),),
     "gguf 32": ((16, Tile(16, 256, 4)), (256, Tile(32, 128, 4))),
     "gguf 256": ((16, Tile(32, 256, 4)), (256, Tile(32, 256, 8))),
@@ -184,8 +186,7 @@ def chunk_of(bucket: int) -> int:
 
 def tile_of(recipe: Recipe, bucket: int) -> Tile:
     """Returns the tile of a kernel, from TILES."""
-    found = next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
-    return found._replace(spans=1, stages=1) if recipe.form else found
+    return next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
 
 
 def _has_token_kernel(recipe: Recipe) -> bool:
@@ -197,7 +198,9 @@ def _has_token_kernel(recipe: Recipe) -> bool:
 
 def _family(recipe: Recipe) -> str:
     if recipe.function == "bnb4":
-        return "bnb4 crossing" if recipe.constants["CROSSING"] else "bnb4"
+        if recipe.constants["CROSSING"]:
+            return "bnb4 crossing"
+        return "bnb4 of other forms" if recipe.form else "bnb4"
     if recipe.function == "gguf":
         return "gguf 256" if recipe.constants["BLOCK"] == 256 else "gguf 32"
     return recipe.function
