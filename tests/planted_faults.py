@@ -130,7 +130,7 @@ FAULTS = [
     Fault("values that were loaded in place are not seen", "        if parameter._version != self._version:\n", "        if False:\n", "hosts", "hosts/plain/test_guard_promises.py"),
     Fault("values that were loaded in place are not seen", "        if _version_of(parameter) != self._version:\n", "        if False:\n", "patching hosts", "hosts/plain/test_guard_promises.py"),
     Fault("a wrong checksum among many is not seen", "    if torch.equal(found, own):\n        return []", "    return []", "patching", "patching/test_merging_together.py"),
-    Fault("an infinite weight among many is not seen", "zip(asked, is_finite, strict=True) if not finite]", "zip(asked, is_finite, strict=True) if False]", "patching", "patching/test_merging_together.py"),
+    Fault("an infinite weight among many is not seen", "zip(asked, fine, strict=True) if not is_fine]", "zip(asked, fine, strict=True) if False]", "patching", "patching/test_merging_together.py"),
     Fault("held values go before the answers come", "        wrong = _wrong(restored)\n", "        for old, _, _ in restored:\n            old.let_go()\n        wrong = _wrong(restored)\n", "patching", "patching/test_merging_together.py"),
     Fault("an undo asks for many at once", "            self._together.close()\n", "            pass\n", "patching", "patching/test_merging_together.py"),
     Fault("the spool's checksum is not looked at", "if checksum != region.checksum:", "if False:", "patching", "patching/test_backup.py patching/test_spool.py"),
