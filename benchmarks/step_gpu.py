@@ -8,7 +8,7 @@ number of blocks a side. Three ways take turns in a changing order, with runs of
 and of the first goals two more are tried, which the guard does not have: `weight` adds the product to the temporary weight in plain torch, `wider` (fp8) makes that weight with
 the ranks as further columns, so that the layer's own product adds them. A step is the sequence of 19 double and 38
 single blocks on random activations: 304 linear layers in bf16, and 57 attentions; its norms and activation functions are left out, which
-are the same in all ways. Four bits go by bitsandbytes' product without a LoRA, and for one token with one too, as in the hosts. Weights are
+are the same in all ways. Four bits go by bitsandbytes' product without a LoRA, as in the hosts; for one token with one by the guard's own, or, with LORA_GUARD_TOKEN_PRODUCT=0, by that. Weights are
 random, one for each shape. Milliseconds are medians of `--steps` steps, or one or two more, by CUDA events, launches included. "off" is how far outputs are
 from plain torch's, relative to what the LoRA changes: activations in bf16 make a tenth or two.
 

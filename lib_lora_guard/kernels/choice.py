@@ -276,9 +276,9 @@ def _dotted(version: tuple[int, int]) -> str:
 def _slot(kind: str, device: torch.device, dtype: torch.dtype, rank: int) -> Slot | None:
     """Returns what the kernel for a rank is compiled for; None for a rank that none is for."""
     bucket = bucket_of(rank)
-    if split_kind(kind).form == ONE_TOKEN and bucket:
-        # One for all ranks that others have kernels for.
-        return Slot(kind, device, dtype, BUCKETS[0], True)
+    if split_kind(kind).form == ONE_TOKEN:
+        # One for all ranks that others have kernels for, and none without a LoRA.
+        return Slot(kind, device, dtype, BUCKETS[0], True) if bucket else None
     return None if bucket is None else Slot(kind, device, dtype, bucket, rank % 16 == 0)
 
 

@@ -101,7 +101,7 @@ TILES: Mapping[str, tuple[tuple[int, Tile], ...]] = {
 
 Measured on an H200 (docs/kernels.md): fp8 at 16, 64 and 128 ranks, NF4 at 16 to 128, Q8_0 and Q4_K at 16. int8 differs from
 fp8, and FP4 and nested scales from NF4, by a few operations of the decoding: they have the same tiles. Other buckets have those of
-the next larger measured one. Several tiles a program win for four bits, where they hide the loads behind the decoding; for fp8 one
+the next larger measured one, and a DoRA has those of a plain LoRA (at 16 ranks it was measured with 32 x 128). Several tiles a program win for four bits, where they hide the loads behind the decoding; for fp8 one
 tile is as fast. Above 128 ranks they would need more than 48 KB of shared memory on small cards. GGUF and blocks that cross rows
 were measured with one tile only.
 """

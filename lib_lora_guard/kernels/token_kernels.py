@@ -103,6 +103,7 @@ def bnb4_token(
             v = _shuffled(words, LEVELS)
         else:
             v = _nibbles(words)
+        # Eight levels of at most 1 times the token, then their scale: above 3e37 a token's number could overflow here, and not in the host.
         part = tl.zeros((BO, WORDS), dtype=tl.float32)
         for pair in tl.static_range(4):
             low, high = _both(pairs[pair], FP16)

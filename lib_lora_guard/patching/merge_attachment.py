@@ -69,8 +69,6 @@ class MergeAttachment(Attachment):
         """The change that is under way, or was the last one."""
         self._held: torch.nn.Parameter | None = None
         """The merged value that was in place before the original, until that is known to be right."""
-        self._unseen: torch.Tensor | None = None
-        """The values of the last merge, where nobody has looked whether they are finite."""
         self.compute_device = device
         self._home: torch.device | None = None
         """The device that a strayed parameter belongs on."""
@@ -95,15 +93,15 @@ class MergeAttachment(Attachment):
         # attaches again, and then the parameter may hold anything.
         is_new, device = self.state is MergeState.NEW, self._device()
         together = self._open()
+        unseen = None
         if self._ready is None:
-            merged = self._merge(self.site.parameter if is_new else self._from_backup())
+            merged, unseen = self._merge_unseen(self.site.parameter if is_new else self._from_backup())
             if merged.device != device and together is not None and together.settle():
                 # What was held has made room on the device.
-                merged = self._merge(self.site.parameter if is_new else self._from_backup())
+                merged, unseen = self._merge_unseen(self.site.parameter if is_new else self._from_backup())
         else:
             # Moved before anything is changed: if the device has no room for it, nothing has changed.
             merged = moved(self._ready, device)
-        unseen, self._unseen = self._unseen, None
         if together is not None:
             # Before it is in place: what is refused or done again later has to be found.
             together.merged(self, unseen)
@@ -291,11 +289,19 @@ class MergeAttachment(Attachment):
         # Out of the handler, the error no longer holds what was allocated.
         return self.backup.parameter(CPU)
 
-    @outside_inference
     def _merge(self, original: torch.nn.Parameter) -> torch.nn.Parameter:
+        """Returns the merged value. Raises UnusableTermsError if it is not finite, and the original is."""
+        merged, unseen = self._merge_unseen(original)
+        if unseen is not None and not is_finite(unseen) and is_finite(original.detach()):
+            raise self._overflow(unseen.dtype)
+        return merged
+
+    @outside_inference
+    def _merge_unseen(self, original: torch.nn.Parameter) -> tuple[torch.nn.Parameter, torch.Tensor | None]:
+        """Returns the merged value, and its values where nobody has looked whether they are finite: the change asks later."""
         wide = storage_of(original).wide
         dtype = original.dtype if wide else torch.float32
-        together, self._unseen = self._open(), None
+        together, unseen = self._open(), None
         if wide:
             data = original.detach()
             on_device = self.compute_device if data.numel() * data.element_size() > KEPT_BYTES else data.device
@@ -307,7 +313,7 @@ class MergeAttachment(Attachment):
                 # In this order: each question waits for the card, and a finite result answers both.
                 overflows = not is_finite(merged) and is_finite(data)
             else:
-                overflows, self._unseen = False, merged
+                overflows, unseen = False, merged
         else:
             dense = self.access.dense(site_of(self.site, original))
             was_finite = is_finite(dense)
@@ -315,7 +321,7 @@ class MergeAttachment(Attachment):
             overflows = was_finite and not is_finite(merged)
         if overflows:
             raise self._overflow(dtype)
-        return torch.nn.Parameter(merged, requires_grad=False)
+        return torch.nn.Parameter(merged, requires_grad=False), unseen
 
 
 def is_merged(old: Attachment | None, site: Site) -> TypeGuard[MergeAttachment]:

@@ -242,16 +242,14 @@ def are_finite(tensors: Sequence[torch.Tensor]) -> list[bool]:
     Both NaN and infinity survive a norm too. One that is not finite may have overflowed: such a tensor is asked about alone.
     """
     places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        places.setdefault((tensor.device, tensor.dtype), []).append(place)
+    for place, alike in enumerate([(one.device, one.dtype) for one in tensors]):
+        places.setdefault(alike, []).append(place)
     doubtful: list[int] = []
     for mine in places.values():
         try:
             norms = torch.stack(list(torch._foreach_norm([tensors[place] for place in mine])))
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            # Not of every dtype, and not by a public name.
+        except Exception:
+            # Not of every dtype, and not by a public name. Where memory has ended one alone needs less.
             doubtful += mine
         else:
             fine = torch.isfinite(norms).tolist()

@@ -134,19 +134,19 @@ class MergingTogether(Generic[M]):
             RestoreError: A file no longer has the bits of a weight, which has the merged value that it had.
             UnusableTermsError: A merged value is not finite, and its original was.
         """
-        restored, merged = self._restored, self._merged
-        if not restored and not merged:
+        restored, coming = self._restored, [new for new, _ in self._merged]
+        if not restored and not coming:
             return False
-        wrong = _wrong(restored)
+        infinite, wrong = _infinite(self._merged), _wrong(restored)
         if wrong:
             # Alone, each waits for its own answers.
             self.is_open = False
             for old in wrong:
-                _do_again(old, next((new for new, _ in merged if new.is_beside(old)), None))
+                _do_again(old, next((new for new in coming if new.is_beside(old)), None))
             self.is_open = True
-        infinite = [new for new in _infinite(merged) if not any(new.is_beside(old) for old in wrong)]
         for new in infinite:
-            new.refuse_if_it_overflows()
+            if not any(new.is_beside(old) for old in wrong):
+                new.refuse_if_it_overflows()
         for old, _, _ in restored:
             old.let_go()
         self._restored, self._merged, self._held_bytes = [], [], 0
@@ -196,10 +196,17 @@ def _wrong(restored: Sequence[tuple[M, FileBackup, torch.Tensor]]) -> list[M]:
     return [old for (old, backup, _), part in zip(restored, parts, strict=True) if not torch.equal(part, backup.sums)]
 
 
-def _infinite(merged: Sequence[tuple[M, torch.Tensor | None]]) -> list[M]:
-    asked = [(new, values) for new, values in merged if values is not None]
-    fine = are_finite([values for _, values in asked])
-    return [new for (new, _), is_fine in zip(asked, fine, strict=True) if not is_fine]
+def _infinite(merged: list[tuple[M, torch.Tensor | None]]) -> list[M]:
+    """Returns those whose values are not finite. `merged` is empty afterwards, however this ends: an error's traceback holds the lists of
+    all functions on its way, and an undo needs the room of what is in them."""
+    asked = [new for new, values in merged if values is not None]
+    values = [one for _, one in merged if one is not None]
+    merged.clear()
+    try:
+        fine = are_finite(values)
+    finally:
+        values.clear()
+    return [new for new, is_fine in zip(asked, fine, strict=True) if not is_fine]
 
 
 def _do_again(old: M, new: M | None) -> None:

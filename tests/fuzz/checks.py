@@ -58,7 +58,7 @@ def _trace():
 
 
 class Timed:
-    """CPU seconds of this thread, and how far resident memory went up."""
+    """CPU seconds, and how far resident memory went up."""
 
     def __init__(self, seen, what, file=None):
         self.seen, self.what, self.file = seen, what, file

@@ -97,6 +97,7 @@ SIDES = (
     (2, 64, 30, 1),
 )
 """Rows and columns of a LoKr's left side, and of its right one: smaller and larger than tiles, and no part of one."""
+# In fp16: the interpreter cuts bf16 off where it should round.
 TOKENS = ("nf4 64 by fp16", "fp4 64 nested256 by fp16", "nf4 128 by fp16")
 TOKEN_TILE = TokenTile(rows=4, words=16, warps=1, columns=64)
 RANKS = (1, 16, 100, 256)
@@ -382,14 +383,14 @@ def a_token_through_a_layer():
         )
         change = strength * (x.double() @ down.double().t() @ up.double().t())
         exact = x.double() @ dense.double().t() + change + layer.bias.double()
-        CHOICE.multiplies_tokens, CHOICE.held = False, {}
+        was, CHOICE.multiplies_tokens, CHOICE.held = CHOICE.multiplies_tokens, False, {}
         with torch.no_grad():
             if fused.run(layer, x) is not None:
                 raise ProbeError("switched off, and taken")
             CHOICE.multiplies_tokens = True
             found = fused.run(layer, x)
             few = fused.run(layer, x.repeat(2, 1))
-        CHOICE.multiplies_tokens = False
+        CHOICE.multiplies_tokens = was
         if found is None or few is not None:
             raise ProbeError(f"one token: {found}, two: {few}")
         apart = (found.double() - exact).norm() / change.norm()

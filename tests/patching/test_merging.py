@@ -419,7 +419,7 @@ LARGE = torch.finfo(torch.float16).max
 
 
 def hostile_values():
-    """Tensors by name, and whether all their numbers are finite."""
+    """Tensors, and whether all their numbers are finite."""
     nan, inf = float("nan"), float("inf")
     fine = [
         torch.full((300, 300), LARGE, dtype=torch.float16),  # its norm in fp16 is not
@@ -465,10 +465,13 @@ def test_what_is_finite_beyond_doubt_is_not_asked_about_alone(monkeypatch):
     assert alone == []
 
 
-def test_memory_that_ends_while_many_are_asked_about_is_the_callers(monkeypatch):
+def test_where_memory_ends_for_many_each_is_asked_about_alone(monkeypatch):
     def full(*_):
         raise NO_MEMORY("full")
 
     monkeypatch.setattr(torch, "_foreach_norm", full)
+    tensors = [torch.ones(3), torch.tensor([float("inf")])]
+    assert merging.are_finite(tensors) == [True, False]
+    monkeypatch.setattr(merging, "is_finite", full)
     with pytest.raises(NO_MEMORY):
-        merging.are_finite([torch.ones(3)])
+        merging.are_finite(tensors)

@@ -3,6 +3,8 @@
 CPU tensors that count as lying on a card; all merges of the model are one batch of questions, or four.
 """
 
+import weakref
+
 import pytest
 import torch
 from faults.planting import Faults, is_planted
@@ -203,7 +205,7 @@ def test_a_read_that_gives_wrong_bytes_once_is_done_again_alone(scene, monkeypat
     def spoiling(self, device):
         parameter, sums = original(self, device)
         if self.key == spoilt:
-            # Not finite: the sum of what was merged from it says nothing of the weight.
+            # Not finite: that what was merged from it is not either says nothing of the weight.
             parameter.data.view(-1)[3] = float("inf")
             sums = sums + (torch.arange(len(sums)) == 1)
         return parameter, sums
@@ -246,6 +248,42 @@ def test_an_overflow_in_the_middle_refuses_that_lora_alone(tmp_path, monkeypatch
         assert has(scene, merged)
     assert holds_nothing(scene)
     scene.remove()
+    assert scene.is_original()
+
+
+def interrupted(*given):
+    # Torch's own would have no frame that holds them.
+    del given
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("asked", ["overflow", "merging.torch._foreach_norm", "merging_together._wrong"])
+def test_an_undo_has_the_room_of_what_was_merged(tmp_path, monkeypatch, asked):
+    """A traceback holds what the functions on its way hold. With 22 GB of merged values in it the originals would have no room."""
+    scene = Scene(tmp_path, dtype=torch.float16)
+    stack, key = scene.stack(0.2), scene.keys[-1]
+    if asked == "overflow":
+        diff = Term(DiffAdapter(torch.full(tuple(scene.originals[key].shape), 6e4)), 2.0, origin=1)
+        stack = [*stack, LoraRequest("large", 2.0, {key: [diff]})]
+    else:
+        monkeypatch.setattr(f"lib_lora_guard.patching.{asked}", interrupted)
+    values, alive = [], []
+    merged, put = MergingTogether.merged, MergeAttachment._put
+
+    def noting(self, merge, unseen):
+        values.append(weakref.ref(unseen))
+        merged(self, merge, unseen)
+
+    def counting(self, value, device, done):
+        put(self, value, device, done)
+        if done is MergeState.RESTORED:
+            alive.append(sum(value() is not None for value in values))
+
+    monkeypatch.setattr(MergingTogether, "merged", noting)
+    monkeypatch.setattr(MergeAttachment, "_put", counting)
+    with pytest.raises((UnusableTermsError, KeyboardInterrupt)):
+        scene.engine.change(scene.access, stack, Wish.PREFER_MERGE, leave_out=False)
+    assert (len(values), alive) == (6, [0] * 6)
     assert scene.is_original()
 
 
