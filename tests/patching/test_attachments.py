@@ -39,7 +39,7 @@ class Case:
         kept = HeldBackup(KEY, original, Place(Where.RAM, "no spare VRAM"))
         planned = PlannedWeight(self.access.site(KEY), terms, Choice(Mode.MERGE, "wished"))
         self.merge = MergeAttachment(self.access, planned, CARD, kept)
-        self.merge._merge = lambda source: torch.nn.Parameter(torch.ones_like(source, device=CPU), requires_grad=False)
+        self.merge._merge_unseen = lambda source: (torch.nn.Parameter(torch.ones_like(source, device=CPU), False), None)
         self.access.set_parameter(self.merge.site, torch.nn.Parameter(original.to(CARD), requires_grad=False))
         moved = backup.moved
 
