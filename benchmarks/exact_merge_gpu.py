@@ -78,7 +78,7 @@ print("ready", flush=True)
 time.sleep(3600)
 """
 WAYS = ("file", "ram", "bypass", "rings")
-RINGS = ((8, 64, 4), (8, 64, 2), (8, 64, 8), (8, 32, 4), (12, 64, 4), (4, 64, 4))
+RINGS = ((8, 64, 4), (8, 64, 8), (8, 128, 8), (8, 256, 16), (8, 32, 4), (12, 64, 4))
 """Threads, MB of the ring, of a piece."""
 RING_NAMES = ("THREADS", "RING_BYTES", "PIECE_BYTES")
 LEAST_SECONDS, COMPARED_SECONDS = 5, 40

@@ -5,8 +5,8 @@
 A case is `storage kind rank`, for several LoRAs `storage kind COUNTxRANK`, and `@512` or `@768` for a smaller image; of LoKr the rank is the
 number of blocks a side. Three ways take turns in a changing order, with runs of five steps of which the last three count, each with the guard's own code:
 `host` has no LoRA, `guard` goes as a user's step does, with its fused kernels where they are taken, `plain` is the same in plain torch. Of LoRAs of fp8
-and of the first goals two more are tried, which the guard does not have: `weight` adds the product to the temporary weight in plain torch, `wider` (fp8) makes that weight with
-the ranks as further columns, so that the layer's own product adds them. A step is the sequence of 19 double and 38
+and of the first goals three more are tried, which the guard does not have: `weight` adds the product to the temporary weight in plain torch, `wider` (fp8) makes that weight with
+the ranks as further columns, so that the layer's own product adds them, `first` begins the output with the LoRA and the bias, so that the layer's own product adds to it. A step is the sequence of 19 double and 38
 single blocks on random activations: 304 linear layers in bf16, and 57 attentions; its norms and activation functions are left out, which
 are the same in all ways. Four bits go by bitsandbytes' product without a LoRA, as in the hosts; for one token with one by the guard's own, or, with LORA_GUARD_TOKEN_PRODUCT=0, by that. Weights are
 random, one for each shape. Milliseconds are medians of `--steps` steps, or one or two more, by CUDA events, launches included. "off" is how far outputs are
@@ -191,26 +191,30 @@ def short_way(made, stored, stack):
 class Tried(torch.nn.Module):
     """A layer that takes its LoRAs in a way that the guard does not have."""
 
-    def __init__(self, case, layer, stored, is_wider):
+    def __init__(self, case, layer, stored, way):
         super().__init__()
-        self.host, self.bias, self.data = layer.host, layer.bias, stored.data
+        self.layer, self.host, self.bias, self.data = layer, layer.host, layer.bias, stored.data
         change = SHARE * layer.host().float().std().item()
         adapters = adapters_of(case, *stored.shape, change)
         strengths = [STRENGTH - 0.1 * n for n in range(case.count)]
         self.up = torch.cat([a.up * s for a, s in zip(adapters, strengths, strict=True)], 1).to(DEVICE)
         self.down = torch.cat([a.down for a in adapters]).to(DEVICE)
-        self.is_wider = is_wider
-        # A longer input is copied: where it is longer than the output, that is added to instead.
-        self.is_long = is_wider and stored.shape[1] > stored.shape[0]
+        # A longer input is copied for `wider`; and for `first` a shorter output is soon added to.
+        self.way = "after" if way != "weight" and stored.shape[1] > stored.shape[0] else way
 
     def forward(self, x):
-        if not self.is_wider:
+        if self.way == "weight":
             return linear(x, self.host().addmm_(self.up, self.down), self.bias)
         inner = linear(x, self.down)
-        if self.is_long:
-            out = linear(x, self.host(), self.bias)
+        if self.way == "after" or (self.way == "first" and is_one_token(x)):
+            out = self.layer(x)
             out.view(-1, out.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), self.up.t())
             return out
+        if self.way == "first":
+            out = torch.addmm(self.bias, inner.view(-1, inner.shape[-1]), self.up.t())
+            # In place: a new output would begin as a copy of this one.
+            torch.addmm(out, x.view(-1, x.shape[-1]), self.host().t(), out=out)
+            return out.view(*x.shape[:-1], -1)
         rows, columns = self.data.shape
         weight = torch.empty(rows, columns + self.up.shape[1], dtype=DTYPE, device=DEVICE)
         weight[:, :columns].copy_(self.data)
@@ -228,10 +232,10 @@ class Model:
             self.stored[name], host = stored_and_host(storage, out, inner)
             self.layers[name] = Layer(host, (torch.randn(out, device=DEVICE) * 0.01).to(DTYPE))
 
-    def tried(self, case, is_wider):
+    def tried(self, case, way):
         """Returns layers that take the LoRAs of a case in a way that the guard does not have."""
         torch.manual_seed(1)
-        return {name: Tried(case, layer, self.stored[name], is_wider) for name, layer in self.layers.items()}
+        return {name: Tried(case, layer, self.stored[name], way) for name, layer in self.layers.items()}
 
     def with_loras(self, case, is_fused):
         """Returns layers that share these weights, with the LoRAs of a case on all of them."""
@@ -321,9 +325,9 @@ def measure(case, model, steps, prints_kernels=False):
     """Returns the row of a case."""
     ways = {"host": model.layers, "guard": model.with_loras(case, True), "plain": model.with_loras(case, False)}
     if case.kind == "lora" and (case.storage == "fp8" or case in FIRST):
-        ways["weight"] = model.tried(case, False)
+        ways |= {way: model.tried(case, way) for way in ("weight", "first")}
     if case.kind == "lora" and case.storage == "fp8":
-        ways["wider"] = model.tried(case, True)
+        ways["wider"] = model.tried(case, "wider")
     x = Inputs(case, model)
     keys = {layer.key for layer in ways["guard"].values() if hasattr(layer, "key")}
     faults = off(ways, x)
