@@ -41,7 +41,9 @@ _POINTERS = {
 }  # fmt: skip
 
 
-def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, per_rank: bool = False) -> object:
+def compiled(
+    kind: str, dtype: torch.dtype, rank: int, compute_capability: int, per_rank: bool = False, fragments: bool = False
+) -> object:
     """Returns Triton's compiled kernel, with its PTX and cubin in `asm`.
 
     Args:
@@ -50,6 +52,7 @@ def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, 
         rank: The joined rank, 0 for none.
         compute_capability: 75 for sm_75.
         per_rank: With a strength for each rank.
+        fragments: The kernel of `fragment_kernels.py`, where that makes this.
 
     Raises:
         Exception: Triton's own, where it cannot compile the kernel.
@@ -66,14 +69,15 @@ def compiled(kind: str, dtype: torch.dtype, rank: int, compute_capability: int, 
         return _compiled(product.function, product.constants, product.options, pointers, layer, compute_capability)
     bucket = bucket_of(rank)
     assert bucket is not None
-    kernel = Kernel(kind, dtype, bucket, rank % 16 == 0, per_rank)
-    function, constants = kernel.function, kernel.constants
+    kernel = Kernel(kind, dtype, bucket, rank % 16 == 0, per_rank, fragments=fragments)
+    function = kernel.function
+    constants = {name: value for name, value in kernel.constants.items() if name in function.arg_names}
     if "NATIVE" in constants:
         constants["NATIVE"] = compute_capability >= 89
     pointers = {**_POINTERS, **({"ABSMAX": "*u8"} if constants.get("NESTED") else {})}
     if constants.get("FORM") == "int8":
         pointers["DATA"] = "*i8"
-    if kernel.function.fn.__name__ == "bnb4" and not constants["CROSSING"]:
+    if kernel.function.fn.__name__.startswith("bnb4") and not kernel.constants["CROSSING"]:
         pointers["DATA"] = "*i32"
     return _compiled(function, constants, kernel.options, pointers, layer, compute_capability)
 

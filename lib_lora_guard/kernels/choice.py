@@ -17,7 +17,7 @@ import torch
 
 from ..locks import while_locked
 from ..messages import Message, reason, say
-from .launch import Kernel, OldTritonError, interprets, load_triton, triton_version
+from .launch import FRAGMENTS_SWITCH, Kernel, OldTritonError, interprets, load_triton, triton_version
 from .probe import probe, probe_token
 from .recipes import BUCKETS, OLDEST_TRITON, ONE_TOKEN, bucket_of, recipe_of, split_kind
 from .token_product import TokenProduct
@@ -212,12 +212,7 @@ class Kernels:
                         probe_token(product, slot.device)
                     self._products[slot] = one, many
                     return True
-                pair = tuple(
-                    Kernel(slot.kind, slot.dtype, slot.bucket, slot.even, per_rank) for per_rank in (False, True)
-                )
-                for kernel in pair[: 1 if not rank or form else 2]:
-                    probe(kernel, rank, slot.device)
-            self._kernels[slot] = pair[0], pair[1]
+                self._kernels[slot] = _probed(slot, rank, 1 if not rank or form else 2)
             return True
         except torch.cuda.OutOfMemoryError:
             with self._lock:
@@ -244,6 +239,32 @@ class Kernels:
 
 KERNELS = Kernels()
 """The choice of this process."""
+
+
+def _probed(slot: Slot, rank: int, count: int) -> tuple[Kernel, Kernel]:
+    """Returns a slot's two kernels, of which `count` are probed at a rank.
+
+    Raises:
+        Exception: What the compiler or the probe says. Not of kernels in the places of the product: then the ordinary ones are taken.
+    """
+    for fragments in (None, False):
+        pair = tuple(
+            Kernel(slot.kind, slot.dtype, slot.bucket, slot.even, per_rank, fragments=fragments)
+            for per_rank in (False, True)
+        )
+        try:
+            for kernel in pair[:count]:
+                probe(kernel, rank, slot.device)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not pair[0].has_fragments:
+                raise
+            why = f"{type(error).__name__}: {error}"
+            say(log, logging.INFO, "kernels.other_kernel", kind=slot.kind, why=_short(why), switch=FRAGMENTS_SWITCH)
+        else:
+            return pair[0], pair[1]
+    raise AssertionError("the ordinary kernels were probed")
 
 
 def _unsuitable(slot: Slot) -> str | None:

@@ -15,11 +15,13 @@ import torch
 
 from ..weights.bnb4 import LEVELS
 from .factors import Change, Factors, Sides
-from .recipes import HADAMARD, KRONECKER, OLDEST_TRITON, Tile, chunk_of, recipe_of, tile_of
+from .recipes import FRAGMENTS, HADAMARD, KRONECKER, OLDEST_TRITON, Tile, chunk_of, recipe_of, takes_fragments, tile_of
 from .stored import Bnb4, Fp8, Gguf, Int8, Stored
 
 ALIGNED_BYTES = 16
 """Kernels are compiled for tensors that begin at a multiple of this: they read 16 bytes at once."""
+FRAGMENTS_SWITCH = "LORA_GUARD_FRAGMENTS"
+"""1 in the environment: NF4 and FP4 with a LoRA of 16 ranks take the kernel of `fragment_kernels.py`. Off until it is measured in whole steps."""
 _FIRST_WITH_CONSTANTS = (3, 3)
 """From this Triton on a compiled kernel takes all arguments of its function, the compile-time constants among them."""
 
@@ -81,6 +83,13 @@ def has_fp8_instructions() -> bool:
     return not interprets() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
+def uses_fragments() -> bool:
+    """Returns True where the present card has the products of `fragment_kernels.py`, sm_80 and newer, and it is switched on."""
+    if os.environ.get(FRAGMENTS_SWITCH) != "1" or interprets():
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
 class _Change:
     """A kernel's arguments for some factors.
 
@@ -106,6 +115,7 @@ class Kernel:
         even_rank: True for ranks that are multiples of 16, and for a LoKr as `rank_of_sides` says.
         per_rank: True for factors with a strength for each rank.
         tile: Another tile than `tile_of` gives, to measure.
+        fragments: Whether the kernel of `fragment_kernels.py` is taken where it makes this; None: as `uses_fragments` says.
 
     Raises:
         ImportError: As `kernels_of` says.
@@ -113,7 +123,14 @@ class Kernel:
     """
 
     def __init__(
-        self, kind: str, dtype: torch.dtype, bucket: int, even_rank: bool, per_rank: bool, tile: Tile | None = None
+        self,
+        kind: str,
+        dtype: torch.dtype,
+        bucket: int,
+        even_rank: bool,
+        per_rank: bool,
+        tile: Tile | None = None,
+        fragments: bool | None = None,
     ) -> None:
         module, recipe = triton_kernels(), recipe_of(kind)
         if recipe is None:
@@ -124,7 +141,11 @@ class Kernel:
         self.kind, self.dtype, self.has_per_rank = kind, dtype, per_rank
         self._bucket = bucket
         self.function: Any = getattr(module, recipe.function)
-        self.tile = tile or tile_of(recipe, bucket)
+        wanted = tile is None and uses_fragments() if fragments is None else fragments
+        self.has_fragments = wanted and takes_fragments(recipe, layer, bucket, even_rank)
+        if self.has_fragments:
+            self.function = kernels_of("fragment_kernels").bnb4_fragments
+        self.tile = tile or (FRAGMENTS if self.has_fragments else tile_of(recipe, bucket))
         self.constants: dict[str, Any] = {
             **recipe.constants,
             "VALUES": names[recipe.values or layer],
@@ -142,6 +163,8 @@ class Kernel:
             self.constants["NATIVE"] = has_fp8_instructions()
         if recipe.function == "bnb4":
             self.constants |= {"SHUFFLE": not interprets(), "SPANS": self.tile.spans, "STAGES": self.tile.stages}
+        if self.has_fragments:
+            self.constants |= {"ASM": not interprets(), "WARPS": self.tile.warps}
         self.options: dict[str, Any] = {"num_warps": self.tile.warps, "enable_fp_fusion": False}
         self._handle: Handle | None = None
 
@@ -251,7 +274,8 @@ class Kernel:
         numbers: tuple[Any, ...],
     ) -> None:
         """Compiles the kernel if Triton has not, launches it as Triton's documentation does, and keeps what it compiled."""
-        compiled = self.function[grid](*tensors[:2], *step, *tensors[2:], *numbers, **self.constants, **self.options)
+        constants = {name: value for name, value in self.constants.items() if name in self.function.arg_names}
+        compiled = self.function[grid](*tensors[:2], *step, *tensors[2:], *numbers, **constants, **self.options)
         self._handle = handle_of(compiled, self.function, self.constants)
 
 

@@ -106,6 +106,11 @@ tile is as fast. Above 128 ranks they would need more than 48 KB of shared memor
 were measured with one tile only.
 """
 
+FRAGMENTS = Tile(512, 64, 2)
+"""Of the kernel that decodes four bits in the places of the product (`fragment_kernels.py`): its rows are as many turns of 32."""
+FRAGMENTS_RANK = 16
+"""The ranks that it is for. It was tried with 48, 64 and 96 too, and is no faster with them (docs/kernels.md)."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -187,6 +192,19 @@ def chunk_of(bucket: int) -> int:
 def tile_of(recipe: Recipe, bucket: int) -> Tile:
     """Returns the tile of a kernel, from TILES."""
     return next(tile for largest, tile in TILES[_family(recipe)] if bucket <= largest)
+
+
+def takes_fragments(recipe: Recipe, layer: str, bucket: int, even_rank: bool) -> bool:
+    """Returns True for what the kernel in `fragment_kernels.py` makes: whole blocks of 64 and more of four bits, a plain pair of factors
+    of FRAGMENTS_RANK ranks.
+
+    Args:
+        recipe: Of the kind.
+        layer: The short name of the layer's dtype.
+        bucket: The ranks that a kernel counts with.
+        even_rank: The rank is a multiple of 16.
+    """
+    return bucket == FRAGMENTS_RANK and even_rank and recipe.values in ("", layer) and _has_token_kernel(recipe)
 
 
 def _has_token_kernel(recipe: Recipe) -> bool:

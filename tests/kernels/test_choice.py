@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib_lora_guard.kernels import choice, fused, launch
+from lib_lora_guard.kernels import choice, fused, launch, recipes
 from lib_lora_guard.kernels.choice import Kernels
 from lib_lora_guard.kernels.factors import Factors, Sides
 from lib_lora_guard.kernels.probe import ProbeError, sample
@@ -23,8 +23,12 @@ class FakeKernel:
     """Stands for a compiled kernel; `error` is raised where it is made, called or probed."""
 
     made, errors = [], {}
+    has_new = False
 
-    def __init__(self, kind, dtype, bucket, even_rank, per_rank):
+    def __init__(self, kind, dtype, bucket, even_rank, per_rank, fragments=None):
+        self.has_fragments = FakeKernel.has_new and fragments is None
+        if self.has_fragments:
+            kind += " in fragments"
         self.kind, self.place = kind, (kind, bucket, even_rank, per_rank)
         self.raise_of("make")
         FakeKernel.made.append(self.place)
@@ -187,9 +191,9 @@ def test_without_triton_all_are_refused_with_one_sentence(kernels, caplog):
 )
 def test_a_triton_that_is_too_old_is_said_once_and_never_compiles(kernels, monkeypatch, caplog, version, states, words):
     class Checked(FakeKernel):
-        def __init__(self, *place):
+        def __init__(self, *place, **more):
             launch.triton_kernels()
-            super().__init__(*place)
+            super().__init__(*place, **more)
 
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
     # None: an import of it fails.
@@ -271,10 +275,10 @@ def test_triton_compiles_nothing_for_a_card_that_is_too_old(kernels, monkeypatch
     assert FakeKernel.made in ([], ["triton"])
 
 
-IMPORT_TRITON = ("triton_kernels", "token_kernels")
+IMPORT_TRITON = ("triton_kernels", "token_kernels", "fragment_kernels")
 
 
-def test_triton_is_imported_by_two_modules_which_are_imported_on_use():
+def test_triton_is_imported_by_three_modules_which_are_imported_on_use():
     for file in sorted(PACKAGE.glob("*.py")):
         top = [
             node
@@ -282,7 +286,65 @@ def test_triton_is_imported_by_two_modules_which_are_imported_on_use():
             if isinstance(node, (ast.Import, ast.ImportFrom))
         ]
         names = {alias.name for node in top for alias in node.names}
-        assert not {"triton", "triton_kernels", "token_kernels"} & names or file.stem in IMPORT_TRITON, file.name
+        assert not {"triton", *IMPORT_TRITON} & names or file.stem in IMPORT_TRITON, file.name
+
+
+@pytest.mark.parametrize("what", ["", "probe", "make"])
+def test_the_newer_of_two_kernels_gives_way_to_the_older_one(kernels, monkeypatch, caplog, what):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(FakeKernel, "has_new", True)
+    FakeKernel.errors["nf4 64 in fragments", what] = ProbeError("error 9, the twin's 1")
+    if what == "make":
+        # Not a kernel's fault: both are made before either is compiled.
+        prepared(kernels, "nf4 64")
+        assert kernels.state("nf4 64") == "refused: ProbeError: error 9, the twin's 1"
+        return
+    prepared(kernels, "nf4 64")
+    assert kernels.state("nf4 64") == "works"
+    expected = "nf4 64" if what else "nf4 64 in fragments"
+    assert [kernels.kernel("nf4 64", CPU, FP16, 16, many).kind for many in (False, True)] == [expected] * 2
+    assert ("error 9" in caplog.text) is bool(what)
+    # Where memory ends neither is given up.
+    FakeKernel.errors["nf4 64 in fragments", "probe"] = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    prepared(kernels, "nf4 64", ranks=(64,))
+    assert (kernels.state("nf4 64"), kernels.ready("nf4 64", CPU, FP16, 64)) == ("works", False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "bucket", "even", "takes"),
+    [
+        ("nf4 64 by bf16", "bf16", 16, True, True),
+        ("fp4 128 nested256 by fp16", "fp16", 16, True, True),
+        ("nf4 64 by bf16", "bf16", 16, False, False),  # 5 ranks, say
+        ("nf4 64 by bf16", "bf16", 32, True, False),
+        ("nf4 64 by bf16", "bf16", 0, True, False),
+        ("nf4 64 by bf16", "fp16", 16, True, False),  # two roundings
+        ("nf4 32 by bf16", "bf16", 16, True, False),
+        ("nf4 64 crossing by bf16", "bf16", 16, True, False),
+        ("dora nf4 64 by bf16", "bf16", 16, True, False),
+        ("loha nf4 64 by bf16", "bf16", 16, True, False),
+        ("lokr nf4 64 by bf16", "bf16", 16, True, False),
+        ("fp8 e4m3", "bf16", 16, True, False),
+    ],
+)
+def test_what_the_newer_kernel_makes(kind, layer, bucket, even, takes):
+    assert recipes.takes_fragments(recipes.recipe_of(kind), layer, bucket, even) is takes
+
+
+@pytest.mark.parametrize(
+    ("setting", "card", "uses"),
+    [("1", (8, 0), True), ("1", (7, 5), False), ("0", (9, 0), False), (None, (9, 0), False)],
+)
+def test_the_newer_kernel_is_for_cards_with_its_products_and_for_those_who_ask(monkeypatch, setting, card, uses):
+    monkeypatch.delenv(launch.FRAGMENTS_SWITCH, raising=False)
+    if setting is not None:
+        monkeypatch.setenv(launch.FRAGMENTS_SWITCH, setting)
+    monkeypatch.setattr(launch, "interprets", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
+    assert launch.uses_fragments() is uses
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not launch.uses_fragments()
 
 
 def test_a_lokr_has_kernels_for_two_widths(kernels):

@@ -70,4 +70,9 @@ def test_kernels_compile_for_cards_that_are_not_here(found):
         "sm_75, token nf4 64 by fp16": "",
         "sm_86, token nf4 64 by bf16": "",
         "sm_120, token fp4 64 nested256 by bf16": "",
+        "sm_80, fragments of nf4 64 by bf16": "",
+        "sm_86, fragments of nf4 64 by fp16": "",
+        "sm_89, fragments of nf4 128 by bf16": "",
+        "sm_90, fragments of nf4 64 by bf16": "",
+        "sm_120, fragments of fp4 64 nested256 by bf16": "",
     }

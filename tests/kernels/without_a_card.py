@@ -26,7 +26,7 @@ from support.short_way import bnb_parameter  # noqa: E402
 from lib_lora_guard.adapters import LokrAdapter, LoraAdapter, Term  # noqa: E402
 from lib_lora_guard.hosts.forge.guard_patches import GuardPatches  # noqa: E402
 from lib_lora_guard.hosts.forge.raw_weights import ForgeWeight  # noqa: E402
-from lib_lora_guard.kernels import token_kernels, triton_kernels  # noqa: E402
+from lib_lora_guard.kernels import fragment_kernels, token_kernels, triton_kernels  # noqa: E402
 from lib_lora_guard.kernels.choice import KERNELS  # noqa: E402
 from lib_lora_guard.kernels.factors import Sides  # noqa: E402
 from lib_lora_guard.kernels.launch import Kernel  # noqa: E402
@@ -58,6 +58,10 @@ CARDS = (
     (86, "lokr nf4 64 by bf16", BF16, 16), (89, "lokr fp8 e4m3 scaled", BF16, 16), (90, "lokr Q8_0 baked by bf16", BF16, 16),
     (120, "lokr Q4_K baked by bf16", BF16, 16), (86, "dora nf4 64 by bf16", BF16, 64), (75, "dora lokr fp8 e4m3", FP16, 16),
     (75, "token nf4 64 by fp16", FP16, 16), (86, "token nf4 64 by bf16", BF16, 16), (120, "token fp4 64 nested256 by bf16", BF16, 16),
+)  # fmt: skip
+FRAGMENT_CARDS = (
+    (80, "nf4 64 by bf16", BF16), (86, "nf4 64 by fp16", FP16), (89, "nf4 128 by bf16", BF16), (90, "nf4 64 by bf16", BF16),
+    (120, "fp4 64 nested256 by bf16", BF16),
 )  # fmt: skip
 SMALLEST_SHARED_BYTES = 48 * 1024
 """What every card gives a program."""
@@ -100,6 +104,9 @@ SIDES = (
 # In fp16: the interpreter cuts bf16 off where it should round.
 TOKENS = ("nf4 64 by fp16", "fp4 64 nested256 by fp16", "nf4 128 by fp16")
 TOKEN_TILE = TokenTile(rows=4, words=16, warps=1, columns=64)
+FRAGMENTS = ("nf4 64 by fp16", "fp4 64 nested256 by fp16", "nf4 128 by fp16")
+FRAGMENT_TILE = Tile(64, 64, 2)
+"""Two turns of 32 rows a program."""
 RANKS = (1, 16, 100, 256)
 SPANS = (("nf4 64 by fp16", 24, True, 2), ("fp4 32 nested256 by fp16", 48, False, 3))
 """Several tiles a program: of ranks in one product and in several."""
@@ -162,6 +169,31 @@ TOKEN_FAULTS = {
 }
 
 
+FRAGMENT_FAULTS = {
+    "fragments, nibbles swapped": ("_pair(v[2 * n] * scale, v[2 * n + 1]", "_pair(v[2 * n + 1] * scale, v[2 * n]"),
+    "fragments, a scale left out": ("v[2 * n] * scale,", "v[2 * n],"),
+    "fragments, the scale of the next row": ("_absmax(row * (cols", "_absmax((row + 1) % rows * (cols"),
+    "fragments, the scale of the first columns": ("+ col // BLOCK, row", "+ 0, row"),
+    "fragments, the other columns' words": ("_words(DATA, at + 4, 1", "_words(DATA, at, 1"),
+    "fragments, the other rows' ranks": ("_words(UP, row * 8", "_words(UP, (row ^ 8) % rows * 8"),
+    "fragments, ranks of another thread": ("row * 8 + t * 2, 2", "row * 8 + (t ^ 1) * 2, 2"),
+    "fragments, the other half of down": ("g % 2 == 1, ASM)", "g % 2 == 0, ASM)"),
+    "fragments, columns of down in their order": ("+ side * 16 + g // 2 * 4", "+ side * 16 + g // 4 * 4"),
+    "fragments, one side's part of down": ("downs[side * 4 + n], downs[8", "downs[n], downs[8"),
+    "fragments, alpha left out": ("0.0, tl.float32) + alpha", "1.0, tl.float32)"),
+    "fragments, strengths left out": ("if HAS_PER_RANK:", "if False:"),
+    "fragments, the rows of the turn before": ("UP, following, rows", "UP, row, rows"),
+    "fragments, rows g + 8 in the place of g": ("at + cols // 2 * 8 + side * 16, words", "at + side * 16, words"),
+}  # fmt: skip
+
+
+def fragments_of(kind, per_rank):
+    made = Kernel(kind, FP16, 16, True, per_rank, FRAGMENT_TILE, fragments=True)
+    if not made.has_fragments:
+        raise ProbeError("another kernel")
+    return made
+
+
 def kernel_of(kind, rank, per_rank, **tile):
     return Kernel(kind, FP16, bucket_of(rank), rank % 16 == 0, per_rank, KINDS[kind]._replace(**tile))
 
@@ -199,6 +231,34 @@ def compile_for(card, kind, dtype, rank):
     if f".target sm_{card}" not in ptx or made.metadata.shared > SMALLEST_SHARED_BYTES or "st.global.v4.b32" not in ptx:
         return f"{made.metadata.shared} bytes of shared memory, {ptx.count('st.global')} stores: {ptx[:200]}"
     return ""
+
+
+def compile_fragments_for(card, kind, dtype):
+    """Says where the kernel uses shared memory or no tensor cores, or reads or writes less than it could at once."""
+    for per_rank in (False, True):
+        made = compiled(kind, dtype, 16, card, per_rank, fragments=True)
+        ptx = made.asm["ptx"]
+        words = (f".target sm_{card}", "mma.sync.aligned.m16n8k16", "st.global.v4.b32", "ld.global.nc.v4.b32")
+        if made.metadata.shared or not all(word in ptx for word in words):
+            return f"{made.metadata.shared} bytes of shared memory: {ptx[:200]}"
+    return ""
+
+
+def weak_fragments(kernel):
+    """A weak LoRA shows what is wrong with the weight."""
+    generator = torch.Generator().manual_seed(11)
+    stored = sample("nf4 64 by fp16", 37, 128, FP16, generator, CPU)
+    factors = replace(sample_factors(37, 128, 16, False, FP16, generator, CPU), alpha=0.003)
+    compare(kernel(stored, factors), stored, factors, FP16)
+
+
+def infinite_fragments():
+    """Infinities and NaN in the factors come out where the twin has them."""
+    generator = torch.Generator().manual_seed(10)
+    stored = sample("nf4 64 by fp16", 37, 128, FP16, generator, CPU)
+    factors = sample_factors(37, 128, 16, False, FP16, generator, CPU)
+    factors.up[2, 1], factors.down[3, 7], factors.up[5, 0] = float("inf"), float("nan"), 60000.0
+    compare(fragments_of("nf4 64 by fp16", False)(stored, factors), stored, factors, FP16)
 
 
 def infinite():
@@ -406,6 +466,13 @@ def interpret():
                 lambda kind=kind, rank=rank, per_rank=per_rank: probe_token(token_of(kind, per_rank), CPU, rank)
             )
     found["infinities with a token"] = failure(infinite_token)
+    for kind in FRAGMENTS:
+        for per_rank in (True, False):
+            found[f"fragments of {kind}, {per_rank}"] = failure(
+                lambda kind=kind, per_rank=per_rank: probe(fragments_of(kind, per_rank), 16, CPU)
+            )
+    found["infinities in fragments"] = failure(infinite_fragments)
+    found["fragments of a weak LoRA"] = failure(lambda: weak_fragments(fragments_of("nf4 64 by fp16", False)))
     found["halves of words"] = failure(halves_of_words)
     found["not for a token"] = failure(not_for_this_product)
     found["a token through a layer"] = failure(a_token_through_a_layer)
@@ -452,6 +519,15 @@ def interpret():
             product, faulty = token_of(kind, per_rank), with_fault(old, new, folder, token_kernels)
             product.function, product.down_function = faulty.bnb4_token, faulty.down_of_token
             found[f"fault: {name}"] = failure(lambda product=product: probe_token(product, CPU))
+        for name, (old, new) in FRAGMENT_FAULTS.items():
+            kernel = fragments_of("fp4 64 nested256 by fp16" if "scale" in name else "nf4 64 by fp16", True)
+            kernel.function = with_fault(old, new, folder, fragment_kernels).bnb4_fragments
+            found[f"fault: {name}"] = failure(lambda kernel=kernel: probe(kernel, 16, CPU))
+        kernel = fragments_of("nf4 64 by fp16", False)
+        old = "_numbers(_pair(v[2 * n] * scale, v[2 * n + 1] * scale, VALUES, ASM), VALUES)"
+        new = "v[2 * n] * scale, v[2 * n + 1] * scale"
+        kernel.function = with_fault(old, new, folder, fragment_kernels).bnb4_fragments
+        found["fault: fragments, a rounding left out"] = failure(lambda: weak_fragments(kernel))
         # That of all weights of four bits, through this product.
         old, new = "NESTED_SCALE + at // NESTED", "NESTED_SCALE + at * 0"
         # More rows than share a scale of scales.
@@ -469,6 +545,10 @@ def main():
         found = interpret()
     else:
         found = {f"sm_{card}, {kind}": compile_for(card, kind, *rest) for card, kind, *rest in CARDS}
+        found |= {
+            f"sm_{card}, fragments of {kind}": compile_fragments_for(card, kind, dtype)
+            for card, kind, dtype in FRAGMENT_CARDS
+        }
     Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
 
 

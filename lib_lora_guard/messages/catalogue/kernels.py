@@ -9,6 +9,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Set {switch}=0 to try no kernels.",
         "未使用 {kind} 的融合内核（{why}）；这些层仍用普通方式计算，结果正确，只是较慢。设置 {switch}=0 可停用全部内核。",
     ),
+    "kernels.other_kernel": (
+        "The newer of two kernels for {kind} is not used ({why}); the older one takes its place. Without {switch} it is not tried.",
+        "{kind} 有新旧两种内核，新内核未启用（{why}），改用旧内核。去掉 {switch} 即不再尝试新内核。",
+    ),
     "kernels.ready": (
         "fused kernels compiled and checked: {count}, in {seconds:.0f} s; new stacks of LoRAs take them.",
         "已用 {seconds:.0f} 秒编译并检查 {count} 个融合内核；新选用的 LoRA 将使用它们。",
